@@ -1,0 +1,342 @@
+"""Every knob, once: strict frozen models, read from YAML and `key=value`.
+
+Precedence: defaults < YAML file < `key=value` on the command line. An unknown key, a wrong type or the text "None"
+(which YAML reads as a string, so that the published KoDALLE recipe silently switched options on) is an InputError
+that names the field and the file. Derived values are properties, never stored.
+
+Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also what `config.json` of a model folder holds.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from engine.errors import InputError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
+
+
+# --------------------------------------------------------------------------------------------------- the models
+
+
+class VqganConfig(Section):
+    """VQGAN f16/16384 by default: 76,073,859 parameters without loss modules (taming `VQModel`)."""
+
+    image_size: int = Field(256, gt=0, description="pixels, square")
+    base_channels: int = Field(128, gt=0, description="a multiple of 32: taming's GroupNorm has 32 groups")
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = Field(2, ge=1)
+    attention_resolutions: tuple[int, ...] = (16,)
+    latent_channels: int = Field(256, gt=0, description="encoder output channels (taming: z_channels)")
+    embed_dim: int = Field(256, gt=0, description="width of a codebook entry")
+    codebook_size: int = Field(16384, gt=1, le=65536, description="token shards are uint16")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    commitment_weight: float = Field(0.25, ge=0)
+    legacy_commitment: bool = Field(True, description="taming's default puts commitment_weight on the codebook term")
+
+    @property
+    def grid_size(self) -> int:
+        """Image tokens along one side."""
+        return self.image_size // 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def image_seq_len(self) -> int:
+        return self.grid_size**2
+
+    @model_validator(mode="after")
+    def _fits(self) -> "VqganConfig":
+        if self.image_size % 2 ** (len(self.channel_multipliers) - 1):
+            raise ValueError(f"image_size {self.image_size} must be divisible by 2**(levels - 1)")
+        if self.base_channels % 32:
+            raise ValueError(f"base_channels {self.base_channels} must be a multiple of 32 (GroupNorm groups)")
+        return self
+
+
+class TransformerConfig(Section):
+    """KoDALLE 16 x 1024 by default: 334,974,336 trainable parameters with 128 text positions, 334,908,736 with 64."""
+
+    dim: int = Field(1024, gt=0)
+    num_layers: int = Field(16, gt=0)
+    num_heads: int = Field(8, gt=0)
+    head_dim: int = Field(64, gt=0)
+    ff_mult: int = Field(4, gt=0)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    ff_dropout: float = Field(0.0, ge=0, lt=1)
+    text_vocab_size: int = Field(32000, gt=4)
+    text_seq_len: int = Field(128, gt=0, description="text tokens with [CLS] and [SEP]; <bos> comes before them")
+    text_position_rows: int = Field(514, gt=0, description="rows of the position table (RoBERTa: 514); row 0 is <bos>")
+    image_vocab_size: int = Field(16384, gt=1)
+    image_grid_size: int = Field(16, gt=0)
+
+    @property
+    def image_seq_len(self) -> int:
+        return self.image_grid_size**2
+
+    @property
+    def prefix_len(self) -> int:
+        """<bos> + text: positions computed once per caption."""
+        return 1 + self.text_seq_len
+
+    @property
+    def joint_vocab_size(self) -> int:
+        """Rows of the published head: text, one reserved row per text position, image."""
+        return self.text_vocab_size + self.text_seq_len + self.image_vocab_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TransformerConfig":
+        if self.text_position_rows < self.prefix_len:
+            raise ValueError(f"text_position_rows {self.text_position_rows} is less than 1 + text_seq_len")
+        return self
+
+
+class KoclipConfig(Section):
+    """EfficientNet-B0 + klue/roberta-base by default: 116,202,620 parameters with the `mlp` head."""
+
+    image_size: int = Field(224, gt=0)
+    image_width: float = Field(1.0, gt=0, description="EfficientNet width coefficient (B0: 1.0)")
+    image_depth: float = Field(1.0, gt=0, description="EfficientNet depth coefficient (B0: 1.0)")
+    image_hidden_dim: int = Field(1280, gt=0)
+    text_vocab_size: int = Field(32000, gt=4)
+    text_seq_len: int = Field(128, gt=2)
+    text_dim: int = Field(768, gt=0)
+    text_layers: int = Field(12, gt=0)
+    text_heads: int = Field(12, gt=0)
+    text_ff_dim: int = Field(3072, gt=0)
+    text_position_rows: int = Field(514, gt=0)
+    embed_dim: int = Field(512, gt=0)
+    head: Literal["mlp", "linear"] = "mlp"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    similarity: Literal["cosine", "published"] = Field(
+        "cosine", description="cosine: normalised, learned temperature; published: raw dot product * 0.07"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "KoclipConfig":
+        if self.text_position_rows < self.text_seq_len + 2:
+            raise ValueError("text_position_rows must be at least text_seq_len + 2 (RoBERTa positions start at 2)")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------- the runs
+
+
+class DataConfig(Section):
+    """Which captioned pictures, and how they are fed."""
+
+    pairs: Path = Field(description="a prepared folder (`kodalle data prepare`) or a folder of name.jpg + name.txt")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="for plain folders; a prepared one has its split")
+    balance: str | None = Field(None, description="attribute whose rare values are drawn more often, e.g. 카테고리")
+    num_workers: int = Field(0, ge=0)
+    cache_images: bool = Field(False, description="keep decoded uint8 images in memory")
+    flip: bool = Field(False, description="random mirror images; wrong where captions say left/right or logos matter")
+
+
+class TextConfig(Section):
+    """How captions become text tokens."""
+
+    tokenizer: str = Field("klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)")
+    vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
+
+
+class VqganLossConfig(Section):
+    """taming's VQLPIPSWithDiscriminator; values of KoDALLE's VQGAN_config.yml."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    codebook_weight: float = Field(1.0, ge=0)
+    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_weights: Path | None = Field(None, description="VGG16 + LPIPS heads as safetensors or .pth")
+    disc_start: int = Field(53688, ge=0, description="step from which the discriminator takes part")
+    disc_weight: float = Field(0.2, ge=0)
+    disc_channels: int = Field(64, gt=0)
+    disc_layers: int = Field(3, gt=0)
+
+
+class CodebookCare(Section):
+    """Optional help for small data: taming's plain codebook collapses on a few thousand pictures."""
+
+    init_from_data: bool = Field(False, description="entries start as encoder outputs of the first batch")
+    revive_every: int = Field(0, ge=0, description="steps between replacing unused entries; 0 = never")
+
+
+class LoopConfig(Section):
+    """How long, and what is written when."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    validate_every: int = Field(1000, gt=0)
+    validation_batches: int = Field(16, gt=0)
+    sample_every: int = Field(1000, gt=0)
+    sample_count: int = Field(8, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(1, gt=0)
+    max_skipped_steps: int = Field(50, gt=0, description="stop after this many skipped (inf/nan) steps in a row")
+    torch_threads: int | None = Field(None, gt=0, description="CPU threads; default: all cores")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "LoopConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Run(Section):
+    """What every training run has."""
+
+    run: Path = Field(description="folder of this run: config.yaml, log.jsonl, checkpoints/, samples/, model/")
+    seed: int = Field(42, ge=0)
+    resume: Literal["auto", "never"] = "auto"
+    data: DataConfig
+    loop: LoopConfig
+    deepspeed: dict[str, Any] = Field(description="passed to DeepSpeed as it stands")
+
+
+class VqganRun(Run):
+    stage: Literal["vqgan"]
+    model: VqganConfig = VqganConfig()
+    loss: VqganLossConfig = VqganLossConfig()
+    codebook: CodebookCare = CodebookCare()
+    start_from: Path | None = Field(None, description="model folder whose VQGAN is the starting point")
+
+
+class KoclipRun(Run):
+    stage: Literal["koclip"]
+    model: KoclipConfig = KoclipConfig()
+    text: TextConfig = TextConfig(tokenizer="klue/roberta-base")
+    pretrained_text_encoder: str | None = Field(None, description="Hugging Face RoBERTa, name or folder")
+    pretrained_image_encoder: str | None = Field(None, description="Hugging Face EfficientNet, name or folder")
+    encoder_lr_ratio: float = Field(1.0, gt=0, description="encoder learning rate over the projections' (published: 0.8)")
+    augment_shift: int = Field(0, ge=0, description="random translation in pixels")
+
+
+class KodalleRun(Run):
+    stage: Literal["kodalle"]
+    model: TransformerConfig = TransformerConfig()
+    text: TextConfig = TextConfig()
+    vqgan: Path = Field(description="model folder with the trained VQGAN")
+    koclip: Path | None = Field(None, description="model folder with the trained KoCLIP, exported beside the drawer")
+    pretrained_text_embeddings: str | None = Field(
+        None, description="Hugging Face RoBERTa or GPT whose token and position tables start ours (klue/roberta-large)"
+    )
+    loss_image_weight: float = Field(7.0, gt=0, description="loss = (text + w * image) / (1 + w)")
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)")
+    token_shards: Path | None = Field(None, description="default: <run>/shards")
+    strict_captions: bool = Field(False, description="refuse captions longer than text_seq_len instead of cutting")
+
+
+AnyRun = Annotated[VqganRun | KoclipRun | KodalleRun, Field(discriminator="stage")]
+_RUN: TypeAdapter[VqganRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
+
+
+# ------------------------------------------------------------------------------------------------- reading them
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"key given twice: {', '.join(map(str, sorted(twice)))}{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | KoclipRun | KodalleRun:
+    """Reads a training config.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` texts; dots go down (`deepspeed.optimizer.params.lr=1e-4`), values are YAML.
+
+    Raises:
+        InputError: names field, value, file and remedy.
+    """
+    tree = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    _refuse_none_text(tree, path)
+    return parse_section(_RUN, tree, source=str(path))
+
+
+def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
+    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError."""
+    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    try:
+        return adapter.validate_python(tree)
+    except ValidationError as error:
+        raise _as_input_error(error, source) from error
+
+
+def dump_yaml(run: Run) -> str:
+    """The effective config, as YAML that `load_run` reads back to an equal object."""
+    return yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError("--config", path, "no such file: give a YAML file, e.g. configs/demo/kodalle.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("--config", path, f"is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError("--config", path, "must hold `key: value` lines")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError("override", override, "write it as key=value, e.g. loop.steps=100")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError("override", override, f"`{parent}` is a value, not a section")
+        tree = child
+    try:
+        tree[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError("override", override, f"the value is not valid YAML: {error}") from error
+
+
+def _refuse_none_text(node: Any, path: Path, where: str = "") -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_none_text(value, path, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _refuse_none_text(value, path, f"{where}.{index}")
+    elif node in ("None", "none", "NONE"):
+        raise InputError(where, repr(node), f"is a text, not 'nothing' (in {path}): write null, or remove the line")
+
+
+def _as_input_error(error: ValidationError, source: str) -> InputError:
+    first = error.errors()[0]
+    # the discriminated union puts the stage's name in front of the field's path
+    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("koclip",), ("kodalle",)) else first["loc"]
+    field = ".".join(map(str, path)) or "stage"
+    others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        remedy = "unknown key: remove it or mend its spelling"
+    elif first["type"] == "missing":
+        remedy = "is missing: add it"
+    else:
+        remedy = first["msg"]
+    value = "" if first["type"] == "missing" else repr(first["input"])[:120]
+    return InputError(field, value or "(nothing)", f"{remedy}, in {source}{others}")

@@ -1,0 +1,21 @@
+"""The one exception for what a user can get wrong.
+
+Entry points turn it into a single line on stderr and exit code 2, without a traceback; everything else is a bug and
+keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """Bad input, told as field, value and remedy.
+
+    Args:
+        field: what was wrong, as the user wrote it (config key, file, option).
+        value: what stood there.
+        remedy: what to do about it, as an instruction.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        self.remedy = remedy
+        super().__init__(f"{field}: {value}: {remedy}".replace("\n", " "))

@@ -1,0 +1,1 @@
+"""What is measured on pictures and models: reconstruction, retrieval, attributes, FID."""

@@ -1,0 +1,1 @@
+"""The networks, their vocabularies, and the model folder that holds their weights."""

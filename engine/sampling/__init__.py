@@ -1,0 +1,1 @@
+"""From captions to ranked pictures: KV cache, sampler, pipeline."""

@@ -1,0 +1,1 @@
+"""One training loop, one small module per stage, DeepSpeed glue, checkpoints."""
