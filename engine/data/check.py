@@ -1,0 +1,293 @@
+"""Finds what is wrong with a source folder before a run finds it hours in.
+
+Owns the list of defects (DEFECTS). Each one is something that an ancestor's loader met silently: it read only text
+files whose name ends in a digit, let equal stems of two folders overwrite each other (a wrong caption on an image),
+dropped unmatched files, replaced a corrupt image by its neighbour. Every image is decoded to its last row, because a
+truncated one shows itself nowhere else.
+
+Errors are what cannot be used as it stands (`kodalle data prepare` sets it aside); warnings can be used, but look odd.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.data.crops import ImageFault, open_image, pixel_box
+from engine.data.labels import Label, LabelFault, LabelFolder, find_image, read_label, scan, unknown_values
+from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
+from engine.data.sources import Form, find_form
+from engine.data.workers import ordered_map
+from engine.errors import InputError
+
+Severity = Literal["error", "warning"]
+SMALLEST_SIDE = 32  # pixels; smaller photos are thumbnails or icons
+DEFECTS: dict[str, tuple[Severity, str]] = {
+    "empty_file": ("error", "label or image file of 0 bytes"),
+    "unreadable_label": ("error", "label file that cannot be opened"),
+    "broken_json": ("error", "label file that is not JSON"),
+    "wrong_structure": ("error", "JSON file that is no K-Fashion label"),
+    "wrong_encoding": ("error", "label or caption that is not UTF-8"),
+    "replacement_characters": ("error", "label or caption with U+FFFD: characters were lost"),
+    "label_without_photo": ("error", "no image for a label file"),
+    "photo_without_label": ("error", "no label file for an image"),
+    "label_without_garment": ("error", "label that tells of no garment"),
+    "duplicate_id": ("error", "photo id that another label file has too"),
+    "equal_stems": ("error", "file name that occurs in two folders, or with two suffixes"),
+    "broken_box": ("error", "box with missing numbers, or what is no number"),
+    "negative_box": ("error", "box with a negative width or height"),
+    "zero_area_box": ("error", "box without area"),
+    "box_outside_image": ("error", "box with at most one pixel inside the image"),
+    "size_mismatch": ("error", "size in the label that is not the image's"),
+    "missing_image": ("error", "image file that vanished or cannot be opened"),
+    "not_an_image": ("error", "image file that is no JPEG, PNG or WEBP"),
+    "broken_image": ("error", "truncated or damaged image file"),
+    "oversize_image": ("error", "image with more pixels than are safe to decode"),
+    "empty_caption": ("error", "caption file without a caption"),
+    "unreadable_caption": ("error", "caption file that cannot be opened"),
+    "caption_without_photo": ("error", "no image for a caption file"),
+    "photo_without_caption": ("error", "no caption file for an image"),
+    "broken_pairs": ("error", "pairs.jsonl that training would refuse"),
+    "same_name": ("warning", "caption files of one name in two folders: taken as one photo by the split"),
+    "garment_without_box": ("warning", "garment with labels, but without a box"),
+    "garment_without_label": ("warning", "garment with a box, but without labels"),
+    "box_over_edge": ("warning", "box that is cut by more than a pixel at the image's edge"),
+    "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
+    "unread_content": ("warning", "content of a label that was not understood"),
+    "id_differs": ("warning", "이미지 식별자 that is not the label file's name"),
+    "duplicate_image": ("warning", "image with the same bytes as another"),
+    "tiny_image": ("warning", f"image with a side of less than {SMALLEST_SIDE} pixels"),
+    "decomposed_hangul": ("warning", "caption in decomposed Hangul (NFD), which tokenizers may not know"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One defect of one record; `record` is the path under the source, with the garment where it is one's."""
+
+    record: str
+    kind: str
+    detail: str
+
+    @property
+    def severity(self) -> Severity:
+        return DEFECTS[self.kind][0]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All findings, sorted by kind (in the order of DEFECTS) and record."""
+
+    form: Form
+    labels: int
+    images: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(finding.kind for finding in self.findings))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "form": self.form,
+            "labels": self.labels,
+            "images": self.images,
+            "errors": len(self.errors),
+            "warnings": len(self.warnings),
+            "counts": self.counts,
+            "findings": [{**asdict(finding), "severity": finding.severity} for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """What a worker found out about one image file."""
+
+    width: int = 0
+    height: int = 0
+    digest: str = ""
+    fault: str = ""
+    detail: str = ""
+
+
+@dataclass
+class _Findings:
+    """Collects findings under paths relative to the source."""
+
+    source: Path
+    found: list[Finding] = field(default_factory=list)
+
+    def add(self, path: Path, kind: str, detail: str, part: str = "") -> None:
+        record = path.relative_to(self.source).as_posix()
+        self.found.append(Finding(f"{record}: {part}" if part else record, kind, detail))
+
+    def sorted(self) -> tuple[Finding, ...]:
+        rank = {kind: index for index, kind in enumerate(DEFECTS)}
+        return tuple(sorted(self.found, key=lambda finding: (rank[finding.kind], finding.record, finding.detail)))
+
+
+def check(source: Path, *, workers: int = 1, progress: bool = False) -> CheckReport:
+    """Looks at every label, caption and image under `source`; a prepared folder is checked as a plain one.
+
+    Args:
+        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive).
+        workers: processes that decode images.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: no such folder, or neither labels nor captions in it.
+    """
+    is_prepared = (source / "pairs.jsonl").is_file()
+    form: Form = "plain" if is_prepared else find_form(source)
+    findings = _Findings(source)
+    if is_prepared:
+        try:
+            load_pairs(source)
+        except InputError as error:
+            findings.add(source / "pairs.jsonl", "broken_pairs", str(error))
+    if form == "labels":
+        folder = scan(source)
+        labels = len(folder.labels)
+        images = [path for paths in folder.images.values() for path in paths]
+        inspected = _inspect_all(images, findings, workers=workers, progress=progress)
+        _check_labels(folder, inspected, findings)
+    else:
+        matched, left_out = find_plain(source)
+        labels = len(matched)
+        images = [image_path for _, image_path, _ in matched]
+        for name, cause, reason in left_out:
+            findings.add(source / name, cause, reason)
+        _check_captions([text_path for _, _, text_path in matched], findings)
+        _inspect_all(images, findings, workers=workers, progress=progress)
+    return CheckReport(form, labels, len(images), findings.sorted())
+
+
+def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progress: bool) -> dict[Path, _Inspected]:
+    results = dict(ordered_map(_inspect, images, workers=workers, title="check", progress=progress))
+    by_digest: dict[str, Path] = {}
+    for path, result in results.items():
+        if result.fault:
+            findings.add(path, result.fault, result.detail)
+            continue
+        if min(result.width, result.height) < SMALLEST_SIDE:
+            findings.add(path, "tiny_image", f"{result.width} x {result.height}")
+        first = by_digest.setdefault(result.digest, path)
+        if first != path:
+            findings.add(path, "duplicate_image", f"same as {first.relative_to(findings.source).as_posix()}")
+    return results
+
+
+def _inspect(path: Path) -> _Inspected:
+    """Decodes one image, in a worker process."""
+    try:
+        image = open_image(path)
+    except ImageFault as fault:
+        return _Inspected(fault=fault.kind, detail=fault.remedy)
+    return _Inspected(image.width, image.height, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+# ------------------------------------------------------------------------------------------------------- labels
+
+
+def _check_labels(folder: LabelFolder, inspected: dict[Path, _Inspected], findings: _Findings) -> None:
+    claimed: set[Path] = set()
+    photos: dict[str, Path] = {}
+    _check_stems(folder.labels, "equal_stems", findings)
+    for path in folder.labels:
+        twin = folder.images.get(path.stem, ())
+        try:
+            label = read_label(path)
+        except LabelFault as fault:
+            claimed.update(twin)
+            findings.add(path, fault.kind, fault.remedy)
+            continue
+        image_path = find_image(folder, path, label)
+        claimed.update(twin if image_path is None else (image_path,))
+        if image_path is None:
+            findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or alike")
+        first = photos.setdefault(label.photo, path)
+        if first != path:
+            findings.add(path, "duplicate_id", f"{label.photo} is {first.relative_to(folder.root).as_posix()} too")
+        if label.photo != path.stem:
+            findings.add(path, "id_differs", f"이미지 식별자 is {label.photo}")
+        _check_content(path, label, findings)
+        _check_boxes(path, label, inspected.get(image_path) if image_path else None, findings)
+    for image_path in inspected:
+        if image_path not in claimed:
+            findings.add(image_path, "photo_without_label", "no label file names it")
+
+
+def _check_content(path: Path, label: Label, findings: _Findings) -> None:
+    for line in unknown_values(label):
+        findings.add(path, "unknown_value", line)
+    for note in label.notes:
+        findings.add(path, "unread_content", note)
+    if not label.garments:
+        findings.add(path, "label_without_garment", "no garment has a label or a box")
+    for garment in label.garments:
+        if garment.box_fault:
+            findings.add(path, "broken_box", garment.box_fault, garment.name)
+        elif garment.box is None:
+            findings.add(path, "garment_without_box", "has labels, but no box to crop", garment.name)
+        if not garment.attributes:
+            findings.add(path, "garment_without_label", "has a box, but nothing to say in a caption", garment.name)
+
+
+def _check_boxes(path: Path, label: Label, image: _Inspected | None, findings: _Findings) -> None:
+    width, height = label.width, label.height
+    if image is not None and not image.fault:
+        labelled = (width or image.width, height or image.height)
+        if labelled != (image.width, image.height):
+            told = f"label says {labelled[0]} x {labelled[1]}, the image is {image.width} x {image.height}"
+            findings.add(path, "size_mismatch", told)
+        else:
+            width, height = labelled
+    for garment in label.garments:
+        box = garment.box
+        if box is None:
+            continue
+        told = f"x {box.x:g}, y {box.y:g}, 가로 {box.width:g}, 세로 {box.height:g}"
+        if box.width < 0 or box.height < 0:
+            findings.add(path, "negative_box", told, garment.name)
+        elif box.width * box.height <= 1:
+            findings.add(path, "zero_area_box", told, garment.name)
+        elif width is not None and height is not None:
+            inside = f"{told} in an image of {width} x {height}"
+            if pixel_box(box, width, height)[0] is None:
+                findings.add(path, "box_outside_image", inside, garment.name)
+            elif min(box.x, box.y, width - box.x - box.width, height - box.y - box.height) < -1:
+                findings.add(path, "box_over_edge", inside, garment.name)
+
+
+# ----------------------------------------------------------------------------------------------------- captions
+
+
+def _check_captions(paths: list[Path], findings: _Findings) -> None:
+    _check_stems(paths, "same_name", findings)
+    for path in paths:
+        try:
+            captions = read_captions(path)
+        except CaptionFault as fault:
+            findings.add(path, fault.kind, fault.remedy)
+            continue
+        if any(not unicodedata.is_normalized("NFC", caption) for caption in captions):
+            findings.add(path, "decomposed_hangul", "write it in composed form (NFC)")
+
+
+def _check_stems(paths: Iterable[Path], kind: str, findings: _Findings) -> None:
+    stems: dict[str, Path] = {}
+    for path in paths:
+        first = stems.setdefault(path.stem, path)
+        if first != path:
+            findings.add(path, kind, f"same name as {first.relative_to(findings.source).as_posix()}")

@@ -1,0 +1,183 @@
+"""Opens training images safely and cuts garments out of them.
+
+Owns the one guarded way to read an image file, and the arithmetic from a label's box to an image of size x size.
+Pillow by itself only warns about a decompression bomb above 89 million pixels and raises above twice that; one such
+file is 0.5 GB of RGB in every worker. Here the header is judged before a pixel is decoded: above `MAX_PIXELS` is a
+fault. A truncated JPEG is a fault too, not an image with a grey lower half.
+
+Boxes follow K-Fashion: X좌표/Y좌표 is the top-left corner in pixels of the stored image. Some secondary material calls
+it the centre; that reading is there as an explicit option only.
+"""
+
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from engine.data.labels import Box
+from engine.errors import InputError
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+Origin = Literal["top_left", "center"]
+ImageFaultKind = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
+
+# What Pillow's decoders raise on damaged bytes (tests feed them mutated files).
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+class ImageFault(InputError):
+    """An image file that cannot be used; `kind` is one word for reports, `remedy` says what is wrong with it."""
+
+    def __init__(self, kind: ImageFaultKind, path: Path, remedy: str) -> None:
+        self.kind: ImageFaultKind = kind
+        self.path = path
+        super().__init__("image", path, remedy)
+
+    def __reduce__(self) -> tuple[type["ImageFault"], tuple[ImageFaultKind, Path, str]]:
+        return ImageFault, (self.kind, self.path, self.remedy)  # crosses process borders in prepare's workers
+
+
+class PixelBox(NamedTuple):
+    """A rectangle of whole pixels inside an image; right and bottom are exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def area(self) -> int:
+        return max(0, self.right - self.left) * max(0, self.bottom - self.top)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Reads an image file completely: RGB, upright (EXIF orientation applied), transparency laid on white.
+
+    Raises:
+        ImageFault: missing or empty file, not JPEG/PNG/WEBP, truncated or damaged, or above MAX_PIXELS pixels.
+    """
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise ImageFault("missing_image", path, "no such file") from error
+    if size_bytes == 0:
+        raise ImageFault("empty_file", path, "the file is empty (0 bytes)")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                told = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
+                raise ImageFault("oversize_image", path, told)
+            image.load()
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except ImageFault:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageFault("not_an_image", path, f"is not a {', '.join(FORMATS)} image") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warning: under python -W error
+        raise ImageFault("oversize_image", path, f"is too large to decode: {error}") from error
+    except _DECODE_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise ImageFault("broken_image", path, f"is truncated or damaged: {reason}") from error
+
+
+def pixel_box(
+    box: Box, image_width: int, image_height: int, *, origin: Origin = "top_left", margin: float = 0.0
+) -> tuple[PixelBox | None, str]:
+    """Clamps a label's box to the image and rounds it to whole pixels.
+
+    Args:
+        box: as labelled, in pixels.
+        image_width: pixels.
+        image_height: pixels.
+        origin: what x, y of the box mean; K-Fashion's are the top-left corner.
+        margin: added on each side, as a share of the box's longer side, before clamping.
+
+    Returns:
+        The box and "", or None and the reason why it cannot be used. A box with an area of at most one pixel after
+        clamping is dropped (K-Fashion has such boxes); a margin does not bring it back.
+    """
+    if not all(math.isfinite(number) for number in box):
+        return None, f"box {_told(box)} has a number that is not finite"
+    if box.width < 0 or box.height < 0:
+        return None, f"box {_told(box)} has a negative size"
+    left, top = box.x, box.y
+    if origin == "center":
+        left, top = box.x - box.width / 2, box.y - box.height / 2
+    bare = _clamped(left, top, left + box.width, top + box.height, image_width, image_height)
+    if bare.area <= 1:
+        if box.width * box.height <= 1:
+            return None, f"box {_told(box)} has no area"
+        return None, f"box {_told(box)} covers no more than a pixel of the image of {image_width} x {image_height}"
+    extra = margin * max(box.width, box.height)
+    right, bottom = left + box.width + extra, top + box.height + extra
+    return _clamped(left - extra, top - extra, right, bottom, image_width, image_height), ""
+
+
+def crop_and_resize(image: Image.Image, box: PixelBox | None, size: int, *, keep_aspect: bool = False) -> Image.Image:
+    """Cuts `box` out of `image` (None: all of it) and brings it to size x size, antialiased (LANCZOS).
+
+    The published data are stretched to the square. With `keep_aspect` the crop is first padded to a square, centred,
+    with the median colour of its edge pixels, so that proportions survive and a plain background continues.
+    """
+    crop = image.crop(box) if box is not None else image
+    if keep_aspect and crop.width != crop.height:
+        side = max(crop.width, crop.height)
+        square = Image.new("RGB", (side, side), _edge_color(crop))
+        square.paste(crop, ((side - crop.width) // 2, (side - crop.height) // 2))
+        crop = square
+    if crop.size == (size, size):
+        return crop
+    return crop.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _told(box: Box) -> str:
+    return f"(x {box.x:g}, y {box.y:g}, width {box.width:g}, height {box.height:g})"
+
+
+def _clamped(left: float, top: float, right: float, bottom: float, image_width: int, image_height: int) -> PixelBox:
+    def whole(number: float, limit: int) -> int:
+        # floor(x + 0.5), not round(): round-half-even would move 10.5 and 11.5 by different amounts
+        return math.floor(min(max(number, 0.0), float(limit)) + 0.5)
+
+    return PixelBox(
+        whole(left, image_width), whole(top, image_height), whole(right, image_width), whole(bottom, image_height)
+    )
+
+
+def _edge_color(image: Image.Image) -> tuple[int, int, int]:
+    pixels = np.asarray(image)  # (height, width, 3)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (2 * width + 2 * height, 3)
+    red, green, blue = np.median(edges, axis=0).round().astype(int).tolist()
+    return red, green, blue
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit grey PNG: Pillow's own conversion clips at 255, which turns it white
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # dropping alpha instead would show what was hidden under it, black as a rule
+        layered = image.convert("RGBA")
+        ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, layered).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,381 @@
+"""Reads K-Fashion label JSON (AI Hub "K-Fashion 이미지" v1.1) into frozen dataclasses, and finds each label's photo.
+
+Owns the format, its vocabulary and its folder layouts. Labels in the wild are incomplete: garments without 카테고리,
+boxes without a useful label and the reverse, `[{}]` for an absent garment, boxes without area. None of that fails
+here; what could not be understood is kept in `Label.notes` or `Garment.box_fault` and told by whoever reports.
+
+The vocabulary is open (K-COORD's own tables lack values that occur): an unknown value is a warning, never a fault, and
+spelling variants are brought together for lookups only; captions keep what the label says.
+
+Source: K-COORD/K-Fashion, examples/*.json, README.md, dataset.py.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from engine.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+REPLACEMENT = "\ufffd"  # what a careless conversion leaves in place of a character
+CONVERT = "for cp949: iconv -f cp949 -t utf-8"
+# First-level folders that are a source's own split, in lower case.
+SIDES: dict[str, Literal["train", "validation"]] = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+}
+STYLE = "스타일"
+KINDS = ("아우터", "하의", "원피스", "상의")  # the JSON's key order, and the captions'
+KIND_NAMES = {"아우터": "outer", "하의": "bottom", "원피스": "onepiece", "상의": "top"}  # for file names
+STYLE_ATTRIBUTES = ("스타일", "서브스타일")
+ATTRIBUTES = ("기장", "색상", "서브색상", "카테고리", "옷깃", "디테일", "소매기장", "소재", "프린트", "넥라인", "핏")
+LIST_ATTRIBUTES = ("디테일", "소재", "프린트")
+
+LabelFaultKind = Literal[
+    "unreadable_label", "empty_file", "wrong_encoding", "replacement_characters", "broken_json", "wrong_structure"
+]
+Attributes = dict[str, str | list[str]]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.strip() for word in text.split(","))
+
+
+_COLORS = _words(
+    "골드, 그레이, 그린, 네온, 네이비, 라벤더, 레드, 민트, 베이지, 브라운, 블랙, 블루, 스카이블루, 실버, 옐로우, "
+    "오렌지, 와인, 카키, 퍼플, 핑크, 화이트"
+)
+_STYLES = _words(
+    "클래식, 프레피, 매니시, 톰보이, 페미닌, 로맨틱, 섹시, 히피, 웨스턴, 오리엔탈, 모던, 소피스트케이티드, 아방가르드, "
+    "컨트리, 리조트, 젠더리스, 스포티, 레트로, 키치, 힙합, 펑크, 밀리터리, 스트리트"
+)
+# Known values by attribute; 카테고리 and 기장 depend on the garment and are asked for as (kind, attribute) first.
+VOCABULARY: dict[str | tuple[str, str], frozenset[str]] = {
+    ("상의", "카테고리"): _words("탑, 블라우스, 티셔츠, 니트웨어, 셔츠, 브라탑, 후드티"),
+    ("하의", "카테고리"): _words("청바지, 팬츠, 스커트, 래깅스, 조거팬츠"),
+    ("아우터", "카테고리"): _words("코트, 재킷, 점퍼, 패딩, 베스트, 가디건, 짚업"),
+    ("원피스", "카테고리"): _words("드레스, 점프수트"),
+    ("상의", "기장"): _words("크롭, 노멀, 롱"),
+    ("하의", "기장"): _words("미니, 니렝스, 미디, 발목, 맥시"),
+    ("원피스", "기장"): _words("미니, 니렝스, 미디, 발목, 맥시"),
+    ("아우터", "기장"): _words("크롭, 노멀, 하프, 롱, 맥시"),
+    "색상": _COLORS,
+    "서브색상": _COLORS,
+    "소매기장": _words("없음, 민소매, 반팔, 캡, 7부소매, 긴팔"),
+    "핏": _words("노멀, 루즈, 오버사이즈, 스키니, 와이드, 타이트, 벨보텀"),
+    "소재": _words(
+        "패딩, 퍼, 무스탕, 스웨이드, 앙고라, 코듀로이, 시퀸/글리터, 데님, 저지, 트위드, 벨벳, 비닐/PVC, 울/캐시미어, "
+        "합성섬유, 헤어 니트, 니트, 레이스, 린넨, 메시, 플리스, 네오프렌, 실크, 스판덱스, 자카드, 가죽, 면, 시폰, 우븐"
+    ),
+    "프린트": _words(
+        "그라데이션, 그래픽, 깅엄, 도트, 레터링, 무지, 믹스, 뱀피, 스트라이프, 아가일, 지그재그, 지브라, 체크, 카무플라쥬, "
+        "타이다이, 페이즐리, 플로럴, 하운즈투스, 하트, 해골, 호피"
+    ),
+    "디테일": _words(
+        "X스트랩, 글리터, 니트꽈베기, 단추, 더블브레스티드, 드롭숄더, 드롭웨이스트, 디스트로이드, 띠, 러플, 레이스, 레이스업, "
+        "롤업, 리본, 버클, 비대칭, 비즈, 셔링, 스터드, 스트링, 스티치, 스팽글, 슬릿, 싱글브레스티드, 자수, 지퍼, 체인, "
+        "컷아웃, 퀄팅, 태슬, 패치워크, 퍼트리밍, 퍼프, 페플럼, 포켓, 폼폼, 프린지, 프릴, 플레어, 플리츠"
+    ),
+    "넥라인": _words(
+        "라운드넥, 유넥, 브이넥, 홀토넥, 오프숄더, 원 숄더, 스퀘어넥, 노카라, 후드, 터틀넥, 보트넥, 스위트하트"
+    ),
+    "옷깃": _words(
+        "셔츠칼라, 보우칼라, 세일러칼라, 숄칼라, 폴로칼라, 피터팬칼라, 너치드칼라, 차이나칼라, 테일러칼라, 밴드칼라"
+    ),
+    "스타일": _STYLES,
+    "서브스타일": _STYLES,
+}
+_SPELLINGS = {
+    "노말": "노멀",
+    "홀터넥": "홀토넥",
+    "원숄더": "원 숄더",
+    "테일러드칼라": "테일러칼라",
+    "키치/키덜트": "키치",
+    "헤어니트": "헤어 니트",
+    "시퀸": "시퀸/글리터",
+}
+
+
+class LabelFault(InputError):
+    """A label file that cannot be read; `kind` is one word for reports, `remedy` says what is wrong with it."""
+
+    def __init__(self, kind: LabelFaultKind, path: Path, remedy: str) -> None:
+        self.kind: LabelFaultKind = kind
+        self.path = path
+        super().__init__("label", path, remedy)
+
+
+class Box(NamedTuple):
+    """A rectangle as the label gives it, in (possibly fractional) pixels of the stored photo; x, y is top-left."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Garment:
+    """One garment of a photo.
+
+    Args:
+        kind: 아우터, 하의, 원피스 or 상의.
+        index: counts the entries of one kind, from 0.
+        attributes: as labelled, in file order, empty values left out; {} when the label says nothing of use.
+        box: None when there is none, or when `box_fault` says why it could not be read.
+    """
+
+    kind: str
+    index: int
+    attributes: Attributes
+    box: Box | None = None
+    box_fault: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.index}"
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label file. `width`, `height` in pixels; `notes` tells what stands in the file but was not understood."""
+
+    photo: str
+    image_file_name: str
+    width: int | None
+    height: int | None
+    styles: tuple[Attributes, ...]
+    garments: tuple[Garment, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_label(path: Path) -> Label:
+    """Reads one label file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        LabelFault: (an InputError) empty file, not UTF-8, not JSON, or without 데이터셋 상세설명 / 라벨링.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise LabelFault("unreadable_label", path, f"cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise LabelFault("empty_file", path, "the file is empty")
+    try:
+        # NFC: archives repacked on macOS carry decomposed Hangul, whose keys would not be found
+        text = unicodedata.normalize("NFC", content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise LabelFault("wrong_encoding", path, f"is not UTF-8: convert it ({CONVERT})") from error
+    if REPLACEMENT in text:
+        raise LabelFault("replacement_characters", path, "has U+FFFD where characters were lost: take the original")
+    try:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LabelFault("broken_json", path, f"is not JSON: {error}") from error
+    return parse_label(tree, path)
+
+
+def parse_label(tree: Any, path: Path) -> Label:
+    """The label in a decoded JSON tree; `path` names it in faults and stands in for a missing 이미지 식별자."""
+    detail = _section(_section(tree, "데이터셋 정보", path), "데이터셋 상세설명", path)
+    labelling = _section(detail, "라벨링", path)
+    notes: list[str] = []
+    about = tree.get("이미지 정보", {})
+    if not isinstance(about, dict):
+        notes.append("이미지 정보 is not an object")
+        about = {}
+    boxes = detail.get("렉트좌표", {})
+    if not isinstance(boxes, dict):
+        notes.append("렉트좌표 is not an object")
+        boxes = {}
+    notes += [f"라벨링 has an unknown part {name!r}" for name in labelling if name not in (STYLE, *KINDS)]
+    styles = (_attributes(entry, STYLE, notes) for entry in _entries(labelling, STYLE, notes))
+    garments: list[Garment] = []
+    for kind in KINDS:
+        entries, rectangles = _entries(labelling, kind, notes), _entries(boxes, kind, notes)
+        for index in range(max(len(entries), len(rectangles))):
+            attributes = _attributes(entries[index], f"{kind} {index}", notes) if index < len(entries) else {}
+            box, fault = _box(rectangles[index]) if index < len(rectangles) else (None, "")
+            if attributes or box or fault:
+                garments.append(Garment(kind, index, attributes, box, fault))
+    return Label(
+        photo=_identifier(about.get("이미지 식별자"), path),
+        image_file_name=str(about.get("이미지 파일명") or ""),
+        width=_pixels(about, "이미지 너비", notes),
+        height=_pixels(about, "이미지 높이", notes),
+        styles=tuple(style for style in styles if style),
+        garments=tuple(garments),
+        notes=tuple(notes),
+    )
+
+
+def normalise(value: str) -> str:
+    """The spelling under which the vocabulary knows a value (노말 -> 노멀); for lookups only."""
+    value = " ".join(value.split())
+    return _SPELLINGS.get(value, value)
+
+
+def vocabulary(kind: str, attribute: str) -> frozenset[str] | None:
+    """Known values of an attribute of a garment kind (or of STYLE); None for an attribute that is not known."""
+    return VOCABULARY.get((kind, attribute), VOCABULARY.get(attribute))
+
+
+def unknown_values(label: Label) -> list[str]:
+    """One line for every attribute or value outside the vocabulary: things to look at, not faults."""
+    lines = []
+    parts = [(STYLE, style) for style in label.styles] + [(item.kind, item.attributes) for item in label.garments]
+    for kind, attributes in parts:
+        for attribute, value in attributes.items():
+            known = vocabulary(kind, attribute)
+            if known is None:
+                lines.append(f"{kind}: unknown attribute {attribute!r}")
+                continue
+            values = [value] if isinstance(value, str) else value
+            lines += [f"{kind} {attribute}: unknown value {v!r}" for v in values if normalise(v) not in known]
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ folders of labels
+
+
+@dataclass(frozen=True)
+class LabelFolder:
+    """The files of a K-Fashion folder, sorted; `others` are neither labels nor images."""
+
+    root: Path
+    labels: tuple[Path, ...]
+    images: dict[str, tuple[Path, ...]]  # by stem
+    others: tuple[Path, ...]
+    label_stems: frozenset[str]
+
+
+def scan(root: Path) -> LabelFolder:
+    """Lists `root` recursively: `labels/*.json` + `images/*.jpg`, or AI-Hub's `<any folder>/<id>.{json,jpg}`."""
+    labels: list[Path] = []
+    images: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for path in files_under(root):
+        if path.suffix.lower() == ".json":
+            labels.append(path)
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(path.stem, []).append(path)
+        else:
+            others.append(path)
+    stems = frozenset(path.stem for path in labels)
+    return LabelFolder(root, tuple(labels), {k: tuple(v) for k, v in images.items()}, tuple(others), stems)
+
+
+def files_under(root: Path) -> Iterator[Path]:
+    """All files under `root`, sorted by path; hidden files and folders (leftovers of archivers) are passed over."""
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
+            yield path
+
+
+def find_image(folder: LabelFolder, label_path: Path, label: Label) -> Path | None:
+    """The photo of a label: by the label file's stem, else by 이미지 식별자, else by 이미지 파일명.
+
+    이미지 파일명 is the shop's original name, which may happen to be another photo's name on disk: the two fall-backs
+    therefore never take an image whose own label exists.
+    """
+    found = _nearest(folder, label_path, label_path.stem)
+    for stem in (label.photo, Path(label.image_file_name).stem):
+        if found is None and stem and stem not in folder.label_stems:
+            found = _nearest(folder, label_path, stem)
+    return found
+
+
+def _nearest(folder: LabelFolder, label_path: Path, stem: str) -> Path | None:
+    """Beside the label, else in images/ for labels/, else the only one on the same side of the split."""
+    candidates = folder.images.get(stem, ())
+    place = label_path.parent
+    parts = place.relative_to(folder.root).parts
+    twin = folder.root.joinpath(*("images" if part.lower() == "labels" else part for part in parts))
+    for wanted in (place, twin):
+        here = [path for path in candidates if path.parent == wanted]
+        if here:
+            return here[0]
+    elsewhere = [path for path in candidates if _side(folder, path) == _side(folder, label_path)]
+    return elsewhere[0] if len(elsewhere) == 1 else None
+
+
+def _side(folder: LabelFolder, path: Path) -> str:
+    return SIDES.get(path.relative_to(folder.root).parts[0].lower(), "")
+
+
+# --------------------------------------------------------------------------------------------------- parsing parts
+
+
+def _section(tree: Any, name: str, path: Path) -> dict[str, Any]:
+    part = tree.get(name) if isinstance(tree, dict) else None
+    if not isinstance(part, dict):
+        raise LabelFault("wrong_structure", path, f"has no object {name!r}: it is no K-Fashion label")
+    return part
+
+
+def _entries(section: dict[str, Any], kind: str, notes: list[str]) -> list[dict[str, Any]]:
+    entries = section.get(kind)
+    if entries is None:
+        return []
+    if isinstance(entries, dict):
+        notes.append(f"{kind} is an object, not a list of objects: read as a list of one")
+        return [entries]
+    if not isinstance(entries, list):
+        notes.append(f"{kind} is not a list of objects: passed over")
+        return []
+    bad = sum(not isinstance(entry, dict) and entry is not None for entry in entries)
+    if bad:
+        notes.append(f"{kind} has {bad} entries that are not objects: passed over")
+    return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
+def _attributes(entry: dict[str, Any], where: str, notes: list[str]) -> Attributes:
+    attributes: Attributes = {}
+    for name, value in entry.items():
+        if isinstance(value, list):
+            texts = [item.strip() for item in value if isinstance(item, str) and item.strip()]
+            if any(not isinstance(item, str | None) for item in value):
+                notes.append(f"{where} {name}: has values that are not texts")
+            if texts:
+                attributes[name] = texts
+        elif isinstance(value, str):
+            if value.strip():
+                attributes[name] = value.strip()
+        elif value is not None:
+            notes.append(f"{where} {name}: {value!r} is not a text")
+    return attributes
+
+
+def _box(entry: dict[str, Any]) -> tuple[Box | None, str]:
+    if not entry:
+        return None, ""
+    numbers = []
+    for name in ("X좌표", "Y좌표", "가로", "세로"):
+        number = entry.get(name)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            return None, f"box: {name} is {number!r}, not a number" if name in entry else f"box: {name} is missing"
+        if not abs(number) < 1e9:  # also false for NaN, which Python's JSON reader lets through
+            return None, f"box: {name} is {number!r}, which is no position in an image"
+        numbers.append(float(number))
+    return Box(*numbers), ""
+
+
+def _pixels(about: dict[str, Any], name: str, notes: list[str]) -> int | None:
+    number = about.get(name)
+    if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < 1e9:
+        return int(number)
+    if number is not None:
+        notes.append(f"{name} is {number!r}, not a positive number")
+    return None
+
+
+def _identifier(value: Any, path: Path) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+        return path.stem
+    return str(value).strip()

@@ -1,0 +1,291 @@
+"""(image, caption) pairs: what every training stage reads.
+
+Owns the in-memory list of pairs, its train/validation split, the class-balancing weights and the reading of one
+image. Two forms on disk give the same `Pairs`: a prepared folder (`pairs.jsonl`, written by `kodalle data prepare`,
+which carries its own split) and a plain folder of name.jpg + name.txt (split here, by a hash of the stem).
+
+Order is sorted by key and the split is a pure function of (seed, photo), so two processes, or two machines, agree
+without talking. The ancestors ordered pairs by `list(set(...))`, which differs between processes, and let equal stems
+of two folders overwrite each other; here a key is the path under the folder.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.crops import crop_and_resize, open_image
+from engine.data.labels import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
+from engine.errors import InputError
+
+FORMAT_VERSION = 1
+MAX_SET_ASIDE = 0.05  # share of a plain folder's records that may be unusable before training refuses to start
+
+Split = Literal["train", "validation"]
+CaptionFaultKind = Literal["unreadable_caption", "wrong_encoding", "empty_caption", "replacement_characters"]
+Attributes = Mapping[str, str | list[str]]
+
+_log = logging.getLogger(__name__)
+
+
+class CaptionFault(InputError):
+    """A caption file that cannot be used; `kind` is one word for reports, `remedy` says what is wrong with it."""
+
+    def __init__(self, kind: CaptionFaultKind, path: Path, remedy: str) -> None:
+        self.kind: CaptionFaultKind = kind
+        self.path = path
+        super().__init__("caption", path, remedy)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its caption(s). `photo` is what must stay on one side of the split (several crops share it)."""
+
+    key: str
+    image_path: Path
+    captions: tuple[str, ...]
+    photo: str
+    split: Split
+    attributes: Attributes = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of a folder, sorted by key, and what was left out of it as (name, reason)."""
+
+    all: tuple[Pair, ...]
+    set_aside: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def train(self) -> tuple[Pair, ...]:
+        return tuple(pair for pair in self.all if pair.split == "train")
+
+    @cached_property
+    def validation(self) -> tuple[Pair, ...]:
+        return tuple(pair for pair in self.all if pair.split == "validation")
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+
+def load_pairs(folder: Path, *, validation_fraction: float = 0.05, seed: int = 42) -> Pairs:
+    """Reads a prepared folder or a plain folder of name.jpg + name.txt (recursive).
+
+    Args:
+        folder: holds pairs.jsonl, or images with captions beside them.
+        validation_fraction: share of photos held out, for plain folders; a prepared folder has its split, and so has
+            a plain one with train/ and validation/ in it.
+        seed: of the plain folder's split.
+
+    Raises:
+        InputError: no such folder, no pairs, no training pairs, a broken line, a missing image, or more than 5 % of a
+            plain folder's files unusable (fewer are set aside: named in `Pairs.set_aside` and in one warning).
+    """
+    if not folder.is_dir():
+        raise InputError("pairs", folder, "no such folder: give one made by `kodalle data prepare`, or name.jpg + .txt")
+    if (folder / "pairs.jsonl").is_file():
+        pairs = _load_prepared(folder)
+    else:
+        pairs = _load_plain(folder, validation_fraction, seed)
+    if not pairs.all:
+        raise InputError("pairs", folder, "holds no pairs: it needs pairs.jsonl, or images with name.txt beside them")
+    if not pairs.train:
+        raise InputError("pairs", folder, f"all {len(pairs)} pairs are for validation, none is left to train on")
+    return pairs
+
+
+def load_image(pair: Pair, image_size: int) -> npt.NDArray[np.uint8]:
+    """The pair's image as (image_size, image_size, 3) uint8; stretched, antialiased, if stored in another size.
+
+    Raises:
+        ImageFault: (an InputError) unreadable, truncated or oversize; names the file.
+    """
+    image = crop_and_resize(open_image(pair.image_path), None, image_size)
+    return np.array(image, dtype=np.uint8)  # a copy: the caller may write to it
+
+
+def balance_weights(pairs: Sequence[Pair], attribute: str, *, inverse: Literal["sqrt", "full"] = "sqrt") -> list[float]:
+    """Resampling weights that draw rare values of an attribute more often; their mean is 1.
+
+    Args:
+        pairs: at least one.
+        attribute: e.g. `카테고리` or `garment`; a pair without it counts as a class of its own.
+        inverse: `sqrt` weighs a pair 1 / sqrt(n) for a value seen n times (a class is drawn in proportion to
+            sqrt(n)); `full` weighs it 1 / n (all classes equally often).
+
+    Raises:
+        InputError: no pair has the attribute (a typing error would otherwise weigh all pairs alike, unnoticed).
+    """
+    values = [_value_of(pair, attribute) for pair in pairs]
+    if not any(values):
+        known = sorted({name for pair in pairs for name in pair.attributes})
+        raise InputError("balance", attribute, f"no pair has this attribute; known are: {', '.join(known) or 'none'}")
+    counts = Counter(values)
+    power = 0.5 if inverse == "sqrt" else 1.0
+    weights = [counts[value] ** -power for value in values]
+    mean = sum(weights) / len(weights)
+    return [weight / mean for weight in weights]
+
+
+def split_of(photo: str, validation_fraction: float, seed: int) -> Split:
+    """Which side a photo is on: a pure function, uniform over photos (first 8 bytes of SHA-256)."""
+    digest = hashlib.sha256(f"{seed}:{photo}".encode()).digest()
+    return "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
+
+
+def source_sides(root: Path) -> dict[str, Split]:
+    """The sub-folders of `root` that are the source's own split ({} unless both sides are there).
+
+    Their names are train or Training, and val, valid, validation or Validation.
+    """
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in SIDES)
+    sides = {name: SIDES[name.lower()] for name in folders}
+    return sides if set(sides.values()) == {"train", "validation"} else {}
+
+
+def read_captions(path: Path) -> tuple[str, ...]:
+    """The non-empty lines of a caption file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        CaptionFault: (an InputError) unreadable, not UTF-8, with characters lost to an earlier conversion, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CaptionFault("wrong_encoding", path, f"is not UTF-8: convert it ({CONVERT})") from error
+    except OSError as error:
+        raise CaptionFault("unreadable_caption", path, f"cannot be read: {error.strerror}") from error
+    if REPLACEMENT in text:
+        raise CaptionFault("replacement_characters", path, "has U+FFFD where characters were lost: take the original")
+    captions = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not captions:
+        raise CaptionFault("empty_caption", path, "is empty: write a caption into it")
+    return captions
+
+
+def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[str, str, str]]]:
+    """Pairs up the images and .txt files under a plain folder.
+
+    Returns:
+        matched: (key, image, caption file), sorted by key; the key is the path under `folder` without its suffix.
+        left_out: (path under `folder`, one-word cause, reason) for every image or text that has no partner.
+    """
+    images: dict[str, Path] = {}
+    texts: dict[str, Path] = {}
+    left_out: list[tuple[str, str, str]] = []
+    for path in files_under(folder):
+        relative = path.relative_to(folder)
+        suffix = path.suffix.lower()
+        key = relative.with_suffix("").as_posix()
+        known = images if suffix in IMAGE_SUFFIXES else texts if suffix == ".txt" else None
+        if known is None:
+            continue
+        if key in known:
+            left_out.append((relative.as_posix(), "equal_stems", f"has the same name as {known[key].name}"))
+        else:
+            known[key] = path
+    for key, path in images.items():
+        if key not in texts:
+            left_out.append((path.relative_to(folder).as_posix(), "photo_without_caption", f"there is no {key}.txt"))
+    for key, path in texts.items():
+        if key not in images:
+            left_out.append((path.relative_to(folder).as_posix(), "caption_without_photo", f"no image named {key}"))
+    matched = [(key, images[key], texts[key]) for key in sorted(images.keys() & texts.keys())]
+    return matched, sorted(left_out)
+
+
+def _value_of(pair: Pair, attribute: str) -> str:
+    value = pair.attributes.get(attribute, "")
+    return value if isinstance(value, str) else ", ".join(value)
+
+
+def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
+    matched, left_out = find_plain(folder)
+    set_aside = [(name, reason) for name, _, reason in left_out]
+    pairs = []
+    sides = source_sides(folder)
+    for key, image_path, text_path in matched:
+        parent, photo = PurePosixPath(key).parts[0], PurePosixPath(key).name
+        if sides and parent not in sides:
+            set_aside.append((text_path.relative_to(folder).as_posix(), f"is in none of {', '.join(sides)}"))
+            continue
+        try:
+            captions = read_captions(text_path)
+        except InputError as error:
+            set_aside.append((text_path.relative_to(folder).as_posix(), error.remedy))
+            continue
+        split = sides[parent] if sides else split_of(photo, validation_fraction, seed)
+        pairs.append(Pair(key, image_path, captions, photo, split))
+    if pairs and set_aside:
+        name, reason = set_aside[0]
+        told = f"{len(set_aside)} of {len(pairs) + len(set_aside)} records set aside, the first: {name}: {reason}"
+        if len(set_aside) > MAX_SET_ASIDE * (len(pairs) + len(set_aside)):
+            raise InputError("pairs", folder, f"{told}; run `kodalle data check` on it and mend or remove them")
+        _log.warning("%s: %s", folder, told)
+    return Pairs(tuple(pairs), tuple(set_aside))
+
+
+def _load_prepared(folder: Path) -> Pairs:
+    file = folder / "pairs.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError("pairs", file, f"is not UTF-8 ({error}): prepare the folder again") from error
+    listings: dict[Path, set[str]] = {}
+    pairs: dict[str, Pair] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        pair = _read_line(line, folder, f"{file}:{number}")
+        if pair.key in pairs:
+            raise InputError(
+                "pairs", f"{file}:{number}", f"key {pair.key} stands there twice: prepare the folder again"
+            )
+        # one listing a folder instead of one stat() an image: a million round trips on network storage
+        parent = pair.image_path.parent
+        if parent not in listings:
+            listings[parent] = {path.name for path in parent.iterdir()} if parent.is_dir() else set()
+        if pair.image_path.name not in listings[parent]:
+            raise InputError("pairs", pair.image_path, f"no such file, named in {file}:{number}: prepare it again")
+        pairs[pair.key] = pair
+    return Pairs(tuple(pairs[key] for key in sorted(pairs)))
+
+
+def _read_line(line: str, folder: Path, where: str) -> Pair:
+    def bad(reason: str) -> InputError:
+        return InputError("pairs", where, f"{reason}: prepare the folder again")
+
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise bad(f"is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise bad("is not a JSON object")
+    for name in ("key", "image", "caption", "photo", "split"):
+        if not isinstance(record.get(name), str) or not record[name].strip():
+            raise bad(f"has no text under `{name}`")
+    if record["split"] not in ("train", "validation"):
+        raise bad(f"split is {record['split']!r}, not train or validation")
+    image = PurePosixPath(record["image"])
+    if image.is_absolute() or ".." in image.parts:
+        raise bad(f"image {record['image']!r} points outside the folder")
+    captions = record.get("captions", [record["caption"]])
+    if not _is_texts(captions) or not captions or captions[0] != record["caption"]:
+        raise bad("captions is not a list of texts that starts with caption")
+    attributes: Any = record.get("attributes", {})
+    if not isinstance(attributes, dict) or not all(isinstance(v, str) or _is_texts(v) for v in attributes.values()):
+        raise bad("attributes is not a flat object of texts and lists of texts")
+    split = cast(Split, record["split"])
+    return Pair(record["key"], folder / image, tuple(captions), record["photo"], split, attributes)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -1,0 +1,261 @@
+"""Turns a labelled or captioned folder into the prepared folder that training reads.
+
+Owns the prepared folder's form (version FORMAT_VERSION):
+
+    DST/images/<key>.png    one square crop a garment (or the whole image, for plain sources)
+    DST/images/<key>.txt    its caption(s), so that DST/images is also a plain folder
+    DST/pairs.jsonl         one line a pair: key, image, caption, photo, split, attributes (captions, if several)
+    DST/report.json         records = used + set aside by cause, each one named; the options; the format version
+
+Every record of the source is either used or named in the report with its cause. Two sorts of cause: what is normal in
+K-Fashion (a garment without box or without label: NORMAL), and faults. Faults are set aside and counted too, but more
+than `max_bad` of them stops the run, and nothing is written. The bytes written depend on the source and the options
+only, not on the number of workers.
+"""
+
+import contextlib
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from engine.data.captions import ListValues
+from engine.data.crops import ImageFault, Origin, crop_and_resize, open_image, pixel_box
+from engine.data.labels import Box
+from engine.data.pairs import FORMAT_VERSION
+from engine.data.sources import Crop, Form, Job, Plan, PrepareOptions, Skipped, plan_source
+from engine.data.workers import ordered_map
+from engine.errors import InputError
+from engine.files import atomic_folder, write_json
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What came of a run: records = used + len(skipped) and used = train + validation."""
+
+    form: Form
+    split: str
+    records: int
+    train: int
+    validation: int
+    skipped: tuple[Skipped, ...]
+    notes: dict[str, int]
+    options: PrepareOptions
+
+    @property
+    def used(self) -> int:
+        return self.train + self.validation
+
+    @property
+    def bad(self) -> int:
+        return sum(item.is_bad for item in self.skipped)
+
+    @property
+    def causes(self) -> dict[str, int]:
+        return dict(sorted(Counter(item.cause for item in self.skipped).items()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "form": self.form,
+            "split": self.split,
+            "records": self.records,
+            "used": self.used,
+            "train": self.train,
+            "validation": self.validation,
+            "set_aside": self.causes,
+            "bad": self.bad,
+            "skipped": [asdict(item) for item in self.skipped],
+            "notes": self.notes,
+            "options": asdict(self.options),
+        }
+
+
+def prepare(
+    source: Path,
+    destination: Path,
+    *,
+    image_size: int = 256,
+    image_format: Literal["png", "jpg"] = "png",
+    keep_aspect: bool = False,
+    box_margin: float = 0.0,
+    box_origin: Origin = "top_left",
+    scale_boxes: bool = False,
+    caption_scope: Literal["garment", "photo"] = "garment",
+    style: bool = False,
+    subject_once: bool = False,
+    list_values: ListValues = "all",
+    validation_fraction: float = 0.05,
+    seed: int = 42,
+    max_bad: float = 0.05,
+    strict: bool = False,
+    form: Form | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> PrepareReport:
+    """Prepares `source` for training.
+
+    Args:
+        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive); see `form`.
+        destination: a folder that is new or empty; it appears only once complete.
+        image_size: side of the square images written, in pixels.
+        image_format: png, or jpg (quality 95: about a quarter of the bytes).
+        keep_aspect: pad crops to a square instead of stretching them (published: stretch).
+        box_margin: added on each side of a box, as a share of its longer side.
+        box_origin: what X좌표, Y좌표 mean.
+        scale_boxes: photos were resized after labelling: scale boxes from the label's size to the photo's.
+            Without it such photos are set aside as `size_mismatch`.
+        caption_scope: `garment` tells of the cropped garment alone, `photo` of all in the photo.
+        style: keep sentences on 스타일 (KoDALLE trains without). Captions of plain sources stay as they are.
+        subject_once: tell `상의에서` once.
+        list_values: all values of 디테일, 소재, 프린트, or the first.
+        validation_fraction: share of photos held out, unless the source has train/ and validation/.
+        seed: of that split.
+        max_bad: more than this share of faulty records is an InputError.
+        strict: the first faulty record is an InputError.
+        form: of the source; None finds out (labels when there are more .json than .txt files).
+        workers: processes.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: nothing to prepare, too many faults, a destination in use; nothing is left behind then.
+    """
+    options = PrepareOptions(
+        image_size=image_size,
+        image_format=image_format,
+        keep_aspect=keep_aspect,
+        box_margin=box_margin,
+        box_origin=box_origin,
+        scale_boxes=scale_boxes,
+        caption_scope=caption_scope,
+        style=style,
+        subject_once=subject_once,
+        list_values=list_values,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        max_bad=max_bad,
+        form=form,
+    )
+    _check_places(source, destination)
+    with atomic_folder(destination) as folder:
+        plan = plan_source(source, options, strict=strict)
+        records = plan.records
+        _refuse_bad(source, plan, records, max_bad)
+        counts = _write_pairs(folder, plan, options, source, workers=workers, progress=progress)
+        report = PrepareReport(
+            form=plan.form,
+            split="source folders" if plan.has_sides else "hash of photo",
+            records=records,
+            train=counts["train"],
+            validation=counts["validation"],
+            skipped=tuple(sorted(plan.skipped, key=lambda item: (item.record, item.cause))),
+            notes=dict(sorted(plan.notes.items())),
+            options=options,
+        )
+        _refuse_empty(source, report)
+        write_json(folder / "report.json", report.to_json())
+    return report
+
+
+def _check_places(source: Path, destination: Path) -> None:
+    if not source.is_dir():
+        raise InputError("source", source, "no such folder: give one with labels and images, or name.jpg + name.txt")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise InputError("destination", destination, f"lies inside the source {source}: choose a folder outside")
+
+
+def _write_pairs(
+    folder: Path, plan: Plan, options: PrepareOptions, source: Path, *, workers: int, progress: bool
+) -> Counter[str]:
+    """Writes images, captions and pairs.jsonl; returns the number of pairs of each split."""
+    counts: Counter[str] = Counter()
+    records = plan.records
+    cut = functools.partial(_cut_job, images=folder / "images", options=options)
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as lines:
+        # closed at once when a fault ends the run: no worker may write into a folder that is being removed
+        results = ordered_map(cut, plan.jobs, workers=workers, title="prepare", progress=progress)
+        with contextlib.closing(results):
+            for job, faults in results:
+                for crop, fault in zip(job.crops, faults, strict=True):
+                    if fault is not None:
+                        plan.skip(*fault)
+                        continue
+                    counts[crop.split] += 1
+                    lines.write(json.dumps(_line(crop, options), ensure_ascii=False) + "\n")
+                if any(faults):
+                    _refuse_bad(source, plan, records, options.max_bad)  # at once, not after hours
+    return counts
+
+
+def _line(crop: Crop, options: PrepareOptions) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "key": crop.key,
+        "image": f"images/{crop.key}.{options.image_format}",
+        "caption": crop.captions[0],
+        "photo": crop.photo,
+        "split": crop.split,
+        "attributes": crop.attributes,
+    }
+    return line if len(crop.captions) == 1 else {**line, "captions": list(crop.captions)}
+
+
+def _cut_job(job: Job, images: Path, options: PrepareOptions) -> list[tuple[str, str, str] | None]:
+    """Writes the crops of one photo, in a worker process; for each crop None, or (record, cause, reason)."""
+    try:
+        photo = open_image(job.image_path)
+    except ImageFault as fault:
+        return [(crop.record, fault.kind, f"{job.image_path.name} {fault.remedy}") for crop in job.crops]
+    return list(_cut(job, photo, images, options))
+
+
+def _cut(job: Job, photo: Image.Image, images: Path, options: PrepareOptions) -> Iterator[tuple[str, str, str] | None]:
+    width, height = job.labelled_size
+    scale_x, scale_y = photo.width / (width or photo.width), photo.height / (height or photo.height)
+    for crop in job.crops:
+        box = None
+        if crop.box is not None:
+            if (scale_x, scale_y) != (1.0, 1.0) and not options.scale_boxes:
+                told = f"label says {width} x {height}, {job.image_path.name} is {photo.width} x {photo.height}"
+                yield crop.record, "size_mismatch", f"{told} (photos resized after labelling: scale_boxes)"
+                continue
+            x, y, box_width, box_height = crop.box
+            scaled = Box(x * scale_x, y * scale_y, box_width * scale_x, box_height * scale_y)
+            box, reason = pixel_box(
+                scaled, photo.width, photo.height, origin=options.box_origin, margin=options.box_margin
+            )
+            if box is None:
+                yield crop.record, "bad_box", reason
+                continue
+        square = crop_and_resize(photo, box, options.image_size, keep_aspect=options.keep_aspect)
+        path = images / f"{crop.key}.{options.image_format}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.image_format == "png":
+            square.save(path, "PNG")
+        else:
+            square.save(path, "JPEG", quality=95, subsampling=0)
+        path.with_name(path.name.removesuffix(path.suffix) + ".txt").write_text(
+            "\n".join(crop.captions) + "\n", encoding="utf-8"
+        )
+        yield None
+
+
+def _refuse_bad(source: Path, plan: Plan, records: int, max_bad: float) -> None:
+    bad = [item for item in plan.skipped if item.is_bad]
+    if len(bad) > max_bad * records:
+        causes = ", ".join(f"{cause} {n}" for cause, n in Counter(item.cause for item in bad).most_common())
+        told = f"{len(bad)} of {records} records are bad ({causes}), the first: {bad[0].record}: {bad[0].reason}"
+        remedy = f"more than max_bad {max_bad:g}: run `kodalle data check` on it, mend them, or allow more"
+        raise InputError("source", source, f"{told}; {remedy}")
+
+
+def _refuse_empty(source: Path, report: PrepareReport) -> None:
+    if not report.used:
+        causes = ", ".join(f"{cause} {count}" for cause, count in report.causes.items()) or "it is empty"
+        raise InputError("source", source, f"holds nothing to train on ({causes})")
+    if not report.train:
+        raise InputError("source", source, "all pairs are for validation: lower validation_fraction, or add pictures")

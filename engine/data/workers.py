@@ -1,0 +1,68 @@
+"""Runs a function over many files in processes, in order, with a progress bar.
+
+Results come in the order of the jobs whatever the number of workers, so that what is written does not depend on it.
+"""
+
+import contextlib
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engine.errors import InputError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+AHEAD = 16  # jobs handed out per worker: keeps all busy, holds few results in memory
+
+
+def ordered_map(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int, title: str, progress: bool
+) -> Generator[tuple[Job, Result], None, None]:
+    """Yields (job, function(job)) in order.
+
+    Args:
+        function: picklable when workers > 1.
+        jobs: picklable when workers > 1.
+        workers: processes; 1 works in this one.
+        title: told beside the bar.
+        progress: show a bar with the time left, on stderr, if that is a terminal.
+
+    Raises:
+        InputError: workers < 1, or a worker process died (as a rule for want of memory).
+    """
+    if workers < 1:
+        raise InputError("workers", workers, "must be at least 1")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with (
+        contextlib.closing(_in_order(function, jobs, min(workers, len(jobs)))) as results,
+        Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar,
+    ):
+        yield from zip(jobs, bar.track(results, total=len(jobs), description=title), strict=True)
+
+
+def _in_order(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    # spawn: forking a process that has threads (the progress bar's, a tokenizer's) may deadlock the child
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputError("workers", workers, "a worker process died, likely for want of memory: use fewer") from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,207 @@
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.data import crops
+from engine.data.check import DEFECTS, CheckReport, check
+from engine.data.labels import KINDS
+from engine.data.prepare import prepare
+from engine.errors import InputError
+
+WIDTH, HEIGHT = 40, 60
+TOP = {"카테고리": "티셔츠", "색상": "화이트"}
+BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
+
+
+def tree(identifier: Any, box: dict[str, Any] | None = None, top: dict[str, Any] | None = None) -> dict[str, Any]:
+    absent = {kind: [{}] for kind in KINDS}
+    rectangles = {**absent, "상의": [BOX if box is None else box]}
+    labelling = {"스타일": [{}], **absent, "상의": [TOP if top is None else top]}
+    return {
+        "이미지 정보": {
+            "이미지 식별자": identifier,
+            "이미지 높이": HEIGHT,
+            "이미지 파일명": "s.jpg",
+            "이미지 너비": WIDTH,
+        },
+        "데이터셋 정보": {"데이터셋 상세설명": {"렉트좌표": rectangles, "라벨링": labelling}},
+    }
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write(path: Path, content: Any, encoding: str = "utf-8") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    for identifier in range(1, 5):
+        photo(tmp_path / "s" / "images" / f"{identifier}.png", identifier)
+        write(tmp_path / "s" / "labels" / f"{identifier}.json", tree(identifier))
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    for seed, name in enumerate("abcd"):
+        photo(tmp_path / "p" / f"{name}.png", seed).with_suffix(".txt").write_text("흰 셔츠", encoding="utf-8")
+    return tmp_path / "p"
+
+
+def found(report: CheckReport) -> dict[str, str]:
+    return {finding.record: finding.kind for finding in report.findings}
+
+
+def test_clean_folders_have_no_findings(labelled: Path, plain: Path, tmp_path: Path) -> None:
+    report = check(labelled)
+    assert (report.form, report.labels, report.images, report.findings) == ("labels", 4, 4, ())
+    report = check(plain)
+    assert (report.form, report.labels, report.images, report.findings) == ("plain", 4, 4, ())
+    prepare(labelled, tmp_path / "out", image_size=32, validation_fraction=0)
+    assert check(tmp_path / "out").findings == ()
+
+
+# ---------------------------------------------------------------------- one planted defect, one finding that names it
+
+LABEL, PHOTO = "labels/2.json", "images/2.png"
+GARMENT = "labels/2.json: 상의 0"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
+    ("empty_file", LABEL, lambda s: (s / LABEL).write_bytes(b"")),
+    ("empty_file", PHOTO, lambda s: (s / PHOTO).write_bytes(b"")),
+    ("broken_json", LABEL, lambda s: cut(s / LABEL)),
+    ("wrong_structure", LABEL, lambda s: write(s / LABEL, {"label": "shirt"})),
+    ("wrong_encoding", LABEL, lambda s: write(s / LABEL, tree(2), "cp949")),
+    ("replacement_characters", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "화\ufffd"}))),
+    ("label_without_photo", LABEL, lambda s: (s / PHOTO).unlink()),
+    ("photo_without_label", PHOTO, lambda s: (s / LABEL).unlink()),
+    ("label_without_garment", LABEL, lambda s: write(s / LABEL, tree(2, {}, {}))),
+    ("broken_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "가로": "wide"}))),
+    ("broken_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "X좌표": float("nan")}))),
+    ("negative_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "가로": -3}))),
+    ("zero_area_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "세로": 0}))),
+    ("box_outside_image", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "X좌표": 500}))),
+    ("size_mismatch", LABEL, lambda s: photo(s / PHOTO, 9, (60, 40))),
+    ("not_an_image", PHOTO, lambda s: (s / PHOTO).write_text("<html>404</html>")),
+    ("broken_image", PHOTO, lambda s: cut(s / PHOTO)),
+    ("garment_without_box", GARMENT, lambda s: write(s / LABEL, tree(2, {}))),
+    ("garment_without_label", GARMENT, lambda s: write(s / LABEL, tree(2, top={}))),
+    ("box_over_edge", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "세로": 100}))),
+    ("unknown_value", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "무지개"}))),
+    ("unread_content", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": 3, "핏": "루즈"}))),
+    ("id_differs", LABEL, lambda s: write(s / LABEL, tree(77))),
+    ("duplicate_image", "images/3.png", lambda s: (s / "images/3.png").write_bytes((s / PHOTO).read_bytes())),
+]
+
+
+@pytest.mark.parametrize(("kind", "record", "plant"), LABELLED_DEFECTS)
+def test_planted_label_defects_are_named(labelled: Path, kind: str, record: str, plant: Callable[[Path], Any]) -> None:
+    plant(labelled)
+    report = check(labelled)
+    assert found(report) == {record: kind}  # this record, and no other
+    assert bool(report.errors) == (DEFECTS[kind][0] == "error")
+
+
+def test_duplicate_id_and_equal_stems(labelled: Path) -> None:
+    write(labelled / "labels" / "5.json", tree(2))
+    photo(labelled / "images" / "5.png", 5)
+    write(labelled / "more" / "labels" / "3.json", tree(30))
+    photo(labelled / "more" / "images" / "3.png", 30)
+    kinds = {(f.record, f.kind): f.detail for f in check(labelled).findings}
+    assert "labels/2.json" in kinds["labels/5.json", "duplicate_id"]
+    assert "labels/3.json" in kinds["more/labels/3.json", "equal_stems"]
+
+
+def test_oversize_image(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crops, "MAX_PIXELS", WIDTH * HEIGHT)  # the header alone decides: see test_crops
+    photo(labelled / PHOTO, 9, (WIDTH + 1, HEIGHT))
+    assert found(check(labelled)) == {PHOTO: "oversize_image"}
+
+
+def test_tiny_image(labelled: Path) -> None:
+    content = tree(2)
+    content["이미지 정보"] |= {"이미지 너비": 20, "이미지 높이": 40}
+    write(labelled / LABEL, content)
+    photo(labelled / PHOTO, 9, (20, 40))
+    assert found(check(labelled))[PHOTO] == "tiny_image"
+
+
+PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
+    ("empty_caption", "b.txt", lambda s: (s / "b.txt").write_text(" \n\n")),
+    ("empty_caption", "b.txt", lambda s: (s / "b.txt").write_bytes(b"")),
+    ("wrong_encoding", "b.txt", lambda s: (s / "b.txt").write_bytes("흰 셔츠".encode("cp949"))),
+    ("replacement_characters", "b.txt", lambda s: (s / "b.txt").write_text("흰 \ufffd", encoding="utf-8")),
+    ("caption_without_photo", "b.txt", lambda s: (s / "b.png").unlink()),
+    ("photo_without_caption", "b.png", lambda s: (s / "b.txt").unlink()),
+    ("broken_image", "b.png", lambda s: cut(s / "b.png")),
+    ("empty_file", "b.png", lambda s: (s / "b.png").write_bytes(b"")),
+    ("equal_stems", "b.png", lambda s: photo(s / "b.jpg", 8)),
+    (
+        "decomposed_hangul",
+        "b.txt",
+        lambda s: (s / "b.txt").write_text(unicodedata.normalize("NFD", "흰 셔츠"), encoding="utf-8"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "record", "plant"), PLAIN_DEFECTS)
+def test_planted_caption_defects_are_named(plain: Path, kind: str, record: str, plant: Callable[[Path], Any]) -> None:
+    plant(plain)
+    assert found(check(plain)) == {record: kind}
+
+
+def test_same_name_in_two_plain_folders_is_a_warning(plain: Path) -> None:
+    photo(plain / "more" / "b.png", 9).with_suffix(".txt").write_text("흰 셔츠", encoding="utf-8")
+    report = check(plain)
+    assert found(report) == {"more/b.txt": "same_name"}
+    assert report.errors == ()
+
+
+def test_prepared_folder_with_a_missing_image(labelled: Path, tmp_path: Path) -> None:
+    prepare(labelled, tmp_path / "out", image_size=32, validation_fraction=0)
+    (tmp_path / "out" / "images" / "2_top_0.png").unlink()
+    assert found(check(tmp_path / "out")) == {
+        "pairs.jsonl": "broken_pairs",
+        "images/2_top_0.txt": "caption_without_photo",
+    }
+
+
+def test_several_defects_are_counted(labelled: Path) -> None:
+    (labelled / "labels" / "1.json").write_text("{")
+    (labelled / "images" / "2.png").write_bytes(b"x")
+    (labelled / "images" / "3.png").unlink()
+    report = check(labelled)
+    assert report.counts == {"broken_json": 1, "label_without_photo": 1, "not_an_image": 1}
+    assert report.to_json()["errors"] == 3
+
+
+def test_every_defect_kind_has_a_test() -> None:
+    tested = {kind for kind, _, _ in [*LABELLED_DEFECTS, *PLAIN_DEFECTS]}
+    tested |= {"duplicate_id", "oversize_image", "tiny_image", "same_name", "broken_pairs"}
+    # files that vanish or lose their permissions while they are read: cannot be planted as root
+    assert set(DEFECTS) - tested == {"missing_image", "unreadable_label", "unreadable_caption"}
+
+
+def test_nothing_to_check_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        check(tmp_path / "none")
+    with pytest.raises(InputError, match="neither label"):
+        check(tmp_path)
