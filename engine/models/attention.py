@@ -1,0 +1,96 @@
+"""Attention over whole sequences (training, prefill), with the choice of who computes it.
+
+B rows, T positions, H heads, D head dim.
+
+One layout everywhere: (B, T, H, D). PyTorch's SDPA wants (B, H, T, D); the transpose is a view and stays in here.
+All backends compute the same function; a backend that was asked for and cannot run is an InputError, never a
+silent change to another one. Attention over the sampler's cache is in engine/sampling/cache.py.
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from engine.errors import InputError
+from kernels import reference
+
+AttentionBackend = Literal["sdpa", "xformers", "reference"]
+BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
+
+
+def check_backend(backend: str, device: torch.device) -> AttentionBackend:
+    """Says whether `backend` can run on `device`, once and before any work.
+
+    Returns:
+        `backend`, as its type.
+
+    Raises:
+        InputError: unknown name; xformers without CUDA or not installed.
+    """
+    if backend == "sdpa" or backend == "reference":
+        return backend  # type: ignore[return-value]
+    if backend != "xformers":
+        raise InputError("attention backend", backend, f"choose one of {', '.join(BACKENDS)}")
+    if device.type != "cuda":
+        raise InputError("attention backend", backend, f"runs on CUDA only and the model is on {device}: choose sdpa")
+    if importlib.util.find_spec("xformers") is None:
+        raise InputError("attention backend", backend, "is not installed: pip install xformers, or choose sdpa")
+    return "xformers"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, backend: AttentionBackend = "sdpa") -> Tensor:
+    """softmax(q k^T / sqrt(D)) v.
+
+    Args:
+        q: (B, Tq, H, D).
+        k, v: (B, Tk, H, D).
+        causal: the queries are the last Tq of the Tk positions and see none after their own.
+        backend: who computes it; see `check_backend`.
+
+    Returns:
+        (B, Tq, H, D) in q's dtype.
+
+    Raises:
+        InputError: the backend cannot run where q is.
+    """
+    if backend == "sdpa":
+        return _sdpa(q, k, v, causal)
+    check_backend(backend, q.device)
+    if backend == "xformers":
+        return _xformers(q, k, v, causal)
+    return reference.attention(q, k, v, causal=causal)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    Tq, Tk = q.shape[1], k.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    if causal and Tq != Tk:  # is_causal aligns the first query with the first key; ours are the last ones
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(Tq, Tk)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    ops = _xformers_ops()
+    bias = None
+    if causal:
+        aligned = q.shape[1] == k.shape[1]
+        bias = (
+            ops.fmha.attn_bias.LowerTriangularMask()
+            if aligned
+            else (ops.fmha.attn_bias.LowerTriangularFromBottomRightMask())
+        )
+    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return out
+
+
+@functools.cache
+def _xformers_ops() -> ModuleType:
+    # Imported on first use: importing it costs seconds and probes the GPU, and the CPU stack never needs it.
+    return importlib.import_module("xformers.ops")

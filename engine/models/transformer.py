@@ -1,0 +1,252 @@
+"""KoDALLE: one causal transformer over <bos> + caption + picture, with tables of a language model in front.
+
+B rows, T positions, H heads, D head dim, C model dim, F feed-forward inner dim, V vocabulary.
+
+The maths is that of DALLE-pytorch 1.1.x as KoDALLE used it (KR-HappyFace/KoDALLE: dalle/models.py), so that its
+checkpoints can be loaded and its parameter counts come out to the last row (334,974,336 with 128 text positions):
+
+    position     0      1 ... Tt     Tt+1 ... Tt+N-1        Tt text positions, N image tokens
+    input      <bos>    t1 ... tTt     i1  ...  iN-1        the last image token is never an input
+    target      t1      t2 ... i1      i2  ...  iN          positions 0..Tt-1 -> text rows, Tt.. -> image rows
+
+* <bos> is text id 0, put before a caption that itself begins with [CLS] = 0; position rows count from 0.
+* [PAD] = 1 is attended to and is a target: nothing is masked but the future.
+* Row 1 of both text tables gets no gradient (padding_idx of the language model they come from).
+* The head is one weight over the joint vocabulary [text | one reserved row per text position | image]. A text
+  position may only predict text rows and an image position only image rows; cutting the weight into two views is
+  the same function as masking the joint logits, at half the work and memory.
+
+Each module reads only parameters that it owns, in its own forward: DeepSpeed ZeRO-3 gathers them by module.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import TransformerConfig
+from engine.models.attention import AttentionBackend, attention
+from kernels.reference import geglu
+
+BOS_ID = 0
+PAD_ID = 1
+
+
+class Losses(NamedTuple):
+    """Scalars of one batch; `loss` is the one to differentiate."""
+
+    loss: Tensor  # (text + w * image) / (1 + w)
+    loss_text: Tensor  # mean cross-entropy over all text positions, [PAD] targets included, nats
+    loss_image: Tensor  # mean cross-entropy over all image positions, nats
+    image_top1: Tensor  # share of image positions whose likeliest token is the target; detached
+
+
+class KoDalle(nn.Module):
+    """The drawing transformer.
+
+    Args:
+        config: sizes.
+        embedding_std: None: torch's defaults, as published (tables N(0, 1)), meant for runs whose text tables are
+            then replaced by a language model's. A number (0.02): all tables and position rows N(0, std), which small
+            models trained from scratch need, since N(0, 1) inputs drown their residual branches.
+        attention_backend: see engine/models/attention.py.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        embedding_std: float | None = None,
+        attention_backend: AttentionBackend = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.text_embedding = TextEmbedding(config)
+        self.image_embedding = ImageEmbedding(config)
+        self.layers = nn.ModuleList(Layer(config, number, attention_backend) for number in _layer_numbers(config))
+        self.head = JointHead(config)
+        if embedding_std is not None:
+            self._init_tables(embedding_std)
+
+    def forward(self, text_tokens: Tensor, image_tokens: Tensor, *, loss_image_weight: float = 7.0) -> Losses:
+        """Losses of captioned pictures.
+
+        Args:
+            text_tokens: (B, text_seq_len) ids from [CLS] on, padded with [PAD].
+            image_tokens: (B, image_seq_len) codebook ids, row by row.
+            loss_image_weight: w in (text + w * image) / (1 + w).
+        """
+        text_logits, image_logits = self.logits(text_tokens, image_tokens)
+        loss_text = F.cross_entropy(text_logits.flatten(0, 1).float(), text_tokens.flatten())
+        loss_image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
+        loss = (loss_text + loss_image_weight * loss_image) / (1 + loss_image_weight)
+        with torch.no_grad():
+            image_top1 = (image_logits.argmax(-1) == image_tokens).float().mean()
+        return Losses(loss, loss_text.detach(), loss_image.detach(), image_top1)
+
+    def logits(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What each position predicts.
+
+        Args:
+            text_tokens: (B, text_seq_len).
+            image_tokens: (B, n), 1 <= n <= image_seq_len; the last one is no input.
+
+        Returns:
+            (B, text_seq_len, text_vocab_size + text_seq_len) and (B, n, image_vocab_size).
+        """
+        config = self.config
+        assert text_tokens.shape[1] == config.text_seq_len, (text_tokens.shape, config.text_seq_len)
+        assert 1 <= image_tokens.shape[1] <= config.image_seq_len, (image_tokens.shape, config.image_seq_len)
+        x = torch.cat([self.text_embedding(text_tokens), self.image_embedding(image_tokens[:, :-1])], dim=1)
+        for layer in self.layers:
+            x = layer(x)  # (B, text_seq_len + n, C)
+        text_logits, image_logits = self.head(x)
+        return text_logits, image_logits
+
+    def _init_tables(self, std: float) -> None:
+        with torch.no_grad():
+            for table in (self.text_embedding.tokens, self.text_embedding.positions):
+                table.normal_(0, std)
+                table[PAD_ID].zero_()
+            for table in (self.image_embedding.tokens, self.image_embedding.rows, self.image_embedding.columns):
+                table.normal_(0, std)
+
+
+class TextEmbedding(nn.Module):
+    """<bos> and caption tokens -> vectors: token row + position row, rows counted from 0, no LayerNorm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(config.text_vocab_size, config.dim))
+        self.positions = nn.Parameter(torch.randn(config.text_position_rows, config.dim))
+        with torch.no_grad():  # as nn.Embedding(padding_idx=1) begins
+            self.tokens[PAD_ID].zero_()
+            self.positions[PAD_ID].zero_()
+
+    def forward(self, text_tokens: Tensor) -> Tensor:
+        """(B, T) ids from [CLS] on -> (B, 1 + T, C)."""
+        text_tokens = F.pad(text_tokens, (1, 0), value=BOS_ID)  # (B, 1 + T)
+        positions = torch.arange(text_tokens.shape[1], device=text_tokens.device)
+        # F.embedding's padding_idx is what keeps row 1 of both tables without a gradient.
+        return F.embedding(text_tokens, self.tokens, padding_idx=PAD_ID) + F.embedding(
+            positions, self.positions, padding_idx=PAD_ID
+        )
+
+
+class ImageEmbedding(nn.Module):
+    """Image tokens -> vectors: token row + grid row + grid column (axial positions, summed)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.grid_size = config.image_grid_size
+        self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim))
+        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim))
+        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim))
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        """(B, n) ids of the first n grid cells, n may be 0 -> (B, n, C)."""
+        return F.embedding(image_tokens, self.tokens) + self.position_table()[: image_tokens.shape[1]]
+
+    def position_table(self) -> Tensor:
+        """(image_seq_len, C): what each grid cell adds, row by row."""
+        return (self.rows[:, None] + self.columns[None]).flatten(0, 1)
+
+
+class Layer(nn.Module):
+    """x += attention branch; x += feed-forward branch."""
+
+    def __init__(self, config: TransformerConfig, number: int, attention_backend: AttentionBackend) -> None:
+        super().__init__()
+        self.attention = AttentionBranch(config, number, attention_backend)
+        self.feed_forward = FeedForwardBranch(config, number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.feed_forward(self.attention(x))
+
+
+class AttentionBranch(nn.Module):
+    """x + scale * out(attention(qkv(norm(x)))).
+
+    `project` and `add` are its two halves; the sampler puts attention over its cache between them.
+    """
+
+    def __init__(self, config: TransformerConfig, number: int, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.backend = config.num_heads, config.head_dim, backend
+        inner = config.num_heads * config.head_dim
+        self.norm = nn.LayerNorm(config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, config.dim)
+        self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
+        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)
+        return self.add(x, attention(q, k, v, causal=True, backend=self.backend))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> q, k, v, each (B, T, H, D): views of one (B, T, 3, H, D) tensor."""
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        return q, k, v
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (B, T, C) plus the projected, scaled attention output (B, T, H, D)."""
+        return x + self.scale * self.dropout(self.out(attended.flatten(2)))
+
+
+class FeedForwardBranch(nn.Module):
+    """x + scale * shrink(geglu(grow(norm(x)))), F = ff_mult * C."""
+
+    def __init__(self, config: TransformerConfig, number: int) -> None:
+        super().__init__()
+        inner = config.ff_mult * config.dim
+        self.norm = nn.LayerNorm(config.dim)
+        self.grow = nn.Linear(config.dim, 2 * inner)  # value first, then gate
+        self.dropout = nn.Dropout(config.ff_dropout)
+        self.shrink = nn.Linear(inner, config.dim)
+        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return x + self.scale * self.shrink(self.dropout(geglu(self.grow(self.norm(x)))))
+
+
+class JointHead(nn.Module):
+    """LayerNorm and one Linear over the joint vocabulary, applied as two views of its rows."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_text_positions = config.text_seq_len
+        self.num_text_rows = config.text_vocab_size + config.text_seq_len
+        self.norm = nn.LayerNorm(config.dim)
+        self.weight = nn.Parameter(torch.empty(config.joint_vocab_size, config.dim))
+        self.bias = nn.Parameter(torch.empty(config.joint_vocab_size))
+        bound = 1 / math.sqrt(config.dim)  # nn.Linear's default
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, text_seq_len + n, C) -> text logits (B, text_seq_len, V_text), image logits (B, n, V_image)."""
+        x = self.norm(x)
+        text, image = x[:, : self.num_text_positions], x[:, self.num_text_positions :]
+        weight, bias = self.weight[: self.num_text_rows], self.bias[: self.num_text_rows]
+        return F.linear(text, weight, bias), F.linear(image, *self.image_rows())
+
+    def image_rows(self) -> tuple[Tensor, Tensor]:
+        """Weight (V_image, C) and bias (V_image,) of the image vocabulary; views."""
+        return self.weight[self.num_text_rows :], self.bias[self.num_text_rows :]
+
+
+def layer_scale(number: int) -> float:
+    """First value of a branch's scale; `number` counts layers from 1 (CaiT, arXiv 2103.17239, as DALLE-pytorch)."""
+    if number <= 18:
+        return 0.1
+    return 1e-5 if number <= 24 else 1e-6
+
+
+def _layer_numbers(config: TransformerConfig) -> range:
+    return range(1, config.num_layers + 1)

@@ -1,0 +1,281 @@
+"""The sampler: cached == uncached, alone == in company, and what its options promise."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import TransformerConfig
+from engine.errors import InputError
+from engine.models.transformer import KoDalle
+from engine.sampling import sampler as sampler_module
+from engine.sampling.cache import KVCache
+from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
+from kernels import reference
+
+CONFIG = TransformerConfig(
+    dim=32,
+    num_layers=3,
+    num_heads=2,
+    head_dim=16,
+    text_vocab_size=30,
+    text_seq_len=8,
+    text_position_rows=12,
+    image_vocab_size=64,
+    image_grid_size=4,
+)
+N = CONFIG.image_seq_len
+NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
+TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
+MIXED = [
+    SamplingOptions(),
+    SamplingOptions(temperature=0.7, top_k=10),
+    SamplingOptions(guidance_scale=3.0),
+    SamplingOptions(temperature=0),
+    SamplingOptions(top_p=0.8, guidance_scale=0.5),
+    SamplingOptions(top_k=20, top_p=0.9),
+]
+
+
+def _model(config: TransformerConfig = CONFIG) -> KoDalle:
+    torch.manual_seed(0)
+    model = KoDalle(config)
+    with torch.no_grad():  # a fresh model's tokens depend on hardly anything but their neighbour and the noise
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(1.0)
+            elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
+                parameter *= 3
+    return model
+
+
+def _mixed_rows(count: int) -> list[RowRequest]:
+    return [RowRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % len(MIXED)]) for i in range(count)]
+
+
+def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """Logits (n, V) that a whole forward pass over `tokens` (n,) gives, the last of which is not read."""
+    model.eval()
+    conditional = model.logits(text[None], tokens[None])[1][0]
+    unconditional = model.logits(NULL[None], tokens[None])[1][0]
+    return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def _uncached_draw(model: KoDalle, row: RowRequest) -> Tensor:
+    tokens = torch.zeros(N, dtype=torch.int64)
+    option = row.options
+    for position in range(N):
+        logits = _uncached_logits(model, TEXT[row.prefix_index], tokens[: position + 1], option.guidance_scale)
+        tokens[position] = reference.sample(
+            logits[-1:],
+            torch.tensor([row.seed]),
+            torch.tensor([row.candidate]),
+            torch.tensor([position]),
+            torch.tensor([option.temperature]),
+            torch.tensor([option.top_k or 0]),
+            torch.tensor([option.top_p or 1.0]),
+        )[0]
+    return tokens
+
+
+def test_cached_tokens_equal_uncached_tokens() -> None:
+    model, rows = _model(), _mixed_rows(6)
+    drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
+    assert drawn.shape == (6, N)
+    assert drawn.dtype == torch.int64
+    for row, tokens in zip(rows, drawn, strict=True):
+        assert torch.equal(tokens, _uncached_draw(model, row)), row
+
+
+def test_cached_logits_equal_uncached_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = _model(), _mixed_rows(6)
+    seen: list[Tensor] = []
+    batch_logits = sampler_module._Batch.logits
+
+    def record(batch: sampler_module._Batch) -> Tensor:
+        seen.append(batch_logits(batch)[: len(rows)].clone())
+        return batch_logits(batch)
+
+    monkeypatch.setattr(sampler_module._Batch, "logits", record)
+    drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            text, scale = TEXT[row.prefix_index], row.options.guidance_scale
+            expected = _uncached_logits(model, text, drawn[index], scale)
+            cached = torch.stack([logits[index] for logits in seen])
+            amplified = abs(scale) + abs(1 - scale)  # guidance takes multiples of both rows' rounding
+            torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5 * amplified)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_alone_equals_the_row_in_company(dtype: torch.dtype) -> None:
+    """Bit by bit, over sizes that fill less than a tile, several tiles, and groups of one or many siblings."""
+    config = CONFIG.model_copy(update={"dim": 192, "head_dim": 64, "num_layers": 1, "image_grid_size": 3})
+    sampler = Sampler(_model(config).to(dtype), null_text_tokens=NULL)
+    rows = _mixed_rows(70)
+    whole = sampler.draw(TEXT, rows)
+    for company in ([0], [5, 3], list(range(7)), [69, *range(20, 1, -1)]):
+        some = sampler.draw(TEXT, [rows[index] for index in company])
+        assert torch.equal(some, whole[company]), company
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype) -> None:
+    """Tokens hide small differences; logits do not."""
+    config = CONFIG.model_copy(update={"dim": 1024, "num_heads": 8, "head_dim": 64, "num_layers": 1})
+    model = _model(config).to(dtype)
+    prefix = Sampler(model).prefill(TEXT)
+    logits = {}
+    for count in (1, 3, 16, 21, 64, 90):
+        rows = [RowRequest(0, seed=1, candidate=i) for i in range(count)]
+        with torch.inference_mode():
+            batch = sampler_module._Batch(model.eval(), rows, prefix, row_invariant=True)
+            for position in range(3):
+                batch.step(position, torch.full((count,), 7 + position))
+            logits[count] = batch.logits()[0]
+    assert all(torch.equal(value, logits[90]) for value in logits.values())
+
+
+def test_prefix_is_the_same_alone_and_with_others() -> None:
+    sampler = Sampler(_model())
+    whole, alone = sampler.prefill(TEXT), sampler.prefill(TEXT[1:2])
+    assert torch.equal(whole.keys[:, 1], alone.keys[:, 0])
+    assert torch.equal(whole.values[:, 1], alone.values[:, 0])
+    assert torch.equal(whole.hidden[1], alone.hidden[0])
+
+
+def test_seeds_and_candidates() -> None:
+    sampler = Sampler(_model())
+    rows = [RowRequest(0, 5, 0), RowRequest(0, 5, 0), RowRequest(0, 5, 1), RowRequest(0, 6, 0), RowRequest(1, 5, 0)]
+    drawn = sampler.draw(TEXT, rows)
+    assert torch.equal(drawn[0], drawn[1])
+    for other in (2, 3, 4):
+        assert not torch.equal(drawn[0], drawn[other])
+    largest = RowRequest(0, 2**64 - 1, 2**32 - 1)
+    assert torch.equal(sampler.draw(TEXT, [largest]), sampler.draw(TEXT, [largest]))
+
+
+def test_first_tokens_follow_the_models_softmax() -> None:
+    """4,000 candidates of a one-token picture: also the smallest grid, with no cache slot at all."""
+    config = CONFIG.model_copy(update={"image_grid_size": 1, "image_vocab_size": 30})
+    model = _model(config)
+    sampler = Sampler(model)
+    drawn = sampler.draw(TEXT[:1], [RowRequest(0, 1, candidate) for candidate in range(4000)])[:, 0]
+    probabilities = model.eval().logits(TEXT[:1], torch.zeros(1, 1, dtype=torch.int64))[1][0, 0].softmax(0).detach()
+    expected = probabilities.double() * 4000
+    likely = expected >= 5
+    counts = drawn.bincount(minlength=30)
+    statistic = float(((counts - expected) ** 2 / expected)[likely].sum())
+    freedom = int(likely.sum())
+    assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+    biased = probabilities[likely].roll(1).double() * 4000  # the same statistic against wrong probabilities
+    assert float(((counts[likely] - biased) ** 2 / biased).sum()) - freedom > 50 * (2 * freedom) ** 0.5
+
+
+def test_guidance_1_is_none_and_0_is_the_null_caption() -> None:
+    sampler = Sampler(_model(), null_text_tokens=NULL)
+    plain = sampler.draw(TEXT, [RowRequest(0, 3)])
+    one = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=1.0))])
+    assert torch.equal(plain, one)
+    zero = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=0.0))])
+    assert torch.equal(zero, sampler.draw(NULL[None], [RowRequest(0, 3)]))
+    three = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=3.0))])
+    assert not torch.equal(plain, three)
+
+
+def test_prime_is_kept_and_continued() -> None:
+    sampler = Sampler(_model(), null_text_tokens=NULL)
+    rows = _mixed_rows(6)
+    drawn = sampler.draw(TEXT, rows)
+    for given in (0, 1, 7, N):
+        assert torch.equal(sampler.draw(TEXT, rows, prime=drawn[:, :given]), drawn)
+    other = (drawn[:, :7] + 1) % CONFIG.image_vocab_size
+    continued = sampler.draw(TEXT, rows, prime=other)
+    assert torch.equal(continued[:, :7], other)
+    assert not torch.equal(continued[:, 7:], drawn[:, 7:])
+
+
+def test_on_step_reports_and_cancels() -> None:
+    sampler = Sampler(_model())
+    seen: list[tuple[int, Tensor]] = []
+    drawn = sampler.draw(TEXT, [RowRequest(0, 1), RowRequest(2, 1)], on_step=lambda p, t: seen.append((p, t.clone())))
+    assert [position for position, _ in seen] == list(range(N))
+    assert torch.equal(torch.stack([tokens for _, tokens in seen], dim=1), drawn)
+
+    def stop(position: int, tokens: Tensor) -> None:
+        if position == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.draw(TEXT, [RowRequest(0, 1)], on_step=stop)
+    assert torch.equal(sampler.draw(TEXT, [RowRequest(0, 1)])[0], drawn[0])
+
+
+def test_models_mode_is_put_back_and_dropout_is_off() -> None:
+    model = _model(CONFIG.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})).train()
+    drawn = Sampler(model).draw(TEXT, [RowRequest(0, 1)])
+    assert model.training
+    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [RowRequest(0, 1)]))
+    assert not drawn.is_inference()
+
+
+def test_without_padding_the_tokens_are_drawn_too() -> None:
+    rows = _mixed_rows(5)
+    drawn = Sampler(_model(), null_text_tokens=NULL, row_invariant=False).draw(TEXT, rows)
+    assert torch.equal(drawn, Sampler(_model(), null_text_tokens=NULL).draw(TEXT, rows))
+
+
+def test_cache_holds_a_caption_once_and_keeps_the_layout() -> None:
+    prefix = Sampler(_model()).prefill(TEXT)
+    assert prefix.keys.shape == (3, 3, 9, 2, 16)  # (L, G, P, H, D)
+    cache = KVCache(prefix, [0] * 10 + [2], num_slots=5)
+    assert sum(group.keys.shape[1] for group in cache._siblings) == 2
+    k, v = torch.randn(2, 11, 2, 16)
+    cache.write(1, 4, k, v)
+    assert torch.equal(cache.keys[1, :, 4], k)
+    assert torch.equal(cache.values[1, :, 4], v)
+
+
+def test_cached_attention_equals_plain_attention_in_any_row_order() -> None:
+    prefix = Sampler(_model()).prefill(TEXT)
+    captions = [2, 0, 2, 1, 0, 2, 2, 2]
+    cache = KVCache(prefix, captions, num_slots=6)
+    torch.manual_seed(0)
+    own_k, own_v = torch.randn(2, 8, 4, 2, 16)
+    for slot in range(4):
+        cache.write(2, slot, own_k[:, slot], own_v[:, slot])
+    q = torch.randn(8, 2, 16)
+    k = torch.cat([prefix.keys[2][captions], own_k], dim=1)
+    v = torch.cat([prefix.values[2][captions], own_v], dim=1)
+    expected = reference.attention(q[:, None], k, v, causal=True)[:, 0]
+    torch.testing.assert_close(cache.attend(2, q, 4), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)]
+    + [("guidance_scale", -0.5), ("guidance_scale", float("inf"))],
+)
+def test_bad_options_are_named(field: str, value: float) -> None:
+    with pytest.raises(InputError, match=field):
+        SamplingOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_bad_requests_are_named() -> None:
+    sampler = Sampler(_model())
+    with pytest.raises(InputError, match="seed"):
+        RowRequest(0, -1)
+    with pytest.raises(InputError, match="candidate"):
+        RowRequest(0, 1, 2**32)
+    with pytest.raises(InputError, match="null_text_tokens"):
+        sampler.draw(TEXT, [RowRequest(0, 1, options=SamplingOptions(guidance_scale=2.0))])
+    with pytest.raises(InputError, match="text_tokens"):
+        sampler.prefill(TEXT[:, :5])
+    with pytest.raises(InputError, match="prefix_index"):
+        sampler.draw(TEXT, [RowRequest(3, 1)])
+    with pytest.raises(InputError, match="at least one row"):
+        sampler.draw(TEXT, [])
+    with pytest.raises(InputError, match="prime"):
+        sampler.draw(TEXT, [RowRequest(0, 1)], prime=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(InputError, match="prime"):
+        sampler.draw(TEXT, [RowRequest(0, 1)], prime=torch.tensor([[64]]))
