@@ -1,0 +1,29 @@
+"""Faults of an installation that would otherwise surface as somebody else's traceback.
+
+transformers looks whether torchvision is installed, not whether it works. torchvision from the package index beside a
+CPU-only torch is installed but does not import ("operator torchvision::nms does not exist"), and then neither RoBERTa
+nor EfficientNet can be imported. The engine needs torchvision nowhere.
+"""
+
+import importlib
+import importlib.util
+
+from engine.errors import InputError
+
+
+def check_torchvision() -> None:
+    """Passes when torchvision is absent (0.1 ms, nothing imported) or imports.
+
+    Raises:
+        InputError: torchvision is installed and does not import beside this torch.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise InputError(
+            "torchvision",
+            f"installed, but does not import ({error})",
+            "transformers cannot load RoBERTa or EfficientNet beside it: run `pip uninstall torchvision`",
+        ) from error

@@ -1,0 +1,175 @@
+"""The model folder: what training exports, import writes and the server loads.
+
+    config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional
+    <part>.safetensors        its weights
+    tokenizer.json, …         Hugging Face tokenizer files
+    model_card.md             data, training, figures, limits
+
+No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.config import KoclipConfig, Section, TransformerConfig, VqganConfig, parse_section
+from engine.data.text import CaptionTokenizer, load_tokenizer
+from engine.errors import InputError
+from engine.files import atomic_folder, read_json, write_json
+from engine.models.koclip import KoClip
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+
+FORMAT = 1
+PartName = Literal["vqgan", "transformer", "koclip"]
+_CONFIGS: dict[PartName, type[Section]] = {
+    "vqgan": VqganConfig,
+    "transformer": TransformerConfig,
+    "koclip": KoclipConfig,
+}
+_MODULES: dict[PartName, Any] = {"vqgan": Vqgan, "transformer": KoDalle, "koclip": KoClip}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a folder: its config and its weights (name to tensor)."""
+
+    config: Section
+    weights: dict[str, Tensor]
+
+
+def write_model_folder(
+    destination: Path,
+    parts: dict[PartName, Part],
+    *,
+    card: str,
+    tokenizer: CaptionTokenizer | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a complete folder and renames it into place; an older one of the same name is replaced.
+
+    Args:
+        dtype: floating-point weights are stored in it (None: as they are).
+
+    Raises:
+        InputError: `destination` holds something else than a model.
+    """
+    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+    if taken and not (destination / "config.json").is_file():
+        raise InputError("destination", destination, "holds something else than a model: choose another folder")
+    with atomic_folder(destination, replace=True) as folder:
+        config: dict[str, Any] = {"format": FORMAT}
+        for name, part in parts.items():
+            config[name] = part.config.model_dump(mode="json")
+            weights = {
+                key: (value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+                .detach()
+                .contiguous()
+                .cpu()
+                .clone()  # safetensors refuses tensors that share memory
+                for key, value in part.weights.items()
+            }
+            save_file(weights, folder / f"{name}.safetensors")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        write_json(folder / "config.json", config)
+        (folder / "model_card.md").write_text(card, encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, its format checked."""
+    if not folder.is_dir():
+        raise InputError("model folder", folder, "no such folder: train first, or give the folder of a trained model")
+    config = read_json(folder / "config.json", field="model folder", remedy="give a folder that training exported")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise InputError(f"{folder / 'config.json'} format", found, f"this version reads format {FORMAT}")
+    return config
+
+
+def has_part(folder: Path, name: PartName) -> bool:
+    return name in read_config(folder)
+
+
+def part_config(folder: Path, name: PartName) -> Any:
+    """The config section of one part.
+
+    Raises:
+        InputError: the folder has no such part, or its section is not valid.
+    """
+    config = read_config(folder)
+    if name not in config:
+        held = ", ".join(part for part in _CONFIGS if part in config) or "none"
+        raise InputError("model folder", folder, f"has no {name} (it holds: {held}): give a folder that has one")
+    return parse_section(_CONFIGS[name], config[name], source=str(folder / "config.json"))
+
+
+def read_part(folder: Path, name: PartName) -> Part:
+    """Config and weights of one part, names and shapes checked, weights in float32.
+
+    Raises:
+        InputError: missing file, not safetensors, missing or extra tensors, a wrong shape: each by name.
+    """
+    config = part_config(folder, name)
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise InputError("weight file", path, "is missing: copy it there, or export the model again")
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            _compare(found, expected, path)
+            weights = {key: _as_float32(file.get_tensor(key)) for key in found}
+    except SafetensorError as error:
+        raise InputError(
+            "weight file", path, f"is not a complete safetensors file ({error}): export it again"
+        ) from error
+    return Part(config, weights)
+
+
+def load_part(folder: Path, name: PartName) -> Any:
+    """The network itself (`Vqgan`, `KoDalle` or `KoClip`), in eval mode, float32, on the CPU."""
+    part = read_part(folder, name)
+    module: nn.Module = _MODULES[name](part.config)
+    module.load_state_dict(part.weights, strict=True)
+    return module.eval()
+
+
+def load_folder_tokenizer(folder: Path) -> CaptionTokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError("model folder", folder, "has no tokenizer.json: export the model again")
+    return load_tokenizer(str(folder))
+
+
+def weights_digest(folder: Path, name: PartName) -> str:
+    """16 hex digits over config and weight bytes of one part; what caches are keyed by."""
+    digest = hashlib.sha256(json.dumps(read_config(folder)[name], sort_keys=True).encode())
+    path = folder / f"{name}.safetensors"
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    if missing:
+        raise InputError(str(path), missing[0], f"tensor is missing ({len(missing)} in all): export the model again")
+    if extra:
+        raise InputError(str(path), extra[0], f"unexpected tensor ({len(extra)} in all): wrong file for this config")
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise InputError(f"{path} {key}", list(found[key]), f"config.json asks for shape {list(shape)}")
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,237 @@
+"""The codebook: nearest entry for every encoder output, and optional care for entries that nobody uses.
+
+Computes what taming's `VectorQuantizer2` computes (same state-dict name, same initialisation, same loss with the
+published "legacy" placement of beta), without einops and without ever building a (B*N, K) one-hot: distances are one
+matrix product, because |z|^2 is the same for every entry and does not change which is nearest.
+
+Care is for small data: a codebook that starts at U(+-1/K) sits in one spot of the latent space, and on a few thousand
+pictures most entries never win. Entries may start as encoder outputs (`init_from`), and entries that won nothing
+since the last look may be replaced by recent encoder outputs (`revive_unused`, after Lancucki et al. 2020,
+arXiv:2005.08520).
+
+Shapes: B pictures, N positions of the latent grid (H*W), E width of an entry, K entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Rows of latents per distance product: at K = 16384 one piece is 0.5 GiB of float32.
+_ROWS_PER_PRODUCT = 8192
+
+
+class Quantised(NamedTuple):
+    latents: Tensor  # (B, E, H, W): codebook entries; gradients pass straight through to the encoder
+    loss: Tensor  # scalar, float32
+    image_tokens: Tensor  # (B, N) int64, row by row over the grid
+
+
+class CodebookStats(NamedTuple):
+    usage: Tensor  # share of the K entries that occur, 0..1
+    perplexity: Tensor  # exp(entropy) of the entries' frequencies, 1..K: how many entries carry the load
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook with straight-through gradients (van den Oord et al. 2017, arXiv:1711.00937; taming's VectorQuantizer2).
+
+    State dict: `embedding.weight` (K, E) only, as in taming. What care needs beside it is in `care_state()`.
+
+    Args:
+        codebook_size: K.
+        embed_dim: E.
+        beta: weight of one of the two loss terms.
+        legacy: True puts beta on the codebook term (taming's published slip: commitment weight 1); False puts it on
+            the commitment term, as the VQ-VAE paper does.
+        track_usage: count winners and keep the last batch of encoder outputs while training, for `revive_unused`.
+    """
+
+    usage_counts: Tensor
+
+    def __init__(
+        self, codebook_size: int, embed_dim: int, *, beta: float = 0.25, legacy: bool = True, track_usage: bool = False
+    ) -> None:
+        super().__init__()
+        self.codebook_size = codebook_size
+        self.embed_dim = embed_dim
+        self.beta = beta
+        self.legacy = legacy
+        self.track_usage = track_usage
+        self.embedding = nn.Embedding(codebook_size, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
+        # Not persistent: taming's checkpoints have no such tensor, and a served model does not need it.
+        self.register_buffer("usage_counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
+        self._recent: Tensor | None = None  # (B*N, E) encoder outputs of the last training batch
+
+    def forward(self, latents: Tensor) -> Quantised:
+        """Replaces every latent vector by its nearest entry.
+
+        Args:
+            latents: (B, E, H, W), either memory format.
+        """
+        B = latents.shape[0]
+        z = latents.permute(0, 2, 3, 1)  # (B, H, W, E)
+        vectors = z.reshape(-1, self.embed_dim)  # (B*N, E)
+        tokens = self.nearest(vectors)  # (B*N,)
+        chosen = F.embedding(tokens, self.embedding.weight).view(z.shape)  # (B, H, W, E)
+        if self.training and self.track_usage:
+            self._note(vectors, tokens)
+
+        # float32 whatever the model's type: mean squares of small differences are lost in bfloat16.
+        commitment = F.mse_loss(z.float(), chosen.detach().float())
+        codebook = F.mse_loss(chosen.float(), z.detach().float())
+        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
+
+        passed_through = z + (chosen - z).detach()
+        return Quantised(passed_through.permute(0, 3, 1, 2), loss, tokens.view(B, -1))
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Index of the nearest entry (Euclidean, lowest index on ties): (M, E) -> (M,) int64. Always in float32."""
+        weight = self.embedding.weight.detach().float()
+        with torch.autocast(vectors.device.type, enabled=False):
+            squared_norms = weight.square().sum(dim=1)  # (K,)
+            pieces = [
+                torch.addmm(squared_norms, piece.float(), weight.T, alpha=-2.0).argmin(dim=1)  # (m, K) -> (m,)
+                for piece in vectors.detach().split(_ROWS_PER_PRODUCT)
+            ]
+        return torch.cat(pieces)
+
+    def lookup(self, image_tokens: Tensor) -> Tensor:
+        """Entries of the given tokens: (...) integers -> (..., E).
+
+        Raises:
+            ValueError: not integers, or a token outside 0..K-1. Checked here because on a GPU the embedding would
+                abort the whole process's CUDA context instead.
+        """
+        if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
+            raise ValueError(f"image tokens must be integers, not {image_tokens.dtype}")
+        image_tokens = image_tokens.long()
+        if image_tokens.numel():
+            lowest, highest = (int(value) for value in torch.stack(torch.aminmax(image_tokens)).tolist())
+            if lowest < 0 or highest >= self.codebook_size:
+                raise ValueError(f"image tokens span {lowest}..{highest}; the codebook has 0..{self.codebook_size - 1}")
+        return F.embedding(image_tokens, self.embedding.weight)
+
+    # ------------------------------------------------------------------------------------------------------- care
+
+    @torch.no_grad()
+    def init_from(self, vectors: Tensor, generator: torch.Generator, *, kmeans_rounds: int = 0) -> None:
+        """Overwrites all entries with encoder outputs drawn by `generator`, and forgets usage.
+
+        Draws without replacement while there are at least K vectors. With fewer, repeats get a little noise (1 % of
+        the vectors' spread), so that no two entries are equal. On several ranks rank 0's entries win.
+
+        Args:
+            vectors: (M, E) encoder outputs, or (B, E, H, W).
+            generator: CPU generator.
+            kmeans_rounds: Lloyd's rounds on the vectors afterwards; an entry that no vector is nearest to is drawn anew.
+        """
+        rows = self._rows(vectors)
+        self.embedding.weight.copy_(_draw_rows(rows, self.codebook_size, generator))
+        for _ in range(kmeans_rounds):
+            self._lloyd_round(rows.float(), generator)
+        self._share_from_rank_0()
+        self.usage_counts.zero_()
+
+    @torch.no_grad()
+    def revive_unused(self, generator: torch.Generator) -> Tensor:
+        """Replaces entries that won nothing since the last call by recent encoder outputs; starts counting anew.
+
+        The same counts, recent vectors and generator state give the same codebook, so a run that restores
+        `care_state()` and the generator continues identically. On several ranks the counts are summed and rank 0's
+        vectors win; every rank must call. Under DeepSpeed with float32 master weights the caller must also write
+        `embedding.weight` back into them (`deepspeed.utils.safe_set_full_fp32_param`) and would best zero the
+        optimiser's moments of the returned rows.
+
+        Returns:
+            (R,) int64 indices of the replaced entries, ascending.
+
+        Raises:
+            RuntimeError: nothing was tracked yet (`track_usage` off, or no training batch seen).
+        """
+        if self._recent is None:
+            raise RuntimeError("revive_unused needs track_usage=True and at least one training batch before it")
+        if _several_ranks():
+            dist.all_reduce(self.usage_counts)
+        unused = (self.usage_counts == 0).nonzero().flatten()  # (R,)
+        if unused.numel():
+            self.embedding.weight[unused] = _draw_rows(self._recent, unused.numel(), generator).to(
+                self.embedding.weight
+            )
+            self._share_from_rank_0()
+        self.usage_counts.zero_()
+        return unused
+
+    def care_state(self) -> dict[str, Tensor]:
+        """What `revive_unused` depends on beside the weights, as plain CPU tensors for a training checkpoint."""
+        recent = torch.empty(0, self.embed_dim) if self._recent is None else self._recent
+        return {"usage_counts": self.usage_counts.cpu().clone(), "recent_vectors": recent.cpu().clone()}
+
+    def load_care_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what `care_state` returned.
+
+        Raises:
+            ValueError: counts of another codebook size, or vectors of another width.
+        """
+        counts, recent = state["usage_counts"], state["recent_vectors"]
+        if counts.shape != self.usage_counts.shape or recent.shape[1:] != (self.embed_dim,):
+            raise ValueError(
+                f"care state is for {counts.numel()} entries of width {recent.shape[-1]}, "
+                f"the codebook has {self.codebook_size} of width {self.embed_dim}"
+            )
+        self.usage_counts.copy_(counts)
+        self._recent = recent.to(self.embedding.weight.device).clone() if recent.numel() else None
+
+    def _lloyd_round(self, rows: Tensor, generator: torch.Generator) -> None:
+        nearest = self.nearest(rows)  # (M,)
+        counts = torch.bincount(nearest, minlength=self.codebook_size)  # (K,)
+        sums = torch.zeros_like(self.embedding.weight, dtype=torch.float32).index_add_(0, nearest, rows)
+        entries = sums / counts.clamp(min=1)[:, None]
+        empty = (counts == 0).nonzero().flatten()
+        if empty.numel():
+            entries[empty] = _draw_rows(rows, empty.numel(), generator)
+        self.embedding.weight.copy_(entries)
+
+    def _note(self, vectors: Tensor, tokens: Tensor) -> None:
+        self.usage_counts.scatter_add_(0, tokens, torch.ones_like(tokens))
+        self._recent = vectors.detach()
+
+    def _rows(self, vectors: Tensor) -> Tensor:
+        if vectors.dim() == 4:
+            vectors = vectors.permute(0, 2, 3, 1).reshape(-1, vectors.shape[1])  # (B, E, H, W) -> (B*N, E)
+        if vectors.dim() != 2 or vectors.shape[1] != self.embed_dim or not len(vectors):
+            raise ValueError(f"expected (M, {self.embed_dim}) vectors with M > 0, got {tuple(vectors.shape)}")
+        return vectors.detach()
+
+    def _share_from_rank_0(self) -> None:
+        if _several_ranks():
+            dist.broadcast(self.embedding.weight.data, src=0)
+
+
+def codebook_stats(image_tokens: Tensor, codebook_size: int) -> CodebookStats:
+    """How many entries a batch of tokens uses, and how evenly. Both are 0-d float32 tensors: nothing waits for a GPU."""
+    tokens = image_tokens.flatten()
+    counts = torch.zeros(codebook_size, dtype=torch.int64, device=tokens.device)
+    counts.scatter_add_(0, tokens, torch.ones_like(tokens))
+    shares = counts.float() / tokens.numel()
+    return CodebookStats((counts > 0).float().mean(), torch.special.entr(shares).sum().exp())
+
+
+def _draw_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows chosen by a CPU generator; beyond the first pass over `rows`, jittered by 1 % of their spread."""
+    order = torch.randperm(len(rows), generator=generator)[:count]
+    drawn = rows[order.to(rows.device)].float()
+    if count > len(rows):
+        again = torch.randint(len(rows), (count - len(rows),), generator=generator)
+        noise = torch.randn(count - len(rows), rows.shape[1], generator=generator)
+        spread = rows.float().std(dim=0, unbiased=False)
+        repeats = rows[again.to(rows.device)].float() + 0.01 * spread * noise.to(rows.device)
+        drawn = torch.cat([drawn, repeats])
+    return drawn
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

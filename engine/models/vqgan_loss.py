@@ -1,0 +1,134 @@
+"""What a VQGAN is trained to minimise: pixels, perception, codebook, and a patch discriminator.
+
+Computes taming's `VQLPIPSWithDiscriminator` as two pure functions, because generator and discriminator are two
+DeepSpeed engines with an optimiser each. One difference: before `disc_start` taming runs the discriminator and
+multiplies by zero; here it does not run at all.
+
+    generator:      L = |x - x'| + w_p LPIPS(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
+                    lambda = clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), gradients at the decoder's last convolution
+    discriminator:  L = (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2
+
+Shapes: B pictures, S pixels. `images` are [0, 1] as everywhere; `reconstruction` is [-1, 1] as `Vqgan.forward` gives it.
+Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/losses/vqperceptual.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from torch import Tensor, nn
+
+from engine.config import VqganLossConfig
+from engine.models.perceptual import Perceptual
+from engine.models.vqgan import to_signed_range
+
+_MAX_ADAPTIVE_WEIGHT = 1e4
+
+
+def build_discriminator(config: VqganLossConfig) -> NLayerDiscriminator:
+    """taming's PatchGAN with BatchNorm: 2,765,633 parameters at 64 channels and 3 layers. Its running statistics are
+    state to be saved. Fed (B, 3, S, S) in [-1, 1], answers (B, 1, s, s) logits, one per patch."""
+    discriminator = NLayerDiscriminator(input_nc=3, ndf=config.disc_channels, n_layers=config.disc_layers)
+    return discriminator.apply(weights_init)
+
+
+def discriminator_active(step: int, config: VqganLossConfig) -> bool:
+    """Whether the discriminator takes part at this step (counted from 0): train it only where this is true."""
+    return config.disc_weight > 0 and step >= config.disc_start
+
+
+def generator_loss(
+    discriminator: nn.Module | None,
+    reconstruction: Tensor,
+    images: Tensor,
+    quantiser_loss: Tensor,
+    last_layer_weight: Tensor,
+    *,
+    step: int,
+    config: VqganLossConfig,
+    perceptual: Perceptual | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of encoder, codebook and decoder.
+
+    The caller sets `discriminator.requires_grad_(False)` around this step, so that no gradient is spent on it.
+
+    Args:
+        discriminator: may be None, or is simply not run, where `discriminator_active` is false.
+        reconstruction: (B, 3, S, S), [-1, 1], with a graph unless gradients are off (validation).
+        images: (B, 3, S, S), [0, 1].
+        quantiser_loss: scalar.
+        last_layer_weight: `Vqgan.last_layer_weight`; must be whole (not partitioned as by ZeRO stage 3).
+        step: training step from 0.
+        config: weights.
+        perceptual: required when `config.perceptual_weight` > 0.
+
+    Returns:
+        scalar loss, and detached 0-d float32 tensors: loss, pixel, quantiser, perceptual (when weighted), and while
+        the discriminator takes part generator and adaptive_weight (0 where gradients are off, as in taming).
+
+    Raises:
+        ValueError: a part is missing that the config calls for.
+    """
+    target = to_signed_range(images.float())
+    reconstruction = reconstruction.float()
+    pixel = _pixel_loss(reconstruction, target, config.pixel)
+    scalars = {"pixel": pixel.detach(), "quantiser": quantiser_loss.detach().float()}
+    nll = pixel
+    if config.perceptual_weight > 0:
+        if perceptual is None:
+            raise ValueError("perceptual_weight > 0 needs a Perceptual module")
+        distance = perceptual(reconstruction, target).mean()
+        scalars["perceptual"] = distance.detach()
+        nll = nll + config.perceptual_weight * distance
+    loss = nll + config.codebook_weight * quantiser_loss
+
+    if discriminator_active(step, config):
+        if discriminator is None:
+            raise ValueError(f"step {step} >= disc_start {config.disc_start} needs a discriminator")
+        generator = -_judge(discriminator, reconstruction).mean()
+        weight = _adaptive_weight(nll, generator, last_layer_weight)
+        loss = loss + config.disc_weight * weight * generator
+        scalars |= {"generator": generator.detach(), "adaptive_weight": weight}
+    return loss, {"loss": loss.detach(), **scalars}
+
+
+def discriminator_loss(
+    discriminator: nn.Module, reconstruction: Tensor, images: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hinge loss of the discriminator; call it only where `discriminator_active` is true.
+
+    Args:
+        reconstruction: (B, 3, S, S), [-1, 1]; its graph is not followed.
+        images: (B, 3, S, S), [0, 1].
+
+    Returns:
+        scalar loss, and detached 0-d tensors: discriminator, logits_real, logits_fake (means).
+    """
+    # Two passes, not one over the joined batch: BatchNorm takes statistics of real and fake apart, as published.
+    real = _judge(discriminator, to_signed_range(images.float()).detach())
+    fake = _judge(discriminator, reconstruction.detach().float())
+    loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    scalars = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+    return loss, {name: value.detach() for name, value in scalars.items()}
+
+
+def _pixel_loss(reconstruction: Tensor, target: Tensor, kind: str) -> Tensor:
+    """`l1+l2`: the square pulls hard on large, wrongly coloured areas, which L1 alone leaves for late."""
+    l1 = F.l1_loss(reconstruction, target) if "l1" in kind else 0.0
+    l2 = F.mse_loss(reconstruction, target) if "l2" in kind else 0.0
+    return l1 + l2  # type: ignore[return-value]
+
+
+def _judge(discriminator: nn.Module, pictures: Tensor) -> Tensor:
+    """Patch logits in float32; pictures take the discriminator's own type and layout (it may be a bf16 engine)."""
+    dtype = next(discriminator.parameters()).dtype
+    return discriminator(pictures.to(dtype)).float()
+
+
+def _adaptive_weight(nll: Tensor, generator: Tensor, last_layer_weight: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and nll.requires_grad and last_layer_weight.requires_grad):
+        return torch.zeros((), device=nll.device)
+    nll_gradient, generator_gradient = (
+        torch.autograd.grad(value, last_layer_weight, retain_graph=True)[0].float() for value in (nll, generator)
+    )
+    ratio = nll_gradient.norm() / (generator_gradient.norm() + 1e-4)
+    return ratio.clamp(0.0, _MAX_ADAPTIVE_WEIGHT).detach()
