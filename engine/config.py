@@ -7,6 +7,7 @@ that names the field and the file. Derived values are properties, never stored.
 Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also what `config.json` of a model folder holds.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,7 @@ class VqganConfig(Section):
     latent_channels: int = Field(256, gt=0, description="encoder output channels (taming: z_channels)")
     embed_dim: int = Field(256, gt=0, description="width of a codebook entry")
     codebook_size: int = Field(16384, gt=1, le=65536, description="token shards are uint16")
+    norm_groups: int = Field(32, gt=0, description="taming: 32; narrow networks want fewer, see engine/models/vqgan.py")
     dropout: float = Field(0.0, ge=0, lt=1)
     commitment_weight: float = Field(0.25, ge=0)
     legacy_commitment: bool = Field(True, description="taming's default puts commitment_weight on the codebook term")
@@ -54,6 +56,8 @@ class VqganConfig(Section):
     def _fits(self) -> "VqganConfig":
         if self.image_size % 2 ** (len(self.channel_multipliers) - 1):
             raise ValueError(f"image_size {self.image_size} must be divisible by 2**(levels - 1)")
+        if self.base_channels % self.norm_groups:
+            raise ValueError(f"norm_groups {self.norm_groups} must divide base_channels {self.base_channels}")
         if self.base_channels % 32:
             raise ValueError(f"base_channels {self.base_channels} must be a multiple of 32 (GroupNorm groups)")
         return self
@@ -148,7 +152,7 @@ class TextConfig(Section):
 class VqganLossConfig(Section):
     """taming's VQLPIPSWithDiscriminator; values of KoDALLE's VQGAN_config.yml."""
 
-    pixel: Literal["l1", "l2"] = "l1"
+    pixel: Literal["l1", "l2", "l1+l2"] = "l1"
     codebook_weight: float = Field(1.0, ge=0)
     perceptual_weight: float = Field(1.0, ge=0)
     perceptual_weights: Path | None = Field(None, description="VGG16 + LPIPS heads as safetensors or .pth")
@@ -161,7 +165,9 @@ class VqganLossConfig(Section):
 class CodebookCare(Section):
     """Optional help for small data: taming's plain codebook collapses on a few thousand pictures."""
 
-    init_from_data: bool = Field(False, description="entries start as encoder outputs of the first batch")
+    start_step: int = Field(
+        0, ge=0, description="until then latents pass unquantised; the codebook is then set by k-means on them"
+    )
     revive_every: int = Field(0, ge=0, description="steps between replacing unused entries; 0 = never")
 
 
@@ -191,7 +197,7 @@ class Run(Section):
     """What every training run has."""
 
     run: Path = Field(description="folder of this run: config.yaml, log.jsonl, checkpoints/, samples/, model/")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     resume: Literal["auto", "never"] = "auto"
     data: DataConfig
     loop: LoopConfig
@@ -203,6 +209,10 @@ class VqganRun(Run):
     model: VqganConfig = VqganConfig()
     loss: VqganLossConfig = VqganLossConfig()
     codebook: CodebookCare = CodebookCare()
+    init: Literal["published", "residual"] = Field(
+        "published",
+        description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster here",
+    )
     start_from: Path | None = Field(None, description="model folder whose VQGAN is the starting point")
 
 
@@ -212,7 +222,9 @@ class KoclipRun(Run):
     text: TextConfig = TextConfig(tokenizer="klue/roberta-base")
     pretrained_text_encoder: str | None = Field(None, description="Hugging Face RoBERTa, name or folder")
     pretrained_image_encoder: str | None = Field(None, description="Hugging Face EfficientNet, name or folder")
-    encoder_lr_ratio: float = Field(1.0, gt=0, description="encoder learning rate over the projections' (published: 0.8)")
+    encoder_lr_ratio: float = Field(
+        1.0, gt=0, description="encoder learning rate over the projections' (published: 0.8)"
+    )
     augment_shift: int = Field(0, ge=0, description="random translation in pixels")
 
 
@@ -225,8 +237,14 @@ class KodalleRun(Run):
     pretrained_text_embeddings: str | None = Field(
         None, description="Hugging Face RoBERTa or GPT whose token and position tables start ours (klue/roberta-large)"
     )
+    embedding_std: float | None = Field(
+        None, gt=0, description="null: N(0, 1) tables as published; small models from scratch want 0.02"
+    )
+    attention: Literal["sdpa", "xformers", "reference"] = "sdpa"
     loss_image_weight: float = Field(7.0, gt=0, description="loss = (text + w * image) / (1 + w)")
-    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)")
+    caption_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)"
+    )
     token_shards: Path | None = Field(None, description="default: <run>/shards")
     strict_captions: bool = Field(False, description="refuse captions longer than text_seq_len instead of cutting")
 
@@ -242,10 +260,10 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.YAMLError(f"key given twice: {', '.join(map(str, sorted(twice)))}{node.start_mark}")
+            raise yaml.YAMLError(f"key given twice: {', '.join(sorted(twice))}{node.start_mark}")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -269,15 +287,19 @@ def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | Kocli
     tree = _read_yaml(path)
     for override in overrides or []:
         _apply_override(tree, override)
-    _refuse_none_text(tree, path)
-    return parse_section(_RUN, tree, source=str(path))
+    source = f"{path} with the command line's key=value" if overrides else str(path)
+    _refuse_none_text(tree, source)
+    return parse_section(_RUN, tree, source=source)
 
 
 def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
-    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError."""
+    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError.
+
+    By way of JSON, whose strict mode takes a text for a path and a list for a tuple, but not `yes` for 1 or "8" for 8.
+    """
     adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
     try:
-        return adapter.validate_python(tree)
+        return adapter.validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         raise _as_input_error(error, source) from error
 
@@ -315,15 +337,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError("override", override, f"the value is not valid YAML: {error}") from error
 
 
-def _refuse_none_text(node: Any, path: Path, where: str = "") -> None:
+def _refuse_none_text(node: Any, source: str, where: str = "") -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            _refuse_none_text(value, path, f"{where}.{key}" if where else str(key))
+            _refuse_none_text(value, source, f"{where}.{key}" if where else str(key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _refuse_none_text(value, path, f"{where}.{index}")
+            _refuse_none_text(value, source, f"{where}.{index}")
+    elif node == "none" and where.startswith("deepspeed."):
+        pass  # a value of DeepSpeed's own: offload_optimizer.device, for one
     elif node in ("None", "none", "NONE"):
-        raise InputError(where, repr(node), f"is a text, not 'nothing' (in {path}): write null, or remove the line")
+        raise InputError(where, repr(node), f"is a text, not 'nothing' (in {source}): write null, or remove the line")
 
 
 def _as_input_error(error: ValidationError, source: str) -> InputError:
@@ -338,5 +362,10 @@ def _as_input_error(error: ValidationError, source: str) -> InputError:
         remedy = "is missing: add it"
     else:
         remedy = first["msg"]
-    value = "" if first["type"] == "missing" else repr(first["input"])[:120]
-    return InputError(field, value or "(nothing)", f"{remedy}, in {source}{others}")
+    if first["type"] in ("missing", "union_tag_not_found"):
+        value = "(nothing)"
+    elif first["type"] == "union_tag_invalid":
+        value = repr(first["ctx"]["tag"])
+    else:
+        value = repr(first["input"])[:120]
+    return InputError(field, value, f"{remedy}, in {source}{others}")

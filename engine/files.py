@@ -1,10 +1,11 @@
 """Writing files so that a reader never sees half of one.
 
 Everything is written under a temporary name beside its destination and renamed: a killed process leaves either the
-old content or the new, plus at most a `.partial-*` leftover that the next write of the same name removes.
+old content or the new, plus at most a `.partial-*` leftover; a folder's is removed by the next write of that folder.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -45,24 +46,21 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise InputError("destination", path, "exists already: choose another folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".partial-{path.name}-"
-    for leftover in path.parent.glob(prefix + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if "-" not in leftover.name[len(prefix) :]:  # else it belongs to a longer name: `model-best` beside `model`
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     temporary.chmod(0o755)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        os.sync()  # one call: an fsync a file is a third of the time of preparing 3,000 pictures
+        # Two renames, not remove-then-rename: at no moment is there nothing to recover from.
+        old = path.with_name(f".old-{path.name}")
         if path.exists():
-            # Two renames, not remove-then-rename: at no moment is there nothing to recover from.
-            old = path.with_name(f".old-{path.name}")
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.replace(path)
+        temporary.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,0 +1,41 @@
+# `make demo` and `make test` on a fresh machine do everything: each makes the environment first when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: env demo test lint format bench clean
+
+env: $(READY)
+
+# torch comes first and alone: with it installed, later packages are content with it, where a plain range would fetch
+# several GB of CUDA packages on a machine without a GPU. deepspeed is source only and needs torch at build time.
+# taming-transformers comes without its dependencies: the torchvision that it declares breaks transformers' RoBERTa and
+# EfficientNet beside CPU torch.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gpu,serve,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt taming-transformers-rom1504
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/kodalle demo --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

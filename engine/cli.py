@@ -1,0 +1,81 @@
+"""The `kodalle` command.
+
+    kodalle data captions|prepare|check|make-demo …
+    kodalle draw MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
+    kodalle evaluate MODEL PAIRS --out FILE
+    kodalle demo
+
+Exit codes: 0 done, 1 faults found (`data check`), 2 bad input: one line on stderr naming field, value and remedy.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine import cli_data
+from engine.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(cli_data.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
+
+
+@app.command("draw")
+def draw(
+    model: Annotated[str, typer.Argument(help="model folder, or owner/name on the Hugging Face hub")],
+    caption: Annotated[str, typer.Argument(help="what to draw")],
+    candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn")] = 16,
+    top: Annotated[int, typer.Option(min=1, help="pictures kept, best first")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="same seed, same pictures")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the pictures, sheet.png and result.json")] = Path("drawings"),
+    temperature: Annotated[float, typer.Option(help="1: the model's own distribution; 0: always the likeliest")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="1: none; above: closer to the caption")] = 1.0,
+    strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
+) -> None:
+    """Draws a caption, ranks the candidates, writes the best."""
+    from engine.sampling.command import draw_to_folder
+    from engine.sampling.sampler import SamplingOptions
+
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    draw_to_folder(
+        model, caption, out, candidates=candidates, top=top, seed=seed, options=options, strict=strict, device=device
+    )
+
+
+@app.command("evaluate")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="model folder")],
+    pairs: Annotated[Path, typer.Argument(help="prepared folder; its validation split is used")],
+    out: Annotated[Path, typer.Option(help="where the JSON goes")] = Path("evaluation.json"),
+) -> None:
+    """Measures a model on held-out pairs: reconstruction error, validation losses, KoCLIP recall@1/5."""
+    from engine.metrics.evaluate import evaluate_to_file
+
+    evaluate_to_file(model, pairs, out)
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="where the demo's runs go")] = Path("runs/demo"),
+    configs: Annotated[Path, typer.Option(help="folder with the demo's configs")] = Path("configs/demo"),
+) -> None:
+    """The whole job, small: draws garments, trains the three models, draws held-out captions, writes report.json."""
+    from engine.demo import run_demo
+
+    run_demo(out, configs)
+
+
+def main() -> None:
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

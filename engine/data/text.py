@@ -1,0 +1,160 @@
+"""Captions to text tokens.
+
+A tokenizer is a Hugging Face one, by name or folder (klue/roberta-large: WordPiece, 32,000 entries), or is trained on
+the captions at hand. A trained one has klue/roberta's special ids, so that everything downstream treats both alike:
+[CLS] 0, [PAD] 1, [SEP] 2, [UNK] 3, [MASK] 4.
+
+B captions, T text positions.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from engine.errors import InputError
+
+SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """Text tokens of a batch of captions.
+
+    tokens: (B, T) int64, [CLS] … [SEP] [PAD] ….
+    cut: per caption, how many tokens did not fit.
+    """
+
+    tokens: Tensor
+    cut: list[int]
+
+
+class CaptionTokenizer:
+    """Turns captions into fixed-length text tokens and says what it cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self.pad_id = _special_id(tokenizer, "pad_token_id", "eos_token_id")
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, added ones included: the least size of an embedding table."""
+        return len(self._tokenizer)
+
+    @property
+    def digest(self) -> str:
+        """Equal for tokenizers that give equal tokens: 16 hex digits over vocabulary, rules and special tokens."""
+        rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        rules.pop("truncation", None)  # state of the last call, not of the tokenizer
+        rules.pop("padding", None)
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
+
+    def encode(self, captions: Sequence[str], text_seq_len: int, *, strict: bool = False) -> EncodedCaptions:
+        """Tokenises, adds [CLS] and [SEP], cuts or pads to `text_seq_len`.
+
+        Raises:
+            InputError: with `strict`, a caption that does not fit, with the number of tokens that would be cut.
+        """
+        if not captions:  # transformers 5 takes no empty list
+            return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.long), [])
+        lists = self._tokenizer(list(captions), add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+        rows, cut = [], []
+        for caption, ids in zip(captions, lists, strict=True):
+            excess = max(0, len(ids) - text_seq_len)
+            if excess and strict:
+                raise InputError(
+                    "caption",
+                    _shorten(caption),
+                    f"is {len(ids)} tokens, {excess} more than the model's {text_seq_len}: shorten it, "
+                    "or leave out --strict to have its end cut",
+                )
+            # The last token is [SEP]: it stays, the caption's end goes (what Hugging Face truncation does).
+            kept = ids[: text_seq_len - 1] + ids[-1:] if excess else ids
+            rows.append(kept + [self.pad_id] * (text_seq_len - len(kept)))
+            cut.append(excess)
+        return EncodedCaptions(torch.tensor(rows, dtype=torch.long), cut)
+
+    def empty(self, text_seq_len: int) -> Tensor:
+        """Tokens of the empty caption, (1, T): the unconditional side of guidance."""
+        return self.encode([""], text_seq_len).tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into `folder`."""
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
+    """WordPiece on `captions`: whole words while they last, so that short vocabularies give short captions.
+
+    Deterministic: equal captions in any order give equal tokens, in this process or another. The trainer alone is not:
+    it numbers word-inner letters (`##a`) in the order of a hash table, and breaks ties by number. Passed to it as
+    special tokens they have their numbers before; the vocabulary is then put into a tokenizer where they are plain.
+    """
+    normalizer, splitter = normalizers.NFC(), pre_tokenizers.BertPreTokenizer()
+    captions = sorted(normalizer.normalize_str(caption) for caption in captions)
+    words = {word for caption in set(captions) for word, _ in splitter.pre_tokenize_str(caption)}
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.pre_tokenizer = splitter
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False, min_frequency=1
+    )
+    trained.train_from_iterator(captions, trainer)
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+    )
+    return CaptionTokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            cls_token="[CLS]",
+            pad_token="[PAD]",
+            sep_token="[SEP]",
+            unk_token="[UNK]",
+            mask_token="[MASK]",
+        )
+    )
+
+
+def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:
+    """A Hugging Face tokenizer by hub name or local folder; never runs code from the folder.
+
+    Raises:
+        InputError: it cannot be found or read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            "text.tokenizer",
+            name_or_folder,
+            f"cannot be loaded ({reason}): give a folder with tokenizer.json, a hub name that is reachable, or `train`",
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError("text.tokenizer", name_or_folder, "has no fast version (tokenizer.json): convert it first")
+    return CaptionTokenizer(tokenizer)
+
+
+def _special_id(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
+    for name in names:
+        value = getattr(tokenizer, name)
+        if value is not None:
+            return int(value)
+    raise InputError("text.tokenizer", tokenizer.name_or_path, "has neither a padding nor an end token: add pad_token")
+
+
+def _shorten(caption: str, limit: int = 60) -> str:
+    return caption if len(caption) <= limit else caption[: limit - 1] + "…"

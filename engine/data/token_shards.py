@@ -1,0 +1,174 @@
+"""Pictures and captions as tokens on disk, made once before KoDALLE trains.
+
+Encoding images through the VQGAN at every step would cost 23 % more arithmetic and all the JPEG decoding; a token
+image is 512 bytes. Layout of a shard folder, one sub-folder a split:
+
+    image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored
+    text_tokens.npy    (M, T) int32           all captions of all pairs
+    text_offsets.npy   (N + 1,) int64         captions of pair i: text_tokens[offsets[i]:offsets[i + 1]]
+    ../shards.json                            digests of the VQGAN, the tokenizer, the pairs; what was cut
+
+N pairs, S image tokens, T text positions.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.pairs import Pair, Pairs, load_image
+from engine.data.text import CaptionTokenizer
+from engine.errors import InputError
+from engine.files import atomic_folder, read_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """One split, memory-mapped."""
+
+    image_tokens: np.ndarray  # (N, views, S) uint16
+    text_tokens: np.ndarray  # (M, T) int32
+    text_offsets: np.ndarray  # (N + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.image_tokens)
+
+    def pick(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """One visit of pair `index`: a random caption (T,) and a random view (S,)."""
+        first, last = self.text_offsets[index], self.text_offsets[index + 1]
+        caption = first if last - first == 1 else generator.integers(first, last)
+        views = self.image_tokens.shape[1]
+        view = 0 if views == 1 else generator.integers(views)
+        return self.text_tokens[caption], self.image_tokens[index, view]
+
+
+def shards_are_current(folder: Path, expected: dict[str, Any]) -> bool:
+    """Whether `folder` holds complete shards made from exactly `expected` (as `shard_identity` gives it)."""
+    return (folder / "shards.json").is_file() and _read_index(folder).get("identity") == expected
+
+
+def captions_cut(folder: Path) -> dict[str, int]:
+    """Keys of the pairs whose captions did not fit, and how many text tokens were left out."""
+    return dict(_read_index(folder)["captions_cut"])
+
+
+def shard_identity(
+    pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, flip: bool
+) -> dict[str, Any]:
+    """What the shards depend on; compared before they are used again."""
+    digest = hashlib.sha256()
+    for pair in [*pairs.train, *pairs.validation]:
+        digest.update(repr((pair.key, pair.captions, pair.split, pair.image_path.stat().st_size)).encode())
+    return {
+        "format": FORMAT,
+        "pairs": digest.hexdigest()[:16],
+        "vqgan": vqgan_digest,
+        "tokenizer": tokenizer.digest,
+        "text_seq_len": text_seq_len,
+        "flip": flip,
+    }
+
+
+def write_shards(
+    folder: Path,
+    pairs: Pairs,
+    tokenizer: CaptionTokenizer,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    identity: dict[str, Any],
+    image_size: int,
+    text_seq_len: int,
+    flip: bool = False,
+    strict: bool = False,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Encodes every pair; the folder appears only when complete.
+
+    Args:
+        encode: images (B, 3, H, W) float in [0, 1] to image tokens (B, S).
+        strict: refuse captions longer than `text_seq_len` instead of cutting (the number cut goes to shards.json).
+        on_progress: called with (pairs done, pairs in all).
+
+    Raises:
+        InputError: `folder` holds something else; a caption too long with `strict`; a picture that cannot be read.
+    """
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (folder / "shards.json").is_file():
+        raise InputError("token_shards", folder, "holds something else than token shards: choose another folder")
+    splits: dict[str, Sequence[Pair]] = {"train": pairs.train, "validation": pairs.validation}
+    total = sum(len(split) for split in splits.values())
+    done = 0
+    cut: dict[str, int] = {}
+    with atomic_folder(folder, replace=True) as temporary:
+        for name, split in splits.items():
+            (temporary / name).mkdir()
+            text_tokens, offsets, split_cut = _encode_captions(split, tokenizer, text_seq_len, strict=strict)
+            cut |= split_cut
+            images = []
+            for batch in _image_batches(split, image_size, batch_size):
+                views = [encode(batch)] + ([encode(batch.flip(-1))] if flip else [])
+                images.append(torch.stack(views, dim=1).to(torch.int32).cpu().numpy().astype(np.uint16))
+                done += len(batch)
+                if on_progress is not None:
+                    on_progress(done, total)
+            if images:
+                np.save(temporary / name / "image_tokens.npy", np.concatenate(images))
+                np.save(temporary / name / "text_tokens.npy", text_tokens)
+                np.save(temporary / name / "text_offsets.npy", offsets)
+        write_json(temporary / "shards.json", {"identity": identity, "pairs": total, "captions_cut": cut})
+
+
+def open_shard(folder: Path, split: str, *, image_vocab_size: int, text_vocab_size: int) -> TokenShard:
+    """Memory-maps one split and checks that every token fits the model's tables.
+
+    An out-of-range id would end in a device assert, hours later and without a name.
+    """
+    arrays = {}
+    for name in ("image_tokens", "text_tokens", "text_offsets"):
+        path = folder / split / f"{name}.npy"
+        if not path.is_file():
+            raise InputError("token_shards", path, "no such file: remove the shard folder, it will be made again")
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError("token_shards", path, f"is damaged ({error}): remove the shard folder") from error
+    shard = TokenShard(**arrays)
+    for name, array, size in (
+        ("image_tokens", shard.image_tokens, image_vocab_size),
+        ("text_tokens", shard.text_tokens, text_vocab_size),
+    ):
+        if array.size and int(array.max()) >= size:
+            raise InputError(f"token_shards {name}", int(array.max()), f"exceeds the model's vocabulary of {size}")
+    return shard
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return dict(read_json(folder / "shards.json", field="token_shards", remedy="remove the folder"))
+
+
+def _encode_captions(
+    split: Sequence[Pair], tokenizer: CaptionTokenizer, text_seq_len: int, *, strict: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    offsets = np.cumsum([0] + [len(pair.captions) for pair in split], dtype=np.int64)
+    captions = [caption for pair in split for caption in pair.captions]
+    encoded = tokenizer.encode(captions, text_seq_len, strict=strict)
+    keys = [pair.key for pair in split for _ in pair.captions]
+    cut: dict[str, int] = {}
+    for key, count in zip(keys, encoded.cut, strict=True):
+        if count:
+            cut[key] = cut.get(key, 0) + count
+    return encoded.tokens.numpy().astype(np.int32), offsets, cut
+
+
+def _image_batches(split: Sequence[Pair], image_size: int, batch_size: int) -> Iterator[Tensor]:
+    for start in range(0, len(split), batch_size):
+        images = np.stack([load_image(pair, image_size) for pair in split[start : start + batch_size]])
+        yield torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0

@@ -1,0 +1,43 @@
+"""The physics that logs and benchmarks quote: peaks measured on this machine, work counted, not guessed."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
+    """Matrix products of size x size x size in FLOP/s: the ceiling that `share of peak` refers to.
+
+    Measured, because data-sheet peaks are not reached and CPUs differ 10x with their instruction sets. The best of
+    several short windows, since a neighbour's load can only slow it down.
+    """
+    size = size if device.type == "cpu" else 8 * size
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    a @ b
+    best = 0.0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        synchronize(device)
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for queued work: a no-op on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_flops(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Runs `work` and counts the FLOPs of its matrix products, convolutions and attentions, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, counter.get_total_flops()

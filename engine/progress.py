@@ -1,0 +1,66 @@
+"""Progress with time left: a live bar on a terminal, a plain line every few seconds in a log file or CI."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class ProgressBar:
+    """`with ProgressBar("vqgan", total=900) as bar: bar.update(120, "loss 0.12")`; silent when `enabled` is False."""
+
+    def __init__(self, name: str, *, total: int, start: int = 0, enabled: bool = True) -> None:
+        self.name = name
+        self.total = total
+        self.enabled = enabled
+        self._start = start
+        self._begun = self._printed = time.monotonic()
+        self._live: Progress | None = None
+        if enabled and sys.stdout.isatty():
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=sys.stdout),
+            )
+            self._task = self._live.add_task(name, total=total, completed=start, note="")
+
+    def __enter__(self) -> "ProgressBar":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Says that `done` of `total` are finished."""
+        if not self.enabled:
+            return
+        if self._live is not None:
+            self._live.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self._printed >= PLAIN_EVERY_S or done == self.total:
+            self._printed = now
+            pace = (now - self._begun) / max(1, done - self._start)
+            left = seconds_text(pace * (self.total - done))
+            print(f"{self.name} {done}/{self.total}, {left} left {note}".rstrip(), flush=True)
+
+
+def seconds_text(seconds: float) -> str:
+    """75 -> '1m15s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,268 @@
+"""Captions to ranked pictures: the one way of drawing, for the command line, the benchmarks and the server.
+
+    pipeline = Pipeline.from_pretrained("runs/demo/kodalle/model")
+    drawing = pipeline(["상의에서 색상은 레드이다."], candidates=16, seed=7)[0]
+    drawing.best[0].image.save("best.png")
+
+Candidate i of seed s is the same picture whatever else is drawn: alone, among sixteen, beside other captions.
+
+G captions, n candidates each, B = G * n rows, T text positions, N image tokens, S pixels.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from torch import Tensor
+
+from engine.data.text import CaptionTokenizer
+from engine.errors import InputError
+from engine.models.folder import (
+    Part,
+    PartName,
+    has_part,
+    load_folder_tokenizer,
+    load_part,
+    write_model_folder,
+)
+from engine.models.koclip import KoClip
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+from engine.sampling.pictures import to_uint8
+from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
+
+# Pictures decoded or ranked at once: bounds memory (a 256-pixel decode holds about 60 MB of activations a picture).
+_PICTURES_AT_ONCE = 16
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One picture of a caption."""
+
+    candidate: int
+    seed: int
+    image_tokens: tuple[int, ...]  # N
+    image: Image.Image
+    score: float | None  # KoCLIP's; None when the model has no ranker
+    rank: int  # 1 is best; without a ranker, the order drawn
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All pictures of a caption, best first."""
+
+    caption: str
+    tokens_cut: int  # text tokens that did not fit the model and were left out
+    candidates: tuple[Candidate, ...]
+    timings_s: dict[str, float]  # of the whole call that drew it: prefill, decode, vqgan, ranking
+
+    def top(self, count: int) -> tuple[Candidate, ...]:
+        return self.candidates[:count]
+
+
+class Pipeline:
+    """A drawer, its codec, its ranker (or None) and their tokenizer, on one device."""
+
+    def __init__(
+        self, transformer: KoDalle, vqgan: Vqgan, koclip: KoClip | None, tokenizer: CaptionTokenizer, card: str = ""
+    ) -> None:
+        self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
+        if koclip is not None:
+            koclip.eval()
+        self.tokenizer = tokenizer
+        self._card = card
+        null = tokenizer.empty(transformer.config.text_seq_len)[0]
+        self._sampler = Sampler(transformer, null_text_tokens=null.to(self.device))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Pipeline":
+        """Loads a model folder, or fetches one from the Hugging Face hub by `owner/name`.
+
+        Raises:
+            InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
+        """
+        folder = _local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
+        transformer: KoDalle = load_part(folder, "transformer")
+        vqgan: Vqgan = load_part(folder, "vqgan")
+        koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
+        _check_fit(transformer, vqgan, folder)
+        card = folder / "model_card.md"
+        for module in (transformer, vqgan, koclip):
+            if module is not None:
+                module.to(device=device, dtype=dtype)
+        return cls(
+            transformer,
+            vqgan,
+            koclip,
+            load_folder_tokenizer(folder),
+            card.read_text(encoding="utf-8") if card.is_file() else "",
+        )
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes a model folder that `from_pretrained` reads; `dtype` halves it with torch.float16."""
+        parts: dict[PartName, Part] = {
+            "vqgan": Part(self.vqgan.config, self.vqgan.state_dict()),
+            "transformer": Part(self.transformer.config, self.transformer.state_dict()),
+        }
+        if self.koclip is not None:
+            parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
+        write_model_folder(Path(folder), parts, card=self._card, tokenizer=self.tokenizer, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.head.weight.device
+
+    def __call__(
+        self,
+        captions: Sequence[str],
+        *,
+        candidates: int = 16,
+        seed: int = 0,
+        options: SamplingOptions | None = None,
+        strict: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> list[Drawing]:
+        """Draws `candidates` pictures of each caption and ranks them.
+
+        Args:
+            strict: refuse a caption that is longer than the model's text instead of cutting its end.
+            on_progress: called with (image tokens drawn of each row, N).
+
+        Raises:
+            InputError: no caption, an empty one, too long with `strict`, or options out of range.
+        """
+        if isinstance(captions, str):  # a sequence of captions of one letter each, otherwise
+            raise InputError("captions", repr(captions), "give a list of captions")
+        if not captions or not all(caption.strip() for caption in captions):
+            raise InputError("caption", repr(list(captions)), "give a caption that is not empty")
+        if candidates < 1:
+            raise InputError("candidates", candidates, "give 1 or more")
+        encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
+        timings_s: dict[str, float] = {}
+        with _timed(timings_s, "prefill"):
+            prefix = self._sampler.prefill(encoded.tokens)
+        rows = [
+            RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or SamplingOptions())
+            for caption in range(len(captions))
+            for number in range(candidates)
+        ]
+        with _timed(timings_s, "decode"):
+            total = self.transformer.config.image_seq_len
+            on_step = None if on_progress is None else lambda position, _: on_progress(position + 1, total)
+            image_tokens = self._sampler.decode(prefix, rows, on_step=on_step)  # (B, N)
+        with _timed(timings_s, "vqgan"):
+            images = self.decode_images(image_tokens)  # (B, 3, S, S)
+        with _timed(timings_s, "ranking"):
+            scores = self.rank_scores(captions, images.unflatten(0, (len(captions), candidates)))  # (G, n) or None
+        pixels = to_uint8(images).unflatten(0, (len(captions), candidates))  # (G, n, S, S, 3)
+        tokens = image_tokens.cpu().unflatten(0, (len(captions), candidates))  # (G, n, N)
+        return [
+            Drawing(
+                caption=caption,
+                tokens_cut=encoded.cut[number],
+                candidates=_ranked(seed, tokens[number], pixels[number], None if scores is None else scores[number]),
+                timings_s=timings_s,
+            )
+            for number, caption in enumerate(captions)
+        ]
+
+    @torch.inference_mode()
+    def decode_images(self, image_tokens: Tensor) -> Tensor:
+        """(B, N) -> (B, 3, S, S) in [0, 1], a few at a time."""
+        return torch.cat([self.vqgan.decode(part) for part in image_tokens.split(_PICTURES_AT_ONCE)])
+
+    @torch.inference_mode()
+    def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
+        """KoCLIP's score of each caption's own pictures.
+
+        Args:
+            images: (G, n, 3, S, S) in [0, 1].
+
+        Returns:
+            (G, n) on the CPU; None when the model has no ranker.
+        """
+        if self.koclip is None:
+            return None
+        tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
+        texts = self.koclip.embed_texts(tokens)  # (G, E)
+        pictures = torch.cat([self.koclip.embed_images(part) for part in images.flatten(0, 1).split(_PICTURES_AT_ONCE)])
+        pictures = pictures.unflatten(0, images.shape[:2])  # (G, n, E)
+        rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(pictures, texts, strict=True)]
+        return torch.stack(rows).float().cpu()
+
+
+def _ranked(seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None) -> tuple[Candidate, ...]:
+    """Best first; equal scores in the order drawn."""
+    order = list(range(len(pixels)))
+    if scores is not None:
+        order.sort(key=lambda number: -float(scores[number]))
+    return tuple(
+        Candidate(
+            candidate=number,
+            seed=seed,
+            image_tokens=tuple(tokens[number].tolist()),
+            image=Image.fromarray(pixels[number].numpy()),
+            score=None if scores is None else float(scores[number]),
+            rank=rank,
+        )
+        for rank, number in enumerate(order, start=1)
+    )
+
+
+def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
+    ours, theirs = transformer.config, vqgan.config
+    if (ours.image_vocab_size, ours.image_grid_size) != (theirs.codebook_size, theirs.grid_size):
+        raise InputError(
+            "model folder",
+            folder,
+            f"transformer draws {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
+            f"VQGAN reads {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
+        )
+
+
+def _local_folder(folder_or_hub_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+    folder = Path(folder_or_hub_id)
+    name = str(folder_or_hub_id)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return folder  # a folder that is missing gets its own error message
+    try:
+        fetched = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md"],  # never pickles or code
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError("model", name, f"no such folder, and the hub gave nothing ({reason})") from error
+    return Path(fetched)
+
+
+class _timed:
+    """Adds a block's seconds to `timings_s`; blocks end in a copy to the host or are waited for."""
+
+    def __init__(self, timings_s: dict[str, float], name: str) -> None:
+        self._timings_s, self._name = timings_s, name
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._timings_s[self._name] = time.perf_counter() - self._begun

@@ -1,0 +1,42 @@
+"""Entry point of all training.
+
+    deepspeed engine/train.py --config configs/demo/vqgan.yaml [key=value …]
+    python engine/train.py --config … [key=value …]            one process, the same computation
+
+Exit codes: 0 done (or already finished), 2 bad input (one line on stderr), 1 stopped by a signal or a bug.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train VQGAN, KoCLIP or KoDALLE.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, e.g. configs/demo/vqgan.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.steps=100 seed=7")
+    # The launcher appends --local_rank; the rank is taken from the environment.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()
+
+    from engine.errors import InputError
+
+    try:
+        from engine.config import load_run
+        from engine.models.environment import check_torchvision
+
+        run = load_run(arguments.config, arguments.overrides)
+        check_torchvision()
+        from engine.training.loop import train
+
+        train(run)
+    except InputError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Batches as a function of their number, so that any worker can make any of them and a resumed run asks for the next.
+
+B pictures a micro batch and rank, S pixels, T text positions, N image tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.config import DataConfig
+from engine.data.order import BatchOrder
+from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
+from engine.data.text import CaptionTokenizer
+from engine.data.token_shards import TokenShard
+from engine.errors import InputError
+from engine.training.setup import World
+
+Batch = dict[str, Tensor]
+BatchSource = Callable[[int], Batch]
+
+
+def read_pairs(data: DataConfig, seed: int) -> Pairs:
+    return load_pairs(data.pairs, validation_fraction=data.validation_fraction, seed=seed)
+
+
+def training_order(pairs: Sequence[Pair], data: DataConfig, batch_size: int, *, seed: int, world: World) -> BatchOrder:
+    """Order over the training split, resampled when `data.balance` names an attribute."""
+    weights = None if data.balance is None else balance_weights(pairs, data.balance)
+    return BatchOrder(len(pairs), batch_size, seed=seed, rank=world.rank, world_size=world.size, weights=weights)
+
+
+def validation_order(num_pairs: int, batch_size: int, *, seed: int, world: World) -> BatchOrder:
+    """A fixed shuffle: the same pictures at every validation, in batches no larger than the split."""
+    return BatchOrder(num_pairs, min(batch_size, num_pairs), seed=seed + 1, rank=world.rank, world_size=world.size)
+
+
+class Images:
+    """Decoded pictures of a split; kept in memory as uint8 when asked."""
+
+    def __init__(self, pairs: Sequence[Pair], image_size: int, *, cache: bool) -> None:
+        self._pairs = pairs
+        self._image_size = image_size
+        self._cache: np.ndarray | None = None
+        if cache:
+            self._cache = np.stack([load_image(pair, image_size) for pair in pairs])  # (N, S, S, 3)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        return self._cache[index] if self._cache is not None else load_image(self._pairs[index], self._image_size)
+
+
+def image_source(images: Images, order: BatchOrder, *, flip: bool, shift: int = 0) -> BatchSource:
+    """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated)."""
+
+    def make(number: int) -> Batch:
+        rows = [
+            _augment(images[order.index(position)], order.generator(position), flip=flip, shift=shift)
+            for position in order.positions(number)
+        ]
+        return {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
+
+    return make
+
+
+def captioned_image_source(
+    images: Images,
+    pairs: Sequence[Pair],
+    order: BatchOrder,
+    tokenizer: CaptionTokenizer,
+    text_seq_len: int,
+    *,
+    flip: bool,
+    shift: int = 0,
+) -> BatchSource:
+    """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, drawn anew at each visit."""
+    pictures = image_source(images, order, flip=flip, shift=shift)
+
+    def make(number: int) -> Batch:
+        captions = []
+        for position in order.positions(number):
+            choices = pairs[order.index(position)].captions
+            # + 2**63: another stream than the augmentation of the same visit
+            pick = order.generator(position + 2**63).integers(len(choices)) if len(choices) > 1 else 0
+            captions.append(choices[pick])
+        return {**pictures(number), "text_tokens": tokenizer.encode(captions, text_seq_len).tokens}
+
+    return make
+
+
+def token_source(shard: TokenShard, order: BatchOrder, *, empty: Tensor, caption_dropout: float) -> BatchSource:
+    """`text_tokens` (B, T) and `image_tokens` (B, N), int64.
+
+    Args:
+        empty: (1, T) tokens of the empty caption, which takes the place of a share `caption_dropout` of the captions.
+    """
+
+    def make(number: int) -> Batch:
+        texts, pictures = [], []
+        for position in order.positions(number):
+            generator = order.generator(position)
+            text, picture = shard.pick(order.index(position), generator)
+            dropped = caption_dropout > 0 and generator.random() < caption_dropout
+            texts.append(empty[0].numpy() if dropped else text)
+            pictures.append(picture)
+        return {
+            "text_tokens": torch.from_numpy(np.stack(texts).astype(np.int64)),
+            "image_tokens": torch.from_numpy(np.stack(pictures).astype(np.int64)),
+        }
+
+    return make
+
+
+def stream(source: BatchSource, start: int, stop: int, *, num_workers: int) -> Iterator[Batch]:
+    """Batches start … stop - 1, made ahead by worker processes when there are any."""
+    if num_workers == 0:
+        return (source(number) for number in range(start, stop))
+    loader: DataLoader[Any] = DataLoader(
+        _Numbered(source), batch_size=None, sampler=range(start, stop), num_workers=num_workers, prefetch_factor=4
+    )
+    return map(_unwrapped, loader)
+
+
+def to_unit_floats(images: Tensor, world: World) -> Tensor:
+    """(B, 3, S, S) uint8 -> float32 in [0, 1] on the device."""
+    return images.to(world.device, non_blocking=True).float().div_(255.0)
+
+
+class _Numbered(Dataset[Batch | InputError]):
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
+
+    def __getitem__(self, number: int) -> Batch | InputError:
+        try:
+            return self._source(number)
+        except InputError as error:  # carried home: DataLoader would make a RuntimeError of it
+            return InputError(error.field, error.value, error.remedy)
+
+
+def _unwrapped(batch: Batch | InputError) -> Batch:
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
+
+
+def _augment(image: np.ndarray, generator: np.random.Generator, *, flip: bool, shift: int) -> np.ndarray:
+    if flip and generator.random() < 0.5:
+        image = image[:, ::-1]
+    if shift:
+        down, right = generator.integers(0, 2 * shift + 1, size=2)
+        padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+        image = padded[down : down + image.shape[0], right : right + image.shape[1]]
+    return np.ascontiguousarray(image)

@@ -1,0 +1,51 @@
+"""The model card that is exported with every model."""
+
+import json
+from pathlib import Path
+
+from engine.config import KodalleRun, Run, VqganRun
+from engine.training.checkpoints import Progress
+
+
+def model_card(run: Run, progress: Progress, log: Path | None) -> str:
+    """Markdown: what it is, what it was trained on and how, its held-out figures, what it cannot do.
+
+    Args:
+        log: log.jsonl to read the last validation figures from; None on ranks that write nothing.
+    """
+    kind = "VQGAN" if isinstance(run, VqganRun) else "KoDALLE" if isinstance(run, KodalleRun) else "KoCLIP"
+    lines = [
+        f"# {kind}",
+        "",
+        f"Trained with KoDALLE engine for {progress.step} steps on the captioned pictures of `{run.data.pairs.name}`, "
+        f"seed {run.seed}.",
+        "",
+        "## Held-out figures",
+        "",
+        *_figures(log),
+        "",
+        "## Limits",
+        "",
+        "It knows only what its training pictures and captions show. The licence of those pictures applies to what is "
+        "made from them.",
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        json.dumps(run.model_dump(mode="json", exclude={"run", "data"}), ensure_ascii=False, indent=2),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(log: Path | None) -> list[str]:
+    if log is None or not log.is_file():
+        return ["none measured"]
+    records = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if '"validation_' in line:
+            records.append(json.loads(line))
+    if not records:
+        return ["none measured"]
+    last = records[-1]
+    return [f"- {name.removeprefix('validation_')}: {value}" for name, value in last.items()]

@@ -1,0 +1,172 @@
+"""DeepSpeed glue: process group, engines, and whole state dicts out of sharded ones.
+
+What is DeepSpeed's stays DeepSpeed's: the config's `deepspeed:` section reaches `deepspeed.initialize` as it stands.
+The only thing filled in is the text `auto` at `scheduler.params.total_num_steps`, which is the run's length.
+"""
+
+import contextlib
+import copy
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from engine.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank as soon as it is true on one."""
+        return bool(self.mean(float(flag)) > 0)
+
+    def mean(self, value: float) -> float:
+        """Mean over ranks."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor)
+        return float(tensor.item()) / self.size
+
+
+def join_world(*, torch_threads: int | None) -> World:
+    """Joins the process group that `deepspeed`, `torchrun` or plain `python` (one process) started.
+
+    On CPU the gloo backend is used and DeepSpeed's shared-memory all-reduce is left out: it is compiled at first use
+    (40 s, and needs a compiler), and wins nothing for the few ranks that one CPU holds.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        torch.set_num_threads(torch_threads or max(1, (os.cpu_count() or 1) // local_size))
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(), verbose=False
+    )
+    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+    return World(rank, size, local_rank, device)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def make_engine(
+    module: nn.Module, settings: dict[str, Any], *, total_steps: int, parameters: Iterable[Any] | None = None
+) -> Any:
+    """A DeepSpeed engine around `module`.
+
+    Args:
+        settings: the config's `deepspeed:` section.
+        total_steps: fills in `total_num_steps: auto`.
+        parameters: parameter groups; default: everything that requires a gradient.
+
+    Raises:
+        InputError: settings that this machine or DeepSpeed refuses.
+    """
+    settings = copy.deepcopy(settings)
+    if settings.get("fp16", {}).get("enabled") and get_accelerator().device_name() == "cpu":
+        raise InputError("deepspeed.fp16.enabled", True, "DeepSpeed has no fp16 on CPU: use bf16, or leave both out")
+    scheduler = settings.get("scheduler", {}).get("params", {})
+    if scheduler.get("total_num_steps") == "auto":
+        scheduler["total_num_steps"] = total_steps
+    if "optimizer" not in settings:
+        raise InputError(
+            "deepspeed.optimizer", "(nothing)", "is missing: add one, e.g. {type: AdamW, params: {lr: 3e-4}}"
+        )
+    groups = list(parameters) if parameters is not None else [p for p in module.parameters() if p.requires_grad]
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=groups)
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            "deepspeed", " ".join(lines)[:300], "mend the section; DeepSpeed's documentation applies"
+        ) from error
+    return engine
+
+
+def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:
+    """(pictures a micro batch and rank, micro batches a step) of a `deepspeed:` section.
+
+    Raises:
+        InputError: missing, `auto`, or not a positive whole number.
+    """
+    sizes = []
+    for name, default in (("train_micro_batch_size_per_gpu", "(nothing)"), ("gradient_accumulation_steps", 1)):
+        value = settings.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"deepspeed.{name}", value, "give a positive whole number, e.g. 32")
+        sizes.append(value)
+    return sizes[0], sizes[1]
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """Of a `deepspeed:` section."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+@contextlib.contextmanager
+def whole_parameters(engine: Any) -> Iterator[None]:
+    """All parameters in one piece for a block: ZeRO-3 keeps only a shard of each on a rank."""
+    parameters = list(engine.module.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
+    else:
+        yield
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """The module's whole state dict in float32 on the CPU, whatever the ZeRO stage and precision.
+
+    Every rank must call it: under ZeRO each parameter's master copy is gathered from where it lives. Buffers (batch
+    norm statistics) are rank 0's.
+    """
+    module: nn.Module = engine.module
+    parameters = dict(module.named_parameters())
+    weights = {}
+    for name, value in module.state_dict().items():
+        parameter = parameters.get(name)
+        master = None if parameter is None else _master_copy(parameter)
+        tensor = value if master is None else master
+        weights[name] = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().clone()
+    return weights
+
+
+def _master_copy(parameter: nn.Parameter) -> Tensor | None:
+    sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    return safe_get_full_fp32_param(parameter) if sharded else None

@@ -1,0 +1,159 @@
+"""KoCLIP: a batch is captioned pictures, the loss picks each caption's picture out of the batch and the reverse."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.config import KoclipConfig, KoclipRun
+from engine.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
+from engine.errors import InputError
+from engine.metrics.retrieval import recall_at
+from engine.models.folder import Part, write_model_folder
+from engine.models.koclip import KoClip
+from engine.sampling.pictures import image_grid
+from engine.training.batches import (
+    Batch,
+    BatchSource,
+    Images,
+    captioned_image_source,
+    read_pairs,
+    to_unit_floats,
+    training_order,
+    validation_order,
+)
+from engine.training.setup import World, full_weights, make_engine, micro_batch
+
+
+class KoclipStage:
+    """See engine/training/loop.py for what a stage is."""
+
+    name = "koclip"
+
+    def __init__(self, run: KoclipRun, world: World) -> None:
+        self.run, self.world = run, world
+        pairs = read_pairs(run.data, run.seed)
+        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
+        batch_size, _ = micro_batch(run.deepspeed)
+        if run.text.tokenizer == "train":
+            captions = [caption for pair in pairs.train for caption in pair.captions]
+            self.tokenizer = train_tokenizer(captions, vocab_size=run.text.vocab_size)
+        else:
+            self.tokenizer = load_tokenizer(run.text.tokenizer)
+        self.config = fit_vocabulary(run.model, self.tokenizer)
+        # Pictures are read at the size the encoder sees: resizing happens once, in the loader.
+        size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
+        self._held_out_pairs = pairs.validation
+        order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
+        self.source: BatchSource = captioned_image_source(
+            Images(pairs.train, size, cache=cache),
+            pairs.train,
+            order,
+            self.tokenizer,
+            length,
+            flip=run.data.flip,
+            shift=run.augment_shift,
+        )
+        self.validation_source: BatchSource | None = None
+        if pairs.validation:
+            held_out_order = validation_order(len(pairs.validation), batch_size, seed=run.seed, world=world)
+            self._held_out_images = Images(pairs.validation, size, cache=cache)
+            self.validation_source = captioned_image_source(
+                self._held_out_images, pairs.validation, held_out_order, self.tokenizer, length, flip=False
+            )
+
+    def build(self, total_steps: int) -> dict[str, Any]:
+        run = self.run
+        model = KoClip.from_pretrained_encoders(
+            self.config, text_encoder=run.pretrained_text_encoder, image_encoder=run.pretrained_image_encoder
+        )
+        self.engine = make_engine(
+            model,
+            run.deepspeed,
+            total_steps=total_steps,
+            parameters=_groups(model, run.deepspeed, run.encoder_lr_ratio),
+        )
+        return {"koclip": self.engine}
+
+    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        images = to_unit_floats(batch["images"], self.world).contiguous(memory_format=torch.channels_last)
+        loss = self.engine(images, batch["text_tokens"].to(self.world.device), all_gather=self.world.size > 1)
+        self.engine.backward(loss)
+        self.engine.step()
+        return {"loss": loss.detach()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def validate(self, batches: list[Batch]) -> dict[str, float]:
+        """Loss, and recall@1/5 of the right caption among all different captions of the batches, at most 100."""
+        module: KoClip = self.engine.module
+        losses, images, texts, captions = [], [], [], []
+        for batch in batches:
+            image = module.embed_images(to_unit_floats(batch["images"], self.world))
+            text = module.embed_texts(batch["text_tokens"].to(self.world.device))
+            losses.append(float(module.loss(image, text)))
+            images.append(image)
+            texts.append(text)
+            captions.append(batch["text_tokens"])
+        recall = recall_at(
+            module.scores(torch.cat(images), torch.cat(texts)).T, torch.cat(captions), among=100, ranks=(1, 5)
+        )
+        values = {"loss": sum(losses) / len(losses)} | {f"recall_at_{rank}": share for rank, share in recall.items()}
+        return {name: self.world.mean(value) for name, value in values.items()}
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Image.Image:
+        """One row a caption: the held-out pictures that it likes best, best first."""
+        source = self.validation_source or self.source
+        batch = source(0)
+        images = to_unit_floats(batch["images"], self.world)
+        rows = min(count, len(images))
+        scores = self.engine.module.similarity(images, batch["text_tokens"][:rows].to(self.world.device))  # (rows, B)
+        best = scores.topk(rows, dim=1).indices.cpu()
+        return image_grid(images.cpu()[best.flatten()], columns=rows)
+
+    def export(self, folder: Path, card: str) -> None:
+        weights = full_weights(self.engine)
+        if self.world.is_main:
+            write_model_folder(folder, {"koclip": Part(self.config, weights)}, card=card, tokenizer=self.tokenizer)
+        self.world.barrier()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def fit_vocabulary(model: KoclipConfig, tokenizer: CaptionTokenizer) -> KoclipConfig:
+    """The table has the config's rows; a tokenizer with more entries than rows is an InputError."""
+    if tokenizer.vocab_size > model.text_vocab_size:
+        raise InputError(
+            "model.text_vocab_size",
+            model.text_vocab_size,
+            f"the tokenizer has {tokenizer.vocab_size} entries: raise it",
+        )
+    return model
+
+
+def _groups(model: KoClip, settings: dict[str, Any], ratio: float) -> list[dict[str, Any]]:
+    """Projections (and temperature) at the config's learning rate, encoders at `ratio` of it; as published."""
+    encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
+    encoders = [parameter for parameter in encoders if parameter.requires_grad]  # RoBERTa's unread pooler is frozen
+    known = {id(parameter) for parameter in encoders}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in known]
+    if ratio == 1.0:
+        return [{"params": rest + encoders}]
+    scheduler = settings.get("scheduler", {}).get("type")
+    if scheduler not in (None, "WarmupCosineLR"):
+        raise InputError(
+            "encoder_lr_ratio",
+            ratio,
+            f"DeepSpeed's {scheduler} gives all groups one rate: use WarmupCosineLR, or ratio 1",
+        )
+    lr = float(settings.get("optimizer", {}).get("params", {}).get("lr", 1e-3))
+    return [{"params": rest, "lr": lr}, {"params": encoders, "lr": lr * ratio}]

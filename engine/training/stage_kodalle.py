@@ -1,0 +1,207 @@
+"""KoDALLE: a batch is token ids; pictures were encoded once, into shards, before the first step."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.config import KodalleRun
+from engine.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
+from engine.data.token_shards import (
+    TokenShard,
+    captions_cut,
+    open_shard,
+    shard_identity,
+    shards_are_current,
+    write_shards,
+)
+from engine.errors import InputError
+from engine.models.folder import (
+    Part,
+    PartName,
+    load_folder_tokenizer,
+    load_part,
+    read_part,
+    weights_digest,
+    write_model_folder,
+)
+from engine.models.text_embeddings import apply_text_tables, load_text_tables
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+from engine.progress import ProgressBar
+from engine.sampling.pictures import image_grid
+from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
+from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
+from engine.training.setup import World, full_weights, make_engine, micro_batch, whole_parameters
+
+
+class KodalleStage:
+    """See engine/training/loop.py for what a stage is."""
+
+    name = "kodalle"
+
+    def __init__(self, run: KodalleRun, world: World) -> None:
+        self.run, self.world = run, world
+        pairs = read_pairs(run.data, run.seed)
+        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
+        batch_size, _ = micro_batch(run.deepspeed)
+        if run.text.tokenizer == "train":
+            captions = [caption for pair in pairs.train for caption in pair.captions]
+            self.tokenizer = train_tokenizer(captions, vocab_size=run.text.vocab_size)
+        else:
+            self.tokenizer = load_tokenizer(run.text.tokenizer)
+        if self.tokenizer.vocab_size > run.model.text_vocab_size:
+            raise InputError(
+                "model.text_vocab_size", run.model.text_vocab_size,
+                f"the tokenizer has {self.tokenizer.vocab_size} entries: raise it"
+            )  # fmt: skip
+        self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
+        _check_vqgan(run, self.vqgan)
+        if run.koclip is not None:
+            read_part(run.koclip, "koclip")  # now, not when it is exported at the end
+            _check_same_tokenizer(run.koclip, self.tokenizer)
+        self.vqgan.to(world.device).requires_grad_(False)
+        self._empty = self.tokenizer.empty(run.model.text_seq_len)
+        train, held_out = self._shards(pairs)
+        order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
+        self.source: BatchSource = token_source(train, order, empty=self._empty, caption_dropout=run.caption_dropout)
+        self.validation_source: BatchSource | None = None
+        if held_out is not None:
+            held_out_order = validation_order(len(held_out), batch_size, seed=run.seed, world=world)
+            self.validation_source = token_source(held_out, held_out_order, empty=self._empty, caption_dropout=0.0)
+
+    def build(self, total_steps: int) -> dict[str, Any]:
+        run = self.run
+        model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=run.attention)
+        if run.pretrained_text_embeddings is not None:
+            apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
+        self.engine = make_engine(model, run.deepspeed, total_steps=total_steps)
+        return {"kodalle": self.engine}
+
+    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        losses = self.engine(*self._tokens(batch), loss_image_weight=self.run.loss_image_weight)
+        self.engine.backward(losses.loss)
+        self.engine.step()
+        return {name: value.detach() for name, value in losses._asdict().items()}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def validate(self, batches: list[Batch]) -> dict[str, float]:
+        """Means of the losses; `loss` is the image loss's, since the caption is given when drawing."""
+        totals: dict[str, float] = {}
+        for batch in batches:
+            losses = self.engine(*self._tokens(batch), loss_image_weight=self.run.loss_image_weight)
+            for name, value in losses._asdict().items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        values = {name: self.world.mean(total / len(batches)) for name, total in totals.items()}
+        return {**values, "loss": values["loss_image"], "loss_weighted": values["loss"]}
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Image.Image:
+        """Two rows: the VQGAN's version of held-out pictures, and drawings for their captions, seed 0."""
+        batch = (self.validation_source or self.source)(0)
+        text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
+        with whole_parameters(self.engine):
+            rows = [
+                RowRequest(prefix_index=index, seed=0, candidate=index, options=SamplingOptions())
+                for index in range(len(text_tokens))
+            ]
+            drawn = Sampler(self.engine.module).draw(text_tokens, rows)
+        return image_grid(
+            torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(drawn)]), columns=len(text_tokens)
+        )
+
+    def export(self, folder: Path, card: str) -> None:
+        """The whole drawer: transformer, the VQGAN it was trained on, the KoCLIP if there is one, the tokenizer."""
+        weights = full_weights(self.engine)
+        if self.world.is_main:
+            run = self.run
+            parts: dict[PartName, Part] = {
+                "vqgan": Part(self.vqgan.config, self.vqgan.state_dict()),  # not read again: it may have been retrained
+                "transformer": Part(run.model, weights),
+            }
+            if run.koclip is not None:
+                parts["koclip"] = read_part(run.koclip, "koclip")
+            write_model_folder(folder, parts, card=card, tokenizer=self.tokenizer)
+        self.world.barrier()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        pass
+
+    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = self.world.device
+        return (
+            batch["text_tokens"].to(device, non_blocking=True),
+            batch["image_tokens"].to(device, non_blocking=True),
+        )
+
+    def _shards(self, pairs: Any) -> tuple[TokenShard, TokenShard | None]:
+        """Opens the token shards, making them first (rank 0) when they are missing or of other inputs."""
+        run, model = self.run, self.run.model
+        folder = run.token_shards or run.run / "shards"
+        identity = shard_identity(
+            pairs,
+            self.tokenizer,
+            vqgan_digest=weights_digest(run.vqgan, "vqgan"),
+            text_seq_len=model.text_seq_len,
+            flip=run.data.flip,
+        )
+        if self.world.is_main and not shards_are_current(folder, identity):
+            with ProgressBar("encoding pictures", total=len(pairs)) as bar:
+                write_shards(
+                    folder,
+                    pairs,
+                    self.tokenizer,
+                    lambda images: self.vqgan.encode(images.to(self.world.device)),
+                    identity=identity,
+                    image_size=self.vqgan.config.image_size,
+                    text_seq_len=model.text_seq_len,
+                    flip=run.data.flip,
+                    strict=run.strict_captions,
+                    on_progress=lambda done, _: bar.update(done),
+                )
+        self.world.barrier()
+        cut = captions_cut(folder)
+        if cut and run.strict_captions:
+            raise InputError(
+                "strict_captions", True, f"{len(cut)} pictures have captions of more than {model.text_seq_len} tokens, "
+                f"the first is {min(cut)}: shorten them, or raise model.text_seq_len"
+            )  # fmt: skip
+        if cut and self.world.is_main:
+            print(f"note: the captions of {len(cut)} pictures are too long and were cut: see {folder / 'shards.json'}")
+        train, held_out = (
+            open_shard(folder, split, image_vocab_size=model.image_vocab_size, text_vocab_size=model.text_vocab_size)
+            if present
+            else None
+            for split, present in (("train", True), ("validation", bool(pairs.validation)))
+        )
+        assert train is not None
+        return train, held_out
+
+
+def _check_vqgan(run: KodalleRun, vqgan: Vqgan) -> None:
+    if vqgan.config.codebook_size != run.model.image_vocab_size:
+        raise InputError(
+            "model.image_vocab_size", run.model.image_vocab_size,
+            f"the VQGAN in {run.vqgan} has {vqgan.config.codebook_size} codes: write that number"
+        )  # fmt: skip
+    if vqgan.config.grid_size != run.model.image_grid_size:
+        raise InputError(
+            "model.image_grid_size", run.model.image_grid_size,
+            f"the VQGAN in {run.vqgan} makes {vqgan.config.grid_size} tokens a side: write that number"
+        )  # fmt: skip
+
+
+def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:
+    """One model folder has one tokenizer: drawer and ranker must read captions alike."""
+    if load_folder_tokenizer(koclip).digest != tokenizer.digest:
+        raise InputError(
+            "text.tokenizer", koclip, f"this KoCLIP was trained with another tokenizer: write text.tokenizer={koclip}"
+        )

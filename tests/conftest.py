@@ -1,0 +1,211 @@
+"""Tiny data, tiny configs and, once a session, tiny models trained on them through the real loop."""
+
+import json
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+COLOURS = {
+    "빨강": (220, 40, 40),
+    "파랑": (40, 60, 220),
+    "초록": (40, 180, 60),
+    "노랑": (230, 210, 50),
+    "하양": (240, 240, 240),
+    "검정": (20, 20, 20),
+}
+SIZE = 32  # pixels
+STEPS = 8
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# What a tiny model of each stage is. One thread: sums in one order, so that runs can be compared bit by bit.
+LOOP = {
+    "steps": STEPS,
+    "validate_every": 4,
+    "validation_batches": 2,
+    "sample_every": 8,
+    "sample_count": 2,
+    "checkpoint_every": 2,
+    "torch_threads": 1,
+}
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1.0e-3, "torch_adam": True}},
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}},
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 0},
+}
+VQGAN = {
+    "image_size": SIZE,
+    "base_channels": 32,
+    "channel_multipliers": [1, 1, 1],
+    "num_res_blocks": 1,
+    "attention_resolutions": [],
+    "latent_channels": 16,
+    "embed_dim": 8,
+    "codebook_size": 32,
+}
+KOCLIP = {
+    "image_size": SIZE,
+    "image_width": 0.1,
+    "image_depth": 0.1,
+    "image_hidden_dim": 128,
+    "text_vocab_size": 64,
+    "text_seq_len": 12,
+    "text_dim": 32,
+    "text_layers": 1,
+    "text_heads": 2,
+    "text_ff_dim": 64,
+    "text_position_rows": 14,
+    "embed_dim": 16,
+}
+TRANSFORMER = {
+    "dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "head_dim": 16,
+    "attention_dropout": 0.1,
+    "ff_dropout": 0.1,
+    "text_vocab_size": 64,
+    "text_seq_len": 12,
+    "text_position_rows": 16,
+    "image_vocab_size": 32,
+    "image_grid_size": 8,
+}
+
+Tree = dict[str, Any]
+
+
+def write_pairs(folder: Path) -> Path:
+    """A prepared folder: a square of one colour on another, 24 to train on (some with two captions), 6 held out."""
+    (folder / "images").mkdir(parents=True)
+    names = list(COLOURS)
+    lines = []
+    for number in range(30):
+        ground, square = names[number % 6], names[(number + 1 + number // 6) % 6]
+        pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+        pixels[:] = COLOURS[ground]
+        pixels[8:24, 8:24] = COLOURS[square]
+        image = f"images/{number:02d}.png"
+        Image.fromarray(pixels).save(folder / image)
+        caption = f"{ground} 바탕에 {square} 네모"
+        lines.append(
+            {
+                "key": f"{number:02d}",
+                "image": image,
+                "caption": caption,
+                "captions": [caption, f"{square} 네모"] if number % 3 == 0 else [caption],
+                "photo": f"{number:02d}",
+                "split": "train" if number < 24 else "validation",
+                "attributes": {"ground": ground},
+            }
+        )
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="session")
+def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
+    """`run_tree("vqgan", folder)`: a training config as YAML would hold it, to be changed at will."""
+
+    def make(stage: str, run: Path, **more: Any) -> Tree:
+        tree: Tree = {
+            "stage": stage,
+            "run": str(run),
+            "seed": 3,
+            "data": {"pairs": str(pairs_folder), "flip": stage != "kodalle"},
+            "loop": dict(LOOP),
+            "deepspeed": json.loads(json.dumps(DEEPSPEED)),
+        }
+        if stage == "vqgan":
+            # The discriminator joins after the first checkpoint, entries are revived before and after it.
+            tree["loss"] = {"perceptual_weight": 0, "disc_start": 3, "disc_channels": 8, "disc_layers": 1}
+            tree["codebook"] = {"init_from_data": True, "revive_every": 2}
+            tree["model"] = dict(VQGAN)
+        elif stage == "koclip":
+            tree |= {"model": dict(KOCLIP), "augment_shift": 2, "encoder_lr_ratio": 0.8}
+            tree["text"] = {"tokenizer": "train", "vocab_size": 60}
+        else:
+            tree |= {"model": dict(TRANSFORMER), "embedding_std": 0.02, "caption_dropout": 0.2}
+            tree["text"] = {"tokenizer": "train", "vocab_size": 60}
+        return tree | more
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_tree() -> Callable[[Tree], Path]:
+    """Trains a config in this process; returns the model folder."""
+
+    def run(tree: Tree) -> Path:
+        from engine.training.loop import train
+
+        path = Path(tree["run"])
+        return train(load_tree(tree, path.with_name(f"{path.name}.yaml")))
+
+    return run
+
+
+def load_tree(tree: Tree, file: Path) -> Any:
+    """A config by way of a file, as users give it."""
+    from engine.config import load_run
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    return load_run(file)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's finished runs lie: vqgan, koclip, kodalle. Read them, never write there."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def vqgan_run(runs: Path, run_tree: Callable[..., Tree], train_tree: Callable[[Tree], Path]) -> Path:
+    train_tree(run_tree("vqgan", runs / "vqgan"))
+    return runs / "vqgan"
+
+
+@pytest.fixture(scope="session")
+def koclip_run(runs: Path, run_tree: Callable[..., Tree], train_tree: Callable[[Tree], Path]) -> Path:
+    train_tree(run_tree("koclip", runs / "koclip"))
+    return runs / "koclip"
+
+
+@pytest.fixture(scope="session")
+def kodalle_parts(vqgan_run: Path, koclip_run: Path) -> Tree:
+    """What a KoDALLE config says of the models it stands on."""
+    model = str(koclip_run / "model")
+    return {"vqgan": str(vqgan_run / "model"), "koclip": model, "text": {"tokenizer": model}}
+
+
+@pytest.fixture(scope="session")
+def kodalle_run(
+    runs: Path, kodalle_parts: Tree, run_tree: Callable[..., Tree], train_tree: Callable[[Tree], Path]
+) -> Path:
+    train_tree(run_tree("kodalle", runs / "kodalle", **kodalle_parts))
+    return runs / "kodalle"
+
+
+def losses(run: Path) -> list[Tree]:
+    """The lines of log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        {name: value for name, value in line.items() if name not in ("images_per_s", "share_of_peak")} for line in lines
+    ]

@@ -1,0 +1,77 @@
+"""log.jsonl: each step once, whatever was killed when."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from engine.training.run_log import FLUSH_EVERY, RunLog
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines_come_in_order_and_in_full(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, resume_step=0)
+    for step in (1, 2):
+        log.scalars(step, {"loss": torch.tensor(1.0 / step), "lr": 1e-3})
+    log.validation(2, {"loss": 0.25})
+    log.scalars(3, {"loss": 1 / 3})
+    log.close()
+    log.close()
+    assert _lines(tmp_path) == [
+        {"step": 1, "loss": 1.0, "lr": 0.001},
+        {"step": 2, "loss": 0.5, "lr": 0.001},
+        {"step": 2, "validation_loss": 0.25},
+        {"step": 3, "loss": 0.3333333},
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_pending_lines_are_written_every_few_steps(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, resume_step=0)
+    for step in range(1, FLUSH_EVERY):
+        log.scalars(step, {"loss": 0.0})
+    assert _lines(tmp_path) == []
+    log.scalars(FLUSH_EVERY, {"loss": 0.0})
+    assert len(_lines(tmp_path)) == FLUSH_EVERY
+    log.close()
+
+
+def test_resuming_cuts_what_will_be_done_again(tmp_path: Path) -> None:
+    good = [f'{{"step": {step}, "loss": 1.0}}' for step in (1, 2, 2, 3, 4)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*good, "[]", "7", '{"step": 5, "lo']))
+    RunLog(tmp_path, resume_step=3).close()
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 2, 3]
+    RunLog(tmp_path, resume_step=0).close()
+    assert _lines(tmp_path) == []
+
+
+def test_half_a_line_of_a_killed_process_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    log = RunLog(tmp_path, resume_step=1)
+    log.scalars(2, {"loss": 2.0})
+    log.close()
+    assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "none", resume_step=0, enabled=False)
+    log.scalars(1, {"loss": 1.0})
+    log.validation(1, {"loss": 1.0})
+    log.picture(1, Image.new("RGB", (2, 2)))
+    log.flush()
+    log.close()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 3)])
+def test_pictures_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+    log = RunLog(tmp_path, resume_step=0)
+    log.picture(12, Image.new("RGB", size, "red"))
+    log.close()
+    with Image.open(tmp_path / "samples" / "step-00000012.png") as picture:
+        assert picture.size == size
