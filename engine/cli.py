@@ -48,14 +48,32 @@ def draw(
 
 @app.command("evaluate")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="model folder")],
+    model: Annotated[Path, typer.Argument(help="model folder; every part that it has is measured")],
     pairs: Annotated[Path, typer.Argument(help="prepared folder; its validation split is used")],
-    out: Annotated[Path, typer.Option(help="where the JSON goes")] = Path("evaluation.json"),
+    out: Annotated[Path, typer.Option(help="where the JSON goes; a sheet of drawings is put beside it")] = Path(
+        "evaluation.json"
+    ),
+    drawings: Annotated[int, typer.Option(min=0, help="held-out captions to draw; 0: none")] = 40,
+    candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn of each")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="same seed, same captions, same pictures")] = 7,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
-    """Measures a model on held-out pairs: reconstruction error, validation losses, KoCLIP recall@1/5."""
+    """Measures a model on held-out pairs: reconstruction error, losses, KoCLIP recall@1/5, its drawings' scores."""
+    from engine.data.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
+    from engine.metrics.colour import lab_palette
     from engine.metrics.evaluate import evaluate_to_file
 
-    evaluate_to_file(model, pairs, out)
+    evaluate_to_file(
+        model,
+        pairs,
+        out,
+        drawings=drawings,
+        candidates=candidates,
+        seed=seed,
+        device=device,
+        colour_attribute=COLOUR_ATTRIBUTE,
+        palette=lab_palette(K_FASHION_COLOURS),
+    )
 
 
 @app.command("demo")

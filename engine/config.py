@@ -101,7 +101,10 @@ class TransformerConfig(Section):
 
 
 class KoclipConfig(Section):
-    """EfficientNet-B0 + klue/roberta-base by default: 116,202,620 parameters with the `mlp` head."""
+    """EfficientNet-B0 + klue/roberta-base; published: 116,202,620 parameters with `mlp` head and `published` similarity.
+
+    The default similarity, `cosine`, leaves out RoBERTa's unread pooling layer and has a learned temperature: 115,612,029.
+    """
 
     image_size: int = Field(224, gt=0)
     image_width: float = Field(1.0, gt=0, description="EfficientNet width coefficient (B0: 1.0)")
@@ -226,6 +229,12 @@ class KoclipRun(Run):
         1.0, gt=0, description="encoder learning rate over the projections' (published: 0.8)"
     )
     augment_shift: int = Field(0, ge=0, description="random translation in pixels")
+    codec: Path | None = Field(
+        None, description="model folder with a VQGAN: half of the pictures are seen as it reconstructs them"
+    )
+    spliced_negatives: bool = Field(
+        False, description="also tell whole pictures from ones with a piece of another: ranks broken drawings low"
+    )
 
 
 class KodalleRun(Run):

@@ -4,6 +4,8 @@ Entry points turn it into a single line on stderr and exit code 2, without a tra
 keeps its traceback.
 """
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input, told as field, value and remedy.
@@ -19,3 +21,13 @@ class InputError(ValueError):
         self.value = value
         self.remedy = remedy
         super().__init__(f"{field}: {value}: {remedy}".replace("\n", " "))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are unpickled by calling the class with its message alone, which fits neither this nor its kin.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[InputError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> InputError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error

@@ -133,13 +133,15 @@ def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
             "deepspeed": json.loads(json.dumps(DEEPSPEED)),
         }
         if stage == "vqgan":
-            # The discriminator joins after the first checkpoint, entries are revived before and after it.
+            # The codebook starts at step 2, the discriminator joins at 3, entries are revived at 4 and 6.
             tree["loss"] = {"perceptual_weight": 0, "disc_start": 3, "disc_channels": 8, "disc_layers": 1}
-            tree["codebook"] = {"init_from_data": True, "revive_every": 2}
+            tree["codebook"] = {"start_step": 2, "revive_every": 2}
             tree["model"] = dict(VQGAN)
+            tree["deepspeed"]["zero_optimization"] = {"stage": 2}
         elif stage == "koclip":
             tree |= {"model": dict(KOCLIP), "augment_shift": 2, "encoder_lr_ratio": 0.8}
             tree["text"] = {"tokenizer": "train", "vocab_size": 60}
+            tree["deepspeed"]["zero_optimization"] = {"stage": 1}
         else:
             tree |= {"model": dict(TRANSFORMER), "embedding_std": 0.02, "caption_dropout": 0.2}
             tree["text"] = {"tokenizer": "train", "vocab_size": 60}
@@ -149,25 +151,29 @@ def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
 
 
 @pytest.fixture(scope="session")
-def train_tree() -> Callable[[Tree], Path]:
+def train_tree(write_tree: Callable[[Tree, Path], Path]) -> Callable[[Tree], Path]:
     """Trains a config in this process; returns the model folder."""
 
     def run(tree: Tree) -> Path:
+        from engine.config import load_run
         from engine.training.loop import train
 
         path = Path(tree["run"])
-        return train(load_tree(tree, path.with_name(f"{path.name}.yaml")))
+        return train(load_run(write_tree(tree, path.with_name(f"{path.name}.yaml"))))
 
     return run
 
 
-def load_tree(tree: Tree, file: Path) -> Any:
-    """A config by way of a file, as users give it."""
-    from engine.config import load_run
+@pytest.fixture(scope="session")
+def write_tree() -> Callable[[Tree, Path], Path]:
+    """A config as a file, as users give it."""
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-    return load_run(file)
+    def write(tree: Tree, file: Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+        return file
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -203,9 +209,48 @@ def kodalle_run(
     return runs / "kodalle"
 
 
-def losses(run: Path) -> list[Tree]:
+@pytest.fixture(scope="session")
+def run_of(vqgan_run: Path, koclip_run: Path, kodalle_run: Path) -> dict[str, Path]:
+    """The finished run of each stage."""
+    return {"vqgan": vqgan_run, "koclip": koclip_run, "kodalle": kodalle_run}
+
+
+@pytest.fixture(scope="session")
+def tree_of(run_tree: Callable[..., Tree], kodalle_parts: Tree) -> Callable[..., Tree]:
+    """`run_tree`, KoDALLE standing on the session's VQGAN and KoCLIP."""
+
+    def make(stage: str, run: Path, **more: Any) -> Tree:
+        return run_tree(stage, run, **((kodalle_parts if stage == "kodalle" else {}) | more))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def losses() -> Callable[[Path], list[Tree]]:
     """The lines of log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        {name: value for name, value in line.items() if name not in ("images_per_s", "share_of_peak")} for line in lines
-    ]
+
+    def read(run: Path) -> list[Tree]:
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        clock = ("images_per_s", "share_of_peak")
+        return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def same_weights() -> Callable[[Path, Path], None]:
+    """Asserts that two model folders hold the same parts with the same bits."""
+    import torch
+    from safetensors.torch import load_file
+
+    def check(one: Path, other: Path) -> None:
+        names = sorted(path.name for path in one.glob("*.safetensors"))
+        assert names == sorted(path.name for path in other.glob("*.safetensors"))
+        assert names
+        for name in names:
+            ours, theirs = load_file(one / name), load_file(other / name)
+            assert ours.keys() == theirs.keys()
+            different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+            assert not different, (name, different)
+
+    return check

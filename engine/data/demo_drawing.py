@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[Rgb, Rgb]] = {
     "그린": ((28, 146, 72), (240, 248, 190)),
     "옐로우": ((250, 208, 30), (150, 80, 10)),
     "블랙": ((38, 38, 44), (152, 152, 160)),
-    "화이트": ((252, 252, 252), (70, 100, 190)),
+    "민트": ((84, 206, 190), (250, 250, 244)),
     "핑크": ((250, 140, 186), (255, 250, 252)),
     "퍼플": ((124, 52, 172), (244, 214, 90)),
 }
@@ -123,10 +123,10 @@ def _new_sheet(colour: str, print_name: str, generator: np.random.Generator | No
         shaded_fabric=fabric.point([round(value * 0.9) for value in range(256)] * 3),
         # White and black cloth need a line of their own: the usual darker tone of black would vanish, and that of white
         # would blur with it to the very grey of the background.
-        line={"화이트": (44, 60, 128), "블랙": (8, 8, 12)}.get(colour, _tone(cloth, 0.5)),
-        trim={"화이트": (208, 216, 238), "블랙": (64, 64, 72)}.get(colour, _tone(cloth, 0.78)),
-        inside={"화이트": (120, 136, 190), "블랙": (14, 14, 18)}.get(colour, _tone(cloth, 0.45)),
-        accent={"화이트": (60, 78, 150), "옐로우": (122, 72, 20), "핑크": (150, 30, 90)}.get(colour, (246, 240, 226)),
+        line={"블랙": (8, 8, 12)}.get(colour, _tone(cloth, 0.5)),
+        trim={"블랙": (64, 64, 72)}.get(colour, _tone(cloth, 0.78)),
+        inside={"블랙": (14, 14, 18)}.get(colour, _tone(cloth, 0.45)),
+        accent={"옐로우": (122, 72, 20), "핑크": (150, 30, 90)}.get(colour, (246, 240, 226)),
         scale=scale,
     )
 
@@ -166,8 +166,7 @@ def _fabric(side: int, cloth: Rgb, ink: Rgb, print_name: str) -> Image.Image:
                 x, y = (column * 0.125 + (row % 2) * 0.0625) * side, (0.03 + row * 0.105) * side
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
     elif print_name == "체크":
-        lines = [(0.06 + 0.176 * index) * side for index in range(6)]
-        for start in lines:
+        for start in ((0.06 + 0.176 * index) * side for index in range(6)):
             draw.rectangle((0, start, side, start + 0.03 * side), fill=ink)
             draw.rectangle((start, 0, start + 0.03 * side, side), fill=ink)
     return fabric
@@ -217,9 +216,8 @@ def _part(sheet: _Sheet, outline: Sequence[Point], *, fill: Rgb | None = None, s
         sheet.image.paste(sheet.shaded_fabric if shaded else sheet.fabric, (0, 0), mask)
     else:
         ImageDraw.Draw(sheet.image).polygon(points, fill=fill)
-    closed = [*points, points[0], points[1]]
     for canvas, tone in ((sheet.image, sheet.line), (sheet.coverage, 255)):
-        ImageDraw.Draw(canvas).line(closed, fill=tone, width=sheet.width(0.015), joint="curve")
+        ImageDraw.Draw(canvas).line([*points, *points[:2]], fill=tone, width=sheet.width(0.015), joint="curve")
 
 
 def _pair(sheet: _Sheet, outline: Sequence[Point], *, fill: Rgb | None = None, shaded: bool = False) -> None:
@@ -391,4 +389,12 @@ def _skirt(sheet: _Sheet, attributes: Mapping[str, str | list[str]]) -> None:
     _part(sheet, _both([(0, 0.05), (waist, 0.05), (waist + 0.01, 0.13), (0, 0.13)]), fill=sheet.trim)
 
 
-_DRAW = dict(티셔츠=_tshirt, 후드티=_hoodie, 셔츠=_shirt, 코트=_coat, 드레스=_dress, 팬츠=_pants, 스커트=_skirt)
+_DRAW = {
+    "티셔츠": _tshirt,
+    "후드티": _hoodie,
+    "셔츠": _shirt,
+    "코트": _coat,
+    "드레스": _dress,
+    "팬츠": _pants,
+    "스커트": _skirt,
+}

@@ -1,7 +1,7 @@
 """The demo data set: drawn garments with labels in the K-Fashion format, so that everything runs without real data.
 
 `make_demo` chooses attributes, has them drawn and writes `<destination>/{train,validation}/{images,labels}/<id>`.
-Validation asks for what training never showed: 28 of the 168 triples (category, colour, sleeve) — for categories whose
+Validation asks for what training never showed: 28 of the 152 triples (category, colour, sleeve) — for categories whose
 sleeve says nothing, (category, colour, length) — occur only there, while every value and every pair of values is
 plentiful in training. A model that gets them right has learnt to combine, not to remember.
 """
@@ -24,6 +24,7 @@ Triple = tuple[str, str, str]
 GARMENTS = ("아우터", "하의", "원피스", "상의")
 SLEEVES = ("민소매", "반팔", "긴팔")
 SMALLEST_IMAGE = 32
+PLAIN_SHARE = 0.7
 _FIRST_ID = {"train": 1_000_001, "validation": 2_000_001}
 _STREAM = {"train": 0, "validation": 1}
 
@@ -48,8 +49,8 @@ class Kind:
 
 KINDS = (
     Kind("상의", "티셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES, necklines=("라운드넥", "브이넥")),
-    Kind("상의", "후드티", ("크롭", "노멀", "롱"), sleeves=SLEEVES, necklines=("후드",)),
-    Kind("상의", "셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES, collar="셔츠칼라", details=("단추",)),
+    Kind("상의", "후드티", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], necklines=("후드",)),
+    Kind("상의", "셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], collar="셔츠칼라", details=("단추",)),
     Kind("원피스", "드레스", ("미니", "미디", "맥시"), sleeves=SLEEVES, necklines=("라운드넥", "브이넥")),
     Kind("아우터", "코트", ("하프", "롱", "맥시"), collar="테일러칼라", details=("싱글브레스티드", "더블브레스티드")),
     Kind("하의", "팬츠", ("미니", "니렝스", "발목")),
@@ -117,9 +118,9 @@ def make_demo(destination: Path, *, count: int, seed: int, image_size: int = 64,
 def held_out_triples(seed: int) -> frozenset[Triple]:
     """The 28 (category, colour, sleeve or length) triples that only validation shows.
 
-    Every other (category, colour) pair, as on a chessboard, gives up one of its three triples, and these go round the
-    third values in turn: so each (category, colour) keeps at least two triples, each (category, third value) at least
-    six of eight colours, and each (colour, sleeve) at least two of four categories.
+    Every other (category, colour) pair, as on a chessboard, gives up one of its two or three triples, and these go
+    round the third values in turn: so each (category, colour) keeps at least one triple, each (category, third value)
+    at least six of eight colours, and each (colour, sleeve) at least one category, most of them two or more.
     """
     if seed < 0:
         raise InputError("seed", seed, "must not be negative")
@@ -130,7 +131,7 @@ def held_out_triples(seed: int) -> frozenset[Triple]:
     for row, kind in enumerate(KINDS):
         for column, colour in enumerate(colours):
             if (row + column) % 2 == 0:
-                triples.add((kind.category, colour, kind.third[(column // 2 + row // 2 + turn) % 3]))
+                triples.add((kind.category, colour, kind.third[(column // 2 + row // 2 + turn) % len(kind.third)]))
     return frozenset(triples)
 
 
@@ -175,7 +176,7 @@ def _training_choices(held: frozenset[Triple], *, count: int, seed: int) -> list
     while len(choices) < count:
         for index in generator.permutation(len(pools)):
             pool = pools[int(index)]
-            choices.append(pool[int(generator.integers(len(pool)))])
+            choices.append(pool[int(generator.choice(len(pool), p=_frequencies(pool)))])
     return choices[:count]
 
 
@@ -186,7 +187,8 @@ def _validation_choices(held: frozenset[Triple], *, held_out: int, seed: int) ->
     pools = []
     for category, colour, third in sorted(held):
         pool = all_choices(kinds[category], colour, third)
-        pools.append([pool[int(index)] for index in generator.permutation(len(pool))])
+        order = generator.choice(len(pool), size=len(pool), replace=False, p=_frequencies(pool))
+        pools.append([pool[int(index)] for index in order[::-1]])  # the first drawn is taken first, from the end
     most = sum(len(pool) for pool in pools)
     if not 1 <= held_out <= most:
         raise InputError("held_out", held_out, f"choose 1 to {most}: that many different labels can be held out")
@@ -195,6 +197,13 @@ def _validation_choices(held: frozenset[Triple], *, held_out: int, seed: int) ->
         filled = [pool for pool in pools if pool]
         choices += [filled[int(index)].pop() for index in generator.permutation(len(filled))]
     return choices[:held_out]
+
+
+def _frequencies(pool: list[tuple[str, Attributes]]) -> np.ndarray:
+    """How often each set of attributes occurs: most clothes are plain, here as in shops."""
+    is_plain = np.array([attributes["프린트"] == ["무지"] for _, attributes in pool])
+    weights = np.where(is_plain, PLAIN_SHARE / is_plain.sum(), (1 - PLAIN_SHARE) / (~is_plain).sum())
+    return weights / weights.sum()
 
 
 def _key(garment: str, attributes: Attributes) -> tuple[str, ...]:

@@ -114,9 +114,24 @@ class KoClip(nn.Module):
             )
         return model
 
-    def forward(self, images: Tensor, text_tokens: Tensor, *, all_gather: bool = False) -> Tensor:
-        """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`."""
-        return self.loss(self.embed_images(images), self.embed_texts(text_tokens), all_gather=all_gather)
+    def forward(
+        self, images: Tensor, text_tokens: Tensor, *, negatives: Tensor | None = None, all_gather: bool = False
+    ) -> Tensor:
+        """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`.
+
+        Args:
+            negatives: (B', 3, S, S) pictures that fit no caption.
+        """
+        if negatives is None:
+            return self.loss(self.embed_images(images), self.embed_texts(text_tokens), all_gather=all_gather)
+        # One pass: batch norm sees whole and broken pictures with the same statistics, as it will when ranking.
+        embedded = self.embed_images(torch.cat([images, negatives]))
+        return self.loss(
+            embedded[: len(images)],
+            self.embed_texts(text_tokens),
+            negatives=embedded[len(images) :],
+            all_gather=all_gather,
+        )
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Pictures to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32; unit length in `cosine`.
@@ -159,12 +174,20 @@ class KoClip(nn.Module):
         """`scores` of pictures (B, 3, any, any) in [0, 1] and captions (M, T): (M, B). Call in eval mode."""
         return self.scores(self.embed_images(images), self.embed_texts(text_tokens))
 
-    def loss(self, image_embeddings: Tensor, text_embeddings: Tensor, *, all_gather: bool = False) -> Tensor:
+    def loss(
+        self,
+        image_embeddings: Tensor,
+        text_embeddings: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        all_gather: bool = False,
+    ) -> Tensor:
         """Symmetric cross-entropy of picking each caption's picture and each picture's caption out of the batch.
 
         Args:
             image_embeddings: (B, E), row i belongs to caption i.
             text_embeddings: (B, E).
+            negatives: (B', E) pictures that a caption must not be matched with; they have no caption of their own.
             all_gather: compare with the pairs of all ranks (B equal on each). Every rank then returns the loss of the
                 whole batch, and gradients averaged over ranks, as data parallelism does, are those of one process
                 with the whole batch. Without a process group it changes nothing.
@@ -175,11 +198,14 @@ class KoClip(nn.Module):
         if all_gather and dist.is_available() and dist.is_initialized():
             image_embeddings = _GatherRows.apply(image_embeddings)  # (B, E) -> (ranks * B, E)
             text_embeddings = _GatherRows.apply(text_embeddings)
-        logits = self.scores(image_embeddings, text_embeddings)  # (B, B)
+            negatives = None if negatives is None else _GatherRows.apply(negatives)
+        B = len(text_embeddings)
+        images = image_embeddings if negatives is None else torch.cat([image_embeddings, negatives])
+        logits = self.scores(images, text_embeddings)  # (B, B + B')
         if self.config.similarity == "cosine":
             logits = logits * self.temperature_scale()
-        pairs = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        pairs = torch.arange(B, device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits[:, :B].T, pairs)) / 2
 
     def temperature_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100 (`cosine` only), 0-d float32."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,15 +54,61 @@ class Images:
         return self._cache[index] if self._cache is not None else load_image(self._pairs[index], self._image_size)
 
 
-def image_source(images: Images, order: BatchOrder, *, flip: bool, shift: int = 0) -> BatchSource:
-    """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated)."""
+class Reconstructed:
+    """Pictures of a split as a codec gives them back, in memory as uint8: what a ranker will be shown.
+
+    Args:
+        reconstruct: (B, 3, S', S') float in [0, 1] to the same shape.
+        codec_size: S', the codec's picture size in pixels.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], image_size: int, *, codec_size: int, reconstruct: Callable[[Tensor], Tensor]
+    ) -> None:
+        source = Images(pairs, codec_size, cache=False)
+        parts = []
+        for start in range(0, len(pairs), 32):
+            rows = np.stack([source[index] for index in range(start, min(start + 32, len(pairs)))])
+            pictures = reconstruct(torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255)
+            if codec_size != image_size:
+                size = (image_size, image_size)
+                pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
+            parts.append((pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        self._pictures = np.concatenate(parts)  # (N, S, S, 3)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        return self._pictures[index]
+
+
+def image_source(
+    images: Images,
+    order: BatchOrder,
+    *,
+    flip: bool,
+    shift: int = 0,
+    reconstructed: Reconstructed | None = None,
+    spliced: bool = False,
+) -> BatchSource:
+    """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated).
+
+    Args:
+        reconstructed: where given, half of the visits see the picture as it stands there.
+        spliced: adds `spliced`, (B, 3, S, S): each picture with a rectangle of the next one pasted in.
+    """
 
     def make(number: int) -> Batch:
-        rows = [
-            _augment(images[order.index(position)], order.generator(position), flip=flip, shift=shift)
-            for position in order.positions(number)
-        ]
-        return {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
+        rows, generators = [], []
+        for position in order.positions(number):
+            generator = order.generator(position)
+            use = reconstructed if reconstructed is not None and generator.random() < 0.5 else images
+            rows.append(_augment(use[order.index(position)], generator, flip=flip, shift=shift))
+            generators.append(generator)
+        batch = {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
+        if spliced:
+            broken = [_splice(rows[i], rows[(i + 1) % len(rows)], generators[i]) for i in range(len(rows))]
+            batch["spliced"] = torch.from_numpy(np.stack(broken)).permute(0, 3, 1, 2)
+        return batch
 
     return make
 
@@ -75,9 +122,11 @@ def captioned_image_source(
     *,
     flip: bool,
     shift: int = 0,
+    reconstructed: Reconstructed | None = None,
+    spliced: bool = False,
 ) -> BatchSource:
     """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, drawn anew at each visit."""
-    pictures = image_source(images, order, flip=flip, shift=shift)
+    pictures = image_source(images, order, flip=flip, shift=shift, reconstructed=reconstructed, spliced=spliced)
 
     def make(number: int) -> Batch:
         captions = []
@@ -137,7 +186,7 @@ class _Numbered(Dataset[Batch | InputError]):
         try:
             return self._source(number)
         except InputError as error:  # carried home: DataLoader would make a RuntimeError of it
-            return InputError(error.field, error.value, error.remedy)
+            return error
 
 
 def _unwrapped(batch: Batch | InputError) -> Batch:
@@ -154,3 +203,13 @@ def _augment(image: np.ndarray, generator: np.random.Generator, *, flip: bool, s
         padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
         image = padded[down : down + image.shape[0], right : right + image.shape[1]]
     return np.ascontiguousarray(image)
+
+
+def _splice(image: np.ndarray, other: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A copy of `image` with a rectangle of `other`, a quarter to three quarters as wide and as high, at its place."""
+    size = image.shape[0]
+    height, width = generator.integers(size // 4, 3 * size // 4 + 1, size=2)
+    top, left = generator.integers(0, size - height + 1), generator.integers(0, size - width + 1)
+    spliced = image.copy()
+    spliced[top : top + height, left : left + width] = other[top : top + height, left : left + width]
+    return spliced

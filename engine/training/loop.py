@@ -146,7 +146,8 @@ def _run_steps(
             skipped_in_a_row = skipped_in_a_row + 1 if skipped > skipped_before else 0
             skipped_before = skipped
             _log_step(log, progress.step, scalars, main, engines, seconds, pictures, clock, loop.log_every)
-            _check_finite(progress.step, scalars, main, skipped_in_a_row > 0, world)
+            excused = skipped_in_a_row > 0 and bool(run.deepspeed.get("fp16", {}).get("enabled"))
+            _check_finite(progress.step, scalars, main, skipped_in_a_row > 0, excused, world)
             if skipped_in_a_row >= loop.max_skipped_steps:
                 raise InputError(
                     "training", f"{skipped_in_a_row} steps in a row", "had inf or nan gradients and were skipped: "
@@ -159,6 +160,7 @@ def _run_steps(
                 _sample(run, stage, engines, progress.step, log)
             stopping = world.any(stop.received)
             if last or stopping or progress.step % loop.checkpoint_every == 0:
+                _check_weights(progress.step, engines, world)
                 log.flush()  # a resumed run goes on from here: the lines up to here must not die with this process
                 checkpoints.save(
                     run.run / "checkpoints", progress, engines, stage.state(), world=world, keep=loop.keep_checkpoints
@@ -196,15 +198,30 @@ def _next_batch(batches: Iterator[Batch], world: World) -> Batch:
         raise
 
 
-def _check_finite(step: int, scalars: dict[str, Tensor], main: Any, skipped: bool, world: World) -> None:
-    """Stops before a checkpoint is made of nan weights. A skipped step (fp16's loss scale too high) did no harm."""
+def _check_finite(step: int, scalars: dict[str, Tensor], main: Any, skipped: bool, excused: bool, world: World) -> None:
+    """Stops before a checkpoint is made of nan weights.
+
+    Args:
+        skipped: DeepSpeed left the step out for gradients that are not finite.
+        excused: that does happen: fp16 tries a loss scale that is too high.
+    """
     norm = main.get_global_grad_norm()
     watched = {"loss": float(scalars["loss"]), "grad_norm": 0.0 if norm is None else float(norm)}
     bad = [f"{name} {value}" for name, value in watched.items() if not math.isfinite(value)]
-    if world.any(bool(bad) and not skipped):
+    if world.any((bool(bad) or skipped) and not excused):
         raise InputError(
-            "training", f"step {step}: {', '.join(bad) or 'not finite on another rank'}",
+            "training", f"step {step}: {', '.join(bad) or 'gradients not finite'}",
             "lower the learning rate, or set deepspeed.gradient_clipping; the last checkpoint is kept"
+        )  # fmt: skip
+
+
+def _check_weights(step: int, engines: dict[str, Any], world: World) -> None:
+    """Before a checkpoint: a finite loss can have infinite gradients, and DeepSpeed tells no norm at ZeRO 0 in float32."""
+    sums = [weight.detach().float().sum() for engine in engines.values() for weight in engine.module.parameters()]
+    if world.any(not bool(torch.stack(sums).isfinite().all())):
+        raise InputError(
+            "training", f"step {step}: weights are no longer finite", "lower the learning rate, or set "
+            "deepspeed.gradient_clipping; the last checkpoint is kept"
         )  # fmt: skip
 
 

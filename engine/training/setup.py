@@ -15,10 +15,14 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from engine.errors import InputError
 
@@ -108,6 +112,10 @@ def make_engine(
         raise InputError(
             "deepspeed.optimizer", "(nothing)", "is missing: add one, e.g. {type: AdamW, params: {lr: 3e-4}}"
         )
+    if any(settings.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
+        for part in module.modules():
+            if type(part) is nn.BatchNorm2d:
+                part.__class__ = _BatchNormInFloat  # in place: names and weights stay
     groups = list(parameters) if parameters is not None else [p for p in module.parameters() if p.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=groups)
@@ -158,15 +166,56 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     """
     module: nn.Module = engine.module
     parameters = dict(module.named_parameters())
+    masters = _listed_masters(engine)
     weights = {}
     for name, value in module.state_dict().items():
         parameter = parameters.get(name)
-        master = None if parameter is None else _master_copy(parameter)
+        master = None
+        if parameter is not None:
+            master = safe_get_full_fp32_param(parameter) if _is_linked(parameter) else masters.get(id(parameter))
         tensor = value if master is None else master
         weights[name] = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().clone()
     return weights
 
 
-def _master_copy(parameter: nn.Parameter) -> Tensor | None:
-    sharded = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-    return safe_get_full_fp32_param(parameter) if sharded else None
+def update_master(engine: Any, parameter: Tensor) -> None:
+    """Tells the optimiser of a change made to `parameter`: it steps from its own float32 copy, where it has one."""
+    if _is_linked(parameter):
+        safe_set_full_fp32_param(parameter, parameter.detach().float().clone())
+    elif (master := _listed_masters(engine).get(id(parameter))) is not None:
+        with torch.no_grad():
+            master.copy_(parameter)
+
+
+def _is_linked(parameter: Tensor) -> bool:
+    """Under ZeRO 1 to 3 a parameter knows where its master copy lives."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _listed_masters(engine: Any) -> dict[int, Tensor]:
+    """Master copies by `id` of the parameter, where DeepSpeed keeps lists of them: bf16 and fp16 at ZeRO stage 0."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        groups = optimizer.fp32_groups
+    elif isinstance(optimizer, FP16_Optimizer):  # flat: these are views into it
+        pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        groups = [_unflatten_dense_tensors(flat, group) for flat, group in pairs]
+    else:
+        return {}
+    return {
+        id(low): high
+        for lows, highs in zip(optimizer.fp16_groups, groups, strict=True)
+        for low, high in zip(lows, highs, strict=True)
+    }
+
+
+class _BatchNormInFloat(nn.BatchNorm2d):
+    """BatchNorm for bf16 and fp16 engines: DeepSpeed casts weights but no buffers, and torch refuses the mixture."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight.float(), self.bias.float(),
+            self.training, self.momentum or 0.0, self.eps,
+        )  # fmt: skip

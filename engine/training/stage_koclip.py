@@ -11,13 +11,15 @@ from engine.config import KoclipConfig, KoclipRun
 from engine.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
-from engine.models.folder import Part, write_model_folder
+from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
+from engine.models.vqgan import Vqgan
 from engine.sampling.pictures import image_grid
 from engine.training.batches import (
     Batch,
     BatchSource,
     Images,
+    Reconstructed,
     captioned_image_source,
     read_pairs,
     to_unit_floats,
@@ -45,7 +47,15 @@ class KoclipStage:
         self.config = fit_vocabulary(run.model, self.tokenizer)
         # Pictures are read at the size the encoder sees: resizing happens once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
-        self._held_out_pairs = pairs.validation
+        reconstructed = None
+        if run.codec is not None:
+            vqgan: Vqgan = load_part(run.codec, "vqgan").to(world.device)
+            reconstructed = Reconstructed(
+                pairs.train,
+                size,
+                codec_size=vqgan.config.image_size,
+                reconstruct=lambda images: vqgan.decode(vqgan.encode(images.to(world.device))),
+            )
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
         self.source: BatchSource = captioned_image_source(
             Images(pairs.train, size, cache=cache),
@@ -55,13 +65,15 @@ class KoclipStage:
             length,
             flip=run.data.flip,
             shift=run.augment_shift,
+            reconstructed=reconstructed,
+            spliced=run.spliced_negatives,
         )
         self.validation_source: BatchSource | None = None
         if pairs.validation:
             held_out_order = validation_order(len(pairs.validation), batch_size, seed=run.seed, world=world)
-            self._held_out_images = Images(pairs.validation, size, cache=cache)
+            held_out = Images(pairs.validation, size, cache=cache)
             self.validation_source = captioned_image_source(
-                self._held_out_images, pairs.validation, held_out_order, self.tokenizer, length, flip=False
+                held_out, pairs.validation, held_out_order, self.tokenizer, length, flip=False
             )
 
     def build(self, total_steps: int) -> dict[str, Any]:
@@ -79,7 +91,9 @@ class KoclipStage:
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         images = to_unit_floats(batch["images"], self.world).contiguous(memory_format=torch.channels_last)
-        loss = self.engine(images, batch["text_tokens"].to(self.world.device), all_gather=self.world.size > 1)
+        negatives = to_unit_floats(batch["spliced"], self.world) if "spliced" in batch else None
+        text_tokens = batch["text_tokens"].to(self.world.device)
+        loss = self.engine(images, text_tokens, negatives=negatives, all_gather=self.world.size > 1)
         self.engine.backward(loss)
         self.engine.step()
         return {"loss": loss.detach()}

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from engine.training.batches import (
     training_order,
     validation_order,
 )
-from engine.training.setup import World, full_weights, make_engine, micro_batch, zero_stage
+from engine.training.setup import World, full_weights, make_engine, micro_batch, update_master, zero_stage
 
 
 class VqganStage:
@@ -114,7 +113,7 @@ class VqganStage:
         quantiser = self.vqgan.quantize
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + step)
         if len(quantiser.revive_unused(generator)):
-            _write_master(quantiser.embedding.weight)
+            update_master(self.engine, quantiser.embedding.weight)
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
@@ -178,13 +177,7 @@ class VqganStage:
         )
         generator = torch.Generator().manual_seed(self.run.seed)
         self.vqgan.quantize.init_from(latents, generator, kmeans_rounds=10)
-        _write_master(self.vqgan.quantize.embedding.weight)
-
-
-def _write_master(weight: nn.Parameter) -> None:
-    """Under ZeRO the optimiser steps from its own float32 copy, which must hear of a change."""
-    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
-        safe_set_full_fp32_param(weight, weight.detach().float().clone())
+        update_master(self.engine, self.vqgan.quantize.embedding.weight)
 
 
 class _WithLoss(nn.Module):

@@ -1,0 +1,294 @@
+"""`kodalle evaluate`: what a model folder is worth on pairs that it has not seen.
+
+Every part that the folder has is measured, on the validation split:
+
+    vqgan         reconstruction error, use of the codebook                      all pairs
+    transformer   loss of text and image tokens, share of image tokens guessed   all pairs
+    koclip        loss, recall@1/5 of the right caption among 100                all pairs
+    all           drawings of held-out captions: KoCLIP score, FID, KID, colour  `drawings` captions x `candidates`
+
+Equal arguments give equal reports on one machine; only `seconds` differs.
+
+B pictures, T text positions, E embedding width.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.pairs import Pair, Pairs, load_pairs
+from engine.data.text import CaptionTokenizer
+from engine.errors import InputError
+from engine.files import write_json
+from engine.metrics.colour import Lab
+from engine.metrics.drawings import colour_names, score_drawings
+from engine.metrics.parts import PARTS, EvaluationRun, OnProgress, Parts, load_parts
+from engine.metrics.reconstruction import reconstruction_error
+from engine.metrics.retrieval import num_distinct, recall_at
+from engine.models.folder import has_part, weights_digest
+from engine.models.koclip import KoClip
+from engine.models.vqgan import Vqgan
+from engine.progress import ProgressBar, seconds_text
+from engine.sampling.command import pick_device
+from engine.sampling.pipeline import Pipeline
+
+RECALL_AMONG = 100
+RECALL_RANKS = (1, 5)
+_RECALL_ROUNDS = 20  # of 100 captions, when there are more: the standard error of one is up to 5 points
+_LOSS_BATCH = 64  # KoCLIP's loss depends on how many captions compete
+
+
+def evaluate(
+    model_folder: Path,
+    pairs_folder: Path,
+    *,
+    drawings: int = 40,
+    candidates: int = 16,
+    seed: int = 7,
+    batch_size: int = 16,
+    device: str = "",
+    colour_attribute: str | None = None,
+    palette: Mapping[str, Lab] | None = None,
+    sheet: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Measures every part of a model folder on the validation split.
+
+    Args:
+        drawings: held-out captions that are drawn, if the folder can draw; all different ones when there are fewer.
+        candidates: pictures a caption.
+        seed: of the drawings and of every choice of pairs.
+        batch_size: pictures at once.
+        device: as `pick_device`; "": CUDA where there is one.
+        colour_attribute: which attribute of a pair names its colour; pairs without it are left out of
+            `colour_agreement`, which is not in the report when no pair has it.
+        palette: what these names look like.
+        sheet: where the PNG of all top-ranked drawings goes.
+        on_progress: called with (phase, done, total).
+
+    Returns:
+        the report, fit for JSON; what a key means stands beside the function that makes it.
+
+    Raises:
+        InputError: no validation split, a model without parts, a part that cannot be read, options out of range.
+    """
+    for option, value, least in (("--drawings", drawings, 0), ("--candidates", candidates, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise InputError(option, value, f"give {least} or more")
+    begun = time.perf_counter()
+    pairs = load_pairs(pairs_folder)
+    if not pairs.validation:
+        raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
+    parts = load_parts(model_folder, pick_device(device))
+    run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
+    report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
+    seconds = {"loading": time.perf_counter() - begun}
+
+    def phase(name: str, work: Callable[[], dict[str, Any]]) -> None:
+        started = time.perf_counter()
+        report[name] = work()
+        seconds[name] = time.perf_counter() - started
+
+    held, vqgan, koclip = pairs.validation, parts.vqgan, parts.koclip
+    pipeline, tokenizer = parts.pipeline, parts.tokenizer
+    if vqgan is not None:
+        phase("reconstruction", lambda: _reconstruction(run, vqgan, held))
+    if pipeline is not None:
+        phase("kodalle", lambda: _likelihood(run, pipeline, held))
+    if koclip is not None and tokenizer is not None:
+        phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
+    if pipeline is not None and drawings:
+        names = colour_names(pairs, colour_attribute, palette or {})
+        phase("drawings", lambda: score_drawings(
+            run, pipeline, pairs, names, count=drawings, candidates=candidates, sheet=sheet
+        ))  # fmt: skip
+    seconds["total"] = time.perf_counter() - begun
+    report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
+    return report
+
+
+def evaluate_to_file(
+    model: Path,
+    pairs: Path,
+    out: Path,
+    *,
+    drawings: int = 40,
+    candidates: int = 16,
+    seed: int = 7,
+    device: str = "",
+    colour_attribute: str | None = None,
+    palette: Mapping[str, Lab] | None = None,
+) -> dict[str, Any]:
+    """`evaluate` with progress bars; writes `out` (JSON), the sheet beside it (.png), and prints a table.
+
+    Raises:
+        InputError: as `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
+    """
+    if out.is_dir() or out.suffix.lower() == ".png":
+        raise InputError("--out", out, "is no place for a JSON file: give a file name such as evaluation.json")
+    with _Bars() as bars:
+        report = evaluate(
+            model, pairs, drawings=drawings, candidates=candidates, seed=seed, device=device,
+            colour_attribute=colour_attribute, palette=palette, sheet=out.with_suffix(".png"), on_progress=bars.update,
+        )  # fmt: skip
+    write_json(out, report)
+    print(table(report))
+    print(f"{seconds_text(report['seconds']['total'])} in all; see {out}")
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> dict[str, Any]:
+    described: dict[str, Any] = {name: weights_digest(folder, name) for name in PARTS if has_part(folder, name)}
+    if parts.tokenizer is not None:
+        described["tokenizer"] = parts.tokenizer.digest
+    return {
+        "model": described,
+        "pairs": {
+            "validation": len(pairs.validation),
+            "validation_captions": len({pair.captions[0] for pair in pairs.validation}),
+            "train": len(pairs.train),
+            "set_aside": len(pairs.set_aside),
+            # A plain folder is split here as training splits it by default: another seed there would mix the sides.
+            "split": "prepared" if (pairs_folder / "pairs.jsonl").is_file() else "plain folder, default seed",
+        },
+        "torch": torch.__version__,
+        "device": parts.device.type,
+    }
+
+
+# ------------------------------------------------------------------------------------------------- parts on all pairs
+
+
+def _reconstruction(run: EvaluationRun, vqgan: Vqgan, held: Sequence[Pair]) -> dict[str, Any]:
+    return reconstruction_error(vqgan, run.pictures(held, vqgan.config.image_size, "reconstruction"))
+
+
+@torch.no_grad()
+def _likelihood(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> dict[str, Any]:
+    """Of each pair's first caption: loss_text and loss_image in nats a token, image_top1 as a share."""
+    transformer, vqgan = pipeline.transformer, pipeline.vqgan
+    captions = [pair.captions[0] for pair in held]
+    text = pipeline.tokenizer.encode(captions, transformer.config.text_seq_len)
+    sums = torch.zeros(3, dtype=torch.float64)
+    start = 0
+    for images in run.pictures(held, vqgan.config.image_size, "kodalle"):
+        text_tokens = text.tokens[start : start + len(images)].to(run.device)  # (B, T)
+        found = transformer(text_tokens, vqgan.encode(images))
+        means = torch.stack([found.loss_text, found.loss_image, found.image_top1]).double().cpu()
+        sums += len(images) * means  # every row has as many positions, so that means of batches may be weighed
+        start += len(images)
+    loss_text, loss_image, image_top1 = (sums / len(held)).tolist()
+    return {
+        "pairs": len(held),
+        "captions_cut": sum(cut > 0 for cut in text.cut),
+        "loss_text": loss_text,
+        "loss_image": loss_image,
+        "image_top1": image_top1,
+    }
+
+
+@torch.no_grad()
+def _retrieval(run: EvaluationRun, koclip: KoClip, tokenizer: CaptionTokenizer, held: Sequence[Pair]) -> dict[str, Any]:
+    """KoCLIP's loss over batches of `loss_batch`, and recall of the right one among `recall_among` captions."""
+    text = tokenizer.encode([pair.captions[0] for pair in held], koclip.config.text_seq_len)
+    texts = torch.cat([koclip.embed_texts(part.to(run.device)) for part in text.tokens.split(run.batch_size)])
+    pictures = run.pictures(held, koclip.config.image_size, "koclip")
+    images = torch.cat([koclip.embed_images(part) for part in pictures])  # (B, E)
+    loss_batch = min(_LOSS_BATCH, len(held))
+    order = torch.randperm(len(held), generator=run.generator())
+    groups = [group for group in order.split(loss_batch) if len(group) == loss_batch]
+    losses = [float(koclip.loss(images[group], texts[group])) for group in groups]
+    return {
+        "pairs": len(held),
+        "captions_cut": sum(cut > 0 for cut in text.cut),
+        "loss": sum(losses) / len(losses),
+        "loss_batch": loss_batch,
+    } | mean_recall(koclip, images.cpu(), texts.cpu(), text.tokens, run.generator())
+
+
+def mean_recall(
+    koclip: KoClip, images: Tensor, texts: Tensor, tokens: Tensor, generator: torch.Generator
+) -> dict[str, Any]:
+    """Mean recall over rounds; each takes (up to) 100 different captions and one picture of each, at random.
+
+    Args:
+        images: (B, E).
+        texts: (B, E).
+        tokens: (B, T), which captions are different.
+
+    Returns:
+        recall_at_1, recall_at_5; recall_among: captions that took part in a round; recall_rounds.
+    """
+    distinct = num_distinct(tokens)
+    among = min(RECALL_AMONG, distinct)
+    rounds = 1 if distinct == len(tokens) <= RECALL_AMONG else _RECALL_ROUNDS  # without a choice all are the same
+    sums = dict.fromkeys(RECALL_RANKS, 0.0)
+    for _ in range(rounds):
+        order = torch.randperm(len(tokens), generator=generator)
+        # recall_at takes the first `among` different captions of what it is given, so only those rows are scored.
+        _, label = torch.unique(tokens[order], dim=0, return_inverse=True)
+        first: dict[int, int] = {}
+        for row, value in zip(order.tolist(), label.tolist(), strict=True):
+            first.setdefault(value, row)
+        rows = torch.tensor(list(first.values())[:among])
+        scores = koclip.scores(images[rows], texts[rows]).T  # picture i against caption j
+        for rank, share in recall_at(scores, tokens[rows], among=among, ranks=RECALL_RANKS).items():
+            sums[rank] += share / rounds
+    return {f"recall_at_{rank}": share for rank, share in sums.items()} | {
+        "recall_among": among,
+        "recall_rounds": rounds,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ telling
+
+
+class _Bars:
+    """One progress bar a phase."""
+
+    def __init__(self) -> None:
+        self._bar: ProgressBar | None = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.name != phase:
+            self.__exit__()
+            self._bar = ProgressBar(phase, total=total)
+            self._bar.__enter__()
+        self._bar.update(done)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report's numbers as aligned lines, `what  value`; lists and what names the run are left to the JSON."""
+    rows: list[tuple[str, Any]] = []
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{name} {key}".strip(), inner)
+        elif not isinstance(value, list):
+            rows.append((name.replace("_", " "), value))
+
+    for section in ("pairs", "reconstruction", "kodalle", "koclip", "drawings"):
+        walk("", {section: report.get(section, {})})
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in rows)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

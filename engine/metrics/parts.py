@@ -1,0 +1,77 @@
+"""What an evaluation works on: the parts of a model folder, and the run that hands them pictures batch by batch.
+
+B pictures, S pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.pairs import Pair, load_image
+from engine.data.text import CaptionTokenizer
+from engine.errors import InputError
+from engine.models.folder import PartName, has_part, load_folder_tokenizer, load_part
+from engine.models.koclip import KoClip
+from engine.models.vqgan import Vqgan
+from engine.sampling.pipeline import Pipeline
+
+PARTS: tuple[PartName, ...] = ("vqgan", "transformer", "koclip")
+
+OnProgress = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a folder, in eval mode on one device.
+
+    `pipeline` is there when the folder has a transformer, `tokenizer` when it has a transformer or a KoCLIP.
+    """
+
+    vqgan: Vqgan | None
+    koclip: KoClip | None
+    pipeline: Pipeline | None
+    tokenizer: CaptionTokenizer | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """How pictures and choices are made, the same for all that is measured."""
+
+    device: torch.device
+    seed: int
+    batch_size: int
+    on_progress: OnProgress
+
+    def generator(self) -> torch.Generator:
+        """A new one for every choice, so that no choice depends on which parts were measured before."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def pictures(self, pairs: Sequence[Pair], image_size: int, phase: str) -> Iterator[Tensor]:
+        """(B, 3, S, S) float in [0, 1] on the device, in order; a batch counts as done when the next is asked for."""
+        self.on_progress(phase, 0, len(pairs))
+        for start in range(0, len(pairs), self.batch_size):
+            batch = np.stack([load_image(pair, image_size) for pair in pairs[start : start + self.batch_size]])
+            yield torch.from_numpy(batch).permute(0, 3, 1, 2).to(self.device).float() / 255
+            self.on_progress(phase, start + len(batch), len(pairs))
+
+
+def load_parts(folder: Path, device: torch.device) -> Parts:
+    """Everything that a model folder holds.
+
+    Raises:
+        InputError: no parts, or a part that does not load or does not fit the others, by name.
+    """
+    held = [name for name in PARTS if has_part(folder, name)]
+    if not held:
+        raise InputError("model folder", folder, f"holds none of {', '.join(PARTS)}: export the model again")
+    if "transformer" in held:
+        pipeline = Pipeline.from_pretrained(folder, device=device)
+        return Parts(pipeline.vqgan, pipeline.koclip, pipeline, pipeline.tokenizer, device)
+    vqgan = load_part(folder, "vqgan").to(device) if "vqgan" in held else None
+    koclip = load_part(folder, "koclip").to(device) if "koclip" in held else None
+    return Parts(vqgan, koclip, None, load_folder_tokenizer(folder) if koclip is not None else None, device)

@@ -1,0 +1,132 @@
+"""The commands as a shell sees them: exit codes, one line for what the user got wrong, help from anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from engine import cli
+from engine.errors import InputError
+
+
+def _kodalle(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("kodalle")), *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_draw_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None:
+    options = ["--candidates", "3", "--top", "2", "--seed", "7", "--top-k", "9", "--out", "그림", "--device", "cpu"]
+    answer = _kodalle(tmp_path, "draw", str(kodalle_run / "model"), "빨강 바탕에 파랑 네모", *options)
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads((tmp_path / "그림" / "result.json").read_text(encoding="utf-8"))
+    assert result["caption"] == "빨강 바탕에 파랑 네모"
+    assert len(result["candidates"]) == 3
+    assert result["options"]["top_k"] == 9
+    assert "그림/sheet.png" in answer.stdout
+    assert not (tmp_path / "drawings").exists()
+
+
+@pytest.mark.slow
+def test_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    answer = _kodalle(tmp_path, "draw", "missing-folder", "x")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.splitlines() == [
+        "error: model folder: missing-folder: no such folder: train first, or give the folder of a trained model"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _commands(command: click.Command, name: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield name
+    for child, inner in getattr(command, "commands", {}).items():
+        yield from _commands(inner, (*name, child))
+
+
+@pytest.mark.parametrize("command", list(_commands(typer.main.get_command(cli.app))), ids=" ".join)
+def test_help_of_every_command(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert answer.exit_code == 0, answer.output
+    assert "Usage:" in answer.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_are_there() -> None:
+    found = {" ".join(command) for command in _commands(typer.main.get_command(cli.app))}
+    assert found >= {
+        "draw",
+        "evaluate",
+        "demo",
+        "data",
+        "data captions",
+        "data prepare",
+        "data check",
+        "data make-demo",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["draw", "model"],
+        ["draw", "model", "caption", "--candidates", "0"],
+        ["draw", "model", "caption", "--candidates", "many"],
+        ["draw", "model", "caption", "--seed", "-1"],
+        ["draw", "model", "caption", "--colour", "red"],
+        ["paint"],
+    ],
+)
+def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "-1"], "temperature: -1"),
+        (["--temperature", "nan"], "temperature: nan"),
+        (["--top-k", "0"], "top_k: 0"),
+        (["--top-p", "1.5"], "top_p: 1.5"),
+        (["--guidance-scale", "inf"], "guidance_scale: inf"),
+        (["--candidates", "2", "--top", "3"], "--top: 3"),
+        (["--device", "gpu"], "--device: gpu"),
+    ],
+)
+def test_bad_values_are_one_line(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kodalle", "draw", "missing-folder", "caption", *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {said}")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    assert not issubclass(ZeroDivisionError, InputError)

@@ -1,0 +1,195 @@
+"""The model folder: what is written is what is loaded, and every fault has a name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.errors import InputError
+from engine.models import folder as model_folder
+from engine.models.folder import Part, PartName, load_part, read_part, weights_digest, write_model_folder
+from engine.models.koclip import KoClip
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+
+CONFIGS = {
+    "vqgan": VqganConfig(
+        image_size=16, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_resolutions=(),
+        latent_channels=8, embed_dim=4, codebook_size=8,
+    ),
+    "transformer": TransformerConfig(
+        dim=16, num_layers=1, num_heads=2, head_dim=8, text_vocab_size=20, text_seq_len=4, text_position_rows=5,
+        image_vocab_size=8, image_grid_size=2,
+    ),
+    "koclip": KoclipConfig(
+        image_size=32, image_width=0.1, image_depth=0.1, image_hidden_dim=128, text_vocab_size=20, text_seq_len=4,
+        text_dim=16, text_layers=1, text_heads=2, text_ff_dim=16, text_position_rows=6, embed_dim=8,
+    ),
+}  # fmt: skip
+PARTS: list[PartName] = ["vqgan", "transformer", "koclip"]
+FILE = "transformer.safetensors"
+
+
+def _modules() -> dict[PartName, torch.nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "vqgan": Vqgan(CONFIGS["vqgan"]),  # type: ignore[arg-type]
+        "transformer": KoDalle(CONFIGS["transformer"]),  # type: ignore[arg-type]
+        "koclip": KoClip(CONFIGS["koclip"]),  # type: ignore[arg-type]
+    }
+
+
+def _write(folder: Path, dtype: torch.dtype | None = None) -> dict[PartName, torch.nn.Module]:
+    modules = _modules()
+    parts = {name: Part(CONFIGS[name], module.state_dict()) for name, module in modules.items()}
+    write_model_folder(folder, parts, card="# 카드\n", dtype=dtype)
+    return modules
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    module = KoDalle(CONFIGS["transformer"])  # type: ignore[arg-type]
+    write_model_folder(
+        tmp_path / "model", {"transformer": Part(CONFIGS["transformer"], module.state_dict())}, card="card"
+    )
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_saved_and_loaded_are_the_same(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    modules = _write(tmp_path / "model", dtype)
+    for name in PARTS:
+        loaded = load_part(tmp_path / "model", name)
+        assert not loaded.training
+        assert loaded.config == CONFIGS[name]
+        state = loaded.state_dict()
+        for key, own in modules[name].state_dict().items():
+            expected = own.to(dtype).float() if dtype is not None and own.is_floating_point() else own
+            assert state[key].dtype == own.dtype
+            assert torch.equal(state[key], expected), (name, key)
+    stored = load_file(tmp_path / "model" / FILE)
+    assert {value.dtype for value in stored.values()} == {dtype or torch.float32}
+
+
+def test_no_pickles_and_no_code_inside(kodalle_run: Path) -> None:
+    files = [path for path in (kodalle_run / "model").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
+    assert {path.name for path in files} >= {
+        "config.json", "transformer.safetensors", "vqgan.safetensors", "koclip.safetensors", "tokenizer.json",
+        "model_card.md",
+    }  # fmt: skip
+    for path in files:  # PROTO opcode of a pickle, PK of a zip (what torch.save writes)
+        assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK")
+
+
+def test_replaces_a_model_but_nothing_else(model: Path, tmp_path: Path) -> None:
+    _write(model)
+    assert load_part(model, "vqgan").config == CONFIGS["vqgan"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds something else than a model"):
+        _write(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "a.txt").read_text() == "precious"
+
+
+def test_digest_follows_weights_and_config(model: Path) -> None:
+    digest = weights_digest(model, "transformer")
+    weights = load_file(model / FILE)
+    save_file(weights, model / FILE)
+    config = json.loads((model / "config.json").read_text())
+    assert weights_digest(model, "transformer") == digest
+    weights["head.bias"][0] += 1
+    save_file(weights, model / FILE)
+    changed = weights_digest(model, "transformer")
+    assert changed != digest
+    config["transformer"]["ff_dropout"] = 0.5
+    (model / "config.json").write_text(json.dumps(config))
+    assert weights_digest(model, "transformer") not in (digest, changed)
+
+
+def _change_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / FILE)
+        change(weights)
+        save_file(weights, folder / FILE)
+
+    return apply
+
+
+def _change_config(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weight file": (lambda folder: (folder / FILE).unlink(), rf"weight file: .*{FILE}: is missing"),
+    "missing tensor": (
+        _change_weights(lambda weights: weights.pop("head.bias")),
+        rf"{FILE}: head\.bias: tensor is missing \(1 in all\)",
+    ),
+    "extra tensor": (
+        _change_weights(lambda weights: weights.update({"head.extra": torch.zeros(1)})),
+        rf"{FILE}: head\.extra: unexpected tensor \(1 in all\)",
+    ),
+    "wrong shape": (
+        _change_weights(lambda weights: weights.update({"head.bias": torch.zeros(3)})),
+        r"head\.bias: \[3\]: config.json asks for shape \[32\]",
+    ),
+    "truncated": (
+        lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-10]),
+        rf"{FILE}: is not a complete safetensors file",
+    ),
+    "empty": (lambda folder: (folder / FILE).write_bytes(b""), rf"{FILE}: is not a complete safetensors file"),
+    "a pickle": (
+        lambda folder: torch.save({"head.bias": torch.zeros(3)}, folder / FILE),
+        rf"{FILE}: is not a complete safetensors file",
+    ),
+    "format": (_change_config(lambda config: config.update(format=2)), r"config\.json format: 2: this version reads"),
+    "no format": (
+        _change_config(lambda config: config.pop("format")),
+        r"config\.json format: None: this version reads",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: is not JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json format: \[\]"),
+    "unknown key": (
+        _change_config(lambda config: config["transformer"].update(dimm=3)),  # type: ignore[attr-defined]
+        r"dimm: 3: unknown key.*config\.json",
+    ),
+    "other sizes": (
+        _change_config(lambda config: config["transformer"].update(dim=32)),  # type: ignore[attr-defined]
+        r"config.json asks for shape \[.*32.*\]",
+    ),
+    "no such part": (_change_config(lambda config: config.pop("transformer")), "has no transformer .it holds: none."),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named(model: Path, fault: str) -> None:
+    break_it, said = FAULTS[fault]
+    break_it(model)
+    with pytest.raises(InputError, match=said) as caught:
+        load_part(model, "transformer")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model folder: .*none: no such folder"):
+        load_part(tmp_path / "none", "vqgan")
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        model_folder.load_folder_tokenizer(tmp_path)
+
+
+def test_sizes_are_compared_before_anything_is_allocated(model: Path) -> None:
+    """A hundred-billion-parameter config over a small file must fail by name, not by memory."""
+    _change_config(lambda config: config["transformer"].update(dim=2**17, num_layers=64))(model)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="tensor is missing"):
+        read_part(model, "transformer")

@@ -1,0 +1,282 @@
+"""What a user can get wrong about a run: one line, by name, before the first step where it can be known then."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from engine.errors import InputError
+from engine.training.checkpoints import complete_checkpoints
+
+Tree = dict[str, Any]
+Train = Callable[[Tree], Path]
+TreeOf = Callable[..., Tree]
+
+
+def _set(tree: Tree, key: str, value: Any) -> Tree:
+    *parents, last = key.split(".")
+    section = tree
+    for parent in parents:
+        section[parent] = dict(section.get(parent, {}))
+        section = section[parent]
+    if value is None:
+        section.pop(last)
+    else:
+        section[last] = value
+    return tree
+
+
+def _refused(train: Train, tree: Tree, said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        train(tree)
+    assert "\n" not in str(caught.value)
+    assert not complete_checkpoints(Path(tree["run"]) / "checkpoints")
+
+
+# ---------------------------------------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "said"),
+    [
+        ("koclip", "deepspeed.train_micro_batch_size_per_gpu", None, r"micro_batch_size_per_gpu: \(nothing\): give"),
+        ("koclip", "deepspeed.train_micro_batch_size_per_gpu", "auto", r"micro_batch_size_per_gpu: auto: give"),
+        ("koclip", "deepspeed.train_micro_batch_size_per_gpu", 0, r"micro_batch_size_per_gpu: 0: give"),
+        ("koclip", "deepspeed.gradient_accumulation_steps", 1.5, r"gradient_accumulation_steps: 1.5: give"),
+        ("koclip", "deepspeed.optimizer", None, r"deepspeed.optimizer: \(nothing\): is missing"),
+        ("koclip", "deepspeed.optimizer.type", "Addam", r"deepspeed: .*Addam"),
+        ("koclip", "deepspeed.optimizer.params.learning_rate", 1.0, r"deepspeed: .*learning_rate"),
+        ("kodalle", "deepspeed.scheduler.type", "Sometimes", r"deepspeed: .*Sometimes"),
+        ("koclip", "deepspeed.zero_optimization.stage", 7, r"deepspeed: .*(7|stage)"),
+        ("koclip", "deepspeed.fp16.enabled", True, "deepspeed.fp16.enabled: True: DeepSpeed has no fp16 on CPU"),
+        ("koclip", "deepspeed.train_batch_size", 77, r"deepspeed: .*batch"),
+        ("koclip", "deepspeed.scheduler.type", "WarmupDecayLR", "encoder_lr_ratio: 0.8: .*one rate"),
+        ("koclip", "model.text_vocab_size", 20, r"model.text_vocab_size: 20: the tokenizer has \d+ entries: raise it"),
+        ("koclip", "text.tokenizer", "nowhere/at-all", r"text.tokenizer: nowhere/at-all: cannot be loaded"),
+        ("koclip", "data.pairs", "nowhere", "pairs: nowhere: no such folder"),
+        ("koclip", "data.balance", "sleeve", "balance: sleeve: no pair has this attribute; known are: ground"),
+        ("koclip", "model.image_hidden_dim", 64, "image_hidden_dim: 64: .*write image_hidden_dim: 128"),
+        ("vqgan", "deepspeed.zero_optimization.stage", 3, "zero_optimization.stage: 3: .*use 0, 1 or 2"),
+        ("vqgan", "loss.perceptual_weight", 1, r"perceptual_weights: \(nothing\)"),
+        ("kodalle", "vqgan", "nowhere", "model folder: nowhere: no such folder"),
+        ("kodalle", "koclip", "nowhere", "model folder: nowhere: no such folder"),
+        ("kodalle", "model.image_vocab_size", 64, "model.image_vocab_size: 64: the VQGAN in .* has 32 codes"),
+        ("kodalle", "model.image_grid_size", 4, "model.image_grid_size: 4: the VQGAN in .* makes 8 tokens a side"),
+        ("kodalle", "model.text_vocab_size", 20, r"model.text_vocab_size: 20: the tokenizer has \d+ entries"),
+        ("kodalle", "text.tokenizer", "train", "this KoCLIP was trained with another tokenizer: write text.tokenizer="),
+        ("kodalle", "pretrained_text_embeddings", "./nowhere", "pretrained_text_embeddings: ./nowhere"),
+    ],
+)
+def test_refused_before_the_first_step(
+    stage: str, key: str, value: Any, said: str, tree_of: TreeOf, train_tree: Train, tmp_path: Path
+) -> None:
+    tree = _set(tree_of(stage, tmp_path / "run"), key, value)
+    if key == "text.tokenizer" and stage == "kodalle":
+        tree["text"]["vocab_size"] = 20
+    _refused(train_tree, tree, said)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_koclip_folder_without_a_ranker_is_refused_now_not_at_the_end(
+    vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path
+) -> None:
+    tree = tree_of("kodalle", tmp_path / "run", koclip=str(vqgan_run / "model"))
+    _refused(train_tree, tree, r"has no koclip \(it holds: vqgan\)")
+
+
+def test_start_from_another_size(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
+    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"))
+    _refused(
+        train_tree, _set(tree, "model.codebook_size", 64), r"start_from: .*quantize.embedding.weight.* is \(32, 8\)"
+    )
+
+
+def test_start_from_starts_there(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
+    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook={})
+    tree["loop"] |= {"steps": 1}
+    tree["deepspeed"]["optimizer"]["params"]["lr"] = 1e-9
+    del tree["deepspeed"]["scheduler"]
+    old, new = (load_file(folder / "vqgan.safetensors") for folder in (vqgan_run / "model", train_tree(tree)))
+    assert all(torch.allclose(old[name], new[name], atol=1e-7) for name in old)
+
+
+def test_unreadable_picture_is_named(
+    pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    broken = tmp_path / "pairs" / "images" / "05.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    tree = tree_of("kodalle", tmp_path / "run")
+    tree["data"]["pairs"] = str(tmp_path / "pairs")
+    _refused(train_tree, tree, r"05\.png")
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ on resumption
+
+
+@pytest.fixture
+def begun(kodalle_run: Path, tmp_path: Path) -> Path:
+    """A copy of the session's KoDALLE run, its last step undone."""
+    shutil.copytree(kodalle_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "before"),
+    [
+        ("model.dim", 64, "32"),
+        ("model.text_seq_len", 11, "12"),
+        ("deepspeed.optimizer", {"type": "SGD", "params": {"lr": 0.1}}, "AdamW"),
+        ("seed", 4, "3"),
+        ("loss_image_weight", 1.0, "7.0"),
+        ("loop.steps", 9, "8"),
+        ("data.flip", True, "False"),
+    ],
+)
+def test_changed_config_is_refused_by_name_and_nothing_is_touched(
+    key: str, value: Any, before: str, begun: Path, tree_of: TreeOf, train_tree: Train
+) -> None:
+    files = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=rf"{key}: .*was begun with .*{before}.*: undo the change") as caught:
+        train_tree(_set(tree_of("kodalle", begun), key, value))
+    assert caught.value.field == key
+    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == files
+
+
+def test_what_is_written_when_may_change(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    tree = tree_of("kodalle", begun)
+    tree["loop"] |= {"keep_checkpoints": 1, "log_every": 2}
+    tree["data"]["num_workers"] = 1
+    train_tree(tree)
+    assert [path.name for path in complete_checkpoints(begun / "checkpoints")] == ["step-00000008"]
+    assert yaml.safe_load((begun / "config.yaml").read_text())["loop"]["keep_checkpoints"] == 1
+
+
+def test_resume_never_does_not_overwrite(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    with pytest.raises(InputError, match=r"resume: never: .*holds a run \(newest checkpoint step-00000006\)"):
+        train_tree(tree_of("kodalle", begun, resume="never"))
+
+
+def test_checkpoint_of_another_world_is_refused(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    marker = begun / "checkpoints" / "step-00000006" / "complete.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"processes": 8}))
+    with pytest.raises(InputError, match=r"number of processes: 1: .*is of 8"):
+        train_tree(tree_of("kodalle", begun))
+
+
+def test_checkpoint_with_other_content_is_refused(
+    begun: Path, koclip_run: Path, tree_of: TreeOf, train_tree: Train
+) -> None:
+    state = begun / "checkpoints" / "step-00000006" / "kodalle" / "state" / "mp_rank_00_model_states.pt"
+    other = koclip_run / "checkpoints" / "step-00000006" / "koclip" / "state" / "mp_rank_00_model_states.pt"
+    shutil.copy(other, state)
+    marker = begun / "checkpoints" / "step-00000006" / "complete.json"
+    content = json.loads(marker.read_text())
+    content["files"]["kodalle/state/mp_rank_00_model_states.pt"] = state.stat().st_size
+    marker.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="does not fit this config"):
+        train_tree(tree_of("kodalle", begun))
+
+
+# --------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_numbers_that_explode_stop_the_run_and_are_not_saved(
+    zero: int, tree_of: TreeOf, train_tree: Train, tmp_path: Path
+) -> None:
+    tree = tree_of("kodalle", tmp_path / "run")
+    tree["deepspeed"] |= {"gradient_clipping": 0.0, "zero_optimization": {"stage": zero}}
+    tree["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e30, "torch_adam": True}}
+    del tree["deepspeed"]["scheduler"]
+    tree["loop"] |= {"checkpoint_every": 1}
+    with pytest.raises(InputError, match=r"training: step \d+: .*(nan|inf|finite).*: lower the learning rate"):
+        train_tree(tree)
+    for checkpoint in complete_checkpoints(tmp_path / "run" / "checkpoints"):
+        states = torch.load(checkpoint / "kodalle" / "state" / "mp_rank_00_model_states.pt", weights_only=False)
+        assert all(torch.isfinite(value).all() for value in states["module"].values())
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert lines  # what led there can be read
+
+
+# ---------------------------------------------------------------------------------------------------------- the shards
+
+
+def test_shards_are_used_again_and_made_again(
+    kodalle_run: Path,
+    pairs_folder: Path,
+    tree_of: TreeOf,
+    train_tree: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(kodalle_run / "shards", shards)
+
+    def train(name: str, **more: Any) -> str:
+        tree = tree_of("kodalle", tmp_path / name, token_shards=str(shards))
+        tree["loop"] |= {"steps": 1, "sample_every": 9}
+        for key, value in more.items():
+            _set(tree, key.replace("__", "."), value)
+        train_tree(tree)
+        return capsys.readouterr().out
+
+    assert "encoding pictures" not in train("same")
+    lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8")
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    (tmp_path / "pairs" / "pairs.jsonl").write_text(lines.replace("빨강 바탕에", "빨강 배경에"), encoding="utf-8")
+    assert "encoding pictures" in train("caption", data__pairs=str(tmp_path / "pairs"))
+    assert "encoding pictures" in train("back")
+    assert "encoding pictures" not in train("again")
+
+
+def test_other_vqgan_weights_make_other_shards(
+    kodalle_run: Path,
+    vqgan_run: Path,
+    tree_of: TreeOf,
+    train_tree: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(kodalle_run / "shards", tmp_path / "shards")
+    tree = tree_of(
+        "kodalle", tmp_path / "run", vqgan=str(vqgan_run / "model-best"), token_shards=str(tmp_path / "shards")
+    )
+    tree["loop"] |= {"steps": 1, "sample_every": 9}
+    same = (vqgan_run / "model" / "vqgan.safetensors").read_bytes() == (
+        vqgan_run / "model-best" / "vqgan.safetensors"
+    ).read_bytes()
+    if same:  # the last step was the best one
+        tree["vqgan"] = str(tmp_path / "vqgan")
+        shutil.copytree(vqgan_run / "model", tmp_path / "vqgan")
+        from safetensors.torch import save_file
+
+        weights = load_file(tmp_path / "vqgan" / "vqgan.safetensors")
+        weights["quant_conv.bias"] += 0.1
+        save_file(weights, tmp_path / "vqgan" / "vqgan.safetensors")
+    train_tree(tree)
+    assert "encoding pictures" in capsys.readouterr().out
+
+
+def test_cut_captions_are_told_or_refused(
+    tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tree(name: str, **more: Any) -> Tree:
+        made = tree_of("kodalle", tmp_path / name, token_shards=str(tmp_path / "shards"), **more)
+        made["loop"] |= {"steps": 1, "sample_every": 9}
+        return _set(made, "model.text_seq_len", 4)
+
+    train_tree(tree("one"))
+    assert "note: the captions of 30 pictures are too long and were cut" in capsys.readouterr().out
+    _refused(train_tree, tree("two", strict_captions=True), "strict_captions: True: 30 pictures have captions of more")
+    shutil.rmtree(tmp_path / "shards")
+    _refused(train_tree, tree("three", strict_captions=True), r"caption: .* more than the model's 4")
