@@ -11,6 +11,7 @@ Held-out means: combinations of category, colour and sleeve that no training pic
 not done again, and a training that was interrupted goes on, so running the command again continues the demo.
 """
 
+import functools
 import os
 import socket
 import subprocess
@@ -93,7 +94,7 @@ def run_demo(
     }
     for number, stage in enumerate(STAGES, start=2):
         own = [text.removeprefix(f"{stage}.") for text in overrides if text.startswith(f"{stage}.")]
-        step(number, stage, titles[stage], lambda stage=stage, own=own: _train(stage, out, configs, own))
+        step(number, stage, titles[stage], functools.partial(_train, stage, out, configs, own))
     model = out / "kodalle" / "model"
     held = load_pairs(out / "pairs").validation
     step(5, "drawing", f"drawing {SHOWN_CAPTIONS} held-out captions", lambda: _draw(model, out, held, candidates, seed))

@@ -156,11 +156,11 @@ def test_every_pair_of_values_stays_in_training(seed: int) -> None:
     by_third = Counter((kind.category, third) for kind, _, third in shown)
     colour_sleeve = Counter((colour, third) for kind, colour, third in shown if kind.sleeves)
     assert len(by_colour) == len(KINDS) * len(COLOURS)
-    assert min(by_colour.values()) >= 2
-    assert len(by_third) == len(KINDS) * 3
+    assert min(by_colour.values()) >= 1
+    assert len(by_third) == sum(len(kind.third) for kind in KINDS)
     assert min(by_third.values()) >= 6
     assert len(colour_sleeve) == len(COLOURS) * 3
-    assert min(colour_sleeve.values()) >= 2
+    assert min(colour_sleeve.values()) >= 1
 
 
 def test_held_out_triples_depend_on_the_seed() -> None:

@@ -36,7 +36,7 @@ COLOURS: dict[str, tuple[Rgb, Rgb]] = {
     "핑크": ((250, 140, 186), (255, 250, 252)),
     "퍼플": ((124, 52, 172), (244, 214, 90)),
 }
-PRINTS = ("무지", "스트라이프", "도트", "체크")
+PRINTS = ("무지", "스트라이프", "도트")
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,6 @@ def _fabric(side: int, cloth: Rgb, ink: Rgb, print_name: str) -> Image.Image:
             for column in range(9):
                 x, y = (column * 0.125 + (row % 2) * 0.0625) * side, (0.03 + row * 0.105) * side
                 draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
-    elif print_name == "체크":
-        for start in ((0.06 + 0.176 * index) * side for index in range(6)):
-            draw.rectangle((0, start, side, start + 0.03 * side), fill=ink)
-            draw.rectangle((start, 0, start + 0.03 * side, side), fill=ink)
     return fabric
 
 
