@@ -3,9 +3,9 @@
 Nothing is learnt. A picture's subject is what lies in its middle and is unlike its border; its colour is that of its
 largest cluster. Which names there are and what they look like is the data's knowledge: a palette is an argument.
 
-Photographs are not paint charts: light, shade and prints move colours, and labels were given by eye. So read a share of
-agreement beside that of real pictures, which is its ceiling: 0.74 on 916 training photos of clothes in 18 colours,
-where always naming the commonest gives 0.26.
+Photographs are not paint charts: light, shade and prints move colours, and labels are not exact either. So read a share
+of agreement beside that of real pictures: 0.74 on 916 training photos of clothes in 18 colours (on which the constants
+below were chosen), 0.71 on 301 held-out ones; always naming the commonest colour gives 0.26 and 0.27.
 
 S pixels, N pixels looked at, K clusters.
 """

@@ -39,6 +39,7 @@ from engine.sampling.pipeline import Pipeline
 RECALL_AMONG = 100
 RECALL_RANKS = (1, 5)
 _RECALL_ROUNDS = 20  # of 100 captions, when there are more: the standard error of one is up to 5 points
+_TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "drawings")
 _LOSS_BATCH = 64  # KoCLIP's loss depends on how many captions compete
 
 
@@ -272,20 +273,21 @@ class _Bars:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report's numbers as aligned lines, `what  value`; lists and what names the run are left to the JSON."""
-    rows: list[tuple[str, Any]] = []
+    """The report's numbers, one a line under the names of their sections; lists stay in the JSON."""
+    rows: list[tuple[str, str]] = []
 
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(f"{name} {key}".strip(), inner)
-        elif not isinstance(value, list):
-            rows.append((name.replace("_", " "), value))
+    def walk(section: Mapping[str, Any], depth: int) -> None:
+        for key, value in section.items():
+            name = "  " * depth + key.replace("_", " ")
+            if isinstance(value, Mapping):
+                rows.append((name, ""))
+                walk(value, depth + 1)
+            elif not isinstance(value, list):
+                rows.append((name, _shown(value)))
 
-    for section in ("pairs", "reconstruction", "kodalle", "koclip", "drawings"):
-        walk("", {section: report.get(section, {})})
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in rows)
+    walk({name: report[name] for name in _TABLE_SECTIONS if name in report}, 0)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
 def _shown(value: Any) -> str:
