@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from engine.config import TextConfig
 from engine.errors import InputError
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
@@ -126,6 +127,27 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionToken
             mask_token="[MASK]",
         )
     )
+
+
+def tokenizer_for(text: TextConfig, captions: Iterable[str], *, table_rows: int) -> CaptionTokenizer:
+    """The tokenizer that a run's `text` section asks for.
+
+    Args:
+        captions: of the training split; a `train` tokenizer is made from them.
+        table_rows: rows of the model's token table (`model.text_vocab_size`).
+
+    Raises:
+        InputError: it cannot be loaded, or has more entries than the table has rows.
+    """
+    if text.tokenizer == "train":
+        tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size)
+    else:
+        tokenizer = load_tokenizer(text.tokenizer)
+    if tokenizer.vocab_size > table_rows:
+        raise InputError(
+            "model.text_vocab_size", table_rows, f"the tokenizer has {tokenizer.vocab_size} entries: raise it"
+        )
+    return tokenizer
 
 
 def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.config import KoclipConfig, KoclipRun
-from engine.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
+from engine.config import KoclipRun
+from engine.data.text import tokenizer_for
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
@@ -39,12 +39,8 @@ class KoclipStage:
         pairs = read_pairs(run.data, run.seed)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
-        if run.text.tokenizer == "train":
-            captions = [caption for pair in pairs.train for caption in pair.captions]
-            self.tokenizer = train_tokenizer(captions, vocab_size=run.text.vocab_size)
-        else:
-            self.tokenizer = load_tokenizer(run.text.tokenizer)
-        self.config = fit_vocabulary(run.model, self.tokenizer)
+        captions = (caption for pair in pairs.train for caption in pair.captions)
+        self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
         # Pictures are read at the size the encoder sees: resizing happens once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
         reconstructed = None
@@ -79,7 +75,7 @@ class KoclipStage:
     def build(self, total_steps: int) -> dict[str, Any]:
         run = self.run
         model = KoClip.from_pretrained_encoders(
-            self.config, text_encoder=run.pretrained_text_encoder, image_encoder=run.pretrained_image_encoder
+            run.model, text_encoder=run.pretrained_text_encoder, image_encoder=run.pretrained_image_encoder
         )
         self.engine = make_engine(
             model,
@@ -133,7 +129,7 @@ class KoclipStage:
     def export(self, folder: Path, card: str) -> None:
         weights = full_weights(self.engine)
         if self.world.is_main:
-            write_model_folder(folder, {"koclip": Part(self.config, weights)}, card=card, tokenizer=self.tokenizer)
+            write_model_folder(folder, {"koclip": Part(self.run.model, weights)}, card=card, tokenizer=self.tokenizer)
         self.world.barrier()
 
     def state(self) -> dict[str, Tensor]:
@@ -141,17 +137,6 @@ class KoclipStage:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         pass
-
-
-def fit_vocabulary(model: KoclipConfig, tokenizer: CaptionTokenizer) -> KoclipConfig:
-    """The table has the config's rows; a tokenizer with more entries than rows is an InputError."""
-    if tokenizer.vocab_size > model.text_vocab_size:
-        raise InputError(
-            "model.text_vocab_size",
-            model.text_vocab_size,
-            f"the tokenizer has {tokenizer.vocab_size} entries: raise it",
-        )
-    return model
 
 
 def _groups(model: KoClip, settings: dict[str, Any], ratio: float) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
-from engine.data.text import CaptionTokenizer, load_tokenizer, train_tokenizer
+from engine.data.text import CaptionTokenizer, tokenizer_for
 from engine.data.token_shards import (
     TokenShard,
     captions_cut,
@@ -47,16 +47,8 @@ class KodalleStage:
         pairs = read_pairs(run.data, run.seed)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
-        if run.text.tokenizer == "train":
-            captions = [caption for pair in pairs.train for caption in pair.captions]
-            self.tokenizer = train_tokenizer(captions, vocab_size=run.text.vocab_size)
-        else:
-            self.tokenizer = load_tokenizer(run.text.tokenizer)
-        if self.tokenizer.vocab_size > run.model.text_vocab_size:
-            raise InputError(
-                "model.text_vocab_size", run.model.text_vocab_size,
-                f"the tokenizer has {self.tokenizer.vocab_size} entries: raise it"
-            )  # fmt: skip
+        captions = (caption for pair in pairs.train for caption in pair.captions)
+        self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
         self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
         _check_vqgan(run, self.vqgan)
         if run.koclip is not None:
