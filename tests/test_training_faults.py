@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from engine.config import load_run
 from engine.errors import InputError
 from engine.training.checkpoints import complete_checkpoints
+from engine.training.setup import join_world
+from engine.training.stage_kodalle import KodalleStage
 
 Tree = dict[str, Any]
 Train = Callable[[Tree], Path]
@@ -211,72 +214,53 @@ def test_numbers_that_explode_stop_the_run_and_are_not_saved(
 # ---------------------------------------------------------------------------------------------------------- the shards
 
 
-def test_shards_are_used_again_and_made_again(
-    kodalle_run: Path,
-    pairs_folder: Path,
+@pytest.fixture
+def make_stage(
     tree_of: TreeOf,
-    train_tree: Train,
+    write_tree: Callable[..., Path],
+    kodalle_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    shards = tmp_path / "shards"
-    shutil.copytree(kodalle_run / "shards", shards)
+) -> Callable[..., str]:
+    """Begins KoDALLE runs on one shard folder, a copy of the session's; returns what they said. Nothing is trained."""
+    shutil.copytree(kodalle_run / "shards", tmp_path / "shards")
 
-    def train(name: str, **more: Any) -> str:
-        tree = tree_of("kodalle", tmp_path / name, token_shards=str(shards))
-        tree["loop"] |= {"steps": 1, "sample_every": 9}
-        for key, value in more.items():
+    def make(**changes: Any) -> str:
+        tree = tree_of("kodalle", tmp_path / "run", token_shards=str(tmp_path / "shards"))
+        for key, value in changes.items():
             _set(tree, key.replace("__", "."), value)
-        train_tree(tree)
+        KodalleStage(load_run(write_tree(tree, tmp_path / "run.yaml")), join_world(torch_threads=1))  # type: ignore[arg-type]
         return capsys.readouterr().out
 
-    assert "encoding pictures" not in train("same")
-    lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8")
+    return make
+
+
+def test_shards_are_used_again_and_made_again(
+    make_stage: Callable[..., str], pairs_folder: Path, tmp_path: Path
+) -> None:
+    assert "encoding pictures" not in make_stage()
     shutil.copytree(pairs_folder, tmp_path / "pairs")
+    lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8")
     (tmp_path / "pairs" / "pairs.jsonl").write_text(lines.replace("빨강 바탕에", "빨강 배경에"), encoding="utf-8")
-    assert "encoding pictures" in train("caption", data__pairs=str(tmp_path / "pairs"))
-    assert "encoding pictures" in train("back")
-    assert "encoding pictures" not in train("again")
+    assert "encoding pictures" in make_stage(data__pairs=str(tmp_path / "pairs"))
+    assert "encoding pictures" in make_stage()
+    assert "encoding pictures" not in make_stage()
 
 
-def test_other_vqgan_weights_make_other_shards(
-    kodalle_run: Path,
-    vqgan_run: Path,
-    tree_of: TreeOf,
-    train_tree: Train,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    shutil.copytree(kodalle_run / "shards", tmp_path / "shards")
-    tree = tree_of(
-        "kodalle", tmp_path / "run", vqgan=str(vqgan_run / "model-best"), token_shards=str(tmp_path / "shards")
-    )
-    tree["loop"] |= {"steps": 1, "sample_every": 9}
-    same = (vqgan_run / "model" / "vqgan.safetensors").read_bytes() == (
-        vqgan_run / "model-best" / "vqgan.safetensors"
-    ).read_bytes()
-    if same:  # the last step was the best one
-        tree["vqgan"] = str(tmp_path / "vqgan")
-        shutil.copytree(vqgan_run / "model", tmp_path / "vqgan")
-        from safetensors.torch import save_file
-
-        weights = load_file(tmp_path / "vqgan" / "vqgan.safetensors")
-        weights["quant_conv.bias"] += 0.1
-        save_file(weights, tmp_path / "vqgan" / "vqgan.safetensors")
-    train_tree(tree)
-    assert "encoding pictures" in capsys.readouterr().out
+def test_other_vqgan_weights_make_other_shards(make_stage: Callable[..., str], vqgan_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "vqgan"
+    shutil.copytree(vqgan_run / "model", other)
+    weights = load_file(other / "vqgan.safetensors")
+    weights["quant_conv.bias"] += 0.1
+    save_file(weights, other / "vqgan.safetensors")
+    assert "encoding pictures" in make_stage(vqgan=str(other))
 
 
-def test_cut_captions_are_told_or_refused(
-    tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def tree(name: str, **more: Any) -> Tree:
-        made = tree_of("kodalle", tmp_path / name, token_shards=str(tmp_path / "shards"), **more)
-        made["loop"] |= {"steps": 1, "sample_every": 9}
-        return _set(made, "model.text_seq_len", 4)
-
-    train_tree(tree("one"))
-    assert "note: the captions of 30 pictures are too long and were cut" in capsys.readouterr().out
-    _refused(train_tree, tree("two", strict_captions=True), "strict_captions: True: 30 pictures have captions of more")
+def test_cut_captions_are_told_or_refused(make_stage: Callable[..., str], tmp_path: Path) -> None:
+    said = make_stage(model__text_seq_len=4)
+    assert "note: the captions of 30 pictures are too long and were cut" in said
+    with pytest.raises(InputError, match="strict_captions: True: 30 pictures have captions of more"):
+        make_stage(model__text_seq_len=4, strict_captions=True)
     shutil.rmtree(tmp_path / "shards")
-    _refused(train_tree, tree("three", strict_captions=True), r"caption: .* more than the model's 4")
+    with pytest.raises(InputError, match=r"caption: .* more than the model's 4"):
+        make_stage(model__text_seq_len=4, strict_captions=True)
