@@ -108,7 +108,7 @@ def run_demo(
         "options": {"temperature": OPTIONS.temperature},
         "share_right": scored,
         "seconds": seconds | {"total": round(time.monotonic() - begun, 1)},
-        "machine": {"cpu_cores": os.cpu_count(), "cuda": torch.cuda.is_available(), "torch": torch.__version__},
+        "machine": machine(),
     }
     write_json(out / "report.json", report)
     _print_report(report, out)
@@ -175,7 +175,8 @@ def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: i
 
 
 def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> dict[str, dict[str, float]]:
-    """Shares of right drawings: of all candidates (what a random one would be) and of the top-ranked ones."""
+    """Shares of right drawings: of all candidates (what a random one would be), of the top-ranked ones, and of
+    captions with at least one right candidate (what a perfect ranker would reach)."""
     pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
     drawings: list[Drawing] = []
     with ProgressBar("drawing", total=len(held)) as bar:
@@ -183,18 +184,33 @@ def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, see
             captions = [pair.captions[0] for pair in held[start : start + _CAPTIONS_AT_ONCE]]
             drawings += pipeline(captions, candidates=candidates, seed=seed, options=OPTIONS)
             bar.update(len(drawings))
-    shares: dict[str, list[dict[str, bool]]] = {"random": [], "top_ranked": []}
+    shares: dict[str, list[dict[str, bool]]] = {"random": [], "top_ranked": [], "any": []}
     for pair, drawing in zip(held, drawings, strict=True):
         readings: list[Reading] = [read(one.image) for one in drawing.candidates]
         right = score(readings, [pair.attributes] * len(readings))
         shares["random"] += right
         shares["top_ranked"].append(right[0])
+        shares["any"].append({measure: any(one[measure] for one in right) for measure in MEASURES})
     best = [drawing.candidates[0].image for drawing in drawings]
     with atomic_file(out / "evaluation.png") as temporary:
         paste_grid(best, columns=12).save(temporary, format="PNG")
     return {
         who: {measure: round(sum(one[measure] for one in ones) / len(ones), 4) for measure in MEASURES}
         for who, ones in shares.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and versions that a stored result is of."""
+    cpu = ""
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": cpu,
+        "cpu_cores": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
     }
 
 
