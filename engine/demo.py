@@ -132,7 +132,10 @@ def _picture_size(configs: Path) -> int:
 
 
 def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> None:
-    """One `deepspeed engine/train.py` run, its output passed through."""
+    """One `deepspeed engine/train.py` run, its output passed through; none when it is finished."""
+    if (out / stage / "model").is_dir():  # exported after the last step
+        print(f"{out / stage} is finished: nothing to do", flush=True)
+        return
     places = {"run": out / stage, "data.pairs": out / "pairs"}
     if stage == "koclip":
         places["codec"] = out / "vqgan" / "model"
