@@ -21,6 +21,7 @@ from engine.data.demo_garments import make_demo
 from engine.data.labels import read_label
 from engine.data.prepare import PrepareReport
 from engine.data.prepare import prepare as prepare_folder
+from engine.data.sources import PrepareOptions
 from engine.files import write_json
 
 app = typer.Typer(help="Labels to captions, crops and pairs; checks; the demo set.", no_args_is_help=True)
@@ -81,9 +82,7 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Cuts and captions SOURCE into the folder DESTINATION that training reads."""
-    report = prepare_folder(
-        source,
-        destination,
+    options = PrepareOptions(
         image_size=image_size,
         image_format=image_format,
         keep_aspect=keep_aspect,
@@ -97,11 +96,10 @@ def prepare(
         validation_fraction=validation_fraction,
         seed=seed,
         max_bad=max_bad,
-        strict=strict,
         form=form,
-        workers=workers or os.cpu_count() or 1,
-        progress=True,
     )
+    workers = workers or os.cpu_count() or 1
+    report = prepare_folder(source, destination, options, strict=strict, workers=workers, progress=True)
     _print_prepared(report, destination)
 
 

@@ -28,6 +28,7 @@ from engine.data.demo_garments import make_demo
 from engine.data.demo_oracle import Reading, read, score
 from engine.data.pairs import Pair, load_pairs
 from engine.data.prepare import prepare
+from engine.data.sources import PrepareOptions
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
@@ -120,9 +121,12 @@ def _make_data(out: Path, configs: Path, pictures: int, held_out: int) -> None:
         make_demo(out / "photos", count=pictures, seed=1, held_out=held_out)
     if not (out / "pairs").is_dir():
         prepare(
-            out / "photos", out / "pairs", image_size=_picture_size(configs), keep_aspect=True, box_margin=0.04,
-            workers=os.cpu_count() or 1, progress=True,
-        )  # fmt: skip
+            out / "photos",
+            out / "pairs",
+            PrepareOptions(image_size=_picture_size(configs), keep_aspect=True, box_margin=0.04),
+            workers=os.cpu_count() or 1,
+            progress=True,
+        )
 
 
 def _picture_size(configs: Path) -> int:

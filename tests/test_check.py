@@ -4,41 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from engine.data import crops
 from engine.data.check import DEFECTS, CheckReport, check
-from engine.data.labels import KINDS
 from engine.data.prepare import prepare
+from engine.data.sources import PrepareOptions
 from engine.errors import InputError
-
-WIDTH, HEIGHT = 40, 60
-TOP = {"카테고리": "티셔츠", "색상": "화이트"}
-BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
+from tests.label_trees import BOX, HEIGHT, TOP, WIDTH, label_tree, photo
 
 
 def tree(identifier: Any, box: dict[str, Any] | None = None, top: dict[str, Any] | None = None) -> dict[str, Any]:
-    absent = {kind: [{}] for kind in KINDS}
-    rectangles = {**absent, "상의": [BOX if box is None else box]}
-    labelling = {"스타일": [{}], **absent, "상의": [TOP if top is None else top]}
-    return {
-        "이미지 정보": {
-            "이미지 식별자": identifier,
-            "이미지 높이": HEIGHT,
-            "이미지 파일명": "s.jpg",
-            "이미지 너비": WIDTH,
-        },
-        "데이터셋 정보": {"데이터셋 상세설명": {"렉트좌표": rectangles, "라벨링": labelling}},
-    }
-
-
-def photo(path: Path, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+    """A label of one top; `{}` leaves its box or its attributes out."""
+    boxes = {"상의": [BOX if box is None else box]}
+    return label_tree(identifier, boxes=boxes, 상의=[TOP if top is None else top])
 
 
 def write(path: Path, content: Any, encoding: str = "utf-8") -> None:
@@ -70,7 +49,7 @@ def test_clean_folders_have_no_findings(labelled: Path, plain: Path, tmp_path: P
     assert (report.form, report.labels, report.images, report.findings) == ("labels", 4, 4, ())
     report = check(plain)
     assert (report.form, report.labels, report.images, report.findings) == ("plain", 4, 4, ())
-    prepare(labelled, tmp_path / "out", image_size=32, validation_fraction=0)
+    prepare(labelled, tmp_path / "out", PrepareOptions(image_size=32, validation_fraction=0))
     assert check(tmp_path / "out").findings == ()
 
 
@@ -176,7 +155,7 @@ def test_same_name_in_two_plain_folders_is_a_warning(plain: Path) -> None:
 
 
 def test_prepared_folder_with_a_missing_image(labelled: Path, tmp_path: Path) -> None:
-    prepare(labelled, tmp_path / "out", image_size=32, validation_fraction=0)
+    prepare(labelled, tmp_path / "out", PrepareOptions(image_size=32, validation_fraction=0))
     (tmp_path / "out" / "images" / "2_top_0.png").unlink()
     assert found(check(tmp_path / "out")) == {
         "pairs.jsonl": "broken_pairs",

@@ -1,4 +1,6 @@
+import inspect
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +8,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from engine import cli_data
 from engine.cli_data import app
 from engine.data.pairs import load_pairs
+from engine.data.sources import PrepareOptions
 from engine.errors import InputError
 
 
@@ -74,6 +78,12 @@ def test_prepare_prints_its_summary(demo: Path, tmp_path: Path) -> None:
     assert f"{len(pairs.train)} pairs to train on, {len(pairs.validation)} for validation" in result.stdout
     with Image.open(pairs.all[0].image_path) as image:
         assert image.size == (16, 16)
+
+
+def test_prepare_has_the_defaults_of_its_options() -> None:
+    parameters = inspect.signature(cli_data.prepare).parameters
+    others = ("source", "destination", "strict", "workers")  # arguments of the run itself
+    assert {name: p.default for name, p in parameters.items() if name not in others} == asdict(PrepareOptions())
 
 
 def test_prepare_names_what_it_sets_aside(demo: Path, tmp_path: Path) -> None:

@@ -9,38 +9,14 @@ from PIL import Image
 from engine.data.labels import KINDS
 from engine.data.pairs import load_image, load_pairs, split_of
 from engine.data.prepare import PrepareReport, prepare
+from engine.data.sources import PrepareOptions
 from engine.errors import InputError
-
-WIDTH, HEIGHT = 40, 60
-TOP = {"카테고리": "티셔츠", "색상": "화이트"}
-BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
-
-
-def tree(identifier: Any, *, boxes: dict[str, Any], **labelling: Any) -> dict[str, Any]:
-    absent = {kind: [{}] for kind in KINDS}
-    return {
-        "이미지 정보": {
-            "이미지 식별자": identifier,
-            "이미지 높이": HEIGHT,
-            "이미지 파일명": "s.jpg",
-            "이미지 너비": WIDTH,
-        },
-        "데이터셋 정보": {
-            "데이터셋 상세설명": {"렉트좌표": {**absent, **boxes}, "라벨링": {"스타일": [{}], **absent, **labelling}}
-        },
-    }
-
-
-def photo(path: Path, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+from tests.label_trees import BOX, HEIGHT, TOP, WIDTH, label_tree, photo
 
 
 def add(root: Path, identifier: Any, content: dict[str, Any] | None = None) -> Path:
     """One good record (or `content`) with its photo; returns the label's path."""
-    content = content or tree(identifier, boxes={"상의": [BOX]}, 상의=[TOP])
+    content = content or label_tree(identifier, boxes={"상의": [BOX]}, 상의=[TOP])
     photo(root / "images" / f"{identifier}.png", int(identifier))
     path = root / "labels" / f"{identifier}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +47,7 @@ def nothing_left(tmp_path: Path) -> bool:
 
 
 def test_the_prepared_folder_is_what_load_pairs_reads(source: Path, tmp_path: Path) -> None:
-    report = prepare(source, tmp_path / "out", image_size=16, validation_fraction=0.3)
+    report = prepare(source, tmp_path / "out", PrepareOptions(image_size=16, validation_fraction=0.3))
     pairs = load_pairs(tmp_path / "out")
     assert report.records == report.used == len(pairs) == 25
     assert (report.train, report.validation) == (len(pairs.train), len(pairs.validation))
@@ -86,13 +62,13 @@ def test_the_prepared_folder_is_what_load_pairs_reads(source: Path, tmp_path: Pa
 
 
 def test_images_folder_is_a_plain_folder_too(source: Path, tmp_path: Path) -> None:
-    prepare(source, tmp_path / "out", image_size=16)
+    prepare(source, tmp_path / "out", PrepareOptions(image_size=16))
     plain, full = load_pairs(tmp_path / "out" / "images", validation_fraction=0), load_pairs(tmp_path / "out")
     assert [(pair.key, pair.captions) for pair in plain.all] == [(pair.key, pair.captions) for pair in full.all]
 
 
 def test_report_on_disk(source: Path, tmp_path: Path) -> None:
-    report = prepare(source, tmp_path / "out", image_size=16, seed=7)
+    report = prepare(source, tmp_path / "out", PrepareOptions(image_size=16, seed=7))
     written = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(report.to_json()))
     assert written["format_version"] == 1
@@ -101,16 +77,16 @@ def test_report_on_disk(source: Path, tmp_path: Path) -> None:
 
 def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> None:
     (source / "images" / "107.png").write_bytes(b"broken")
-    prepare(source, tmp_path / "one", image_size=16, workers=1)
-    prepare(source, tmp_path / "two", image_size=16, workers=2)
+    prepare(source, tmp_path / "one", PrepareOptions(image_size=16), workers=1)
+    prepare(source, tmp_path / "two", PrepareOptions(image_size=16), workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
 def test_all_crops_of_a_photo_are_on_one_side(tmp_path: Path) -> None:
     for identifier in range(100, 130):
         boxes = {"상의": [BOX, BOX], "하의": [BOX]}
-        add(tmp_path / "s", identifier, tree(identifier, boxes=boxes, 상의=[TOP, TOP], 하의=[{"색상": "블랙"}]))
-    prepare(tmp_path / "s", tmp_path / "out", image_size=8, validation_fraction=0.5)
+        add(tmp_path / "s", identifier, label_tree(identifier, boxes=boxes, 상의=[TOP, TOP], 하의=[{"색상": "블랙"}]))
+    prepare(tmp_path / "s", tmp_path / "out", PrepareOptions(image_size=8, validation_fraction=0.5))
     pairs = load_pairs(tmp_path / "out")
     assert len(pairs) == 90
     assert pairs.validation
@@ -123,7 +99,7 @@ def test_the_sources_own_split_is_taken(tmp_path: Path, names: tuple[str, str]) 
     add(tmp_path / "s" / names[0], 1)
     add(tmp_path / "s" / names[0], 2)
     add(tmp_path / "s" / names[1], 3)
-    report = prepare(tmp_path / "s", tmp_path / "out", image_size=8, validation_fraction=0.99)
+    report = prepare(tmp_path / "s", tmp_path / "out", PrepareOptions(image_size=8, validation_fraction=0.99))
     assert (report.train, report.validation, report.split) == (2, 1, "source folders")
     assert load_pairs(tmp_path / "out").validation[0].photo == "3"
 
@@ -133,7 +109,7 @@ def test_the_sources_own_split_is_taken(tmp_path: Path, names: tuple[str, str]) 
 
 def one(tmp_path: Path, **labelling: Any) -> Path:
     boxes = {kind: [BOX] for kind in labelling if kind in KINDS}
-    add(tmp_path / "source", 1, tree(1, boxes=boxes, **labelling))
+    add(tmp_path / "source", 1, label_tree(1, boxes=boxes, **labelling))
     return tmp_path / "source"
 
 
@@ -143,21 +119,21 @@ def first_caption(folder: Path) -> str:
 
 def test_caption_options(tmp_path: Path) -> None:
     source = one(tmp_path, 스타일=[{"스타일": "모던"}], 상의=[{**TOP, "소재": ["면", "린넨"]}], 하의=[{"색상": "블랙"}])
-    prepare(source, tmp_path / "a", image_size=8, validation_fraction=0)
+    prepare(source, tmp_path / "a", PrepareOptions(image_size=8, validation_fraction=0))
     assert first_caption(tmp_path / "a") == "하의에서 색상은 블랙이다."
-    prepare(source, tmp_path / "b", image_size=8, validation_fraction=0, style=True)
+    prepare(source, tmp_path / "b", PrepareOptions(image_size=8, validation_fraction=0, style=True))
     assert first_caption(tmp_path / "b") == "스타일에서 스타일은 모던이다. 하의에서 색상은 블랙이다."
-    prepare(
-        source, tmp_path / "c", image_size=8, validation_fraction=0,
-        caption_scope="photo", subject_once=True, list_values="first",
-    )  # fmt: skip
+    options = PrepareOptions(
+        image_size=8, validation_fraction=0, caption_scope="photo", subject_once=True, list_values="first"
+    )
+    prepare(source, tmp_path / "c", options)
     whole = "하의에서 색상은 블랙이다. 상의에서 색상은 화이트이다. 카테고리는 티셔츠이다. 소재에는 면이다."
     assert {pair.captions for pair in load_pairs(tmp_path / "c").all} == {(whole,)}
 
 
 def test_image_options(tmp_path: Path) -> None:
     source = one(tmp_path, 상의=[TOP])
-    prepare(source, tmp_path / "jpg", image_size=24, image_format="jpg", validation_fraction=0)
+    prepare(source, tmp_path / "jpg", PrepareOptions(image_size=24, image_format="jpg", validation_fraction=0))
     path = load_pairs(tmp_path / "jpg").all[0].image_path
     assert path.suffix == ".jpg"
     with Image.open(path) as image:
@@ -170,7 +146,7 @@ def test_image_options(tmp_path: Path) -> None:
     }
     pixels = []
     for name, options in seen.items():
-        prepare(source, tmp_path / name, image_size=8, validation_fraction=0, **options)  # type: ignore[arg-type]
+        prepare(source, tmp_path / name, PrepareOptions(image_size=8, validation_fraction=0, **options))  # type: ignore[arg-type]
         pixels.append(load_image(load_pairs(tmp_path / name).all[0], 8).tobytes())
     assert len(set(pixels)) == 4
 
@@ -182,9 +158,9 @@ def test_photos_resized_after_labelling(tmp_path: Path) -> None:
     with Image.open(source / "images" / "1.png") as image:
         image.resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST).save(half / "images" / "1.png")
     with pytest.raises(InputError, match="scale_boxes"):
-        prepare(half, tmp_path / "x", image_size=8)
-    prepare(half, tmp_path / "b", image_size=20, validation_fraction=0, scale_boxes=True)
-    prepare(source, tmp_path / "a", image_size=20, validation_fraction=0)
+        prepare(half, tmp_path / "x", PrepareOptions(image_size=8))
+    prepare(half, tmp_path / "b", PrepareOptions(image_size=20, validation_fraction=0, scale_boxes=True))
+    prepare(source, tmp_path / "a", PrepareOptions(image_size=20, validation_fraction=0))
     a, b = (load_image(load_pairs(tmp_path / name).all[0], 20).astype(float) for name in "ab")
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9  # the same piece of the photo
 
@@ -197,19 +173,27 @@ def test_photos_resized_after_labelling(tmp_path: Path) -> None:
         {"box_margin": -0.1},
         {"validation_fraction": 1.0},
         {"max_bad": 1.5},
-        {"workers": 0},
     ],
 )
-def test_options_out_of_range_are_named(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
-        prepare(source, tmp_path / "out", **options)
+        PrepareOptions(**options)
+
+
+def test_no_options_are_the_defaults(source: Path, tmp_path: Path) -> None:
+    assert prepare(source, tmp_path / "out").options == PrepareOptions()
+
+
+def test_no_workers_is_an_input_error(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="workers"):
+        prepare(source, tmp_path / "out", workers=0)
     assert nothing_left(tmp_path)
 
 
 def test_odd_photo_ids_make_safe_file_names(tmp_path: Path) -> None:
-    content = tree("../../etc/x y", boxes={"상의": [BOX]}, 상의=[TOP])
+    content = label_tree("../../etc/x y", boxes={"상의": [BOX]}, 상의=[TOP])
     add(tmp_path / "source", 1, content)
-    prepare(tmp_path / "source", tmp_path / "out", image_size=8, validation_fraction=0)
+    prepare(tmp_path / "source", tmp_path / "out", PrepareOptions(image_size=8, validation_fraction=0))
     (pair,) = load_pairs(tmp_path / "out").all
     assert "/" not in pair.key
     assert pair.image_path.parent == tmp_path / "out" / "images"
@@ -224,15 +208,15 @@ def test_every_record_is_used_or_named(source: Path, tmp_path: Path) -> None:
     (source / "labels" / "101.json").write_text("{")
     (source / "images" / "102.png").unlink()
     (source / "labels" / "103.json").unlink()
-    add(source, 104, tree(105, boxes={"상의": [BOX]}, 상의=[TOP]))
-    add(source, 106, tree(106, boxes={"상의": [{**BOX, "가로": 0}]}, 상의=[TOP]))
-    add(source, 107, tree(107, boxes={"상의": [{"X좌표": 1}]}, 상의=[TOP]))
-    add(source, 108, tree(108, boxes={}))
-    add(source, 109, tree(109, boxes={"상의": [BOX]}))
-    add(source, 110, tree(110, boxes={}, 상의=[TOP]))
+    add(source, 104, label_tree(105, boxes={"상의": [BOX]}, 상의=[TOP]))
+    add(source, 106, label_tree(106, boxes={"상의": [{**BOX, "가로": 0}]}, 상의=[TOP]))
+    add(source, 107, label_tree(107, boxes={"상의": [{"X좌표": 1}]}, 상의=[TOP]))
+    add(source, 108, label_tree(108, boxes={}))
+    add(source, 109, label_tree(109, boxes={"상의": [BOX]}))
+    add(source, 110, label_tree(110, boxes={}, 상의=[TOP]))
     photo(source / "images" / "111.png", 0, (9, 9))
     (source / "notes.md").write_text("about")
-    report = prepare(source, tmp_path / "out", image_size=8, max_bad=0.5)
+    report = prepare(source, tmp_path / "out", PrepareOptions(image_size=8, max_bad=0.5))
     assert causes(report) == {
         "labels/100.json: 상의 0": "broken_image",
         "labels/101.json": "broken_json",
@@ -255,7 +239,7 @@ def test_every_record_is_used_or_named(source: Path, tmp_path: Path) -> None:
 
 def test_a_few_broken_images_do_not_stop_the_run(source: Path, tmp_path: Path) -> None:
     (source / "images" / "112.png").write_bytes(b"")
-    report = prepare(source, tmp_path / "out", image_size=8)
+    report = prepare(source, tmp_path / "out", PrepareOptions(image_size=8))
     assert causes(report) == {"labels/112.json: 상의 0": "empty_file"}
     assert report.used == 24
 
@@ -264,22 +248,22 @@ def test_a_few_broken_images_do_not_stop_the_run(source: Path, tmp_path: Path) -
 def test_strict_stops_at_the_first_fault_and_leaves_nothing(source: Path, tmp_path: Path, workers: int) -> None:
     (source / "images" / "112.png").write_bytes(b"")
     with pytest.raises(InputError, match="112"):
-        prepare(source, tmp_path / "out", image_size=8, strict=True, workers=workers)
+        prepare(source, tmp_path / "out", PrepareOptions(image_size=8), strict=True, workers=workers)
     assert nothing_left(tmp_path)
 
 
 def test_strict_takes_what_is_normal(source: Path, tmp_path: Path) -> None:
-    add(source, 109, tree(109, boxes={"상의": [BOX]}))
-    assert prepare(source, tmp_path / "out", image_size=8, strict=True).used == 24
+    add(source, 109, label_tree(109, boxes={"상의": [BOX]}))
+    assert prepare(source, tmp_path / "out", PrepareOptions(image_size=8), strict=True).used == 24
 
 
 def test_too_many_faults_stop_and_leave_nothing(source: Path, tmp_path: Path) -> None:
     for identifier in (101, 102):
         (source / "images" / f"{identifier}.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"2 of 25.*empty_file 2.*101"):
-        prepare(source, tmp_path / "out", image_size=8)
+        prepare(source, tmp_path / "out", PrepareOptions(image_size=8))
     assert nothing_left(tmp_path)
-    assert prepare(source, tmp_path / "out", image_size=8, max_bad=0.08).used == 23
+    assert prepare(source, tmp_path / "out", PrepareOptions(image_size=8, max_bad=0.08)).used == 23
 
 
 def test_places(source: Path, tmp_path: Path) -> None:
@@ -295,13 +279,13 @@ def test_places(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither label"):
         prepare(tmp_path / "empty", tmp_path / "out")
-    prepare(source, tmp_path / "out", image_size=8)
+    prepare(source, tmp_path / "out", PrepareOptions(image_size=8))
     with pytest.raises(InputError, match="prepared folder already"):
         prepare(tmp_path / "out", tmp_path / "out2")
 
 
 def test_nothing_usable_is_an_input_error(tmp_path: Path) -> None:
-    add(tmp_path / "source", 1, tree(1, boxes={}))
+    add(tmp_path / "source", 1, label_tree(1, boxes={}))
     with pytest.raises(InputError, match="label_without_garment 1"):
         prepare(tmp_path / "source", tmp_path / "out")
     assert nothing_left(tmp_path)
@@ -316,7 +300,7 @@ def test_plain_source(tmp_path: Path) -> None:
         path.with_suffix(".txt").write_text(
             "빨간 옷\n\n붉은 스타일 옷. 하나\n" if name == "y" else "옷", encoding="utf-8"
         )
-    report = prepare(tmp_path / "source", tmp_path / "out", image_size=16, validation_fraction=0)
+    report = prepare(tmp_path / "source", tmp_path / "out", PrepareOptions(image_size=16, validation_fraction=0))
     assert (report.form, report.used, report.skipped) == ("plain", 3, ())
     pairs = load_pairs(tmp_path / "out")
     assert [pair.key for pair in pairs.all] == ["a/x", "b/x", "y"]
@@ -337,7 +321,7 @@ def test_plain_faults_are_named(tmp_path: Path) -> None:
     (source / "d.png").unlink()
     (source / "e.png").write_bytes(b"x")
     (source / "f.txt").write_text("빨\ufffd", encoding="utf-8")
-    report = prepare(source, tmp_path / "out", image_size=8, max_bad=1, validation_fraction=0)
+    report = prepare(source, tmp_path / "out", PrepareOptions(image_size=8, max_bad=1, validation_fraction=0))
     assert causes(report) == {
         "a.png": "empty_caption",
         "b.png": "wrong_encoding",

@@ -20,12 +20,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
-from engine.data.captions import ListValues
-from engine.data.crops import ImageFault, Origin, crop_and_resize, open_image, pixel_box
+from engine.data.crops import ImageFault, crop_and_resize, open_image, pixel_box
 from engine.data.labels import Box
 from engine.data.pairs import FORMAT_VERSION
 from engine.data.sources import Crop, Form, Job, Plan, PrepareOptions, Skipped, plan_source
@@ -79,73 +78,31 @@ class PrepareReport:
 def prepare(
     source: Path,
     destination: Path,
+    options: PrepareOptions | None = None,
     *,
-    image_size: int = 256,
-    image_format: Literal["png", "jpg"] = "png",
-    keep_aspect: bool = False,
-    box_margin: float = 0.0,
-    box_origin: Origin = "top_left",
-    scale_boxes: bool = False,
-    caption_scope: Literal["garment", "photo"] = "garment",
-    style: bool = False,
-    subject_once: bool = False,
-    list_values: ListValues = "all",
-    validation_fraction: float = 0.05,
-    seed: int = 42,
-    max_bad: float = 0.05,
     strict: bool = False,
-    form: Form | None = None,
     workers: int = 1,
     progress: bool = False,
 ) -> PrepareReport:
     """Prepares `source` for training.
 
     Args:
-        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive); see `form`.
+        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive); see `options.form`.
         destination: a folder that is new or empty; it appears only once complete.
-        image_size: side of the square images written, in pixels.
-        image_format: png, or jpg (quality 95: about a quarter of the bytes).
-        keep_aspect: pad crops to a square instead of stretching them (published: stretch).
-        box_margin: added on each side of a box, as a share of its longer side.
-        box_origin: what X좌표, Y좌표 mean.
-        scale_boxes: photos were resized after labelling: scale boxes from the label's size to the photo's.
-            Without it such photos are set aside as `size_mismatch`.
-        caption_scope: `garment` tells of the cropped garment alone, `photo` of all in the photo.
-        style: keep sentences on 스타일 (KoDALLE trains without). Captions of plain sources stay as they are.
-        subject_once: tell `상의에서` once.
-        list_values: all values of 디테일, 소재, 프린트, or the first.
-        validation_fraction: share of photos held out, unless the source has train/ and validation/.
-        seed: of that split.
-        max_bad: more than this share of faulty records is an InputError.
+        options: what decides the content; None means PrepareOptions' defaults.
         strict: the first faulty record is an InputError.
-        form: of the source; None finds out (labels when there are more .json than .txt files).
         workers: processes.
         progress: show a progress bar on stderr.
 
     Raises:
         InputError: nothing to prepare, too many faults, a destination in use; nothing is left behind then.
     """
-    options = PrepareOptions(
-        image_size=image_size,
-        image_format=image_format,
-        keep_aspect=keep_aspect,
-        box_margin=box_margin,
-        box_origin=box_origin,
-        scale_boxes=scale_boxes,
-        caption_scope=caption_scope,
-        style=style,
-        subject_once=subject_once,
-        list_values=list_values,
-        validation_fraction=validation_fraction,
-        seed=seed,
-        max_bad=max_bad,
-        form=form,
-    )
+    options = options or PrepareOptions()
     _check_places(source, destination)
     with atomic_folder(destination) as folder:
         plan = plan_source(source, options, strict=strict)
         records = plan.records
-        _refuse_bad(source, plan, records, max_bad)
+        _refuse_bad(source, plan, records, options.max_bad)
         counts = _write_pairs(folder, plan, options, source, workers=workers, progress=progress)
         report = PrepareReport(
             form=plan.form,

@@ -33,24 +33,45 @@ Form = Literal["labels", "plain"]
 NORMAL = ("garment_without_box", "garment_without_label", "label_without_garment")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What decides the prepared folder's content; fields as in `prepare`."""
+    """What decides the prepared folder's content.
 
-    image_size: int
-    image_format: Literal["png", "jpg"]
-    keep_aspect: bool
-    box_margin: float
-    box_origin: Origin
-    scale_boxes: bool
-    caption_scope: Literal["garment", "photo"]
-    style: bool
-    subject_once: bool
-    list_values: ListValues
-    validation_fraction: float
-    seed: int
-    max_bad: float
-    form: Form | None
+    Args:
+        image_size: side of the square images written, in pixels.
+        image_format: png, or jpg (quality 95: about a quarter of the bytes).
+        keep_aspect: pad crops to a square instead of stretching them (published: stretch).
+        box_margin: added on each side of a box, as a share of its longer side.
+        box_origin: what X좌표, Y좌표 mean.
+        scale_boxes: photos were resized after labelling: scale boxes from the label's size to the photo's.
+            Without it such photos are set aside as `size_mismatch`.
+        caption_scope: `garment` tells of the cropped garment alone, `photo` of all in the photo.
+        style: keep sentences on 스타일 (KoDALLE trains without). Captions of plain sources stay as they are.
+        subject_once: tell `상의에서` once.
+        list_values: all values of 디테일, 소재, 프린트, or the first.
+        validation_fraction: share of photos held out, unless the source has train/ and validation/.
+        seed: of that split.
+        max_bad: more than this share of faulty records is an InputError.
+        form: of the source; None finds out (labels when there are at least as many .json as .txt files).
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    image_size: int = 256
+    image_format: Literal["png", "jpg"] = "png"
+    keep_aspect: bool = False
+    box_margin: float = 0.0
+    box_origin: Origin = "top_left"
+    scale_boxes: bool = False
+    caption_scope: Literal["garment", "photo"] = "garment"
+    style: bool = False
+    subject_once: bool = False
+    list_values: ListValues = "all"
+    validation_fraction: float = 0.05
+    seed: int = 42
+    max_bad: float = 0.05
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         checks = (

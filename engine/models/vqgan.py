@@ -38,31 +38,22 @@ class Vqgan(nn.Module):
     def __init__(self, config: VqganConfig, *, track_usage: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(
-            ch=config.base_channels,
-            out_ch=3,
-            ch_mult=config.channel_multipliers,
-            num_res_blocks=config.num_res_blocks,
-            attn_resolutions=config.attention_resolutions,
-            dropout=config.dropout,
-            in_channels=3,
-            resolution=config.image_size,
-            z_channels=config.latent_channels,
-            double_z=False,  # taming's default is for KL autoencoders and doubles the channels
-        )
+        sizes: dict[str, object] = {
+            "ch": config.base_channels,
+            "out_ch": 3,
+            "ch_mult": config.channel_multipliers,
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": config.attention_resolutions,
+            "dropout": config.dropout,
+            "in_channels": 3,
+            "resolution": config.image_size,
+            "z_channels": config.latent_channels,
+        }
+        # double_z: taming's default is for KL autoencoders and doubles the channels.
+        self.encoder = Encoder(**sizes, double_z=False)
         # taming's Decoder prints its latent shape to standard output, which belongs to the command line's answers.
         with contextlib.redirect_stdout(io.StringIO()):
-            self.decoder = Decoder(
-                ch=config.base_channels,
-                out_ch=3,
-                ch_mult=config.channel_multipliers,
-                num_res_blocks=config.num_res_blocks,
-                attn_resolutions=config.attention_resolutions,
-                dropout=config.dropout,
-                in_channels=3,
-                resolution=config.image_size,
-                z_channels=config.latent_channels,
-            )
+            self.decoder = Decoder(**sizes)
         self.quantize = VectorQuantizer(
             config.codebook_size,
             config.embed_dim,

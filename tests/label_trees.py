@@ -1,0 +1,37 @@
+"""K-Fashion labels and photos, made up for the tests of checking and preparing folders."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engine.data.labels import KINDS
+
+WIDTH, HEIGHT = 40, 60  # pixels
+TOP = {"카테고리": "티셔츠", "색상": "화이트"}
+BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
+
+
+def label_tree(identifier: Any, *, boxes: dict[str, Any], **labelling: Any) -> dict[str, Any]:
+    """A label file's content; kinds that are in neither `boxes` nor `labelling` are absent as in K-Fashion: `[{}]`."""
+    absent = {kind: [{}] for kind in KINDS}
+    return {
+        "이미지 정보": {
+            "이미지 식별자": identifier,
+            "이미지 높이": HEIGHT,
+            "이미지 파일명": "s.jpg",
+            "이미지 너비": WIDTH,
+        },
+        "데이터셋 정보": {
+            "데이터셋 상세설명": {"렉트좌표": {**absent, **boxes}, "라벨링": {"스타일": [{}], **absent, **labelling}}
+        },
+    }
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    """Writes noise of (width, height) `size` to `path`; equal seeds give equal pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
