@@ -127,6 +127,19 @@ def make_engine(
     return engine
 
 
+def backward_and_step(engine: Any, loss: Tensor) -> None:
+    """One micro batch's `engine.backward` and `engine.step`; `engine.get_global_grad_norm()` tells the norm after it.
+
+    DeepSpeed tells none where it wraps no optimiser of its own (float32 without ZeRO), so it is taken here, before
+    clipping as everywhere else.
+    """
+    engine.backward(loss)
+    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        engine._global_grad_norm = torch.nn.utils.get_total_norm(gradients)  # the attribute that the getter returns
+    engine.step()
+
+
 def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:
     """(pictures a micro batch and rank, micro batches a step) of a `deepspeed:` section.
 

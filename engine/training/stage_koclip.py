@@ -26,7 +26,7 @@ from engine.training.batches import (
     training_order,
     validation_order,
 )
-from engine.training.setup import World, full_weights, make_engine, micro_batch
+from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch
 
 
 class KoclipStage:
@@ -90,8 +90,7 @@ class KoclipStage:
         negatives = to_unit_floats(batch["spliced"], self.world) if "spliced" in batch else None
         text_tokens = batch["text_tokens"].to(self.world.device)
         loss = self.engine(images, text_tokens, negatives=negatives, all_gather=self.world.size > 1)
-        self.engine.backward(loss)
-        self.engine.step()
+        backward_and_step(self.engine, loss)
         return {"loss": loss.detach()}
 
     def after_step(self, step: int) -> None:

@@ -25,7 +25,15 @@ from engine.training.batches import (
     training_order,
     validation_order,
 )
-from engine.training.setup import World, full_weights, make_engine, micro_batch, update_master, zero_stage
+from engine.training.setup import (
+    World,
+    backward_and_step,
+    full_weights,
+    make_engine,
+    micro_batch,
+    update_master,
+    zero_stage,
+)
 
 
 class VqganStage:
@@ -89,13 +97,11 @@ class VqganStage:
         loss, scalars, reconstruction, image_tokens = self.engine(
             images, discriminator, step, config, self.perceptual, self._quantised
         )
-        self.engine.backward(loss)
-        self.engine.step()
+        backward_and_step(self.engine, loss)
         if discriminator is not None:
             discriminator.requires_grad_(True)
             d_loss, d_scalars = discriminator_loss(self.discriminator_engine, reconstruction, images)
-            self.discriminator_engine.backward(d_loss)
-            self.discriminator_engine.step()
+            backward_and_step(self.discriminator_engine, d_loss)
             scalars |= d_scalars
         if not self._quantised:
             return scalars
