@@ -249,10 +249,16 @@ class KodalleRun(Run):
     embedding_std: float | None = Field(
         None, gt=0, description="null: N(0, 1) tables as published; small models from scratch want 0.02"
     )
+    codebook_init: bool = Field(
+        False, description="image token and head rows start from the VQGAN's codes, so that like codes start alike"
+    )
     attention: Literal["sdpa", "xformers", "reference"] = "sdpa"
     loss_image_weight: float = Field(7.0, gt=0, description="loss = (text + w * image) / (1 + w)")
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)"
+    )
+    image_token_noise: float = Field(
+        0.0, ge=0, le=1, description="largest share of a picture's input tokens replaced by random ones (targets stay)"
     )
     token_shards: Path | None = Field(None, description="default: <run>/shards")
     strict_captions: bool = Field(False, description="refuse captions longer than text_seq_len instead of cutting")

@@ -185,6 +185,33 @@ def test_first_values_are_torchs_or_scaled() -> None:
         assert model.head.weight.abs().max() <= 1 / 8
 
 
+def test_noisy_tokens_are_seen_and_clean_ones_are_the_targets() -> None:
+    model, (text, image) = _tiny(), _batch()
+    noisy = (image + 1) % TINY.image_vocab_size
+    losses = model(text, image, noisy)
+    _, logits = model.logits(text, noisy)
+    torch.testing.assert_close(losses.loss_image, F.cross_entropy(logits.flatten(0, 1), image.flatten()))
+    assert losses.loss_image != model(text, image).loss_image
+    torch.testing.assert_close(model(text, image, image), model(text, image))
+
+
+def test_like_codes_start_alike() -> None:
+    config = TINY.model_copy(update={"dim": 256, "image_vocab_size": 100})
+    torch.manual_seed(0)
+    model = KoDalle(config, embedding_std=0.02)
+    text_rows = model.head.weight[: model.head.num_text_rows].clone()
+    codes = torch.randn(100, 32)
+    codes[1] = codes[0] + 0.1 * torch.randn(32)
+    model.start_from_codebook(codes)
+    weight, bias = model.head.image_rows()
+    for rows, std in ((model.image_embedding.tokens, 0.02), (weight, 1 / math.sqrt(3 * 256))):
+        assert F.cosine_similarity(rows[0], rows[1], dim=0) > 0.95
+        assert F.cosine_similarity(rows[0], rows[2], dim=0).abs() < 0.6
+        assert rows.std().item() == pytest.approx(std, rel=0.05)
+    assert not bias.any()
+    assert torch.equal(model.head.weight[: model.head.num_text_rows], text_rows)
+
+
 def test_dropout_falls_on_branches_in_training_only() -> None:
     config = TINY.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})
     torch.manual_seed(0)

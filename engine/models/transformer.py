@@ -70,15 +70,25 @@ class KoDalle(nn.Module):
         if embedding_std is not None:
             self._init_tables(embedding_std)
 
-    def forward(self, text_tokens: Tensor, image_tokens: Tensor, *, loss_image_weight: float = 7.0) -> Losses:
+    def forward(
+        self,
+        text_tokens: Tensor,
+        image_tokens: Tensor,
+        noisy_image_tokens: Tensor | None = None,
+        *,
+        loss_image_weight: float = 7.0,
+    ) -> Losses:
         """Losses of captioned pictures.
 
         Args:
             text_tokens: (B, text_seq_len) ids from [CLS] on, padded with [PAD].
-            image_tokens: (B, image_seq_len) codebook ids, row by row.
+            image_tokens: (B, image_seq_len) codebook ids, row by row: the targets.
+            noisy_image_tokens: like them; what the model sees, where that differs from the targets.
             loss_image_weight: w in (text + w * image) / (1 + w).
         """
-        text_logits, image_logits = self.logits(text_tokens, image_tokens)
+        text_logits, image_logits = self.logits(
+            text_tokens, image_tokens if noisy_image_tokens is None else noisy_image_tokens
+        )
         loss_text = F.cross_entropy(text_logits.flatten(0, 1).float(), text_tokens.flatten())
         loss_image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
         loss = (loss_text + loss_image_weight * loss_image) / (1 + loss_image_weight)
@@ -104,6 +114,24 @@ class KoDalle(nn.Module):
             x = layer(x)  # (B, text_seq_len + n, C)
         text_logits, image_logits = self.head(x)
         return text_logits, image_logits
+
+    @torch.no_grad()
+    def start_from_codebook(self, codes: Tensor) -> None:
+        """Sets the image token table and the head's image rows to two random projections of the VQGAN's codes.
+
+        Tokens that look alike then start alike, which a model needs to put a known colour into a shape that it never
+        saw in that colour. Standard deviations stay what they were.
+
+        Args:
+            codes: (V_image, E), float.
+        """
+        assert codes.shape[0] == self.config.image_vocab_size, (codes.shape, self.config.image_vocab_size)
+        centred = codes - codes.mean(dim=0)
+        weight, bias = self.head.image_rows()
+        for rows in (self.image_embedding.tokens, weight):
+            projected = centred @ torch.randn(codes.shape[1], self.config.dim)  # (V_image, C)
+            rows.copy_(projected * (rows.std() / projected.std()))
+        bias.zero_()
 
     def _init_tables(self, std: float) -> None:
         with torch.no_grad():

@@ -140,25 +140,39 @@ def captioned_image_source(
     return make
 
 
-def token_source(shard: TokenShard, order: BatchOrder, *, empty: Tensor, caption_dropout: float) -> BatchSource:
-    """`text_tokens` (B, T) and `image_tokens` (B, N), int64.
+def token_source(
+    shard: TokenShard,
+    order: BatchOrder,
+    *,
+    empty: Tensor,
+    caption_dropout: float = 0.0,
+    image_token_noise: float = 0.0,
+    image_vocab_size: int = 0,
+) -> BatchSource:
+    """`text_tokens` (B, T), `image_tokens` (B, N) and, with noise, `noisy_image_tokens` (B, N); int64.
 
     Args:
         empty: (1, T) tokens of the empty caption, which takes the place of a share `caption_dropout` of the captions.
+        image_token_noise: a picture's share of random tokens is uniform from 0 to this. A model that sees only right
+            tokens learns to go on from its neighbours instead of listening to the caption, and then follows its own
+            mistakes when it draws.
+        image_vocab_size: random tokens are below it.
     """
+    assert image_token_noise == 0 or image_vocab_size > 0, (image_token_noise, image_vocab_size)
 
     def make(number: int) -> Batch:
-        texts, pictures = [], []
+        texts, pictures, noisy = [], [], []
         for position in order.positions(number):
             generator = order.generator(position)
             text, picture = shard.pick(order.index(position), generator)
             dropped = caption_dropout > 0 and generator.random() < caption_dropout
             texts.append(empty[0].numpy() if dropped else text)
             pictures.append(picture)
-        return {
-            "text_tokens": torch.from_numpy(np.stack(texts).astype(np.int64)),
-            "image_tokens": torch.from_numpy(np.stack(pictures).astype(np.int64)),
-        }
+            if image_token_noise:
+                is_replaced = generator.random(picture.shape) < generator.uniform(0, image_token_noise)
+                noisy.append(np.where(is_replaced, generator.integers(image_vocab_size, size=picture.shape), picture))
+        columns = {"text_tokens": texts, "image_tokens": pictures, "noisy_image_tokens": noisy}
+        return {name: torch.from_numpy(np.stack(rows).astype(np.int64)) for name, rows in columns.items() if rows}
 
     return make
 

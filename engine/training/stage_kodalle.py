@@ -34,7 +34,7 @@ from engine.progress import ProgressBar
 from engine.sampling.pictures import image_grid
 from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
 from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
-from engine.training.setup import World, full_weights, make_engine, micro_batch, whole_parameters
+from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
 
 
 class KodalleStage:
@@ -58,24 +58,33 @@ class KodalleStage:
         self._empty = self.tokenizer.empty(run.model.text_seq_len)
         train, held_out = self._shards(pairs)
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
-        self.source: BatchSource = token_source(train, order, empty=self._empty, caption_dropout=run.caption_dropout)
+        self.source: BatchSource = token_source(
+            train, order, empty=self._empty, caption_dropout=run.caption_dropout,
+            image_token_noise=run.image_token_noise, image_vocab_size=run.model.image_vocab_size,
+        )  # fmt: skip
         self.validation_source: BatchSource | None = None
         if held_out is not None:
             held_out_order = validation_order(len(held_out), batch_size, seed=run.seed, world=world)
-            self.validation_source = token_source(held_out, held_out_order, empty=self._empty, caption_dropout=0.0)
+            self.validation_source = token_source(held_out, held_out_order, empty=self._empty)
 
     def build(self, total_steps: int) -> dict[str, Any]:
         run = self.run
         model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=run.attention)
+        if run.codebook_init:
+            model.start_from_codebook(self.vqgan.quantize.embedding.weight.detach().cpu())
         if run.pretrained_text_embeddings is not None:
             apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
         self.engine = make_engine(model, run.deepspeed, total_steps=total_steps)
         return {"kodalle": self.engine}
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        losses = self.engine(*self._tokens(batch), loss_image_weight=self.run.loss_image_weight)
-        self.engine.backward(losses.loss)
-        self.engine.step()
+        noisy = batch.get("noisy_image_tokens")
+        losses = self.engine(
+            *self._tokens(batch),
+            None if noisy is None else noisy.to(self.world.device, non_blocking=True),
+            loss_image_weight=self.run.loss_image_weight,
+        )
+        backward_and_step(self.engine, losses.loss)
         return {name: value.detach() for name, value in losses._asdict().items()}
 
     def after_step(self, step: int) -> None:
