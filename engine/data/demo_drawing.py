@@ -33,7 +33,7 @@ COLOURS: dict[str, tuple[Rgb, Rgb]] = {
     "옐로우": ((250, 208, 30), (150, 80, 10)),
     "블랙": ((38, 38, 44), (152, 152, 160)),
     "민트": ((84, 206, 190), (250, 250, 244)),
-    "핑크": ((250, 140, 186), (255, 250, 252)),
+    "핑크": ((252, 104, 168), (255, 250, 252)),
     "퍼플": ((124, 52, 172), (244, 214, 90)),
 }
 PRINTS = ("무지", "스트라이프", "도트")
@@ -156,9 +156,11 @@ def _fabric(side: int, cloth: Rgb, ink: Rgb, print_name: str) -> Image.Image:
     fabric = Image.new("RGB", (side, side), cloth)
     draw = ImageDraw.Draw(fabric)
     if print_name == "스트라이프":
-        for index in range(8):
-            top = (0.03 + 0.13 * index) * side
-            draw.rectangle((0, top, side, top + 0.042 * side), fill=ink)
+        # Thinned ink: in full ink, a garment whose stripes lie a little lower differs more than one of another kind.
+        red, green, blue = (round(0.3 * a + 0.7 * b) for a, b in zip(cloth, ink, strict=True))
+        for index in range(5):
+            top = (0.06 + 0.2 * index) * side
+            draw.rectangle((0, top, side, top + 0.065 * side), fill=(red, green, blue))
     elif print_name == "도트":
         radius = 0.026 * side
         for row in range(10):
@@ -314,7 +316,8 @@ def _shirt(sheet: _Sheet, attributes: Mapping[str, str | list[str]]) -> None:
     for index in range(4):
         _button(sheet, 0, 0.27 + index * (hem - 0.35) / 3)
     _part(sheet, _both([(0, 0.07), (0.11, 0.06), (0.10, 0.12), (0, 0.20)]), fill=sheet.inside)
-    _pair(sheet, [(0.0, 0.19), (0.09, 0.045), (0.135, 0.075), (0.175, 0.21), (0.095, 0.27)], fill=sheet.trim)
+    # In the buttons' colour: a collar in the cloth's is what a T-shirt's neck looks like after a small codec.
+    _pair(sheet, [(0.0, 0.19), (0.09, 0.045), (0.135, 0.075), (0.175, 0.21), (0.095, 0.27)], fill=sheet.accent)
     _stroke(sheet, [(0.09, 0.38), (0.19, 0.38), (0.19, 0.48), (0.14, 0.51), (0.09, 0.48), (0.09, 0.38)])
 
 
