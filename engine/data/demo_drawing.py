@@ -157,10 +157,10 @@ def _fabric(side: int, cloth: Rgb, ink: Rgb, print_name: str) -> Image.Image:
     draw = ImageDraw.Draw(fabric)
     if print_name == "스트라이프":
         # Thinned ink: in full ink, a garment whose stripes lie a little lower differs more than one of another kind.
-        red, green, blue = (round(0.3 * a + 0.7 * b) for a, b in zip(cloth, ink, strict=True))
-        for index in range(5):
-            top = (0.06 + 0.2 * index) * side
-            draw.rectangle((0, top, side, top + 0.065 * side), fill=(red, green, blue))
+        red, green, blue = (round(0.4 * a + 0.6 * b) for a, b in zip(cloth, ink, strict=True))
+        for index in range(7):
+            top = (0.03 + 0.15 * index) * side
+            draw.rectangle((0, top, side, top + 0.05 * side), fill=(red, green, blue))
     elif print_name == "도트":
         radius = 0.026 * side
         for row in range(10):
