@@ -365,6 +365,8 @@ def test_two_ranks_equal_one_with_twice_the_batch(zero: int, two_ranks: Path, ex
     run = two_ranks / f"zero{zero}"
     _close(run / "model", exact_run / "model", 1e-5)
     _same_norms(run, exact_run, losses)
+    logged = [[line["loss"] for line in losses(folder) if "loss" in line] for folder in (run, exact_run)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)  # the whole batch's, not rank 0's half
     marker = json.loads((complete_checkpoints(run / "checkpoints")[0] / "complete.json").read_text())
     assert marker["processes"] == 2
 

@@ -145,7 +145,9 @@ def _run_steps(
             skipped = _skipped(engines)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped > skipped_before else 0
             skipped_before = skipped
-            _log_step(log, progress.step, scalars, main, engines, seconds, pictures, clock, loop.log_every)
+            if progress.step % loop.log_every == 0:
+                scalars = world.means(scalars)
+                _log_step(log, progress.step, scalars, main, engines, seconds, pictures, clock)
             excused = skipped_in_a_row > 0 and bool(run.deepspeed.get("fp16", {}).get("enabled"))
             _check_finite(progress.step, scalars, main, skipped_in_a_row > 0, excused, world)
             if skipped_in_a_row >= loop.max_skipped_steps:
@@ -234,9 +236,8 @@ def _log_step(
     seconds: float,
     pictures: int,
     clock: _Clock,
-    every: int,
 ) -> None:
-    if not log.enabled or step % every:
+    if not log.enabled:
         return
     values: dict[str, Tensor | float] = dict(scalars)
     values["lr"] = float(main.get_lr()[0])

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
 from engine.errors import InputError
+
+# How long ranks wait for one another. The default of 10 to 30 minutes ends a run while rank 0 encodes a large set.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class World:
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as it is true on one."""
         return bool(self.mean(float(flag)) > 0)
+
+    def means(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over ranks of 0-d tensors; every rank must give the same names."""
+        if self.size == 1 or not values:
+            return values
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        torch.distributed.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.size).unbind(), strict=True))
 
     def mean(self, value: float) -> float:
         """Mean over ranks."""
@@ -77,7 +89,9 @@ def join_world(*, torch_threads: int | None) -> World:
     else:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(), verbose=False
+        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+        timeout=_PATIENCE,
+        verbose=False,
     )
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(rank, size, local_rank, device)
