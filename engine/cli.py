@@ -38,7 +38,7 @@ def draw(
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
     from engine.sampling.command import draw_to_folder
-    from engine.sampling.sampler import SamplingOptions
+    from engine.sampling.options import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     draw_to_folder(

@@ -127,7 +127,7 @@ def make_demo_set(
     image_size: Annotated[int, typer.Option(help="side of the square pictures, in pixels")] = 64,
 ) -> None:
     """Draws the demo data set (garments with K-Fashion labels) into DESTINATION."""
-    report = make_demo(destination, count=count, seed=seed, image_size=image_size)
+    report = make_demo(destination, count=count, seed=seed, image_size=image_size, progress=True)
     for name, value in asdict(report).items():
         typer.echo(f"{name.replace('_', ' ')}: {value}")
 

@@ -33,9 +33,9 @@ from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.command import draw_to_folder, pick_device
+from engine.sampling.options import SamplingOptions
 from engine.sampling.pictures import paste_grid
 from engine.sampling.pipeline import Drawing, Pipeline
-from engine.sampling.sampler import SamplingOptions
 
 STAGES = ("vqgan", "koclip", "kodalle")
 MEASURES = ("colour", "category", "sleeve", "all")
@@ -119,7 +119,7 @@ def run_demo(
 
 def _make_data(out: Path, configs: Path, pictures: int, held_out: int) -> None:
     if not (out / "photos").is_dir():
-        make_demo(out / "photos", count=pictures, seed=1, held_out=held_out)
+        make_demo(out / "photos", count=pictures, seed=1, held_out=held_out, progress=True)
     if not (out / "pairs").is_dir():
         prepare(
             out / "photos",

@@ -12,8 +12,8 @@ from PIL import Image
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
 from engine.sampling.command import draw_to_folder, pick_device
+from engine.sampling.options import SamplingOptions
 from engine.sampling.pipeline import Candidate, Drawing, Pipeline
-from engine.sampling.sampler import SamplingOptions
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 LONG = "빨강 바탕에 파랑 네모 " * 6

@@ -1,5 +1,7 @@
 """The sampler: cached == uncached, alone == in company, and what its options promise."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,9 +9,10 @@ from torch import Tensor
 from engine.config import TransformerConfig
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling import sampler as sampler_module
-from engine.sampling.cache import KVCache
-from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
+from engine.sampling.cache import Caption, KVCache, Prefix
+from engine.sampling.decoder import SlotDecoder
+from engine.sampling.options import RowRequest, SamplingOptions
+from engine.sampling.sampler import Sampler, evaluating
 from kernels import reference
 
 CONFIG = TransformerConfig(
@@ -90,13 +93,14 @@ def test_cached_tokens_equal_uncached_tokens() -> None:
 def test_cached_logits_equal_uncached_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = _model(), _mixed_rows(6)
     seen: list[Tensor] = []
-    batch_logits = sampler_module._Batch.logits
+    logits_of = SlotDecoder.logits
 
-    def record(batch: sampler_module._Batch) -> Tensor:
-        seen.append(batch_logits(batch)[: len(rows)].clone())
-        return batch_logits(batch)
+    def record(decoder: SlotDecoder, plan: Any) -> Tensor:
+        logits = logits_of(decoder, plan)
+        seen.append(logits[: len(rows)].clone())
+        return logits
 
-    monkeypatch.setattr(sampler_module._Batch, "logits", record)
+    monkeypatch.setattr(SlotDecoder, "logits", record)
     drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
     with torch.no_grad():
         for index, row in enumerate(rows):
@@ -128,11 +132,15 @@ def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype
     logits = {}
     for count in (1, 3, 16, 21, 64, 90):
         rows = [RowRequest(0, seed=1, candidate=i) for i in range(count)]
-        with torch.inference_mode():
-            batch = sampler_module._Batch(model.eval(), rows, prefix, row_invariant=True)
-            for position in range(3):
-                batch.step(position, torch.full((count,), 7 + position))
-            logits[count] = batch.logits()[0]
+        given = torch.tensor([7, 8, 9] + [-1] * (N - 3))
+        with evaluating(model):
+            decoder = SlotDecoder(model, count)
+            for row in rows:
+                decoder.join(prefix, row, given=given)
+            for _ in range(3):
+                decoder.step()
+            assert decoder._plan is not None
+            logits[count] = decoder.logits(decoder._plan)[0]
     assert all(torch.equal(value, logits[90]) for value in logits.values())
 
 
@@ -183,14 +191,14 @@ def test_guidance_1_is_none_and_0_is_the_null_caption() -> None:
     assert not torch.equal(plain, three)
 
 
-def test_prime_is_kept_and_continued() -> None:
+def test_given_first_tokens_are_kept_and_continued() -> None:
     sampler = Sampler(_model(), null_text_tokens=NULL)
     rows = _mixed_rows(6)
     drawn = sampler.draw(TEXT, rows)
-    for given in (0, 1, 7, N):
-        assert torch.equal(sampler.draw(TEXT, rows, prime=drawn[:, :given]), drawn)
+    for count in (0, 1, 7, N):
+        assert torch.equal(sampler.draw(TEXT, rows, given=drawn[:, :count]), drawn)
     other = (drawn[:, :7] + 1) % CONFIG.image_vocab_size
-    continued = sampler.draw(TEXT, rows, prime=other)
+    continued = sampler.draw(TEXT, rows, given=other)
     assert torch.equal(continued[:, :7], other)
     assert not torch.equal(continued[:, 7:], drawn[:, 7:])
 
@@ -225,30 +233,41 @@ def test_without_padding_the_tokens_are_drawn_too() -> None:
     assert torch.equal(drawn, Sampler(_model(), null_text_tokens=NULL).draw(TEXT, rows))
 
 
+def _cache(prefix: Prefix, captions: list[int], num_positions: int) -> KVCache:
+    L, _, P, H, D = prefix.keys.shape
+    cache = KVCache(len(captions), num_positions, (L, P, H, D), dtype=torch.float32, device=torch.device("cpu"))
+    cache.seat({row: Caption(prefix, caption) for row, caption in enumerate(captions)})
+    return cache
+
+
 def test_cache_holds_a_caption_once_and_keeps_the_layout() -> None:
     prefix = Sampler(_model()).prefill(TEXT)
     assert prefix.keys.shape == (3, 3, 9, 2, 16)  # (L, G, P, H, D)
-    cache = KVCache(prefix, [0] * 10 + [2], num_slots=5)
+    cache = _cache(prefix, [0] * 10 + [2], 5)
     assert sum(group.keys.shape[1] for group in cache._siblings) == 2
     k, v = torch.randn(2, 11, 2, 16)
-    cache.write(1, 4, k, v)
-    assert torch.equal(cache.keys[1, :, 4], k)
-    assert torch.equal(cache.values[1, :, 4], v)
+    lengths = torch.tensor([4, 0, 3, 2, 1, 4, 4, 4, 4, 4, 1])
+    cache.write(1, lengths, k, v)
+    assert torch.equal(cache.keys[1, torch.arange(11), lengths], k)
+    assert torch.equal(cache.values[1, torch.arange(11), lengths], v)
 
 
-def test_cached_attention_equals_plain_attention_in_any_row_order() -> None:
+@pytest.mark.parametrize("lengths", [[4] * 8, [1, 100, 64, 65, 63, 128, 3, 2]])
+def test_cached_attention_equals_plain_attention_in_any_row_order(lengths: list[int]) -> None:
     prefix = Sampler(_model()).prefill(TEXT)
     captions = [2, 0, 2, 1, 0, 2, 2, 2]
-    cache = KVCache(prefix, captions, num_slots=6)
+    cache = _cache(prefix, captions, 130)
     torch.manual_seed(0)
-    own_k, own_v = torch.randn(2, 8, 4, 2, 16)
-    for slot in range(4):
-        cache.write(2, slot, own_k[:, slot], own_v[:, slot])
+    own_k, own_v = torch.randn(2, 8, 128, 2, 16)
+    for position in range(max(lengths)):
+        cache.write(2, torch.full((8,), position), own_k[:, position], own_v[:, position])
     q = torch.randn(8, 2, 16)
-    k = torch.cat([prefix.keys[2][captions], own_k], dim=1)
-    v = torch.cat([prefix.values[2][captions], own_v], dim=1)
-    expected = reference.attention(q[:, None], k, v, causal=True)[:, 0]
-    torch.testing.assert_close(cache.attend(2, q, 4), expected, rtol=0, atol=1e-5)
+    attended = cache.attend(2, q, torch.tensor(lengths), max(lengths))
+    for row, (caption, length) in enumerate(zip(captions, lengths, strict=True)):
+        k = torch.cat([prefix.keys[2, caption], own_k[row, :length]])[None]
+        v = torch.cat([prefix.values[2, caption], own_v[row, :length]])[None]
+        expected = reference.attention(q[row, None, None], k, v, causal=True)[0, 0]
+        torch.testing.assert_close(attended[row], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +294,6 @@ def test_bad_requests_are_named() -> None:
         sampler.draw(TEXT, [RowRequest(3, 1)])
     with pytest.raises(InputError, match="at least one row"):
         sampler.draw(TEXT, [])
-    with pytest.raises(InputError, match="prime"):
-        sampler.draw(TEXT, [RowRequest(0, 1)], prime=torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(InputError, match="prime"):
-        sampler.draw(TEXT, [RowRequest(0, 1)], prime=torch.tensor([[64]]))
+    for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
+        with pytest.raises(InputError, match="given"):
+            sampler.draw(TEXT, [RowRequest(0, 1)], given=given)

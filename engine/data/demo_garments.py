@@ -17,6 +17,7 @@ import numpy as np
 from engine.data.demo_drawing import COLOURS, PRINTS, Drawing, draw_garment
 from engine.errors import InputError
 from engine.files import atomic_folder
+from engine.progress import ProgressBar
 
 Attributes = dict[str, str | list[str]]
 Triple = tuple[str, str, str]
@@ -71,7 +72,9 @@ class DemoReport:
     held_out_triples: int
 
 
-def make_demo(destination: Path, *, count: int, seed: int, image_size: int = 64, held_out: int = 72) -> DemoReport:
+def make_demo(
+    destination: Path, *, count: int, seed: int, image_size: int = 64, held_out: int = 72, progress: bool = False
+) -> DemoReport:
     """Draws the demo data set; equal arguments give equal pixels and labels, on any process.
 
     Args:
@@ -80,6 +83,7 @@ def make_demo(destination: Path, *, count: int, seed: int, image_size: int = 64,
         seed: decides the pictures and which triples are held out.
         image_size: side of the square PNG pictures in pixels.
         held_out: photos for validation, all of unseen triples and with different labels.
+        progress: show a progress bar.
 
     Raises:
         InputError: a number out of range, or a destination in use.
@@ -91,7 +95,9 @@ def make_demo(destination: Path, *, count: int, seed: int, image_size: int = 64,
     if image_size < SMALLEST_IMAGE:
         raise InputError("image_size", image_size, f"must be at least {SMALLEST_IMAGE} pixels, to show a garment")
     shown = _training_choices(triples, count=count, seed=seed)
-    with atomic_folder(destination) as folder:
+    bar = ProgressBar("garments", total=len(shown) + len(wanted), enabled=progress)
+    with atomic_folder(destination) as folder, bar:
+        done = 0
         for split, choices in (("train", shown), ("validation", wanted)):
             for name in ("images", "labels"):
                 (folder / split / name).mkdir(parents=True)
@@ -104,6 +110,8 @@ def make_demo(destination: Path, *, count: int, seed: int, image_size: int = 64,
                 path = folder / split / "labels" / f"{identifier}.json"
                 # One line, like the real labels; written in place, because the folder as a whole appears at once.
                 path.write_text(json.dumps(label, ensure_ascii=False), encoding="utf-8")
+                done += 1
+                bar.update(done)
     return DemoReport(
         destination=destination,
         train=len(shown),

@@ -9,9 +9,9 @@ import torch
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
+from engine.sampling.options import SamplingOptions
 from engine.sampling.pictures import contact_sheet, save_png
 from engine.sampling.pipeline import Candidate, Drawing, Pipeline
-from engine.sampling.sampler import SamplingOptions
 
 
 def draw_to_folder(

@@ -34,8 +34,9 @@ from engine.models.folder import (
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
-from engine.sampling.sampler import RowRequest, Sampler, SamplingOptions
+from engine.sampling.sampler import Sampler
 
 # Pictures decoded at once, always: oneDNN picks a convolution's arithmetic by the number of pictures, and the last bits
 # with it (seen: 1e-5, so one grey level here and there). Where a picture stands among them changes nothing.

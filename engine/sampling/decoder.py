@@ -1,0 +1,301 @@
+"""Decoding in fixed slots: rows join at any step, each at its own position, and leave when they are done.
+
+R rows computed, C model dim, N image tokens, V image vocabulary, P prefix positions.
+
+    decoder = SlotDecoder(model, num_slots=64)
+    slot = decoder.join(prefix, RowRequest(prefix_index=0, seed=7))   # between any two steps
+    while decoder.num_joined:
+        for slot in decoder.step():                                   # one token for every joined row
+            image_tokens = decoder.leave(slot)                        # finished: (N,)
+
+    step:  hidden of every row ─► head ─► token ─► embedding ─► layers over the cache ─► hidden of every row
+
+A guided row takes two slots: its partner reads the empty caption and is fed the same tokens. Which slot a row has, and
+who else is there, changes nothing in its tokens. Noise is keyed by (seed, candidate, position, token id), see
+kernels/reference.py; what remains is arithmetic that must not change with the number of rows. Measured with MKL 2024.2
+and oneDNN 3.12 (AVX-512, 1 and 2 threads, K 64 to 4096): a row of a linear layer has the same bits for every number of
+rows from 16 to 128 that is a multiple of 4 (bfloat16: from 4); below that, at odd numbers (bfloat16) and above 128
+(float32, two threads) it has others. So rows are padded to a multiple of 4, at least 16 (bfloat16: 4), and worked in
+tiles of at most 64. `row_invariant=False` drops the padding: faster for few rows (one row at the published size,
+float32: by a quarter), and tokens may then differ with the company.
+On CUDA the same rule is applied but library matrix products do not promise it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import InputError
+from engine.models.transformer import KoDalle, Layer
+from engine.sampling.cache import Caption, KVCache, Prefix
+from engine.sampling.options import RowRequest
+from kernels import reference
+
+_ROW_MULTIPLE = 4
+_ROW_MINIMUM = 16
+_ROW_MINIMUM_BFLOAT16 = 4
+_ROW_TILE = 64
+
+
+@dataclass
+class _Row:
+    """A drawn row. `partner` is the slot that reads the empty caption for it."""
+
+    request: RowRequest
+    partner: int | None
+    position: int  # of the token that is drawn next
+    is_given: bool  # some tokens are given instead of drawn
+
+
+class SlotDecoder:
+    """Rows in flight. Call it in eval mode and under `torch.inference_mode`, from one thread.
+
+    Args:
+        model: its weights must not change while rows are in flight.
+        num_slots: how many rows fit, partners of guided rows included.
+        null_prefix: the empty caption, read; needed for guidance.
+        row_invariant: see the module's docstring.
+    """
+
+    def __init__(
+        self, model: KoDalle, num_slots: int, *, null_prefix: Prefix | None = None, row_invariant: bool = True
+    ) -> None:
+        config, weight = model.config, model.head.weight
+        self.model = model
+        self.num_slots = num_slots
+        self._null_prefix = null_prefix
+        self._row_invariant = row_invariant
+        self._dtype, self._device = weight.dtype, weight.device
+        room = _padded(num_slots, self._dtype) if row_invariant else num_slots
+        prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
+        self._cache = KVCache(room, config.image_seq_len - 1, prefix_shape, dtype=self._dtype, device=self._device)
+        self._hidden = torch.zeros(room, config.dim, dtype=self._dtype, device=self._device)
+        self._tokens = torch.zeros(room, config.image_seq_len, dtype=torch.int64, device=self._device)
+        self._given = torch.full_like(self._tokens, -1)
+        self._position_table = model.image_embedding.position_table()  # (N, C)
+        self._rows: dict[int, _Row] = {}
+        self._captions: dict[int, Caption] = {}  # of drawn rows and partners
+        self._plan: _Plan | None = None  # None: somebody joined or left
+
+    @property
+    def num_joined(self) -> int:
+        """Rows that have not left, finished ones included."""
+        return len(self._rows)
+
+    @property
+    def num_free(self) -> int:
+        """Free slots; a guided row needs two."""
+        return self.num_slots - len(self._captions)
+
+    def join(self, prefix: Prefix, request: RowRequest, *, given: Tensor | None = None) -> int:
+        """Seats a row; it draws from the next step on.
+
+        Args:
+            prefix: read captions, of which `request.prefix_index` is the row's.
+            given: (N,) image tokens that are not drawn, -1 where to draw.
+
+        Returns:
+            The row's slot.
+
+        Raises:
+            InputError: no such caption; guidance without `null_prefix`; no slot free.
+        """
+        if not 0 <= request.prefix_index < prefix.num_captions:
+            raise InputError("prefix_index", request.prefix_index, f"there are {prefix.num_captions} captions, from 0")
+        is_guided = request.options.guidance_scale != 1
+        if is_guided and self._null_prefix is None:
+            raise InputError("guidance_scale", request.options.guidance_scale, "needs the empty caption's tokens")
+        if self.num_free < 1 + is_guided:
+            raise InputError("slots", self.num_slots, f"{self.num_free} are free and {1 + is_guided} wanted: wait")
+        free = (slot for slot in range(self.num_slots) if slot not in self._captions)
+        slot = next(free)
+        self._captions[slot] = Caption(prefix, request.prefix_index)
+        self._hidden[slot] = prefix.hidden[request.prefix_index]
+        partner = None
+        if is_guided:
+            assert self._null_prefix is not None
+            partner = next(free)
+            self._captions[partner] = Caption(self._null_prefix, 0)
+            self._hidden[partner] = self._null_prefix.hidden[0]
+        self._given[slot] = -1 if given is None else given
+        self._rows[slot] = _Row(request, partner, position=0, is_given=given is not None)
+        self._plan = None
+        return slot
+
+    def leave(self, slot: int) -> Tensor:
+        """Frees a row's slot, finished or not.
+
+        Returns:
+            (n,) the tokens that it has so far, all N when it is finished.
+        """
+        row = self._rows.pop(slot)
+        del self._captions[slot]
+        if row.partner is not None:
+            del self._captions[row.partner]
+        self._plan = None
+        return self._tokens[slot, : row.position].clone()
+
+    def tokens(self, slot: int) -> Tensor:
+        """(n,) tokens that a joined row has so far; a view, overwritten when the slot is given to another row."""
+        return self._tokens[slot, : self._rows[slot].position]
+
+    def step(self) -> list[int]:
+        """Gives every joined row that is not finished its next token.
+
+        Returns:
+            The slots of rows that finished in this step.
+        """
+        N = self.model.config.image_seq_len
+        if self._plan is None:
+            unfinished = {slot: row for slot, row in self._rows.items() if row.position < N}
+            if not unfinished:
+                return []
+            self._plan = _Plan(unfinished, self._captions, self._padded, self._device, self._dtype)
+            self._cache.seat({slot: self._captions[slot] for slot in self._plan.seated})
+        plan = self._plan
+        drawn = self._draw(plan)
+        self._tokens[plan.draws, plan.positions] = drawn
+        finished = []
+        for slot in plan.slots:
+            row = self._rows[slot]
+            row.position += 1
+            if row.position == N:
+                finished.append(slot)
+        if finished:
+            self._plan = None
+        if len(finished) < len(plan.slots):
+            self._forward(plan, drawn)
+        plan.advance()
+        return finished
+
+    def _draw(self, plan: "_Plan") -> Tensor:
+        """(B,) tokens of the drawn rows."""
+        logits = self.logits(plan)[: len(plan.slots)]
+        drawn = plan.parameters.sample(logits, plan.positions)
+        if plan.has_given:
+            given = self._given[plan.draws, plan.positions]
+            drawn = torch.where(given >= 0, given, drawn)
+        return drawn
+
+    def logits(self, plan: "_Plan") -> Tensor:
+        """(at least B, V): what the drawn rows predict next, guidance applied."""
+        hidden = self.model.head.norm(self._hidden[plan.head_rows])  # (B + padding, C)
+        if plan.guided.numel():
+            # The head is linear and the weights sum to 1: guiding its input guides its output, at one head row a draw.
+            null = self.model.head.norm(self._hidden[plan.partners])
+            hidden = hidden.index_copy(0, plan.guided, null + plan.guidance * (hidden[plan.guided] - null))
+        weight, bias = self.model.head.image_rows()
+        return _tiled(lambda rows: F.linear(rows, weight, bias), hidden)
+
+    def _forward(self, plan: "_Plan", drawn: Tensor) -> None:
+        """Feeds the drawn tokens (B,) to the model. Rows that nobody has, or that are finished, compute rubbish."""
+        R = plan.num_rows
+        fed = drawn.new_zeros(R).index_copy_(0, plan.draws, drawn)
+        if plan.guided.numel():
+            fed[plan.partners] = drawn[plan.guided]
+        # A finished row's position is N - 1, one more than the cache and the next input have: it is fed rubbish.
+        lengths = plan.lengths.clamp(max=self.model.config.image_seq_len - 2)
+        x = (self.model.image_embedding.tokens[fed] + self._position_table[lengths])[:, None]  # (R, 1, C)
+        seen, longest = lengths + 1, min(plan.longest + 1, self.model.config.image_seq_len - 1)
+        for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
+            q, k, v = _tiled_project(layer.attention.project, x)  # (R, 1, H, D) each
+            self._cache.write(number, lengths, k[:, 0], v[:, 0])
+            attended = self._cache.attend(number, q[:, 0], seen, longest)[:, None]  # (R, 1, H, D)
+            x = _tiled(lambda x, a, layer=layer: layer.feed_forward(layer.attention.add(x, a)), x, attended)
+        self._hidden[:R] = x[:, 0]
+
+    def _padded(self, num_rows: int) -> int:
+        return _padded(num_rows, self._dtype) if self._row_invariant else num_rows
+
+
+class _Plan:
+    """Everything about the rows in flight that only changes when one joins or leaves, as tensors."""
+
+    def __init__(
+        self,
+        rows: dict[int, _Row],
+        captions: dict[int, Caption],
+        padded: Callable[[int], int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self.slots = sorted(rows)
+        self.has_given = any(row.is_given for row in rows.values())
+        guided = [(place, slot) for place, slot in enumerate(self.slots) if rows[slot].partner is not None]
+        partners = [rows[slot].partner or 0 for _, slot in guided]
+        self.seated = [*self.slots, *partners]
+        self.num_rows = padded(max(self.seated) + 1)
+        self.draws = column(self.slots)  # (B,) slots of the drawn rows
+        self.guided = column([place for place, _ in guided])  # (U,) into the drawn rows
+        self.partners = column(partners)  # (U,) slots
+        scales = [rows[slot].request.options.guidance_scale for _, slot in guided]
+        self.guidance = torch.tensor(scales, dtype=dtype, device=device)[:, None]  # (U, 1)
+        head_rows = self.slots + self.slots[:1] * (padded(len(self.slots)) - len(self.slots))
+        self.head_rows = column(head_rows)  # (B + padding,) slots
+        self.positions = column([rows[slot].position for slot in self.slots])  # (B,)
+        lengths = [0] * self.num_rows  # own positions in the cache; rows that nobody has stay at 0 or run on, unread
+        for slot in self.slots:
+            lengths[slot] = rows[slot].position
+        for partner, (_, slot) in zip(partners, guided, strict=True):
+            lengths[partner] = rows[slot].position
+        self.lengths = column(lengths)  # (R,)
+        self.longest = max(lengths)
+        self.parameters = _DrawParameters([rows[slot].request for slot in self.slots], device)
+
+    def advance(self) -> None:
+        """One position on, for every row."""
+        self.positions += 1
+        self.lengths += 1
+        self.longest += 1
+
+
+class _DrawParameters:
+    """The rows' seeds and options as tensors, made once."""
+
+    def __init__(self, rows: list[RowRequest], device: torch.device) -> None:
+        def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        options = [row.options for row in rows]
+        # int64 holds seeds of 2^63 and more as their two's complement
+        self.seeds = column([row.seed - 2**64 * (row.seed >= 2**63) for row in rows], torch.int64)
+        self.candidates = column([row.candidate for row in rows], torch.int64)
+        self.temperature = column([option.temperature for option in options], torch.float32)
+        self.top_k = column([option.top_k or 0 for option in options], torch.int64)
+        self.top_p = column([1.0 if option.top_p is None else option.top_p for option in options], torch.float32)
+
+    def sample(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """(B, V), (B,) -> (B,)."""
+        return reference.sample(
+            logits, self.seeds, self.candidates, positions, self.temperature, self.top_k, self.top_p
+        )
+
+
+def _padded(num_rows: int, dtype: torch.dtype) -> int:
+    """Rows to compute for `num_rows`, so that each of their tiles has a size whose results agree."""
+    minimum = _ROW_MINIMUM_BFLOAT16 if dtype == torch.bfloat16 else _ROW_MINIMUM
+    full, rest = divmod(num_rows, _ROW_TILE)
+    rest = max(minimum, -(-rest // _ROW_MULTIPLE) * _ROW_MULTIPLE) if rest else 0
+    return full * _ROW_TILE + rest
+
+
+def _tiled(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function` over at most 64 rows at a time."""
+    if tensors[0].shape[0] <= _ROW_TILE:
+        return function(*tensors)
+    tiles = zip(*(tensor.split(_ROW_TILE) for tensor in tensors), strict=True)
+    return torch.cat([function(*tile) for tile in tiles])
+
+
+def _tiled_project(project: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    if x.shape[0] <= _ROW_TILE:
+        return project(x)
+    parts = zip(*(project(tile) for tile in x.split(_ROW_TILE)), strict=True)
+    return tuple(torch.cat(part) for part in parts)
