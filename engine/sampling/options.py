@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from engine.errors import InputError
 
-"""What may be asked of a drawing: how a token is chosen, and whose noise it gets. No torch here, so a server's edge
-can check a request without it."""
-
 
 @dataclass(frozen=True)
 class SamplingOptions:
