@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: the definition of right for the kernels, and the CPU path.
 
 B rows, T positions, H heads, D head dim, V vocabulary, S survivors of a filter.
+In decoding: G captions, P prefix positions, N slots of a row's own.
 
 The draw. token = argmax(filtered logits / temperature + Gumbel noise), ties to the lowest id. The noise is a pure
 function of (seed, candidate, image position, token id) by counter-based Philox, never of the batch row, so a
@@ -46,6 +47,63 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
         hidden = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).triu(1 + Tk - Tq)
         scores = scores.masked_fill(hidden, -torch.finfo(wide).max)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.to(wide)).to(q.dtype)
+
+
+def decode_attention(
+    q: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    caption_of_row: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_filled: Tensor,
+) -> Tensor:
+    """One query a row over its caption's prefix and then its own filled slots, one softmax over both.
+
+    Args:
+        q: (B, H, D).
+        prefix_keys, prefix_values: (G, P, H, D).
+        caption_of_row: (B,) int, each row's index into the prefixes.
+        keys, values: (B, N, H, D); slots from num_filled on may hold anything, NaN included.
+        num_filled: (B,) int in [0, N].
+
+    Returns:
+        (B, H, D) in q's dtype; scores and softmax in float32 or better.
+    """
+    P, N, D = prefix_keys.shape[1], keys.shape[1], q.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    caption = caption_of_row.long()
+    all_keys = torch.cat([prefix_keys[caption], keys], dim=1).to(wide)  # (B, P + N, H, D)
+    all_values = torch.cat([prefix_values[caption], values], dim=1).to(wide)
+    unread = torch.arange(P + N, device=q.device) >= P + num_filled[:, None]  # (B, P + N)
+    scores = torch.einsum("bhd,bthd->bht", q.to(wide), all_keys) / math.sqrt(D)
+    weights = scores.masked_fill(unread[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bht,bthd->bhd", weights, all_values.masked_fill(unread[:, :, None, None], 0)).to(q.dtype)
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = x + scale * (branch + branch_bias), and LayerNorm(y).
+
+    Args:
+        x, branch: (..., C); branch None: y is x.
+        scale, weight, bias, branch_bias: (C,); scale is given with branch and only with it.
+
+    Returns:
+        y and LayerNorm(y) * weight + bias, each (..., C).
+    """
+    y = x
+    if branch is not None and scale is not None:
+        y = x + scale * (branch if branch_bias is None else branch + branch_bias)
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps)
 
 
 def geglu(x: Tensor) -> Tensor:

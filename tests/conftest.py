@@ -3,8 +3,12 @@
 import json
 import os
 
+import torch
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which other libraries do too
 
 from collections.abc import Callable
 from pathlib import Path

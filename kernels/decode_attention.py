@@ -1,0 +1,202 @@
+"""Attention of one query a row over a caption's shared prefix and the row's own slots, in one kernel.
+
+G captions, B rows, H heads, D head dim, P prefix positions, N slots, T positions of either part.
+
+    keys of row b     [ prefix of its caption: 0 .. P-1 ][ own slots: 0 .. num_filled[b]-1 | never read ]
+    splits            |  64  |  64  | 1 .. 64 |          |  64  |  64  | 1 .. 64 |
+
+One program a (row, head) walks the splits in that order and folds each into a running (maximum, sum, weighted values).
+A split is 64 positions for every shape and starts where its part starts, so a row's sums run in one order whatever its
+neighbours hold, and a row may be at any position: its length is read from the device.
+
+The prefix is stored once a caption and every sibling reads it; at 129 positions it is 264 KB a layer (16 bit), which
+the second and later siblings find in L2. The launch is not split over positions: from 16 rows of 8 heads on, programs
+outnumber the processors of an H100, and for fewer rows a second launch to merge costs what the split would win.
+
+Scores, weights and sums are float32 whatever the inputs are, on plain multiply-adds: one query a row leaves a matrix
+unit 15 of its 16 rows empty, and the read of the cache is what limits (1 flop a byte at 16 bit).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # said when the kernel is called
+    triton = None
+
+_SPLIT = 64  # positions; part of the result's bits, see above
+_HEAD_DIM_MAX = 256
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decode_attention(
+    q: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    caption_of_row: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_filled: Tensor,
+) -> Tensor:
+    """softmax(q [prefix_keys, keys]^T / sqrt(D)) [prefix_values, values], as `kernels.reference.decode_attention`.
+
+    Args:
+        q: (B, H, D) float32, float16 or bfloat16; D at most 256.
+        prefix_keys, prefix_values: (G, P, H, D) of q's dtype, P at least 1.
+        caption_of_row: (B,) int32 or int64 in [0, G), on the device and not checked: reading it would wait for it.
+        keys, values: (B, N, H, D) of q's dtype; slots from num_filled on may hold anything, NaN included.
+        num_filled: (B,) int32 or int64 in [0, N], taken as N where it is more.
+
+        Strides are free (the cache stores H before T) but for D, which lies together.
+
+    Returns:
+        (B, H, D) in q's dtype, contiguous.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
+        ImportError: triton is not installed.
+    """
+    _check(q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled)
+    B, H, D = q.shape
+    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(q):
+        _decode_attention_kernel[(B, H)](
+            out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled,
+            *(_strides(tensor) for tensor in (q, prefix_keys, prefix_values, keys, values)),
+            prefix_keys.shape[1], keys.shape[1], math.log2(math.e) / math.sqrt(D),
+            H=H, D=D, SPLIT=_SPLIT, BLOCK_D=triton.next_power_of_2(D),
+            ALIGNED=_aligned(q, prefix_keys, prefix_values, keys, values), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def _check(
+    q: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    caption_of_row: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_filled: Tensor,
+) -> None:
+    if q.dim() != 3 or q.dtype not in _DTYPES or not 0 < q.shape[2] <= _HEAD_DIM_MAX:
+        raise ValueError(f"q: {_words(q)}; must be (B, H, D) float32, float16 or bfloat16, D at most {_HEAD_DIM_MAX}")
+    B, H, D = q.shape
+    parts = {"prefix_keys": prefix_keys, "prefix_values": prefix_values, "keys": keys, "values": values}
+    for name, tensor in parts.items():
+        if tensor.dim() != 4 or tensor.shape[2:] != (H, D) or tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: {_words(tensor)}; must be (rows, positions, {H}, {D}) {q.dtype}")
+    if prefix_values.shape != prefix_keys.shape or 0 in prefix_keys.shape[:2]:
+        shapes = f"{tuple(prefix_keys.shape)} and {tuple(prefix_values.shape)}"
+        raise ValueError(f"prefix_keys, prefix_values: {shapes}; must be one shape, with a caption and a position")
+    if keys.shape[0] != B or values.shape != keys.shape:
+        raise ValueError(f"keys, values: {tuple(keys.shape)} and {tuple(values.shape)}; must be one shape of {B} rows")
+    for name, tensor in {"caption_of_row": caption_of_row, "num_filled": num_filled}.items():
+        is_integer = tensor.dtype in (torch.int32, torch.int64)
+        if tensor.shape != (B,) or not is_integer or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {_words(tensor)}; must be ({B},) int32 or int64, contiguous")
+    for name, tensor in {"q": q, **parts}.items():
+        if tensor.stride(-1) != 1 and D > 1:
+            raise ValueError(f"{name}: {_words(tensor)}; D must lie together in memory: make it contiguous")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
+    for name, tensor in {**parts, "caption_of_row": caption_of_row, "num_filled": num_filled}.items():
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}; must be on {q.device}, beside q")
+    if triton is None:
+        raise ImportError(
+            "kernels.decode_attention needs triton: pip install triton, or call kernels.reference.decode_attention"
+        )
+    if not q.is_cuda and isinstance(_decode_attention_kernel, triton.JITFunction):
+        remedy = "call kernels.reference.decode_attention (or set TRITON_INTERPRET=1 before triton is imported)"
+        raise ValueError(f"q: is on {q.device}, where no kernel runs: {remedy}")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """All but D's; of a dimension of size 1, whose stride may be anything, 0."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    )
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether every run of D elements starts at a multiple of 16 bytes, for any row of these tensors.
+
+    The compiler picks load width from this, and with it the order of the sums. Left to itself it looks at the first
+    element only, which for an odd D is aligned in one row and not in the next.
+    """
+    return all(
+        stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+        for tensor in tensors
+        for stride in (tensor.shape[-1], *tensor.stride()[:-1])
+    )
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize_on_alignment=["q", "prefix_keys", "prefix_values", "keys", "values"])
+    def _decode_attention_kernel(  # type: ignore[no-untyped-def]
+        out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled,
+        q_strides, prefix_key_strides, prefix_value_strides, key_strides, value_strides,
+        num_prefix, num_slots, scale,
+        H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+    ):  # fmt: skip
+        """`scale` carries log2(e): the softmax is taken in base 2."""
+        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        caption = tl.load(caption_of_row + row).to(tl.int64)
+        filled = tl.minimum(tl.load(num_filled + row).to(tl.int32), num_slots)
+        q += row * q_strides[0] + head * q_strides[1]
+        prefix_keys += caption * prefix_key_strides[0] + head * prefix_key_strides[2]
+        prefix_values += caption * prefix_value_strides[0] + head * prefix_value_strides[2]
+        keys += row * key_strides[0] + head * key_strides[2]
+        values += row * value_strides[0] + head * value_strides[2]
+        if ALIGNED:
+            q = tl.multiple_of(q, 16)
+            prefix_keys, prefix_values = tl.multiple_of(prefix_keys, 16), tl.multiple_of(prefix_values, 16)
+            keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
+        dims = tl.arange(0, BLOCK_D)
+        query = tl.load(q + dims, mask=dims < D, other=0).to(tl.float32) * scale  # (BLOCK_D,)
+
+        largest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.float32)
+        weighted = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, num_prefix, SPLIT):
+            largest, total, weighted = _fold_split(
+                largest, total, weighted, query, prefix_keys, prefix_values,
+                prefix_key_strides[1], prefix_value_strides[1], start, num_prefix, D, SPLIT, BLOCK_D,
+            )  # fmt: skip
+        for start in range(0, filled, SPLIT):
+            largest, total, weighted = _fold_split(
+                largest, total, weighted, query, keys, values,
+                key_strides[1], value_strides[1], start, filled, D, SPLIT, BLOCK_D,
+            )  # fmt: skip
+        attended = (weighted / total).to(out.dtype.element_ty)
+        tl.store(out + (row * H + head) * D + dims, attended, mask=dims < D)
+
+    @triton.jit
+    def _fold_split(  # type: ignore[no-untyped-def]
+        largest, total, weighted, query, keys, values, key_stride, value_stride, start, end,
+        D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        """(largest, total, weighted) with positions start .. min(start + SPLIT, end) - 1 folded in."""
+        positions, dims = start + tl.arange(0, SPLIT), tl.arange(0, BLOCK_D)
+        inside = positions < end
+        mask = inside[:, None] & (dims < D)[None, :]
+        k = tl.load(keys + positions[:, None] * key_stride + dims[None, :], mask=mask, other=0).to(tl.float32)
+        v = tl.load(values + positions[:, None] * value_stride + dims[None, :], mask=mask, other=0).to(tl.float32)
+        scores = tl.where(inside, tl.sum(k * query[None, :], axis=1), float("-inf"))  # (SPLIT,)
+        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+        shrink = tl.exp2(largest - new_largest)
+        weights = tl.exp2(scores - new_largest)
+        total = total * shrink + tl.sum(weights, axis=0)
+        weighted = weighted * shrink + tl.sum(weights[:, None] * v, axis=0)  # (BLOCK_D,)
+        return new_largest, total, weighted
