@@ -3,6 +3,7 @@
     kodalle data captions|prepare|check|make-demo …
     kodalle draw MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
     kodalle evaluate MODEL PAIRS --out FILE
+    kodalle export MODEL --out DIR
     kodalle demo
 
 Exit codes: 0 done, 1 faults found (`data check`), 2 bad input: one line on stderr naming field, value and remedy.
@@ -14,11 +15,12 @@ from typing import Annotated
 
 import typer
 
-from engine import cli_data
+from engine import cli_data, cli_export
 from engine.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
+app.command("export")(cli_export.export)
 
 
 @app.command("draw")

@@ -34,6 +34,7 @@ from engine.models.folder import (
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from engine.sampling.onnx_record import Codec, CodecBackend, choose_codec
 from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
 from engine.sampling.sampler import Sampler
@@ -74,9 +75,16 @@ class Pipeline:
     """A drawer, its codec, its ranker (or None) and their tokenizer, on one device."""
 
     def __init__(
-        self, transformer: KoDalle, vqgan: Vqgan, koclip: KoClip | None, tokenizer: CaptionTokenizer, card: str = ""
+        self,
+        transformer: KoDalle,
+        vqgan: Vqgan,
+        koclip: KoClip | None,
+        tokenizer: CaptionTokenizer,
+        card: str = "",
+        codec: Codec | None = None,
     ) -> None:
         self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
+        self._codec = codec or Codec(vqgan, koclip)
         if koclip is not None:
             koclip.eval()
         self.tokenizer = tokenizer
@@ -93,8 +101,13 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         local_files_only: bool = False,
+        codec_backend: CodecBackend = "auto",
     ) -> "Pipeline":
         """Loads a model folder, or fetches one from the Hugging Face hub by `owner/name`.
+
+        Args:
+            codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
+                left in the folder and is torch without one. Never timed here: see engine.sampling.onnx_record.
 
         Raises:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
@@ -108,12 +121,14 @@ class Pipeline:
         for module in (transformer, vqgan, koclip):
             if module is not None:
                 module.to(device=device, dtype=dtype)
+        codec = choose_codec(folder, vqgan, koclip, backend=codec_backend, device=torch.device(device), dtype=dtype)
         return cls(
             transformer,
             vqgan,
             koclip,
             load_folder_tokenizer(folder),
             card.read_text(encoding="utf-8") if card.is_file() else "",
+            codec,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -189,7 +204,8 @@ class Pipeline:
         """(B, N) -> (B, 3, S, S) in [0, 1]."""
         missing = -len(image_tokens) % _DECODED_AT_ONCE  # the last part is filled up with copies
         filled = torch.cat([image_tokens, image_tokens[-1:].expand(missing, -1)])
-        return torch.cat([self.vqgan.decode(part) for part in filled.split(_DECODED_AT_ONCE)])[: len(image_tokens)]
+        images = [self._codec.decoder.decode(part) for part in filled.split(_DECODED_AT_ONCE)]
+        return torch.cat(images)[: len(image_tokens)]
 
     @torch.inference_mode()
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
@@ -201,11 +217,12 @@ class Pipeline:
         Returns:
             (G, n) on the CPU; None when the model has no ranker.
         """
-        if self.koclip is None:
+        embedder = self._codec.embedder
+        if self.koclip is None or embedder is None:
             return None
         tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
-        texts = self.koclip.embed_texts(tokens)  # (G, E)
-        pictures = torch.cat([self.koclip.embed_images(part) for part in images.flatten(0, 1).split(_RANKED_AT_ONCE)])
+        texts = embedder.embed_texts(tokens)  # (G, E)
+        pictures = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_RANKED_AT_ONCE)])
         pictures = pictures.unflatten(0, images.shape[:2])  # (G, n, E)
         rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(pictures, texts, strict=True)]
         return torch.stack(rows).float().cpu()
@@ -250,7 +267,7 @@ def _local_folder(folder_or_hub_id: str | Path, *, revision: str | None, local_f
             name,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md"],  # never pickles or code
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.onnx"],  # never pickles or code
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

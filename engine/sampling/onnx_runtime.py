@@ -1,0 +1,166 @@
+"""Exported networks, run by ONNX Runtime behind the calls that the torch modules have.
+
+`OnnxVqgan.decode` stands for `Vqgan.decode`, `OnnxKoClip.embed_images` and `.embed_texts` for KoCLIP's: same shapes, same
+errors, float32 whatever the type of the rest of the pipeline. The package is imported on use only.
+
+A picture's bits do not depend on the pictures beside it, on their order or on the number of threads: seen on CPU with
+ONNX Runtime 1.31, for a small decoder and for the published one, batches of 1 to 5, 1 and 2 threads. On a GPU the
+settings below ask for as much (no TF32, no convolution algorithm chosen by a stopwatch); it is not measured there.
+
+Shapes: B pictures, N image tokens, S pixels, M captions, T text tokens, E width of the shared space.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import KoclipConfig, VqganConfig
+from engine.errors import InputError
+from engine.models.folder import weights_digest
+from engine.models.onnx_export import NETWORK_KEY, NETWORKS, SOURCE_KEY, NetworkName, onnx_file, require
+
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
+_EXPORT_AGAIN = "run `kodalle export` on the model folder again, or draw with codec_backend=torch"
+
+
+class OnnxNetwork:
+    """One exported file, ready to run.
+
+    Args:
+        path: the file.
+        name: which network it must hold.
+        source: digest that the file's config and weights must have (`weights_digest` of the model folder's part).
+        device: where the pipeline runs. For a GPU the CUDA provider is used; without one the CPU does it, said loudly.
+
+    Raises:
+        InputError: onnxruntime is missing, the file is missing, broken, of another network or of other weights.
+    """
+
+    def __init__(self, path: Path, name: NetworkName, *, source: str, device: torch.device) -> None:
+        remedy = "install it with `pip install onnxruntime-gpu`, or draw with codec_backend=torch (remove onnx.json)"
+        runtime = require("onnxruntime", purpose="running exported networks", remedy=remedy)
+        if not path.is_file():
+            raise InputError("ONNX file", path, f"is missing: {_EXPORT_AGAIN}")
+        self._session = _open(runtime, path, device)
+        self._output = NETWORKS[name].output
+        self._input = NETWORKS[name].input
+        self.provider: str = self._session.get_providers()[0]
+        told = self._session.get_modelmeta().custom_metadata_map
+        if told.get(NETWORK_KEY) != name:
+            raise InputError("ONNX file", path, f"is no export of this engine's {name}: {_EXPORT_AGAIN}")
+        if told.get(SOURCE_KEY) != source:
+            part = NETWORKS[name].part
+            raise InputError(
+                "ONNX file", path, f"is stale, made from another {part} than the folder's: {_EXPORT_AGAIN}"
+            )
+        if device.type == "cuda" and self.provider != CUDA_PROVIDER:
+            print(f"note: onnxruntime has no working CUDA here, {path.name} runs on the CPU", file=sys.stderr)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Runs the network; the answer, float32, is on the device of `rows`."""
+        (answer,) = self._session.run([self._output], {self._input: rows.detach().cpu().contiguous().numpy()})
+        return torch.from_numpy(answer).to(rows.device)
+
+
+class OnnxVqgan:
+    """The decoder of a VQGAN."""
+
+    def __init__(self, decoder: OnnxNetwork, config: VqganConfig) -> None:
+        self._decoder, self._config = decoder, config
+
+    def decode(self, image_tokens: Tensor) -> Tensor:
+        """Tokens to pictures: (B, N) integers -> (B, 3, S, S) float32 in [0, 1].
+
+        Raises:
+            ValueError: wrong shape or type, or a token outside the codebook.
+        """
+        N, K = self._config.image_seq_len, self._config.codebook_size
+        if image_tokens.dim() != 2 or image_tokens.shape[1] != N:
+            raise ValueError(f"image tokens must be (B, {N}), got {tuple(image_tokens.shape)}")
+        if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
+            raise ValueError(f"image tokens must be integers, not {image_tokens.dtype}")
+        image_tokens = image_tokens.long()
+        if bool(((image_tokens < 0) | (image_tokens >= K)).any()):
+            raise ValueError(f"image tokens must be in 0..{K - 1}, the codebook's entries")
+        return self._decoder(image_tokens)
+
+
+class OnnxKoClip:
+    """Both encoders of a KoCLIP. Scores are computed from embeddings by `KoClip.scores`, which is one product."""
+
+    def __init__(self, image: OnnxNetwork, text: OnnxNetwork, config: KoclipConfig) -> None:
+        self._image, self._text, self._config = image, text, config
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Pictures to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32.
+
+        Raises:
+            ValueError: wrong shape or type.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be (B, 3, S, S) float in [0, 1], got {tuple(images.shape)} {images.dtype}")
+        S = self._config.image_size
+        images = images.float()
+        if images.shape[2:] != (S, S):  # as KoCLIP does; outside the file, since ONNX filters otherwise than torch
+            images = F.interpolate(images, size=(S, S), mode="bilinear", align_corners=False, antialias=True)
+        return self._image(images)
+
+    def embed_texts(self, text_tokens: Tensor) -> Tensor:
+        """Captions to the shared space: (M, T) integers, padded with 1 -> (M, E) float32.
+
+        Raises:
+            ValueError: wrong shape or type, or longer than the config's text_seq_len.
+        """
+        if text_tokens.dim() != 2 or text_tokens.is_floating_point():
+            raise ValueError(f"text tokens must be (M, T) integers, got {tuple(text_tokens.shape)} {text_tokens.dtype}")
+        if text_tokens.shape[1] > self._config.text_seq_len:
+            raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP takes {self._config.text_seq_len}")
+        return self._text(text_tokens.long())
+
+
+def open_vqgan(folder: Path, config: VqganConfig, device: torch.device) -> OnnxVqgan:
+    """The decoder exported into a model folder. Errors as `OnnxNetwork`."""
+    return OnnxVqgan(_from_folder(folder, "vqgan_decoder", weights_digest(folder, "vqgan"), device), config)
+
+
+def open_koclip(folder: Path, config: KoclipConfig, device: torch.device) -> OnnxKoClip:
+    """The encoders exported into a model folder. Errors as `OnnxNetwork`."""
+    source = weights_digest(folder, "koclip")
+    image, text = (_from_folder(folder, name, source, device) for name in ("koclip_image", "koclip_text"))
+    return OnnxKoClip(image, text, config)
+
+
+def _from_folder(folder: Path, name: NetworkName, source: str, device: torch.device) -> OnnxNetwork:
+    return OnnxNetwork(onnx_file(folder, name), name, source=source, device=device)
+
+
+def _open(runtime: Any, path: Path, device: torch.device) -> Any:
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3  # errors: what is wrong with a file comes as an exception, the rest is advice
+    settings.use_deterministic_compute = True
+    # Its threads would go on burning their cores after each call, beside torch's on the same cores.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[Any] = [CPU_PROVIDER]
+    if device.type == "cuda" and CUDA_PROVIDER in runtime.get_available_providers():
+        # float32 as it is, and the same algorithm in each process (ONNX Runtime's own choice is TF32 and a stopwatch's).
+        number = torch.cuda.current_device() if device.index is None else device.index
+        cuda = {"device_id": number, "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+        providers.insert(0, (CUDA_PROVIDER, cuda))
+    faults = runtime.capi.onnxruntime_pybind11_state
+    try:
+        return runtime.InferenceSession(str(path), settings, providers=providers)
+    except (
+        faults.InvalidProtobuf,
+        faults.InvalidGraph,
+        faults.InvalidArgument,
+        faults.Fail,
+        faults.NotImplemented,
+    ) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise InputError("ONNX file", path, f"cannot be read ({reason}): {_EXPORT_AGAIN}") from e
