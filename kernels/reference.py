@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the definition of right for the kernels, and the CPU path.
 
 B rows, T positions, H heads, D head dim, V vocabulary, S survivors of a filter.
-In decoding: G captions, P prefix positions, N slots of a row's own.
+In decoding: G captions, P prefix positions, N slots of a row's own. In a linear layer: R rows, K inputs, N outputs.
 
 The draw. token = argmax(filtered logits / temperature + Gumbel noise), ties to the lowest id. The noise is a pure
 function of (seed, candidate, image position, token id) by counter-based Philox, never of the batch row, so a
@@ -12,6 +12,7 @@ Cost, 16 rows x 16,384 tokens, one core (AVX-512, shared machine): about 6 ms, n
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,9 @@ def decode_attention(
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
+    *,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
     """One query a row over its caption's prefix and then its own filled slots, one softmax over both.
 
@@ -66,11 +70,19 @@ def decode_attention(
         caption_of_row: (B,) int, each row's index into the prefixes.
         keys, values: (B, N, H, D); slots from num_filled on may hold anything, NaN included.
         num_filled: (B,) int in [0, N].
+        new_keys, new_values: (B, H, D), both or neither: first written to slot num_filled of `keys` and `values`
+            (in place) and then attended to as well. A row whose N slots are all filled drops them; N at least 1.
 
     Returns:
         (B, H, D) in q's dtype; scores and softmax in float32 or better.
     """
     P, N, D = prefix_keys.shape[1], keys.shape[1], q.shape[2]
+    if new_keys is not None and new_values is not None:
+        rows, slots = torch.arange(q.shape[0], device=q.device), num_filled.long().clamp(max=N - 1)
+        has_room = (num_filled < N)[:, None, None]
+        for cache, new in ((keys, new_keys), (values, new_values)):
+            cache[rows, slots] = torch.where(has_room, new, cache[rows, slots])
+        num_filled = (num_filled + 1).clamp(max=N)
     wide = torch.promote_types(q.dtype, torch.float32)
     caption = caption_of_row.long()
     all_keys = torch.cat([prefix_keys[caption], keys], dim=1).to(wide)  # (B, P + N, H, D)
@@ -109,7 +121,55 @@ def residual_norm(
 def geglu(x: Tensor) -> Tensor:
     """value * gelu(gate), exact (erf) GELU; x (..., 2F) holds value first, then gate; returns (..., F)."""
     value, gate = x.chunk(2, dim=-1)
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        # PyTorch's own GELU ends each thread's share with scalar code, which differs in the last bit: with 3, 5 or 7
+        # threads a row depended on how many others there were. oneDNN's, for contiguous tensors, does not.
+        gate = gate.contiguous()
     return value * F.gelu(gate)
+
+
+class Norm(NamedTuple):
+    """A LayerNorm before a linear layer."""
+
+    weight: Tensor  # (K,)
+    bias: Tensor  # (K,)
+    eps: float  # added to the variance
+
+
+class Residual(NamedTuple):
+    """What a linear layer's result is added to."""
+
+    x: Tensor  # (R, N), the residual stream
+    scale: Tensor  # (N,), the branch's LayerScale
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    gated: bool = False,
+    residual: Residual | None = None,
+) -> Tensor:
+    """A linear layer and what stands around it in a transformer: LayerNorm before, GEGLU or the residual sum after.
+
+    Args:
+        x: (R, K).
+        weight, bias: (N, K) and (N,), as nn.Linear has them.
+        norm: x's rows are normalised first.
+        gated: the layer's outputs are [value: N/2 | gate: N/2]; the result is value * gelu(gate), (R, N/2).
+        residual: the result is residual.x + residual.scale * output.
+
+    Returns:
+        (R, N) or, gated, (R, N/2).
+    """
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    out = F.linear(x, weight, bias)  # (R, N)
+    if gated:
+        out = geglu(out)  # (R, N/2)
+    return out if residual is None else residual.x + residual.scale * out
 
 
 # ---------------------------------------------------------------------------------------------------- random bits

@@ -1,5 +1,7 @@
 """Rows that join and leave at any step draw what they draw alone."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling.decoder import SlotDecoder
 from engine.sampling.options import RowRequest, SamplingOptions
+from engine.sampling.packed import Weights
 from engine.sampling.sampler import Sampler, evaluating
 
 CONFIG = TransformerConfig(
@@ -33,7 +36,7 @@ MIXED = [
     SamplingOptions(top_p=0.8, guidance_scale=0.5),
 ]
 
-_ROWS = 24
+_ROWS = 14
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +65,20 @@ def _given(number: int) -> Tensor | None:
     return torch.from_numpy(np.where(generator.random(N) < 0.3, tokens, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_come_and_go_draw_what_they_draw_alone(model: KoDalle, dtype: torch.dtype) -> None:
-    model = KoDalle(CONFIG).to(dtype) if dtype != torch.float32 else model
-    sampler = Sampler(model, null_text_tokens=NULL)
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "plain"), (torch.float32, "int8")],
+)
+def test_rows_that_come_and_go_draw_what_they_draw_alone(
+    model: KoDalle, dtype: torch.dtype, weights: Weights | None
+) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
     prefix = sampler.prefill(TEXT)
     generator = np.random.default_rng(7)
     waiting, drawn, abandoned = list(range(_ROWS)), {}, 0
     with evaluating(model):
-        decoder = SlotDecoder(model, 10, null_prefix=sampler.null_prefix())
+        decoder = SlotDecoder(sampler.step_model(), 10, null_prefix=sampler.null_prefix())
         slots: dict[int, int] = {}
         while waiting or slots:
             while waiting and decoder.num_free >= 2 and generator.random() < 0.3:
@@ -98,7 +106,7 @@ def test_tokens_so_far_can_be_read(model: KoDalle) -> None:
     sampler = Sampler(model)
     prefix = sampler.prefill(TEXT)
     with evaluating(model):
-        decoder = SlotDecoder(model, 2)
+        decoder = SlotDecoder(sampler.step_model(), 2)
         slot = decoder.join(prefix, RowRequest(0, seed=1))
         for count in range(5):
             assert len(decoder.tokens(slot)) == count

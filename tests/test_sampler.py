@@ -244,12 +244,16 @@ def test_cache_holds_a_caption_once_and_keeps_the_layout() -> None:
     prefix = Sampler(_model()).prefill(TEXT)
     assert prefix.keys.shape == (3, 3, 9, 2, 16)  # (L, G, P, H, D)
     cache = _cache(prefix, [0] * 10 + [2], 5)
-    assert sum(group.keys.shape[1] for group in cache._siblings) == 2
-    k, v = torch.randn(2, 11, 2, 16)
-    lengths = torch.tensor([4, 0, 3, 2, 1, 4, 4, 4, 4, 4, 1])
-    cache.write(1, lengths, k, v)
-    assert torch.equal(cache.keys[1, torch.arange(11), lengths], k)
-    assert torch.equal(cache.values[1, torch.arange(11), lengths], v)
+    assert sum(len(group.rows) for group in cache._siblings) == 2
+    qkv = torch.randn(11, 3, 2, 16)
+    lengths = [4, 0, 3, 2, 1, 4, 4, 4, 4, 4, 1]
+    cache.begin_step(torch.tensor(lengths), max(lengths))
+    cache.append_and_attend(1, qkv)
+    for row, length in enumerate(lengths):
+        keys, values = cache.own(row)
+        assert torch.equal(keys[1, length], qkv[row, 1])
+        assert torch.equal(values[1, length], qkv[row, 2])
+        assert keys[1].count_nonzero() == 32
 
 
 @pytest.mark.parametrize("lengths", [[4] * 8, [1, 100, 64, 65, 63, 128, 3, 2]])
@@ -258,11 +262,15 @@ def test_cached_attention_equals_plain_attention_in_any_row_order(lengths: list[
     captions = [2, 0, 2, 1, 0, 2, 2, 2]
     cache = _cache(prefix, captions, 130)
     torch.manual_seed(0)
-    own_k, own_v = torch.randn(2, 8, 128, 2, 16)
+    qkv = torch.randn(128, 8, 3, 2, 16)
     for position in range(max(lengths)):
-        cache.write(2, torch.full((8,), position), own_k[:, position], own_v[:, position])
+        cache.begin_step(torch.full((8,), position), position)
+        cache.append_and_attend(2, qkv[position])
     q = torch.randn(8, 2, 16)
-    attended = cache.attend(2, q, torch.tensor(lengths), max(lengths))
+    last = torch.tensor(lengths) - 1  # what each row appends again, with a new query
+    cache.begin_step(last, max(lengths) - 1)
+    attended = cache.append_and_attend(2, torch.cat([q[:, None] * 16**-0.5, qkv[last, torch.arange(8), 1:]], dim=1))
+    own_k, own_v = qkv.transpose(0, 1)[:, :, 1:].unbind(2)  # (rows, positions, H, D)
     for row, (caption, length) in enumerate(zip(captions, lengths, strict=True)):
         k = torch.cat([prefix.keys[2, caption], own_k[row, :length]])[None]
         v = torch.cat([prefix.values[2, caption], own_v[row, :length]])[None]

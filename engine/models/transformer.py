@@ -262,7 +262,11 @@ class JointHead(nn.Module):
         x = self.norm(x)
         text, image = x[:, : self.num_text_positions], x[:, self.num_text_positions :]
         weight, bias = self.weight[: self.num_text_rows], self.bias[: self.num_text_rows]
-        return F.linear(text, weight, bias), F.linear(image, *self.image_rows())
+        return F.linear(text, weight, bias), self.image_logits(image)
+
+    def image_logits(self, normed: Tensor) -> Tensor:
+        """(..., C), after `norm` -> (..., V_image)."""
+        return F.linear(normed, *self.image_rows())
 
     def image_rows(self) -> tuple[Tensor, Tensor]:
         """Weight (V_image, C) and bias (V_image,) of the image vocabulary; views."""

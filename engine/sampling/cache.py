@@ -62,8 +62,46 @@ class _Siblings:
     """Captions with equally many rows (after padding): their prefix parts are one batched product."""
 
     rows: Tensor  # (g, n) row of each sibling; a short group repeats its last row
-    keys: Tensor  # (L, g, H, P, D)
-    values: Tensor  # (L, g, H, P, D)
+    keys: list[Tensor]  # one a layer: (g * H, D, P)
+    values: list[Tensor]  # one a layer: (g * H, P, D)
+    first: int | None  # the first row, where all rows follow one another
+
+    def multiply(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Rows (R, H, x) by matrices (g * H, x, y) -> (g * n, H, y)."""
+        g, n = self.rows.shape
+        taken = rows[self.rows] if self.first is None else rows[self.first : self.first + g * n].unflatten(0, (g, n))
+        # Always laid out anew: a product of strided rows may take another BLAS kernel (seen in bfloat16).
+        chosen = taken.transpose(1, 2).contiguous().flatten(0, 1)  # (g * H, n, x)
+        return torch.bmm(chosen, matrices).unflatten(0, (g, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of a step share."""
+
+    rows: Tensor  # (R,)
+    split: Tensor  # (R,) where each row's new position goes
+    place: Tensor  # (R,)
+    hidden: Tensor  # (S, R, 1, split), 0 or -inf
+    scores: Tensor  # (S, R * H, 1, split), to write to
+
+
+@dataclass(frozen=True)
+class _Views:
+    """The cache's splits as matrices, made once for as long as R and S stay: 80 views a layer and step otherwise."""
+
+    num_rows: int
+    num_splits: int
+    keys: list[list[Tensor]]  # layer, split: (R * H, D, split)
+    values: list[list[Tensor]]  # layer, split: (R * H, split, D)
+
+    @staticmethod
+    def of(own: Tensor, num_rows: int, num_splits: int) -> "_Views":
+        keys, values = (
+            [[split[:num_rows].flatten(0, 1) for split in layer[:num_splits]] for layer in part] for part in own
+        )
+        keys = [[split.transpose(1, 2) for split in layer] for layer in keys]
+        return _Views(num_rows, num_splits, keys, values)
 
 
 class KVCache:
@@ -85,26 +123,23 @@ class KVCache:
         device: torch.device,
     ) -> None:
         L, _, H, D = prefix_shape
-        self._scale = D**-0.5
+        self._views: _Views | None = None
+        self._step: _Step | None = None
+        self._wide = torch.promote_types(dtype, torch.float32)
         self._siblings: list[_Siblings] = []
-        self._place_of_row = torch.empty(0, dtype=torch.int64, device=device)
+        self._place_of_row: Tensor | None = None
         self.split = min(_SPLIT, _round_up(max(num_positions, 1), 16))
-        # zeros: what nobody wrote is multiplied by zero, and zero times a stray nan is nan
-        shape = (L, num_rows, H, _round_up(max(num_positions, 1), self.split), D)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros_like(self._keys)
-        self._places = torch.arange(shape[3], device=device)
+        num_splits = -(-max(num_positions, 1) // self.split)
+        # Keys, then values. Zeros: what nobody wrote is multiplied by zero, and zero times a stray nan is nan. Written
+        # here and now, since torch.zeros leaves the pages to be made one by one in the steps (0.25 ms a layer).
+        self._own = torch.empty(2, L, num_splits, num_rows, H, self.split, D, dtype=dtype, device=device).zero_()
+        self._places = torch.arange(num_splits * self.split, device=device).view(num_splits, 1, 1, self.split)
         self._rows = torch.arange(num_rows, device=device)
 
-    @property
-    def keys(self) -> Tensor:
-        """(L, rows, positions, H, D)."""
-        return self._keys.transpose(2, 3)
-
-    @property
-    def values(self) -> Tensor:
-        """(L, rows, positions, H, D)."""
-        return self._values.transpose(2, 3)
+    def own(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row's own positions, each (L, positions, H, D); copies."""
+        both = self._own[:, :, :, row].transpose(3, 4).flatten(2, 3)  # (2, L, positions, H, D)
+        return both[0], both[1]
 
     def seat(self, caption_of_row: Mapping[int, Caption]) -> None:
         """Says which rows are read from now on, and of which captions; call it when that changes.
@@ -117,59 +152,67 @@ class KVCache:
             places.setdefault(row, place)
         highest = max(places, default=-1)
         laid_out = [places.get(row, 0) for row in range(highest + 1)]
-        self._place_of_row = torch.tensor(laid_out, dtype=torch.int64, device=self._places.device)
+        is_in_order = laid_out == list(range(highest + 1))
+        self._place_of_row = None if is_in_order else torch.tensor(laid_out, device=self._rows.device)
 
-    def write(self, layer: int, lengths: Tensor, k: Tensor, v: Tensor) -> None:
-        """Appends k, v (R, H, D) to the first R rows, which hold `lengths` (R,) positions before."""
-        rows = self._rows[: len(lengths)]
-        self._keys[layer, rows, :, lengths] = k
-        self._values[layer, rows, :, lengths] = v
+    def begin_step(self, lengths: Tensor, longest: int) -> None:
+        """Says how many own positions the first R rows hold before this step: (R,), and the most of any."""
+        R, S = len(lengths), longest // self.split + 1
+        if self._views is None or (self._views.num_rows, self._views.num_splits) != (R, S):
+            self._views = _Views.of(self._own, R, S)
+        _, _, _, _, H, split, _ = self._own.shape
+        self._step = _Step(
+            rows=self._rows[:R],
+            split=lengths // split,
+            place=lengths % split,
+            # a row sees what it holds and the position that is appended now
+            hidden=torch.where(self._places[:S] > lengths[:, None, None], -torch.inf, 0.0),
+            scores=self._own.new_empty(S, R * H, 1, split),
+        )
 
-    def attend(self, layer: int, q: Tensor, lengths: Tensor, longest: int) -> Tensor:
-        """Attention of one query a row over its prefix and its own positions.
+    def append_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """One position of each row: its key and value are kept, its query reads the prefix and all own positions.
 
         Args:
-            q: (R, H, D), of the first R rows.
-            lengths: (R,) own positions that each row may see.
-            longest: their maximum, or more: how far to read.
+            qkv: (R, 3, H, D), of the rows of `begin_step`; queries divided by sqrt(D).
 
         Returns:
-            (R, H, D) in q's dtype; softmax in float32 or better.
+            (R, H, D) in qkv's dtype; softmax in float32 or better.
         """
-        R, wide = q.shape[0], torch.promote_types(q.dtype, torch.float32)
-        q = q * self._scale
-        splits = [slice(start, start + self.split) for start in range(0, longest, self.split)]
-        prefix_scores = self._per_row(
-            [q[group.rows].transpose(1, 2) @ group.keys[layer].transpose(2, 3) for group in self._siblings], R
-        )  # (R, H, P)
-        own_scores = [
-            (q[:, :, None] @ self._keys[layer, :R, :, split].transpose(2, 3))[:, :, 0].to(wide) for split in splits
-        ]  # S x (R, H, split)
-        hidden = self._places >= lengths[:, None]  # (R, positions)
-        parts = [prefix_scores.to(wide)]
-        parts += [
-            scores.masked_fill(hidden[:, None, split], -torch.inf)
-            for scores, split in zip(own_scores, splits, strict=True)
-        ]
-        highest = torch.stack([part.amax(2) for part in parts]).amax(0)[:, :, None]  # (R, H, 1)
-        parts = [(part - highest).exp_() for part in parts]
-        total = parts[0].sum(2, keepdim=True)
-        for part in parts[1:]:
-            total = total + part.sum(2, keepdim=True)
-        weights = [(part / total).to(q.dtype) for part in parts]
-        result = self._per_row(
-            [weights[0][group.rows].transpose(1, 2) @ group.values[layer] for group in self._siblings], R
-        )  # (R, H, D)
-        for weight, split in zip(weights[1:], splits, strict=True):
-            result = result + (weight[:, :, None] @ self._values[layer, :R, :, split])[:, :, 0]
-        return result
+        step, views = self._step, self._views
+        assert step is not None
+        assert views is not None
+        self._own[:, layer][:, step.split, step.rows, :, step.place] = qkv[:, 1:]
+        q = qkv[:, 0]
+        R, H, D = q.shape
+        prefix_scores = self._per_row([group.multiply(q, group.keys[layer]) for group in self._siblings], R)
+        prefix_scores = prefix_scores.to(self._wide)  # (R, H, P)
+        per_head = q.reshape(R * H, 1, D)
+        for scores, keys in zip(step.scores, views.keys[layer], strict=True):
+            torch.bmm(per_head, keys, out=scores)
+        own_scores = step.scores.view(-1, R, H, self.split) + step.hidden  # (S, R, H, split), float32 or better
+        highest = torch.maximum(prefix_scores.amax(2), own_scores.amax(3).amax(0))[:, :, None]  # (R, H, 1)
+        prefix_weights = (prefix_scores - highest).exp_()
+        own_weights = own_scores.sub_(highest).exp_()
+        total = prefix_weights.sum(2)
+        for part in own_weights.sum(3):
+            total = total + part  # (R, H)
+        weights = own_weights.to(q.dtype).view_as(step.scores)
+        prefix_weights = prefix_weights.to(q.dtype)
+        result = self._per_row([group.multiply(prefix_weights, group.values[layer]) for group in self._siblings], R)
+        for split_weights, values in zip(weights, views.values[layer], strict=True):
+            result = result + torch.bmm(split_weights, values).view(R, H, D)
+        return (result / total[:, :, None]).to(q.dtype)
 
     def _per_row(self, grouped: list[Tensor], num_rows: int) -> Tensor:
-        """Results (g, H, n, x) of each group -> (R, H, x); rows without a caption repeat another's."""
-        laid_out = [result.transpose(1, 2).flatten(0, 1) for result in grouped]  # (g * n, H, x)
-        rows = (laid_out[0] if len(laid_out) == 1 else torch.cat(laid_out))[self._place_of_row]
+        """Results (g * n, H, x) of each group -> (R, H, x); rows without a caption repeat another's."""
+        rows = grouped[0] if len(grouped) == 1 else torch.cat(grouped)
+        if self._place_of_row is not None:
+            rows = rows[self._place_of_row]
         missing = num_rows - rows.shape[0]
-        return torch.cat([rows, rows[:1].expand(missing, -1, -1)]) if missing else rows
+        if missing <= 0:
+            return rows[:num_rows]
+        return torch.cat([rows, rows[:1].expand(missing, -1, -1)])
 
 
 def empty_prefix(L: int, G: int, P: int, H: int, D: int, C: int, *, dtype: torch.dtype, device: torch.device) -> Prefix:
@@ -189,12 +232,22 @@ def _group(caption_of_row: Mapping[int, Caption]) -> list[_Siblings]:
             part = rows[start : start + _SIBLINGS_MAX]
             size = _round_up(len(part), _SIBLINGS_MULTIPLE)
             by_size.setdefault(size, []).append((caption, part + part[-1:] * (size - len(part))))
-    groups = []
-    for entries in by_size.values():
-        keys = torch.stack([caption.prefix.keys.transpose(2, 3)[:, caption.index] for caption, _ in entries], dim=1)
-        values = torch.stack([caption.prefix.values.transpose(2, 3)[:, caption.index] for caption, _ in entries], dim=1)
-        groups.append(_Siblings(torch.tensor([rows for _, rows in entries], device=keys.device), keys, values))
-    return groups
+    return [
+        _siblings([caption for caption, _ in entries], [rows for _, rows in entries]) for entries in by_size.values()
+    ]
+
+
+def _siblings(captions: list[Caption], rows: list[list[int]]) -> _Siblings:
+    keys = torch.stack([caption.prefix.keys[:, caption.index].transpose(1, 2) for caption in captions], dim=1)
+    values = torch.stack([caption.prefix.values[:, caption.index].transpose(1, 2) for caption in captions], dim=1)
+    in_order = [row for part in rows for row in part]
+    follow_one_another = in_order == list(range(in_order[0], in_order[0] + len(in_order)))
+    return _Siblings(
+        rows=torch.tensor(rows, device=keys.device),
+        keys=list(keys.flatten(1, 2).transpose(2, 3)),  # (L, g, H, P, D) -> L x (g * H, D, P)
+        values=list(values.flatten(1, 2)),
+        first=in_order[0] if follow_one_another else None,
+    )
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -12,33 +12,23 @@ R rows computed, C model dim, N image tokens, V image vocabulary, P prefix posit
 
 A guided row takes two slots: its partner reads the empty caption and is fed the same tokens. Which slot a row has, and
 who else is there, changes nothing in its tokens. Noise is keyed by (seed, candidate, position, token id), see
-kernels/reference.py; what remains is arithmetic that must not change with the number of rows. Measured with MKL 2024.2
-and oneDNN 3.12 (AVX-512, 1 and 2 threads, K 64 to 4096): a row of a linear layer has the same bits for every number of
-rows from 16 to 128 that is a multiple of 4 (bfloat16: from 4); below that, at odd numbers (bfloat16) and above 128
-(float32, two threads) it has others. So rows are padded to a multiple of 4, at least 16 (bfloat16: 4), and worked in
-tiles of at most 64. `row_invariant=False` drops the padding: faster for few rows (one row at the published size,
-float32: by a quarter), and tokens may then differ with the company.
+kernels/reference.py; what remains is arithmetic that must not change with the number of rows. So as many rows are
+computed as the step model's arithmetic needs (its `row_rule`: packed weights at least 4, plain ones multiples of 4, at
+least 16). `row_invariant=False` drops that: tokens may then differ with the company.
 On CUDA the same rule is applied but library matrix products do not promise it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
 from engine.sampling.cache import Caption, KVCache, Prefix
 from engine.sampling.options import RowRequest
+from engine.sampling.step_model import ANY_ROWS, RowRule, StepModel, plain_step_model
 from kernels import reference
-
-_ROW_MULTIPLE = 4
-_ROW_MINIMUM = 16
-_ROW_MINIMUM_BFLOAT16 = 4
-_ROW_TILE = 64
 
 
 @dataclass
@@ -55,28 +45,32 @@ class SlotDecoder:
     """Rows in flight. Call it in eval mode and under `torch.inference_mode`, from one thread.
 
     Args:
-        model: its weights must not change while rows are in flight.
+        model: its weights must not change while rows are in flight. For packed weights, a step model
+            (engine.sampling.packed.make_step_model).
         num_slots: how many rows fit, partners of guided rows included.
         null_prefix: the empty caption, read; needed for guidance.
         row_invariant: see the module's docstring.
     """
 
     def __init__(
-        self, model: KoDalle, num_slots: int, *, null_prefix: Prefix | None = None, row_invariant: bool = True
+        self,
+        model: KoDalle | StepModel,
+        num_slots: int,
+        *,
+        null_prefix: Prefix | None = None,
+        row_invariant: bool = True,
     ) -> None:
-        config, weight = model.config, model.head.weight
-        self.model = model
+        self.model = plain_step_model(model) if isinstance(model, KoDalle) else model
+        config, self._dtype, self._device = self.model.config, self.model.dtype, self.model.device
         self.num_slots = num_slots
         self._null_prefix = null_prefix
-        self._row_invariant = row_invariant
-        self._dtype, self._device = weight.dtype, weight.device
-        room = _padded(num_slots, self._dtype) if row_invariant else num_slots
+        self._rule = self.model.row_rule if row_invariant else ANY_ROWS
+        room = self._rule.padded(num_slots)
         prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
         self._cache = KVCache(room, config.image_seq_len - 1, prefix_shape, dtype=self._dtype, device=self._device)
         self._hidden = torch.zeros(room, config.dim, dtype=self._dtype, device=self._device)
         self._tokens = torch.zeros(room, config.image_seq_len, dtype=torch.int64, device=self._device)
         self._given = torch.full_like(self._tokens, -1)
-        self._position_table = model.image_embedding.position_table()  # (N, C)
         self._rows: dict[int, _Row] = {}
         self._captions: dict[int, Caption] = {}  # of drawn rows and partners
         self._plan: _Plan | None = None  # None: somebody joined or left
@@ -154,7 +148,7 @@ class SlotDecoder:
             unfinished = {slot: row for slot, row in self._rows.items() if row.position < N}
             if not unfinished:
                 return []
-            self._plan = _Plan(unfinished, self._captions, self._padded, self._device, self._dtype)
+            self._plan = _Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
             self._cache.seat({slot: self._captions[slot] for slot in self._plan.seated})
         plan = self._plan
         drawn = self._draw(plan)
@@ -183,13 +177,12 @@ class SlotDecoder:
 
     def logits(self, plan: "_Plan") -> Tensor:
         """(at least B, V): what the drawn rows predict next, guidance applied."""
-        hidden = self.model.head.norm(self._hidden[plan.head_rows])  # (B + padding, C)
+        hidden = self.model.head_norm(self._hidden[plan.head_rows])  # (B + padding, C)
         if plan.guided.numel():
             # The head is linear and the weights sum to 1: guiding its input guides its output, at one head row a draw.
-            null = self.model.head.norm(self._hidden[plan.partners])
+            null = self.model.head_norm(self._hidden[plan.partners])
             hidden = hidden.index_copy(0, plan.guided, null + plan.guidance * (hidden[plan.guided] - null))
-        weight, bias = self.model.head.image_rows()
-        return _tiled(lambda rows: F.linear(rows, weight, bias), hidden)
+        return self._rule.tiled(self.model.image_logits, hidden)
 
     def _forward(self, plan: "_Plan", drawn: Tensor) -> None:
         """Feeds the drawn tokens (B,) to the model. Rows that nobody has, or that are finished, compute rubbish."""
@@ -199,17 +192,13 @@ class SlotDecoder:
             fed[plan.partners] = drawn[plan.guided]
         # A finished row's position is N - 1, one more than the cache and the next input have: it is fed rubbish.
         lengths = plan.lengths.clamp(max=self.model.config.image_seq_len - 2)
-        x = (self.model.image_embedding.tokens[fed] + self._position_table[lengths])[:, None]  # (R, 1, C)
-        seen, longest = lengths + 1, min(plan.longest + 1, self.model.config.image_seq_len - 1)
-        for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
-            q, k, v = _tiled_project(layer.attention.project, x)  # (R, 1, H, D) each
-            self._cache.write(number, lengths, k[:, 0], v[:, 0])
-            attended = self._cache.attend(number, q[:, 0], seen, longest)[:, None]  # (R, 1, H, D)
-            x = _tiled(lambda x, a, layer=layer: layer.feed_forward(layer.attention.add(x, a)), x, attended)
-        self._hidden[:R] = x[:, 0]
-
-    def _padded(self, num_rows: int) -> int:
-        return _padded(num_rows, self._dtype) if self._row_invariant else num_rows
+        x = self.model.embed(fed, lengths)  # (R, C)
+        self._cache.begin_step(lengths, min(plan.longest, self.model.config.image_seq_len - 2))
+        for number, layer in enumerate(self.model.layers):
+            qkv = self._rule.tiled(layer.project, x)  # (R, 3, H, D)
+            attended = self._cache.append_and_attend(number, qkv)  # (R, H, D)
+            x = self._rule.tiled(layer.finish, x, attended)
+        self._hidden[:R] = x
 
 
 class _Plan:
@@ -219,7 +208,7 @@ class _Plan:
         self,
         rows: dict[int, _Row],
         captions: dict[int, Caption],
-        padded: Callable[[int], int],
+        rule: RowRule,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -231,13 +220,13 @@ class _Plan:
         guided = [(place, slot) for place, slot in enumerate(self.slots) if rows[slot].partner is not None]
         partners = [rows[slot].partner or 0 for _, slot in guided]
         self.seated = [*self.slots, *partners]
-        self.num_rows = padded(max(self.seated) + 1)
+        self.num_rows = rule.padded(max(self.seated) + 1)
         self.draws = column(self.slots)  # (B,) slots of the drawn rows
         self.guided = column([place for place, _ in guided])  # (U,) into the drawn rows
         self.partners = column(partners)  # (U,) slots
         scales = [rows[slot].request.options.guidance_scale for _, slot in guided]
         self.guidance = torch.tensor(scales, dtype=dtype, device=device)[:, None]  # (U, 1)
-        head_rows = self.slots + self.slots[:1] * (padded(len(self.slots)) - len(self.slots))
+        head_rows = self.slots + self.slots[:1] * (rule.padded(len(self.slots)) - len(self.slots))
         self.head_rows = column(head_rows)  # (B + padding,) slots
         self.positions = column([rows[slot].position for slot in self.slots])  # (B,)
         lengths = [0] * self.num_rows  # own positions in the cache; rows that nobody has stay at 0 or run on, unread
@@ -276,26 +265,3 @@ class _DrawParameters:
         return reference.sample(
             logits, self.seeds, self.candidates, positions, self.temperature, self.top_k, self.top_p
         )
-
-
-def _padded(num_rows: int, dtype: torch.dtype) -> int:
-    """Rows to compute for `num_rows`, so that each of their tiles has a size whose results agree."""
-    minimum = _ROW_MINIMUM_BFLOAT16 if dtype == torch.bfloat16 else _ROW_MINIMUM
-    full, rest = divmod(num_rows, _ROW_TILE)
-    rest = max(minimum, -(-rest // _ROW_MULTIPLE) * _ROW_MULTIPLE) if rest else 0
-    return full * _ROW_TILE + rest
-
-
-def _tiled(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function` over at most 64 rows at a time."""
-    if tensors[0].shape[0] <= _ROW_TILE:
-        return function(*tensors)
-    tiles = zip(*(tensor.split(_ROW_TILE) for tensor in tensors), strict=True)
-    return torch.cat([function(*tile) for tile in tiles])
-
-
-def _tiled_project(project: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
-    if x.shape[0] <= _ROW_TILE:
-        return project(x)
-    parts = zip(*(project(tile) for tile in x.split(_ROW_TILE)), strict=True)
-    return tuple(torch.cat(part) for part in parts)

@@ -23,22 +23,35 @@ from engine.models.transformer import KoDalle, Layer
 from engine.sampling.cache import Prefix, empty_prefix
 from engine.sampling.decoder import SlotDecoder
 from engine.sampling.options import RowRequest
+from engine.sampling.packed import Weights, choose_weights, make_step_model
+from engine.sampling.step_model import StepModel
 
 OnStep = Callable[[int, Tensor], None]
 
 
 class Sampler:
-    """Draws with one model; holds nothing between calls but the null caption's prefix, a constant of the weights.
+    """Draws with one model; holds between calls what is constant: packed weights and the empty caption's prefix.
 
     Args:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
         row_invariant: see engine/sampling/decoder.py.
+        weights: how decoding reads them: plain, packed or int8 (engine/sampling/packed.py); None: packed where this
+            machine can. The copy is made by the first drawing.
     """
 
-    def __init__(self, model: KoDalle, *, null_text_tokens: Tensor | None = None, row_invariant: bool = True) -> None:
+    def __init__(
+        self,
+        model: KoDalle,
+        *,
+        null_text_tokens: Tensor | None = None,
+        row_invariant: bool = True,
+        weights: Weights | None = None,
+    ) -> None:
         self.model = model
         self.row_invariant = row_invariant
+        self.weights = choose_weights(model, weights)
+        self._step_model: StepModel | None = None
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
 
@@ -108,7 +121,7 @@ class Sampler:
         num_guided = sum(row.options.guidance_scale != 1 for row in rows)
         with evaluating(self.model):
             decoder = SlotDecoder(
-                self.model, len(rows) + num_guided, null_prefix=self.null_prefix() if num_guided else None,
+                self.step_model(), len(rows) + num_guided, null_prefix=self.null_prefix() if num_guided else None,
                 row_invariant=self.row_invariant,
             )  # fmt: skip
             slots = [
@@ -121,6 +134,12 @@ class Sampler:
                     on_step(position, torch.stack([decoder.tokens(slot)[-1] for slot in slots]))
             tokens = torch.stack([decoder.leave(slot) for slot in slots])
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
+
+    def step_model(self) -> StepModel:
+        """The model as decoding reads it, packed once."""
+        if self._step_model is None:
+            self._step_model = make_step_model(self.model, self.weights)
+        return self._step_model
 
     def null_prefix(self) -> Prefix:
         """The empty caption, read once.

@@ -1,0 +1,88 @@
+"""Counts candidates that draw the same tokens alone as in a batch: python benchmarks/seed_equality.py [--candidates N]
+
+A model of the published width (1024, 8 heads, GEGLU 4096; two layers, random weights that matter, 4 x 4 image tokens)
+draws N candidates in batches of random size and company, then each one alone. Options differ from row to row: filters,
+temperature, guidance. Every kind of weights that this machine has is counted. The last line is one JSON document.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from machine_facts import facts, print_document
+
+from engine.config import TransformerConfig
+from engine.files import write_json
+from engine.models.transformer import KoDalle
+from engine.progress import ProgressBar
+from engine.sampling.options import RowRequest, SamplingOptions
+from engine.sampling.packed import Weights, can_pack, can_quantise
+from engine.sampling.sampler import Sampler
+
+_OPTIONS = (
+    SamplingOptions(),
+    SamplingOptions(temperature=0.7, top_k=200),
+    SamplingOptions(guidance_scale=3.0),
+    SamplingOptions(top_p=0.9),
+    SamplingOptions(top_k=500, top_p=0.8, guidance_scale=0.5),
+)
+_LARGEST_BATCH = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--candidates", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON document")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds: list[tuple[torch.dtype, Weights]]
+    if device.type == "cuda":
+        kinds = [(torch.float16, "plain"), (torch.bfloat16, "plain")]
+    else:
+        kinds = [(torch.float32, "packed" if can_pack(torch.float32, device) else "plain")]
+        kinds += [(torch.float32, "int8")] if can_quantise(device) else []
+    rows = []
+    for dtype, weights in kinds:
+        begun = time.perf_counter()
+        equal = count_equal(dtype, weights, arguments.candidates, device)
+        seconds = time.perf_counter() - begun
+        print(f"{weights} {dtype}: {equal} of {arguments.candidates} candidates the same alone as in a batch")
+        rows.append({"dtype": str(dtype), "weights": weights, "equal": equal, "of": arguments.candidates, "s": seconds})
+    document = {"benchmark": "seed_equality", **facts(device), "rows": rows}
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out / "seed_equality.json", document)
+    print_document(document)
+
+
+def count_equal(dtype: torch.dtype, weights: Weights, count: int, device: torch.device) -> int:
+    """How many of `count` candidates have the same tokens alone as in the batch that chance put them in."""
+    config = TransformerConfig(num_layers=2, image_grid_size=4, text_seq_len=16)
+    torch.manual_seed(0)
+    model = KoDalle(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):  # a fresh LayerScale of 0.1 would leave the layers little to say
+                parameter.fill_(1.0)
+    model = model.to(device, dtype)
+    text = torch.randint(5, config.text_vocab_size, (5, config.text_seq_len))
+    sampler = Sampler(model, null_text_tokens=text[4], weights=weights)
+    prefix = sampler.prefill(text[:4])
+    rows = [RowRequest(i % 4, seed=i // 7, candidate=i % 7, options=_OPTIONS[i % len(_OPTIONS)]) for i in range(count)]
+    order = torch.randperm(count).tolist()
+    together: dict[int, torch.Tensor] = {}
+    while order:
+        size = int(torch.randint(1, _LARGEST_BATCH + 1, ()))
+        batch, order = order[:size], order[size:]
+        together.update(zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True))
+    equal = 0
+    with ProgressBar(f"{weights} alone", total=count) as bar:
+        for number, row in enumerate(rows):
+            equal += torch.equal(sampler.decode(prefix, [row])[0], together[number])
+            bar.update(number + 1)
+    return equal
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The weights as a processor reads them best: packed once for decoding, in the model's type or in 8 bits.
+
+R rows, K inputs, N outputs of a linear layer, C model dim, F feed-forward inner dim.
+
+A decode step multiplies few rows by every weight, so it is the read of the weights that costs, and how they lie in
+memory decides how fast that is. Measured on two cores with AVX-512 (torch 2.13, oneDNN 3.12), all linear layers of the
+published model (252 M weights), milliseconds a step:
+
+    rows             1      4     16     32     64
+    as they are     51     98    206    261
+    packed          56     58     91    141
+    int8            22     22     31     44     71
+
+`packed`: oneDNN's blocked layout, same numbers. A row of it has the same bits for any number of rows from 2 on (1 to
+140 tried, float32 and bfloat16, one and two threads), which plain layers only promise in multiples.
+
+`int8` is another function, close to the model: weights rounded to 8 bits, one scale an output (the largest is 127);
+inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so here too a row does
+not depend on its company. What it does to drawings is measured by benchmarks/int8_effect.py.
+
+Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first.
+"""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import InputError
+from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
+from engine.sampling.step_model import RowRule, StepLayer, StepModel, plain_step_model
+
+Weights = Literal["plain", "packed", "int8"]
+# Fewer rows than this cost as much: the weights are read once either way (see the table).
+_ROW_RULE = RowRule(multiple=1, minimum=4, tile=None)
+_ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
+_ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this build of PyTorch has oneDNN's packed linear layers (x86) for `dtype`."""
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.cpu.get_capabilities().get("architecture") == "x86_64"
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+def can_quantise(device: torch.device) -> bool:
+    """Whether this build of PyTorch has oneDNN's 8-bit linear layers (x86)."""
+    return can_pack(torch.float32, device) and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
+    """`wanted`, or without a wish what is fastest without changing the function.
+
+    Raises:
+        InputError: it cannot be had here.
+    """
+    weight = model.head.weight
+    packable = can_pack(weight.dtype, weight.device)
+    if wanted is None:
+        return "packed" if packable else "plain"
+    where = f"{wanted} on {weight.device}, {weight.dtype}, torch {torch.__version__}"
+    if wanted == "packed" and not packable:
+        raise InputError("weights", where, "packed weights are for float32 and bfloat16 on x86: use plain")
+    if wanted == "int8" and not can_quantise(weight.device):
+        raise InputError("weights", where, "8-bit weights are for x86 processors: leave them out")
+    return wanted
+
+
+@torch.no_grad()
+def make_step_model(model: KoDalle, weights: Weights) -> StepModel:
+    """The model as decoding reads it. All but "plain" add a copy of the linear layers (int8: a quarter of one)."""
+    layers = cast(list[Layer], list(model.layers))
+    head_weight, head_bias = model.head.image_rows()
+    if weights == "plain":
+        return plain_step_model(model)
+    if weights == "packed":
+        packed: list[StepLayer] = [_PackedLayer(layer) for layer in layers]
+        return StepModel(model, packed, _PackedLinear(head_weight, head_bias), _ROW_RULE)
+    quantised: list[StepLayer] = [_Int8Layer(layer) for layer in layers]
+    return StepModel(model, quantised, _Int8Linear(head_weight, head_bias), _ROW_RULE)
+
+
+class _Norm:
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self._shape, self._weight, self._bias, self._eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+
+
+class _PackedLinear:
+    """(R, K) -> (R, N), with what follows it done on the way out."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "gelu", [], "none")
+        return out
+
+    def combined(self, x: Tensor, other: Tensor, operation: Literal["add", "mul"]) -> Tensor:
+        """The layer's result added to, or multiplied by, `other` (R, N)."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self._bias, operation)
+        return out
+
+
+class _Attention:
+    """The linear layers around a layer's attention; small, so both kinds of weights have them in the model's type."""
+
+    def __init__(self, branch: AttentionBranch) -> None:
+        self.heads = (3, branch.num_heads, branch.head_dim)
+        self.norm = _Norm(branch.norm)
+        self.out = _PackedLinear(*_scaled(branch.out, branch.scale))
+        self.qkv_weight = torch.cat(
+            [
+                rows * scale
+                for rows, scale in zip(branch.qkv.weight.chunk(3), (branch.head_dim**-0.5, 1, 1), strict=True)
+            ]
+        )
+
+
+class _PackedLayer:
+    def __init__(self, layer: Layer) -> None:
+        branch: FeedForwardBranch = layer.feed_forward
+        self._attention = _Attention(layer.attention)
+        self._qkv = _PackedLinear(self._attention.qkv_weight, None)
+        self._norm = _Norm(branch.norm)
+        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
+        self._value, self._gate = _PackedLinear(value, value_bias), _PackedLinear(gate, gate_bias)
+        self._shrink = _PackedLinear(*_scaled(branch.shrink, branch.scale))
+
+    def project(self, x: Tensor) -> Tensor:
+        return self._qkv(self._attention.norm(x)).unflatten(1, self._attention.heads)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self._attention.out.combined(attended.flatten(1), x, "add")
+        normed = self._norm(x)
+        grown = self._value.combined(normed, self._gate.gelu(normed), "mul")  # (R, F)
+        return self._shrink.combined(grown, x, "add")
+
+
+class _Int8Linear:
+    """x ~ scale_x * q_x a row, weight ~ scale_w * q_w an output: y = scale_x * scale_w * (q_x . q_w) + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = None if bias is None else bias.detach().float()
+        weight = weight.detach().float()
+        self._scales = weight.abs().amax(1).clamp_(min=_TINY).div_(127)  # (N,)
+        self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        quantised = (weight / self._scales[:, None]).round_().to(torch.int8)  # (N, K)
+        self._packed = torch.ops.onednn.qlinear_prepack(quantised, [_ROWS_HINT, weight.shape[1]])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(R, K) -> (R, N) in x's dtype."""
+        return self.multiply(*_quantise_rows(x)).to(x.dtype)
+
+    def multiply(self, quantised: Tensor, scale: Tensor) -> Tensor:
+        """(R, K) uint8, (R, 1) -> (R, N) float32."""
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantised, 1.0, _ZERO_POINT, self._packed, self._scales, self._zero_points, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        # No fused multiply-add: where PyTorch uses one depends on how its threads share the rows.
+        return product.mul_(scale) if self._bias is None else product.mul_(scale).add_(self._bias)
+
+
+class _Int8Layer:
+    def __init__(self, layer: Layer) -> None:
+        branch: FeedForwardBranch = layer.feed_forward
+        self._attention = _Attention(layer.attention)
+        self._qkv = _Int8Linear(self._attention.qkv_weight, None)
+        self._norm = _Norm(branch.norm)
+        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
+        self._value, self._gate = _Int8Linear(value, value_bias), _Int8Linear(gate, gate_bias)
+        self._shrink = _Int8Linear(*_scaled(branch.shrink, branch.scale))
+
+    def project(self, x: Tensor) -> Tensor:
+        return self._qkv(self._attention.norm(x)).unflatten(1, self._attention.heads)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = self._attention.out.combined(attended.flatten(1), x, "add")
+        normed = _quantise_rows(self._norm(x))
+        grown = F.gelu(self._gate.multiply(*normed)).mul_(self._value.multiply(*normed))  # (R, F)
+        return x + self._shrink.multiply(*_quantise_rows(grown)).to(x.dtype)
+
+
+def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) -> unsigned bytes (R, K) around 128, and what one of their steps is worth (R, 1)."""
+    x = x.float()
+    # torch.linalg.vector_norm and addcdiv would be one operation instead of two, and take 3 to 6 times as long.
+    scale = x.abs().amax(1, keepdim=True).clamp_(min=_TINY).div_(127)
+    # Conversion cuts the fraction off, so half more than the zero point rounds to the nearest.
+    return (x / scale).add_(_ZERO_POINT + 0.5).to(torch.uint8), scale
+
+
+def _scaled(linear: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of scale * linear(x)."""
+    return linear.weight * scale[:, None], linear.bias * scale
