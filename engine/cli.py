@@ -2,6 +2,8 @@
 
     kodalle data captions|prepare|check|make-demo …
     kodalle draw MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
+    kodalle draw MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
+    kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
     kodalle export MODEL --out DIR
     kodalle demo
@@ -35,17 +37,60 @@ def draw(
     top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
     guidance_scale: Annotated[float, typer.Option(help="1: none; above: closer to the caption")] = 1.0,
+    image: Annotated[Path | None, typer.Option(help="picture to start from: its middle square")] = None,
+    keep_rows: Annotated[
+        int | None, typer.Option(help="complete --image from so many rows of tokens; default 7 of 16")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="repaint --image where this picture is white")] = None,
+    paste: Annotated[bool, typer.Option(help="kept pixels: the original's, or as the model decodes them")] = True,
+    rank_by: Annotated[
+        str, typer.Option(help="koclip; or, with --mask, fit: to what is kept after the hole")
+    ] = "koclip",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
-    from engine.sampling.command import draw_to_folder
+    from engine.sampling.command import GivenFiles, draw_to_folder
     from engine.sampling.options import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    if image is None:
+        needs_image = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": None if paste else "without a picture"}
+        for name, value in needs_image.items():
+            if value is not None:
+                raise InputError(name, value, "give the picture too: --image FILE")
     draw_to_folder(
-        model, caption, out, candidates=candidates, top=top, seed=seed, options=options, strict=strict, device=device
+        model,
+        caption,
+        out,
+        candidates=candidates,
+        top=top,
+        seed=seed,
+        options=options,
+        strict=strict,
+        device=device,
+        given=None if image is None else GivenFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
+        rank_by=rank_by,
     )
+
+
+@app.command("continue")
+def continue_(
+    model: Annotated[str, typer.Argument(help="model folder, or owner/name on the Hugging Face hub")],
+    beginning: Annotated[str, typer.Argument(help="first words of a caption; may be empty")],
+    count: Annotated[int, typer.Option(min=1, max=1024, help="captions written")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="same seed, same captions")] = 0,
+    temperature: Annotated[float, typer.Option(help="1: the model's own distribution; 0: always the likeliest")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
+) -> None:
+    """Writes a caption on, as the model's training captions went; one a line."""
+    from engine.sampling.command import print_continuations
+    from engine.sampling.options import SamplingOptions
+
+    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    print_continuations(model, beginning, count=count, seed=seed, options=options, device=device)
 
 
 @app.command("evaluate")

@@ -72,6 +72,7 @@ def test_commands_are_there() -> None:
     found = {" ".join(command) for command in _commands(typer.main.get_command(cli.app))}
     assert found >= {
         "draw",
+        "continue",
         "evaluate",
         "demo",
         "data",
@@ -90,6 +91,9 @@ def test_commands_are_there() -> None:
         ["draw", "model", "caption", "--candidates", "many"],
         ["draw", "model", "caption", "--seed", "-1"],
         ["draw", "model", "caption", "--colour", "red"],
+        ["draw", "model", "caption", "--image", "photo.png", "--keep-rows", "many"],
+        ["continue", "model"],
+        ["continue", "model", "beginning", "--count", "0"],
         ["paint"],
     ],
 )
@@ -107,6 +111,12 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
         (["--guidance-scale", "inf"], "guidance_scale: inf"),
         (["--candidates", "2", "--top", "3"], "--top: 3"),
         (["--device", "gpu"], "--device: gpu"),
+        (["--mask", "mask.png"], "--mask: mask.png: give the picture too: --image FILE"),
+        (["--keep-rows", "3"], "--keep-rows: 3: give the picture too"),
+        (["--no-paste"], "--no-paste: without a picture: give the picture too"),
+        (["--image", "no.png"], "image: no.png: no such file"),
+        (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or fit"),
+        (["--rank-by", "fit"], "--rank-by: fit: is for repainting"),
     ],
 )
 def test_bad_values_are_one_line(

@@ -12,8 +12,12 @@ from PIL import Image
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
 from engine.sampling.command import draw_to_folder, pick_device
-from engine.sampling.options import SamplingOptions
+from engine.sampling.fit import fit_scores
+from engine.sampling.given import GivenImage
+from engine.sampling.options import RowRequest, SamplingOptions
+from engine.sampling.pictures import to_uint8
 from engine.sampling.pipeline import Candidate, Drawing, Pipeline
+from engine.sampling.sampler import Sampler
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 LONG = "빨강 바탕에 파랑 네모 " * 6
@@ -187,6 +191,113 @@ def test_unreachable_hub_name() -> None:
     with pytest.raises(InputError, match="model: nobody/nothing: no such folder, and the hub gave nothing") as caught:
         Pipeline.from_pretrained("nobody/nothing", local_files_only=True)
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------- a given picture
+
+
+def _photo() -> Image.Image:
+    """32 x 32, as the model's pictures: nothing is resized."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels[8:24, 8:24] = (40, 60, 220)
+    return Image.fromarray(pixels)
+
+
+def _hole() -> Image.Image:
+    """Cells 2 to 4 across and 2 to 5 down, of 8 x 8 cells of 4 pixels; the last column and row marked in part."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:21, 8:18] = 255
+    return Image.fromarray(mask)
+
+
+def _encoded(pipeline: Pipeline, photo: Image.Image) -> torch.Tensor:
+    """(64,)."""
+    return pipeline.vqgan.encode(torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255)[0]
+
+
+@pytest.mark.parametrize("given", [GivenImage(_photo(), keep_rows=3), GivenImage(_photo(), mask_image=_hole())])
+def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: GivenImage) -> None:
+    drawing = pipeline(CAPTIONS[:1], candidates=5, seed=5, given=given)[0]
+    redrawn = torch.from_numpy(given.redrawn_tokens(32, 8))
+    assert redrawn.sum() == (40 if given.mask_image is None else 12)
+    tokens = _encoded(pipeline, given.image).masked_fill(redrawn, -1)
+    assert drawing.given_tokens == tuple(tokens.tolist())
+    drawn = torch.tensor([one.image_tokens for one in _by_number(drawing)])
+    assert torch.equal(drawn[:, ~redrawn], tokens[~redrawn].expand(5, -1))
+    assert len({tuple(row) for row in drawn[:, redrawn].tolist()}) == 5
+    text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
+    rows = [RowRequest(0, seed=5, candidate=number) for number in range(5)]
+    assert torch.equal(Sampler(pipeline.transformer).draw(text, rows, given=tokens.expand(5, -1)), drawn)
+
+
+def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
+    photo, marked = np.asarray(_photo()), np.asarray(_hole()) > 0
+    pasted = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole()))[0]
+    plain = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole(), paste=False))[0]
+    for one, other in zip(_by_number(pasted), _by_number(plain), strict=True):
+        assert one.image_tokens == other.image_tokens
+        picture, decoded = np.asarray(one.image), np.asarray(other.image)
+        assert np.array_equal(picture[~marked], photo[~marked])
+        assert np.array_equal(picture[marked], decoded[marked])
+        tokens = torch.tensor([other.image_tokens])
+        assert np.array_equal(decoded, to_uint8(pipeline.decode_images(tokens))[0].numpy())
+    assert pipeline.koclip is not None  # the ranking is of the pictures as they come out
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(one.image).copy()).permute(2, 0, 1) / 255 for one in pasted.top(3)]
+    )
+    scores = pipeline.rank_scores(CAPTIONS[:1], images[None])
+    assert scores is not None
+    assert scores[0].tolist() == pytest.approx([one.score for one in pasted.top(3)], abs=2e-3)  # 8 bits a pixel
+    rows = pipeline(CAPTIONS[:1], candidates=1, given=GivenImage(_photo(), keep_rows=3))[0].candidates[0]
+    assert np.array_equal(np.asarray(rows.image)[:12], photo[:12])
+
+
+def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+    given = GivenImage(_photo(), mask_image=_hole())
+    options = SamplingOptions(temperature=0.9, guidance_scale=2.0)
+    many = pipeline(CAPTIONS, candidates=3, seed=3, options=options, given=given, rank_by="fit")
+    for caption, drawing in zip(CAPTIONS, many, strict=True):
+        few = pipeline([caption], candidates=1, seed=3, options=options, given=given, rank_by="fit")[0]
+        for one, other in zip(_by_number(few), _by_number(drawing), strict=False):
+            _same(one, other)
+            assert one.fit == other.fit
+
+
+def test_ranked_by_fit(pipeline: Pipeline) -> None:
+    given = GivenImage(_photo(), mask_image=_hole())
+    drawing = pipeline(CAPTIONS[:1], candidates=8, given=given, rank_by="fit")[0]
+    fits = [one.fit for one in drawing.candidates]
+    assert fits == sorted(fits, reverse=True)  # type: ignore[type-var]
+    assert len(set(fits)) > 1
+    tokens = torch.tensor([one.image_tokens for one in drawing.candidates])
+    text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
+    redrawn = torch.tensor(drawing.given_tokens) < 0
+    assert fits == fit_scores(pipeline.transformer, text, tokens, redrawn).tolist()
+    by_koclip = pipeline(CAPTIONS[:1], candidates=8, given=given)[0]
+    assert {one.fit for one in by_koclip.candidates} == {None}
+    for one, other in zip(_by_number(by_koclip), _by_number(drawing), strict=True):
+        _same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "rank_by", "said"),
+    [
+        (GivenImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's pictures have 8 rows"),
+        (None, "fit", "rank_by: fit: needs a mask"),
+        (GivenImage(_photo(), keep_rows=4), "fit", "rank_by: fit: needs a mask"),
+        (None, "beauty", "rank_by: beauty: write one of koclip, fit"),
+    ],
+)
+def test_bad_given_pictures(pipeline: Pipeline, given: GivenImage | None, rank_by: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        pipeline(CAPTIONS[:1], candidates=1, given=given, rank_by=rank_by)  # type: ignore[arg-type]
+
+
+def test_captions_are_continued(pipeline: Pipeline) -> None:
+    lines = pipeline.continue_caption("빨강 바탕에", count=3, seed=1)
+    assert len(lines) == 3
+    assert all(line.text.startswith("빨강 바탕에") for line in lines)
+    assert pipeline.continue_caption("빨강 바탕에", count=1, seed=1) == lines[:1]
 
 
 # ------------------------------------------------------------------------------------------------------ kodalle draw

@@ -85,7 +85,7 @@ def open_image(path: Path) -> Image.Image:
                 told = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
                 raise ImageFault("oversize_image", path, told)
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return upright_rgb(image)
     except ImageFault:
         raise
     except Image.UnidentifiedImageError as error:
@@ -95,6 +95,23 @@ def open_image(path: Path) -> Image.Image:
     except _DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ImageFault("broken_image", path, f"is truncated or damaged: {reason}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: EXIF orientation applied, 16-bit grey scaled, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit grey PNG: Pillow's own conversion clips at 255, which turns it white
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # dropping alpha instead would show what was hidden under it, black as a rule
+        layered = image.convert("RGBA")
+        ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, layered).convert("RGB")
+    return image.convert("RGB")
 
 
 def pixel_box(
@@ -166,18 +183,3 @@ def _edge_color(image: Image.Image) -> tuple[int, int, int]:
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (2 * width + 2 * height, 3)
     red, green, blue = np.median(edges, axis=0).round().astype(int).tolist()
     return red, green, blue
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit grey PNG: Pillow's own conversion clips at 255, which turns it white
-        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # dropping alpha instead would show what was hidden under it, black as a rule
-        layered = image.convert("RGBA")
-        ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layered).convert("RGB")
-    return image.convert("RGB")

@@ -85,6 +85,24 @@ class CaptionTokenizer:
         """Tokens of the empty caption, (1, T): the unconditional side of guidance."""
         return self.encode([""], text_seq_len).tokens
 
+    def encode_beginning(self, beginning: str) -> list[int]:
+        """Tokens of a caption that goes on: [CLS] and its words, without the [SEP] that would end it."""
+        ids = self._tokenizer(beginning, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+        while ids and ids[-1] in self.end_ids:
+            ids = ids[:-1]
+        return list(ids)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """What ends a caption: [SEP] and [PAD] (the end token where there is no [SEP])."""
+        found = (self._tokenizer.sep_token_id, self._tokenizer.eos_token_id, self.pad_id)
+        return frozenset(int(token) for token in found if token is not None)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a word: [CLS], [PAD], [SEP], [UNK], [MASK]."""
+        return frozenset(int(token) for token in self._tokenizer.all_special_ids)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 

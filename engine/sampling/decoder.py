@@ -26,9 +26,9 @@ from torch import Tensor
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling.cache import Caption, KVCache, Prefix
+from engine.sampling.draw import DrawParameters
 from engine.sampling.options import RowRequest
 from engine.sampling.step_model import ANY_ROWS, RowRule, StepModel, plain_step_model
-from kernels import reference
 
 
 @dataclass
@@ -236,32 +236,10 @@ class _Plan:
             lengths[partner] = rows[slot].position
         self.lengths = column(lengths)  # (R,)
         self.longest = max(lengths)
-        self.parameters = _DrawParameters([rows[slot].request for slot in self.slots], device)
+        self.parameters = DrawParameters([rows[slot].request for slot in self.slots], device)
 
     def advance(self) -> None:
         """One position on, for every row."""
         self.positions += 1
         self.lengths += 1
         self.longest += 1
-
-
-class _DrawParameters:
-    """The rows' seeds and options as tensors, made once."""
-
-    def __init__(self, rows: list[RowRequest], device: torch.device) -> None:
-        def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        options = [row.options for row in rows]
-        # int64 holds seeds of 2^63 and more as their two's complement
-        self.seeds = column([row.seed - 2**64 * (row.seed >= 2**63) for row in rows], torch.int64)
-        self.candidates = column([row.candidate for row in rows], torch.int64)
-        self.temperature = column([option.temperature for option in options], torch.float32)
-        self.top_k = column([option.top_k or 0 for option in options], torch.int64)
-        self.top_p = column([1.0 if option.top_p is None else option.top_p for option in options], torch.float32)
-
-    def sample(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """(B, V), (B,) -> (B,)."""
-        return reference.sample(
-            logits, self.seeds, self.candidates, positions, self.temperature, self.top_k, self.top_p
-        )

@@ -2,9 +2,11 @@
 
     pipeline = Pipeline.from_pretrained("runs/demo/kodalle/model")
     drawing = pipeline(["상의에서 색상은 레드이다."], candidates=16, seed=7)[0]
-    drawing.best[0].image.save("best.png")
+    drawing.top(1)[0].image.save("best.png")
 
 Candidate i of seed s is the same picture whatever else is drawn: alone, among sixteen, beside other captions.
+A picture may be given to complete or to repaint (engine/sampling/given.py), and a caption's beginning to write on
+(engine/sampling/continuation.py).
 
 G captions, n candidates each, B = G * n rows, T text positions, N image tokens, S pixels.
 """
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -34,6 +36,9 @@ from engine.models.folder import (
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from engine.sampling.continuation import Continuation, continue_caption
+from engine.sampling.fit import fit_scores
+from engine.sampling.given import GivenImage
 from engine.sampling.onnx_record import Codec, CodecBackend, choose_codec
 from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
@@ -44,6 +49,7 @@ from engine.sampling.sampler import Sampler
 _DECODED_AT_ONCE = 4
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
+RankBy = Literal["koclip", "fit"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Candidate:
     image: Image.Image
     score: float | None  # KoCLIP's; None when the model has no ranker
     rank: int  # 1 is best; without a ranker, the order drawn
+    fit: float | None = None  # nats, see engine/sampling/fit.py; None unless ranked by it
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,20 @@ class Drawing:
     caption: str
     tokens_cut: int  # text tokens that did not fit the model and were left out
     candidates: tuple[Candidate, ...]
-    timings_s: dict[str, float]  # of the whole call that drew it: prefill, decode, vqgan, ranking
+    timings_s: dict[str, float]  # of the whole call: prefill (a given picture's encoding too), decode, vqgan, ranking
+    given_tokens: tuple[int, ...] | None = None  # N, -1 where drawn: what a given picture fixed in every candidate
 
     def top(self, count: int) -> tuple[Candidate, ...]:
         return self.candidates[:count]
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """A given picture as the model takes it."""
+
+    tokens: Tensor  # (N,), -1 where to draw
+    pixels: Tensor  # (3, S, S) float in [0, 1], the original's
+    pasted: Tensor  # (S, S) bool: where candidates get them
 
 
 class Pipeline:
@@ -152,52 +169,83 @@ class Pipeline:
         candidates: int = 16,
         seed: int = 0,
         options: SamplingOptions | None = None,
+        given: GivenImage | None = None,
+        rank_by: RankBy = "koclip",
         strict: bool = False,
         on_progress: OnProgress | None = None,
     ) -> list[Drawing]:
         """Draws `candidates` pictures of each caption and ranks them.
 
         Args:
+            given: a picture whose first rows, or all but what a mask marks, every candidate keeps.
+            rank_by: KoCLIP's score of the finished picture; or, for a repainted hole, how well it fits what was kept
+                after it.
             strict: refuse a caption that is longer than the model's text instead of cutting its end.
             on_progress: called with (image tokens drawn of each row, N).
 
         Raises:
-            InputError: no caption, an empty one, too long with `strict`, or options out of range.
+            InputError: no caption, an empty one, too long with `strict`, or options out of range; a given picture that
+                leaves nothing to draw or nothing to keep, or nothing after the hole to rank by.
         """
-        if isinstance(captions, str):  # a sequence of captions of one letter each, otherwise
-            raise InputError("captions", repr(captions), "give a list of captions")
-        if not captions or not all(caption.strip() for caption in captions):
-            raise InputError("caption", repr(list(captions)), "give a caption that is not empty")
-        if candidates < 1:
-            raise InputError("candidates", candidates, "give 1 or more")
+        _check_request(captions, candidates, rank_by)
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
+        G = len(captions)
         timings_s: dict[str, float] = {}
         with _timed(timings_s, "prefill"):
+            start = None if given is None else self._encode_given(given)
+            if rank_by == "fit":
+                _check_kept_after(start)
             prefix = self._sampler.prefill(encoded.tokens)
         rows = [
             RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or SamplingOptions())
-            for caption in range(len(captions))
+            for caption in range(G)
             for number in range(candidates)
         ]
         with _timed(timings_s, "decode"):
             total = self.transformer.config.image_seq_len
             on_step = None if on_progress is None else lambda position, _: on_progress(position + 1, total)
-            image_tokens = self._sampler.decode(prefix, rows, on_step=on_step)  # (B, N)
+            kept = None if start is None else start.tokens.expand(len(rows), -1)
+            image_tokens = self._sampler.decode(prefix, rows, given=kept, on_step=on_step)  # (B, N)
         with _timed(timings_s, "vqgan"):
             images = self.decode_images(image_tokens)  # (B, 3, S, S)
+            if start is not None:
+                images = torch.where(start.pasted, start.pixels, images)
+        fits = None
         with _timed(timings_s, "ranking"):
-            scores = self.rank_scores(captions, images.unflatten(0, (len(captions), candidates)))  # (G, n) or None
-        pixels = to_uint8(images).unflatten(0, (len(captions), candidates))  # (G, n, S, S, 3)
-        tokens = image_tokens.cpu().unflatten(0, (len(captions), candidates))  # (G, n, N)
+            scores = self.rank_scores(captions, images.unflatten(0, (G, candidates)))  # (G, n) or None
+            if rank_by == "fit" and start is not None:
+                fits = fit_scores(self.transformer, encoded.tokens, image_tokens, start.tokens < 0)
+                fits = fits.unflatten(0, (G, candidates))  # (G, n)
+        pixels = to_uint8(images).unflatten(0, (G, candidates))  # (G, n, S, S, 3)
+        tokens = image_tokens.cpu().unflatten(0, (G, candidates))  # (G, n, N)
         return [
             Drawing(
                 caption=caption,
-                tokens_cut=encoded.cut[number],
-                candidates=_ranked(seed, tokens[number], pixels[number], None if scores is None else scores[number]),
+                tokens_cut=encoded.cut[g],
+                candidates=_ranked(
+                    seed, tokens[g], pixels[g], None if scores is None else scores[g], None if fits is None else fits[g]
+                ),
                 timings_s=timings_s,
+                given_tokens=None if start is None else tuple(start.tokens.tolist()),
             )
-            for number, caption in enumerate(captions)
+            for g, caption in enumerate(captions)
         ]
+
+    def continue_caption(
+        self, beginning: str, *, count: int = 4, seed: int = 0, options: SamplingOptions | None = None
+    ) -> list[Continuation]:
+        """Writes the rest of a caption, `count` times: see engine/sampling/continuation.py."""
+        return continue_caption(self.transformer, self.tokenizer, beginning, count=count, seed=seed, options=options)
+
+    @torch.inference_mode()
+    def _encode_given(self, given: GivenImage) -> _Start:
+        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
+        redrawn_tokens = torch.from_numpy(given.redrawn_tokens(image_size, grid_size)).to(self.device)
+        redrawn_pixels = torch.from_numpy(given.redrawn_pixels(image_size, grid_size)).to(self.device)
+        pixels = torch.from_numpy(given.pixels(image_size)).to(self.device).permute(2, 0, 1).float() / 255
+        tokens = self.vqgan.encode(pixels[None])[0].masked_fill(redrawn_tokens, -1)
+        pasted = ~redrawn_pixels if given.paste else torch.zeros_like(redrawn_pixels)
+        return _Start(tokens, pixels, pasted)
 
     @torch.inference_mode()
     def decode_images(self, image_tokens: Tensor) -> Tensor:
@@ -228,11 +276,31 @@ class Pipeline:
         return torch.stack(rows).float().cpu()
 
 
-def _ranked(seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None) -> tuple[Candidate, ...]:
-    """Best first; equal scores in the order drawn."""
+def _check_request(captions: Sequence[str], candidates: int, rank_by: str) -> None:
+    if isinstance(captions, str):  # a sequence of captions of one letter each, otherwise
+        raise InputError("captions", repr(captions), "give a list of captions")
+    if not captions or not all(caption.strip() for caption in captions):
+        raise InputError("caption", repr(list(captions)), "give a caption that is not empty")
+    if candidates < 1:
+        raise InputError("candidates", candidates, "give 1 or more")
+    if rank_by not in get_args(RankBy):
+        raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
+
+
+def _check_kept_after(start: _Start | None) -> None:
+    redrawn = torch.zeros(1, dtype=torch.bool) if start is None else start.tokens < 0
+    if not bool((redrawn.cumsum(0) > 0)[~redrawn].any()):
+        raise InputError("rank_by", "fit", "needs a mask with something kept right of it or below: rank by koclip")
+
+
+def _ranked(
+    seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None, fits: Tensor | None
+) -> tuple[Candidate, ...]:
+    """Best first, by fit where there is one; equals in the order drawn."""
     order = list(range(len(pixels)))
-    if scores is not None:
-        order.sort(key=lambda number: -float(scores[number]))
+    keys = scores if fits is None else fits
+    if keys is not None:
+        order.sort(key=lambda number: -float(keys[number]))
     return tuple(
         Candidate(
             candidate=number,
@@ -241,6 +309,7 @@ def _ranked(seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None) ->
             image=Image.fromarray(pixels[number].numpy()),
             score=None if scores is None else float(scores[number]),
             rank=rank,
+            fit=None if fits is None else float(fits[number]),
         )
         for rank, number in enumerate(order, start=1)
     )

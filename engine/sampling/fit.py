@@ -1,0 +1,55 @@
+"""How well a repainted hole goes with what was kept after it.
+
+Tokens are drawn left to right, so a hole is drawn without knowing what comes below it. But the model can say
+afterwards how likely the kept tokens are, given what was drawn before them:
+
+    kept     hole     kept
+    a b c  [ d e f ]  g h i        fit = log p(g | a..f) + log p(h | a..g) + log p(i | a..h)
+
+Drawing several holes from the model and weighing each by exp(fit) is importance sampling from the model's own
+p(hole | all that was kept); the best fit is the heaviest of them.
+
+Measured with the demo's model on 40 held-out garments, 16 candidates each: error in the hole against the original,
+mean absolute difference in grey levels.
+
+                                              any candidate   best by KoCLIP   best by fit
+    upper half, caption's first sentence      33.9            33.1             30.1 (3.9 +- 0.4 below any)
+    upper half, full caption                  13.5            13.5             13.6
+    middle, full caption                      16.6            16.8             16.8
+
+So it helps where the caption leaves open what the kept part shows (a colour, say), and only there.
+
+Costs one pass over the whole sequence a candidate, about what drawing it costs in arithmetic.
+
+G captions, B = G * n rows, T text positions, N image tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.models.transformer import KoDalle
+from engine.sampling.sampler import evaluating
+
+
+def fit_scores(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, redrawn: Tensor) -> Tensor:
+    """Log-likelihood, in nats, of the tokens that were kept after the first redrawn one; without guidance.
+
+    Args:
+        text_tokens: (G, T).
+        image_tokens: (B, N), the n rows of each caption together.
+        redrawn: (N,) bool.
+
+    Returns:
+        (B,) float64 on the CPU; 0 where nothing is kept after the hole.
+    """
+    device = model.head.weight.device
+    after = (redrawn.to(device).cumsum(0) > 0) & ~redrawn.to(device)  # (N,)
+    rows_per_caption = len(image_tokens) // len(text_tokens)
+    scores = []
+    with evaluating(model):
+        for row, tokens in enumerate(image_tokens.to(device)):  # one at a time: its score is the same in any company
+            text = text_tokens[row // rows_per_caption].to(device)
+            _, logits = model.logits(text[None], tokens[None])  # (1, N, V)
+            log_p = logits[0, after].double().log_softmax(-1).gather(1, tokens[after][:, None])
+            scores.append(log_p.sum())
+    return torch.stack(scores).cpu()
