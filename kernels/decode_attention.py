@@ -9,6 +9,10 @@ One program a (row, head) walks the splits in that order and folds each into a r
 A split is 64 positions for every shape and starts where its part starts, so a row's sums run in one order whatever its
 neighbours hold, and a row may be at any position: its length is read from the device.
 
+A row's new key and value can be given along. The program that attends to a (row, head) also writes its slot, and takes
+the new position from registers, at the place in its split where memory would have had it: the sums are those of a
+separate write followed by attention, without the launch (16 a step) and without waiting for the write.
+
 The prefix is stored once a caption and every sibling reads it; at 129 positions it is 264 KB a layer (16 bit), which
 the second and later siblings find in L2. The launch is not split over positions: from 16 rows of 8 heads on, programs
 outnumber the processors of an H100, and for fewer rows a second launch to merge costs what the split would win.
@@ -41,6 +45,9 @@ def decode_attention(
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
+    *,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
     """softmax(q [prefix_keys, keys]^T / sqrt(D)) [prefix_values, values], as `kernels.reference.decode_attention`.
 
@@ -50,6 +57,8 @@ def decode_attention(
         caption_of_row: (B,) int32 or int64 in [0, G), on the device and not checked: reading it would wait for it.
         keys, values: (B, N, H, D) of q's dtype; slots from num_filled on may hold anything, NaN included.
         num_filled: (B,) int32 or int64 in [0, N], taken as N where it is more.
+        new_keys, new_values: (B, H, D) of q's dtype, both or neither: written to slot num_filled of `keys` and `values`
+            (in place) and attended to as well. A row whose N slots are all filled drops them.
 
         Strides are free (the cache stores H before T) but for D, which lies together.
 
@@ -60,18 +69,22 @@ def decode_attention(
         ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
         ImportError: triton is not installed.
     """
-    _check(q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled)
+    _check(q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values)
     B, H, D = q.shape
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    appends = new_keys is not None
+    if new_keys is None or new_values is None:
+        new_keys = new_values = q  # stand-ins that are never read
+    floats = (q, prefix_keys, prefix_values, keys, values, new_keys, new_values)
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(B, H)](
-            out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled,
-            *(_strides(tensor) for tensor in (q, prefix_keys, prefix_values, keys, values)),
+            out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values,
+            *(_strides(tensor) for tensor in floats),
             prefix_keys.shape[1], keys.shape[1], math.log2(math.e) / math.sqrt(D),
-            H=H, D=D, SPLIT=_SPLIT, BLOCK_D=triton.next_power_of_2(D),
-            ALIGNED=_aligned(q, prefix_keys, prefix_values, keys, values), num_warps=4, enable_fp_fusion=True,
+            H=H, D=D, SPLIT=_SPLIT, BLOCK_D=triton.next_power_of_2(D), APPEND=appends, ALIGNED=_aligned(*floats),
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -84,6 +97,8 @@ def _check(
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
 ) -> None:
     if q.dim() != 3 or q.dtype not in _DTYPES or not 0 < q.shape[2] <= _HEAD_DIM_MAX:
         raise ValueError(f"q: {_words(q)}; must be (B, H, D) float32, float16 or bfloat16, D at most {_HEAD_DIM_MAX}")
@@ -101,12 +116,13 @@ def _check(
         is_integer = tensor.dtype in (torch.int32, torch.int64)
         if tensor.shape != (B,) or not is_integer or not tensor.is_contiguous():
             raise ValueError(f"{name}: {_words(tensor)}; must be ({B},) int32 or int64, contiguous")
-    for name, tensor in {"q": q, **parts}.items():
+    floats = {"q": q, **parts, **_check_new(q, new_keys, new_values)}
+    for name, tensor in floats.items():
         if tensor.stride(-1) != 1 and D > 1:
             raise ValueError(f"{name}: {_words(tensor)}; D must lie together in memory: make it contiguous")
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    for name, tensor in {**parts, "caption_of_row": caption_of_row, "num_filled": num_filled}.items():
+    for name, tensor in {**floats, "caption_of_row": caption_of_row, "num_filled": num_filled}.items():
         if tensor.device != q.device:
             raise ValueError(f"{name}: is on {tensor.device}; must be on {q.device}, beside q")
     if triton is None:
@@ -116,6 +132,19 @@ def _check(
     if not q.is_cuda and isinstance(_decode_attention_kernel, triton.JITFunction):
         remedy = "call kernels.reference.decode_attention (or set TRITON_INTERPRET=1 before triton is imported)"
         raise ValueError(f"q: is on {q.device}, where no kernel runs: {remedy}")
+
+
+def _check_new(q: Tensor, new_keys: Tensor | None, new_values: Tensor | None) -> dict[str, Tensor]:
+    """The new keys and values by name, none where none are given."""
+    if new_keys is None and new_values is None:
+        return {}
+    if new_keys is None or new_values is None:
+        raise ValueError("new_keys, new_values: give both or neither")
+    new = {"new_keys": new_keys, "new_values": new_values}
+    for name, tensor in new.items():
+        if tensor.shape != q.shape or tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: {_words(tensor)}; must be as q, {_words(q)}")
+    return new
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -144,55 +173,80 @@ def _words(tensor: Tensor) -> str:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize_on_alignment=["q", "prefix_keys", "prefix_values", "keys", "values"])
+    @triton.jit(
+        do_not_specialize_on_alignment=[
+            "q", "prefix_keys", "prefix_values", "keys", "values", "new_keys", "new_values"
+        ]
+    )  # fmt: skip
     def _decode_attention_kernel(  # type: ignore[no-untyped-def]
-        out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled,
+        out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values,
         q_strides, prefix_key_strides, prefix_value_strides, key_strides, value_strides,
-        num_prefix, num_slots, scale,
-        H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+        new_key_strides, new_value_strides, num_prefix, num_slots, scale,
+        H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+        APPEND: tl.constexpr, ALIGNED: tl.constexpr,
     ):  # fmt: skip
         """`scale` carries log2(e): the softmax is taken in base 2."""
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
         caption = tl.load(caption_of_row + row).to(tl.int64)
-        filled = tl.minimum(tl.load(num_filled + row).to(tl.int32), num_slots)
+        stored = tl.minimum(tl.load(num_filled + row).to(tl.int32), num_slots)
         q += row * q_strides[0] + head * q_strides[1]
         prefix_keys += caption * prefix_key_strides[0] + head * prefix_key_strides[2]
         prefix_values += caption * prefix_value_strides[0] + head * prefix_value_strides[2]
         keys += row * key_strides[0] + head * key_strides[2]
         values += row * value_strides[0] + head * value_strides[2]
+        new_keys += row * new_key_strides[0] + head * new_key_strides[1]
+        new_values += row * new_value_strides[0] + head * new_value_strides[1]
         if ALIGNED:
             q = tl.multiple_of(q, 16)
             prefix_keys, prefix_values = tl.multiple_of(prefix_keys, 16), tl.multiple_of(prefix_values, 16)
             keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
+            new_keys, new_values = tl.multiple_of(new_keys, 16), tl.multiple_of(new_values, 16)
         dims = tl.arange(0, BLOCK_D)
         query = tl.load(q + dims, mask=dims < D, other=0).to(tl.float32) * scale  # (BLOCK_D,)
+        filled, new_key, new_value = stored, query, query
+        if APPEND:
+            filled = tl.minimum(stored + 1, num_slots)
+            new_key = tl.load(new_keys + dims, mask=dims < D, other=0)
+            new_value = tl.load(new_values + dims, mask=dims < D, other=0)
+            written = dims < tl.where(stored < num_slots, D, 0)  # a full row has no slot to write
+            tl.store(keys + stored.to(tl.int64) * key_strides[1] + dims, new_key, mask=written)
+            tl.store(values + stored.to(tl.int64) * value_strides[1] + dims, new_value, mask=written)
 
         largest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.float32)
         weighted = tl.zeros((BLOCK_D,), tl.float32)
         for start in range(0, num_prefix, SPLIT):
             largest, total, weighted = _fold_split(
                 largest, total, weighted, query, prefix_keys, prefix_values,
-                prefix_key_strides[1], prefix_value_strides[1], start, num_prefix, D, SPLIT, BLOCK_D,
+                prefix_key_strides[1], prefix_value_strides[1], start, num_prefix, num_prefix, query, query,
+                D, SPLIT, BLOCK_D, False,
             )  # fmt: skip
         for start in range(0, filled, SPLIT):
             largest, total, weighted = _fold_split(
                 largest, total, weighted, query, keys, values,
-                key_strides[1], value_strides[1], start, filled, D, SPLIT, BLOCK_D,
+                key_strides[1], value_strides[1], start, filled, stored, new_key, new_value,
+                D, SPLIT, BLOCK_D, APPEND,
             )  # fmt: skip
         attended = (weighted / total).to(out.dtype.element_ty)
         tl.store(out + (row * H + head) * D + dims, attended, mask=dims < D)
 
     @triton.jit
     def _fold_split(  # type: ignore[no-untyped-def]
-        largest, total, weighted, query, keys, values, key_stride, value_stride, start, end,
-        D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+        largest, total, weighted, query, keys, values, key_stride, value_stride, start, end, stored, new_key, new_value,
+        D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr, APPEND: tl.constexpr,
     ):  # fmt: skip
-        """(largest, total, weighted) with positions start .. min(start + SPLIT, end) - 1 folded in."""
+        """(largest, total, weighted) with positions start .. min(start + SPLIT, end) - 1 folded in.
+
+        Positions below `stored` are in memory. With APPEND, position `stored` is new_key and new_value.
+        """
         positions, dims = start + tl.arange(0, SPLIT), tl.arange(0, BLOCK_D)
         inside = positions < end
-        mask = inside[:, None] & (dims < D)[None, :]
+        mask = (positions < stored)[:, None] & (dims < D)[None, :]
         k = tl.load(keys + positions[:, None] * key_stride + dims[None, :], mask=mask, other=0).to(tl.float32)
         v = tl.load(values + positions[:, None] * value_stride + dims[None, :], mask=mask, other=0).to(tl.float32)
+        if APPEND:
+            is_new = (positions == stored)[:, None]
+            k = tl.where(is_new, new_key.to(tl.float32)[None, :], k)
+            v = tl.where(is_new, new_value.to(tl.float32)[None, :], v)
         scores = tl.where(inside, tl.sum(k * query[None, :], axis=1), float("-inf"))  # (SPLIT,)
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
         shrink = tl.exp2(largest - new_largest)

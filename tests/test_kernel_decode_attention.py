@@ -140,6 +140,78 @@ def test_any_strides_give_the_same_bits(device: str) -> None:
     assert torch.equal(decode_attention(**case | narrow), expected)
 
 
+def _with_new(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The case and a new key and value a row, views of one projection as the model makes them; own cache."""
+    B, H, D = case["q"].shape
+    projected = torch.randn(B, 3, H, D, generator=torch.Generator().manual_seed(B)).to(case["q"])
+    copies = {name: case[name].clone(memory_format=torch.preserve_format) for name in ("keys", "values")}
+    return case | copies | {"new_keys": projected[:, 1], "new_values": projected[:, 2]}
+
+
+def _write(case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The new keys and values written first, as a step in two launches does it."""
+    case = dict(case)
+    for name in ("keys", "values"):
+        new, cache = case.pop(f"new_{name}"), case[name].clone(memory_format=torch.preserve_format)
+        for row, slot in enumerate(case["num_filled"].tolist()):
+            if slot < cache.shape[1]:
+                cache[row, slot] = new[row]
+        case[name] = cache
+    case["num_filled"] = (case["num_filled"] + 1).clamp(max=case["keys"].shape[1])
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("D", "N", "filled"), [(16, 130, [0, 63, 64, 130]), (13, 65, [1, 64, 65, 12]), (40, 1, [0, 1, 0, 1])]
+)
+def test_appending_is_writing_and_then_attending(
+    device: str, dtype: torch.dtype, D: int, N: int, filled: list[int]
+) -> None:
+    case = _case(device, dtype, B=4, G=2, H=2, D=D, P=3, N=N)
+    slots = torch.arange(N, device=device)[:, None, None]
+    for name in ("keys", "values"):
+        rows = [
+            torch.where(slots < count, case[name][row].nan_to_num(0.5), torch.nan) for row, count in enumerate(filled)
+        ]
+        case[name] = torch.stack(rows)
+    case["num_filled"] = torch.tensor(filled, device=device)
+    case = _with_new(case)
+    written = _write(case)
+    by_reference = _with_new(case)
+    ours, expected = decode_attention(**case), decode_attention(**written)
+    if device == "cpu":
+        assert torch.equal(ours, expected)
+    else:  # two compiled kernels, each with its own fused multiply-adds
+        _check_error(ours, _exact(written), _plain(written), device)
+    assert torch.equal(reference.decode_attention(**by_reference), reference.decode_attention(**written))
+    for name in ("keys", "values"):
+        for cache in (case[name], by_reference[name]):
+            assert torch.equal(cache.nan_to_num(9e4), written[name].nan_to_num(9e4)), name
+
+
+def test_a_full_row_writes_nowhere(device: str) -> None:
+    """The slots after the last one belong to the next row: memory there must stay as it is."""
+    case = _with_new(_case(device, torch.float32, B=2, G=1, H=2, D=16, P=3, N=5))
+    case["num_filled"] = torch.tensor([5, 7], device=device)
+    case["keys"], case["values"] = torch.randn(2, 2, 8, 2, 16, device=device).unbind(0)
+    before = {name: case[name].clone() for name in ("keys", "values")}
+    short = case | {name: case[name][:, :5] for name in ("keys", "values")}
+    without = {name: tensor for name, tensor in short.items() if not name.startswith("new")}
+    torch.testing.assert_close(decode_attention(**short), decode_attention(**without), atol=1e-6, rtol=1e-6)
+    for name, tensor in before.items():
+        assert torch.equal(case[name], tensor)
+
+
+def test_an_appended_row_has_the_same_bits_alone_and_in_any_batch(device: str) -> None:
+    case = _with_new(_case(device, torch.float32, B=4, G=2, H=2, D=16, P=67, N=70))
+    whole = decode_attention(**case)
+    per_row = ("q", "caption_of_row", "keys", "values", "num_filled", "new_keys", "new_values")
+    for row in range(4):
+        alone = case | {name: case[name][row : row + 1] for name in per_row}
+        assert torch.equal(decode_attention(**alone)[0], whole[row])
+
+
 def test_large_scores_do_not_overflow(device: str) -> None:
     case = _case(device, torch.float32, B=2, G=1, H=1, D=16, P=70, N=70)
     case["q"] = case["q"] * 1000
@@ -161,6 +233,10 @@ def test_large_scores_do_not_overflow(device: str) -> None:
         ({"num_filled": torch.zeros(3, dtype=torch.int64)}, "num_filled"),
         ({"num_filled": torch.zeros(2, dtype=torch.int64, device="meta")}, "num_filled"),
         ({"q": torch.zeros(2, 3, 16, requires_grad=True)}, "q"),
+        ({"new_keys": torch.zeros(2, 3, 16)}, "new_keys, new_values: give both"),
+        ({"new_keys": torch.zeros(2, 3, 16), "new_values": torch.zeros(2, 3, 8)}, "new_values"),
+        ({"new_keys": torch.zeros(2, 3, 32)[..., ::2], "new_values": torch.zeros(2, 3, 16)}, "new_keys"),
+        ({"new_keys": torch.zeros(2, 3, 16, device="meta"), "new_values": torch.zeros(2, 3, 16)}, "new_keys"),
     ],
 )
 def test_contract_errors_name_the_tensor(changes: dict[str, Tensor], field: str) -> None:
@@ -191,6 +267,22 @@ def test_on_a_gpu_the_published_sizes_have_the_same_bits_for_any_number_of_rows(
     _check_error(whole, _exact(case), _plain(case), "cuda")
     per_row = ("q", "caption_of_row", "keys", "values", "num_filled")
     for B in (1, 2, 8, 16, 17, 64, 128):
+        part = case | {name: case[name][256 - B :] for name in per_row}
+        assert torch.equal(decode_attention(**part), whole[256 - B :]), B
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_appending_at_the_published_sizes_has_the_same_bits_for_any_number_of_rows(dtype: torch.dtype) -> None:
+    case = _with_new(_case("cuda", dtype, B=256, G=16, H=8, D=64, P=129, N=255))
+    written = _write(case)
+    whole = decode_attention(**case)
+    _check_error(whole, _exact(written), _plain(written), "cuda")
+    for name in ("keys", "values"):
+        assert torch.equal(case[name].nan_to_num(), written[name].nan_to_num())
+    per_row = ("q", "caption_of_row", "keys", "values", "num_filled", "new_keys", "new_values")
+    for B in (1, 2, 16, 17, 64, 128):
         part = case | {name: case[name][256 - B :] for name in per_row}
         assert torch.equal(decode_attention(**part), whole[256 - B :]), B
 
