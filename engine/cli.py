@@ -47,6 +47,9 @@ def draw(
         str, typer.Option(help="koclip; or, with --mask, fit: to what is kept after the hole")
     ] = "koclip",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: twice as fast, nearly the same")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
@@ -69,6 +72,7 @@ def draw(
         options=options,
         strict=strict,
         device=device,
+        int8=int8,
         given=None if image is None else GivenFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
         rank_by=rank_by,
     )

@@ -39,7 +39,7 @@ TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1]])
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 ROW_COUNTS = [*range(4, 24), 31, 32, 33, 48, 63, 64, 65, 90, 128, 129, 140]
 
-pytestmark = pytest.mark.skipif(not can_quantise(CPU), reason="this PyTorch has no packed linear layers (oneDNN, x86)")
+pytestmark = pytest.mark.skipif(not can_quantise(CPU), reason="no packed 8-bit linear layers here (oneDNN, x86 with VNNI)")
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def load_parts(folder: Path, device: torch.device) -> Parts:
     if not held:
         raise InputError("model folder", folder, f"holds none of {', '.join(PARTS)}: export the model again")
     if "transformer" in held:
-        pipeline = Pipeline.from_pretrained(folder, device=device)
+        pipeline = Pipeline.from_pretrained(folder, device=device, dtype=torch.float32)
         return Parts(pipeline.vqgan, pipeline.koclip, pipeline, pipeline.tokenizer, device)
     vqgan = load_part(folder, "vqgan").to(device) if "vqgan" in held else None
     koclip = load_part(folder, "koclip").to(device) if "koclip" in held else None

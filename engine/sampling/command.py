@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.given import GivenImage
+from engine.sampling.machine import fit_threads
 from engine.sampling.options import SamplingOptions
 from engine.sampling.pictures import contact_sheet, save_png
 from engine.sampling.pipeline import Candidate, Drawing, Pipeline, RankBy
@@ -62,6 +63,7 @@ def draw_to_folder(
     options: SamplingOptions,
     strict: bool,
     device: str,
+    int8: bool = False,
     given: GivenFiles | None = None,
     rank_by: str = "koclip",
 ) -> Drawing:
@@ -79,8 +81,9 @@ def draw_to_folder(
     if rank_by == "fit" and (given is None or given.mask is None):
         raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
     given_image = None if given is None else given.read()
+    fit_threads()
     begun = time.perf_counter()
-    pipeline = Pipeline.from_pretrained(model, device=pick_device(device))
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
     loading_s = time.perf_counter() - begun
     with ProgressBar("drawing", total=pipeline.transformer.config.image_seq_len) as bar:
         drawing = pipeline(
@@ -96,7 +99,7 @@ def draw_to_folder(
     if drawing.tokens_cut:
         print(f"note: the caption is {drawing.tokens_cut} tokens too long; its end was cut (--strict refuses instead)")
     begun = time.perf_counter()
-    made = describe_making(options, given, rank_by)
+    made = describe_making(options, given, rank_by, int8=int8)
     write_drawing(folder, drawing, made, top=top)
     encoding_s = time.perf_counter() - begun
     result = describe(drawing, made, top=top)
@@ -178,7 +181,9 @@ def metadata(drawing: Drawing, one: Candidate) -> dict[str, Any]:
     }
 
 
-def describe_making(options: SamplingOptions, given: GivenFiles | None, rank_by: str) -> dict[str, Any]:
+def describe_making(
+    options: SamplingOptions, given: GivenFiles | None, rank_by: str, *, int8: bool = False
+) -> dict[str, Any]:
     """What was asked for, beside caption and seed; in result.json and in every PNG."""
     return {
         "options": {
@@ -187,6 +192,7 @@ def describe_making(options: SamplingOptions, given: GivenFiles | None, rank_by:
             "top_p": options.top_p,
             "guidance_scale": options.guidance_scale,
         },
+        "int8": int8,
         "rank_by": rank_by,
         "given": None if given is None else given.describe(),
     }

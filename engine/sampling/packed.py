@@ -51,8 +51,9 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_quantise(device: torch.device) -> bool:
-    """Whether this build of PyTorch has oneDNN's 8-bit linear layers (x86)."""
-    return can_pack(torch.float32, device) and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    """Whether this build of PyTorch has oneDNN's 8-bit linear layers, and this processor sums bytes exactly (VNNI)."""
+    has_layers = can_pack(torch.float32, device) and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return has_layers and bool(torch.cpu._is_vnni_supported())
 
 
 def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
@@ -69,7 +70,7 @@ def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
     if wanted == "packed" and not packable:
         raise InputError("weights", where, "packed weights are for float32 and bfloat16 on x86: use plain")
     if wanted == "int8" and not can_quantise(weight.device):
-        raise InputError("weights", where, "8-bit weights are for x86 processors: leave them out")
+        raise InputError("weights", where, "8-bit weights are for x86 processors with VNNI: leave them out")
     return wanted
 
 

@@ -39,6 +39,7 @@ from engine.models.vqgan import Vqgan
 from engine.sampling.continuation import Continuation, continue_caption
 from engine.sampling.fit import fit_scores
 from engine.sampling.given import GivenImage
+from engine.sampling.machine import default_dtype
 from engine.sampling.onnx_record import Codec, CodecBackend, choose_codec
 from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
@@ -99,6 +100,8 @@ class Pipeline:
         tokenizer: CaptionTokenizer,
         card: str = "",
         codec: Codec | None = None,
+        *,
+        int8: bool = False,
     ) -> None:
         self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
         self._codec = codec or Codec(vqgan, koclip)
@@ -107,7 +110,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self._card = card
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
-        self._sampler = Sampler(transformer, null_text_tokens=null.to(self.device))
+        self._sampler = Sampler(transformer, null_text_tokens=null.to(self.device), weights="int8" if int8 else None)
 
     @classmethod
     def from_pretrained(
@@ -115,7 +118,8 @@ class Pipeline:
         folder_or_hub_id: str | Path,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
         codec_backend: CodecBackend = "auto",
@@ -123,6 +127,9 @@ class Pipeline:
         """Loads a model folder, or fetches one from the Hugging Face hub by `owner/name`.
 
         Args:
+            dtype: the transformer's; None: what suits the machine (engine.sampling.machine). On a GPU the codec's and
+                the ranker's too; on a CPU those are float32.
+            int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
             codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
                 left in the folder and is torch without one. Never timed here: see engine.sampling.onnx_record.
 
@@ -135,10 +142,14 @@ class Pipeline:
         koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
         _check_fit(transformer, vqgan, folder)
         card = folder / "model_card.md"
-        for module in (transformer, vqgan, koclip):
+        device = torch.device(device)
+        dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
+        transformer.to(device=device, dtype=dtype)
+        pictures_dtype = torch.float32 if device.type == "cpu" else dtype
+        for module in (vqgan, koclip):
             if module is not None:
-                module.to(device=device, dtype=dtype)
-        codec = choose_codec(folder, vqgan, koclip, backend=codec_backend, device=torch.device(device), dtype=dtype)
+                module.to(device=device, dtype=pictures_dtype)
+        codec = choose_codec(folder, vqgan, koclip, backend=codec_backend, device=device, dtype=pictures_dtype)
         return cls(
             transformer,
             vqgan,
@@ -146,6 +157,7 @@ class Pipeline:
             load_folder_tokenizer(folder),
             card.read_text(encoding="utf-8") if card.is_file() else "",
             codec,
+            int8=int8,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
