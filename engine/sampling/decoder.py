@@ -15,7 +15,7 @@ who else is there, changes nothing in its tokens. Noise is keyed by (seed, candi
 kernels/reference.py; what remains is arithmetic that must not change with the number of rows. So as many rows are
 computed as the step model's arithmetic needs (its `row_rule`: packed weights at least 4, plain ones multiples of 4, at
 least 16). `row_invariant=False` drops that: tokens may then differ with the company.
-On CUDA the same rule is applied but library matrix products do not promise it.
+On CUDA library matrix products promise no such thing: see engine/sampling/graphed.py for those.
 """
 
 from dataclasses import dataclass
@@ -143,14 +143,9 @@ class SlotDecoder:
         Returns:
             The slots of rows that finished in this step.
         """
-        N = self.model.config.image_seq_len
-        if self._plan is None:
-            unfinished = {slot: row for slot, row in self._rows.items() if row.position < N}
-            if not unfinished:
-                return []
-            self._plan = _Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
-            self._cache.seat({slot: self._captions[slot] for slot in self._plan.seated})
-        plan = self._plan
+        N, plan = self.model.config.image_seq_len, self._look_around()
+        if plan is None:
+            return []
         drawn = self._draw(plan)
         self._tokens[plan.draws, plan.positions] = drawn
         finished = []
@@ -165,6 +160,25 @@ class SlotDecoder:
             self._forward(plan, drawn)
         plan.advance()
         return finished
+
+    def next_logits(self) -> Tensor:
+        """(B, V): what the next tokens of the unfinished rows are drawn from, lowest slot first; before temperature."""
+        plan = self._look_around()
+        if plan is None:
+            return self._hidden.new_empty(0, self.model.config.image_vocab_size)
+        return self.logits(plan)[: len(plan.slots)]
+
+    def _look_around(self) -> "_Plan | None":
+        """The plan of the unfinished rows, made anew when somebody joined or left; None when there are none."""
+        if self._plan is None:
+            unfinished = {
+                slot: row for slot, row in self._rows.items() if row.position < self.model.config.image_seq_len
+            }
+            if not unfinished:
+                return None
+            self._plan = _Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
+            self._cache.seat({slot: self._captions[slot] for slot in self._plan.seated})
+        return self._plan
 
     def _draw(self, plan: "_Plan") -> Tensor:
         """(B,) tokens of the drawn rows."""

@@ -21,7 +21,7 @@ from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
 from engine.sampling.cache import Prefix, empty_prefix
-from engine.sampling.decoder import SlotDecoder
+from engine.sampling.decoders import DecoderKeeper
 from engine.sampling.options import RowRequest
 from engine.sampling.packed import Weights, choose_weights, make_step_model
 from engine.sampling.step_model import StepModel
@@ -52,6 +52,7 @@ class Sampler:
         self.row_invariant = row_invariant
         self.weights = choose_weights(model, weights)
         self._step_model: StepModel | None = None
+        self._decoders = DecoderKeeper(model, step_model=self.step_model, row_invariant=row_invariant)
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
 
@@ -120,19 +121,17 @@ class Sampler:
         given = self._check_given(given, len(rows))
         num_guided = sum(row.options.guidance_scale != 1 for row in rows)
         with evaluating(self.model):
-            decoder = SlotDecoder(
-                self.step_model(), len(rows) + num_guided, null_prefix=self.null_prefix() if num_guided else None,
-                row_invariant=self.row_invariant,
-            )  # fmt: skip
-            slots = [
-                decoder.join(prefix, row, given=None if given is None else given[index])
-                for index, row in enumerate(rows)
-            ]
-            for position in range(self.model.config.image_seq_len):
-                decoder.step()
-                if on_step is not None:
-                    on_step(position, torch.stack([decoder.tokens(slot)[-1] for slot in slots]))
-            tokens = torch.stack([decoder.leave(slot) for slot in slots])
+            null_prefix = self.null_prefix() if num_guided else None
+            with self._decoders.lend(len(rows) + num_guided, null_prefix=null_prefix) as decoder:
+                slots = [
+                    decoder.join(prefix, row, given=None if given is None else given[index])
+                    for index, row in enumerate(rows)
+                ]
+                for position in range(self.model.config.image_seq_len):
+                    decoder.step()
+                    if on_step is not None:
+                        on_step(position, torch.stack([decoder.tokens(slot)[-1] for slot in slots]))
+                tokens = torch.stack([decoder.leave(slot) for slot in slots])
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
 
     def step_model(self) -> StepModel:

@@ -1,0 +1,106 @@
+"""Which decoder draws where, and keeping the one that is expensive to make.
+
+    CPU     SlotDecoder      reads each prefix once for all its siblings and computes only rows that are there; made
+                             anew for each drawing, which costs its buffers and nothing else
+    CUDA    GraphedDecoder   replays captured steps; kept for the next drawing, which need not capture them again, and
+                             grown to the next power of two when a drawing has more rows
+
+Both draw a row from the same numbers: logits differ by rounding, in the order of sums.
+"""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.models.transformer import KoDalle
+from engine.sampling.cache import Prefix
+from engine.sampling.decoder import SlotDecoder
+from engine.sampling.graphed import GraphedDecoder
+from engine.sampling.options import RowRequest
+from engine.sampling.step_model import StepModel
+
+
+class Decoder(Protocol):
+    """Rows in flight; see engine/sampling/decoder.py."""
+
+    @property
+    def num_joined(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    def join(self, prefix: Prefix, request: RowRequest, *, given: Tensor | None = None) -> int: ...
+    def leave(self, slot: int) -> Tensor: ...
+    def tokens(self, slot: int) -> Tensor: ...
+    def step(self) -> list[int]: ...
+
+
+def can_graph(device: torch.device) -> bool:
+    """Whether `GraphedDecoder` draws on this device; where only Triton is missing, says so on stderr."""
+    if device.type != "cuda":
+        return False
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed: drawing without CUDA graphs; pip install triton", file=sys.stderr)
+        return False
+    return True
+
+
+class DecoderKeeper:
+    """Lends a decoder to one drawing after the other, from one thread.
+
+    Args:
+        model: its weights must neither change nor move while the keeper lives.
+        step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
+        row_invariant: False: as `SlotDecoder` has it; with `GraphedDecoder` the fastest attention there is.
+        graphed: whether to lend a `GraphedDecoder`; None: where `can_graph` says so.
+    """
+
+    def __init__(
+        self,
+        model: KoDalle,
+        *,
+        step_model: Callable[[], StepModel] | None = None,
+        row_invariant: bool = True,
+        graphed: bool | None = None,
+    ) -> None:
+        self._model = model
+        self._step_model = step_model
+        self._row_invariant = row_invariant
+        self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
+        self._kept: GraphedDecoder | None = None
+        self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
+        self._is_lent = False
+
+    @contextlib.contextmanager
+    def lend(self, num_slots: int, *, null_prefix: Prefix | None) -> Iterator[Decoder]:
+        """A decoder with at least `num_slots` free slots. Afterwards, or when the drawing raises, all its rows leave.
+
+        Args:
+            null_prefix: the empty caption, read; needed for guidance.
+        """
+        if not self._is_graphed:
+            model = self._model if self._step_model is None else self._step_model()
+            yield SlotDecoder(model, num_slots, null_prefix=null_prefix, row_invariant=self._row_invariant)
+            return
+        self._null_prefix = null_prefix or self._null_prefix
+        if self._is_lent:  # a drawing within a drawing
+            yield self._graphed(num_slots)
+            return
+        kept = self._kept
+        if kept is None or kept.num_slots < num_slots or (null_prefix is not None and not kept.can_guide):
+            size = max(num_slots, 0 if kept is None else kept.num_slots)
+            self._kept = kept = None  # its memory first
+            kept = self._kept = self._graphed(1 << (size - 1).bit_length())
+        self._is_lent = True
+        try:
+            yield kept
+        finally:
+            self._is_lent = False
+            kept.clear()
+
+    def _graphed(self, num_slots: int) -> GraphedDecoder:
+        attention = "triton" if self._row_invariant else "auto"
+        return GraphedDecoder(self._model, num_slots, null_prefix=self._null_prefix, attention=attention)
