@@ -27,6 +27,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
+bench: $(READY)
+	$(BIN)/python benchmarks/kernel_speed.py
+	$(BIN)/python benchmarks/sample_speed.py
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that a GPU can tell about this repository, in at most eight minutes.
+#
+#     benchmarks/gpu_suite.sh [folder]          default: runs/gpu_suite
+#     PYTHON=.venv/bin/python LIMIT_S=300 benchmarks/gpu_suite.sh /tmp/h200
+#
+# Tests that need a GPU, each kernel's speed, a thousand candidates alone and in batches, drawing in bfloat16 and float16. Each part has its own limit, and the
+# others go on when one fails. Leaves in the folder: suite.log (all output), tests.xml, <part>.json (the part's
+# document), <part>.png, summary.json. The last line of output is the summary; the exit code is 0 when all parts passed,
+# 1 when one did not, 2 when nothing could be measured. Needs torch and triton; no installation of this repository.
+set -u -o pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+folder=${1:-$root/runs/gpu_suite}
+python=${PYTHON:-python3}
+limit_s=${LIMIT_S:-470}
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+refuse() {
+    echo "gpu_suite: $1" >&2
+    exit 2
+}
+
+command -v "$python" >/dev/null || refuse "there is no $python: set PYTHON"
+"$python" -c "import torch" 2>/dev/null || refuse "$python has no torch: set PYTHON to one that has"
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
+    refuse "no CUDA device is visible to torch: nothing to measure here"
+
+mkdir -p "$folder" || refuse "cannot write to $folder"
+folder=$(cd "$folder" && pwd)
+log=$folder/suite.log
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export TMPDIR=$scratch  # a part that is stopped leaves gigabytes behind
+summary=""
+all_passed=1
+SECONDS=0
+
+# part NAME LIMIT_S COMMAND...: runs it within its limit and what is left of the whole; notes exit code and seconds.
+part() {
+    local name=$1 limit=$2 left=$((limit_s - SECONDS)) code=0 begun=$SECONDS
+    shift 2
+    ((limit > left)) && limit=$left
+    if ((limit < 5)); then
+        code=124
+        echo "== $name: no time left" | tee -a "$log"
+    else
+        echo "== $name, at most $limit s: $*" | tee -a "$log"
+        timeout --kill-after=5 "$limit" "$@" >"$scratch/$name.out" 2> >(tee -a "$log" >"$scratch/$name.err") || code=$?
+        cat "$scratch/$name.out" >>"$log"
+        tail -n 1 "$scratch/$name.out" | grep '^{' >"$folder/$name.json" || rm -f "$folder/$name.json"
+        ((code)) && tail -n 5 "$scratch/$name.err" "$scratch/$name.out"
+    fi
+    ((code)) && all_passed=0
+    echo "== $name: exit code $code after $((SECONDS - begun)) s" | tee -a "$log"
+    summary+="${summary:+, }\"$name\": {\"exit_code\": $code, \"seconds\": $((SECONDS - begun))}"
+}
+
+: >"$log"
+nvidia-smi >>"$log" 2>&1 || echo "nvidia-smi does not run here" >>"$log"
+"$python" -m pip list >>"$log" 2>/dev/null || echo "no pip here" >>"$log"
+
+cd "$root" || refuse "cannot enter $root"
+part tests 150 "$python" -m pytest -q -m gpu --no-showlocals --continue-on-collection-errors \
+    -p no:cacheprovider --junitxml="$folder/tests.xml"
+part kernel_speed 110 "$python" benchmarks/kernel_speed.py --out "$scratch/kernel_speed"
+part seed_equality 60 "$python" benchmarks/seed_equality.py
+for dtype in bfloat16 float16; do
+    part "sample_speed_$dtype" 110 "$python" benchmarks/sample_speed.py --dtype $dtype --out "$scratch/$dtype"
+    for plot in "$scratch/$dtype"/plots/*.png; do
+        [[ -e $plot ]] && cp "$plot" "$folder/sample_speed_$dtype.png"
+    done
+done
+
+line="{\"gpu_suite\": {$summary}, \"all_passed\": $([[ $all_passed == 1 ]] && echo true || echo false), \"seconds\": $SECONDS, \"folder\": \"$folder\"}"
+echo "$line" | tee "$folder/summary.json"
+[[ $all_passed == 1 ]]

@@ -1,0 +1,140 @@
+"""What 8-bit arithmetic does to drawings: python benchmarks/int8_effect.py MODEL PAIRS [--captions 40] [--out FOLDER]
+
+Draws held-out captions of a prepared folder twice, in float32 and in 8 bits, same seeds, and compares
+
+    tokens      how many are the same; and how many would be if both had drawn the same tokens so far
+    scores      KoCLIP's of each candidate (its own arithmetic is float32 in both)
+    pictures    the same tokens, decoded by the VQGAN in float32 and in 8 bits: PSNR, grey levels
+
+The last line is one JSON document.
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import facts, print_document
+from torch import Tensor
+
+from engine.data.pairs import load_pairs
+from engine.files import write_json
+from engine.progress import ProgressBar
+from engine.sampling.decoder import SlotDecoder
+from engine.sampling.draw import DrawParameters
+from engine.sampling.options import RowRequest, SamplingOptions
+from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.sampler import Sampler, evaluating
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pairs", type=Path, help="prepared folder; captions of its validation split are drawn")
+    parser.add_argument("--captions", type=int, default=40)
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, default=None, help="folder for int8_effect.json")
+    arguments = parser.parse_args()
+    exact = Pipeline.from_pretrained(arguments.model, dtype=torch.float32)
+    rough = Pipeline.from_pretrained(arguments.model, dtype=torch.float32, int8=True)
+    captions = sorted({caption for pair in load_pairs(arguments.pairs).validation for caption in pair.captions})[
+        : arguments.captions
+    ]
+    options = SamplingOptions(temperature=arguments.temperature)
+    rows: list[dict[str, Any]] = []
+    with ProgressBar("int8 effect", total=len(captions)) as bar:
+        for number, caption in enumerate(captions):
+            both = [
+                pipeline([caption], candidates=arguments.candidates, seed=arguments.seed, options=options)[0]
+                for pipeline in (exact, rough)
+            ]
+            rows.append(compare(exact, rough, caption, both[0], both[1], arguments.seed, options))
+            bar.update(number + 1)
+    document = {
+        "benchmark": "int8_effect",
+        **facts(torch.device("cpu")),
+        "model": arguments.model.name,
+        "captions": len(captions),
+        "candidates": arguments.candidates,
+        "seed": arguments.seed,
+        "temperature": arguments.temperature,
+        **summary(rows),
+    }
+    for name in ("same_tokens", "same_next_token", "score_float32", "score_int8", "score_change", "psnr_db"):
+        print(f"{name:16} {document[name]:.4f}")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out / "int8_effect.json", document)
+    print_document(document)
+
+
+def compare(
+    exact: Pipeline, rough: Pipeline, caption: str, drawn: Drawing, drawn_roughly: Drawing, seed: int, options: Any
+) -> dict[str, Any]:
+    """One caption's candidates, by candidate number."""
+    candidates, others = (sorted(one.candidates, key=lambda c: c.candidate) for one in (drawn, drawn_roughly))
+    tokens = torch.tensor([one.image_tokens for one in candidates])  # (n, N)
+    other_tokens = torch.tensor([one.image_tokens for one in others])
+    pixels = exact.decode_images(tokens) * 255
+    errors = (rough.decode_images(tokens) * 255 - pixels).abs()
+    requests = [RowRequest(0, seed, number, options) for number in range(len(tokens))]
+    text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
+    next_tokens = [
+        next_tokens_given(Sampler(exact.transformer, weights=weights), text, requests, tokens)
+        for weights in ("packed", "int8")
+    ]
+    return {
+        "same_tokens": float((tokens == other_tokens).float().mean()),
+        "same_drawings": float((tokens == other_tokens).all(1).float().mean()),
+        "same_next_token": float((next_tokens[0] == next_tokens[1]).float().mean()),
+        "scores": [one.score for one in candidates],
+        "scores_int8": [one.score for one in others],
+        "squared_error": float(errors.square().mean()),
+        "mean_grey_levels": float(errors.mean()),
+        "largest_grey_levels": float(errors.max()),
+    }
+
+
+def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[RowRequest], tokens: Tensor) -> Tensor:
+    """What would be drawn at each position if everything before it were `tokens`: (n, N) -> (n, N)."""
+    prefix = sampler.prefill(text)
+    parameters = DrawParameters(requests, torch.device("cpu"))
+    columns = []
+    with evaluating(sampler.model):
+        decoder = SlotDecoder(sampler.step_model(), len(requests))
+        for request, row in zip(requests, tokens, strict=True):
+            decoder.join(prefix, request, given=row)
+        for position in range(tokens.shape[1]):
+            columns.append(parameters.sample(decoder.next_logits(), torch.full((len(requests),), position)))
+            decoder.step()
+    return torch.stack(columns, dim=1)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over captions; the score's change with its standard error, by candidate."""
+    told: dict[str, Any] = {
+        name: statistics.mean(row[name] for row in rows)
+        for name in ("same_tokens", "same_drawings", "same_next_token", "mean_grey_levels")
+    }
+    scores = [score for row in rows for score in row["scores"]]
+    scores_int8 = [score for row in rows for score in row["scores_int8"]]
+    changes = [after - before for before, after in zip(scores, scores_int8, strict=True)]
+    told |= {
+        "score_float32": statistics.mean(scores),
+        "score_int8": statistics.mean(scores_int8),
+        "score_change": statistics.mean(changes),
+        "score_change_standard_error": statistics.stdev(changes) / math.sqrt(len(changes)),
+        "best_score_float32": statistics.mean(max(row["scores"]) for row in rows),
+        "best_score_int8": statistics.mean(max(row["scores_int8"]) for row in rows),
+        "psnr_db": 10 * math.log10(255**2 / statistics.mean(row["squared_error"] for row in rows)),
+        "largest_grey_levels": max(row["largest_grey_levels"] for row in rows),
+    }
+    return told
+
+
+if __name__ == "__main__":
+    main()

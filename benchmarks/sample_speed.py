@@ -1,0 +1,150 @@
+"""How fast this machine draws, how near that is to what the machine allows, and how others do beside it.
+
+    python benchmarks/sample_speed.py                     the published sizes, random weights, everything
+    python benchmarks/sample_speed.py --quick             a tiny model, in seconds: does it run?
+    python benchmarks/sample_speed.py --dtype float32,int8 --only ours --repeat 5
+
+A step is limited by the read of the weights, so each row says what share of the floor was reached (the formulas are in
+engine/measure.py, the machine's rates are measured in the same run). Each variant runs in a process of its own.
+Prints tables and, as the last line, one JSON document, which is also stored with a plot:
+
+    <out>/results/sample_speed/<hardware>.json      <out>/plots/sample_speed-<hardware>.png
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import facts, hardware_name, print_document, slug
+from sample_plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
+from sample_plot import draw
+from sample_report import published_rows, ratios, tables
+from sample_rows import FIRST_SEED, GUIDANCE_SCALE
+from text_table import NOT_MEASURED
+
+from engine.files import write_json
+from engine.sampling.machine import fit_threads
+
+_FOLDER = Path(__file__).resolve().parent
+_QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
+
+
+def main() -> int:
+    arguments = _arguments()
+    fit_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variants = arguments.dtype or default_variants(device)
+    document: dict[str, Any] = {
+        "benchmark": "sample_speed",
+        **facts(device),
+        "config": _config(arguments),
+        "gpu": "measured" if device.type == "cuda" else NOT_MEASURED,
+        "rates": {},
+        "equal_tokens": {},
+        "rows": [],
+        "failed": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="sample-speed-") as folder:
+        print(f"writing a {'tiny' if arguments.quick else 'full-size'} model of random weights", file=sys.stderr)
+        write_random_model(Path(folder) / "model", tiny=arguments.quick)
+        for name in variants:
+            _measure(_plan(arguments, str(Path(folder) / "model"), device, name), document)
+    document["ratios"] = ratios(document["rows"])
+    document["published"] = published_rows()
+    _store(document, arguments)
+    print(tables(document), end="\n\n")
+    print_document(document)
+    return 1 if document["failed"] else 0
+
+
+def _arguments() -> argparse.Namespace:
+    def names(allowed: list[str]) -> Any:
+        def parse(text: str) -> list[str]:
+            chosen = text.split(",")
+            unknown = [name for name in chosen if name not in allowed]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(allowed)}")
+            return chosen
+
+        return parse
+
+    parser = argparse.ArgumentParser(description="Measures drawing on this machine; see the file's head.")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, in seconds")
+    parser.add_argument("--out", type=Path, help="folder for results/ and plots/ (default: benchmarks/)")
+    parser.add_argument(
+        "--only", type=names(list(PARTS)), default=list(PARTS), help=f"of {','.join(PARTS)}; ours is always measured"
+    )
+    parser.add_argument("--dtype", type=names(list(VARIANTS)), help=f"of {','.join(VARIANTS)}")
+    parser.add_argument("--repeat", type=int, help="runs of each row at most (default: 3, on a GPU 30)")
+    arguments = parser.parse_args()
+    if arguments.repeat is not None and arguments.repeat < 1:
+        parser.error("--repeat must be 1 or more")
+    return arguments
+
+
+def _config(arguments: argparse.Namespace) -> dict[str, Any]:
+    transformer, vqgan, koclip = tiny_sizes() if arguments.quick else published_sizes()
+    return {
+        "quick": arguments.quick,
+        "weights": "random",
+        "transformer": transformer.model_dump(mode="json"),
+        "vqgan": vqgan.model_dump(mode="json"),
+        "koclip": koclip.model_dump(mode="json"),
+        "prefix_positions": transformer.prefix_len,
+        "image_tokens": transformer.image_seq_len,
+        "sampling": {"temperature": 1, "top_k": None, "top_p": None, "first_seed": FIRST_SEED},
+        "guidance_scale": GUIDANCE_SCALE,
+    }
+
+
+def _plan(arguments: argparse.Namespace, model: str, device: torch.device, variant: Any) -> Plan:
+    """Sizes that end in minutes on two cores and in half of that on a GPU."""
+    is_gpu, is_quick = device.type == "cuda", arguments.quick
+    return Plan(
+        model=model,
+        device=device.type,
+        variant=variant,
+        parts=tuple(arguments.only),
+        repeat=arguments.repeat or (30 if is_gpu else 3),
+        row_budget_s=1 if is_quick else 6 if is_gpu else 25,
+        candidates=4 if is_quick else 16,
+        lengths_one=0 if is_gpu or is_quick else 9,
+        lengths_many=0 if is_gpu or is_quick else 3,
+        rate_seconds=0.05 if is_quick else 1.0,
+        rate_bytes=1 << 24 if is_quick else None,
+    )
+
+
+def _measure(plan: Plan, document: dict[str, Any]) -> None:
+    """Runs the worker and adds what it says."""
+    command = [sys.executable, str(_FOLDER / "sample_worker.py"), plan.to_json()]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode:
+        document["failed"][plan.variant] = answer.returncode
+        return
+    told = json.loads(answer.stdout.splitlines()[-1])
+    document["rates"][plan.variant] = told["rates"]
+    document["rows"] += told["rows"]
+    if "equal_tokens" in told:
+        document["equal_tokens"][plan.variant] = told["equal_tokens"]
+
+
+def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
+    name = slug(hardware_name(document)) + ("-quick" if arguments.quick else "")
+    results = out / "results" / "sample_speed" / f"{name}.json"
+    write_json(results, document)
+    print(f"stored {results}", file=sys.stderr)
+    if any(row["what"] == "ours" for row in document["rows"]):
+        plot = out / "plots" / f"sample_speed-{name}.png"
+        draw(document, plot)
+        print(f"stored {plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
