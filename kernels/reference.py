@@ -118,6 +118,21 @@ def residual_norm(
     return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps)
 
 
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float, silu: bool) -> Tensor:
+    """GroupNorm of channels-last pictures, SiLU after it with `silu`; float32 or better inside.
+
+    Args:
+        x: (B, P, C), P pixels; neighbouring channels make a group.
+        weight, bias: (C,).
+
+    Returns:
+        (B, P, C) in x's dtype.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.group_norm(x.to(wide).transpose(1, 2), groups, weight.to(wide), bias.to(wide), eps).transpose(1, 2)
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous()
+
+
 def geglu(x: Tensor) -> Tensor:
     """value * gelu(gate), exact (erf) GELU; x (..., 2F) holds value first, then gate; returns (..., F)."""
     value, gate = x.chunk(2, dim=-1)

@@ -137,7 +137,7 @@ def test_published_similarity() -> None:
     images, tokens = _pairs()
     pictures, captions = published.embed_images(images), published.embed_texts(tokens)
     torch.testing.assert_close(published.similarity(images, tokens), captions @ pictures.T * 0.07)
-    torch.testing.assert_close(published._prepare(images), images * 255)
+    torch.testing.assert_close(published.prepare(images), images * 255)
     logits = captions @ pictures.T * 0.07
     logs = -logits.log_softmax(1).diagonal().mean() / 2 - logits.log_softmax(0).diagonal().mean() / 2
     torch.testing.assert_close(published.loss(pictures, captions), logs)
@@ -146,10 +146,10 @@ def test_published_similarity() -> None:
 def test_preparation(koclip: KoClip) -> None:
     images = torch.rand(2, 3, 32, 32)
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    torch.testing.assert_close(koclip._prepare(images), (images - mean) / std)
+    torch.testing.assert_close(koclip.prepare(images), (images - mean) / std)
     # 64 px checkerboard: antialiasing sees grey, plain bilinear sampling or striding would see black or white
     board = ((torch.arange(64)[:, None] + torch.arange(64)) % 2).float().expand(1, 3, 64, 64)
-    grey = koclip._prepare(board) * std + mean
+    grey = koclip.prepare(board) * std + mean
     torch.testing.assert_close(grey[..., 2:-2, 2:-2], torch.full((1, 3, 28, 28), 0.5))
 
 

@@ -25,9 +25,12 @@ from engine.models.onnx_export import NETWORKS, onnx_file
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.sampling import onnx_record
-from engine.sampling.onnx_record import RECORD_FILE, export_model, read_record
+from engine.sampling.koclip_encoder import KoclipEncoder
+from engine.sampling.onnx_record import RECORD_FILE, Codec, choose_codec, export_model, read_record
 from engine.sampling.onnx_runtime import OnnxKoClip, OnnxNetwork, OnnxVqgan, open_koclip, open_vqgan
 from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.vqgan_decoder import FastVqganDecoder
+from kernels.int8_conv import int8_supported
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 CPU = torch.device("cpu")
@@ -327,7 +330,7 @@ def test_no_cuda_is_said(exported: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_recorded_choice_is_followed(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(onnx_record, "_timing", lambda *_: pytest.fail("measured while drawing"))
-    kinds = {"torch": (Vqgan, KoClip), "onnx": (OnnxVqgan, OnnxKoClip)}
+    kinds = {"torch": (FastVqganDecoder, KoclipEncoder), "onnx": (OnnxVqgan, OnnxKoClip)}
     for vqgan, koclip in (("onnx", "torch"), ("torch", "onnx"), ("onnx", "onnx"), ("torch", "torch")):
         _record(copied, vqgan=vqgan, koclip=koclip)
         codec = Pipeline.from_pretrained(copied)._codec
@@ -347,15 +350,40 @@ def test_torch_where_the_record_says_nothing(model: Path, copied: Path, capsys: 
         codec = Pipeline.from_pretrained(folder, **more)._codec
         return type(codec.decoder), capsys.readouterr().err
 
-    assert chosen(model) == (Vqgan, "")
+    assert chosen(model) == (FastVqganDecoder, "")
     _record(copied, vqgan="onnx", koclip="onnx")
-    assert chosen(copied, codec_backend="torch") == (Vqgan, "")
-    said = "codec: torch; onnx.json speaks of float32, this is torch.bfloat16\n"
-    assert chosen(copied, dtype=torch.bfloat16) == (Vqgan, said)
+    assert chosen(copied, codec_backend="torch") == (FastVqganDecoder, "")
+    vqgan = load_part(copied, "vqgan").bfloat16()
+    codec = choose_codec(copied, vqgan, None, backend="auto", device=CPU, dtype=torch.bfloat16)
+    assert isinstance(codec.decoder, FastVqganDecoder)
+    assert codec.decoder.precision == "bfloat16"
+    assert capsys.readouterr().err == "codec: torch; onnx.json speaks of float32, this is torch.bfloat16\n"
     _record(copied, device="cuda")
-    assert chosen(copied) == (Vqgan, "codec: torch; onnx.json says nothing of cpu, export there to compare\n")
+    assert chosen(copied) == (
+        FastVqganDecoder,
+        "codec: torch; onnx.json says nothing of cpu, export there to compare\n",
+    )
     (copied / RECORD_FILE).unlink()  # an export that was cut short
-    assert chosen(copied) == (Vqgan, "")
+    assert chosen(copied) == (FastVqganDecoder, "")
+
+
+@pytest.mark.skipif(not int8_supported(), reason="this processor has no AVX512-VNNI")
+def test_int8_is_torchs_whatever_the_record_says(copied: Path) -> None:
+    _record(copied, vqgan="onnx", koclip="onnx")
+    vqgan, koclip = load_part(copied, "vqgan"), load_part(copied, "koclip")
+    codec = choose_codec(copied, vqgan, koclip, backend="auto", device=CPU, dtype=torch.float32, int8=True)
+    assert isinstance(codec.decoder, FastVqganDecoder)
+    assert codec.decoder.precision == Codec.of(vqgan, koclip, int8=True).decoder.precision == "int8"
+    assert isinstance(codec.embedder, OnnxKoClip)
+    with pytest.raises(InputError, match="codec_backend: onnx: has no int8"):
+        choose_codec(copied, vqgan, koclip, backend="onnx", device=CPU, dtype=torch.float32, int8=True)
+
+
+def test_record_of_an_older_comparison_is_refused(copied: Path) -> None:
+    tree = json.loads((copied / RECORD_FILE).read_text(encoding="utf-8"))
+    (copied / RECORD_FILE).write_text(json.dumps(tree | {"format": 1}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"format: .*onnx\.json"):
+        read_record(copied)
 
 
 def test_bad_records_and_bad_names(copied: Path) -> None:

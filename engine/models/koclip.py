@@ -143,7 +143,11 @@ class KoClip(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, S, S) float in [0, 1], got {tuple(images.shape)} {images.dtype}")
-        pixels = self._prepare(images).to(self.image_projection.projection.weight.dtype)
+        return self.embed_pixels(self.prepare(images))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Prepared pictures to the shared space: (B, 3, S, S) -> (B, E) float32. Free of checks, so that it is captured."""
+        pixels = pixels.to(self.image_projection.projection.weight.dtype)
         features = self.image_encoder(pixel_values=pixels).pooler_output  # (B, H)
         return self._finish(self.image_projection(features))
 
@@ -213,8 +217,8 @@ class KoClip(nn.Module):
         scale = self.logit_scale.float().squeeze(0)
         return (scale - (scale - _MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise as training did; float32."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resizes to config.image_size and normalises as training did: (B, 3, any, any) -> (B, 3, S, S) float32."""
         S = self.config.image_size
         images = images.float()
         if images.shape[2:] != (S, S):

@@ -45,9 +45,6 @@ from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
 from engine.sampling.sampler import Sampler
 
-# Pictures decoded at once, always: oneDNN picks a convolution's arithmetic by the number of pictures, and the last bits
-# with it (seen: 1e-5, so one grey level here and there). Where a picture stands among them changes nothing.
-_DECODED_AT_ONCE = 4
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
 RankBy = Literal["koclip", "fit"]
@@ -102,15 +99,21 @@ class Pipeline:
         codec: Codec | None = None,
         *,
         int8: bool = False,
+        guess_ahead: bool = True,
     ) -> None:
         self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
-        self._codec = codec or Codec(vqgan, koclip)
+        self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
         if koclip is not None:
             koclip.eval()
         self.tokenizer = tokenizer
         self._card = card
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
-        self._sampler = Sampler(transformer, null_text_tokens=null.to(self.device), weights="int8" if int8 else None)
+        self._sampler = Sampler(
+            transformer,
+            null_text_tokens=null.to(self.device),
+            weights="int8" if int8 else None,
+            guess_ahead=guess_ahead,
+        )
 
     @classmethod
     def from_pretrained(
@@ -120,6 +123,7 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         int8: bool = False,
+        guess_ahead: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
         codec_backend: CodecBackend = "auto",
@@ -130,6 +134,8 @@ class Pipeline:
             dtype: the transformer's; None: what suits the machine (engine.sampling.machine). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
             int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
+            guess_ahead: let a few candidates on a CPU take several tokens a step; the same tokens, sooner with a model
+                that was trained (engine/sampling/jacobi.py).
             codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
                 left in the folder and is torch without one. Never timed here: see engine.sampling.onnx_record.
 
@@ -149,7 +155,9 @@ class Pipeline:
         for module in (vqgan, koclip):
             if module is not None:
                 module.to(device=device, dtype=pictures_dtype)
-        codec = choose_codec(folder, vqgan, koclip, backend=codec_backend, device=device, dtype=pictures_dtype)
+        codec = choose_codec(
+            folder, vqgan, koclip, backend=codec_backend, device=device, dtype=pictures_dtype, int8=int8
+        )
         return cls(
             transformer,
             vqgan,
@@ -158,6 +166,7 @@ class Pipeline:
             card.read_text(encoding="utf-8") if card.is_file() else "",
             codec,
             int8=int8,
+            guess_ahead=guess_ahead,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -262,10 +271,7 @@ class Pipeline:
     @torch.inference_mode()
     def decode_images(self, image_tokens: Tensor) -> Tensor:
         """(B, N) -> (B, 3, S, S) in [0, 1]."""
-        missing = -len(image_tokens) % _DECODED_AT_ONCE  # the last part is filled up with copies
-        filled = torch.cat([image_tokens, image_tokens[-1:].expand(missing, -1)])
-        images = [self._codec.decoder.decode(part) for part in filled.split(_DECODED_AT_ONCE)]
-        return torch.cat(images)[: len(image_tokens)]
+        return self._codec.decoder.decode(image_tokens)
 
     @torch.inference_mode()
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:

@@ -1,0 +1,298 @@
+"""One convolution of one picture on a CPU, a few rows at a time, with what comes before it and after it.
+
+    source rows -> scale * x + shift -> SiLU -> (bytes) -> 3x3 convolution -> target rows (+=) -> sums by channel
+     (H, W, C)      the normalisation                        kernels.*         (H, W, K)          the next normalisation
+
+Rows stay in the cache from the first arrow to the last: apart, each arrow reads and writes 33 MB for 128 channels of
+256 x 256 pixels (GroupNorm and SiLU of one such map then take longer than its convolution: 300 and 200 ms on one core).
+
+For bytes the lowest and highest value of each channel are kept beside the sums. SiLU(scale * x + shift) spans
+-0.2785 .. SiLU(largest of scale * x + shift), so the rounding's scale is known before anything is computed.
+
+The steps of a map, and the order in which their sums are added, are the same for any number of threads.
+
+H x W pixels, C channels in, K out.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.int8_conv import Int8Conv, byte_scale, quantise
+from kernels.winograd import TILE, Scratch, WinogradConv
+
+_TILES_AT_ONCE = 64  # fewer, and the products' weights are read too often; more leaves the cache
+_PIXELS_AT_ONCE = 4096
+_LOWEST_SILU = -0.27846455  # at -1.2785
+
+
+class Crew:
+    """Who works on a picture: the calling thread alone, or a pool's threads, and the buffers of each.
+
+    Args:
+        local: where each thread keeps its buffers from picture to picture.
+        pool, threads: none for the calling thread alone.
+    """
+
+    def __init__(self, local: threading.local, pool: ThreadPoolExecutor | None = None, threads: int = 1) -> None:
+        self._local, self._pool, self._threads = local, pool, threads
+
+    def share(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Calls work(first, last) for parts of range(count), one part a thread, and waits for all."""
+        if self._pool is None:
+            work(0, count)
+            return
+        parts = min(self._threads, count)
+        ends = [count * part // parts for part in range(parts + 1)]
+        list(self._pool.map(torch.no_grad()(work), ends[:-1], ends[1:]))
+
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The calling thread's buffer of that name, contents undefined; valid until it is asked for again."""
+        held: dict[tuple[str, torch.dtype], Tensor] = self._local.__dict__.setdefault("held", {})
+        size = 1
+        for length in shape:
+            size *= length
+        found = held.get((name, dtype))
+        if found is None or len(found) < size:
+            found = held[name, dtype] = torch.empty(size, dtype=dtype)
+        return found[:size].view(shape)
+
+
+# ------------------------------------------------------------------------------------------------------ normalisation
+
+
+class Moments(NamedTuple):
+    """What a GroupNorm, and the rounding after it, must know of a map, by channel."""
+
+    mean: Tensor  # (C,) float64
+    variance: Tensor  # (C,) float64
+    lowest: Tensor  # (C,) float32; 0 where nobody asked for it
+    highest: Tensor  # (C,) float32
+
+    @classmethod
+    def of(cls, values: Tensor, *, spans: bool) -> "Moments":
+        """Of a whole map (H, W, C); `spans`: with lowest and highest."""
+        parts = torch.zeros(1, 4, values.shape[2])
+        _measure(values, parts[0], spans=spans)
+        return cls.merged(parts)
+
+    @classmethod
+    def merged(cls, parts: Tensor) -> "Moments":
+        """Of (steps, 4, C) as `_measure` writes them, of equally many pixels each."""
+        mean, variance = _merged(parts[:, 0].double(), parts[:, 1].double(), dim=0)
+        return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
+
+
+def _merged(means: Tensor, variances: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of equally large parts together (Chan et al.)."""
+    mean = means.mean(dim, keepdim=True)
+    return mean.squeeze(dim), (variances + (means - mean).square()).mean(dim)
+
+
+def _measure(values: Tensor, part: Tensor, *, spans: bool) -> None:
+    """(H, W, C) contiguous -> part (4, C): mean, variance and, with `spans`, lowest and highest."""
+    # Half the time of torch.sum and the sum of squares, with the variance around the mean: 0.19 and 0.38 ms for 4096
+    # pixels of 128 channels (torch.var_mean: 4 ms).
+    part[0], part[1] = torch.batch_norm_update_stats(values.permute(2, 0, 1)[None], None, None, 0.0)
+    if spans:
+        flat = values.view(-1, values.shape[-1])
+        torch.amin(flat, 0, out=part[2])
+        torch.amax(flat, 0, out=part[3])
+
+
+class Norm:
+    """GroupNorm as a scale and a shift a channel."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        self._weight, self._bias = norm.weight.detach().double(), norm.bias.detach().double()
+        self._groups, self._eps = norm.num_groups, norm.eps
+
+    def affine(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """(C,) scale and (C,) shift, float32: scale * x + shift is the normalised x."""
+        by_group = (values.view(self._groups, -1) for values in (moments.mean, moments.variance))
+        mean, variance = _merged(*by_group, dim=1)  # (groups,)
+        scale = self._weight.view(self._groups, -1) / (variance + self._eps).sqrt()[:, None]  # (groups, C / groups)
+        shift = self._bias.view(self._groups, -1) - mean[:, None] * scale
+        return scale.flatten().float(), shift.flatten().float()
+
+
+class Activation(NamedTuple):
+    """SiLU(scale * x + shift), (C,) each."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def after(cls, norm: Norm, moments: Moments) -> "Activation":
+        return cls(*norm.affine(moments))
+
+    def byte_scale(self, moments: Moments) -> tuple[float, int]:
+        """Scale and zero point of bytes that hold every value of it."""
+        ends = torch.stack([moments.lowest, moments.highest]) * self.scale + self.shift  # (2, C)
+        return byte_scale(_LOWEST_SILU, float(F.silu(ends.max())))
+
+    def __call__(self, rows: Tensor, out: Tensor) -> None:
+        F.silu(torch.addcmul(self.shift, rows, self.scale, out=out), inplace=True)
+
+
+# ------------------------------------------------------------------------------------------------------- convolutions
+
+
+class FloatConv(Protocol):
+    """A 3x3 convolution of rows that have their neighbours around them: see `WinogradConv`."""
+
+    scale: int
+    channels_out: int
+
+    def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None: ...
+
+
+def float_conv(conv: nn.Conv2d, size: int, *, doubled: bool = False) -> FloatConv:
+    """The faster one for square maps of `size` pixels a side (before doubling)."""
+    if conv.out_channels * 9 <= conv.in_channels:
+        return NarrowConv(conv)
+    if WinogradConv.fits(size, size, doubled=doubled):
+        return WinogradConv(conv.weight, bias_of(conv), doubled=doubled)
+    return DirectConv(conv, doubled=doubled)
+
+
+class DirectConv:
+    """A 3x3 convolution by torch, for maps that are not whole tiles."""
+
+    def __init__(self, conv: nn.Conv2d, *, doubled: bool) -> None:
+        self._weight = conv.weight.detach().float().contiguous(memory_format=torch.channels_last)
+        self._bias = bias_of(conv)
+        self.scale, self.channels_out = 2 if doubled else 1, conv.out_channels
+
+    def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None:
+        if self.scale == 2:  # each neighbour row and column has become two, the outer of which nobody reads
+            padded = padded.repeat_interleave(2, 0).repeat_interleave(2, 1)[1:-1, 1:-1]
+        made = F.conv2d(padded.permute(2, 0, 1)[None], self._weight, self._bias)[0].permute(1, 2, 0)  # (H, W, K)
+        if add:
+            out.add_(made)
+        else:
+            out.copy_(made)
+
+
+class NarrowConv:
+    """A 3x3 convolution to few channels: one product with the nine taps side by side, then nine shifted sums.
+
+    oneDNN computes 16 channels for 3: 2.5 ms for 16 rows of 256 pixels and 128 channels; the product takes 0.6.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._weight = conv.weight.detach().float().permute(1, 2, 3, 0).flatten(1).contiguous()  # (C, 9 K)
+        self._bias = bias_of(conv)
+        self.scale, self.channels_out = 1, conv.out_channels
+
+    def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None:
+        H, W, K = out.shape
+        taps = scratch("tiles", *padded.shape[:2], 9 * K)
+        torch.mm(padded.view(-1, padded.shape[2]), self._weight, out=taps.view(-1, 9 * K))
+        if add:
+            out.add_(self._bias)
+        else:
+            out.copy_(self._bias.expand_as(out))
+        for tap in range(9):
+            down, right = divmod(tap, 3)
+            out.add_(taps[down : down + H, right : right + W, tap * K : (tap + 1) * K])
+
+
+def bias_of(conv: nn.Conv2d) -> Tensor:
+    """(K,) float32, a copy."""
+    assert conv.bias is not None, "taming's convolutions have one"
+    return conv.bias.detach().float().clone()
+
+
+def convolve(
+    conv: FloatConv | Int8Conv,
+    source: Tensor,
+    target: Tensor,
+    crew: Crew,
+    *,
+    activation: Activation | None = None,
+    byte_scale: tuple[float, int] = (1.0, 0),
+    add: bool = False,
+    measured: bool = True,
+    spans: bool = False,
+) -> Moments | None:
+    """target = conv(activation(source)), or += with `add`.
+
+    Args:
+        source: (H, W, C) float32, contiguous.
+        target: (conv.scale * H, conv.scale * W, K) float32, contiguous; written.
+        activation: None: the source as it is.
+        byte_scale: scale and zero point of the bytes that an `Int8Conv` takes.
+        measured: whether anyone wants the target's moments; `spans`, with its lowest and highest values.
+
+    Returns:
+        the target's moments, None without `measured`.
+    """
+    H, W, C = source.shape
+    rows = _rows_at_once(conv, H, W)
+    steps, out_rows = H // rows, rows * conv.scale
+    parts = torch.zeros(steps, 4, target.shape[2])
+    in_bytes = isinstance(conv, Int8Conv)
+
+    def band(first: int, last: int) -> None:
+        padded = crew.buffer("padded", rows + 2, W + 2, C, dtype=torch.uint8 if in_bytes else torch.float32)
+        nothing = byte_scale[1] if in_bytes else 0
+        padded[:, 0] = nothing
+        padded[:, -1] = nothing
+        for step in range(first, last):
+            top = step * rows  # padded[0] is row top - 1
+            ready = 0
+            if step == 0:
+                padded[0] = nothing
+                ready = 1
+            elif step > first and rows >= 2:
+                padded[:2] = padded[rows:]
+                ready = 2
+            end = min(rows + 2, H + 1 - top)
+            fresh, place = source[top - 1 + ready : top - 1 + end], padded[ready:end, 1:-1]
+            _fill(fresh, place, activation, byte_scale, crew)
+            padded[end:] = nothing
+            part = target[step * out_rows : (step + 1) * out_rows]
+            if isinstance(conv, Int8Conv):
+                conv(padded, part, x_scale=byte_scale[0], zero_point=byte_scale[1], add=add)
+            else:
+                conv(padded, part, add=add, scratch=crew.buffer)
+            if measured:
+                _measure(part, parts[step], spans=spans)
+
+    crew.share(steps, band)
+    return Moments.merged(parts) if measured else None
+
+
+def _fill(
+    rows: Tensor, place: Tensor, activation: Activation | None, byte_scale: tuple[float, int], crew: Crew
+) -> None:
+    """Writes rows (n, W, C), activated, to their place, as floats or bytes."""
+    in_bytes = place.dtype == torch.uint8
+    if activation is None:
+        assert not in_bytes, "only activations are rounded to bytes: their range is known"
+        place.copy_(rows)
+    elif in_bytes:
+        values = crew.buffer("activated", *rows.shape)
+        activation(rows, values)
+        quantise(values, place, x_scale=byte_scale[0], zero_point=byte_scale[1])
+    else:
+        activation(rows, place)
+
+
+def _rows_at_once(conv: FloatConv | Int8Conv, height: int, width: int) -> int:
+    """Source rows of a step: a divisor of the height, whole tiles where the convolution has tiles."""
+    if isinstance(conv, WinogradConv):
+        tile = TILE // conv.scale
+        return tile * _divisor(height // tile, _TILES_AT_ONCE * tile // width)
+    return _divisor(height, _PIXELS_AT_ONCE // width)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, or 1."""
+    return next((size for size in range(min(number, max(most, 1)), 1, -1) if number % size == 0), 1)

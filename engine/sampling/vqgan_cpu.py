@@ -1,0 +1,178 @@
+"""The VQGAN decoder on a CPU, in float32 or with eight-bit convolutions: a picture is decoded band by band.
+
+Three things make it faster than running the modules, each of which leaves the cache and waits for all threads:
+
+- Rows go through normalisation, SiLU, convolution and the next normalisation's sums a few at a time
+  (engine.sampling.vqgan_bands).
+- 3x3 convolutions are Winograd's, a quarter of the products (kernels.winograd), or take bytes (kernels.int8_conv).
+- No operation is split among threads: each thread has a picture, or bands of one (engine.sampling.threads).
+
+A picture's pixels depend on its tokens alone: not on the pictures beside it, nor on the number of threads, since the
+steps are the same and every operation runs on one thread.
+
+H x W pixels, C channels in, K out, Z latent channels, S the picture's pixels on a side.
+Source of the network: CompVis/taming-transformers `Decoder`.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+
+import torch
+from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
+from torch import Tensor, nn
+
+from engine.sampling.threads import single_threads
+from engine.sampling.vqgan_bands import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
+from kernels.int8_conv import Int8Conv
+
+
+class CpuDecoder:
+    """taming's decoder, repacked: it shares nothing with the module that it was made of.
+
+    Its weights take 609 MB for the published decoder (Winograd's are four times the size of the module's), 111 MB with
+    `int8`.
+
+    Args:
+        decoder: taming's, on the CPU.
+        int8: the residual blocks' convolutions take bytes. What enlarges, the first and the last convolution and the
+            attention stay in float32: they write to the residual stream itself, whose range no activation bounds.
+    """
+
+    def __init__(self, decoder: Decoder, *, int8: bool) -> None:
+        size: int = decoder.z_shape[2]
+        self._int8 = int8
+        self._first = float_conv(decoder.conv_in, size)
+        self._steps: list[_Block | _Attention | FloatConv] = [
+            _Block(decoder.mid.block_1, size, int8=int8),
+            _Attention(decoder.mid.attn_1, int8=int8),
+            _Block(decoder.mid.block_2, size, int8=int8),
+        ]
+        for level in reversed(decoder.up):
+            for number, block in enumerate(level.block):
+                self._steps.append(_Block(block, size, int8=int8))
+                if len(level.attn):
+                    self._steps.append(_Attention(level.attn[number], int8=int8))
+            if hasattr(level, "upsample"):
+                self._steps.append(float_conv(level.upsample.conv, size, doubled=True))
+                size *= 2
+        self._last_norm = Norm(decoder.norm_out)
+        self._last = float_conv(decoder.conv_out, size)
+
+    @torch.no_grad()
+    def decode(self, latents: Callable[[int], Tensor], count: int) -> list[Tensor]:
+        """`count` pictures, each (S, S, 3) float32 around [-1, 1].
+
+        Args:
+            latents: of picture i, (h, w, Z) float32; called by the thread that decodes it.
+        """
+        local = threading.local()
+
+        @torch.no_grad()
+        def alone(number: int) -> Tensor:
+            return self._picture(latents(number), Crew(local))
+
+        # Inference mode is each thread's own, and its tensors may not be written outside it.
+        with torch.inference_mode(False), single_threads() as (pool, threads):
+            whole = count - count % threads
+            pictures = list(pool.map(alone, range(whole)))
+            # What is left over has all threads for each picture in turn.
+            pictures += [self._picture(latents(number), Crew(local, pool, threads)) for number in range(whole, count)]
+        return pictures
+
+    def _picture(self, latents: Tensor, crew: Crew) -> Tensor:
+        stream = crew.buffer("stream 0", *latents.shape[:2], self._first.channels_out)
+        moments = convolve(self._first, latents, stream, crew, spans=self._int8)
+        for number, step in enumerate(self._steps, start=1):
+            if isinstance(step, _Block | _Attention):
+                assert moments is not None
+                stream, moments = step(stream, moments, crew, name=f"stream {number}")
+                continue
+            H, W, _ = stream.shape
+            larger = crew.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
+            moments = convolve(step, stream, larger, crew, spans=self._int8)
+            stream = larger
+        assert moments is not None
+        picture = torch.empty(*stream.shape[:2], self._last.channels_out)
+        activation = Activation.after(self._last_norm, moments)
+        convolve(self._last, stream, picture, crew, activation=activation, measured=False)
+        return picture
+
+
+class _Block:
+    """Residual block: stream + conv2(silu(norm2(conv1(silu(norm1(stream)))))), a 1x1 convolution where C changes."""
+
+    def __init__(self, block: ResnetBlock, size: int, *, int8: bool) -> None:
+        self._norm1, self._norm2 = Norm(block.norm1), Norm(block.norm2)
+        self._conv1, self._conv2 = (
+            Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size)
+            for conv in (block.conv1, block.conv2)
+        )
+        self._shortcut = _Linear(block.nin_shortcut) if block.in_channels != block.out_channels else None
+
+    def __call__(self, stream: Tensor, moments: Moments, crew: Crew, *, name: str) -> tuple[Tensor, Moments]:
+        """Adds to the stream (H, W, C) in place, or to a new one called `name`; also its moments."""
+        H, W, _ = stream.shape
+        K = self._conv1.channels_out
+        branch = crew.buffer("branch", H, W, K)
+        between = self._convolve(self._conv1, self._norm1, stream, moments, branch, crew)
+        if self._shortcut is not None:
+            stream = self._shortcut(stream, out=crew.buffer(name, H, W, K))
+        return stream, self._convolve(self._conv2, self._norm2, branch, between, stream, crew, add=True)
+
+    @staticmethod
+    def _convolve(
+        conv: FloatConv | Int8Conv,
+        norm: Norm,
+        source: Tensor,
+        moments: Moments,
+        target: Tensor,
+        crew: Crew,
+        *,
+        add: bool = False,
+    ) -> Moments:
+        activation = Activation.after(norm, moments)
+        int8 = isinstance(conv, Int8Conv)
+        byte_scale = activation.byte_scale(moments) if int8 else (1.0, 0)
+        after = convolve(conv, source, target, crew, activation=activation, byte_scale=byte_scale, add=add, spans=int8)
+        assert after is not None
+        return after
+
+
+class _Attention:
+    """stream + proj(softmax(q k^T / sqrt(C)) v), one head over all pixels: at 16 x 16 pixels 1 % of the work."""
+
+    def __init__(self, block: AttnBlock, *, int8: bool) -> None:
+        self._norm = Norm(block.norm)
+        convs = (block.q, block.k, block.v)
+        self._weight = torch.cat([_matrix(conv) for conv in convs], dim=1)  # (C, 3 C)
+        self._bias = torch.cat([bias_of(conv) for conv in convs])
+        self._project = _Linear(block.proj_out)
+        self._spans = int8
+
+    def __call__(self, stream: Tensor, moments: Moments, crew: Crew, *, name: str) -> tuple[Tensor, Moments]:
+        C = stream.shape[2]
+        rows = stream.view(-1, C)  # (H W, C)
+        scale, shift = self._norm.affine(moments)
+        q, k, v = torch.addmm(self._bias, torch.addcmul(shift, rows, scale), self._weight).split(C, dim=1)
+        seen = torch.softmax((q @ k.T) / math.sqrt(C), dim=1) @ v
+        rows.add_(self._project(seen, out=crew.buffer("branch", *rows.shape)))
+        return stream, Moments.of(stream, spans=self._spans)
+
+
+class _Linear:
+    """A 1x1 convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._weight, self._bias = _matrix(conv), bias_of(conv)
+
+    def __call__(self, values: Tensor, *, out: Tensor) -> Tensor:
+        """(..., C) -> out (..., K), both contiguous."""
+        C, K = self._weight.shape
+        torch.addmm(self._bias, values.view(-1, C), self._weight, out=out.view(-1, K))
+        return out
+
+
+def _matrix(conv: nn.Conv2d) -> Tensor:
+    """(C, K) of a 1x1 convolution, float32, a copy."""
+    return conv.weight.detach().float()[:, :, 0, 0].T.contiguous()

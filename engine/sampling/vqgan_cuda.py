@@ -1,0 +1,124 @@
+"""The VQGAN decoder on a GPU: channels last, GroupNorm and SiLU in one kernel, all of it one CUDA graph.
+
+A decoder is some 180 launches, many of them shorter than the launch: the graph makes them one. It is captured once, for
+`pictures_at_once`, and always runs so many: cuDNN picks a convolution's arithmetic by the number of pictures, so a graph
+for each number would give a picture other bits in other company. Where a picture stands among them changes nothing.
+
+The graph runs on a stream of its own. Decoding tokens is bound by memory, decoding pictures by arithmetic: whoever does
+not wait for `enqueue` at once has both at the same time.
+
+    images, done = decoder.enqueue(image_tokens)    # returns at once
+    ...                                             # the next drawing's tokens, on the caller's stream
+    done.wait()                                     # the caller's stream waits; done.synchronize(): the host does
+
+Not measured on a GPU: captured and checked by the tests marked `gpu`.
+
+B pictures, N image tokens, h = w side of the token grid, Z latent channels, S pixels, C channels.
+Source of the network: CompVis/taming-transformers `Decoder`.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
+from torch import Tensor, nn
+
+from engine.models.vqgan import to_unit_range
+from engine.sampling.captured import Captured
+from kernels.group_norm import group_norm
+
+
+class CudaDecoder:
+    """taming's decoder from tokens on, captured.
+
+    Args:
+        decoder: taming's, on a GPU; copied.
+        table: (K, Z), the latent vector of each code.
+        dtype: float32, float16 or bfloat16, of weights and maps; a normalisation's sums are float32.
+        pictures_at_once: what the graph decodes; fewer are filled up, more are decoded in turn.
+        graphed: False runs the same operations one by one.
+    """
+
+    def __init__(
+        self, decoder: Decoder, table: Tensor, *, dtype: torch.dtype, pictures_at_once: int = 4, graphed: bool = True
+    ) -> None:
+        self._decoder = copy.deepcopy(decoder).eval().to(dtype=dtype, memory_format=torch.channels_last)
+        self._decoder.requires_grad_(False)
+        self._table = table.to(dtype)
+        self._grid: int = decoder.z_shape[2]
+        self._device = table.device
+        self._pictures_at_once = pictures_at_once
+        self._stream = torch.cuda.Stream(self._device)
+        nothing = torch.zeros(pictures_at_once, self._grid**2, dtype=torch.int64, device=self._device)
+        self._run = Captured(self._pictures, nothing, stream=self._stream) if graphed else self._pictures
+
+    @torch.no_grad()
+    def enqueue(self, image_tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Starts decoding (B, N) int64 tokens of the codebook, unchecked; waits for what made them, not for itself.
+
+        Returns:
+            images (B, 3, S, S) float32 in [0, 1], not to be read before the event; and the event.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        parts = []
+        with torch.cuda.stream(self._stream):
+            for part in image_tokens.split(self._pictures_at_once):
+                filled = part.new_zeros(self._pictures_at_once, part.shape[1])
+                filled[: len(part)] = part
+                parts.append(self._run(filled)[: len(part)])
+            size = self._grid * 2 ** (self._decoder.num_resolutions - 1)
+            images = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self._device)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        image_tokens.record_stream(self._stream)
+        images.record_stream(torch.cuda.current_stream(self._device))
+        return images, done
+
+    def _pictures(self, image_tokens: Tensor) -> Tensor:
+        # The same algorithm in each process: no stopwatch; and float32 is float32.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            latents = F.embedding(image_tokens, self._table)  # (B, N, Z)
+            latents = latents.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)  # (B, Z, h, w), channels last
+            return to_unit_range(decode_channels_last(self._decoder, latents))
+
+
+def decode_channels_last(decoder: Decoder, latents: Tensor) -> Tensor:
+    """taming's `Decoder.forward` with the kernel in it: (B, Z, h, w) channels last -> (B, 3, S, S)."""
+    stream = decoder.conv_in(latents)
+    stream = _block(decoder.mid.block_1, stream)
+    stream = _attention(decoder.mid.attn_1, stream)
+    stream = _block(decoder.mid.block_2, stream)
+    for level in reversed(decoder.up):
+        for number, block in enumerate(level.block):
+            stream = _block(block, stream)
+            if len(level.attn):
+                stream = _attention(level.attn[number], stream)
+        if hasattr(level, "upsample"):
+            stream = level.upsample.conv(F.interpolate(stream, scale_factor=2.0, mode="nearest"))
+    return decoder.conv_out(_normalised(decoder.norm_out, stream, silu=True))
+
+
+def _block(block: ResnetBlock, stream: Tensor) -> Tensor:
+    branch = block.conv1(_normalised(block.norm1, stream, silu=True))
+    branch = block.conv2(_normalised(block.norm2, branch, silu=True))
+    return (block.nin_shortcut(stream) if block.in_channels != block.out_channels else stream) + branch
+
+
+def _attention(block: AttnBlock, stream: Tensor) -> Tensor:
+    """Products in the maps' type, softmax in float32; written out, so that nothing is chosen by the number of rows."""
+    B, C, H, W = stream.shape
+    normed = _normalised(block.norm, stream, silu=False)
+    q, k, v = (conv(normed).permute(0, 2, 3, 1).reshape(B, H * W, C) for conv in (block.q, block.k, block.v))
+    weights = torch.softmax((q @ k.transpose(1, 2)).float() / math.sqrt(C), dim=2).to(v.dtype)  # (B, HW, HW)
+    seen = (weights @ v).unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
+    return stream + block.proj_out(seen)
+
+
+def _normalised(norm: nn.GroupNorm, stream: Tensor, *, silu: bool) -> Tensor:
+    """(B, C, H, W) channels last -> the same."""
+    B, C, H, W = stream.shape
+    pixels = stream.permute(0, 2, 3, 1).reshape(B, H * W, C)  # a view
+    made = group_norm(pixels.contiguous(), norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, silu=silu)
+    return made.view(B, H, W, C).permute(0, 3, 1, 2)

@@ -1,0 +1,168 @@
+"""GroupNorm, with SiLU after it or without, of pictures that lie channels last.
+
+B pictures, P pixels, C channels, G groups.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias        out = y * sigmoid(y)
+
+torch's GroupNorm wants channels first and would copy the map there and back; with SiLU apart, a decoder's map of 256 x
+256 pixels and 128 channels is read and written five times, here it is read twice and written once. Three launches:
+
+    moments   a block of pixels   mean and squared distances of each channel
+    affine    a picture           the blocks together, by group: a scale and a shift for each channel
+    apply     a block of pixels   SiLU(scale * x + shift)
+
+Everything is float32 inside. Blocks have a size of their own, whatever B, and are added in one order: a picture has the
+same bits alone and among any others.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # said when the kernel is called
+    triton = None
+
+_CHANNELS_MAX = 4096
+_BLOCK_ELEMENTS = 8192  # of a program: 64 pixels of 128 channels, 32 values a thread of 8 warps
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float, silu: bool) -> Tensor:
+    """GroupNorm of channels-last pictures, as `kernels.reference.group_norm`.
+
+    Args:
+        x: (B, P, C) float32, float16 or bfloat16, contiguous; C at most 4096.
+        weight, bias: (C,), of x's dtype and device.
+        groups: divides C; neighbouring channels make a group.
+        eps: added to the variance.
+        silu: whether y * sigmoid(y) follows.
+
+    Returns:
+        like x.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
+        ImportError: triton is not installed.
+    """
+    _check(x, weight, bias, groups)
+    B, P, C = x.shape
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    block_c = triton.next_power_of_2(C)
+    block_p = max(_BLOCK_ELEMENTS // block_c, 1)
+    blocks = triton.cdiv(P, block_p)
+    parts = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
+    affine = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _moments_kernel[(blocks, B)](x, parts, P, blocks, C=C, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=8)
+        _affine_kernel[(B,)](
+            parts, weight, bias, affine, P, blocks, eps,
+            C=C, BLOCK_C=block_c, BLOCK_P=block_p, GROUP=C // groups, num_warps=8,
+        )  # fmt: skip
+        _apply_kernel[(blocks, B)](
+            x, affine, out, P, C=C, BLOCK_C=block_c, BLOCK_P=block_p, SILU=silu, num_warps=8
+        )  # fmt: skip
+    return out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
+    if x.dim() != 3 or x.dtype not in _DTYPES or not 0 < x.shape[2] <= _CHANNELS_MAX or not x.is_contiguous():
+        raise ValueError(
+            f"x: {tuple(x.shape)} {x.dtype} of strides {x.stride()}; must be (B, P, C) float32, float16 or bfloat16, "
+            f"contiguous, C at most {_CHANNELS_MAX}"
+        )
+    C = x.shape[2]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: {groups}; must divide {C} channels")
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor.shape != (C,) or tensor.dtype != x.dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}; must be ({C},) {x.dtype}, contiguous")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}; must be on {x.device}, beside x")
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
+    if triton is None:
+        raise ImportError("kernels.group_norm needs triton: pip install triton, or call kernels.reference.group_norm")
+    if not x.is_cuda and isinstance(_moments_kernel, triton.JITFunction):
+        remedy = "call kernels.reference.group_norm (or set TRITON_INTERPRET=1 before triton is imported)"
+        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["P", "blocks"])
+    def _moments_kernel(  # type: ignore[no-untyped-def]
+        x, parts, P, blocks, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+    ):
+        block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        channels = tl.arange(0, BLOCK_C)
+        pixels = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (pixels < P)[:, None] & (channels < C)[None, :]
+        places = picture * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
+        values = tl.load(x + places, mask=inside, other=0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
+        mean = tl.sum(values, axis=0) / count
+        away = tl.where(inside, values - mean[None, :], 0.0)
+        parts += (picture * blocks + block) * 2 * C
+        tl.store(parts + channels, mean, mask=channels < C)
+        tl.store(parts + C + channels, tl.sum(away * away, axis=0), mask=channels < C)
+
+    @triton.jit
+    def _over_group(values, room, channels, inside, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """For each channel the sum over its group. A reshape could do it for powers of two only: `room` (C,) is used."""
+        tl.debug_barrier()  # nobody reads what is in it any more
+        tl.store(room + channels, values, mask=inside)
+        tl.debug_barrier()
+        first = room + channels // GROUP * GROUP
+        total = tl.zeros_like(values)
+        for neighbour in range(GROUP):
+            total += tl.load(first + neighbour, mask=inside, other=0)
+        tl.debug_barrier()
+        return total
+
+    @triton.jit(do_not_specialize=["P", "blocks"])
+    def _affine_kernel(  # type: ignore[no-untyped-def]
+        parts, weight, bias, affine, P, blocks, eps,
+        C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        picture = tl.program_id(0).to(tl.int64)
+        channels = tl.arange(0, BLOCK_C)
+        inside = channels < C
+        parts += picture * blocks * 2 * C
+        total = tl.zeros([BLOCK_C], tl.float32)
+        for block in range(blocks):
+            count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
+            total += count * tl.load(parts + block * 2 * C + channels, mask=inside, other=0)
+        affine += picture * 2 * C
+        mean = _over_group(total, affine, channels, inside, GROUP) / (P * GROUP)
+        squares = tl.zeros([BLOCK_C], tl.float32)
+        for block in range(blocks):
+            count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
+            away = tl.load(parts + block * 2 * C + channels, mask=inside, other=0) - mean
+            squares += tl.load(parts + block * 2 * C + C + channels, mask=inside, other=0) + count * away * away
+        variance = _over_group(squares, affine, channels, inside, GROUP) / (P * GROUP)
+        scale = tl.load(weight + channels, mask=inside, other=0).to(tl.float32) * tl.rsqrt(variance + eps)
+        shift = tl.load(bias + channels, mask=inside, other=0).to(tl.float32) - mean * scale
+        tl.store(affine + channels, scale, mask=inside)
+        tl.store(affine + C + channels, shift, mask=inside)
+
+    @triton.jit(do_not_specialize=["P"])
+    def _apply_kernel(  # type: ignore[no-untyped-def]
+        x, affine, out, P, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SILU: tl.constexpr
+    ):
+        block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        channels = tl.arange(0, BLOCK_C)
+        pixels = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (pixels < P)[:, None] & (channels < C)[None, :]
+        places = picture * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
+        values = tl.load(x + places, mask=inside, other=0).to(tl.float32)
+        scale = tl.load(affine + picture * 2 * C + channels, mask=channels < C, other=0)
+        shift = tl.load(affine + picture * 2 * C + C + channels, mask=channels < C, other=0)
+        values = values * scale[None, :] + shift[None, :]
+        if SILU:
+            values = values / (1.0 + tl.exp(-values))
+        tl.store(out + places, values.to(out.dtype.element_ty), mask=inside)

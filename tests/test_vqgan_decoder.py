@@ -1,0 +1,265 @@
+"""The fast decoder draws the VQGAN's pictures, each as if it were alone; what it refuses, and what bytes cost."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import VqganConfig
+from engine.errors import InputError
+from engine.models.vqgan import Vqgan
+from engine.sampling import vqgan_bands, vqgan_decoder
+from engine.sampling.vqgan_bands import convolve, float_conv
+from engine.sampling.vqgan_cpu import Crew
+from engine.sampling.vqgan_cuda import decode_channels_last
+from engine.sampling.vqgan_decoder import FastVqganDecoder, latent_table
+from kernels.int8_conv import int8_supported
+
+HAS_CUDA = torch.cuda.is_available()
+needs_vnni = pytest.mark.skipif(not int8_supported(), reason="this processor has no AVX512-VNNI")
+
+_COMMON: dict[str, Any] = {"base_channels": 32, "latent_channels": 16, "embed_dim": 12, "codebook_size": 40}
+CONFIGS = {
+    "attention": {"image_size": 32, "channel_multipliers": (1, 1, 2), "attention_resolutions": (8,)},
+    "narrow": {"image_size": 48, "channel_multipliers": (1, 2, 2, 4), "norm_groups": 4, "attention_resolutions": ()},
+    "odd maps": {"image_size": 20, "channel_multipliers": (1, 2, 1), "attention_resolutions": (5, 20)},
+}
+
+
+def _vqgan(name: str) -> Vqgan:
+    """Random weights with every bias and gain of its own, and pictures that are not flat."""
+    torch.manual_seed(0)
+    vqgan = Vqgan(VqganConfig(**(_COMMON | CONFIGS[name]))).eval()
+    with torch.no_grad():
+        for parameter in vqgan.decoder.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        vqgan.quantize.embedding.weight.normal_()
+    return vqgan
+
+
+@pytest.fixture(scope="module")
+def vqgan() -> Vqgan:
+    return _vqgan("attention")
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of 32 x 32 pixels in eight steps, as published ones in many."""
+    monkeypatch.setattr(vqgan_bands, "_TILES_AT_ONCE", 8)
+    monkeypatch.setattr(vqgan_bands, "_PIXELS_AT_ONCE", 128)
+
+
+def _tokens(vqgan: Vqgan, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(vqgan.config.codebook_size, (count, vqgan.config.image_seq_len), generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------- the same
+
+
+@pytest.mark.parametrize(("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("odd maps", 2)])
+def test_equals_the_vqgan(name: str, count: int) -> None:
+    vqgan = _vqgan(name)
+    tokens = _tokens(vqgan, count)
+    expected = vqgan.decode(tokens)
+    found = FastVqganDecoder(vqgan).decode(tokens)
+    assert (found.shape, found.dtype) == (expected.shape, torch.float32)
+    assert expected.std() > 0.05  # no flat grey that any decoder would get right
+    assert (found - expected).abs().max() <= 1e-5
+    assert torch.equal(vqgan.decode(tokens), expected)  # the VQGAN is as it was
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_decodes_in_inference_mode(vqgan: Vqgan, count: int) -> None:
+    """Tensors of that mode may not be written by other threads, which are not in it."""
+    tokens = _tokens(vqgan, count)
+    with torch.inference_mode():
+        found = FastVqganDecoder(vqgan).decode(tokens.clone())
+    assert torch.equal(found, FastVqganDecoder(vqgan).decode(tokens))
+
+
+def test_equals_the_vqgan_where_a_map_takes_many_steps(vqgan: Vqgan, small_steps: None) -> None:
+    tokens = _tokens(vqgan, 3)
+    assert (FastVqganDecoder(vqgan).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_sixteen_bits_are_near(vqgan: Vqgan, precision: vqgan_decoder.Precision, allowed: float) -> None:
+    tokens = _tokens(vqgan, 2)
+    error = (FastVqganDecoder(vqgan, precision=precision).decode(tokens) - vqgan.decode(tokens)).abs()
+    assert 1e-5 < error.max() <= allowed
+
+
+def test_table_is_the_latents(vqgan: Vqgan) -> None:
+    entries = vqgan.quantize.lookup(torch.arange(40))[:, :, None, None]
+    torch.testing.assert_close(latent_table(vqgan), vqgan.post_quant_conv(entries)[:, :, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "doubled"), [((8, 16), 5, True), ((8, 16), 5, False), ((64, 3), 6, False)]
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: int, doubled: bool, add: bool) -> None:
+    torch.manual_seed(size)
+    module = torch.nn.Conv2d(*channels, 3, padding=1)
+    x = torch.randn(size, size, channels[0])
+    conv = float_conv(module, size, doubled=doubled)
+    target = torch.ones(conv.scale * size, conv.scale * size, channels[1])
+    with torch.no_grad():
+        moments = convolve(conv, x, target, Crew(threading.local()), add=add, spans=True)
+        images = x.permute(2, 0, 1)[None]
+        images = F.interpolate(images, scale_factor=2.0) if doubled else images
+        expected = module(images)[0].permute(1, 2, 0) + add
+    torch.testing.assert_close(target, expected, atol=1e-5, rtol=1e-5)
+    assert moments is not None
+    flat = target.double().flatten(0, 1)
+    torch.testing.assert_close(moments.mean, flat.mean(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(moments.variance, flat.var(0, correction=0), atol=1e-6, rtol=1e-6)
+    assert torch.equal(moments.highest, target.flatten(0, 1).amax(0))
+    assert torch.equal(moments.lowest, target.flatten(0, 1).amin(0))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")
+@torch.no_grad()
+def test_the_gpus_way_through_the_network_is_tamings(vqgan: Vqgan) -> None:
+    latents = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        decode_channels_last(vqgan.decoder, latents), vqgan.decoder(latents), atol=1e-4, rtol=1e-4
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- company
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
+def test_a_picture_is_the_same_bits_alone_and_among_others(vqgan: Vqgan, precision: vqgan_decoder.Precision) -> None:
+    decoder = FastVqganDecoder(vqgan, precision=precision)
+    tokens = _tokens(vqgan, 5)
+    together = decoder.decode(tokens)
+    for rows in ([0], [4], [3, 0], [4, 1, 2, 0]):
+        assert torch.equal(decoder.decode(tokens[rows]), together[rows])
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=needs_vnni)])
+def test_nor_does_the_number_of_threads_matter(
+    vqgan: Vqgan, precision: vqgan_decoder.Precision, small_steps: None
+) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan, precision=precision), _tokens(vqgan, 2)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(decoder.decode(tokens))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_two_decoders_in_two_threads(vqgan: Vqgan) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 3)
+    expected, before = decoder.decode(tokens), torch.get_num_threads()
+    found: list[Tensor] = []
+    workers = [threading.Thread(target=lambda: found.append(decoder.decode(tokens))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [torch.equal(one, expected) for one in found] == [True] * 3
+    assert torch.get_num_threads() == before
+
+
+# ----------------------------------------------------------------------------------------------------------- int8
+
+
+@needs_vnni
+def test_bytes_cost_little_on_a_trained_codec() -> None:
+    """A codec taught for a moment to draw blots: 40 dB is 2.5 grey levels in the root mean square."""
+    vqgan = _vqgan("attention")
+    vqgan.residual_init()
+    images = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=32, mode="bilinear")
+    tokens = _tokens(vqgan, 4)
+    optimiser = torch.optim.Adam(vqgan.decoder.parameters(), lr=1e-3)
+    entries = vqgan.quantize.lookup(tokens).detach().view(4, 8, 8, -1).permute(0, 3, 1, 2)
+    for _ in range(20):
+        optimiser.zero_grad()
+        (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
+        optimiser.step()
+    expected = FastVqganDecoder(vqgan).decode(tokens)
+    error = FastVqganDecoder(vqgan, precision="int8").decode(tokens) - expected
+    assert error.abs().max() > 0
+    assert -10 * torch.log10(error.square().mean()) >= 40
+
+
+def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vqgan_decoder, "int8_supported", lambda: False)
+    with pytest.raises(InputError, match="precision: int8: is not made for a processor without AVX512-VNNI"):
+        FastVqganDecoder(vqgan, precision="int8")
+
+
+# --------------------------------------------------------------------------------------------------------- faults
+
+
+def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 2)
+    outside = tokens.clone()
+    outside[1, 3] = 40
+    for bad in (tokens[:, :5], tokens[0], tokens.float(), tokens > 3, outside, tokens - 41):
+        with pytest.raises(ValueError, match="image tokens") as theirs:
+            vqgan.decode(bad)
+        with pytest.raises(ValueError, match="image tokens") as ours:
+            decoder.decode(bad)
+        assert str(ours.value) == str(theirs.value)
+    assert decoder.decode(tokens[:0]).shape == (0, 3, 32, 32)
+    assert torch.equal(decoder.decode(tokens.int()), decoder.decode(tokens))
+
+
+def test_other_faults(vqgan: Vqgan) -> None:
+    with pytest.raises(InputError, match="precision: int4: write one of float32, bfloat16, float16, int8"):
+        FastVqganDecoder(vqgan, precision="int4")  # type: ignore[arg-type]
+    if not HAS_CUDA:
+        with pytest.raises(ValueError, match="decode_async: this decoder is on the CPU"):
+            FastVqganDecoder(vqgan).decode_async(_tokens(vqgan, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_on_a_gpu_graphed_equals_eager_and_company_does_not_matter(precision: vqgan_decoder.Precision) -> None:
+    from engine.sampling.vqgan_cuda import CudaDecoder
+
+    vqgan = _vqgan("attention").cuda()
+    decoder, tokens = FastVqganDecoder(vqgan, precision=precision), _tokens(vqgan, 6).cuda()
+    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+    eager = CudaDecoder(vqgan.decoder, latent_table(vqgan), dtype=dtype, graphed=False)
+    expected, done = eager.enqueue(tokens)
+    done.synchronize()
+    images = decoder.decode(tokens)
+    assert torch.equal(images, expected)
+    assert (images - vqgan.decode(tokens)).abs().max() <= (1e-4 if precision == "float32" else 0.05)
+    for rows in ([0], [5], [3, 0, 1, 2, 5]):
+        assert torch.equal(decoder.decode(tokens[rows]), images[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+def test_on_a_gpu_decoding_runs_beside_the_callers_stream() -> None:
+    vqgan = _vqgan("attention").cuda()
+    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 4).cuda()
+    expected = decoder.decode(tokens)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**8)  # the caller's stream is busy for long after
+        drawn = tokens.clone()
+        images, done = decoder.decode_async(drawn)
+        done.synchronize()
+        assert torch.equal(images, expected)
