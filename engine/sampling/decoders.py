@@ -21,8 +21,15 @@ from engine.models.transformer import KoDalle
 from engine.sampling.cache import Prefix
 from engine.sampling.decoder import SlotDecoder
 from engine.sampling.graphed import GraphedDecoder
+from engine.sampling.jacobi import JacobiDecoder
 from engine.sampling.options import RowRequest
 from engine.sampling.step_model import StepModel
+
+
+# A pass of 16 rows takes 1.5 times one of 1 to 4 rows (published sizes, two cores) and gives a row 3 to 5 tokens; of 32
+# rows and more the time grows as fast as the tokens (benchmarks/LOG.md).
+_GUESSED_ROWS = 16
+_GUESSING_SLOTS = 4
 
 
 class Decoder(Protocol):
@@ -55,6 +62,7 @@ class DecoderKeeper:
         model: its weights must neither change nor move while the keeper lives.
         step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
         row_invariant: False: as `SlotDecoder` has it; with `GraphedDecoder` the fastest attention there is.
+        guess_ahead: let few rows on a CPU take several tokens a step, the same ones (engine/sampling/jacobi.py).
         graphed: whether to lend a `GraphedDecoder`; None: where `can_graph` says so.
     """
 
@@ -64,11 +72,14 @@ class DecoderKeeper:
         *,
         step_model: Callable[[], StepModel] | None = None,
         row_invariant: bool = True,
+        guess_ahead: bool = True,
         graphed: bool | None = None,
     ) -> None:
         self._model = model
         self._step_model = step_model
         self._row_invariant = row_invariant
+        # Guesses are checked by equality, which is worth as much as the equality of arithmetic.
+        self._guesses_ahead = guess_ahead and row_invariant and model.config.image_seq_len > 1
         self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
         self._kept: GraphedDecoder | None = None
         self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
@@ -83,7 +94,11 @@ class DecoderKeeper:
         """
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
-            yield SlotDecoder(model, num_slots, null_prefix=null_prefix, row_invariant=self._row_invariant)
+            if self._guesses_ahead and num_slots <= _GUESSING_SLOTS:
+                window = _GUESSED_ROWS // num_slots
+                yield JacobiDecoder(model, num_slots, window=window, null_prefix=null_prefix)
+            else:
+                yield SlotDecoder(model, num_slots, null_prefix=null_prefix, row_invariant=self._row_invariant)
             return
         self._null_prefix = null_prefix or self._null_prefix
         if self._is_lent:  # a drawing within a drawing

@@ -36,6 +36,7 @@ class Sampler:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
         row_invariant: see engine/sampling/decoder.py.
+        guess_ahead: see engine/sampling/decoders.py; the tokens are the same, the time depends on the model.
         weights: how decoding reads them: plain, packed or int8 (engine/sampling/packed.py); None: packed where this
             machine can. The copy is made by the first drawing.
     """
@@ -46,13 +47,16 @@ class Sampler:
         *,
         null_text_tokens: Tensor | None = None,
         row_invariant: bool = True,
+        guess_ahead: bool = True,
         weights: Weights | None = None,
     ) -> None:
         self.model = model
         self.row_invariant = row_invariant
         self.weights = choose_weights(model, weights)
         self._step_model: StepModel | None = None
-        self._decoders = DecoderKeeper(model, step_model=self.step_model, row_invariant=row_invariant)
+        self._decoders = DecoderKeeper(
+            model, step_model=self.step_model, row_invariant=row_invariant, guess_ahead=guess_ahead
+        )
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
 
@@ -127,10 +131,14 @@ class Sampler:
                     decoder.join(prefix, row, given=None if given is None else given[index])
                     for index, row in enumerate(rows)
                 ]
-                for position in range(self.model.config.image_seq_len):
+                drawn = 0  # positions that every row has
+                while drawn < self.model.config.image_seq_len:
                     decoder.step()
+                    tokens_so_far = [decoder.tokens(slot) for slot in slots]
+                    before, drawn = drawn, min(len(tokens) for tokens in tokens_so_far)
                     if on_step is not None:
-                        on_step(position, torch.stack([decoder.tokens(slot)[-1] for slot in slots]))
+                        for position in range(before, drawn):
+                            on_step(position, torch.stack([tokens[position] for tokens in tokens_so_far]))
                 tokens = torch.stack([decoder.leave(slot) for slot in slots])
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
 
