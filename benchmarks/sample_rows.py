@@ -53,7 +53,10 @@ def machine_rates(plan: Plan, variant: Variant) -> dict[str, float]:
 
 
 def load_pipeline(plan: Plan, variant: Variant) -> Pipeline:
-    return Pipeline.from_pretrained(Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8)
+    """One token a step: what guessing ahead wins depends on what the weights say, and these are random."""
+    return Pipeline.from_pretrained(
+        Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8, guess_ahead=False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ whole drawings

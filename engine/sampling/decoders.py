@@ -25,7 +25,6 @@ from engine.sampling.jacobi import JacobiDecoder
 from engine.sampling.options import RowRequest
 from engine.sampling.step_model import StepModel
 
-
 # A pass of 16 rows takes 1.5 times one of 1 to 4 rows (published sizes, two cores) and gives a row 3 to 5 tokens; of 32
 # rows and more the time grows as fast as the tokens (benchmarks/LOG.md).
 _GUESSED_ROWS = 16
@@ -79,7 +78,8 @@ class DecoderKeeper:
         self._step_model = step_model
         self._row_invariant = row_invariant
         # Guesses are checked by equality, which is worth as much as the equality of arithmetic.
-        self._guesses_ahead = guess_ahead and row_invariant and model.config.image_seq_len > 1
+        on_cpu = model.head.weight.device.type == "cpu"
+        self._guesses_ahead = guess_ahead and row_invariant and on_cpu and model.config.image_seq_len > 1
         self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
         self._kept: GraphedDecoder | None = None
         self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
