@@ -20,13 +20,13 @@ from machine_facts import facts, print_document
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.draw import DrawParameters
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler, evaluating
 from engine.files import write_json
 from engine.progress import ProgressBar
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.draw import DrawParameters
-from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pipeline import Drawing, Pipeline
-from engine.sampling.sampler import Sampler, evaluating
 
 
 def main() -> None:

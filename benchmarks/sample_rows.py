@@ -16,6 +16,8 @@ import torch
 from sample_plan import CAPTION, Plan, Variant
 from torch import Tensor
 
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler
 from engine.measure import (
     Machine,
     Workload,
@@ -30,10 +32,8 @@ from engine.measure import (
 )
 from engine.models.vqgan import Vqgan
 from engine.sampling.command import metadata
-from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import png_bytes
 from engine.sampling.pipeline import Drawing, Pipeline
-from engine.sampling.sampler import Sampler
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")
 GUIDANCE_SCALE = 3.0  # any but 1 costs the same

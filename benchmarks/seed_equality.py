@@ -13,12 +13,12 @@ import torch
 from machine_facts import facts, print_document
 
 from engine.config import TransformerConfig
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.packed import Weights, can_pack, can_quantise
+from engine.decoding.sampler import Sampler
 from engine.files import write_json
 from engine.models.transformer import KoDalle
 from engine.progress import ProgressBar
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.packed import Weights, can_pack, can_quantise
-from engine.sampling.sampler import Sampler
 
 _OPTIONS = (
     SamplingOptions(),

@@ -53,8 +53,8 @@ def draw(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
+    from engine.decoding.options import SamplingOptions
     from engine.sampling.command import GivenFiles, draw_to_folder
-    from engine.sampling.options import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     if image is None:
@@ -90,8 +90,8 @@ def continue_(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Writes a caption on, as the model's training captions went; one a line."""
+    from engine.decoding.options import SamplingOptions
     from engine.sampling.command import print_continuations
-    from engine.sampling.options import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
     print_continuations(model, beginning, count=count, seed=seed, options=options, device=device)

@@ -14,8 +14,8 @@ def export(
     ] = None,
 ) -> None:
     """Writes the VQGAN decoder and KoCLIP as ONNX, compares them with torch, and records which of the two is faster."""
+    from engine.codec.onnx_record import RECORD_FILE, export_model
     from engine.models.onnx_export import onnx_file
-    from engine.sampling.onnx_record import RECORD_FILE, export_model
 
     folder = model if out is None else out
     record = export_model(model, folder, progress=True)

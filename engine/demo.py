@@ -29,11 +29,11 @@ from engine.data.demo_oracle import Reading, read, score
 from engine.data.pairs import Pair, load_pairs
 from engine.data.prepare import prepare
 from engine.data.sources import PrepareOptions
+from engine.decoding.options import SamplingOptions
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.command import draw_to_folder, pick_device
-from engine.sampling.options import SamplingOptions
 from engine.sampling.pictures import paste_grid
 from engine.sampling.pipeline import Drawing, Pipeline
 

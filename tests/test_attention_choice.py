@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.decoding import attention_choice
+from engine.decoding.attention_choice import LayerCache, decode_attention_by, fastest_attention, runnable
 from engine.errors import InputError
-from engine.sampling import attention_choice
-from engine.sampling.attention_choice import LayerCache, decode_attention_by, fastest_attention, runnable
 from kernels import reference
 
 HAS_CUDA = torch.cuda.is_available()

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from engine import cli
+from engine.decoding.options import SamplingOptions
 from engine.sampling.given import GivenImage
-from engine.sampling.options import SamplingOptions
 from engine.sampling.pipeline import Pipeline
 
 CAPTION = "빨강 바탕에 파랑 네모"

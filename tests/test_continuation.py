@@ -6,10 +6,10 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.data.text import CaptionTokenizer, train_tokenizer
+from engine.decoding.options import RowRequest, SamplingOptions
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling.continuation import allowed_tokens, continue_caption, continue_tokens
-from engine.sampling.options import RowRequest, SamplingOptions
 from kernels import reference
 
 CAPTIONS = [

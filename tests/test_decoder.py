@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.packed import Weights
+from engine.decoding.sampler import Sampler, evaluating
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.packed import Weights
-from engine.sampling.sampler import Sampler, evaluating
 
 CONFIG = TransformerConfig(
     dim=64,

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from engine.config import TransformerConfig
+from engine.decoding import decoders
+from engine.decoding.cache import Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.decoders import DecoderKeeper, can_graph
+from engine.decoding.graphed import GraphedDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler, evaluating
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling import decoders
-from engine.sampling.cache import Prefix
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.decoders import DecoderKeeper, can_graph
-from engine.sampling.graphed import GraphedDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.sampler import Sampler, evaluating
 
 HAS_CUDA = torch.cuda.is_available()
 CONFIG = TransformerConfig(

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.decoding.attention_choice import runnable
+from engine.decoding.cache import Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.graphed import GraphedDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler, evaluating
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling.attention_choice import runnable
-from engine.sampling.cache import Prefix
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.graphed import GraphedDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.sampler import Sampler, evaluating
 
 HAS_CUDA = torch.cuda.is_available()
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]

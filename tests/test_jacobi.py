@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.decoding.cache import Caption, KVCache, Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.jacobi import JacobiDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.packed import can_pack, make_step_model
+from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.step_model import StepModel, plain_step_model
+from engine.decoding.window_cache import WindowCache
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Caption, KVCache, Prefix
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.jacobi import JacobiDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.packed import can_pack, make_step_model
-from engine.sampling.sampler import Sampler, evaluating
-from engine.sampling.step_model import StepModel, plain_step_model
-from engine.sampling.window_cache import WindowCache
 
 CPU = torch.device("cpu")
 # 49 tokens and 81: the cache has no room to spare behind the last position, and more than one split.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from engine.codec import koclip_encoder
+from engine.codec.koclip_encoder import KoclipEncoder, fold_batch_norms
 from engine.config import KoclipConfig
 from engine.models.koclip import KoClip
-from engine.sampling import koclip_encoder
-from engine.sampling.koclip_encoder import KoclipEncoder, fold_batch_norms
 
 HAS_CUDA = torch.cuda.is_available()
 

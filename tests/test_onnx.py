@@ -16,6 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import cli
+from engine.codec import onnx_record
+from engine.codec.koclip_encoder import KoclipEncoder
+from engine.codec.onnx_record import RECORD_FILE, Codec, choose_codec, export_model, read_record
+from engine.codec.onnx_runtime import OnnxKoClip, OnnxNetwork, OnnxVqgan, open_koclip, open_vqgan
+from engine.codec.vqgan_decoder import FastVqganDecoder
 from engine.config import KoclipConfig, TransformerConfig, VqganConfig
 from engine.data.text import train_tokenizer
 from engine.errors import InputError
@@ -24,12 +29,7 @@ from engine.models.koclip import KoClip
 from engine.models.onnx_export import NETWORKS, onnx_file
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
-from engine.sampling import onnx_record
-from engine.sampling.koclip_encoder import KoclipEncoder
-from engine.sampling.onnx_record import RECORD_FILE, Codec, choose_codec, export_model, read_record
-from engine.sampling.onnx_runtime import OnnxKoClip, OnnxNetwork, OnnxVqgan, open_koclip, open_vqgan
 from engine.sampling.pipeline import Drawing, Pipeline
-from engine.sampling.vqgan_decoder import FastVqganDecoder
 from kernels.int8_conv import int8_supported
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.errors import InputError
-from engine.models.transformer import KoDalle
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.packed import (
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.packed import (
     Weights,
     _Int8Linear,
     _PackedLinear,
@@ -20,7 +18,9 @@ from engine.sampling.packed import (
     choose_weights,
     make_step_model,
 )
-from engine.sampling.sampler import Sampler, evaluating
+from engine.decoding.sampler import Sampler, evaluating
+from engine.errors import InputError
+from engine.models.transformer import KoDalle
 from kernels import reference
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from engine.decoding.cache import Caption, Prefix, empty_prefix
+from engine.decoding.prefix_pool import PrefixPool
 from engine.errors import InputError
-from engine.sampling.cache import Caption, Prefix, empty_prefix
-from engine.sampling.prefix_pool import PrefixPool
 
 L, P, H, D, C = 2, 3, 2, 4, 8
 CPU = torch.device("cpu")

@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.row_table import RowTable
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.row_table import RowTable
 
 COLUMNS = ("seeds", "candidates", "positions", "top_k", "partner", "source", "captions", "filters")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.decoding.options import RowRequest
+from engine.decoding.sampler import Sampler
 from engine.models.transformer import KoDalle
-from engine.sampling.options import RowRequest
-from engine.sampling.sampler import Sampler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCHMARKS = REPOSITORY / "benchmarks"

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.decoding.cache import Caption, KVCache, Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler, evaluating
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Caption, KVCache, Prefix
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.sampler import Sampler, evaluating
 from kernels import reference
 
 CONFIG = TransformerConfig(

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.codec import vqgan_bands, vqgan_decoder
+from engine.codec.vqgan_bands import convolve, float_conv
+from engine.codec.vqgan_cpu import Crew
+from engine.codec.vqgan_cuda import decode_channels_last
+from engine.codec.vqgan_decoder import FastVqganDecoder, latent_table
 from engine.config import VqganConfig
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan
-from engine.sampling import vqgan_bands, vqgan_decoder
-from engine.sampling.vqgan_bands import convolve, float_conv
-from engine.sampling.vqgan_cpu import Crew
-from engine.sampling.vqgan_cuda import decode_channels_last
-from engine.sampling.vqgan_decoder import FastVqganDecoder, latent_table
 from kernels.int8_conv import int8_supported
 
 HAS_CUDA = torch.cuda.is_available()
@@ -235,7 +235,7 @@ def test_other_faults(vqgan: Vqgan) -> None:
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_on_a_gpu_graphed_equals_eager_and_company_does_not_matter(precision: vqgan_decoder.Precision) -> None:
-    from engine.sampling.vqgan_cuda import CudaDecoder
+    from engine.codec.vqgan_cuda import CudaDecoder
 
     vqgan = _vqgan("attention").cuda()
     decoder, tokens = FastVqganDecoder(vqgan, precision=precision), _tokens(vqgan, 6).cuda()

@@ -5,7 +5,7 @@
     koclip_text.onnx     text_tokens int64 (M, T)        -> embeddings float32 (M, E)
 
 B, M and T are free, N, S and E are the config's. Weights are float32. Nothing is checked inside the graphs (tokens
-outside the codebook) and pictures are not resized: that is the caller's, as in engine.sampling.onnx_runtime.
+outside the codebook) and pictures are not resized: that is the caller's, as in engine.codec.onnx_runtime.
 
 Each file carries in its metadata which network it is and the digest of the config and weights that it was made from, so
 that a file whose model was trained on since is told from a fresh one.
@@ -74,7 +74,7 @@ def export_network(module: Vqgan | KoClip, name: NetworkName, path: Path, *, sou
     wrapped, example = _wrapped(module, name)
     with warnings.catch_warnings(), torch.no_grad():
         # A dozen lines on constants that are constants indeed and on dynamo=False; what they fear would show in the
-        # comparison with torch that follows every export (engine.sampling.onnx_record).
+        # comparison with torch that follows every export (engine.codec.onnx_record).
         warnings.simplefilter("ignore")
         torch.onnx.export(
             wrapped.eval(),

@@ -1,1 +1,1 @@
-"""From captions to ranked pictures: KV cache, sampler, pipeline."""
+"""Captions to ranked pictures, and what may be asked for: the pipeline and the drawing commands."""

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from engine.data.crops import FORMATS, open_image
+from engine.decoding.options import SamplingOptions
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.given import GivenImage
 from engine.sampling.machine import fit_threads
-from engine.sampling.options import SamplingOptions
 from engine.sampling.pictures import contact_sheet, save_png
 from engine.sampling.pipeline import Candidate, Drawing, Pipeline, RankBy
 

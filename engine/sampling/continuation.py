@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.data.text import CaptionTokenizer
+from engine.decoding.draw import DrawParameters
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import evaluating
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling.draw import DrawParameters
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.sampler import evaluating
 
 _ROWS_AT_ONCE = 16
 _FIRST_POSITION = 2**31

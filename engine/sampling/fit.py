@@ -27,8 +27,8 @@ G captions, B = G * n rows, T text positions, N image tokens.
 import torch
 from torch import Tensor
 
+from engine.decoding.sampler import evaluating
 from engine.models.transformer import KoDalle
-from engine.sampling.sampler import evaluating
 
 
 def fit_scores(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, redrawn: Tensor) -> Tensor:

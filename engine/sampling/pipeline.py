@@ -23,7 +23,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Tensor
 
+from engine.codec.onnx_record import Codec, CodecBackend, choose_codec
 from engine.data.text import CaptionTokenizer
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.models.folder import (
     Part,
@@ -40,10 +43,7 @@ from engine.sampling.continuation import Continuation, continue_caption
 from engine.sampling.fit import fit_scores
 from engine.sampling.given import GivenImage
 from engine.sampling.machine import default_dtype
-from engine.sampling.onnx_record import Codec, CodecBackend, choose_codec
-from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import to_uint8
-from engine.sampling.sampler import Sampler
 
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
@@ -135,9 +135,9 @@ class Pipeline:
                 the ranker's too; on a CPU those are float32.
             int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
             guess_ahead: let a few candidates on a CPU take several tokens a step; the same tokens, sooner with a model
-                that was trained (engine/sampling/jacobi.py).
+                that was trained (engine/decoding/jacobi.py).
             codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
-                left in the folder and is torch without one. Never timed here: see engine.sampling.onnx_record.
+                left in the folder and is torch without one. Never timed here: see engine.codec.onnx_record.
 
         Raises:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.

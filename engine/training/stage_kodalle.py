@@ -17,6 +17,8 @@ from engine.data.token_shards import (
     shards_are_current,
     write_shards,
 )
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.models.folder import (
     Part,
@@ -31,9 +33,7 @@ from engine.models.text_embeddings import apply_text_tables, load_text_tables
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.progress import ProgressBar
-from engine.sampling.options import RowRequest, SamplingOptions
 from engine.sampling.pictures import image_grid
-from engine.sampling.sampler import Sampler
 from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
 from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
 

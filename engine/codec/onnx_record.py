@@ -1,6 +1,6 @@
 """Exporting a model folder to ONNX, measured against torch; and following what was measured, when drawing.
 
-torch here is the engine's own fast path (engine.sampling.vqgan_decoder, engine.sampling.koclip_encoder). Which of the
+torch here is the engine's own fast path (engine.codec.vqgan_decoder, engine.codec.koclip_encoder). Which of the
 two decodes changes pixels (by some 1e-5, so a grey level here and there), and the same seed must give the same picture in every process. So no stopwatch decides at drawing time: `kodalle export` measures both once, on the
 machine it runs on, and writes down what it found and chose (`onnx.json`). Whoever draws from the folder follows that
 record, here, tomorrow, on each replica. A folder without the record is decoded by torch, as it always was.
@@ -27,6 +27,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from engine.codec.koclip_encoder import KoclipEncoder
+from engine.codec.onnx_runtime import (
+    PICTURES_AT_ONCE,
+    OnnxKoClip,
+    OnnxNetwork,
+    OnnxVqgan,
+    open_koclip,
+    open_vqgan,
+)
+from engine.codec.vqgan_decoder import FastVqganDecoder, Precision
 from engine.config import Section, parse_section
 from engine.errors import InputError
 from engine.files import atomic_file, read_json, write_json
@@ -36,16 +46,6 @@ from engine.models.koclip import PAD_TOKEN, KoClip
 from engine.models.onnx_export import NETWORKS, NetworkName, export_network, onnx_file, require
 from engine.models.vqgan import Vqgan
 from engine.progress import ProgressBar
-from engine.sampling.koclip_encoder import KoclipEncoder
-from engine.sampling.onnx_runtime import (
-    PICTURES_AT_ONCE,
-    OnnxKoClip,
-    OnnxNetwork,
-    OnnxVqgan,
-    open_koclip,
-    open_vqgan,
-)
-from engine.sampling.vqgan_decoder import FastVqganDecoder, Precision
 
 RECORD_FILE = "onnx.json"
 CodecBackend = Literal["auto", "torch", "onnx"]

@@ -10,7 +10,7 @@ issues its 85 launches one by one would have 1.6 us for each. So the host decide
 themselves on, tokens stay on the device, and which rows finish is known beforehand. A graph is captured for each number
 of rows in 1, 2, 4 ... S ("bucket"), twice: without and with the sampling filters.
 
-Neither slot, bucket nor company changes a row's bits: see engine/sampling/step_program.py. Slots that nobody has, and
+Neither slot, bucket nor company changes a row's bits: see engine/decoding/step_program.py. Slots that nobody has, and
 rows that are finished, compute rubbish within bounds: see kernels/feed_tokens.py.
 """
 
@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Caption, Prefix
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.prefix_pool import PrefixPool
+from engine.decoding.row_table import RowTable
+from engine.decoding.step_program import StepProgram
 from engine.errors import InputError
 from engine.measure import synchronize
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Caption, Prefix
-from engine.sampling.options import RowRequest, SamplingOptions
-from engine.sampling.prefix_pool import PrefixPool
-from engine.sampling.row_table import RowTable
-from engine.sampling.step_program import StepProgram
 
 
 @dataclass
@@ -56,7 +56,7 @@ class GraphedDecoder:
         num_slots: how many rows fit, partners of guided rows included.
         null_prefix: the empty caption, read; needed for guidance.
         num_captions: how many different captions fit; None: one for each slot, which is always enough.
-        attention: who computes attention, see engine/sampling/attention_choice.py. Anything but "triton" gives up that
+        attention: who computes attention, see engine/decoding/attention_choice.py. Anything but "triton" gives up that
             a row's tokens are the same in any company; "auto" takes the fastest here.
         graphs: replay captured steps; None: where the model is on a GPU. Without, the same program runs launch by
             launch, to the same bits.

@@ -1,6 +1,6 @@
 """KoCLIP's two encoders for ranking: the same embeddings as `KoClip`'s up to rounding, at less cost.
 
-    pictures, CPU    BatchNorm folded into the convolutions, channels last, a picture a thread (engine.sampling.threads)
+    pictures, CPU    BatchNorm folded into the convolutions, channels last, a picture a thread (engine.codec.threads)
     pictures, GPU    the same as one CUDA graph of 16 pictures, filled up with zeros
     captions         each alone, without its padding, and only once: embeddings are kept by their tokens
     captions, GPU    one CUDA graph of a padded caption
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from engine.codec.captured import Captured
+from engine.codec.threads import single_threads
 from engine.models.koclip import PAD_TOKEN, KoClip
-from engine.sampling.captured import Captured
-from engine.sampling.threads import single_threads
 
 _PICTURES_AT_ONCE = 16  # on a GPU; what a drawing has
 _CAPTIONS_KEPT = 4096  # 2 KB each

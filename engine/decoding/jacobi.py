@@ -10,7 +10,7 @@ function of the tokens before it, and a guess of it can be checked by equality, 
     g7 == d7, g8 == d8, g9 != d9   ->   d7, d8, d9 are final; d10 was drawn after a wrong token: it is the next guess
 
 The first draw of a pass is always final, so no drawing takes more passes than tokens. Which tokens come out depends on
-nothing but the equality of arithmetic: a position has the same bits in any window (engine/sampling/window_cache.py),
+nothing but the equality of arithmetic: a position has the same bits in any window (engine/decoding/window_cache.py),
 and a row in any company. A position that was never drawn is guessed to look like the cell above it.
 
 What it wins depends on the model and on what rows cost. Measured by benchmarks/jacobi_acceptance.py, see
@@ -24,13 +24,13 @@ sampling with forecasting autoregressive models", arXiv 2002.09928.)
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Prefix
+from engine.decoding.decoder import SlotDecoder, _Plan, _Row
+from engine.decoding.draw import DrawParameters
+from engine.decoding.options import RowRequest
+from engine.decoding.step_model import StepModel
+from engine.decoding.window_cache import WindowCache
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Prefix
-from engine.sampling.decoder import SlotDecoder, _Plan, _Row
-from engine.sampling.draw import DrawParameters
-from engine.sampling.options import RowRequest
-from engine.sampling.step_model import StepModel
-from engine.sampling.window_cache import WindowCache
 
 
 class JacobiDecoder(SlotDecoder):

@@ -15,7 +15,7 @@ who else is there, changes nothing in its tokens. Noise is keyed by (seed, candi
 kernels/reference.py; what remains is arithmetic that must not change with the number of rows. So as many rows are
 computed as the step model's arithmetic needs (its `row_rule`: packed weights at least 4, plain ones multiples of 4, at
 least 16). `row_invariant=False` drops that: tokens may then differ with the company.
-On CUDA library matrix products promise no such thing: see engine/sampling/graphed.py for those.
+On CUDA library matrix products promise no such thing: see engine/decoding/graphed.py for those.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Caption, KVCache, Prefix
+from engine.decoding.draw import DrawParameters
+from engine.decoding.options import RowRequest
+from engine.decoding.step_model import ANY_ROWS, RowRule, StepModel, plain_step_model
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Caption, KVCache, Prefix
-from engine.sampling.draw import DrawParameters
-from engine.sampling.options import RowRequest
-from engine.sampling.step_model import ANY_ROWS, RowRule, StepModel, plain_step_model
 
 
 @dataclass
@@ -46,7 +46,7 @@ class SlotDecoder:
 
     Args:
         model: its weights must not change while rows are in flight. For packed weights, a step model
-            (engine.sampling.packed.make_step_model).
+            (engine.decoding.packed.make_step_model).
         num_slots: how many rows fit, partners of guided rows included.
         null_prefix: the empty caption, read; needed for guidance.
         row_invariant: see the module's docstring.

@@ -14,8 +14,8 @@ positions is 4.2 MB at the published size (16 bit).
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Caption, Prefix
 from engine.errors import InputError
-from engine.sampling.cache import Caption, Prefix
 
 
 class PrefixPool:

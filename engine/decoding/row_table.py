@@ -11,7 +11,7 @@ gives a block out again only when the copies that read it are done, so the host 
 import numpy as np
 import torch
 
-from engine.sampling.options import RowRequest
+from engine.decoding.options import RowRequest
 
 _INTEGERS = ("seeds", "candidates", "positions", "top_k", "partner", "source", "captions", "filters")
 _FLOATS = ("temperature", "top_p", "guidance")

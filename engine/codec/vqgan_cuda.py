@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
 from torch import Tensor, nn
 
+from engine.codec.captured import Captured
 from engine.models.vqgan import to_unit_range
-from engine.sampling.captured import Captured
 from kernels.group_norm import group_norm
 
 

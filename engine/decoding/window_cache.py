@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.sampling.cache import Caption, KVCache, _Views
+from engine.decoding.cache import Caption, KVCache, _Views
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ G captions, B rows, N image tokens, C model dim.
     image_tokens = sampler.draw(text_tokens, rows)  # (16, 256)
 
 A row's tokens are a function of its caption, seed, candidate, options and given tokens alone: see
-engine/sampling/decoder.py, which holds the rows in flight. Captions are prefilled one at a time, for the same reason.
+engine/decoding/decoder.py, which holds the rows in flight. Captions are prefilled one at a time, for the same reason.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Prefix, empty_prefix
+from engine.decoding.decoders import DecoderKeeper
+from engine.decoding.options import RowRequest
+from engine.decoding.packed import Weights, choose_weights, make_step_model
+from engine.decoding.step_model import StepModel
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling.cache import Prefix, empty_prefix
-from engine.sampling.decoders import DecoderKeeper
-from engine.sampling.options import RowRequest
-from engine.sampling.packed import Weights, choose_weights, make_step_model
-from engine.sampling.step_model import StepModel
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -35,9 +35,9 @@ class Sampler:
     Args:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
-        row_invariant: see engine/sampling/decoder.py.
-        guess_ahead: see engine/sampling/decoders.py; the tokens are the same, the time depends on the model.
-        weights: how decoding reads them: plain, packed or int8 (engine/sampling/packed.py); None: packed where this
+        row_invariant: see engine/decoding/decoder.py.
+        guess_ahead: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
+        weights: how decoding reads them: plain, packed or int8 (engine/decoding/packed.py); None: packed where this
             machine can. The copy is made by the first drawing.
     """
 

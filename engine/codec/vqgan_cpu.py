@@ -3,9 +3,9 @@
 Three things make it faster than running the modules, each of which leaves the cache and waits for all threads:
 
 - Rows go through normalisation, SiLU, convolution and the next normalisation's sums a few at a time
-  (engine.sampling.vqgan_bands).
+  (engine.codec.vqgan_bands).
 - 3x3 convolutions are Winograd's, a quarter of the products (kernels.winograd), or take bytes (kernels.int8_conv).
-- No operation is split among threads: each thread has a picture, or bands of one (engine.sampling.threads).
+- No operation is split among threads: each thread has a picture, or bands of one (engine.codec.threads).
 
 A picture's pixels depend on its tokens alone: not on the pictures beside it, nor on the number of threads, since the
 steps are the same and every operation runs on one thread.
@@ -22,8 +22,8 @@ import torch
 from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBlock
 from torch import Tensor, nn
 
-from engine.sampling.threads import single_threads
-from engine.sampling.vqgan_bands import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
+from engine.codec.threads import single_threads
+from engine.codec.vqgan_bands import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
 from kernels.int8_conv import Int8Conv
 
 

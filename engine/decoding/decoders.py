@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.decoding.cache import Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.graphed import GraphedDecoder
+from engine.decoding.jacobi import JacobiDecoder
+from engine.decoding.options import RowRequest
+from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
-from engine.sampling.cache import Prefix
-from engine.sampling.decoder import SlotDecoder
-from engine.sampling.graphed import GraphedDecoder
-from engine.sampling.jacobi import JacobiDecoder
-from engine.sampling.options import RowRequest
-from engine.sampling.step_model import StepModel
 
 # A pass of 16 rows takes 1.5 times one of 1 to 4 rows (published sizes, two cores) and gives a row 3 to 5 tokens; of 32
 # rows and more the time grows as fast as the tokens (benchmarks/LOG.md).
@@ -32,7 +32,7 @@ _GUESSING_SLOTS = 4
 
 
 class Decoder(Protocol):
-    """Rows in flight; see engine/sampling/decoder.py."""
+    """Rows in flight; see engine/decoding/decoder.py."""
 
     @property
     def num_joined(self) -> int: ...
@@ -61,7 +61,7 @@ class DecoderKeeper:
         model: its weights must neither change nor move while the keeper lives.
         step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
         row_invariant: False: as `SlotDecoder` has it; with `GraphedDecoder` the fastest attention there is.
-        guess_ahead: let few rows on a CPU take several tokens a step, the same ones (engine/sampling/jacobi.py).
+        guess_ahead: let few rows on a CPU take several tokens a step, the same ones (engine/decoding/jacobi.py).
         graphed: whether to lend a `GraphedDecoder`; None: where `can_graph` says so.
     """
 

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.decoding.step_model import RowRule, StepLayer, StepModel, plain_step_model
 from engine.errors import InputError
 from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
-from engine.sampling.step_model import RowRule, StepLayer, StepModel, plain_step_model
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).

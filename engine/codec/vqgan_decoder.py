@@ -1,8 +1,8 @@
 """The fast decoder of a VQGAN: `Vqgan.decode`, the same pictures up to rounding, in the time that the machine allows.
 
-    CPU, float32 and int8    engine.sampling.vqgan_cpu: bands, Winograd or bytes, a picture a thread
+    CPU, float32 and int8    engine.codec.vqgan_cpu: bands, Winograd or bytes, a picture a thread
     CPU, 16 bit              the modules, channels last, a picture at a time
-    GPU                      engine.sampling.vqgan_cuda: channels last, one CUDA graph
+    GPU                      engine.codec.vqgan_cuda: channels last, one CUDA graph
 
 Codebook and 1x1 convolution behind it are one table of 16,384 x 256 (`latent_table`): a code's latent vector is looked up.
 
@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.codec.vqgan_cpu import CpuDecoder
+from engine.codec.vqgan_cuda import CudaDecoder
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan, to_unit_range
-from engine.sampling.vqgan_cpu import CpuDecoder
-from engine.sampling.vqgan_cuda import CudaDecoder
 from kernels.int8_conv import int8_supported
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]

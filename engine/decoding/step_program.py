@@ -29,10 +29,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from engine.decoding.attention_choice import LayerCache, decode_attention_by, fastest_attention
+from engine.decoding.prefix_pool import PrefixPool
+from engine.decoding.row_table import RowTable
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling.attention_choice import LayerCache, decode_attention_by, fastest_attention
-from engine.sampling.prefix_pool import PrefixPool
-from engine.sampling.row_table import RowTable
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
 from kernels.linear import linear, num_counters
@@ -50,7 +50,7 @@ class StepProgram:
     Args:
         model: its weights must neither change nor move while the program lives.
         table, pool: what rows read; see there.
-        attention: a name of engine/sampling/attention_choice.py, or "auto".
+        attention: a name of engine/decoding/attention_choice.py, or "auto".
     """
 
     def __init__(self, model: KoDalle, num_slots: int, table: RowTable, pool: PrefixPool, *, attention: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.sampling.options import RowRequest
+from engine.decoding.options import RowRequest
 from kernels import reference
 
 
