@@ -14,7 +14,7 @@ from machine_facts import facts, print_document
 
 from engine.config import TransformerConfig
 from engine.decoding.options import RowRequest, SamplingOptions
-from engine.decoding.packed import Weights, can_pack, can_quantise
+from engine.decoding.packed import Weights, can_quantise
 from engine.decoding.sampler import Sampler
 from engine.files import write_json
 from engine.models.transformer import KoDalle
@@ -36,19 +36,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON document")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds: list[tuple[torch.dtype, Weights]]
+    kinds: list[tuple[torch.dtype, Weights | None]]  # None: what the sampler takes by itself
     if device.type == "cuda":
-        kinds = [(torch.float16, "plain"), (torch.bfloat16, "plain")]
+        kinds = [(torch.float16, None), (torch.bfloat16, None)]
     else:
-        kinds = [(torch.float32, "packed" if can_pack(torch.float32, device) else "plain")]
+        kinds = [(torch.float32, None)]
         kinds += [(torch.float32, "int8")] if can_quantise(device) else []
     rows = []
     for dtype, weights in kinds:
         begun = time.perf_counter()
         equal = count_equal(dtype, weights, arguments.candidates, device)
         seconds = time.perf_counter() - begun
-        print(f"{weights} {dtype}: {equal} of {arguments.candidates} candidates the same alone as in a batch")
-        rows.append({"dtype": str(dtype), "weights": weights, "equal": equal, "of": arguments.candidates, "s": seconds})
+        print(
+            f"{weights or 'default'} weights, {dtype}: {equal} of {arguments.candidates} candidates the same alone as in a batch"
+        )
+        rows.append(
+            {
+                "dtype": str(dtype),
+                "weights": weights or "default",
+                "equal": equal,
+                "of": arguments.candidates,
+                "s": seconds,
+            }
+        )
     document = {"benchmark": "seed_equality", **facts(device), "rows": rows}
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +66,7 @@ def main() -> None:
     print_document(document)
 
 
-def count_equal(dtype: torch.dtype, weights: Weights, count: int, device: torch.device) -> int:
+def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device: torch.device) -> int:
     """How many of `count` candidates have the same tokens alone as in the batch that chance put them in."""
     config = TransformerConfig(num_layers=2, image_grid_size=4, text_seq_len=16)
     torch.manual_seed(0)
@@ -77,7 +87,7 @@ def count_equal(dtype: torch.dtype, weights: Weights, count: int, device: torch.
         batch, order = order[:size], order[size:]
         together.update(zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True))
     equal = 0
-    with ProgressBar(f"{weights} alone", total=count) as bar:
+    with ProgressBar(f"{weights or 'default'} weights, alone", total=count) as bar:
         for number, row in enumerate(rows):
             equal += torch.equal(sampler.decode(prefix, [row])[0], together[number])
             bar.update(number + 1)

@@ -37,8 +37,9 @@ class Sampler:
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
         row_invariant: see engine/decoding/decoder.py.
         guess_ahead: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
-        weights: how decoding reads them: plain, packed or int8 (engine/decoding/packed.py); None: packed where this
-            machine can. The copy is made by the first drawing.
+        weights: how decoding reads them (engine/decoding/packed.py). "packed" and "int8" are copies for a CPU, made by
+            the first drawing; "plain" calls the model's modules, step by step on a GPU too, which is what a model in
+            training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same function.
     """
 
     def __init__(
@@ -55,7 +56,11 @@ class Sampler:
         self.weights = choose_weights(model, weights)
         self._step_model: StepModel | None = None
         self._decoders = DecoderKeeper(
-            model, step_model=self.step_model, row_invariant=row_invariant, guess_ahead=guess_ahead
+            model,
+            step_model=self.step_model,
+            row_invariant=row_invariant,
+            guess_ahead=guess_ahead,
+            graphed=False if weights == "plain" else None,
         )
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
