@@ -25,10 +25,10 @@ from engine.decoding.options import RowRequest
 from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
 
-# A pass of 16 rows takes 1.5 times one of 1 to 4 rows (published sizes, two cores) and gives a row 3 to 5 tokens; of 32
-# rows and more the time grows as fast as the tokens (benchmarks/LOG.md).
-_GUESSED_ROWS = 16
-_GUESSING_SLOTS = 4
+# Windows of 8 for one or two rows: such a pass costs 1.25 (1.55) times a step and gives a row 2.5 tokens or more. With 16
+# one row wins no more on photographs and has twice as much to lose; four rows hardly win (benchmarks/LOG.md).
+_WINDOW = 8
+_GUESSING_SLOTS = 2
 
 
 class Decoder(Protocol):
@@ -61,7 +61,7 @@ class DecoderKeeper:
         model: its weights must neither change nor move while the keeper lives.
         step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
         row_invariant: False: as `SlotDecoder` has it; with `GraphedDecoder` the fastest attention there is.
-        guess_ahead: let few rows on a CPU take several tokens a step, the same ones (engine/decoding/jacobi.py).
+        guess_ahead: let one or two rows on a CPU take several tokens a step, the same ones (engine/decoding/jacobi.py).
         graphed: whether to lend a `GraphedDecoder`; None: where `can_graph` says so.
     """
 
@@ -95,8 +95,7 @@ class DecoderKeeper:
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
             if self._guesses_ahead and num_slots <= _GUESSING_SLOTS:
-                window = _GUESSED_ROWS // num_slots
-                yield JacobiDecoder(model, num_slots, window=window, null_prefix=null_prefix)
+                yield JacobiDecoder(model, num_slots, window=_WINDOW, null_prefix=null_prefix)
             else:
                 yield SlotDecoder(model, num_slots, null_prefix=null_prefix, row_invariant=self._row_invariant)
             return

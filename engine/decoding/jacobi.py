@@ -14,8 +14,8 @@ nothing but the equality of arithmetic: a position has the same bits in any wind
 and a row in any company. A position that was never drawn is guessed to look like the cell above it.
 
 What it wins depends on the model and on what rows cost. Measured by benchmarks/jacobi_acceptance.py, see
-benchmarks/LOG.md: one picture takes about a third of the passes with w = 16, of which a pass costs 1.4 (int8) to 1.6
-times a step (float32) on two cores.
+benchmarks/LOG.md: one picture takes about a third of the passes with w = 16, of which a pass costs 1.6
+times a step on two cores.
 
 (Jacobi for autoregressive models: Song et al., arXiv 2002.03629. With fixed noise: Wiggers and Hoogeboom, "Predictive
 sampling with forecasting autoregressive models", arXiv 2002.09928.)

@@ -8,8 +8,8 @@ New positions are written over whatever a wrong guess left there. Positions past
 
 A position's result has the same bits as `KVCache` gives it alone: its products over own positions are made by the same
 BLAS kernel (one query each; a product of w queries would take another one, whose sums end on other last bits), and
-everything else is elementwise or sums along one row. 16 queries a layer cost 5 ms more a pass of the published sizes
-than one product of all 16 would (two cores), in a pass of about 100 ms.
+everything else is elementwise or sums along one row. At the published sizes that takes 13 ms of a pass of 16 queries,
+where one product of all 16 would take 1.4 ms (two cores, 128 own positions, the pass 133 ms).
 """
 
 from collections.abc import Mapping

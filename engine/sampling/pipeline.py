@@ -134,8 +134,8 @@ class Pipeline:
             dtype: the transformer's; None: what suits the machine (engine.sampling.machine). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
             int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
-            guess_ahead: let a few candidates on a CPU take several tokens a step; the same tokens, sooner with a model
-                that was trained (engine/decoding/jacobi.py).
+            guess_ahead: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
+                model that was trained (engine/decoding/jacobi.py).
             codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
                 left in the folder and is torch without one. Never timed here: see engine.codec.onnx_record.
 

@@ -1,0 +1,332 @@
+"""How many passes a drawing takes when several tokens are guessed at once and checked (fixed-noise Jacobi decoding).
+
+    python benchmarks/jacobi_acceptance.py runs/demo/kodalle/model runs/demo/pairs [--cost cost.json] [--out result.json]
+
+A draw is argmax(logits / temperature + noise of (seed, candidate, position, token)), so a guess is right or wrong, and a
+drawing's passes can be counted on any machine. Guesses for cells that no pass has drawn yet:
+
+    above     the token of the cell above; in the first row, the newest token
+    left      the newest token
+    noise     argmax of the cell's noise alone: the draw of a model that likes all tokens alike
+    mode      the cell's most frequent token in other drawings
+    marginal  argmax of the log frequency in other drawings + the cell's noise
+    sibling   the token of another drawing of the same caption
+    redrawn   argmax of the logits of the cell above + the cell's own noise
+
+Cells that a pass has drawn after a wrong guess are guessed to stay what it drew; `fresh` guesses those anew as well.
+Every drawing that is counted is compared with `Sampler.draw`: `wrong` must be 0.
+
+Needs a trained model. With random weights hardly anything but the noise and the last token decides, so more guesses are
+right than a model that reads its picture allows, and the count says nothing about drawings (`--random-weights`).
+
+B rows, A unfinished rows, w window, T positions, C model dim, N image tokens, V image vocabulary, P prefix positions.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from machine_facts import facts, print_document
+from torch import Tensor
+
+from engine.data.pairs import load_pairs
+from engine.decoding.cache import Prefix
+from engine.decoding.jacobi import JacobiDecoder
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.sampler import Sampler, evaluating
+from engine.models.folder import load_folder_tokenizer, load_part
+from engine.models.transformer import KoDalle, Layer
+from kernels import reference
+
+SETTINGS = ((0.7, None), (0.7, 0.9), (1.0, None), (1.0, 0.9))  # temperature, top_p
+GUESSES = ("left", "noise", "mode", "marginal", "sibling", "redrawn")
+COPYING = ("above", "left", "redrawn")  # made from the drawing itself, the others are tables
+FREE_ROWS = 184  # of an H200 at 16 bit: below, a step takes as long as reading the weights
+
+
+@dataclass(frozen=True)
+class Count:
+    """Passes of the drawings of one setting. `depth[j]`: share of right guesses j + 1 ahead, of those reached."""
+
+    temperature: float
+    top_p: float | None
+    guess: str
+    fresh: bool
+    window: int
+    tokens: int  # N - 1: what one at a time takes
+    passes: list[int]  # of each drawing
+    depth: list[float]
+    wrong: int
+
+    @property
+    def gain(self) -> float:
+        return self.tokens / statistics.mean(self.passes)
+
+
+class Rows:
+    """Keys and values of all drawings, and the model over a window of each. Plain code: only counts are wanted."""
+
+    def __init__(self, model: KoDalle, prefix: Prefix, requests: list[RowRequest], window: int) -> None:
+        config = model.config
+        self.model, self.prefix_len, self.options = model, config.prefix_len, requests[0].options
+        caption = torch.tensor([row.prefix_index for row in requests])
+        self.seeds = torch.tensor([row.seed for row in requests])
+        self.candidates = torch.tensor([row.candidate for row in requests])
+        room = config.prefix_len + config.image_seq_len + window
+        self._kv = torch.zeros(2, config.num_layers, len(requests), config.num_heads, room, config.head_dim)
+        for number, read in enumerate((prefix.keys, prefix.values)):
+            self._kv[number, :, :, :, : config.prefix_len] = read[:, caption].transpose(2, 3)
+        self.first_logits = model.head.image_logits(model.head.norm(prefix.hidden[caption]))  # (B, V)
+        self._positions = model.image_embedding.position_table()
+
+    def logits(self, rows: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+        """tokens (A, w) at grid cells (A, w) of rows (A,) -> what they predict, (A, w, V)."""
+        places = self.prefix_len + cells
+        x = self.model.image_embedding.tokens[tokens] + self._positions[cells.clamp(max=len(self._positions) - 1)]
+        seen = torch.arange(self._kv.shape[4]) <= places[:, :, None]  # (A, w, T)
+        for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
+            q, k, v = layer.attention.project(x)
+            keys, values = self._kv[:, number]
+            keys[rows[:, None], :, places], values[rows[:, None], :, places] = k, v
+            attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys[rows], values[rows], seen[:, None])
+            x = layer.feed_forward(layer.attention.add(x, attended.transpose(1, 2)))
+        return self.model.head.image_logits(self.model.head.norm(x))
+
+    def draw(self, rows: Tensor, cells: Tensor, logits: Tensor) -> Tensor:
+        """rows (n,), cells (n,), logits (n, V) -> (n,)."""
+        options = self.options
+        return reference.sample(
+            logits, self.seeds[rows], self.candidates[rows], cells,
+            torch.full(rows.shape, options.temperature), torch.full(rows.shape, options.top_k or 0),
+            torch.full(rows.shape, 1.0 if options.top_p is None else options.top_p),
+        )  # fmt: skip
+
+
+class Guesser:
+    """What is fed where no token is final. `told`: (B, N) tokens, final ones and what passes drew."""
+
+    def __init__(self, name: str, table: Tensor | None, rows: Rows, *, fresh: bool) -> None:
+        config = rows.model.config
+        self._name, self._table, self._rows, self._fresh = name, table, rows, fresh
+        self._N, self._width = config.image_seq_len, config.image_grid_size
+        B = len(rows.seeds)
+        self.told = torch.zeros(B, self._N, dtype=torch.int64)
+        self.last_logits = torch.zeros(B, self._N, config.image_vocab_size) if name == "redrawn" else None
+
+    def inputs(self, rows: Tensor, cells: Tensor, final: Tensor, drawn: Tensor) -> Tensor:
+        """(A, w) tokens of cells (A, w), of which `final` (A,) are known and `drawn` (A,) were drawn."""
+        cells = cells.clamp(max=self._N - 1)
+        known = (final if self._fresh else drawn)[:, None]  # (A, 1)
+        above = cells - ((cells - known).div(self._width, rounding_mode="floor") + 1) * self._width
+        has_above = (above >= 0) & (self._name != "left")
+        source = torch.where(cells < known, cells, torch.where(has_above, above, known - 1))
+        inputs = self.told[rows].gather(1, source)
+        if self._table is not None:
+            inputs = torch.where(cells < known, inputs, self._table[rows].gather(1, cells))
+        if self.last_logits is not None:
+            guessed = (cells >= known).nonzero()
+            row, cell, like = rows[guessed[:, 0]], cells[guessed.unbind(1)], source[guessed.unbind(1)]
+            inputs[guessed.unbind(1)] = self._rows.draw(row, cell, self.last_logits[row, like])
+        return inputs
+
+
+def count_passes(
+    rows: Rows, expected: Tensor, guess: str, table: Tensor | None, window: int, *, fresh: bool = False
+) -> Count:
+    """Draws all rows, each at its own pace. expected: (B, N), what one token at a time gives."""
+    B, N = expected.shape
+    guesser = Guesser(guess, table, rows, fresh=fresh)
+    told = guesser.told
+    told[:, 0] = rows.draw(torch.arange(B), torch.zeros(B, dtype=torch.int64), rows.first_logits)
+    if guesser.last_logits is not None:
+        guesser.last_logits[:, 0] = rows.first_logits
+    final, drawn = torch.ones(B, dtype=torch.int64), torch.ones(B, dtype=torch.int64)
+    passes = torch.zeros(B, dtype=torch.int64)
+    reached, right = torch.zeros(window - 1), torch.zeros(window - 1)
+    offsets = torch.arange(window)
+    while (final < N).any():
+        active = (final < N).nonzero()[:, 0]  # (A,)
+        cells = final[active, None] - 1 + offsets  # (A, w)
+        inputs = guesser.inputs(active, cells, final[active], drawn[active])
+        logits = rows.logits(active, cells, inputs)
+        at, flat = cells + 1, active[:, None].expand_as(cells).flatten()
+        inside = at < N
+        result = rows.draw(flat, at.clamp(max=N - 1).flatten(), logits.flatten(0, 1)).view_as(at)
+        matches = ((inputs[:, 1:] == result[:, :-1]) & inside[:, 1:]).long().cumprod(1)  # (A, w - 1)
+        tried = torch.cat([torch.ones(len(active), 1, dtype=torch.int64), matches[:, :-1]], 1) * inside[:, 1:]
+        reached += tried.sum(0)
+        right += matches.sum(0)
+        told[flat.view_as(at)[inside], at[inside]] = result[inside]
+        if guesser.last_logits is not None:
+            guesser.last_logits[flat.view_as(at)[inside], at[inside]] = logits[inside]
+        drawn[active] = at[:, -1].clamp(max=N - 1) + 1
+        final[active] += 1 + matches.sum(1)
+        passes[active] += 1
+    options = rows.options
+    depth = [round(float(share), 4) for share in right / reached.clamp(min=1)]
+    wrong = int((told != expected).any(1).sum())
+    return Count(options.temperature, options.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
+
+
+def tables(model: KoDalle, requests: list[RowRequest], others: Tensor) -> dict[str, Tensor]:
+    """Guesses (B, N) that do not follow the drawing. others: (B, N) drawings of the same captions, other seeds."""
+    (B, N), V = others.shape, model.config.image_vocab_size
+    seeds = torch.tensor([row.seed for row in requests])
+    candidates = torch.tensor([row.candidate for row in requests])
+    counts = torch.full((N, V), 1e-3).scatter_add_(1, others.T, torch.ones(N, B))
+    log_frequency = (counts / counts.sum(1, keepdim=True)).log()
+    noise, marginal = torch.empty(B, N, dtype=torch.int64), torch.empty(B, N, dtype=torch.int64)
+    for cell in range(N):
+        gumbel = reference.gumbel_noise(seeds, candidates, torch.full((B,), cell), V)  # (B, V)
+        noise[:, cell] = gumbel.argmax(1)
+        marginal[:, cell] = (log_frequency[cell] + gumbel).argmax(1)
+    return {"noise": noise, "marginal": marginal, "sibling": others, "mode": counts.argmax(1).expand(B, N)}
+
+
+def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> list[Count]:
+    """All settings: `above` with every window; without top_p the other guesses too, with windows 4 and 16."""
+    N = model.config.image_seq_len
+    windows = sorted({min(window, N - 1) for window in (*arguments.windows, N - 1)})
+    results = []
+    for temperature, top_p in SETTINGS:
+        options = SamplingOptions(temperature=temperature, top_p=top_p)
+
+        def requests(seed: int, options: SamplingOptions = options) -> list[RowRequest]:
+            every = range(prefix.num_captions * arguments.candidates)
+            return [RowRequest(i // arguments.candidates, seed, i % arguments.candidates, options) for i in every]
+
+        sampler = Sampler(model, guess_ahead=False)
+        expected, others = (sampler.decode(prefix, requests(arguments.seed + number)) for number in (0, 1))
+        made = tables(model, requests(arguments.seed), others)
+        plans = [("above", window, False) for window in windows]
+        if top_p is None:
+            plans += [(guess, window, False) for guess in GUESSES for window in (4, 16)]
+            plans += [(guess, 16, True) for guess in ("above", "left", "noise")]
+        with evaluating(model):
+            for guess, window, fresh in plans:
+                rows = Rows(model, prefix, requests(arguments.seed), window)
+                table = None if guess in COPYING else made[guess]
+                count = count_passes(rows, expected, guess, table, window, fresh=fresh)
+                print(line(count), flush=True)
+                results.append(count)
+    return results
+
+
+def line(count: Count) -> str:
+    """One row of the table."""
+    ordered = sorted(count.passes)
+    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    ahead = " ".join(f"{share:.2f}" for share in count.depth[:6])
+    return (
+        f"T {count.temperature:.1f}  top_p {count.top_p or 'off':>3}  {count.guess + (' fresh' if count.fresh else ''):14}"
+        f"w {count.window:3}  passes {statistics.mean(ordered):6.2f} of {count.tokens} (10-90 %: {low}-{high})  "
+        f"{count.gain:5.2f}x fewer  wrong {count.wrong}  right by depth {ahead}"
+    )
+
+
+def predict(counts: list[Count], costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """tokens / passes x cost of a step / cost of a pass, for `above`, each row at its own pace.
+
+    costs: {weights: {"B" or "Bxw": ms}} of jacobi_cost.py. Beside them a GPU that only reads: flat up to FREE_ROWS.
+    """
+    flat: dict[str, dict[str, float]] = {"reading-bound, 184 rows free": {}}
+    for B in (1, 4, 16, 64):
+        flat["reading-bound, 184 rows free"][str(B)] = 1.0
+        for w in {count.window for count in counts}:
+            flat["reading-bound, 184 rows free"][f"{B}x{w}"] = max(1.0, B * w / FREE_ROWS)
+    table: list[dict[str, Any]] = []
+    for name, cost in (costs | flat).items():
+        for shape in (shape for shape in cost if "x" in shape):
+            batch, window = shape.split("x")
+            for count in counts:
+                if count.guess == "above" and not count.fresh and count.window == int(window):
+                    setting = {"temperature": count.temperature, "top_p": count.top_p}
+                    speedup = round(count.gain * cost[batch] / cost[shape], 3)
+                    table.append(
+                        {"cost": name, "batch": int(batch), "window": int(window)} | setting | {"speedup": speedup}
+                    )
+    return table
+
+
+def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`JacobiDecoder` itself: `--check` drawings of it, 16 at a time, compared with `Sampler.decode`, both timed.
+
+    Temperature 0.7, window 16. Then the first 16 of them one at a time, both ways in turns.
+    """
+    options, captions = SamplingOptions(temperature=0.7), prefix.num_captions
+    requests = [RowRequest(i % captions, arguments.seed, i // captions, options) for i in range(arguments.check)]
+    sampler = Sampler(model, guess_ahead=False)
+    equal, seconds = 0, {"sampler_16": 0.0, "jacobi_16": 0.0, "sampler_1": 0.0, "jacobi_1": 0.0}
+
+    def draw(name: str, part: list[RowRequest]) -> Tensor:
+        start = time.perf_counter()
+        if name.startswith("sampler"):
+            drawn = sampler.decode(prefix, part)
+        else:
+            with evaluating(model):
+                decoder = JacobiDecoder(sampler.step_model(), len(part), window=16)
+                slots = [decoder.join(prefix, request) for request in part]
+                unfinished = set(slots)
+                while unfinished:
+                    unfinished -= set(decoder.step())
+                drawn = torch.stack([decoder.leave(slot) for slot in slots])
+        seconds[name] += time.perf_counter() - start
+        return drawn
+
+    for start in range(0, len(requests), 16):
+        part = requests[start : start + 16]
+        equal += int((draw("sampler_16", part) == draw("jacobi_16", part)).all(1).sum())
+    for request in requests[:16]:
+        draw("sampler_1", [request]), draw("jacobi_1", [request])
+    result = {"drawings": len(requests), "equal": equal, "weights": sampler.weights, "seconds": seconds}
+    print(f"{equal} of {len(requests)} drawings of JacobiDecoder equal Sampler's, tokens whole; seconds {seconds}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="model folder")
+    parser.add_argument("pairs", type=Path, help="prepared pairs: their validation captions are drawn")
+    parser.add_argument("--captions", type=int, default=32)
+    parser.add_argument("--candidates", type=int, default=2, help="of each caption")
+    parser.add_argument("--windows", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16])
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--cost", type=Path, help="document of jacobi_cost.py")
+    parser.add_argument("--check", type=int, default=1000, help="drawings of the decoder itself, compared and timed")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the document is also written")
+    arguments = parser.parse_args()
+    model: KoDalle = load_part(arguments.model, "transformer")
+    if arguments.random_weights:
+        torch.manual_seed(0)
+        model = KoDalle(model.config, embedding_std=0.02).eval()
+    captions = sorted({pair.captions[0] for pair in load_pairs(arguments.pairs).validation})
+    chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))[: arguments.captions]
+    texts = load_folder_tokenizer(arguments.model).encode(
+        [captions[index] for index in chosen.tolist()], model.config.text_seq_len
+    )
+    prefix = Sampler(model, guess_ahead=False).prefill(texts.tokens)
+    checked = check(model, prefix, arguments)
+    counts = measure(model, prefix, arguments)
+    told = facts(torch.device("cpu"))
+    costs = json.loads(arguments.cost.read_text(encoding="utf-8"))["pass_ms"] if arguments.cost else {}
+    document = told | {
+        "model": str(arguments.model), "sizes": model.config.model_dump(), "random_weights": arguments.random_weights,
+        "captions": len(texts.tokens), "candidates": arguments.candidates, "seed": arguments.seed,
+        "counts": [asdict(count) | {"gain": round(count.gain, 4)} for count in counts],
+        "checked": checked, "predicted": predict(counts, costs),
+    }  # fmt: skip
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_document(document)
+
+
+if __name__ == "__main__":
+    main()

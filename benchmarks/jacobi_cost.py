@@ -1,0 +1,92 @@
+"""What a pass over a window of tokens costs beside a step of one token, at the published sizes (random weights).
+
+    python benchmarks/jacobi_cost.py [--out benchmarks/results/jacobi/cost.json]
+
+The cost of a pass does not depend on what the weights say; how many passes a drawing takes does, so that is counted
+elsewhere, on trained models (benchmarks/jacobi_acceptance.py).
+
+Timed are whole passes of `JacobiDecoder` and whole steps of `SlotDecoder`, attention and draw included.
+
+All tokens are given, so that every guess is right and a drawing passes through all lengths in few passes; the draw is
+made all the same. Kinds are timed in turns, since the machine's speed may change: the least time of each kind and length
+counts, and `pass_ms` is its mean over lengths. On a shared machine only the ratios mean something.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine_facts import facts, print_document
+from sample_plan import published_sizes, tiny_sizes
+
+from engine.decoding.cache import Prefix
+from engine.decoding.decoder import SlotDecoder
+from engine.decoding.jacobi import JacobiDecoder
+from engine.decoding.options import RowRequest
+from engine.decoding.packed import Weights, make_step_model
+from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.step_model import StepModel
+from engine.models.transformer import KoDalle
+
+STATIONS = 2  # lengths at which decoders are timed
+SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # rows, window
+
+
+def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
+    """{"1": step of one row, "4": of four, "1x16": pass of one row with a window of 16, ...}."""
+    N = model.config.image_seq_len
+    given = torch.zeros(N, dtype=torch.int64)
+    kinds: dict[str, Callable[[], SlotDecoder]] = {
+        str(B): lambda B=B: SlotDecoder(model, B)  # type: ignore[misc]
+        for B in sorted({B for B, _ in SHAPES})
+    }
+    kinds |= {f"{B}x{w}": lambda B=B, w=w: JacobiDecoder(model, B, window=w) for B, w in SHAPES}  # type: ignore[misc]
+    best: dict[str, list[float]] = {kind: [float("inf")] * STATIONS for kind in kinds}
+    decoders: dict[str, tuple[SlotDecoder, int]] = {}
+    for kind, make in kinds.items():
+        decoder = make()
+        slots = [decoder.join(prefix, RowRequest(0, 7, i), given=given) for i in range(decoder.num_slots)]
+        decoder.step()
+        decoders[kind] = decoder, slots[0]
+    for station in range(STATIONS):
+        until = (2 * station + 1) * N // (2 * STATIONS)
+        for decoder, slot in decoders.values():
+            while len(decoder.tokens(slot)) < until:
+                decoder.step()
+        for _ in range(repeat):
+            for kind, (decoder, slot) in decoders.items():
+                if len(decoder.tokens(slot)) < N - 20:
+                    start = time.perf_counter()
+                    decoder.step()
+                    best[kind][station] = min(best[kind][station], time.perf_counter() - start)
+    means = {kind: [seconds for seconds in times if seconds < float("inf")] for kind, times in best.items()}
+    return {kind: round(1e3 * sum(times) / len(times), 2) for kind, times in means.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--repeat", type=int, default=6, help="timed passes of each kind at each length")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = KoDalle((tiny_sizes() if arguments.tiny else published_sizes())[0])
+    document = facts(torch.device("cpu")) | {"sizes": model.config.model_dump(), "pass_ms": {}}
+    prefix = Sampler(model).prefill(torch.ones(1, model.config.text_seq_len, dtype=torch.int64))
+    weights: Weights
+    for weights in ("packed", "int8"):
+        step_model = make_step_model(model, weights)
+        with evaluating(model):
+            document["pass_ms"][weights] = pass_ms(step_model, prefix, arguments.repeat)
+            print(weights, "pass ms by rows x window:", document["pass_ms"][weights], flush=True)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_document(document)
+
+
+if __name__ == "__main__":
+    main()
