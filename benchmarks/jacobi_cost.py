@@ -58,7 +58,7 @@ def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
                 decoder.step()
         for _ in range(repeat):
             for kind, (decoder, slot) in decoders.items():
-                if len(decoder.tokens(slot)) < N - 20:
+                if len(decoder.tokens(slot)) < N - 20:  # the widest window still fits
                     start = time.perf_counter()
                     decoder.step()
                     best[kind][station] = min(best[kind][station], time.perf_counter() - start)
@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    model = KoDalle((tiny_sizes() if arguments.tiny else published_sizes())[0])
+    sizes = tiny_sizes()[0].model_copy(update={"image_grid_size": 8}) if arguments.tiny else published_sizes()[0]
+    model = KoDalle(sizes)
     document = facts(torch.device("cpu")) | {"sizes": model.config.model_dump(), "pass_ms": {}}
     prefix = Sampler(model).prefill(torch.ones(1, model.config.text_seq_len, dtype=torch.int64))
     weights: Weights

@@ -148,7 +148,7 @@ def test_given_tokens_are_guessed_right_so_that_a_whole_picture_takes_few_passes
     assert counts == [1, 17, 33, 49, 65]  # the first token costs no pass, each pass 16 more
 
 
-def test_a_model_that_hardly_reads_the_picture_is_guessed_right_nearly_always() -> None:
+def test_a_model_that_hardly_reads_the_picture_takes_few_passes() -> None:
     """Fresh weights: the noise decides, and it is the same noise in every pass."""
     torch.manual_seed(0)
     model = KoDalle(_model(9).config)

@@ -87,7 +87,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Views:
+class Views:
     """The cache's splits as matrices, made once for as long as R and S stay: 80 views a layer and step otherwise."""
 
     num_rows: int
@@ -96,12 +96,12 @@ class _Views:
     values: list[list[Tensor]]  # layer, split: (R * H, split, D)
 
     @staticmethod
-    def of(own: Tensor, num_rows: int, num_splits: int) -> "_Views":
+    def of(own: Tensor, num_rows: int, num_splits: int) -> "Views":
         keys, values = (
             [[split[:num_rows].flatten(0, 1) for split in layer[:num_splits]] for layer in part] for part in own
         )
         keys = [[split.transpose(1, 2) for split in layer] for layer in keys]
-        return _Views(num_rows, num_splits, keys, values)
+        return Views(num_rows, num_splits, keys, values)
 
 
 class KVCache:
@@ -123,7 +123,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         L, _, H, D = prefix_shape
-        self._views: _Views | None = None
+        self._views: Views | None = None
         self._step: _Step | None = None
         self._wide = torch.promote_types(dtype, torch.float32)
         self._siblings: list[_Siblings] = []
@@ -159,7 +159,7 @@ class KVCache:
         """Says how many own positions the first R rows hold before this step: (R,), and the most of any."""
         R, S = len(lengths), longest // self.split + 1
         if self._views is None or (self._views.num_rows, self._views.num_splits) != (R, S):
-            self._views = _Views.of(self._own, R, S)
+            self._views = Views.of(self._own, R, S)
         _, _, _, _, H, split, _ = self._own.shape
         self._step = _Step(
             rows=self._rows[:R],

@@ -32,7 +32,7 @@ from engine.models.transformer import KoDalle
 
 
 @dataclass
-class _Row:
+class Row:
     """A drawn row. `partner` is the slot that reads the empty caption for it."""
 
     request: RowRequest
@@ -71,9 +71,9 @@ class SlotDecoder:
         self._hidden = torch.zeros(room, config.dim, dtype=self._dtype, device=self._device)
         self._tokens = torch.zeros(room, config.image_seq_len, dtype=torch.int64, device=self._device)
         self._given = torch.full_like(self._tokens, -1)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Row] = {}
         self._captions: dict[int, Caption] = {}  # of drawn rows and partners
-        self._plan: _Plan | None = None  # None: somebody joined or left
+        self._plan: Plan | None = None  # None: somebody joined or left
 
     @property
     def num_joined(self) -> int:
@@ -116,7 +116,7 @@ class SlotDecoder:
             self._captions[partner] = Caption(self._null_prefix, 0)
             self._hidden[partner] = self._null_prefix.hidden[0]
         self._given[slot] = -1 if given is None else given
-        self._rows[slot] = _Row(request, partner, position=0, is_given=given is not None)
+        self._rows[slot] = Row(request, partner, position=0, is_given=given is not None)
         self._plan = None
         return slot
 
@@ -168,7 +168,7 @@ class SlotDecoder:
             return self._hidden.new_empty(0, self.model.config.image_vocab_size)
         return self.logits(plan)[: len(plan.slots)]
 
-    def _look_around(self) -> "_Plan | None":
+    def _look_around(self) -> "Plan | None":
         """The plan of the unfinished rows, made anew when somebody joined or left; None when there are none."""
         if self._plan is None:
             unfinished = {
@@ -176,11 +176,11 @@ class SlotDecoder:
             }
             if not unfinished:
                 return None
-            self._plan = _Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
+            self._plan = Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
             self._cache.seat({slot: self._captions[slot] for slot in self._plan.seated})
         return self._plan
 
-    def _draw(self, plan: "_Plan") -> Tensor:
+    def _draw(self, plan: "Plan") -> Tensor:
         """(B,) tokens of the drawn rows."""
         logits = self.logits(plan)[: len(plan.slots)]
         drawn = plan.parameters.sample(logits, plan.positions)
@@ -189,7 +189,7 @@ class SlotDecoder:
             drawn = torch.where(given >= 0, given, drawn)
         return drawn
 
-    def logits(self, plan: "_Plan") -> Tensor:
+    def logits(self, plan: "Plan") -> Tensor:
         """(at least B, V): what the drawn rows predict next, guidance applied."""
         hidden = self.model.head_norm(self._hidden[plan.head_rows])  # (B + padding, C)
         if plan.guided.numel():
@@ -198,7 +198,7 @@ class SlotDecoder:
             hidden = hidden.index_copy(0, plan.guided, null + plan.guidance * (hidden[plan.guided] - null))
         return self._rule.tiled(self.model.image_logits, hidden)
 
-    def _forward(self, plan: "_Plan", drawn: Tensor) -> None:
+    def _forward(self, plan: "Plan", drawn: Tensor) -> None:
         """Feeds the drawn tokens (B,) to the model. Rows that nobody has, or that are finished, compute rubbish."""
         R = plan.num_rows
         fed = drawn.new_zeros(R).index_copy_(0, plan.draws, drawn)
@@ -215,12 +215,12 @@ class SlotDecoder:
         self._hidden[:R] = x
 
 
-class _Plan:
+class Plan:
     """Everything about the rows in flight that only changes when one joins or leaves, as tensors."""
 
     def __init__(
         self,
-        rows: dict[int, _Row],
+        rows: dict[int, Row],
         captions: dict[int, Caption],
         rule: RowRule,
         device: torch.device,

@@ -13,9 +13,9 @@ The first draw of a pass is always final, so no drawing takes more passes than t
 nothing but the equality of arithmetic: a position has the same bits in any window (engine/decoding/window_cache.py),
 and a row in any company. A position that was never drawn is guessed to look like the cell above it.
 
-What it wins depends on the model and on what rows cost. Measured by benchmarks/jacobi_acceptance.py, see
-benchmarks/LOG.md: one picture takes about a third of the passes with w = 16, of which a pass costs 1.6
-times a step on two cores.
+What it wins depends on the model and on what rows cost. Two small trained models took 2.5 and 3.4 times fewer passes
+with w = 8 at temperature 1; such a pass costs 1.25 times a step of one row at the published sizes (two cores). See
+benchmarks/LOG.md.
 
 (Jacobi for autoregressive models: Song et al., arXiv 2002.03629. With fixed noise: Wiggers and Hoogeboom, "Predictive
 sampling with forecasting autoregressive models", arXiv 2002.09928.)
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.cache import Prefix
-from engine.decoding.decoder import SlotDecoder, _Plan, _Row
+from engine.decoding.decoder import Plan, Row, SlotDecoder
 from engine.decoding.draw import DrawParameters
 from engine.decoding.options import RowRequest
 from engine.decoding.step_model import StepModel
@@ -101,22 +101,22 @@ class JacobiDecoder(SlotDecoder):
         new = {slot: row for slot, row in unfinished.items() if row.position == 0}
         if new:
             self._draw_first(new)
-        self._plan = _Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
+        self._plan = Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
         self._windows.seat({slot: self._captions[slot] for slot in self._plan.seated})
         requests: list[RowRequest] = [unfinished[slot].request for slot in self._plan.slots]
         self._window_parameters = DrawParameters([r for r in requests for _ in range(self.window)], self._device)
         return True
 
-    def _draw_first(self, new: dict[int, _Row]) -> None:
+    def _draw_first(self, new: dict[int, Row]) -> None:
         """The captions already predict them: no pass."""
-        plan = _Plan(new, self._captions, self._rule, self._device, self._dtype)
+        plan = Plan(new, self._captions, self._rule, self._device, self._dtype)
         drawn = self._draw(plan)
         self._tokens[plan.draws, 0] = self._guesses[plan.draws, 0] = drawn
         self._guessed[plan.draws] = 1
         for row in new.values():
             row.position = 1
 
-    def _inputs(self, plan: _Plan) -> Tensor:
+    def _inputs(self, plan: Plan) -> Tensor:
         """(B, w) tokens: the last final one, what the last pass drew after it, then copies of the cells above."""
         N, width = self.model.config.image_seq_len, self.model.config.image_grid_size
         cells = (plan.positions[:, None] - 1 + self._offsets).clamp(max=N - 1)  # (B, w)
@@ -130,7 +130,7 @@ class JacobiDecoder(SlotDecoder):
             inputs = torch.where(given >= 0, given, inputs)
         return inputs
 
-    def _forward_window(self, plan: _Plan, inputs: Tensor) -> Tensor:
+    def _forward_window(self, plan: Plan, inputs: Tensor) -> Tensor:
         """(B, w) -> the last layer's output (slots, w, C); slots that nobody has compute rubbish."""
         N, w = self.model.config.image_seq_len, self.window
         R = max(plan.seated) + 1
@@ -147,7 +147,7 @@ class JacobiDecoder(SlotDecoder):
             x = self._rule.tiled(layer.finish, x, self._filled_up(attended))
         return x[: R * w].unflatten(0, (R, w))
 
-    def _draw_window(self, plan: _Plan, hidden: Tensor) -> Tensor:
+    def _draw_window(self, plan: Plan, hidden: Tensor) -> Tensor:
         """(slots, w, C) -> (B, w) tokens, given ones in their places."""
         N, w = self.model.config.image_seq_len, self.window
         normed = self.model.head_norm(hidden[plan.draws].flatten(0, 1)).unflatten(0, (-1, w))  # (B, w, C)

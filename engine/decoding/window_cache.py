@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.decoding.cache import Caption, KVCache, _Views
+from engine.decoding.cache import Caption, KVCache, Views
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class WindowCache(KVCache):
         R, w = held.shape
         S = (min(longest + w, self._num_positions) - 1) // self.split + 1
         if self._views is None or (self._views.num_rows, self._views.num_splits) != (R, S):
-            self._views = _Views.of(self._own, R, S)
+            self._views = Views.of(self._own, R, S)
         H, D = self._own.shape[4], self._own.shape[6]
         hides = self._places[:S, :, None] > held[:, :, None, None]  # (S, R, w, 1, split)
         self._pass = _Pass(

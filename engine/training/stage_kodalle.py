@@ -112,7 +112,8 @@ class KodalleStage:
                 RowRequest(prefix_index=index, seed=0, candidate=index, options=SamplingOptions())
                 for index in range(len(text_tokens))
             ]
-            drawn = Sampler(self.engine.module, weights="plain").draw(text_tokens, rows)
+            # Guessing ahead takes as many passes as the guesses allow, and ranks of ZeRO-3 must take the same number.
+            drawn = Sampler(self.engine.module, weights="plain", guess_ahead=False).draw(text_tokens, rows)
         return image_grid(
             torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(drawn)]), columns=len(text_tokens)
         )
