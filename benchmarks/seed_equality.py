@@ -1,6 +1,6 @@
 """Counts candidates that draw the same tokens alone as in a batch: python benchmarks/seed_equality.py [--candidates N]
 
-A model of the published width (1024, 8 heads, GEGLU 4096; two layers, random weights that matter, 4 x 4 image tokens)
+A model of the published width (1024, 8 heads, GEGLU 4096; two layers, random weights that matter, 3 x 3 image tokens)
 draws N candidates in batches of random size and company, then each one alone. Options differ from row to row: filters,
 temperature, guidance. Every kind of weights that this machine has is counted. The last line is one JSON document.
 """
@@ -68,7 +68,7 @@ def main() -> None:
 
 def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device: torch.device) -> int:
     """How many of `count` candidates have the same tokens alone as in the batch that chance put them in."""
-    config = TransformerConfig(num_layers=2, image_grid_size=4, text_seq_len=16)
+    config = TransformerConfig(num_layers=2, image_grid_size=3, text_seq_len=16)
     torch.manual_seed(0)
     model = KoDalle(config).eval()
     with torch.no_grad():
