@@ -36,8 +36,8 @@ class FastVqganDecoder:
     Args:
         vqgan: stays as it is; on a CPU or a GPU, of any type.
         precision: of weights and maps. `int8`: bytes in the residual blocks' convolutions, float32 elsewhere, CPU only:
-            1.6 times as fast as float32; its pictures are 55 dB of PSNR from those of a trained 48-pixel codec, 0.3 grey
-            levels in the mean and 5 at most.
+            about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR from its pictures for the
+            demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect).
 
     Raises:
         InputError: unknown precision, or int8 where the machine cannot.

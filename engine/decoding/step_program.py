@@ -16,8 +16,8 @@ D head dim, P prefix positions, F feed-forward inner dim.
         linear         shrink + LayerScale + residual                  1
     hidden (R, C)      copied to where the next step starts            1
 
-85 launches at 16 layers, 89 with filters. Everything that differs between steps or rows is read from the device, so the program can be
-captured once for each R. Every op is a kernel of kernels/ whose rows do not depend on how many there are; library
+85 launches at 16 layers, 89 with filters. Everything that differs between steps or rows is read from the device, so the
+program can be captured once for each R. Every op is a kernel of kernels/ whose rows do not depend on how many there are; library
 matrix products, which promise no such thing, are not used.
 
 Where some row filters, the others are still drawn by the fused head: a neighbour's top-k would otherwise decide

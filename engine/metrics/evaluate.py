@@ -34,6 +34,7 @@ from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.command import pick_device
+from engine.sampling.machine import fit_threads
 from engine.sampling.pipeline import Pipeline
 
 RECALL_AMONG = 100
@@ -84,6 +85,7 @@ def evaluate(
     pairs = load_pairs(pairs_folder)
     if not pairs.validation:
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
+    fit_threads()
     parts = load_parts(model_folder, pick_device(device))
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)

@@ -121,6 +121,7 @@ def print_continuations(
     Raises:
         InputError: bad options or model; a beginning that fills the model's text.
     """
+    fit_threads()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), codec_backend="torch")
     for line in pipeline.continue_caption(beginning, count=count, seed=seed, options=options):
         print(line.text)
