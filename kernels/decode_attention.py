@@ -26,6 +26,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, words
+
 try:
     import triton
     import triton.language as tl
@@ -101,12 +103,12 @@ def _check(
     new_values: Tensor | None,
 ) -> None:
     if q.dim() != 3 or q.dtype not in _DTYPES or not 0 < q.shape[2] <= _HEAD_DIM_MAX:
-        raise ValueError(f"q: {_words(q)}; must be (B, H, D) float32, float16 or bfloat16, D at most {_HEAD_DIM_MAX}")
+        raise ValueError(f"q: {words(q)}; must be (B, H, D) float32, float16 or bfloat16, D at most {_HEAD_DIM_MAX}")
     B, H, D = q.shape
     parts = {"prefix_keys": prefix_keys, "prefix_values": prefix_values, "keys": keys, "values": values}
     for name, tensor in parts.items():
         if tensor.dim() != 4 or tensor.shape[2:] != (H, D) or tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: {_words(tensor)}; must be (rows, positions, {H}, {D}) {q.dtype}")
+            raise ValueError(f"{name}: {words(tensor)}; must be (rows, positions, {H}, {D}) {q.dtype}")
     if prefix_values.shape != prefix_keys.shape or 0 in prefix_keys.shape[:2]:
         shapes = f"{tuple(prefix_keys.shape)} and {tuple(prefix_values.shape)}"
         raise ValueError(f"prefix_keys, prefix_values: {shapes}; must be one shape, with a caption and a position")
@@ -115,23 +117,20 @@ def _check(
     for name, tensor in {"caption_of_row": caption_of_row, "num_filled": num_filled}.items():
         is_integer = tensor.dtype in (torch.int32, torch.int64)
         if tensor.shape != (B,) or not is_integer or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {_words(tensor)}; must be ({B},) int32 or int64, contiguous")
+            raise ValueError(f"{name}: {words(tensor)}; must be ({B},) int32 or int64, contiguous")
     floats = {"q": q, **parts, **_check_new(q, new_keys, new_values)}
     for name, tensor in floats.items():
         if tensor.stride(-1) != 1 and D > 1:
-            raise ValueError(f"{name}: {_words(tensor)}; D must lie together in memory: make it contiguous")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    for name, tensor in {**floats, "caption_of_row": caption_of_row, "num_filled": num_filled}.items():
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {q.device}, beside q")
-    if triton is None:
-        raise ImportError(
-            "kernels.decode_attention needs triton: pip install triton, or call kernels.reference.decode_attention"
-        )
-    if not q.is_cuda and isinstance(_decode_attention_kernel, triton.JITFunction):
-        remedy = "call kernels.reference.decode_attention (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"q: is on {q.device}, where no kernel runs: {remedy}")
+            raise ValueError(f"{name}: {words(tensor)}; D must lie together in memory: make it contiguous")
+    check_no_gradient(floats)
+    check_beside("q", q, {**floats, "caption_of_row": caption_of_row, "num_filled": num_filled})
+    check_runs(
+        "kernels.decode_attention",
+        "q",
+        q,
+        triton and _decode_attention_kernel,
+        reference="kernels.reference.decode_attention",
+    )
 
 
 def _check_new(q: Tensor, new_keys: Tensor | None, new_values: Tensor | None) -> dict[str, Tensor]:
@@ -143,7 +142,7 @@ def _check_new(q: Tensor, new_keys: Tensor | None, new_values: Tensor | None) ->
     new = {"new_keys": new_keys, "new_values": new_values}
     for name, tensor in new.items():
         if tensor.shape != q.shape or tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: {_words(tensor)}; must be as q, {_words(q)}")
+            raise ValueError(f"{name}: {words(tensor)}; must be as q, {words(q)}")
     return new
 
 
@@ -165,10 +164,6 @@ def _aligned(*tensors: Tensor) -> bool:
         for tensor in tensors
         for stride in (tensor.shape[-1], *tensor.stride()[:-1])
     )
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
 
 
 if triton is not None:

@@ -19,6 +19,8 @@ reaches outside a tensor: sources are kept below R and tokens below V.
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, words
+
 try:
     import triton
     import triton.language as tl
@@ -84,35 +86,30 @@ def _check(
     position_table: Tensor,
 ) -> None:
     if embedding.dim() != 2 or embedding.dtype not in _DTYPES or not 0 < embedding.shape[1] <= _DIM_MAX:
-        raise ValueError(f"embedding: {_words(embedding)}; must be (V, C) float32, float16 or bfloat16")
+        raise ValueError(f"embedding: {words(embedding)}; must be (V, C) float32, float16 or bfloat16")
     if given.dim() != 2 or given.shape[1] == 0 or given.dtype != torch.int64:
-        raise ValueError(f"given: {_words(given)}; must be (S, N) int64")
+        raise ValueError(f"given: {words(given)}; must be (S, N) int64")
     (R, C), (S, N) = (drawn.numel(), embedding.shape[1]), given.shape
     if tokens.shape != (S, N + 1) or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens: {_words(tokens)}; must be ({S}, {N + 1}) int64")
+        raise ValueError(f"tokens: {words(tokens)}; must be ({S}, {N + 1}) int64")
     if position_table.shape != (N, C) or position_table.dtype != embedding.dtype:
-        raise ValueError(f"position_table: {_words(position_table)}; must be ({N}, {C}) {embedding.dtype}")
+        raise ValueError(f"position_table: {words(position_table)}; must be ({N}, {C}) {embedding.dtype}")
     for name, tensor in {"drawn": drawn, "source": source, "positions": positions}.items():
         if tensor.shape != (R,) or R > S or tensor.dtype != torch.int64 or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {_words(tensor)}; must be (R,) int64 with R at most {S}, contiguous")
+            raise ValueError(f"{name}: {words(tensor)}; must be (R,) int64 with R at most {S}, contiguous")
     tables = {"given": given, "tokens": tokens, "embedding": embedding, "position_table": position_table}
     for name, tensor in tables.items():
         if tensor.stride(1) != 1:
-            raise ValueError(f"{name}: {_words(tensor)}; columns must lie together in memory: make it contiguous")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    for name, tensor in {**tables, "drawn": drawn, "source": source, "positions": positions}.items():
-        if tensor.device != embedding.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {embedding.device}, beside embedding")
-    if triton is None:
-        raise ImportError("kernels.feed_tokens needs triton: pip install triton, or call kernels.reference_slots")
-    if not embedding.is_cuda and isinstance(_feed_tokens_kernel, triton.JITFunction):
-        remedy = "call kernels.reference_slots.feed_tokens (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"embedding: is on {embedding.device}, where no kernel runs: {remedy}")
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name}: {words(tensor)}; columns must lie together in memory: make it contiguous")
+    check_no_gradient(tables)
+    check_beside("embedding", embedding, {**tables, "drawn": drawn, "source": source, "positions": positions})
+    check_runs(
+        "kernels.feed_tokens",
+        "embedding",
+        embedding,
+        triton and _feed_tokens_kernel,
+        reference="kernels.reference_slots.feed_tokens",
+    )
 
 
 if triton is not None:

@@ -11,6 +11,8 @@ Elementwise, so nothing about it can depend on how many rows there are. In plain
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, words
+
 try:
     import triton
     import triton.language as tl
@@ -52,26 +54,14 @@ def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _check(x: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0 or x.dtype not in _DTYPES or x.shape[-1] == 0 or x.shape[-1] % 2:
-        raise ValueError(f"x: {_words(x)}; must be (..., 2F) float32, float16 or bfloat16")
+        raise ValueError(f"x: {words(x)}; must be (..., 2F) float32, float16 or bfloat16")
     if x.stride(-1) != 1:
-        raise ValueError(f"x: {_words(x)}; channels must lie together in memory: make it contiguous")
-    if bias is not None:
-        if bias.shape != x.shape[-1:] or bias.dtype != x.dtype or not bias.is_contiguous():
-            raise ValueError(f"bias: {_words(bias)}; must be ({x.shape[-1]},) {x.dtype}, contiguous")
-        if bias.device != x.device:
-            raise ValueError(f"bias: is on {bias.device}; must be on {x.device}, beside x")
-    for name, tensor in {"x": x, "bias": bias}.items():
-        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    if triton is None:
-        raise ImportError("kernels.geglu needs triton: pip install triton, or call kernels.reference.geglu")
-    if not x.is_cuda and isinstance(_geglu_kernel, triton.JITFunction):
-        remedy = "call kernels.reference.geglu (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+        raise ValueError(f"x: {words(x)}; channels must lie together in memory: make it contiguous")
+    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype or not bias.is_contiguous()):
+        raise ValueError(f"bias: {words(bias)}; must be ({x.shape[-1]},) {x.dtype}, contiguous")
+    check_beside("x", x, {"bias": bias})
+    check_no_gradient({"x": x, "bias": bias})
+    check_runs("kernels.geglu", "x", x, triton and _geglu_kernel, reference="kernels.reference.geglu")
 
 
 if triton is not None:

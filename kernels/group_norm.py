@@ -18,6 +18,8 @@ same bits alone and among any others.
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs
+
 try:
     import triton
     import triton.language as tl
@@ -80,16 +82,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> None:
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor.shape != (C,) or tensor.dtype != x.dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}; must be ({C},) {x.dtype}, contiguous")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {x.device}, beside x")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    if triton is None:
-        raise ImportError("kernels.group_norm needs triton: pip install triton, or call kernels.reference.group_norm")
-    if not x.is_cuda and isinstance(_moments_kernel, triton.JITFunction):
-        remedy = "call kernels.reference.group_norm (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
+    check_beside("x", x, {"weight": weight, "bias": bias})
+    check_no_gradient({"x": x, "weight": weight, "bias": bias})
+    check_runs("kernels.group_norm", "x", x, triton and _moments_kernel, reference="kernels.reference.group_norm")
 
 
 if triton is not None:

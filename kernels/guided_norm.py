@@ -14,6 +14,8 @@ the same bits beside any others.
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, words
+
 try:
     import triton
     import triton.language as tl
@@ -59,31 +61,21 @@ def guided_norm(x: Tensor, partner: Tensor, guidance: Tensor, weight: Tensor, bi
 def _check(x: Tensor, partner: Tensor, guidance: Tensor, weight: Tensor, bias: Tensor) -> None:
     if x.dim() != 2 or x.dtype not in _DTYPES or not 0 < x.shape[1] <= _DIM_MAX or x.stride(1) != 1:
         raise ValueError(
-            f"x: {_words(x)}; must be (S, C) float32, float16 or bfloat16, C at most {_DIM_MAX}, channels together"
+            f"x: {words(x)}; must be (S, C) float32, float16 or bfloat16, C at most {_DIM_MAX}, channels together"
         )
     S, C = x.shape
     if partner.dim() != 1 or partner.shape[0] > S or partner.dtype != torch.int64 or not partner.is_contiguous():
-        raise ValueError(f"partner: {_words(partner)}; must be (R,) int64 with R at most {S}, contiguous")
+        raise ValueError(f"partner: {words(partner)}; must be (R,) int64 with R at most {S}, contiguous")
     if guidance.shape != partner.shape or guidance.dtype != torch.float32 or not guidance.is_contiguous():
-        raise ValueError(f"guidance: {_words(guidance)}; must be ({partner.shape[0]},) float32, contiguous")
+        raise ValueError(f"guidance: {words(guidance)}; must be ({partner.shape[0]},) float32, contiguous")
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor.shape != (C,) or tensor.dtype != x.dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {_words(tensor)}; must be ({C},) {x.dtype}, contiguous")
-    for name, tensor in {"partner": partner, "guidance": guidance, "weight": weight, "bias": bias}.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {x.device}, beside x")
-    for name, tensor in {"x": x, "weight": weight, "bias": bias}.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    if triton is None:
-        raise ImportError("kernels.guided_norm needs triton: pip install triton, or call kernels.reference_slots")
-    if not x.is_cuda and isinstance(_guided_norm_kernel, triton.JITFunction):
-        remedy = "call kernels.reference_slots.guided_norm (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name}: {words(tensor)}; must be ({C},) {x.dtype}, contiguous")
+    check_beside("x", x, {"partner": partner, "guidance": guidance, "weight": weight, "bias": bias})
+    check_no_gradient({"x": x, "weight": weight, "bias": bias})
+    check_runs(
+        "kernels.guided_norm", "x", x, triton and _guided_norm_kernel, reference="kernels.reference_slots.guided_norm"
+    )
 
 
 if triton is not None:

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, is_interpreted, words
 from kernels.reference import Norm, Residual
 
 try:
@@ -104,7 +105,7 @@ def linear(
             BLOCK_N=tiling.weight_tile, BLOCK_R=tiling.row_tile, BLOCK_K=tiling.k_tile,
             BLOCK_STATISTICS=min(triton.next_power_of_2(K), _STATISTICS_TILE),
             HAS_BIAS=bias is not None, NORM=norm is not None, GATED=gated, RESIDUAL=residual is not None,
-            ALIGN=_alignment(x, weight, None if residual is None else residual.x), WIDEN=_is_interpreted(),
+            ALIGN=_alignment(x, weight, None if residual is None else residual.x), WIDEN=is_interpreted(_linear_kernel),
             num_warps=4, num_stages=tiling.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -159,13 +160,13 @@ def _check(
     counters: Tensor | None,
 ) -> None:
     if x.dim() != 2 or x.dtype not in _DTYPES or x.shape[1] == 0:
-        raise ValueError(f"x: {_words(x)}; must be (R, K) float32, float16 or bfloat16")
+        raise ValueError(f"x: {words(x)}; must be (R, K) float32, float16 or bfloat16")
     R, K = x.shape
     if weight.dim() != 2 or weight.shape[1] != K or weight.shape[0] == 0 or weight.dtype != x.dtype:
-        raise ValueError(f"weight: {_words(weight)}; must be (N, {K}) {x.dtype}")
+        raise ValueError(f"weight: {words(weight)}; must be (N, {K}) {x.dtype}")
     N = weight.shape[0]
     if gated and N % 2:
-        raise ValueError(f"weight: {_words(weight)}; gated, its rows are values and as many gates")
+        raise ValueError(f"weight: {words(weight)}; gated, its rows are values and as many gates")
     width = N // 2 if gated else N
     matrices = {"x": x, "weight": weight}
     vectors = {"bias": (bias, N)}
@@ -175,37 +176,28 @@ def _check(
         matrices["residual.x"] = residual.x
         vectors["residual.scale"] = (residual.scale, width)
         if residual.x.shape != (R, width) or residual.x.dtype != x.dtype:
-            raise ValueError(f"residual.x: {_words(residual.x)}; must be ({R}, {width}) {x.dtype}")
+            raise ValueError(f"residual.x: {words(residual.x)}; must be ({R}, {width}) {x.dtype}")
     for name, (vector, size) in vectors.items():
         if vector is not None and (vector.shape != (size,) or vector.dtype != x.dtype or not vector.is_contiguous()):
-            raise ValueError(f"{name}: {_words(vector)}; must be ({size},) {x.dtype}, contiguous")
+            raise ValueError(f"{name}: {words(vector)}; must be ({size},) {x.dtype}, contiguous")
     for name, matrix in matrices.items():
         if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-            raise ValueError(f"{name}: {_words(matrix)}; channels must lie together in memory: make it contiguous")
-    for name, tensor in {**matrices, **{name: vector for name, (vector, _) in vectors.items()}}.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {x.device}, beside x")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
+            raise ValueError(f"{name}: {words(matrix)}; channels must lie together in memory: make it contiguous")
+    floats = {**matrices, **{name: vector for name, (vector, _) in vectors.items()}}
+    check_beside("x", x, floats)
+    check_no_gradient(floats)
     _check_counters(counters, num_counters(R, N, K), x)
-    if triton is None:
-        raise ImportError("kernels.linear needs triton: pip install triton, or call kernels.reference.linear")
-    if not x.is_cuda and not _is_interpreted():
-        remedy = "call kernels.reference.linear (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
+    check_runs("kernels.linear", "x", x, triton and _linear_kernel, reference="kernels.reference.linear")
 
 
 def _check_counters(counters: Tensor | None, wanted: int, x: Tensor) -> None:
     if counters is None:
         return
     if counters.dim() != 1 or counters.dtype != torch.int32 or not counters.is_contiguous():
-        raise ValueError(f"counters: {_words(counters)}; must be ({wanted},) int32, contiguous")
+        raise ValueError(f"counters: {words(counters)}; must be ({wanted},) int32, contiguous")
     if counters.shape[0] < wanted:
         raise ValueError(f"counters: has {counters.shape[0]}; must have {wanted} (see num_counters)")
-    if counters.device != x.device:
-        raise ValueError(f"counters: is on {counters.device}; must be on {x.device}, beside x")
+    check_beside("x", x, {"counters": counters})
 
 
 def _alignment(*matrices: Tensor | None) -> int:
@@ -221,14 +213,6 @@ def _alignment(*matrices: Tensor | None) -> int:
         for size in (matrix.stride(0), matrix.shape[1])
     )
     return 16 // given[0].element_size() if is_aligned else 1
-
-
-def _is_interpreted() -> bool:
-    return not isinstance(_linear_kernel, triton.JITFunction)
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
 
 
 if triton is not None:

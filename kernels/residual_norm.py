@@ -16,6 +16,8 @@ difference of two large numbers.
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_no_gradient, check_runs, words
+
 try:
     import triton
     import triton.language as tl
@@ -81,35 +83,26 @@ def _check(
     x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None
 ) -> None:
     if x.dim() == 0 or x.dtype not in _DTYPES or not 0 < x.shape[-1] <= _DIM_MAX:
-        raise ValueError(f"x: {_words(x)}; must be (..., C) float32, float16 or bfloat16, C at most {_DIM_MAX}")
+        raise ValueError(f"x: {words(x)}; must be (..., C) float32, float16 or bfloat16, C at most {_DIM_MAX}")
     C = x.shape[-1]
     if (branch is None) != (scale is None):
         raise ValueError("branch and scale: give both or neither")
     if branch is None and branch_bias is not None:
         raise ValueError("branch_bias: is given without a branch")
     if branch is not None and (branch.shape != x.shape or branch.dtype != x.dtype):
-        raise ValueError(f"branch: {_words(branch)}; must be as x, {_words(x)}")
+        raise ValueError(f"branch: {words(branch)}; must be as x, {words(x)}")
     for name, tensor in {"scale": scale, "weight": weight, "bias": bias, "branch_bias": branch_bias}.items():
         if tensor is not None and (tensor.shape != (C,) or tensor.dtype != x.dtype or not tensor.is_contiguous()):
-            raise ValueError(f"{name}: {_words(tensor)}; must be ({C},) {x.dtype}, contiguous")
+            raise ValueError(f"{name}: {words(tensor)}; must be ({C},) {x.dtype}, contiguous")
     for name, tensor in {"x": x, "branch": branch}.items():
         if tensor is not None and tensor.stride(-1) != 1 and C > 1:
-            raise ValueError(f"{name}: {_words(tensor)}; channels must lie together in memory: make it contiguous")
+            raise ValueError(f"{name}: {words(tensor)}; channels must lie together in memory: make it contiguous")
     named = {"x": x, "branch": branch, "scale": scale, "weight": weight, "bias": bias, "branch_bias": branch_bias}
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}; must be on {x.device}, beside x")
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
-    if triton is None:
-        raise ImportError(
-            "kernels.residual_norm needs triton: pip install triton, or call kernels.reference.residual_norm"
-        )
-    if not x.is_cuda and isinstance(_residual_norm_kernel, triton.JITFunction):
-        remedy = "call kernels.reference.residual_norm (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"x: is on {x.device}, where no kernel runs: {remedy}")
+    check_beside("x", x, named)
+    check_no_gradient(named)
+    check_runs(
+        "kernels.residual_norm", "x", x, triton and _residual_norm_kernel, reference="kernels.reference.residual_norm"
+    )
 
 
 def _stride(rows: Tensor) -> int:
@@ -129,10 +122,6 @@ def _aligned(*tensors: Tensor | None) -> bool:
         if tensor is not None
         for stride in (tensor.shape[-1], *tensor.stride()[:-1])
     )
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
 
 
 if triton is not None:

@@ -24,6 +24,8 @@ The vocabulary decides the block sizes. Only R follows the number of rows, and R
 import torch
 from torch import Tensor
 
+from kernels.contract import check_beside, check_runs, is_interpreted, words
+
 try:
     import triton
     import triton.language as tl
@@ -67,7 +69,7 @@ def sample(
         ImportError: triton is not installed.
     """
     if logits.dim() != 2 or logits.dtype not in _DTYPES:
-        raise ValueError(f"logits: {_words(logits)}; must be (B, V) float32, float16 or bfloat16")
+        raise ValueError(f"logits: {words(logits)}; must be (B, V) float32, float16 or bfloat16")
     B, V = logits.shape
     if not 0 < V <= _VOCABULARY_MAX:
         raise ValueError(f"logits: V = {V}; must be 1 to {_VOCABULARY_MAX}")
@@ -81,9 +83,11 @@ def sample(
         guided = True
         _check_rows(logits, torch.float32, guidance=guidance)
         if null_logits.shape != logits.shape or null_logits.dtype != logits.dtype:
-            raise ValueError(f"null_logits: {_words(null_logits)}; must be as logits, {_words(logits)}")
-        _check_device(null_logits, "null_logits", logits)
-    _check_machine(logits)
+            raise ValueError(f"null_logits: {words(null_logits)}; must be as logits, {words(logits)}")
+        check_beside("the others", logits, {"null_logits": null_logits})
+    check_runs(
+        "kernels.sampling.sample", "logits", logits, triton and _sample_kernel, reference="kernels.reference.sample"
+    )
     tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
     if B == 0:
         return tokens
@@ -126,19 +130,20 @@ def head_sample(
         ImportError: triton is not installed.
     """
     if hidden.dim() != 2 or hidden.dtype not in _DTYPES or hidden.stride(1) != 1:
-        raise ValueError(f"hidden: {_words(hidden)}; must be (B, C) float32, float16 or bfloat16, channels together")
+        raise ValueError(f"hidden: {words(hidden)}; must be (B, C) float32, float16 or bfloat16, channels together")
     (B, C), V = hidden.shape, weight.shape[0]
     if not 0 < V <= _VOCABULARY_MAX:
         raise ValueError(f"weight: V = {V}; must be 1 to {_VOCABULARY_MAX}")
     if weight.shape != (V, C) or weight.dtype != hidden.dtype or weight.stride(1) != 1:
-        raise ValueError(f"weight: {_words(weight)}; must be (V, {C}) {hidden.dtype}, channels together")
+        raise ValueError(f"weight: {words(weight)}; must be (V, {C}) {hidden.dtype}, channels together")
     if bias.shape != (V,) or bias.dtype != hidden.dtype or not bias.is_contiguous():
-        raise ValueError(f"bias: {_words(bias)}; must be ({V},) {hidden.dtype}, contiguous")
-    _check_device(weight, "weight", hidden)
-    _check_device(bias, "bias", hidden)
+        raise ValueError(f"bias: {words(bias)}; must be ({V},) {hidden.dtype}, contiguous")
+    check_beside("the others", hidden, {"weight": weight, "bias": bias})
     _check_rows(hidden, seeds=seeds, candidates=candidates, positions=positions)
     _check_rows(hidden, torch.float32, temperature=temperature)
-    _check_machine(hidden)
+    check_runs(
+        "kernels.sampling.head_sample", "hidden", hidden, triton and _head_kernel, reference="kernels.reference.sample"
+    )
     tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
     if B == 0:
         return tokens
@@ -150,7 +155,7 @@ def head_sample(
             best_scores, best_ids, hidden, weight, bias, seeds, candidates, positions, temperature,
             B, hidden.stride(0), weight.stride(0),
             C=C, V=V, BLOCK_V=_HEAD_TILE, BLOCK_B=row_tile, BLOCK_C=32 if hidden.dtype == torch.float32 else 64,
-            WIDEN=_is_interpreted(),
+            WIDEN=is_interpreted(_head_kernel),
             num_warps=4 if row_tile == 16 else 8, num_stages=4, enable_fp_fusion=False,
         )  # fmt: skip
         _best_tile_kernel[(B,)](
@@ -172,29 +177,8 @@ def _check_rows(like: Tensor, dtype: torch.dtype = torch.int64, **tensors: Tenso
     """Raises unless each tensor is a contiguous (B,) of `dtype` beside `like`."""
     for name, tensor in tensors.items():
         if tensor.shape != like.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {_words(tensor)}; must be ({like.shape[0]},) {dtype}, contiguous")
-        _check_device(tensor, name, like)
-
-
-def _check_device(tensor: Tensor, name: str, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: is on {tensor.device}; must be on {like.device}, beside the others")
-
-
-def _check_machine(tensor: Tensor) -> None:
-    if triton is None:
-        raise ImportError("kernels.sampling needs triton: pip install triton, or call kernels.reference.sample")
-    if not tensor.is_cuda and not _is_interpreted():
-        remedy = "call kernels.reference.sample (or set TRITON_INTERPRET=1 before triton is imported)"
-        raise ValueError(f"tensors are on {tensor.device}, where no kernel runs: {remedy}")
-
-
-def _is_interpreted() -> bool:
-    return not isinstance(_sample_kernel, triton.JITFunction)
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}"
+            raise ValueError(f"{name}: {words(tensor)}; must be ({like.shape[0]},) {dtype}, contiguous")
+    check_beside("the others", like, tensors)
 
 
 if triton is not None:

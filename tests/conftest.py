@@ -10,8 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which other libraries do too
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -264,3 +267,35 @@ def same_weights() -> Callable[[Path, Path], None]:
             assert not different, (name, different)
 
     return check
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+_HAS_CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(_HAS_CUDA, reason="kernels are compiled here, not interpreted")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _HAS_CUDA, reason="no CUDA device")]),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel runs: interpreted on the CPU, or compiled on a GPU."""
+    return str(request.param)
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Any]:
+    """Loads a module of kernels/ once more, as it is where Triton is not installed."""
+
+    def load(module: ModuleType) -> Any:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        spec = importlib.util.spec_from_file_location("without_triton", str(module.__file__))
+        assert spec is not None
+        assert spec.loader is not None
+        bare = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(bare)
+        return bare
+
+    return load

@@ -3,8 +3,9 @@
 Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton.
 """
 
-import importlib.util
-import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,6 @@ from kernels.geglu import geglu
 HAS_CUDA = torch.cuda.is_available()
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")),
-        pytest.param("cuda", marks=CUDA),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,14 +87,9 @@ def test_contract_errors_name_the_tensor(x: Tensor, bias: Tensor | None, field: 
 
 
 def test_without_triton_the_module_imports_and_its_function_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    without_triton: Callable[[ModuleType], Any],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("without_triton", module.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
+    bare = without_triton(module)
     with pytest.raises(ImportError, match="pip install triton"):
         bare.geglu(torch.zeros(2, 8))
 

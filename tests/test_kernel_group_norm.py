@@ -3,8 +3,9 @@
 Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton.
 """
 
-import importlib.util
-import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,6 @@ HAS_CUDA = torch.cuda.is_available()
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")),
-        pytest.param("cuda", marks=CUDA),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def _case(device: str, dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +92,9 @@ def test_contract_errors_name_the_tensor(changes: dict[str, object], field: str)
 
 
 def test_without_triton_the_module_imports_and_its_function_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    without_triton: Callable[[ModuleType], Any],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("without_triton", module.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
+    bare = without_triton(module)
     with pytest.raises(ImportError, match="pip install triton"):
         bare.group_norm(*_case("cpu", torch.float32, 2, 9, 8), groups=4, eps=EPS, silu=True)
 

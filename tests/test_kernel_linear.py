@@ -4,9 +4,10 @@ Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. Th
 Python (some 1 ms), so cases are few and small.
 """
 
-import importlib.util
 import itertools
-import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +25,6 @@ PLAIN = (False, False, False, False)
 ALL = list(itertools.product([False, True], repeat=4))  # bias, norm, gated, residual
 
 Case = dict[str, object]
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")),
-        pytest.param("cuda", marks=CUDA),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def _case(
@@ -206,14 +197,9 @@ def test_too_few_counters_are_refused() -> None:
 
 
 def test_without_triton_the_module_imports_and_its_function_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    without_triton: Callable[[ModuleType], Any],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("without_triton", module.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    bare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bare)
+    bare = without_triton(module)
     with pytest.raises(ImportError, match="pip install triton"):
         bare.linear(**_case("cpu", torch.float32, 2, 9, 6))
 

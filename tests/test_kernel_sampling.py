@@ -4,9 +4,10 @@ Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. Th
 (some 20 ms, with filters 100 ms), so cases are few and small.
 """
 
-import importlib.util
 import math
-import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference, sampling
+from kernels import contract, reference, sampling
 from kernels.sampling import head_sample, sample
 
 HAS_CUDA = torch.cuda.is_available()
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
 NEAR_TIE = 1e-5  # below this margin of the two best scores, the last bit of exp and log may decide
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")),
-        pytest.param("cuda", marks=CUDA),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def _rows(B: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,20 +367,15 @@ def test_head_contract_errors_name_the_tensor(changes: dict[str, Tensor], field:
 
 
 def test_the_cpu_is_refused_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(contract, "is_interpreted", lambda _: False)
     with pytest.raises(ValueError, match="where no kernel runs: call kernels"):
         sample(torch.zeros(1, 4), *_rows(1, "cpu"), *_off(1, "cpu"))
 
 
 def test_without_triton_the_module_imports_and_its_functions_say_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    without_triton: Callable[[ModuleType], Any],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("sampling_without_triton", sampling.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = without_triton(sampling)
     with pytest.raises(ImportError, match="pip install triton"):
         module.sample(torch.zeros(1, 4), *_rows(1, "cpu"), *_off(1, "cpu"))
 
