@@ -316,7 +316,7 @@ def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
     try:
         return adapter.validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
-        raise _as_input_error(error, source) from error
+        raise as_input_error(error, source) from error
 
 
 def dump_yaml(run: Run) -> str:
@@ -365,7 +365,8 @@ def _refuse_none_text(node: Any, source: str, where: str = "") -> None:
         raise InputError(where, repr(node), f"is a text, not 'nothing' (in {source}): write null, or remove the line")
 
 
-def _as_input_error(error: ValidationError, source: str) -> InputError:
+def as_input_error(error: ValidationError, source: str) -> InputError:
+    """The first fault, by field, value and remedy; `source` says where it was read."""
     first = error.errors()[0]
     # the discriminated union puts the stage's name in front of the field's path
     path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("koclip",), ("kodalle",)) else first["loc"]

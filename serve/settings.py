@@ -1,0 +1,53 @@
+"""Every knob of serving, once: what a server draws with, how much it takes on, and what it refuses.
+
+Strict like the training configs (engine/config.py): an unknown key or a wrong type is one line naming the field. The same
+fields are arguments of the Ray Serve application (`args:` in configs/serve.yaml) and of `python -m serve`.
+
+No torch, no ray.
+"""
+
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from engine.config import Section, as_input_error
+
+MIB = 2**20
+
+
+class Limits(Section):
+    """What a request may ask for and cost before anything is drawn. No client header changes any of them."""
+
+    max_json_bytes: int = Field(1 * MIB, gt=0)
+    max_edit_bytes: int = Field(10 * MIB, gt=0, description="the whole multipart body")
+    max_pixels: int = Field(16_000_000, gt=0, description="of an uploaded picture, read from its header")
+    max_prompt_characters: int = Field(1000, gt=0)
+    max_images: int = Field(10, gt=0, description="n")
+    max_candidates: int = Field(64, gt=0, description="drawn for one request")
+    max_partials: int = Field(16, ge=0, description="previews a candidate; OpenAI's API knows 0 to 3")
+    body_timeout_s: float = Field(30.0, gt=0, description="for a whole body to arrive")
+
+
+class ServeSettings(Section):
+    """One server: a model, its slots, its queue, its keys."""
+
+    model: str = Field("runs/demo/kodalle/model", description="model folder, or owner/name on the hub")
+    device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda where there is one")
+    int8: bool = Field(False, description="8-bit arithmetic on a CPU: faster, slightly other pictures")
+    num_slots: int = Field(0, ge=0, description="rows in flight in a drawer; 0: 32 on a CPU, 256 on a GPU")
+    max_queued_rows: int = Field(256, ge=0, description="waiting in a drawer, besides the slots; more is 429")
+    deadline_s: float = Field(120.0, gt=0, description="from arrival to the last byte; what cannot be met is 429")
+    drain_s: float = Field(60.0, gt=0, description="how long a stopping drawer may finish what it took on")
+    default_candidates: int = Field(16, gt=0, description="drawn and ranked when a request names no number")
+    keys_file: str = Field("", description="API keys (serve/keys.py); empty: none, and only loopback is answered")
+    log_prompts: bool = Field(False, description="write captions into the log")
+    page: bool = Field(True, description="serve the designers' page")
+    limits: Limits = Limits()
+
+
+def read_settings(values: dict[str, Any], *, source: str) -> ServeSettings:
+    """Raises InputError: an unknown field, or a value that does not fit, by name; `source` says where it was read."""
+    try:
+        return ServeSettings.model_validate(values)
+    except ValidationError as error:
+        raise as_input_error(error, source) from error
