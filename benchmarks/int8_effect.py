@@ -26,7 +26,8 @@ from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler, evaluating
 from engine.files import write_json
 from engine.progress import ProgressBar
-from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.drawing import Drawing
+from engine.sampling.pipeline import Pipeline
 
 
 def main() -> None:

@@ -32,8 +32,9 @@ from engine.measure import (
 )
 from engine.models.vqgan import Vqgan
 from engine.sampling.command import metadata
+from engine.sampling.drawing import Drawing
 from engine.sampling.pictures import png_bytes
-from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.pipeline import Pipeline
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")
 GUIDANCE_SCALE = 3.0  # any but 1 costs the same

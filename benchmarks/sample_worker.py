@@ -28,8 +28,8 @@ from sample_rows import (
 
 from engine.models.folder import load_part
 from engine.models.transformer import KoDalle
+from engine.sampling.drawing import Drawing
 from engine.sampling.machine import fit_threads
-from engine.sampling.pipeline import Drawing
 
 _COMPARED_TOKENS = 4  # of an uncached drawing, on a machine where a whole one takes minutes
 

@@ -34,8 +34,9 @@ from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling.command import draw_to_folder, pick_device
+from engine.sampling.drawing import Drawing
 from engine.sampling.pictures import paste_grid
-from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.pipeline import Pipeline
 
 STAGES = ("vqgan", "koclip", "kodalle")
 MEASURES = ("colour", "category", "sleeve", "all")

@@ -29,7 +29,8 @@ from engine.models.koclip import KoClip
 from engine.models.onnx_export import NETWORKS, onnx_file
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
-from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.drawing import Drawing
+from engine.sampling.pipeline import Pipeline
 from kernels.int8_conv import int8_supported
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]

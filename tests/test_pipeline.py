@@ -14,10 +14,11 @@ from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
 from engine.sampling.command import draw_to_folder, pick_device
+from engine.sampling.drawing import Candidate, Drawing
 from engine.sampling.fit import fit_scores
 from engine.sampling.given import GivenImage
 from engine.sampling.pictures import to_uint8
-from engine.sampling.pipeline import Candidate, Drawing, Pipeline
+from engine.sampling.pipeline import Pipeline
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 LONG = "빨강 바탕에 파랑 네모 " * 6

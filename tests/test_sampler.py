@@ -304,3 +304,20 @@ def test_bad_requests_are_named() -> None:
     for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
         with pytest.raises(InputError, match="given"):
             sampler.draw(TEXT, [RowRequest(0, 1)], given=given)
+
+
+def test_rows_that_come_and_go_draw_what_draw_draws() -> None:
+    sampler, rows = Sampler(_model(), null_text_tokens=NULL), _mixed_rows(6)
+    expected = sampler.draw(TEXT, rows)
+    with sampler.lend_decoder(4) as decoder:  # two of the six rows are guided and want two slots: they take turns
+        prefix, waiting = sampler.prefill(TEXT), list(enumerate(rows))
+        joined: dict[int, int] = {}
+        drawn: dict[int, Tensor] = {}
+        while waiting or joined:
+            while waiting and decoder.num_free >= 1 + (waiting[0][1].options.guidance_scale != 1):
+                number, row = waiting.pop(0)
+                joined[decoder.join(prefix, row)] = number
+            for slot in decoder.step():
+                drawn[joined.pop(slot)] = decoder.leave(slot)
+        tokens = torch.stack([drawn[number] for number in range(len(rows))])
+    assert torch.equal(tokens, expected)

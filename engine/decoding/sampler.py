@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.cache import Prefix, empty_prefix
-from engine.decoding.decoders import DecoderKeeper
+from engine.decoding.decoders import Decoder, DecoderKeeper
 from engine.decoding.options import RowRequest
 from engine.decoding.packed import Weights, choose_weights, make_step_model
 from engine.decoding.step_model import StepModel
@@ -146,6 +146,17 @@ class Sampler:
                             on_step(position, torch.stack([tokens[position] for tokens in tokens_so_far]))
                 tokens = torch.stack([decoder.leave(slot) for slot in slots])
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
+
+    @contextlib.contextmanager
+    def lend_decoder(self, num_slots: int) -> Iterator[Decoder]:
+        """A decoder for rows that come and go, guided ones too, for as long as the block lasts: what a server steps.
+
+        Its thread is in inference mode inside.
+        """
+        with evaluating(self.model):
+            null_prefix = None if self._null_text_tokens is None else self.null_prefix()
+            with self._decoders.lend(num_slots, null_prefix=null_prefix) as decoder:
+                yield decoder
 
     def step_model(self) -> StepModel:
         """The model as decoding reads it, packed once."""

@@ -23,8 +23,9 @@ from engine.metrics.colour import Lab, dominant_colour, nearest_colour_name
 from engine.metrics.fid import LEAST_FOR_FID, LEAST_FOR_KID, feature_distances, koclip_features
 from engine.metrics.parts import EvaluationRun
 from engine.models.koclip import KoClip
+from engine.sampling.drawing import Drawing
 from engine.sampling.pictures import paste_grid, save_png
-from engine.sampling.pipeline import Drawing, Pipeline
+from engine.sampling.pipeline import Pipeline
 
 _ROWS_AT_ONCE = 64  # candidates drawn together: bounds the memory of their caches
 _SHEET_COLUMNS = 10

@@ -15,10 +15,11 @@ from engine.decoding.options import SamplingOptions
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.progress import ProgressBar, seconds_text
+from engine.sampling.drawing import Candidate, Drawing
 from engine.sampling.given import GivenImage
 from engine.sampling.machine import fit_threads
 from engine.sampling.pictures import contact_sheet, save_png
-from engine.sampling.pipeline import Candidate, Drawing, Pipeline, RankBy
+from engine.sampling.pipeline import Pipeline, RankBy
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ G captions, n candidates each, B = G * n rows, T text positions, N image tokens,
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.codec.onnx_record import Codec, CodecBackend, choose_codec
@@ -40,6 +40,7 @@ from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.sampling.continuation import Continuation, continue_caption
+from engine.sampling.drawing import Drawing, Start, ranked
 from engine.sampling.fit import fit_scores
 from engine.sampling.given import GivenImage
 from engine.sampling.machine import default_dtype
@@ -48,42 +49,6 @@ from engine.sampling.pictures import to_uint8
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
 RankBy = Literal["koclip", "fit"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One picture of a caption."""
-
-    candidate: int
-    seed: int
-    image_tokens: tuple[int, ...]  # N
-    image: Image.Image
-    score: float | None  # KoCLIP's; None when the model has no ranker
-    rank: int  # 1 is best; without a ranker, the order drawn
-    fit: float | None = None  # nats, see engine/sampling/fit.py; None unless ranked by it
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """All pictures of a caption, best first."""
-
-    caption: str
-    tokens_cut: int  # text tokens that did not fit the model and were left out
-    candidates: tuple[Candidate, ...]
-    timings_s: dict[str, float]  # of the whole call: prefill (a given picture's encoding too), decode, vqgan, ranking
-    given_tokens: tuple[int, ...] | None = None  # N, -1 where drawn: what a given picture fixed in every candidate
-
-    def top(self, count: int) -> tuple[Candidate, ...]:
-        return self.candidates[:count]
-
-
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """A given picture as the model takes it."""
-
-    tokens: Tensor  # (N,), -1 where to draw
-    pixels: Tensor  # (3, S, S) float in [0, 1], the original's
-    pasted: Tensor  # (S, S) bool: where candidates get them
 
 
 class Pipeline:
@@ -108,7 +73,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self._card = card
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
-        self._sampler = Sampler(
+        self.sampler = Sampler(
             transformer,
             null_text_tokens=null.to(self.device),
             weights="int8" if int8 else None,
@@ -142,7 +107,7 @@ class Pipeline:
         Raises:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
         """
-        folder = _local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
+        folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
         transformer: KoDalle = load_part(folder, "transformer")
         vqgan: Vqgan = load_part(folder, "vqgan")
         koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
@@ -213,10 +178,10 @@ class Pipeline:
         G = len(captions)
         timings_s: dict[str, float] = {}
         with _timed(timings_s, "prefill"):
-            start = None if given is None else self._encode_given(given)
+            start = None if given is None else self.encode_given(given)
             if rank_by == "fit":
-                _check_kept_after(start)
-            prefix = self._sampler.prefill(encoded.tokens)
+                check_kept_after(start)
+            prefix = self.sampler.prefill(encoded.tokens)
         rows = [
             RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or SamplingOptions())
             for caption in range(G)
@@ -226,24 +191,19 @@ class Pipeline:
             total = self.transformer.config.image_seq_len
             on_step = None if on_progress is None else lambda position, _: on_progress(position + 1, total)
             kept = None if start is None else start.tokens.expand(len(rows), -1)
-            image_tokens = self._sampler.decode(prefix, rows, given=kept, on_step=on_step)  # (B, N)
+            image_tokens = self.sampler.decode(prefix, rows, given=kept, on_step=on_step)  # (B, N)
         with _timed(timings_s, "vqgan"):
-            images = self.decode_images(image_tokens)  # (B, 3, S, S)
-            if start is not None:
-                images = torch.where(start.pasted, start.pixels, images)
-        fits = None
+            images = self.decode_images(image_tokens, start=start)  # (B, 3, S, S)
         with _timed(timings_s, "ranking"):
             scores = self.rank_scores(captions, images.unflatten(0, (G, candidates)))  # (G, n) or None
-            if rank_by == "fit" and start is not None:
-                fits = fit_scores(self.transformer, encoded.tokens, image_tokens, start.tokens < 0)
-                fits = fits.unflatten(0, (G, candidates))  # (G, n)
+            fits = self.fits(encoded.tokens, image_tokens, start) if rank_by == "fit" and start is not None else None
         pixels = to_uint8(images).unflatten(0, (G, candidates))  # (G, n, S, S, 3)
         tokens = image_tokens.cpu().unflatten(0, (G, candidates))  # (G, n, N)
         return [
             Drawing(
                 caption=caption,
                 tokens_cut=encoded.cut[g],
-                candidates=_ranked(
+                candidates=ranked(
                     seed, tokens[g], pixels[g], None if scores is None else scores[g], None if fits is None else fits[g]
                 ),
                 timings_s=timings_s,
@@ -258,20 +218,47 @@ class Pipeline:
         """Writes the rest of a caption, `count` times: see engine/sampling/continuation.py."""
         return continue_caption(self.transformer, self.tokenizer, beginning, count=count, seed=seed, options=options)
 
-    @torch.inference_mode()
-    def _encode_given(self, given: GivenImage) -> _Start:
+    def encode_given(self, given: GivenImage) -> Start:
+        """Raises InputError: a mask or rows that leave nothing to draw, or nothing kept."""
         image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
-        redrawn_tokens = torch.from_numpy(given.redrawn_tokens(image_size, grid_size)).to(self.device)
-        redrawn_pixels = torch.from_numpy(given.redrawn_pixels(image_size, grid_size)).to(self.device)
-        pixels = torch.from_numpy(given.pixels(image_size)).to(self.device).permute(2, 0, 1).float() / 255
-        tokens = self.vqgan.encode(pixels[None])[0].masked_fill(redrawn_tokens, -1)
-        pasted = ~redrawn_pixels if given.paste else torch.zeros_like(redrawn_pixels)
-        return _Start(tokens, pixels, pasted)
+        return self.start_from(
+            given.pixels(image_size),
+            redrawn_pixels=given.redrawn_pixels(image_size, grid_size),
+            redrawn_tokens=given.redrawn_tokens(image_size, grid_size),
+            paste=given.paste,
+        )
 
     @torch.inference_mode()
-    def decode_images(self, image_tokens: Tensor) -> Tensor:
-        """(B, N) -> (B, 3, S, S) in [0, 1]."""
-        return self._codec.decoder.decode(image_tokens)
+    def start_from(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        redrawn_pixels: NDArray[np.bool_],
+        redrawn_tokens: NDArray[np.bool_],
+        paste: bool,
+    ) -> Start:
+        """A given picture's tokens and pixels from what `GivenImage` works out of it.
+
+        Args:
+            pixels: (S, S, 3).
+            redrawn_pixels: (S, S), True where the picture may change.
+            redrawn_tokens: (N,), True where a token is drawn.
+        """
+        image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1).float() / 255
+        tokens = self.vqgan.encode(image[None])[0].masked_fill(torch.from_numpy(redrawn_tokens).to(self.device), -1)
+        redrawn = torch.from_numpy(redrawn_pixels).to(self.device)
+        return Start(tokens, image, ~redrawn if paste else torch.zeros_like(redrawn))
+
+    @torch.inference_mode()
+    def decode_images(self, image_tokens: Tensor, *, start: Start | None = None) -> Tensor:
+        """(B, N) -> (B, 3, S, S) in [0, 1]; with a start, what it keeps of the original pasted in."""
+        images = self._codec.decoder.decode(image_tokens)
+        return images if start is None else torch.where(start.pasted, start.pixels, images)
+
+    def fits(self, text_tokens: Tensor, image_tokens: Tensor, start: Start) -> Tensor:
+        """How well each repainted hole fits what is kept after it: (G, T), (B, N) -> (G, n) nats."""
+        fits = fit_scores(self.transformer, text_tokens, image_tokens, start.tokens < 0)
+        return fits.unflatten(0, (len(text_tokens), -1))
 
     @torch.inference_mode()
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
@@ -305,32 +292,10 @@ def _check_request(captions: Sequence[str], candidates: int, rank_by: str) -> No
         raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
 
 
-def _check_kept_after(start: _Start | None) -> None:
+def check_kept_after(start: Start | None) -> None:
     redrawn = torch.zeros(1, dtype=torch.bool) if start is None else start.tokens < 0
     if not bool((redrawn.cumsum(0) > 0)[~redrawn].any()):
         raise InputError("rank_by", "fit", "needs a mask with something kept right of it or below: rank by koclip")
-
-
-def _ranked(
-    seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None, fits: Tensor | None
-) -> tuple[Candidate, ...]:
-    """Best first, by fit where there is one; equals in the order drawn."""
-    order = list(range(len(pixels)))
-    keys = scores if fits is None else fits
-    if keys is not None:
-        order.sort(key=lambda number: -float(keys[number]))
-    return tuple(
-        Candidate(
-            candidate=number,
-            seed=seed,
-            image_tokens=tuple(tokens[number].tolist()),
-            image=Image.fromarray(pixels[number].numpy()),
-            score=None if scores is None else float(scores[number]),
-            rank=rank,
-            fit=None if fits is None else float(fits[number]),
-        )
-        for rank, number in enumerate(order, start=1)
-    )
 
 
 def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
@@ -344,7 +309,7 @@ def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
         )
 
 
-def _local_folder(folder_or_hub_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+def local_folder(folder_or_hub_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
