@@ -106,6 +106,10 @@ class CaptionTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
+    def to_json(self) -> str:
+        """What `tokenizers.Tokenizer.from_str` makes the same tokens from, without torch."""
+        return str(self._tokenizer.backend_tokenizer.to_str())
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`."""
         self._tokenizer.save_pretrained(str(folder))

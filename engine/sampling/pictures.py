@@ -51,14 +51,14 @@ def paste_grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = _GAP
     return grid
 
 
-def png_bytes(picture: Image.Image, metadata: Mapping[str, Any]) -> bytes:
+def png_bytes(picture: Image.Image, metadata: Mapping[str, Any], *, compress_level: int = 6) -> bytes:
     """PNG with each entry as an international text chunk (so Korean survives), values as JSON unless text already."""
     info = PngInfo()
     for name, value in metadata.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         info.add_itxt(name, text)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info, compress_level=6)
+    picture.save(buffer, format="PNG", pnginfo=info, compress_level=compress_level)
     return buffer.getvalue()
 
 

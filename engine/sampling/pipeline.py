@@ -309,7 +309,12 @@ def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
         )
 
 
-def local_folder(folder_or_hub_id: str | Path, *, revision: str | None, local_files_only: bool) -> Path:
+def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """A model folder as it was named, or the hub's copy of `owner/name` on this disk.
+
+    Raises:
+        InputError: the hub has no such model or cannot be reached.
+    """
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
