@@ -46,6 +46,9 @@ def vqgan() -> Vqgan:
     return _vqgan("attention")
 
 
+BANDS = pytest.mark.parametrize("bands", [True, False], ids=["in bands", "by the modules"])
+
+
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of 32 x 32 pixels in eight steps, as published ones in many."""
@@ -61,30 +64,32 @@ def _tokens(vqgan: Vqgan, count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the same
 
 
+@BANDS
 @pytest.mark.parametrize(("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("odd maps", 2)])
-def test_equals_the_vqgan(name: str, count: int) -> None:
+def test_equals_the_vqgan(name: str, count: int, bands: bool) -> None:
     vqgan = _vqgan(name)
     tokens = _tokens(vqgan, count)
     expected = vqgan.decode(tokens)
-    found = FastVqganDecoder(vqgan).decode(tokens)
+    found = FastVqganDecoder(vqgan, bands=bands).decode(tokens)
     assert (found.shape, found.dtype) == (expected.shape, torch.float32)
     assert expected.std() > 0.05  # no flat grey that any decoder would get right
     assert (found - expected).abs().max() <= 1e-5
     assert torch.equal(vqgan.decode(tokens), expected)  # the VQGAN is as it was
 
 
+@BANDS
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_decodes_in_inference_mode(vqgan: Vqgan, count: int) -> None:
+def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, bands: bool) -> None:
     """Tensors of that mode may not be written by other threads, which are not in it."""
     tokens = _tokens(vqgan, count)
     with torch.inference_mode():
-        found = FastVqganDecoder(vqgan).decode(tokens.clone())
-    assert torch.equal(found, FastVqganDecoder(vqgan).decode(tokens))
+        found = FastVqganDecoder(vqgan, bands=bands).decode(tokens.clone())
+    assert torch.equal(found, FastVqganDecoder(vqgan, bands=bands).decode(tokens))
 
 
 def test_equals_the_vqgan_where_a_map_takes_many_steps(vqgan: Vqgan, small_steps: None) -> None:
     tokens = _tokens(vqgan, 3)
-    assert (FastVqganDecoder(vqgan).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
+    assert (FastVqganDecoder(vqgan, bands=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.05), ("float16", 0.01)])
@@ -135,20 +140,24 @@ def test_the_gpus_way_through_the_network_is_tamings(vqgan: Vqgan) -> None:
 # -------------------------------------------------------------------------------------------------------- company
 
 
+@BANDS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
-def test_a_picture_is_the_same_bits_alone_and_among_others(vqgan: Vqgan, precision: vqgan_decoder.Precision) -> None:
-    decoder = FastVqganDecoder(vqgan, precision=precision)
+def test_a_picture_is_the_same_bits_alone_and_among_others(
+    vqgan: Vqgan, precision: vqgan_decoder.Precision, bands: bool
+) -> None:
+    decoder = FastVqganDecoder(vqgan, precision=precision, bands=bands)
     tokens = _tokens(vqgan, 5)
     together = decoder.decode(tokens)
     for rows in ([0], [4], [3, 0], [4, 1, 2, 0]):
         assert torch.equal(decoder.decode(tokens[rows]), together[rows])
 
 
+@BANDS
 @pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=needs_vnni)])
 def test_nor_does_the_number_of_threads_matter(
-    vqgan: Vqgan, precision: vqgan_decoder.Precision, small_steps: None
+    vqgan: Vqgan, precision: vqgan_decoder.Precision, bands: bool, small_steps: None
 ) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, precision=precision), _tokens(vqgan, 2)
+    decoder, tokens = FastVqganDecoder(vqgan, precision=precision, bands=bands), _tokens(vqgan, 2)
     before = torch.get_num_threads()
     found = []
     try:
@@ -162,8 +171,9 @@ def test_nor_does_the_number_of_threads_matter(
     assert torch.equal(found[0], found[2])
 
 
-def test_two_decoders_in_two_threads(vqgan: Vqgan) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 3)
+@BANDS
+def test_two_decoders_in_two_threads(vqgan: Vqgan, bands: bool) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan, bands=bands), _tokens(vqgan, 3)
     expected, before = decoder.decode(tokens), torch.get_num_threads()
     found: list[Tensor] = []
     workers = [threading.Thread(target=lambda: found.append(decoder.decode(tokens))) for _ in range(3)]
@@ -191,7 +201,7 @@ def test_bytes_cost_little_on_a_trained_codec() -> None:
         optimiser.zero_grad()
         (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
         optimiser.step()
-    expected = FastVqganDecoder(vqgan).decode(tokens)
+    expected = FastVqganDecoder(vqgan, bands=True).decode(tokens)
     error = FastVqganDecoder(vqgan, precision="int8").decode(tokens) - expected
     assert error.abs().max() > 0
     assert -10 * torch.log10(error.square().mean()) >= 40
@@ -206,8 +216,15 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
 # --------------------------------------------------------------------------------------------------------- faults
 
 
-def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 2)
+@pytest.mark.parametrize(("channels", "is_banded"), [(32, False), (64, True)])
+def test_narrow_decoders_go_without_bands(channels: int, is_banded: bool) -> None:
+    config = VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels}))
+    assert (FastVqganDecoder(Vqgan(config))._cpu is not None) == is_banded
+
+
+@BANDS
+def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, bands: bool) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan, bands=bands), _tokens(vqgan, 2)
     outside = tokens.clone()
     outside[1, 3] = 40
     for bad in (tokens[:, :5], tokens[0], tokens.float(), tokens > 3, outside, tokens - 41):
