@@ -48,7 +48,7 @@ class DrawerFailed(RuntimeError):
 
 
 class Drawer:
-    """Loads the model and starts the threads; `close` ends them.
+    """Loads the model, starts the threads and warms them up; `close` ends them.
 
     Raises:
         InputError: no such model or device, weights that do not fit, int8 where it cannot be.
@@ -71,8 +71,7 @@ class Drawer:
             num_slots=self.num_slots,
             max_queued_rows=settings.max_queued_rows,
             metrics=self._metrics,
-            on_drawn=self._finisher.finish,
-            on_preview=self._finisher.preview,
+            finisher=self._finisher,
         )
         self._flights: set[Flight] = set()
         self.is_draining = False

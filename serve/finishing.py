@@ -34,6 +34,7 @@ from serve.previews import plain_undrawn
 
 _AT_ONCE = 16  # pictures between two looks at whether the reader is still there
 _ENCODERS = 2
+_WEIGHT = 1 / 8  # of a drawing in the moving average of seconds a picture
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,17 @@ class Finisher:
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoder")
         self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
         self._is_stopping = False
+        self._picture_s = 0.0  # moving average of a candidate's share of decoding and ranking
+        self.num_waiting = 0  # candidates that are drawn and not yet pictures
+        self._counting = threading.Lock()
         self.failure: BaseException | None = None
 
     def start(self) -> None:
         self._thread.start()
+
+    def expected_s(self, num_pictures: int) -> float:
+        """Seconds until so many more candidates would be pictures, behind those that wait."""
+        return self._picture_s * (self.num_waiting + num_pictures)
 
     def stop(self) -> None:
         """Ends the threads after their current task."""
@@ -84,10 +92,23 @@ class Finisher:
         self._put(0, None, encode)
 
     def finish(self, flight: Flight) -> None:
-        self._put(1, flight, lambda: self._finish(flight))
+        self._count(flight.job.num_candidates)
+
+        def finish() -> None:
+            try:
+                if not flight.is_over:
+                    self._finish(flight)
+            finally:
+                self._count(-flight.job.num_candidates)
+
+        self._put(1, flight, finish)
 
     def preview(self, flight: Flight, candidate: int) -> None:
         self._put(2, flight, lambda: self._preview(flight, candidate))
+
+    def _count(self, num_pictures: int) -> None:
+        with self._counting:
+            self.num_waiting += num_pictures
 
     def _put(self, priority: int, flight: Flight | None, run: Callable[[], None]) -> None:
         self._tasks.put(_Task(priority, next(self._numbers), flight, run))
@@ -98,8 +119,6 @@ class Finisher:
         with stream, torch.inference_mode():
             while not self._is_stopping:
                 task = self._tasks.get()
-                if task.flight is not None and task.flight.is_over:
-                    continue
                 try:
                     task.run()
                 except Exception as error:  # one drawing's failure is told to its reader and ends there
@@ -128,12 +147,15 @@ class Finisher:
         if job.rank_by == "fit" and start is not None:
             fits = pipeline.fits(flight.text_tokens, tokens, start)[0]
         candidates = ranked(job.seed, tokens, pixels, None if scores is None else scores[0], fits)
-        flight.timings_s |= {"vqgan": decoded - begun, "ranking": time.perf_counter() - decoded}
+        ended = time.perf_counter()
+        flight.timings_s |= {"vqgan": decoded - begun, "ranking": ended - decoded}
+        share_s = (ended - begun) / job.num_candidates
+        self._picture_s += _WEIGHT * (share_s - self._picture_s) if self._picture_s else share_s
         _Encoding(flight, candidates, self).start()
 
     def _preview(self, flight: Flight, candidate: int) -> None:
         preview = flight.previews_waiting.pop(candidate, None)
-        if preview is None:
+        if preview is None or flight.is_over:
             return
         start, g = None if flight.start is None else flight.start.result(), self._info.grid_size
         images = self._pipeline.decode_images(preview.image_tokens[None].to(self._pipeline.device), start=start)

@@ -4,7 +4,8 @@
     cancel ─► its slots are free before the next step
 
 Between two steps at most one new caption is read (a prefix costs as much arithmetic as a step of 129 rows), so that a burst
-of captions does not hold up the rows in flight. Captions read lately are kept: their rows share one prefix in the cache.
+of captions does not hold up the rows in flight. No row joins while more pictures wait to be decoded than there are slots: where
+the VQGAN is slower than the steps, drawing on would fill the memory and promise what cannot be kept. Captions read lately are kept: their rows share one prefix in the cache.
 
 The scheduler is asked under a lock by whoever submits or cancels, so a full queue is told at once, not after the step.
 """
@@ -13,7 +14,6 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 
 import torch
 
@@ -22,11 +22,13 @@ from engine.decoding.decoders import Decoder
 from engine.decoding.options import RowRequest
 from engine.errors import InputError
 from engine.sampling.pipeline import Pipeline
+from serve.finishing import Finisher
 from serve.flight import Flight, Preview
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import DrawerMetrics
 from serve.previews import fill_rows, preview_rows
 from serve.scheduler import Scheduler, Ticket
+from serve.warm_up import warm_up
 
 _CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
 _IDLE_WAIT_S = 0.25
@@ -37,12 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Stepper:
-    """Owns the decoder and the scheduler.
-
-    Args:
-        on_drawn: called on the stepping thread with a flight whose rows are all there.
-        on_preview: called with (flight, candidate) when a preview is to be decoded.
-    """
+    """Owns the decoder and the scheduler; flights whose rows are all there, and previews, go to the finisher."""
 
     def __init__(
         self,
@@ -51,14 +48,12 @@ class Stepper:
         num_slots: int,
         max_queued_rows: int,
         metrics: DrawerMetrics,
-        on_drawn: Callable[[Flight], None],
-        on_preview: Callable[[Flight, int], None],
+        finisher: Finisher,
     ) -> None:
-        self._pipeline = pipeline
+        self._pipeline, self._finisher = pipeline, finisher
         self.scheduler = Scheduler(num_slots=num_slots, max_queued_rows=max_queued_rows)
         self._num_slots = num_slots
         self._metrics = metrics
-        self._on_drawn, self._on_preview = on_drawn, on_preview
         self._grid_size = pipeline.vqgan.config.grid_size
         self._changed = threading.Condition()  # guards the scheduler and the fields below
         self._flights: dict[str, Flight] = {}
@@ -69,12 +64,21 @@ class Stepper:
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._issued: deque[torch.cuda.Event] = deque()
         self._stepped_s: float | None = None  # when the last step ended; None after a pause
+        self._is_warm = threading.Event()
         self.last_turn_s = time.monotonic()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="stepper", daemon=True)
 
     def start(self) -> None:
+        """Returns when the thread has warmed up and takes requests.
+
+        Raises:
+            RuntimeError: it died of what it met.
+        """
         self._thread.start()
+        self._is_warm.wait()
+        if self.failure is not None:
+            raise RuntimeError("the stepping thread died before its first request") from self.failure
 
     def stop(self) -> None:
         """Ends the thread after its current step; flights that are not over are refused."""
@@ -100,7 +104,7 @@ class Stepper:
             num_rows=job.num_candidates,
             slots_per_row=1 + is_guided,
             steps_per_row=self._grid_size**2,
-            deadline=flight.arrived_s + job.deadline_s,
+            deadline=flight.arrived_s + job.deadline_s - self._finisher.expected_s(job.num_candidates),
         )
         with self._changed:
             self.scheduler.submit(ticket, now=now)
@@ -132,6 +136,8 @@ class Stepper:
     def _run(self) -> None:
         try:
             with self._pipeline.sampler.lend_decoder(self._num_slots) as decoder:
+                self._warm_up(decoder)
+                self._is_warm.set()
                 while not self._is_stopping:
                     self.last_turn_s = time.monotonic()
                     if not self._turn(decoder):
@@ -141,10 +147,19 @@ class Stepper:
         except Exception as error:  # the thread's outermost edge: the drawer is unhealthy from here on
             self.failure = error
             log.exception("the stepping thread died")
+            self._is_warm.set()
         with self._changed:
             flights, self._flights = list(self._flights.values()), {}
         for flight in flights:
             flight.emit(Refused("failed", "the drawer stopped" if self.failure is None else "the drawer failed"))
+
+    def _warm_up(self, decoder: Decoder) -> None:
+        warm_up(
+            self._pipeline.sampler,
+            decoder,
+            null_text_tokens=self._pipeline.tokenizer.empty(self._pipeline.transformer.config.text_seq_len),
+            observe=lambda seconds, rows: self.scheduler.observe_step(seconds=seconds, rows=rows),
+        )
 
     def _has_news(self) -> bool:
         return bool(self._leaving) or self.scheduler.num_waiting > 0
@@ -158,7 +173,10 @@ class Stepper:
                 decoder.leave(slot)
                 del self._seats[slot]
             self._leaving.clear()
-            self._granted += [(self._flights[one.request_id], one.row) for one in self.scheduler.grant(now=begun)]
+            is_held = self._finisher.num_waiting > self._num_slots
+            if not is_held:
+                grants = self.scheduler.grant(now=begun)
+                self._granted += [(self._flights[one.request_id], one.row) for one in grants]
         is_seated = self._seat(decoder)
         self._metrics.occupied(
             slots_in_use=self.scheduler.slots_in_use,
@@ -166,10 +184,12 @@ class Stepper:
             queued_requests=self.scheduler.num_waiting,
         )
         if not self._seats:
+            # While pictures are decoded, or given ones encoded, rows wait for them: that counts as time of the next step.
+            if is_held or (self._granted and not is_seated):
+                time.sleep(0.001)
+                return True
             self._stepped_s = None
-            if self._granted and not is_seated:
-                time.sleep(0.001)  # given pictures are being encoded
-            return bool(self._granted)
+            return False
         finished = decoder.step()
         self._pace()
         self._count_step(begun)
@@ -274,7 +294,7 @@ class Stepper:
         if is_last:
             assert flight.joined_s is not None
             flight.timings_s["decode"] = time.monotonic() - flight.joined_s
-            self._on_drawn(flight)
+            self._finisher.finish(flight)
 
     def _look(self, decoder: Decoder) -> None:
         """Previews that are due, and word to those who want to know how far they are."""
@@ -293,7 +313,7 @@ class Stepper:
             is_new = candidate not in flight.previews_waiting
             flight.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled)
             if is_new:
-                self._on_preview(flight, candidate)
+                self._finisher.preview(flight, candidate)
         with self._changed:
             listeners = [one for one in self._flights.values() if one.job.wants_progress]
         for flight in listeners:
