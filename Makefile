@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo test lint format bench clean
+.PHONY: env demo serve test soak system-packages lint format bench clean
+
+MODEL ?= runs/demo/kodalle/model
 
 env: $(READY)
 
@@ -24,8 +26,22 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/kodalle demo --out runs/demo
 
+# The demo's model is trained first where it is missing; any other must be there.
+serve: $(READY)
+	@[ -e "$(MODEL)/config.json" ] || [ "$(MODEL)" != runs/demo/kodalle/model ] || $(MAKE) demo
+	$(BIN)/python -m serve $(MODEL)
+
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+# What the tests of the page and of two hosts need besides Python: a browser with a Korean font, and `ip`. Without them, or
+# without leave to install them, those tests skip and say so.
+system-packages:
+	@if command -v chromium >/dev/null && command -v ip >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    chromium fonts-nanum iproute2 >/dev/null) || echo "system packages could not be installed: some tests will skip"; \
+	else echo "no leave to install chromium, fonts-nanum, iproute2: some tests will skip"; fi
 
 bench: $(READY)
 	$(BIN)/python benchmarks/kernel_speed.py

@@ -42,6 +42,7 @@ print("RESULT" + json.dumps({"changed": changed, "failed": failed}))
 """
 # Extras that a machine may lack: their importers are skipped there, and nowhere else.
 _OPTIONAL = {"ray", "fastapi", "uvicorn", "triton", "xformers", "onnxruntime", "onnx", "starlette", "httpx"}
+_OPTIONAL |= {"prometheus_client", "python_multipart"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+"""The designers' page as files: `/` is serve/page/index.html, everything beside it lies under /page/."""
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+PAGE_FOLDER = Path(__file__).with_name("page")
+# Written out: the operating system's own table calls .js text/plain on some machines, which browsers refuse to run.
+# What is not listed is not served.
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".jpg": "image/jpeg",
+    ".ico": "image/x-icon",
+    ".woff2": "font/woff2",
+}
+# Kept by the browser and asked for again each time: an update is seen at once, and costs nothing otherwise.
+_CACHE_CONTROL = "no-cache"
+
+
+class _PageFiles(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        media_type = _MEDIA_TYPES.get(Path(path).suffix.lower())
+        if media_type is None:
+            raise HTTPException(status_code=404)
+        response = await super().get_response(path, scope)
+        if response.status_code == 200:
+            response.headers["content-type"] = media_type
+        response.headers["cache-control"] = _CACHE_CONTROL
+        return response
+
+
+def add_page(app: FastAPI, folder: Path = PAGE_FOLDER) -> None:
+    """Serves the page; without its folder `/` is a 404 and the API works."""
+    if not folder.is_dir():
+        return
+    files = _PageFiles(directory=folder)
+
+    async def index(request: Request) -> Response:
+        return await files.get_response("index.html", request.scope)
+
+    app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False, response_model=None)
+    app.mount("/page", files)
