@@ -1,0 +1,163 @@
+"""The designers' page as it looks, drawn by a model and photographed in headless Chromium.
+
+    python benchmarks/page_screenshots.py runs/demo/kodalle/model --out benchmarks/results/page
+
+Nothing here is arranged but the order of presses: the pictures are what the model draws for the page's own examples, with
+seeds written below. It needs `/usr/bin/chromium` (Debian: apt install chromium fonts-nanum) and `pip install playwright`.
+"""
+
+import argparse
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from serve.edge import build_edge
+from serve.listener import listener
+from serve.local_pool import LocalPool
+from serve.settings import ServeSettings
+
+CHROMIUM = "/usr/bin/chromium"
+_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+_DESKTOP, _PHONE = (1280, 780), (360, 740)
+# Few enough that 16 candidates are drawn in turns, so that a drawing can be caught half way.
+_SLOTS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="model folder")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/page"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with serving(arguments.model) as address, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=_ARGUMENTS)
+        photograph_desktop(browser, address, arguments.out)
+        photograph_dark(browser, address, arguments.out)
+        photograph_phone(browser, address, arguments.out)
+        browser.close()
+
+
+@contextmanager
+def serving(model: str) -> Iterator[str]:
+    """The real edge and drawer on a free port of this machine; gives the address."""
+    settings = ServeSettings(model=model, num_slots=_SLOTS)
+    pool = LocalPool(settings)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = listener(build_edge(pool, settings), host="127.0.0.1", port=0, drain_s=5)
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(timeout=20)
+    pool.close()
+
+
+@contextmanager
+def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str, scale: float = 1) -> Iterator[Page]:
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]},
+        locale="ko-KR",
+        color_scheme="dark" if scheme == "dark" else "light",
+        device_scale_factor=scale,
+        reduced_motion="reduce",
+    )
+    page = context.new_page()
+    page.goto(address)
+    page.locator("#model-info:not(:empty)").wait_for()
+    yield page
+    context.close()
+
+
+def photograph_desktop(browser: Browser, address: str, out: Path) -> None:
+    """A drawing under way, its result with all candidates, and a part painted over."""
+    with opened(browser, address, _DESKTOP, scheme="light") as page:
+        draw_example(page, 0, seed=7)
+        page.locator('[data-candidate="0"][data-rows]:not([data-rows="1"])').wait_for()
+        save(page, out / "drawing-ko.png")
+        page.locator(".card.done").wait_for()
+        page.locator("[data-action=candidates]").click()
+        save(page, out / "candidates-ko.png")
+        page.locator("#drawings [data-action=open-0]").click()
+        page.locator("[data-action=repaint]").click()
+        settle(page)
+        paint(page, [(0.3, 0.62), (0.7, 0.62), (0.7, 0.72), (0.32, 0.72)])
+        write(Image.open(io.BytesIO(page.screenshot())), out / "repaint-ko.png")
+
+
+def photograph_dark(browser: Browser, address: str, out: Path) -> None:
+    """In English and dark: several requests at once, and the gallery they end in."""
+    with opened(browser, address, _DESKTOP, scheme="dark") as page:
+        page.locator("#language-button").click()
+        for number, seed in ((3, 11), (1, 12), (2, 13), (0, 14)):
+            draw_example(page, number, seed=seed)
+        page.locator(".card.done").first.wait_for()
+        save(page, out / "queue-en.png")
+        page.locator(".card.done").nth(3).wait_for()
+        page.locator("#to-gallery").click()
+        page.locator("#gallery-grid li").nth(15).wait_for()
+        save(page, out / "gallery-en.png")
+
+
+def photograph_phone(browser: Browser, address: str, out: Path) -> None:
+    """The form, a result, and one picture large, side by side."""
+    with opened(browser, address, _PHONE, scheme="light", scale=1.25) as page:
+        shots = [page.screenshot()]
+        draw_example(page, 1, seed=21)
+        page.locator(".card.done").wait_for()
+        page.locator("#board").scroll_into_view_if_needed()
+        page.mouse.move(1, 1)
+        shots.append(page.screenshot())
+        page.locator("#drawings [data-action=open-0]").click()
+        shots.append(page.screenshot())
+    pictures = [Image.open(io.BytesIO(shot)) for shot in shots]
+    gap = 24
+    sheet = Image.new("RGB", (sum(each.width + gap for each in pictures) - gap, pictures[0].height), "#8a8a8a")
+    left = 0
+    for each in pictures:
+        sheet.paste(each, (left, 0))
+        left += each.width + gap
+    write(sheet, out / "phone-ko.png")
+
+
+def draw_example(page: Page, number: int, *, seed: int) -> None:
+    # By script: the examples are out of sight once there are drawings.
+    page.locator("#examples button").nth(number).evaluate("button => button.click()")
+    page.locator("#seed").fill(str(seed))
+    page.locator("#draw").click()
+
+
+def paint(page: Page, places: list[tuple[float, float]]) -> None:
+    """A stroke along places given as shares of the picture's side."""
+    box = page.locator("canvas.stage").bounding_box()
+    assert box is not None
+    for number, (x, y) in enumerate(places):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=12)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def save(page: Page, path: Path) -> None:
+    settle(page)
+    write(Image.open(io.BytesIO(page.screenshot())), path)
+
+
+def settle(page: Page) -> None:
+    """The form at its top, and nothing under the pointer."""
+    page.evaluate("() => document.querySelector('#compose').scrollTo(0, 0)")
+    page.mouse.move(1, 1)
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    picture.convert("RGB").save(path, optimize=True)
+    print(f"{path} {path.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

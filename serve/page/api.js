@@ -1,0 +1,251 @@
+/**
+ * The server's public API, and nothing but it: what a program could ask, the page asks in the same words.
+ *
+ * A seed is text from end to end: it goes up to 2**64 - 1, and a JavaScript number would round it from 2**53 on.
+ */
+
+import { readEvents } from "./events.js";
+import { currentKey } from "./keys.js";
+import { language, t } from "./texts.js";
+
+/**
+ * Everything that decides the pictures.
+ * @typedef {object} DrawRequest
+ * @property {"new"|"rows"|"mask"} kind from nothing; from a picture's top rows; from a picture, a marked part redrawn
+ * @property {string} caption
+ * @property {number} n pictures shown
+ * @property {number} candidates pictures drawn and ranked
+ * @property {string} seed decimal digits, 0 to 2**64 - 1
+ * @property {number} temperature
+ * @property {number|null} topK
+ * @property {number|null} topP
+ * @property {number} guidance
+ * @property {number|null} keepRows rows of tokens kept, for "rows"
+ * @property {Blob|null} image for "rows" and "mask"
+ * @property {Blob|null} mask PNG, as large as the image, transparent where to redraw, for "mask"
+ *
+ * @typedef {object} Model
+ * @property {string} id
+ * @property {number} image_size side of its pictures in pixels
+ * @property {number} grid_size rows of tokens in a picture
+ * @property {number} text_seq_len tokens of a caption
+ * @property {string} digest
+ * @property {string} device
+ * @property {number} default_candidates
+ * @property {{images: number, candidates: number, partial_images: number}} limits
+ */
+
+const ROOT = new URL("../", import.meta.url);
+// The server writes a comment or an event at least every 10 s; silence for several times that long is a dead connection.
+const SILENCE_S = 45;
+
+/** An answer that is no success. `message` is in the language shown. */
+export class ApiError extends Error {
+  /**
+   * @param {number} status
+   * @param {{message?: string, message_ko?: string, code?: string|null, param?: string|null}} about
+   * @param {number|null} retryAfterS
+   */
+  constructor(status, about, retryAfterS = null) {
+    super(about.message || `HTTP ${status}`);
+    this.status = status;
+    this.about = about;
+    this.code = about.code ?? null;
+    this.param = about.param ?? null;
+    this.retryAfterS = retryAfterS;
+  }
+
+  /** @returns {string} in the language shown */
+  get told() {
+    const korean = language() === "ko" ? this.about.message_ko : null;
+    return korean || this.about.message || t("error.status", { status: this.status });
+  }
+}
+
+/** No answer, or one that broke off: the server is away, starting again, or the network is. */
+export class ConnectionLost extends Error {}
+
+/**
+ * @param {string} path below the server's root
+ * @param {RequestInit} [options]
+ * @returns {Promise<Response>} a success
+ * @throws {ApiError|ConnectionLost} or the signal's reason when it was aborted
+ */
+async function call(path, options = {}) {
+  const key = currentKey();
+  const headers = new Headers(options.headers);
+  if (key) headers.set("Authorization", `Bearer ${key}`);
+  let response;
+  try {
+    response = await fetch(new URL(path, ROOT), { ...options, headers, credentials: "same-origin", cache: "no-store" });
+  } catch (error) {
+    options.signal?.throwIfAborted();
+    throw new ConnectionLost(String(error));
+  }
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
+/**
+ * @param {Response} response
+ * @returns {Promise<ApiError|ConnectionLost>}
+ */
+async function errorOf(response) {
+  const body = await response.json().catch(() => null);
+  // A gateway that answers for a server that is away has no error body of ours.
+  if (!body?.error && [502, 503, 504].includes(response.status)) return new ConnectionLost(`HTTP ${response.status}`);
+  const after = Number.parseFloat(response.headers.get("Retry-After") ?? "");
+  return new ApiError(response.status, body?.error ?? {}, Number.isFinite(after) ? after : null);
+}
+
+/**
+ * @returns {Promise<Model>} the model that this server draws with
+ */
+export async function readModel() {
+  const list = await (await call("v1/models")).json();
+  return list.data[0];
+}
+
+/**
+ * @returns {Promise<boolean>} whether a drawing would be taken on now
+ */
+export async function isReady() {
+  try {
+    return (await fetch(new URL("readyz", ROOT), { cache: "no-store" })).ok;
+  } catch {
+    return false;
+  }
+}
+
+/**
+ * @param {string} prompt
+ * @param {AbortSignal} signal
+ * @returns {Promise<{tokens: number, limit: number}>}
+ */
+export async function countTokens(prompt, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return (await call("v1/tokenize", { method: "POST", headers, body: JSON.stringify({ prompt }), signal })).json();
+}
+
+/**
+ * Draws, telling what happens as it happens.
+ * @param {DrawRequest} request
+ * @param {number} numPreviews of each picture, while it is drawn
+ * @param {AbortSignal} signal aborting hangs up, which cancels the drawing on the server
+ * @returns {AsyncGenerator<Record<string, any>>} the events' data, each with a `type`
+ * @throws {ApiError|ConnectionLost}
+ */
+export async function* draw(request, numPreviews, signal) {
+  const silence = new AbortController();
+  const both = AbortSignal.any([signal, silence.signal]);
+  const watch = watchdog(() => silence.abort(new ConnectionLost("silence")), SILENCE_S);
+  let isComplete = false;
+  try {
+    const response = await send(request, numPreviews, both);
+    for await (const { data } of readEvents(watched(response.body, watch))) {
+      if (data === "[DONE]") continue;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(200, event.error);
+      isComplete ||= event.type.endsWith(".completed");
+      yield event;
+    }
+  } catch (error) {
+    signal.throwIfAborted();
+    if (error instanceof ApiError) throw error;
+    throw new ConnectionLost(String(error));
+  } finally {
+    watch.stop();
+  }
+  if (!isComplete) throw new ConnectionLost("the answer ended early");
+}
+
+/**
+ * @param {DrawRequest} request
+ * @param {number} numPreviews
+ * @param {AbortSignal} signal
+ * @returns {Promise<Response>}
+ */
+function send(request, numPreviews, signal) {
+  const fields = {
+    ...settingsOf(request),
+    output_format: "png",
+    stream: true,
+    progress: true,
+    partial_images: numPreviews,
+    all_candidates: true,
+  };
+  if (request.kind === "new") {
+    // The seed is set in as digits: JSON.stringify has no way to write a whole number of 64 bits.
+    const json = `${JSON.stringify(fields).slice(0, -1)},"seed":${BigInt(request.seed)}}`;
+    return call("v1/images/generations", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: json,
+      signal,
+    });
+  }
+  const form = new FormData();
+  for (const [name, value] of Object.entries({ ...fields, seed: request.seed })) form.set(name, String(value));
+  form.set("image", request.image, "image.png");
+  if (request.kind === "mask") form.set("mask", request.mask, "mask.png");
+  return call("v1/images/edits", { method: "POST", body: form, signal });
+}
+
+/**
+ * @param {DrawRequest} request
+ * @returns {Record<string, string|number>} what decides the pictures, by the API's names; the seed is left out
+ */
+export function settingsOf(request) {
+  const fields = {
+    prompt: request.caption,
+    n: request.n,
+    candidates: request.candidates,
+    temperature: request.temperature,
+    guidance: request.guidance,
+    top_k: request.topK,
+    top_p: request.topP,
+    keep_rows: request.kind === "rows" ? request.keepRows : null,
+  };
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
+}
+
+/**
+ * @param {() => void} bark called once when nothing was heard for so long
+ * @param {number} seconds
+ * @returns {{heard: () => void, stop: () => void}}
+ */
+function watchdog(bark, seconds) {
+  let timer = setTimeout(bark, seconds * 1000);
+  return {
+    heard: () => {
+      clearTimeout(timer);
+      timer = setTimeout(bark, seconds * 1000);
+    },
+    stop: () => clearTimeout(timer),
+  };
+}
+
+/**
+ * @param {ReadableStream<Uint8Array>} stream
+ * @param {{heard: () => void}} watch
+ * @returns {ReadableStream<Uint8Array>}
+ */
+function watched(stream, watch) {
+  const transform = (chunk, controller) => {
+    watch.heard();
+    controller.enqueue(chunk);
+  };
+  return stream.pipeThrough(new TransformStream({ transform }));
+}
+
+/**
+ * @param {string} base64
+ * @param {string} format "png", "webp" or "jpeg"
+ * @returns {Blob}
+ */
+export function blobOf(base64, format = "png") {
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let index = 0; index < text.length; index++) bytes[index] = text.charCodeAt(index);
+  return new Blob([bytes], { type: `image/${format}` });
+}

@@ -1,0 +1,261 @@
+/**
+ * Starting from a picture: keep its top rows and draw the rest anew, or redraw what is painted over.
+ */
+
+import { button, byId, element, fillDialog, isSmall } from "./elements.js";
+import { createMask, maskPng } from "./mask.js";
+import { MOST_CHARACTERS } from "./caption.js";
+import { randomSeed } from "./settings.js";
+import { startStage } from "./stage.js";
+import { t } from "./texts.js";
+
+// 7 of 16 rows, as the engine keeps by default.
+const KEPT_SHARE = 0.4375;
+
+/**
+ * @param {Blob} image square
+ * @param {"rows"|"mask"} kind what to begin with
+ * @param {import("./settings.js").Settings & {caption: string}} base caption and settings to draw with; its seed is not used
+ * @param {number} grid rows of tokens of the model's pictures
+ * @returns {Promise<import("./api.js").DrawRequest|null>} null when nothing is to be drawn
+ */
+export async function editPicture(image, kind, base, grid) {
+  const bitmap = await createImageBitmap(image);
+  /** @type {import("./stage.js").Work} */
+  const work = {
+    image: bitmap,
+    mask: createMask(bitmap.width, grid),
+    kind,
+    keepRows: Math.max(1, Math.floor(KEPT_SHARE * grid)),
+    tool: "brush",
+    brushShare: 0.16,
+  };
+  const dialog = /** @type {HTMLDialogElement} */ (byId("editor"));
+  const canvas = element("canvas", { class: isSmall(bitmap.width) ? "stage crisp" : "stage", role: "application" });
+  const show = () => showWork(dialog, canvas, work);
+  const stage = startStage(canvas, work, show);
+  const redraw = () => {
+    stage.draw();
+    show();
+  };
+  const caption = element("textarea", { id: "editor-caption", rows: 3, spellcheck: "false" });
+  caption.value = base.caption;
+  caption.addEventListener("input", show);
+  const form = element(
+    "form",
+    { class: "editor-body", novalidate: true },
+    element(
+      "header",
+      { class: "dialog-head" },
+      element("h2", { id: "editor-title", text: t("editor.title") }),
+      button({ icon: "close", label: t("close"), class: "quiet icon-only", press: () => dialog.close("no") }),
+    ),
+    element("div", { class: "stage-frame" }, canvas),
+    element(
+      "div",
+      { class: "editor-panel" },
+      kindChoice(work, redraw),
+      rowsPanel(work, redraw),
+      maskPanel(work, redraw),
+      element(
+        "div",
+        { class: "field" },
+        element("label", { for: "editor-caption", text: t("caption.label") }),
+        caption,
+      ),
+      element("p", { class: "hint", text: t("editor.settings", { n: base.n, candidates: base.candidates }) }),
+      element("p", { id: "editor-fault", class: "fault", role: "status" }),
+      element(
+        "div",
+        { class: "actions" },
+        button({ text: t("no"), class: "secondary", press: () => dialog.close("no") }),
+        element("button", { id: "editor-draw", type: "submit", class: "primary", text: t("editor.draw") }),
+      ),
+    ),
+  );
+  const submit = (event) => {
+    event.preventDefault();
+    if (!faultOf(work, caption.value)) dialog.close("yes");
+  };
+  form.addEventListener("submit", submit);
+  form.addEventListener("keydown", (event) => {
+    if (pressUndo(event, work)) redraw();
+    else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
+  });
+  fillDialog("editor", form);
+  dialog.returnValue = "no";
+  dialog.showModal();
+  show();
+  /** @type {HTMLElement} */ (form.querySelector("input[name='editor-kind']:checked")).focus();
+  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  stage.stop();
+  const wanted = dialog.returnValue === "yes" ? await requestOf(work, image, caption.value, base) : null;
+  bitmap.close();
+  fillDialog("editor", element("div"));
+  return wanted;
+}
+
+/** @returns {Promise<import("./api.js").DrawRequest>} */
+async function requestOf(work, image, caption, base) {
+  const { n, candidates, temperature, guidance, topK, topP } = base;
+  const isMask = work.kind === "mask";
+  return {
+    kind: work.kind,
+    caption: oneLine(caption),
+    ...{ n, candidates, temperature, guidance, topK, topP },
+    seed: randomSeed(),
+    keepRows: isMask ? null : work.keepRows,
+    image,
+    mask: isMask ? await maskPng(work.mask) : null,
+  };
+}
+
+/** @returns {string} why it cannot be drawn yet; "" when it can */
+function faultOf(work, caption) {
+  const length = [...oneLine(caption)].length;
+  if (!length) return t("caption.missing");
+  if (length > MOST_CHARACTERS)
+    return t("caption.too_long", { over: length - MOST_CHARACTERS, limit: MOST_CHARACTERS });
+  if (work.kind === "rows") return "";
+  const numTouched = work.mask.touchedCells().filter(Boolean).length;
+  if (!numTouched) return t("editor.nothing");
+  return numTouched === work.mask.grid ** 2 ? t("editor.everything") : "";
+}
+
+function oneLine(caption) {
+  return caption.normalize("NFC").replace(/\s+/gu, " ").trim();
+}
+
+/** What the state of the work means for every control. */
+function showWork(dialog, canvas, work) {
+  const isMask = work.kind === "mask";
+  const caption = /** @type {HTMLTextAreaElement|null} */ (dialog.querySelector("#editor-caption"));
+  if (!caption) return;
+  canvas.tabIndex = isMask ? 0 : -1;
+  canvas.setAttribute("aria-label", isMask ? t("editor.stage_mask") : t("editor.stage_rows", { n: work.keepRows }));
+  byId("editor-rows").hidden = isMask;
+  byId("editor-mask").hidden = !isMask;
+  const numTouched = work.mask.touchedCells().filter(Boolean).length;
+  byId("editor-cells").textContent = t("editor.cells", { n: numTouched, total: work.mask.grid ** 2 });
+  /** @type {HTMLInputElement} */ (byId("keep-rows")).value = String(work.keepRows);
+  byId("keep-rows-told").textContent = t("editor.keep_rows_told", { n: work.keepRows, total: work.mask.grid });
+  byId("editor-undo").toggleAttribute("disabled", !work.mask.canUndo());
+  byId("editor-redo").toggleAttribute("disabled", !work.mask.canRedo());
+  const fault = faultOf(work, caption.value);
+  byId("editor-fault").textContent = fault;
+  byId("editor-draw").toggleAttribute("disabled", fault !== "");
+}
+
+function kindChoice(work, redraw) {
+  const option = (kind) => {
+    const change = () => {
+      work.kind = kind;
+      redraw();
+    };
+    const input = element("input", {
+      type: "radio",
+      name: "editor-kind",
+      value: kind,
+      checked: work.kind === kind,
+      on: { change },
+    });
+    return element("label", { class: "segment" }, input, element("span", { text: t(`editor.kind_${kind}`) }));
+  };
+  return element(
+    "fieldset",
+    { class: "segments" },
+    element("legend", { class: "visually-hidden", text: t("editor.kind") }),
+    option("rows"),
+    option("mask"),
+  );
+}
+
+function rowsPanel(work, redraw) {
+  const input = (event) => {
+    work.keepRows = Number(event.target.value);
+    redraw();
+  };
+  return element(
+    "div",
+    { id: "editor-rows", class: "field" },
+    element("label", { for: "keep-rows", text: t("editor.keep_rows") }),
+    element("input", {
+      id: "keep-rows",
+      type: "range",
+      min: 1,
+      max: work.mask.grid - 1,
+      step: 1,
+      "aria-describedby": "keep-rows-told",
+      on: { input },
+    }),
+    element("p", { id: "keep-rows-told", class: "hint" }),
+    element("p", { class: "hint", text: t("editor.rows_hint") }),
+  );
+}
+
+function maskPanel(work, redraw) {
+  const tool = (name) => {
+    const input = element("input", {
+      type: "radio",
+      name: "tool",
+      value: name,
+      checked: work.tool === name,
+      on: { change: () => (work.tool = name) },
+    });
+    return element("label", { class: "segment" }, input, element("span", { text: t(`editor.${name}`) }));
+  };
+  const size = (event) => {
+    work.brushShare = Number(event.target.value) / 100;
+    redraw();
+  };
+  const act = (what) => () => {
+    what();
+    redraw();
+  };
+  const undo = button({ icon: "undo", text: t("editor.undo"), press: act(work.mask.undo) });
+  const redo = button({ icon: "redo", text: t("editor.redo"), press: act(work.mask.redo) });
+  undo.id = "editor-undo";
+  redo.id = "editor-redo";
+  return element(
+    "div",
+    { id: "editor-mask" },
+    element(
+      "fieldset",
+      { class: "segments" },
+      element("legend", { class: "visually-hidden", text: t("editor.tool") }),
+      tool("brush"),
+      tool("eraser"),
+    ),
+    element(
+      "div",
+      { class: "field" },
+      element("label", { for: "brush-size", text: t("editor.size") }),
+      element("input", {
+        id: "brush-size",
+        type: "range",
+        min: 2,
+        max: 60,
+        step: 2,
+        value: work.brushShare * 100,
+        on: { input: size },
+      }),
+    ),
+    element(
+      "div",
+      { class: "row" },
+      undo,
+      redo,
+      button({ icon: "bin", text: t("editor.clear"), press: act(() => work.mask.fill(0)) }),
+    ),
+    element("p", { id: "editor-cells", class: "hint" }),
+    element("p", { class: "hint", text: t("editor.mask_hint") }),
+  );
+}
+
+/** @returns {boolean} whether the keys asked for undo or redo outside a text */
+function pressUndo(event, work) {
+  if (!(event.ctrlKey || event.metaKey) || event.key.toLowerCase() !== "z" || event.target.tagName === "TEXTAREA")
+    return false;
+  event.preventDefault();
+  return event.shiftKey ? work.mask.redo() : work.mask.undo();
+}

@@ -1,0 +1,107 @@
+/**
+ * The API key: asked for when the server wants one, kept for this tab, or for this browser when its owner says so.
+ */
+
+import { byId, element } from "./elements.js";
+import { ask } from "./question.js";
+import { kept, keep, forget } from "./preferences.js";
+import { onLanguage, t } from "./texts.js";
+
+const NAME = "kodalle.key";
+/** @type {Promise<boolean>|null} */
+let asking = null;
+let inMemory = ""; // where both storages are closed to the page
+
+/** @returns {string} "" when there is none */
+export function currentKey() {
+  return kept(sessionStorageOrNull(), NAME) || kept(localStorageOrNull(), NAME) || inMemory;
+}
+
+/**
+ * Asks for a key, once however many requests were refused.
+ * @param {boolean} wasRefused the key in use was not accepted
+ * @returns {Promise<boolean>} whether one was given
+ */
+export function askForKey(wasRefused) {
+  asking ??= askOnce(wasRefused).finally(() => {
+    asking = null;
+  });
+  return asking;
+}
+
+/**
+ * @param {boolean} wasRefused
+ * @returns {Promise<boolean>}
+ */
+async function askOnce(wasRefused) {
+  const input = element("input", {
+    id: "key-input",
+    type: "password",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+  });
+  const remember = element("input", { id: "key-remember", type: "checkbox" });
+  const said = await ask({
+    title: t("key.title"),
+    text: wasRefused && currentKey() ? t("key.refused") : t("key.wanted"),
+    body: [
+      element("div", { class: "field" }, element("label", { for: "key-input", text: t("key.label") }), input),
+      element("label", { class: "check" }, remember, " ", element("span", { text: t("key.remember") })),
+      element("p", { class: "hint", text: t("key.where") }),
+    ],
+    yes: t("key.use"),
+    focus: input,
+  });
+  const key = input.value.trim();
+  if (!said || !key) return false;
+  forgetKey();
+  const place = remember.checked ? localStorageOrNull() : sessionStorageOrNull();
+  if (!keep(place, NAME, key)) inMemory = key;
+  showButton();
+  return true;
+}
+
+/** Forgets the key, wherever it is kept. */
+export function forgetKey() {
+  forget(sessionStorageOrNull(), NAME);
+  forget(localStorageOrNull(), NAME);
+  inMemory = "";
+  showButton();
+}
+
+/** Makes the header's button work: it says that a key is in use and can forget it. */
+export function startKeys() {
+  byId("key-button").addEventListener("click", async () => {
+    const said = await ask({
+      title: t("key.forget_title"),
+      text: t("key.forget_text"),
+      yes: t("key.forget"),
+      isGrave: true,
+    });
+    if (said) forgetKey();
+  });
+  onLanguage(showButton);
+}
+
+function showButton() {
+  byId("key-button").hidden = !currentKey();
+}
+
+/** @returns {Storage|null} */
+function sessionStorageOrNull() {
+  try {
+    return window.sessionStorage;
+  } catch {
+    return null;
+  }
+}
+
+/** @returns {Storage|null} */
+function localStorageOrNull() {
+  try {
+    return window.localStorage;
+  } catch {
+    return null;
+  }
+}
