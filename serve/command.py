@@ -1,0 +1,280 @@
+"""`python -m serve`: one command, one port, the page and the API.
+
+    python -m serve [MODEL] [--host 127.0.0.1] [--port 8000] [--drawers N] [--keys FILE] [--config FILE] [--without-ray]
+    python -m serve key NAME --file keys.yaml
+
+Starts a Ray of its own, or with --without-ray one drawer in this process; says where it listens and with what it draws
+once it does. SIGTERM and SIGINT: refuses what is new, finishes what is being drawn, exits with 0.
+
+Exit codes: 0 stopped as told, 1 drawings were cut off or Ray died, 2 bad input: one line on stderr naming field, value
+and remedy.
+"""
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.errors import InputError
+from serve.arguments import AppArguments, read_arguments, read_serve_config
+from serve.gate import MAX_BODY_VARIABLE
+from serve.keys import KeyRing, Scope, add_key
+from serve.messages import ModelInfo
+from serve.process import log_to_stderr
+from serve.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
+
+_READY_WITHIN_S = 60.0  # after the application has started
+_CHECK_EVERY_S = 5.0
+_CHECKS_FAILED = 3
+
+app = typer.Typer(no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command("start")
+def start(
+    model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: the demo's")] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default 8000")] = None,
+    drawers: Annotated[int | None, typer.Option(min=1, help="processes that draw; default 1")] = None,
+    keys: Annotated[Path | None, typer.Option(help="API keys, see `python -m serve key --help`")] = None,
+    config: Annotated[Path | None, typer.Option(help="a Ray Serve config, e.g. configs/serve.yaml")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly other")] = False,
+    no_page: Annotated[bool, typer.Option("--no-page", help="the API alone")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="write captions into the log")] = False,
+    without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one drawer")] = False,
+) -> None:
+    """Serves a model: the designers' page and an API in the manner of OpenAI's. `key NAME`: makes an API key."""
+    values, http_options = ({}, {}) if config is None else read_serve_config(config)
+    given = {"model": model, "num_drawers": drawers, "keys_file": None if keys is None else str(keys), "device": device}
+    given |= {"int8": int8 or None, "log_prompts": log_prompts or None, "page": False if no_page else None}
+    values |= {name: value for name, value in given.items() if value is not None}
+    arguments = read_arguments(values, source="the command line" if config is None else str(config))
+    host = host or str(http_options.get("host", "127.0.0.1"))
+    port = int(http_options.get("port", 8000)) if port is None else port
+    check_model(arguments.model)
+    check_exposure(host, arguments.keys_file)
+    if arguments.keys_file:
+        KeyRing(Path(arguments.keys_file))  # read again by whoever serves; here so that a fault is told at once
+    port = free_port(host, port)
+    run = _run_without_ray if without_ray else _run_with_ray
+    raise typer.Exit(run(_absolute(arguments), host=host, port=port))
+
+
+@app.command("key")
+def key(
+    name: Annotated[str, typer.Argument(help="who it is for: a word that will stand in logs")],
+    file: Annotated[Path, typer.Option(help="keys file; made when missing")],
+    per_minute: Annotated[float | None, typer.Option(help="pictures it may draw a minute; default: no limit")] = None,
+    no_metrics: Annotated[bool, typer.Option("--no-metrics", help="it may draw and not read /metrics")] = False,
+) -> None:
+    """Makes an API key, prints it once, and keeps its hash."""
+    scopes: tuple[Scope, ...] = ("draw",) if no_metrics else ("draw", "metrics")
+    print(add_key(file, name, scopes=scopes, per_minute=per_minute))
+
+
+# ------------------------------------------------------------------------------------------------- before it starts
+
+
+def check_model(model: str) -> None:
+    """Raises InputError where no model can be there; what is in the folder is checked by who loads it."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError("MODEL", model, "is no model folder: config.json is missing")
+    elif folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError("MODEL", model, "no such model folder: train the demo with `make demo`, or name another")
+
+
+def check_exposure(host: str, keys_file: str) -> None:
+    """Raises InputError: an address that others can reach, and no keys."""
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise InputError("--host", host, f"is no address of this machine ({error})") from error
+    if not keys_file and not all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        remedy = "others can reach it: make a key with `python -m serve key NAME --file keys.yaml`, and give --keys"
+        raise InputError("--host", host, remedy)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port; for 0, one that is free.
+
+    Ray's proxy binds with SO_REUSEPORT: a second server would start without a word and get every other request.
+
+    Raises:
+        InputError: somebody listens there, or it cannot be bound.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that was stopped a moment ago
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            raise InputError("--port", port, f"cannot be used on {host} ({error.strerror}): give another") from error
+        return int(probe.getsockname()[1])
+
+
+def _absolute(arguments: AppArguments) -> AppArguments:
+    """Replicas run in folders of Ray's own choice."""
+    paths = {"model": arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model).resolve())}
+    if arguments.keys_file:
+        paths["keys_file"] = str(Path(arguments.keys_file).resolve())
+    return arguments.model_copy(update=paths)
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+def _run_with_ray(arguments: AppArguments, *, host: str, port: int) -> int:
+    os.umask(0o077)  # the session's logs and its token are this user's
+    private = Path(tempfile.mkdtemp(prefix="kodalle-"))  # and stays so: the folder that Ray is given it opens to all
+    _set_environment(arguments, private)
+    from serve.local_ray import drain, end_local, is_alive, served_model, start_local
+
+    told = threading.Event()
+    try:
+        try:
+            start_local(_with_cores(arguments), host=host, port=port, temp_dir=str(private / "ray"))
+        except RuntimeError as error:
+            raise _why_not_started(error) from error
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
+            signal.signal(number, lambda *_: told.set())
+        _wait_until_ready(host, port)
+        _announce(served_model(), host=host, port=port, page=arguments.page, drawers=arguments.num_drawers)
+        return 0 if _wait_for(told, is_alive) and drain(within_s=arguments.drain_s) else 1
+    finally:
+        end_local()
+        _remove(private)
+
+
+def _remove(folder: Path) -> None:
+    """Processes that are ending may still write into it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+def _set_environment(arguments: AppArguments, folder: Path) -> None:
+    """What must stand before ray is imported; what the user has set stays, but for the token and what it guards."""
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    largest = max(arguments.limits.max_json_bytes, arguments.limits.max_edit_bytes)
+    os.environ |= ONE_MACHINE_ENVIRONMENT | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        MAX_BODY_VARIABLE: str(largest),
+    }
+    os.environ.pop("RAY_ADDRESS", None)  # another cluster's
+
+
+def _with_cores(arguments: AppArguments) -> AppArguments:
+    """All cores for the drawers, where nobody said how many: Ray gives a process so many threads as it counts cores."""
+    if "cpus_per_drawer" in arguments.model_fields_set:
+        return arguments
+    most_drawers = max(arguments.num_drawers, arguments.max_drawers)
+    return arguments.model_copy(update={"cpus_per_drawer": float(max(1, (os.cpu_count() or 1) // most_drawers))})
+
+
+def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
+    from serve.edge import build_edge
+    from serve.listener import listener
+    from serve.local_pool import LocalPool
+
+    log_to_stderr()
+    settings = arguments.settings()
+    pool = LocalPool(settings)
+    try:
+        server = listener(build_edge(pool, settings), host=host, port=port, drain_s=settings.drain_s)
+        announcing = threading.Thread(target=_announce_when_ready, args=(pool.drawer.info, host, port, settings.page))
+        announcing.daemon = True
+        announcing.start()
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops, and then raises the signal once more
+            signal.signal(number, lambda *_: None)
+        server.run()
+        return 0 if server.started else 1
+    finally:
+        pool.close()
+
+
+def _announce_when_ready(info: ModelInfo, host: str, port: int, page: bool) -> None:
+    _wait_until_ready(host, port)
+    _announce(info, host=host, port=port, page=page, drawers=1)
+
+
+def _wait_until_ready(host: str, port: int) -> None:
+    """Raises InputError: it does not answer, or not as ready."""
+    ends_at = time.monotonic() + _READY_WITHIN_S
+    while time.monotonic() < ends_at:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection(_own_address(host), port, timeout=5)
+            with contextlib.closing(connection):
+                connection.request("GET", "/readyz", headers={"host": "localhost"})
+                if connection.getresponse().status == 200:
+                    return
+        time.sleep(0.1)
+    raise InputError("server", f"{host}:{port}", f"did not become ready within {_READY_WITHIN_S:g} s")
+
+
+def _announce(info: ModelInfo, *, host: str, port: int, page: bool, drawers: int) -> None:
+    address = _own_address(host)
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    where = "CPU" if info.device == "cpu" else f"GPU {info.device}"
+    many = f", {drawers} drawers" if drawers > 1 else ""
+    print(f"KoDALLE draws {info.model_id} ({info.num_parameters / 1e6:.1f} M, {info.image_size} px) on {where}{many}")
+    if page:
+        print(f"page  {url}/")
+    print(f"API   {url}/v1", flush=True)
+    print(json.dumps({"ready": True, "url": url, "model": info.model_id, "device": info.device}), flush=True)
+
+
+def _own_address(host: str) -> str:
+    """Where this machine reaches what listens at `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _wait_for(told: threading.Event, is_alive: Callable[[], bool]) -> bool:
+    """Until a signal comes; False where Ray died before."""
+    num_failed = 0
+    while not told.wait(_CHECK_EVERY_S):
+        num_failed = 0 if is_alive() else num_failed + 1
+        if num_failed >= _CHECKS_FAILED:
+            print("error: Ray does not answer any more: start it again", file=sys.stderr)
+            return False
+    return True
+
+
+def _why_not_started(error: RuntimeError) -> Exception:
+    """A fault of the model, of which Ray tells the whole traceback, as the InputError that it was."""
+    found = re.search(r"InputError: (.+?): (.+?): (.+)", str(error))
+    return error if found is None else InputError(*(part.strip() for part in found.groups()))
+
+
+def main() -> None:
+    """`key` is the only word that cannot name a model: write ./key."""
+    arguments = sys.argv[1:]
+    try:
+        app(arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="python -m serve")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

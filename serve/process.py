@@ -1,0 +1,26 @@
+"""What one process of a server is called, and where it writes its log.
+
+No torch, no ray.
+"""
+
+import logging
+import os
+import socket
+
+
+def process_name(kind: str) -> str:
+    """The `replica` label of a process's figures; its last part is the process id."""
+    return f"{kind}-{socket.gethostname()}-{os.getpid()}"
+
+
+def log_to_stderr() -> None:
+    """One line a request (serve/guard.py), and warnings of everything else.
+
+    In a Ray replica, standard error is a file of Ray's session, which Ray prints where the server was started.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("serve")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

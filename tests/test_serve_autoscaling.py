@@ -1,0 +1,86 @@
+"""The policy, called with Ray's own contexts, through Ray's own wrapping of it."""
+
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve.autoscaling_policy import _apply_autoscaling_config
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from serve.app import autoscaling
+from serve.arguments import read_arguments
+from serve.autoscaling import ROWS, SLOTS, SlotsPolicy
+
+DEPLOYMENT = DeploymentID(name="Drawer", app_name="kodalle")
+
+
+def replicas(count: int) -> list[ReplicaID]:
+    return [ReplicaID(unique_id=str(number), deployment_id=DEPLOYMENT) for number in range(count)]
+
+
+def context(
+    rows: list[float], *, slots: float = 32, starting: int = 0, gone: int = 0, config: AutoscalingConfig | None = None
+) -> AutoscalingContext:
+    """`rows` of each drawer that has reported; `gone` more have reported and died since."""
+    known = replicas(len(rows) + gone + starting)
+    reported = known[: len(rows) + gone]
+    values = rows + [1000.0] * gone
+    running = known[: len(rows)] + known[len(rows) + gone :]
+    return AutoscalingContext(
+        deployment_id=DEPLOYMENT,
+        deployment_name="Drawer",
+        app_name="kodalle",
+        current_num_replicas=len(running),
+        target_num_replicas=len(running),
+        running_replicas=running,
+        total_num_requests=0,
+        total_queued_requests=0,
+        aggregated_metrics={
+            ROWS: dict(zip(reported, values, strict=True)),
+            SLOTS: dict.fromkeys(reported, slots),
+        },
+        raw_metrics=None,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=8,
+        policy_state={},
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=0.0,
+        config=config,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([0.0], 0.0),  # Ray's bounds make it the smallest number allowed
+        ([24.0], 1.0),  # three quarters of 32
+        ([32.0], 4 / 3),
+        ([32.0 + 64.0], 4.0),  # full, and 64 rows wait
+        ([24.0, 24.0], 2.0),
+        ([24.0, 0.0], 1.0),
+    ],
+)
+def test_rows_in_slots_and_in_queues_fill_three_quarters_of_the_slots(rows: list[float], wanted: float) -> None:
+    assert SlotsPolicy(0.75)(context(rows))[0] == pytest.approx(wanted)
+
+
+def test_drawers_that_start_or_are_gone_count_neither_way() -> None:
+    assert SlotsPolicy(0.75)(context([24.0, 24.0], starting=2, gone=1))[0] == pytest.approx(2.0)
+
+
+def test_nothing_reported_changes_nothing() -> None:
+    assert SlotsPolicy(0.75)(context([], starting=3))[0] == 3
+
+
+def test_ray_pickles_the_policy_and_bounds_and_delays_it() -> None:
+    arguments = read_arguments({"num_drawers": 1, "max_drawers": 4, "scale_up_after_s": 0}, source="test")
+    config = autoscaling(arguments)
+    policy: Any = config.policy.get_policy()(**config.policy.policy_kwargs)
+    assert policy(context([96.0]))[0] == pytest.approx(4.0)
+    wrapped = _apply_autoscaling_config(policy)
+    assert wrapped(context([96.0], config=config))[0] == 4
+    now, _ = wrapped(context([0.0, 0.0], config=config))
+    assert now == 2, "a drawer is only stopped after scale_down_after_s seconds of too little work"
+    patient = config.model_copy(update={"upscale_delay_s": 60.0})
+    assert _apply_autoscaling_config(policy)(context([96.0], config=patient))[0] == 1
