@@ -1,0 +1,149 @@
+"""The same model behind stock `@serve.batch`: what one writes with Ray Serve's documentation open, to compare with.
+
+    python benchmarks/serve_batch_baseline.py '{"model": "runs/demo/kodalle/model", "max_batch_size": 8}'
+
+One deployment with one replica. Requests that arrive within `batch_wait_timeout_s` become one batch, which is drawn as a
+whole: who comes later waits for its end, and whoever asked for one picture waits for whoever asked for sixteen.
+The pictures are ours to the byte: the same pipeline, one prefill, one decoding, ranking and PNG encoding. Three things
+are better than in the documentation's examples, so that the comparison is with the idea and not with a careless use of
+it: drawing is done in a thread, so that the replica's event loop goes on accepting; requests of different sizes and
+seeds share a batch; `max_ongoing_requests` is far above the batch size (its default of 5 would cap the batch).
+
+Source: Ray Serve's guide "Dynamic Request Batching" (docs.ray.io).
+"""
+
+import asyncio
+import base64
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from starlette.requests import Request
+
+from engine.decoding.options import RowRequest, SamplingOptions
+from engine.sampling.command import pick_device
+from engine.sampling.drawing import ranked
+from engine.sampling.machine import fit_threads
+from engine.sampling.pictures import to_uint8
+from engine.sampling.pipeline import Pipeline
+from serve.encoding import encode_picture
+
+_MAX_ONGOING = 1024
+Json = dict[str, Any]
+
+
+def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
+    """Bodies of POST /v1/images/generations -> answers, drawn as one static batch."""
+    begun = time.perf_counter()
+    captions, counts = [one["prompt"] for one in requests], [int(one["candidates"]) for one in requests]
+    prefix = pipeline.sampler.prefill(
+        pipeline.tokenizer.encode(captions, pipeline.transformer.config.text_seq_len).tokens
+    )
+    rows = [
+        RowRequest(prefix_index=number, seed=one["seed"], candidate=candidate, options=SamplingOptions())
+        for number, one in enumerate(requests)
+        for candidate in range(counts[number])
+    ]
+    tokens = pipeline.sampler.decode(prefix, rows)  # (B, N)
+    images = pipeline.decode_images(tokens)  # (B, 3, S, S)
+    pixels, tokens = to_uint8(images), tokens.cpu()
+    answers, first = [], 0
+    for request, caption, count in zip(requests, captions, counts, strict=True):
+        own = slice(first, first + count)
+        scores = pipeline.rank_scores([caption], images[own][None])
+        best = ranked(request["seed"], tokens[own], pixels[own], None if scores is None else scores[0], None)[0]
+        data = encode_picture(best.image, "png", compression=100, metadata={"caption": caption, "seed": best.seed})
+        picture = {
+            "b64_json": base64.b64encode(data).decode("ascii"),
+            "seed": best.seed,
+            "candidate": best.candidate,
+            "clip_score": best.score,
+        }
+        answers.append({"created": int(time.time()), "data": [picture]})
+        first += count
+    drawn_s = time.perf_counter() - begun
+    return [answer | {"timings_s": {"total": drawn_s}} for answer in answers]
+
+
+class BatchedDrawer:
+    """The deployment; importing this module imports no Ray."""
+
+    def __init__(self, model: str, max_batch_size: int, batch_wait_timeout_s: float) -> None:
+        from ray import serve as ray_serve
+
+        fit_threads()
+        self._pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
+
+        @ray_serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=batch_wait_timeout_s)
+        async def batched(requests: list[Json]) -> list[Json]:
+            return await asyncio.to_thread(draw_batch, self._pipeline, requests)
+
+        self._batched: Any = batched  # called with one body, gives one answer
+
+    async def __call__(self, request: Request) -> Json:
+        body = await request.json()
+        if request.url.path == "/tune":
+            self._batched.set_max_batch_size(body["max_batch_size"])
+            self._batched.set_batch_wait_timeout_s(body["batch_wait_timeout_s"])
+            return {}
+        answer: Json = await self._batched(body)
+        return answer
+
+
+def serve(model: str, *, max_batch_size: int = 8, batch_wait_timeout_s: float = 0.01) -> None:
+    """Serves on a free port of this machine until SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="stock-", ignore_cleanup_errors=True) as folder:
+        # A token of its own: Ray would leave one in the user's home.
+        Path(folder, "token").write_text(secrets.token_hex(32), encoding="ascii")
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(folder, "token"))}
+        os.environ.pop("RAY_ADDRESS", None)  # another cluster's
+        _serve_from(folder, (model, max_batch_size, batch_wait_timeout_s))
+
+
+def _serve_from(folder: str, arguments: tuple[str, int, float]) -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 * 2**20,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+    port = _free_port()
+    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+    deployment = ray_serve.deployment(
+        max_ongoing_requests=_MAX_ONGOING,
+        # All cores: Ray gives a process so many threads as it counts cores.
+        ray_actor_options={"num_cpus": os.cpu_count() or 1, "num_gpus": int(torch.cuda.is_available())},
+    )(BatchedDrawer)
+    ray_serve.run(deployment.bind(*arguments), route_prefix="/")
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
+        signal.signal(number, lambda *_: told.set())
+    print(json.dumps({"ready": True, "url": f"http://127.0.0.1:{port}"}), flush=True)
+    told.wait()
+    ray_serve.shutdown()
+    ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    serve(**json.loads(sys.argv[1]))

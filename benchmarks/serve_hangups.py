@@ -1,0 +1,195 @@
+"""Clients that hang up: whether the server goes on drawing for them, and for how long their slots are held.
+
+    python benchmarks/serve_hangups.py --server ray --model runs/demo/kodalle/model --out benchmarks/results/serve_hangups
+    python benchmarks/serve_hangups.py --server direct --hangups 40
+
+Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, wait in the
+queue, or are drawn; half of them are streams, and half carry the header with which any client can tell Ray Serve not to
+cancel. Bars: no drawing of theirs is finished, and a second after the last one is gone no slot and no place in the queue
+is held, by the drawers' own gauges.
+
+The negative control is a request that nobody gives up: it is finished, and its slots are seen to be held meanwhile.
+The last line is one JSON document.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import random
+import re
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from machine_facts import facts, hardware_name, print_document, slug
+from sample_plan import write_random_model
+from serve_client import GENERATIONS
+from serve_process import Server, serving
+
+from engine.files import write_json
+
+_AT_ONCE = 8
+_CANDIDATES = 64  # seconds of drawing
+_FREE_WITHIN_S = 1.0
+_REPORTED_WITHIN_S = 1.5  # Ray: figures of other processes come once a second
+_GAUGES = ("kodalle_slots_in_use", "kodalle_queued_rows", "kodalle_queued_requests", "kodalle_requests_in_flight")
+Row = dict[str, Any]
+
+
+def main() -> int:
+    arguments = _arguments()
+    document: Row = {"benchmark": "serve_hangups", **facts(torch.device("cpu"))}
+    document["config"] = {
+        "server": arguments.server,
+        "model": str(arguments.model or "tiny, random weights"),
+        "hangups": arguments.hangups,
+        "candidates": _CANDIDATES,
+    }
+    with tempfile.TemporaryDirectory(prefix="serve-hangups-") as folder:
+        model = (arguments.model or Path(folder, "model")).resolve()
+        if arguments.model is None:
+            write_random_model(model, tiny=True)
+        served = {"model": str(model), "num_slots": 32, "max_queued_rows": 1024}
+        with serving(arguments.server, served) as server:
+            document |= measure(server, arguments.hangups)
+    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
+    if arguments.out is not None:
+        write_json(arguments.out / f"{arguments.server}-{slug(hardware_name(document))}.json", document)
+    print_document(document)
+    return 0 if document["is_met"] else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", choices=("direct", "ray"), default="ray")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
+    parser.add_argument("--hangups", type=int, default=400)
+    parser.add_argument("--out", type=Path, help="folder for the JSON document")
+    return parser.parse_args()
+
+
+def measure(server: Server, hangups: int) -> Row:
+    """Control, hang-ups, and what is held after them."""
+    report_s = 0.0 if server.kind == "direct" else _REPORTED_WITHIN_S
+    held_at_most, control_status = _control(server)
+    _wait_until_free(server, within_s=60.0)
+    drawn = _gauge(server, "kodalle_pictures_drawn_total")
+    stages = _hang_up(server, hangups)
+    gone_s = time.monotonic()
+    free_after_s = _wait_until_free(server, within_s=60.0)
+    time.sleep(2.0 + report_s)  # what was drawn on would be finished and told of by now, or be in a slot
+    row: Row = {
+        "control": {"status": control_status, "slots_held": held_at_most},
+        "hung_up_after_ms": {"least": 20, "most": 600},
+        "seconds": gone_s - stages["begun_s"],
+        "answered_before_they_hung_up": stages["answered"],
+        "pictures_finished_for_them": _gauge(server, "kodalle_pictures_drawn_total") - drawn,
+        "free_after_s": free_after_s,
+        "reported_within_s": report_s,
+        "gauges_after": {name: _gauge(server, name) for name in _GAUGES},
+    }
+    own = row["gauges_after"] | {"kodalle_requests_in_flight": row["gauges_after"]["kodalle_requests_in_flight"] - 1}
+    row["is_met"] = (
+        control_status == 200
+        and held_at_most > 0
+        and row["pictures_finished_for_them"] == 0
+        and free_after_s <= _FREE_WITHIN_S + report_s
+        and not any(own.values())  # but for the scrape itself
+    )
+    return row
+
+
+def _control(server: Server) -> tuple[float, int]:
+    """A request that is waited for: the most slots that were seen to be held, and its status."""
+    status: list[int] = []
+
+    def wait() -> None:
+        parts = urlsplit(server.address)
+        connection = http.client.HTTPConnection(str(parts.hostname), int(parts.port or 0), timeout=120)
+        connection.request("POST", GENERATIONS, _body(0, stream=False), {"content-type": "application/json"})
+        reply = connection.getresponse()
+        reply.read()
+        status.append(reply.status)
+        connection.close()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    most = 0.0
+    while thread.is_alive():
+        most = max(most, _gauge(server, "kodalle_slots_in_use"))
+        time.sleep(0.05)
+    thread.join()
+    return most, status[0]
+
+
+def _hang_up(server: Server, count: int) -> Row:
+    """Sends and closes, `_AT_ONCE` at a time."""
+    numbers, lock, answered = iter(range(count)), threading.Lock(), []
+    begun_s = time.monotonic()
+
+    def client() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            if _send_and_leave(server, number):
+                answered.append(number)
+
+    threads = [threading.Thread(target=client) for _ in range(_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"begun_s": begun_s, "answered": len(answered)}
+
+
+def _send_and_leave(server: Server, number: int) -> bool:
+    """True where an answer came before the client left: a refusal, since no drawing takes so little time."""
+    parts, chance = urlsplit(server.address), random.Random(number)
+    body = _body(number, stream=number % 2 == 1)
+    lines = ["POST " + GENERATIONS + " HTTP/1.1", "host: localhost", "content-type: application/json"]
+    lines += [f"content-length: {len(body)}", *(["x-request-disconnect-disabled: ?1"] if number % 4 < 2 else [])]
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        connection.settimeout(chance.uniform(0.02, 0.6))
+        try:
+            return connection.recv(16)[9:12] not in (b"", b"200")
+        except TimeoutError:
+            return False
+
+
+def _body(number: int, *, stream: bool) -> bytes:
+    asked = {"prompt": "상의에서 색상은 레드이다.", "seed": number, "n": 1, "candidates": _CANDIDATES, "stream": stream}
+    return json.dumps(asked).encode()
+
+
+def _wait_until_free(server: Server, *, within_s: float) -> float:
+    """Seconds until no drawer holds a slot or a place in its queue."""
+    begun = time.monotonic()
+    while any(_gauge(server, name) for name in _GAUGES[:3]):
+        if time.monotonic() - begun > within_s:
+            return time.monotonic() - begun
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def _gauge(server: Server, name: str) -> float:
+    parts = urlsplit(server.address)
+    connection = http.client.HTTPConnection(str(parts.hostname), int(parts.port or 0), timeout=30)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

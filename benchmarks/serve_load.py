@@ -1,0 +1,188 @@
+"""How much a server of ours serves, beside the engine alone and beside stock `@serve.batch` with the same model.
+
+    python benchmarks/serve_load.py --model runs/demo/kodalle/model        everything: a quarter of an hour
+    python benchmarks/serve_load.py --quick                                a tiny model, 90 seconds: does it run?
+    python benchmarks/serve_load.py --only goodput --probe-s 10 --servers ray,stock
+
+Servers: `direct` (ours in one process), `ray` (ours on Ray Serve), `stock` (serve_batch_baseline.py). All run during the
+whole benchmark on this machine, beside the engine alone (serve_engine.py) and this client; one at a time is in use, in
+turn, because the machine's own speed changes. What the idle ones take is measured and stored.
+
+    saturation       requests a second over HTTP as a share of the engine's own               bar: 90 %
+    concurrency_one  milliseconds that a single request takes longer than its drawing         bar: 5 ms
+    goodput          highest offered rate at which 95 of 100 are within a bound: ours / stock  bar: 3
+    sizes            p50, p95, p99 by number of candidates at 70 % of that rate
+    fairness         a modest sender's waits, alone and beside a greedy one
+    overload         ten times what can be drawn: refusals within 100 ms, nobody taken on times out
+
+Prints tables and, as the last line, one JSON document, which is also stored with a plot:
+
+    <out>/results/serve_load/<hardware>.json      <out>/plots/serve_load-<hardware>.png
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import facts, hardware_name, print_document, slug
+from sample_plan import write_random_model
+from serve_client import served_model
+from serve_crowd import fairness, overload, sizes
+from serve_engine import engine
+from serve_goodput import goodput
+from serve_plan import FULL, GREEDY, MODEST, PARTS, QUICK, Bench, Plan, warm_up
+from serve_plot import draw
+from serve_process import Server, ServerKind, starting
+from serve_report import bars, tables
+from serve_speed import calibrate, concurrency_one, idle_cpu_shares, saturation
+
+from engine.files import write_json
+
+_FOLDER = Path(__file__).resolve().parent
+_QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
+_DEMO = Path("runs/demo/kodalle/model")
+_SERVERS: tuple[ServerKind, ...] = ("direct", "ray", "stock")
+_DEADLINE_S = 120.0  # the server's default
+
+
+def main() -> int:
+    arguments = _arguments()
+    plan = _plan(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    document: dict[str, Any] = {
+        "benchmark": "serve_load",
+        **facts(device),
+        "config": {
+            "servers": arguments.servers,
+            "plan": asdict(plan),
+        },
+    }
+    with ExitStack() as stack:
+        model = arguments.model or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-load-")), "model")
+        if arguments.model is None:
+            write_random_model(model, tiny=True)
+        servers: dict[str, Server] = {}
+        for kind in arguments.servers:
+            names = () if kind == "stock" else (GREEDY, MODEST)
+            servers[kind] = stack.enter_context(starting(kind, {"model": str(model)}, key_names=names))
+        hurried = None
+        if "overload" in arguments.only:
+            hurried_arguments = {"model": str(model), "deadline_s": plan.short_deadline_s}
+            hurried = stack.enter_context(starting("direct", hurried_arguments))
+        bench = Bench(stack.enter_context(engine({"model": str(model)})), servers, hurried, plan)
+        for server in bench.all_servers():
+            _say(f"starting {server.kind}")
+            server.wait_until_ready()
+            warm_up(server)
+        ours = bench.ours
+        document["config"]["model"] = asyncio.run(served_model(ours.address, key=next(iter(ours.keys), "")))
+        _measure(bench, arguments.only, document)
+    document["bars"] = bars(document)
+    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
+    _store(document, arguments)
+    print(tables(document), end="\n\n")
+    print_document(document)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    def names(allowed: tuple[str, ...]) -> Any:
+        def parse(text: str) -> list[str]:
+            chosen = text.split(",")
+            unknown = [name for name in chosen if name not in allowed]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(allowed)}")
+            return [name for name in allowed if name in chosen]
+
+        return parse
+
+    parser = argparse.ArgumentParser(description="Measures serving on this machine; see the file's head.")
+    parser.add_argument("--model", type=Path, help=f"model folder (default: {_DEMO}, with --quick a tiny one)")
+    parser.add_argument("--quick", action="store_true", help="few requests: does it run?")
+    parser.add_argument("--servers", type=names(_SERVERS), default=list(_SERVERS), help=f"of {','.join(_SERVERS)}")
+    parser.add_argument("--only", type=names(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--probe-s", type=float, help="seconds of each offered rate")
+    parser.add_argument("--rounds", type=int, help="in which servers take turns at saturation")
+    parser.add_argument("--out", type=Path, help="folder for results/ and plots/ (default: benchmarks/)")
+    arguments = parser.parse_args()
+    if arguments.servers == ["stock"]:
+        parser.error("--servers needs one of ours: direct or ray")
+    if arguments.probe_s is not None and arguments.probe_s <= 0:
+        parser.error("--probe-s must be above 0")
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    if arguments.model is None and not arguments.quick:
+        arguments.model = _DEMO
+    if arguments.model is not None and not (arguments.model / "config.json").is_file():
+        parser.error(f"--model {arguments.model} is no model folder: `make demo` trains one")
+    return arguments
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    plan = QUICK if arguments.quick else FULL
+    return replace(plan, probe_s=arguments.probe_s or plan.probe_s, rounds=arguments.rounds or plan.rounds)
+
+
+def _measure(bench: Bench, parts: list[str], document: dict[str, Any]) -> None:
+    """Adds what each part says."""
+    document["idle_cores"] = idle_cpu_shares(bench, seconds=3.0 if bench.plan.rounds > 1 else 1.0)
+    _say("calibrating")
+    calibration = document["calibration"] = calibrate(bench)
+    ours = calibration["servers"][bench.ours.kind]
+    if "saturation" in parts:
+        _say("saturation")
+        document["saturation"] = saturation(bench)
+    if "concurrency_one" in parts:
+        _say("one at a time")
+        document["concurrency_one"] = concurrency_one(bench)
+    if "goodput" in parts:
+        _say("goodput")
+        document["goodput"] = goodput(bench, calibration)
+    if "sizes" in parts:
+        _say("sizes")
+        found = document.get("goodput", {}).get("found_rates", {}).get(bench.ours.kind)
+        document["sizes"] = sizes(bench, 0.7 * (found or ours["requests_per_s"]))
+    if "fairness" in parts:
+        _say("fairness")
+        document["fairness"] = fairness(bench)
+    if "overload" in parts:
+        _say("overload")
+        document["overload"] = _overloads(bench, ours)
+
+
+def _overloads(bench: Bench, ours: dict[str, Any]) -> list[dict[str, Any]]:
+    """With the default deadline, where the queue's length is what limits; and with one so short that time does."""
+    plan = bench.plan
+    rate = plan.overload_factor * ours["requests_per_s"]
+    rows = [overload(bench.ours, rate=rate, duration_s=plan.overload_s, deadline_s=_DEADLINE_S)]
+    if bench.hurried is not None:
+        deadline_s = plan.short_deadline_s
+        rows.append(overload(bench.hurried, rate=rate, duration_s=plan.overload_s, deadline_s=deadline_s))
+    return rows
+
+
+def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
+    name = slug(hardware_name(document)) + ("-quick" if arguments.quick else "")
+    results = out / "results" / "serve_load" / f"{name}.json"
+    write_json(results, document)
+    _say(f"stored {results}")
+    if "goodput" in document:
+        plot = out / "plots" / f"serve_load-{name}.png"
+        draw(document, plot)
+        _say(f"stored {plot}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

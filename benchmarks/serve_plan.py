@@ -1,0 +1,106 @@
+"""How long each part of the serving benchmark measures, and what it measures on."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serve_client import Run, closed_loop
+from serve_engine import Engine
+from serve_process import Server
+from serve_traffic import Asked, mixed, with_keys
+
+PARTS = ("saturation", "concurrency_one", "goodput", "sizes", "fairness", "overload")
+GREEDY, MODEST = "greedy", "modest"  # the holders of the two API keys
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of all parts; `full` ends in a quarter of an hour on two cores, `quick` is for whether it runs."""
+
+    rounds: int  # in which the servers take turns
+    requests: int  # of a saturated run
+    concurrency: int  # of a saturated run: more rows than there are slots
+    single_requests: int  # one at a time
+    probe_s: float  # of one offered rate
+    ladder: tuple[float, ...]  # offered rates that are always probed, as shares of the throughput
+    bisections: int
+    confirmations: int  # of the rate that was found
+    sizes_s: float
+    fairness_s: float
+    overload_s: float
+    short_deadline_s: float  # of a server that is overloaded, too
+    overload_factor: float = 10.0
+    bound_factor: float = 3.0  # of the unloaded p95: the latency that counts as good
+
+
+FULL = Plan(
+    rounds=4,
+    requests=36,
+    concurrency=24,
+    single_requests=24,
+    probe_s=20.0,
+    ladder=(0.3, 0.6, 0.9, 1.1),
+    bisections=4,
+    confirmations=2,
+    sizes_s=40.0,
+    fairness_s=25.0,
+    overload_s=6.0,
+    short_deadline_s=5.0,
+)
+QUICK = Plan(
+    rounds=1,
+    requests=9,
+    concurrency=6,
+    single_requests=3,
+    probe_s=1.0,
+    ladder=(0.5,),
+    bisections=1,
+    confirmations=1,
+    sizes_s=1.0,
+    fairness_s=1.5,
+    overload_s=1.0,
+    short_deadline_s=2.0,
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: the engine alone, and servers of the same model, all running, one at a time in use."""
+
+    engine: Engine
+    servers: dict[str, Server]  # by kind
+    hurried: Server | None  # with a short deadline
+    plan: Plan
+
+    def all_servers(self) -> list[Server]:
+        return [*self.servers.values(), *([] if self.hurried is None else [self.hurried])]
+
+    @property
+    def ours(self) -> Server:
+        """With Ray where it is among them."""
+        return self.servers.get("ray") or self.servers["direct"]
+
+
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The names in an order that starts elsewhere in each round, so that none is always the first."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+def load_fully(server: Server, asked: Sequence[Asked], *, concurrency: int) -> Run:
+    """A saturated run; every request must be answered."""
+    run = asyncio.run(closed_loop(server.address, with_keys(asked, server.keys), concurrency=concurrency))
+    check_answered(server, run)
+    return run
+
+
+def warm_up(server: Server) -> None:
+    """First requests are slow: connections between processes, first sizes of batches."""
+    load_fully(server, mixed(6, seed=99), concurrency=6)
+
+
+def check_answered(server: Server, run: Run) -> None:
+    """Raises RuntimeError: where nothing may be refused, something was."""
+    lost = [one for one in run.answers if one.status != 200]
+    if lost:
+        raise RuntimeError(f"{server.kind}: {len(lost)} of {len(run.answers)} not answered: {lost[0]}")

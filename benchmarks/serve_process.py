@@ -1,0 +1,171 @@
+"""Starts and stops the servers under test, each a tree of processes of its own, and reads what the tree uses.
+
+    direct   python -m serve --without-ray      one process
+    ray      python -m serve                    Ray's processes, a proxy, an edge, drawers
+    stock    serve_batch_baseline.py            Ray's processes, a proxy, one replica with @serve.batch
+
+A server says that it is ready, and where, as the last line of its standard output: {"ready": true, "url": …}. Processes
+are ended by their own ids, children first found, never by name: others may run a Ray on the same machine.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+import yaml
+
+from serve.keys import add_key
+
+ServerKind = Literal["direct", "ray", "stock"]
+
+_FOLDER = Path(__file__).resolve().parent
+_READY_WITHIN_S = 180.0
+_STOPPED_WITHIN_S = 60.0
+
+
+class ServerDied(RuntimeError):
+    """A server under test ended, or did not become ready; the message holds the end of its output."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What all processes of a server hold and have used."""
+
+    num_processes: int
+    rss_bytes: int  # pages that processes share are counted in each
+    own_bytes: int  # pages that no other process has
+    num_files: int  # descriptors
+    cpu_s: float
+
+
+class Server:
+    """A running server under test."""
+
+    def __init__(
+        self, kind: ServerKind, process: "subprocess.Popen[str]", *, out: Path, log: Path, key_of: dict[str, str]
+    ) -> None:
+        self.kind, self._process, self._out, self._log = kind, process, out, log
+        self.key_of = key_of  # API keys by their holder's name; empty: none is asked for
+        self.address = ""
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.key_of.values())
+
+    def processes(self) -> list[psutil.Process]:
+        """The process that was started and all its descendants."""
+        root = psutil.Process(self._process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def usage(self) -> Usage:
+        rss_bytes = own_bytes = num_files = num_processes = 0
+        cpu_s = 0.0
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess), process.oneshot():  # one that ended in between
+                memory, times = process.memory_full_info(), process.cpu_times()
+                rss_bytes, own_bytes = rss_bytes + memory.rss, own_bytes + memory.uss
+                num_files += process.num_fds()
+                cpu_s += times.user + times.system
+                num_processes += 1
+        return Usage(num_processes, rss_bytes, own_bytes, num_files, cpu_s)
+
+    def check(self) -> None:
+        """Raises ServerDied."""
+        if self._process.poll() is not None:
+            raise ServerDied(f"{self.kind} ended with code {self._process.returncode}:\n{self._tail()}")
+
+    def wait_until_ready(self) -> None:
+        """Raises ServerDied."""
+        ends_at = time.monotonic() + _READY_WITHIN_S
+        while time.monotonic() < ends_at:
+            self.check()
+            for line in self._out.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith('{"ready": true'):
+                    self.address = str(json.loads(line)["url"])
+                    return
+            time.sleep(0.1)
+        raise ServerDied(f"{self.kind} was not ready after {_READY_WITHIN_S:g} s:\n{self._tail()}")
+
+    def stop(self) -> None:
+        """SIGTERM, as an operator would; what is left of the tree after a minute is killed."""
+        try:
+            processes = self.processes()
+        except psutil.NoSuchProcess:
+            processes = []
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOPPED_WITHIN_S)
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+
+    def _tail(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
+
+
+@contextlib.contextmanager
+def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequence[str] = ()) -> Iterator[Server]:
+    """`starting`, and ready."""
+    with starting(kind, arguments, key_names=key_names) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@contextlib.contextmanager
+def starting(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequence[str] = ()) -> Iterator[Server]:
+    """A server on a free port of this machine, while the block runs; it has no address before it is ready.
+
+    Args:
+        arguments: direct, ray: fields of serve.arguments.AppArguments; stock: arguments of its deployment.
+        key_names: holders of API keys, which are made here; stock knows none.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serving-")))
+        key_of = {}
+        if key_names and kind != "stock":
+            key_of = {name: add_key(folder / "keys.yaml", name, scopes=("draw", "metrics")) for name in key_names}
+            arguments = {**arguments, "keys_file": str(folder / "keys.yaml")}
+        out, log = stack.enter_context((folder / "out").open("w")), stack.enter_context((folder / "log").open("w"))
+        process = subprocess.Popen(
+            _command(kind, arguments, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=log,
+            text=True,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C here ends the block, which stops it
+        )
+        server = Server(kind, process, out=folder / "out", log=folder / "log", key_of=key_of)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def _command(kind: ServerKind, arguments: Mapping[str, Any], folder: Path) -> list[str]:
+    if kind == "stock":
+        return [sys.executable, str(_FOLDER / "serve_batch_baseline.py"), json.dumps(dict(arguments))]
+    config = {"applications": [{"import_path": "serve.app:build", "args": dict(arguments)}]}
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    command = [sys.executable, "-m", "serve", "--config", str(path), "--port", "0"]
+    return [*command, "--without-ray"] if kind == "direct" else command
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the repository importable; the number of threads as it is set here, for all alike."""
+    paths = [str(_FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,279 @@
+"""A Ray cluster over two hosts that serves from both; one is cut off, and the other goes on.
+
+    sudo python benchmarks/serve_two_hosts.py --model runs/demo/kodalle/model --out benchmarks/results/serve_two_hosts
+
+The hosts are network namespaces of this machine (benchmarks/two_hosts.py): real Ray nodes with addresses, ports and a
+cable of their own, on shared cores. So what is measured is what breaks and for how long, not how fast two hosts are.
+
+    both     requests at each host's own address, from a client on that host: both drawers draw, every byte as ever
+    cut      the cable is pulled under load; the client is on the host with Ray's head. Bars: 0 lost, nobody waits longer
+             than 20 s more than before
+    other    what the cut-off host answers meanwhile: without its head it is on its own, and no bar is set
+    healed   the cable is back, the second host's Ray starts anew: seconds until two drawers draw again
+
+The last line is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import facts, hardware_name, print_document, slug
+from sample_plan import write_random_model
+from serve_fault_load import Plan, Seen, pipeline_pictures, seen_of
+from serve_traffic import mixed, with_keys
+from two_hosts import Host, two_hosts, why_not
+
+from engine.files import write_json
+from serve.keys import add_key
+from serve.ray_environment import NODE_HEALTH_ENVIRONMENT, SERVE_ENVIRONMENT
+
+_FOLDER = Path(__file__).resolve().parent
+_GCS_PORT, _HTTP_PORT = 6379, 8000  # of the hosts' own: nobody else is there
+_UP_WITHIN_S = 180.0
+_STALL_BAR_S = 20.0
+_CONCURRENCY = 3
+Row = dict[str, Any]
+
+
+def main() -> int:
+    arguments = _arguments()
+    if arguments.deploy:
+        _deploy(json.loads(arguments.deploy))
+        return 0
+    if reason := why_not():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    document: Row = {"benchmark": "serve_two_hosts", **facts(torch.device("cpu"))}
+    document["config"] = {
+        "model": str(arguments.model or "tiny, random weights"),
+        "requests_in_flight": _CONCURRENCY,
+        "candidates_a_request": arguments.candidates,
+        "cut_for_s": arguments.cut_s,
+    }
+    with tempfile.TemporaryDirectory(prefix="two-") as folder, two_hosts() as (head, worker):
+        model = (arguments.model or Path(folder, "model")).resolve()
+        if arguments.model is None:
+            write_random_model(model, tiny=True)
+        cluster = _Cluster(head, worker, Path(folder), model, arguments.candidates)
+        try:
+            document["phases"] = cluster.measure(cut_s=arguments.cut_s)
+        except (RuntimeError, TimeoutError) as error:
+            print(cluster.logs(), file=sys.stderr)
+            raise error
+    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
+    document["is_met"] = all(row.get("is_met", True) for row in document["phases"].values())
+    if arguments.out is not None:
+        write_json(arguments.out / f"{slug(hardware_name(document))}.json", document)
+    print_document(document)
+    return 0 if document["is_met"] else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--cut-s", type=float, default=45.0, help="for how long the cable is out")
+    parser.add_argument("--out", type=Path, help="folder for the JSON document")
+    parser.add_argument("--deploy", help=argparse.SUPPRESS)  # this script on the head: deploys, and ends
+    return parser.parse_args()
+
+
+def _deploy(args: Row) -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    from serve.app import APP_NAME, build
+
+    ray.init(namespace="serve", log_to_driver=False)
+    ray_serve.start(proxy_location="EveryNode", http_options={"host": "0.0.0.0", "port": _HTTP_PORT})
+    ray_serve.run(build(args), name=APP_NAME, route_prefix="/")
+
+
+class _Cluster:
+    """Two Ray nodes and the application on them."""
+
+    def __init__(self, head: Host, worker: Host, folder: Path, model: Path, candidates: int) -> None:
+        self._head, self._worker, self._folder = head, worker, folder
+        self._key = add_key(folder / "keys.yaml", "client", scopes=("draw", "metrics"))
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self._environment = {
+            **os.environ,
+            **SERVE_ENVIRONMENT,
+            **NODE_HEALTH_ENVIRONMENT,
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ADDRESS": f"{head.address}:{_GCS_PORT}",
+            "PYTHONPATH": os.pathsep.join([str(_FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",
+        }
+        # A drawer counts as a core and a host has one: no host has two.
+        self._args = {
+            "model": str(model),
+            "num_drawers": 2,
+            "num_edges": 2,
+            "num_slots": 16,
+            "cpus_per_drawer": 1,
+            "keys_file": str(folder / "keys.yaml"),
+        }
+        self._asked = with_keys(mixed(12, seed=9, sizes=(candidates,)), [self._key])
+        self._expected = pipeline_pictures(model, self._asked)
+
+    def measure(self, *, cut_s: float) -> Row:
+        self._start_ray(self._head, "--head", f"--port={_GCS_PORT}", "--include-dashboard=false")
+        self._start_worker()
+        deploying = [sys.executable, str(Path(__file__).resolve()), "--deploy", json.dumps(self._args)]
+        self._head.run(deploying, env=self._environment, timeout_s=_UP_WITHIN_S)
+        _wait(lambda: len(self._drawers(self._head)) == 2 and len(self._drawers(self._worker)) == 2)
+        rows: Row = {"both": self._both()}
+        rows["cut"], rows["other"] = self._cut(cut_s, usual_s=rows["both"]["head"]["latency_s"]["most"])
+        rows["healed"] = self._healed()
+        return rows
+
+    def logs(self) -> str:
+        texts = [path.read_text(errors="replace")[-3000:] for path in sorted(self._folder.glob("*.log"))]
+        return "\n".join(texts)
+
+    # ---------------------------------------------------------------------------------------------------------- phases
+
+    def _both(self) -> Row:
+        seen = self._load_from(self._head, self._worker, seconds=8.0)
+        row: Row = {name: one.row() for name, one in zip(("head", "worker"), seen, strict=True)}
+        drawn = self._pictures_drawn()
+        row["pictures_by_drawer"] = sorted(drawn.values())
+        row["is_met"] = len(drawn) == 2 and min(drawn.values()) > 0 and all(_is_right(one) for one in seen)
+        return row
+
+    def _cut(self, cut_s: float, *, usual_s: float) -> tuple[Row, Row]:
+        cut_at: list[float] = []
+
+        def cut() -> None:
+            _wait(lambda: all(self._begun_file(host).exists() for host in (self._head, self._worker)))
+            time.sleep(5.0)
+            cut_at.append(time.monotonic())
+            self._head.cut()
+
+        for host in (self._head, self._worker):
+            self._begun_file(host).unlink()
+        pulling = threading.Thread(target=cut)
+        pulling.start()
+        head, worker = self._load_from(self._head, self._worker, seconds=5.0 + cut_s)
+        pulling.join()
+        ends = sorted(one.ended_s for one in head.outcomes if one.status == 200 and one.ended_s > cut_at[0])
+        gaps = [after - before for before, after in zip([cut_at[0], *ends], ends, strict=False)]
+        slow_s = [one.ended_s - one.sent_s for one in head.outcomes if one.ended_s > cut_at[0]]
+        row = head.row() | {
+            "in_flight_at_the_cut": sum(one.sent_s < cut_at[0] < one.ended_s for one in head.outcomes),
+            "answered_after_the_cut": len(ends),
+            "longest_silence_s": max(gaps, default=None),
+            "longest_wait_s": max(slow_s, default=None),
+            "usual_longest_wait_s": usual_s,
+        }
+        row["is_met"] = _is_right(head) and row["in_flight_at_the_cut"] > 0 and max(slow_s) <= usual_s + _STALL_BAR_S
+        return row, Seen([one for one in worker.outcomes if one.ended_s > cut_at[0]], worker.files).row()
+
+    def _healed(self) -> Row:
+        begun = time.monotonic()
+        self._head.mend()
+        self._worker.kill_all()  # what the host's service manager does with a Ray that lost its head
+        self._start_worker()
+        _wait(lambda: len(self._drawers(self._head)) == 2)
+        back_s = time.monotonic() - begun
+        seen = self._load_from(self._head, self._worker, seconds=5.0)
+        row: Row = {name: one.row() for name, one in zip(("head", "worker"), seen, strict=True)}
+        return row | {"two_drawers_after_s": back_s, "is_met": all(_is_right(one) for one in seen)}
+
+    # -------------------------------------------------------------------------------------------------------- its parts
+
+    def _start_worker(self) -> None:
+        self._start_ray(self._worker, f"--address={self._head.address}:{_GCS_PORT}")
+
+    def _start_ray(self, host: Host, *options: str) -> None:
+        temp_dir = self._folder / host.name[-9:]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--num-cpus=1", "--block"]
+        command += [
+            f"--node-ip-address={host.address}",
+            "--disable-usage-stats",
+            f"--object-store-memory={128 * 2**20}",
+        ]
+        if "--head" in options:
+            command.append(f"--temp-dir={temp_dir}")
+        process = host.start(command, log=self._folder / f"{host.name}.log", env=self._environment)
+        told = self._folder / f"{host.name}.log"
+
+        def is_up() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"Ray ended with code {process.returncode} on {host.name}")
+            return "Ray runtime started" in told.read_text(errors="replace")
+
+        _wait(is_up)
+
+    def _load_from(self, *hosts: Host, seconds: float) -> list[Seen]:
+        """A client on each host at that host's address, all at the same time."""
+        printed: dict[str, str] = {}
+
+        def client(host: Host) -> None:
+            address, begun = f"http://{host.address}:{_HTTP_PORT}", str(self._begun_file(host))
+            plan = Plan(address, self._asked, self._expected, _CONCURRENCY, seconds, begun)
+            command = [sys.executable, str(_FOLDER / "serve_fault_load.py")]
+            printed[host.name] = host.run(
+                command, env=self._environment, timeout_s=seconds + _UP_WITHIN_S, told=plan.to_json()
+            )
+
+        threads = [threading.Thread(target=client, args=(host,)) for host in hosts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [seen_of(printed[host.name]) for host in hosts]
+
+    def _begun_file(self, host: Host) -> Path:
+        return self._folder / f"{host.name}.begun"
+
+    def _metrics(self, host: Host) -> str:
+        """As scraped on that host; empty where nobody answers."""
+        script = (
+            "import sys, urllib.request as u; r = u.Request(sys.argv[1], headers={'authorization': 'Bearer ' + sys.argv[2]}); "
+            "print(u.urlopen(r, timeout=5).read().decode())"
+        )
+        command = [sys.executable, "-c", script, f"http://{host.address}:{_HTTP_PORT}/metrics", self._key]
+        try:
+            return host.run(command, env=self._environment, timeout_s=20)
+        except (RuntimeError, subprocess.TimeoutExpired):
+            return ""
+
+    def _drawers(self, host: Host) -> list[str]:
+        return re.findall(r'^kodalle_slots\{replica="(drawer-[^"]+)"\}', self._metrics(host), re.MULTILINE)
+
+    def _pictures_drawn(self) -> dict[str, float]:
+        pattern = r'^kodalle_pictures_drawn_total\{replica="(drawer-[^"]+)"\} (\S+)'
+        return {name: float(count) for name, count in re.findall(pattern, self._metrics(self._head), re.MULTILINE)}
+
+
+def _is_right(seen: Seen) -> bool:
+    row = seen.row()
+    return bool(row["answered"]) and not (row["lost"] or row["wrong_pixels"] or row["requests_with_two_files"])
+
+
+def _wait(is_true: Callable[[], bool]) -> None:
+    ends_at = time.monotonic() + _UP_WITHIN_S
+    while not is_true():
+        if time.monotonic() > ends_at:
+            raise TimeoutError(f"not within {_UP_WITHIN_S:g} s")
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
