@@ -23,7 +23,7 @@ import torch
 from machine_facts import REPOSITORY, facts, hardware_name, print_document, slug
 from sample_plan import write_random_model
 from serve_client import closed_loop, served_model
-from serve_process import Server, serving
+from serve_process import Server, end_on_sigterm, serving
 from serve_traffic import mixed
 
 from engine.files import write_json
@@ -47,11 +47,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     arguments = parser.parse_args()
+    end_on_sigterm()
     sys.path.insert(0, str(REPOSITORY))  # for tests/, which is no installed package
     document: Row = {"benchmark": "serve_fuzz", **facts(torch.device("cpu"))}
     document["config"] = {"server": arguments.server, "seed": arguments.seed}
     with tempfile.TemporaryDirectory(prefix="serve-fuzz-") as folder:
-        model = arguments.model or Path(folder, "model")
+        model = arguments.model or Path(folder, "tiny-random")
         if arguments.model is None:
             write_random_model(model, tiny=True)
         with serving(arguments.server, {"model": str(model), **_ARGUMENTS}) as server:

@@ -39,7 +39,7 @@ from serve_engine import engine
 from serve_goodput import goodput
 from serve_plan import FULL, GREEDY, MODEST, PARTS, QUICK, Bench, Plan, warm_up
 from serve_plot import draw
-from serve_process import Server, ServerKind, starting
+from serve_process import Server, ServerKind, end_on_sigterm, serving
 from serve_report import bars, tables
 from serve_speed import calibrate, concurrency_one, idle_cpu_shares, saturation
 
@@ -54,6 +54,7 @@ _DEADLINE_S = 120.0  # the server's default
 
 def main() -> int:
     arguments = _arguments()
+    end_on_sigterm()
     plan = _plan(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document: dict[str, Any] = {
@@ -65,22 +66,10 @@ def main() -> int:
         },
     }
     with ExitStack() as stack:
-        model = arguments.model or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-load-")), "model")
+        model = arguments.model or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-load-")), "tiny")
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        servers: dict[str, Server] = {}
-        for kind in arguments.servers:
-            names = () if kind == "stock" else (GREEDY, MODEST)
-            servers[kind] = stack.enter_context(starting(kind, {"model": str(model)}, key_names=names))
-        hurried = None
-        if "overload" in arguments.only:
-            hurried_arguments = {"model": str(model), "deadline_s": plan.short_deadline_s}
-            hurried = stack.enter_context(starting("direct", hurried_arguments))
-        bench = Bench(stack.enter_context(engine({"model": str(model)})), servers, hurried, plan)
-        for server in bench.all_servers():
-            _say(f"starting {server.kind}")
-            server.wait_until_ready()
-            warm_up(server)
+        bench = _start(stack, arguments, model, plan)
         ours = bench.ours
         document["config"]["model"] = asyncio.run(served_model(ours.address, key=next(iter(ours.keys), "")))
         _measure(bench, arguments.only, document)
@@ -128,6 +117,24 @@ def _arguments() -> argparse.Namespace:
 def _plan(arguments: argparse.Namespace) -> Plan:
     plan = QUICK if arguments.quick else FULL
     return replace(plan, probe_s=arguments.probe_s or plan.probe_s, rounds=arguments.rounds or plan.rounds)
+
+
+def _start(stack: ExitStack, arguments: argparse.Namespace, model: Path, plan: Plan) -> Bench:
+    """All that is measured, running and warm."""
+    alone = stack.enter_context(engine({"model": str(model)}))  # loads while the servers start
+    servers: dict[str, Server] = {}
+    for kind in arguments.servers:
+        _say(f"starting {kind}")
+        names = () if kind == "stock" else (GREEDY, MODEST)
+        servers[kind] = stack.enter_context(serving(kind, {"model": str(model)}, key_names=names))
+        warm_up(servers[kind])
+    hurried = None
+    if "overload" in arguments.only:
+        _say("starting one with a short deadline")
+        deadline = {"model": str(model), "deadline_s": plan.short_deadline_s}
+        hurried = stack.enter_context(serving("direct", deadline))
+        warm_up(hurried)
+    return Bench(alone, servers, hurried, plan)
 
 
 def _measure(bench: Bench, parts: list[str], document: dict[str, Any]) -> None:

@@ -72,9 +72,6 @@ class Bench:
     hurried: Server | None  # with a short deadline
     plan: Plan
 
-    def all_servers(self) -> list[Server]:
-        return [*self.servers.values(), *([] if self.hurried is None else [self.hurried])]
-
     @property
     def ours(self) -> Server:
         """With Ray where it is among them."""
@@ -95,8 +92,15 @@ def load_fully(server: Server, asked: Sequence[Asked], *, concurrency: int) -> R
 
 
 def warm_up(server: Server) -> None:
-    """First requests are slow: connections between processes, first sizes of batches."""
-    load_fully(server, mixed(6, seed=99), concurrency=6)
+    """First requests are slow: connections between processes, first sizes of batches. A short deadline may refuse some.
+
+    Raises:
+        RuntimeError: the server does not draw.
+    """
+    asked = with_keys(mixed(6, seed=99), server.keys)
+    asyncio.run(closed_loop(server.address, asked, concurrency=6))
+    one = with_keys(mixed(1, seed=98, sizes=(1,)), server.keys)
+    check_answered(server, asyncio.run(closed_loop(server.address, one, concurrency=1)))
 
 
 def check_answered(server: Server, run: Run) -> None:

@@ -116,21 +116,23 @@ class Server:
         return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
 
 
+def end_on_sigterm() -> None:
+    """Makes SIGTERM raise SystemExit, so that servers which are running in `serving` blocks are stopped, not left."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 @contextlib.contextmanager
 def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequence[str] = ()) -> Iterator[Server]:
-    """`starting`, and ready."""
-    with starting(kind, arguments, key_names=key_names) as server:
-        server.wait_until_ready()
-        yield server
+    """A server on a free port of this machine, ready, while the block runs.
 
-
-@contextlib.contextmanager
-def starting(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequence[str] = ()) -> Iterator[Server]:
-    """A server on a free port of this machine, while the block runs; it has no address before it is ready.
+    Start one after the other: Ray gives up where its processes are not up after 30 s.
 
     Args:
         arguments: direct, ray: fields of serve.arguments.AppArguments; stock: arguments of its deployment.
         key_names: holders of API keys, which are made here; stock knows none.
+
+    Raises:
+        ServerDied: it did not start.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serving-")))
@@ -150,6 +152,7 @@ def starting(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Seque
         )
         server = Server(kind, process, out=folder / "out", log=folder / "log", key_of=key_of)
         try:
+            server.wait_until_ready()
             yield server
         finally:
             server.stop()

@@ -35,7 +35,7 @@ from machine_facts import facts, hardware_name, print_document, slug
 from PIL import Image
 from sample_plan import write_random_model
 from serve_client import GENERATIONS, read_metrics, served_model
-from serve_process import Server, serving
+from serve_process import Server, end_on_sigterm, serving
 from serve_traffic import captions
 
 from engine.decoding.options import SamplingOptions
@@ -114,10 +114,11 @@ def main() -> int:
     parser.add_argument("--without-ray", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     arguments = parser.parse_args()
+    end_on_sigterm()
     asked, begun = requests(-(-arguments.candidates // EACH), seed=11), time.perf_counter()
     document = {"benchmark": "serve_seeds", **facts(torch.device("cpu"))}
     with tempfile.TemporaryDirectory(prefix="serve-seeds-") as folder:
-        model = arguments.model or Path(folder, "model")
+        model = arguments.model or Path(folder, "tiny-random")
         if arguments.model is None:
             write_random_model(model, tiny=True)
         counts, drawers, told = count_equal(model, asked, with_ray=not arguments.without_ray)

@@ -28,7 +28,7 @@ import torch
 from machine_facts import facts, hardware_name, print_document, slug
 from sample_plan import write_random_model
 from serve_client import GENERATIONS, read_metrics, served_model
-from serve_process import Server, serving
+from serve_process import Server, end_on_sigterm, serving
 from serve_traffic import captions
 
 from engine.files import write_json
@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     arguments = parser.parse_args()
+    end_on_sigterm()
     document: Row = {"benchmark": "serve_soak", **facts(torch.device("cpu"))}
     document["config"] = {
         "server": arguments.server,
@@ -56,7 +57,7 @@ def main() -> int:
         "concurrency": _CONCURRENCY,
     }
     with tempfile.TemporaryDirectory(prefix="serve-soak-") as folder:
-        model = arguments.model or Path(folder, "model")
+        model = arguments.model or Path(folder, "tiny-random")
         if arguments.model is None:
             write_random_model(model, tiny=True)
         with serving(arguments.server, {"model": str(model), "num_slots": 16}) as server:

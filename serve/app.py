@@ -40,6 +40,7 @@ from serve.autoscaling import ROWS, SLOTS
 from serve.ledger import REPORT_EVERY_S, Ledger
 from serve.messages import DrawEvent, DrawJob, ModelInfo
 from serve.metrics import merge_expositions
+from serve.open_requests import OpenRequests
 from serve.process import log_to_stderr, process_name
 from serve.rate import RateLimiter
 from serve.rerun import DrawerLost, draw_with_reruns, with_beats
@@ -83,9 +84,9 @@ class DrawerReplica:
         self._drawer.check_health()
         return not self._drawer.is_draining
 
-    async def drain(self) -> None:
-        """Takes on nothing more; returns when what was taken on is drawn."""
-        await self._drawer.drain()
+    async def take_no_more(self) -> None:
+        """What was taken on is drawn; what is new is refused."""
+        self._drawer.is_draining = True
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
@@ -109,21 +110,21 @@ class EdgeReplica:
         log_to_stderr()
         self._settings, self._ledger = settings, ledger
         self._pool = RayPool(drawers, ledger, edge_name=process_name("edge"))
-        self._requests_in_flight: Callable[[], float] = lambda: 0.0
+        self._requests: OpenRequests | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.edge import build_edge
 
-        app = build_edge(self._pool, self._settings)
-        metrics = app.state.metrics
-        texts = (metrics.text, self._pool.own_metrics_text)
-        self._requests_in_flight = lambda: metrics.registry.get_sample_value("kodalle_requests_in_flight") or 0.0
+        app = build_edge(self._pool, self._settings, replica=self._pool.edge_name)
+        texts = (app.state.metrics.text, self._pool.own_metrics_text)
         self._reports = _report_forever(self._ledger, self._pool.edge_name, lambda: "".join(text() for text in texts))
-        return app
+        self._requests = OpenRequests(app)
+        return self._requests
 
-    async def num_requests(self) -> float:
-        """Requests being answered."""
-        return self._requests_in_flight()
+    async def finish(self) -> None:
+        """Returns when all requests that are open now have been answered."""
+        if self._requests is not None:
+            await self._requests.finish()
 
 
 class LedgerReplica:

@@ -27,6 +27,10 @@ def state():
         "ranks": {name: value for name, value in os.environ.items() if name in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
     }
 
+try:
+    import ray  # sets sys.excepthook when it is imported: not ours to mend
+except ImportError:
+    pass
 before, changed, failed = state(), {}, {}
 for name in json.loads(sys.argv[1]):
     try:

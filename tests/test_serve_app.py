@@ -42,7 +42,9 @@ def server(kodalle_run: Path) -> Iterator[Any]:
         from serve_process import serving
 
         patch.setenv("OMP_NUM_THREADS", "1")
-        arguments = {"model": str(kodalle_run / "model"), "num_drawers": 2, "num_edges": 2, "num_slots": 16}
+        # Room and time for all of it in one drawer, on the busiest machine: what is refused is tested elsewhere.
+        room = {"max_queued_rows": 1024, "deadline_s": 600.0}
+        arguments = {"model": str(kodalle_run / "model"), "num_drawers": 2, "num_edges": 2, "num_slots": 16} | room
         with serving("ray", arguments) as running:
             yield running
 
@@ -171,7 +173,30 @@ def test_a_killed_edge_loses_no_request_and_changes_no_byte(server: Any, undistu
     wait_until(lambda: len(replicas(server, "Edge")) == 2, within_s=60)
 
 
-# ------------------------------------------------------------------------------------------------------- rays's headers
+def test_a_killed_ledger_stops_nobody_and_comes_back(server: Any) -> None:
+    replicas(server, "Ledger")[0].kill()
+    assert metric(server, "kodalle_requests_total") > 0, "an edge shows at least its own figures"
+    assert post(server, {"seed": 1, "candidates": 1})[0] == 200
+    wait_until(lambda: metric(server, "kodalle_slots") == 32, within_s=60)
+
+
+# --------------------------------------------------------------------------------------------------- the way through Ray
+
+
+def test_a_head_without_end_is_ended_by_the_proxy(server: Any) -> None:
+    address = urlsplit(server.address)
+    connection = http.client.HTTPConnection(str(address.hostname), int(address.port or 0), timeout=20)
+    connection.request("GET", "/healthz", headers={"x-long": "x" * 20_000})
+    reply = connection.getresponse()
+    assert (reply.status, json.loads(reply.read())["error"]["code"]) == (400, "http_error")
+
+
+def test_the_proxys_own_address_tells_nothing(server: Any) -> None:
+    address = urlsplit(server.address)
+    for path, status in (("/-/routes", 404), ("/-/healthz", 200)):
+        connection = http.client.HTTPConnection(str(address.hostname), int(address.port or 0), timeout=20)
+        connection.request("GET", path)
+        assert connection.getresponse().status == status
 
 
 def test_a_client_cannot_set_rays_timeout(server: Any) -> None:

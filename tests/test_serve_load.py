@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from fastapi import FastAPI, Request
 from PIL import Image
@@ -316,6 +317,25 @@ def test_what_cannot_be_asked_for(
     with pytest.raises(SystemExit, match="2"):
         serve_load.main()
     assert said in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_no_server(model: Path) -> None:
+    """SIGTERM while it soaks: the server's process is gone with it."""
+    command = [sys.executable, str(BENCHMARKS / "serve_soak.py"), "--model", str(model), "--requests", "1000000"]
+    benchmark = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        servers: list[psutil.Process] = []
+        ends_at = time.monotonic() + 120
+        while not servers and time.monotonic() < ends_at:
+            time.sleep(0.2)
+            children = psutil.Process(benchmark.pid).children(recursive=True)
+            servers = [child for child in children if "serve" in child.cmdline()]
+        assert servers
+        benchmark.terminate()
+        assert benchmark.wait(90) == 143
+        assert psutil.wait_procs(servers, timeout=10)[1] == []
+    finally:
+        benchmark.kill()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

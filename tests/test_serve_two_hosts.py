@@ -59,7 +59,7 @@ def _until_it_listens(asking: Callable[[], str]) -> None:
     pytest.fail("nobody listened")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_server_over_two_hosts_outlives_one_that_is_cut_off() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "serve_two_hosts.py"), "--cut-s", "25"],
