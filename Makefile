@@ -34,6 +34,20 @@ serve: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
+# What `make test` leaves out: an hour or so of a running server. Stops at the first bar that is missed; results are stored.
+RESULTS := benchmarks/results
+soak: $(READY)
+	$(BIN)/python -m pytest -q -m soak
+	$(BIN)/python benchmarks/serve_fuzz.py --server direct --out $(RESULTS)/serve_fuzz
+	$(BIN)/python benchmarks/serve_fuzz.py --server ray --out $(RESULTS)/serve_fuzz
+	$(BIN)/python benchmarks/serve_hangups.py --model $(MODEL) --server direct --out $(RESULTS)/serve_hangups
+	$(BIN)/python benchmarks/serve_hangups.py --model $(MODEL) --server ray --out $(RESULTS)/serve_hangups
+	$(BIN)/python benchmarks/serve_seeds.py --model $(MODEL) --out $(RESULTS)/serve_seeds
+	$(BIN)/python benchmarks/serve_faults.py --model $(MODEL) --out $(RESULTS)/serve_faults
+	$(BIN)/python benchmarks/serve_soak.py --server direct --out $(RESULTS)/serve_soak
+	$(BIN)/python benchmarks/serve_soak.py --server ray --out $(RESULTS)/serve_soak
+	$(BIN)/python benchmarks/serve_load.py --model $(MODEL) --out $(RESULTS)/serve_load
+
 # What the tests of the page and of two hosts need besides Python: a browser with a Korean font, and `ip`. Without them, or
 # without leave to install them, those tests skip and say so.
 system-packages:
