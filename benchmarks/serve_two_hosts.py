@@ -37,7 +37,7 @@ from two_hosts import Host, two_hosts, why_not
 
 from engine.files import write_json
 from serve.keys import add_key
-from serve.ray_environment import NODE_HEALTH_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 
 _FOLDER = Path(__file__).resolve().parent
 _GCS_PORT, _HTTP_PORT = 6379, 8000  # of the hosts' own: nobody else is there
@@ -61,12 +61,13 @@ def main() -> int:
         "requests_in_flight": _CONCURRENCY,
         "candidates_a_request": arguments.candidates,
         "cut_for_s": arguments.cut_s,
+        "edges": arguments.edges,
     }
     with tempfile.TemporaryDirectory(prefix="two-") as folder, two_hosts() as (head, worker):
         model = (arguments.model or Path(folder, "model")).resolve()
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        cluster = _Cluster(head, worker, Path(folder), model, arguments.candidates)
+        cluster = _Cluster(head, worker, Path(folder), model, candidates=arguments.candidates, edges=arguments.edges)
         try:
             document["phases"] = cluster.measure(cut_s=arguments.cut_s)
         except (RuntimeError, TimeoutError) as error:
@@ -84,6 +85,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
     parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument(
+        "--edges", type=int, default=2, help="Ray chooses their hosts: with one, it may be the one cut off"
+    )
     parser.add_argument("--cut-s", type=float, default=45.0, help="for how long the cable is out")
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     parser.add_argument("--deploy", help=argparse.SUPPRESS)  # this script on the head: deploys, and ends
@@ -104,7 +108,7 @@ def _deploy(args: Row) -> None:
 class _Cluster:
     """Two Ray nodes and the application on them."""
 
-    def __init__(self, head: Host, worker: Host, folder: Path, model: Path, candidates: int) -> None:
+    def __init__(self, head: Host, worker: Host, folder: Path, model: Path, *, candidates: int, edges: int) -> None:
         self._head, self._worker, self._folder = head, worker, folder
         self._key = add_key(folder / "keys.yaml", "client", scopes=("draw", "metrics"))
         token = folder / "token"
@@ -113,7 +117,7 @@ class _Cluster:
         self._environment = {
             **os.environ,
             **SERVE_ENVIRONMENT,
-            **NODE_HEALTH_ENVIRONMENT,
+            **CLUSTER_ENVIRONMENT,
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"{head.address}:{_GCS_PORT}",
             "PYTHONPATH": os.pathsep.join([str(_FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
@@ -123,7 +127,7 @@ class _Cluster:
         self._args = {
             "model": str(model),
             "num_drawers": 2,
-            "num_edges": 2,
+            "num_edges": edges,
             "num_slots": 16,
             "cpus_per_drawer": 1,
             "keys_file": str(folder / "keys.yaml"),
@@ -165,16 +169,19 @@ class _Cluster:
             cut_at.append(time.monotonic())
             self._head.cut()
 
+        edges_on_head = self._edges_on(self._head)
         for host in (self._head, self._worker):
             self._begun_file(host).unlink()
         pulling = threading.Thread(target=cut)
         pulling.start()
         head, worker = self._load_from(self._head, self._worker, seconds=5.0 + cut_s)
         pulling.join()
+        # Its last answer ends the silence; one that no answer ends lasted until the load was over.
         ends = sorted(one.ended_s for one in head.outcomes if one.status == 200 and one.ended_s > cut_at[0])
         gaps = [after - before for before, after in zip([cut_at[0], *ends], ends, strict=False)]
         slow_s = [one.ended_s - one.sent_s for one in head.outcomes if one.ended_s > cut_at[0]]
         row = head.row() | {
+            "edges_on_the_head": edges_on_head,
             "in_flight_at_the_cut": sum(one.sent_s < cut_at[0] < one.ended_s for one in head.outcomes),
             "answered_after_the_cut": len(ends),
             "longest_silence_s": max(gaps, default=None),
@@ -256,6 +263,13 @@ class _Cluster:
 
     def _drawers(self, host: Host) -> list[str]:
         return re.findall(r'^kodalle_slots\{replica="(drawer-[^"]+)"\}', self._metrics(host), re.MULTILINE)
+
+    def _edges_on(self, host: Host) -> int:
+        """The last part of a replica's name is its process id."""
+        names = re.findall(
+            r'^kodalle_requests_in_flight\{replica="edge-[^"]*-(\d+)"\}', self._metrics(host), re.MULTILINE
+        )
+        return len(set(host.left_over()) & {int(pid) for pid in names})
 
     def _pictures_drawn(self) -> dict[str, float]:
         pattern = r'^kodalle_pictures_drawn_total\{replica="(drawer-[^"]+)"\} (\S+)'

@@ -31,13 +31,16 @@ SERVE_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
 }
 
-# A host that was cut off is found out after 3 checks of 1 s each, not 5 of 10 s: meanwhile new requests go there, too.
-# Read by the head node.
-NODE_HEALTH_ENVIRONMENT = {
+# Where there are several hosts, and one can be cut off from the others.
+CLUSTER_ENVIRONMENT = {
+    # It is found out after 3 checks of 1 s each, not 5 of 10 s: meanwhile new requests go there, too. Read by the head.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    # A gRPC call to a host that is cut off waits for ever, and so would a client whose proxy had called an edge there.
+    # Ray's own calls end when the host is found out; 2 ms a request dearer. From edge to drawer serve/rerun.py watches.
+    "RAY_SERVE_PROXY_USE_GRPC": "0",
 }
 
 # Ray on one machine, for nobody else.

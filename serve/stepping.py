@@ -27,7 +27,7 @@ from serve.flight import Flight, Preview
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import DrawerMetrics
 from serve.previews import fill_rows, preview_rows
-from serve.scheduler import Scheduler, Ticket
+from serve.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
 from serve.warm_up import warm_up
 
 _CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
@@ -107,6 +107,7 @@ class Stepper:
             deadline=flight.arrived_s + job.deadline_s - self._finisher.expected_s(job.num_candidates),
         )
         with self._changed:
+            self._check_pictures(job.num_candidates, until_s=flight.arrived_s + job.deadline_s, now=now)
             self.scheduler.submit(ticket, now=now)
             self._flights[job.request_id] = flight
             must_wait = self.scheduler.queued_rows > job.num_candidates or (
@@ -115,6 +116,19 @@ class Stepper:
             place = self._place(flight, now) if must_wait else None
             self._changed.notify()
         return place
+
+    def _check_pictures(self, num_rows: int, *, until_s: float, now: float) -> None:
+        """Raises DeadlineTooShort: the pictures ahead of these, drawn or not, would be decoded too late.
+
+        The scheduler knows steps only. Where decoding and ranking a picture takes longer than its share of the steps,
+        as it does on a CPU, they are what everybody waits for.
+        """
+        rows_ahead = self.scheduler.slots_in_use + self.scheduler.queued_rows
+        if not self._flights and not self._finisher.num_waiting:
+            return  # an idle drawer takes anything: only drawing teaches it better
+        late_s = now + SAFETY * self._finisher.expected_s(rows_ahead + num_rows) - until_s
+        if late_s > 0:
+            raise DeadlineTooShort(max(MIN_RETRY_S, min(late_s, MAX_RETRY_S)))
 
     def cancel(self, flight: Flight) -> bool:
         """Takes a flight out at any stage; its slots are free before the next step. False: it was over already."""

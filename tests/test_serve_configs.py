@@ -12,7 +12,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from serve.arguments import AppArguments, read_arguments, read_serve_config
-from serve.ray_environment import NODE_HEALTH_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -128,7 +128,7 @@ def test_no_container_runs_as_root_or_may_become_it(service: Tree) -> None:
 
 
 def test_every_container_has_the_environment_that_the_code_relies_on(service: Tree) -> None:
-    wanted = SERVE_ENVIRONMENT | NODE_HEALTH_ENVIRONMENT
+    wanted = SERVE_ENVIRONMENT | CLUSTER_ENVIRONMENT
     given_by_kuberay = {"RAY_AUTH_MODE": service["spec"]["rayClusterConfig"]["authOptions"]["mode"]}
     for container in containers(service):
         assert {entry["name"]: entry["value"] for entry in container["env"]} | given_by_kuberay == wanted

@@ -291,6 +291,42 @@ def test_a_deadline_ends_a_drawing(make_drawer: Callable[..., Drawer]) -> None:
     assert drawer.slots_in_use == 0
 
 
+async def _seconds_of_the_admitted(drawer: Drawer, job: DrawJob, count: int) -> list[float]:
+    """When each of `count` requests, asked for at once, had its pictures; refused ones left out."""
+    begun = time.monotonic()
+
+    async def one(number: int) -> float | None:
+        events = await _events(drawer, replace(job, request_id=f"{number}"))
+        return time.monotonic() - begun if isinstance(events[-1], Finished) else None
+
+    return [seconds for seconds in await asyncio.gather(*(one(number) for number in range(count))) if seconds]
+
+
+@pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "control"])
+def test_nobody_is_promised_pictures_that_come_too_late(
+    make_drawer: Callable[..., Drawer], monkeypatch: pytest.MonkeyPatch, is_checked: bool
+) -> None:
+    """Decoding takes ten times as long as the steps, and most requests are refused for it."""
+    drawer = make_drawer(num_slots=32)
+    decode = drawer.pipeline.decode_images
+
+    def slowly(image_tokens: torch.Tensor, **named: Any) -> torch.Tensor:
+        time.sleep(0.25 * len(image_tokens))
+        return decode(image_tokens, **named)
+
+    monkeypatch.setattr(drawer.pipeline, "decode_images", slowly)
+    job = replace(JOB, num_candidates=2, num_images=1, wants_all=False, deadline_s=4.0)
+    _run(_finished(drawer, job))  # what a picture takes is known from here on
+    if not is_checked:
+        monkeypatch.setattr(drawer._finisher, "expected_s", lambda _: 0.0)
+    seconds = _run(_seconds_of_the_admitted(drawer, job, 14))
+    if is_checked:
+        assert 1 <= len(seconds) < 14
+        assert max(seconds) < job.deadline_s
+    else:
+        assert max(seconds) > job.deadline_s
+
+
 def test_a_draining_drawer_ends_what_it_began(make_drawer: Callable[..., Drawer]) -> None:
     drawer = make_drawer()
 
