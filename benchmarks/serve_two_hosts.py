@@ -176,7 +176,6 @@ class _Cluster:
         pulling.start()
         head, worker = self._load_from(self._head, self._worker, seconds=5.0 + cut_s)
         pulling.join()
-        # Its last answer ends the silence; one that no answer ends lasted until the load was over.
         ends = sorted(one.ended_s for one in head.outcomes if one.status == 200 and one.ended_s > cut_at[0])
         gaps = [after - before for before, after in zip([cut_at[0], *ends], ends, strict=False)]
         slow_s = [one.ended_s - one.sent_s for one in head.outcomes if one.ended_s > cut_at[0]]
