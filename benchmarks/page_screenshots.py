@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from serve.edge import build_edge
-from serve.listener import listener
+from serve.edge.application import build_edge
+from serve.edge.listener import listener
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
 

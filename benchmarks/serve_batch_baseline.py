@@ -36,7 +36,7 @@ from engine.sampling.drawing import ranked
 from engine.sampling.machine import fit_threads
 from engine.sampling.pictures import to_uint8
 from engine.sampling.pipeline import Pipeline
-from serve.encoding import encode_picture
+from serve.drawing.encoding import encode_picture
 
 _MAX_ONGOING = 1024
 Json = dict[str, Any]

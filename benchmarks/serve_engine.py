@@ -94,7 +94,7 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
 
 
 def main() -> None:
-    from serve.drawer import Drawer
+    from serve.drawing.drawer import Drawer
     from serve.settings import read_settings
 
     drawer = Drawer(read_settings(json.loads(sys.argv[1]), source="the command line"))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import psutil  # type: ignore[import-untyped]
 
-from serve.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 
 
 def operator_environment(raylet: psutil.Process) -> dict[str, str]:

@@ -36,8 +36,8 @@ from serve_traffic import mixed, with_keys
 from two_hosts import Host, two_hosts, why_not
 
 from engine.files import write_json
+from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.keys import add_key
-from serve.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 
 _FOLDER = Path(__file__).resolve().parent
 _GCS_PORT, _HTTP_PORT = 6379, 8000  # of the hosts' own: nobody else is there

@@ -1,8 +1,8 @@
 """The Ray Serve application: HTTP edges, drawers, and the ledger that all of them share.
 
-    client ─► proxy, one a node ─► Edge (serve/edge.py) ─► Drawer (serve/drawer.py), one an accelerator
-              serve/gate.py             │                       │
-                                        └──► Ledger (serve/ledger.py): rates, figures ◄┘
+    client ─► proxy, one a node ─► Edge (serve/edge/application.py) ─► Drawer (serve/drawing/drawer.py), one an accelerator
+              serve/cluster/gate.py             │                       │
+                                        └──► Ledger (serve/cluster/ledger.py): rates, figures ◄┘
 
     serve run configs/serve.yaml        on this machine
     serve deploy configs/serve.yaml     on a cluster
@@ -11,7 +11,7 @@
 A drawer's scheduler owns the only queue: it knows rows, slots and deadlines, Ray Serve knows numbers of requests. So
 Ray's own limit of requests a replica is set above what the scheduler admits, and never reached.
 
-An edge sends a job and reads its events (serve/rerun.py sends it again where a drawer dies). Everything is passed by
+An edge sends a job and reads its events (serve/cluster/rerun.py sends it again where a drawer dies). Everything is passed by
 value; nothing here computes.
 
 Besides serve/local_ray.py the only file that imports ray.
@@ -36,14 +36,14 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 
 from serve.arguments import AppArguments, read_arguments
-from serve.autoscaling import ROWS, SLOTS
-from serve.ledger import REPORT_EVERY_S, Ledger
+from serve.cluster.autoscaling import ROWS, SLOTS
+from serve.cluster.ledger import REPORT_EVERY_S, Ledger
+from serve.cluster.open_requests import OpenRequests
+from serve.cluster.rerun import DrawerLost, draw_with_reruns, with_beats
 from serve.messages import DrawEvent, DrawJob, ModelInfo
 from serve.metrics import merge_expositions
-from serve.open_requests import OpenRequests
 from serve.process import log_to_stderr, process_name
 from serve.rate import RateLimiter
-from serve.rerun import DrawerLost, draw_with_reruns, with_beats
 from serve.settings import ServeSettings
 
 APP_NAME = "kodalle"
@@ -56,7 +56,9 @@ _MAX_SLOTS = 256  # of a drawer that chooses its number itself
 _MAX_REQUESTS_AN_EDGE = 4096  # a connection each; beyond them 429
 ASK_TIMEOUT_S = 2.0
 _INFO_KEPT_S = 10.0
-LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")  # serve/guard.py writes the line of a request
+LOGGING = LoggingConfig(
+    enable_access_log=False, log_level="WARNING"
+)  # serve/edge/guard.py writes the line of a request
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class DrawerReplica:
     """One accelerator. `ledger` is the handle of the Ledger deployment."""
 
     def __init__(self, settings: ServeSettings, ledger: DeploymentHandle) -> None:
-        from serve.drawer import Drawer  # with torch, which no edge needs
+        from serve.drawing.drawer import Drawer  # with torch, which no edge needs
 
         _keep_to_node_address()
         self._drawer = Drawer(settings)
@@ -93,7 +95,7 @@ class DrawerReplica:
         self._drawer.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """For serve/autoscaling.py."""
+        """For serve/cluster/autoscaling.py."""
         return {ROWS: self._drawer.slots_in_use + self._drawer.queued_rows, SLOTS: self._drawer.num_slots}
 
     def __del__(self) -> None:
@@ -113,7 +115,7 @@ class EdgeReplica:
         self._requests: OpenRequests | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve.edge import build_edge
+        from serve.edge.application import build_edge
 
         app = build_edge(self._pool, self._settings, replica=self._pool.edge_name)
         texts = (app.state.metrics.text, self._pool.own_metrics_text)
@@ -326,7 +328,8 @@ def autoscaling(arguments: AppArguments) -> AutoscalingConfig:
         downscale_delay_s=arguments.scale_down_after_s,
         look_back_period_s=max(2.0, min(30.0, arguments.scale_up_after_s)),
         policy=AutoscalingPolicy(
-            policy_function="serve.autoscaling:SlotsPolicy", policy_kwargs={"target_share": arguments.target_share}
+            policy_function="serve.cluster.autoscaling:SlotsPolicy",
+            policy_kwargs={"target_share": arguments.target_share},
         ),
     )
 

@@ -32,11 +32,11 @@ import typer
 
 from engine.errors import InputError
 from serve.arguments import AppArguments, read_arguments, read_serve_config
-from serve.gate import MAX_BODY_VARIABLE
+from serve.cluster.gate import MAX_BODY_VARIABLE
+from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.keys import KeyRing, Scope, add_key
 from serve.messages import ModelInfo
 from serve.process import log_to_stderr
-from serve.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 
 _READY_WITHIN_S = 60.0  # after the application has started
 _CHECK_EVERY_S = 5.0
@@ -197,8 +197,8 @@ def _with_cores(arguments: AppArguments) -> AppArguments:
 
 
 def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
-    from serve.edge import build_edge
-    from serve.listener import listener
+    from serve.edge.application import build_edge
+    from serve.edge.listener import listener
     from serve.local_pool import LocalPool
 
     log_to_stderr()

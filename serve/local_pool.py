@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 
-from serve.drawer import Drawer
+from serve.drawing.drawer import Drawer
 from serve.messages import DrawEvent, DrawJob, ModelInfo
 from serve.rate import RateLimiter
 from serve.settings import ServeSettings

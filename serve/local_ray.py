@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str) -> None:
     """Starts a Ray that listens on loopback only, a proxy at `host:port`, and the application; returns when it runs.
 
-    The environment (serve/ray_environment.py) must have been set before this module was imported.
+    The environment (serve/cluster/ray_environment.py) must have been set before this module was imported.
 
     Raises:
         RuntimeError: the application did not start; the message holds the reason's traceback.

@@ -17,7 +17,7 @@ from engine.decoding.options import SamplingOptions
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 RankBy = Literal["koclip", "fit"]
-# Why a drawer did not draw: the edge has a status and texts in two languages for each (serve/failures.py).
+# Why a drawer did not draw: the edge has a status and texts in two languages for each (serve/edge/failures.py).
 RefusalReason = Literal["queue_full", "deadline", "draining", "invalid", "failed"]
 
 

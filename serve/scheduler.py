@@ -3,7 +3,7 @@
 Plain Python: no torch, no ray, no threads and no clock of its own. One thread calls it, `now` in seconds of any clock
 that never goes back. It knows numbers, not slots by name: the decoder seats the rows that `grant` hands out.
 
-Order. Rows are handed out by start-time fair queueing (serve/fair_queue.py) in two levels: between keys, then between a
+Order. Rows are handed out by start-time fair queueing (serve/queueing/fair_queue.py) in two levels: between keys, then between a
 key's requests; a row costs slots_per_row * steps_per_row. A key with a hundred requests holds up another by one row,
 and so does a request of 64 rows one of a single row. A request keeps its place until its last row is handed out.
 
@@ -23,7 +23,7 @@ Admission. Two bounds, both checked before anything is promised.
       now + SAFETY * step_s * (steps_until_granted(slots_j) + steps_per_row) <= deadline_j
       slots_j = (work_j + sum over other keys i of min(work_i, work_j + 2 rows)) / steps_per_row
 
-  work: slot-steps that wait; slots_j: what fair sharing hands out until key j has all (serve/promises.py). It holds for
+  work: slot-steps that wait; slots_j: what fair sharing hands out until key j has all (serve/queueing/promises.py). It holds for
   any order inside a key, so requests that come later cannot make an earlier one miss. A key that waits already is
   counted once more, as a neighbour with as much work: so it leaves room for another key to come, which must not be
   refused because the first one filled all the time there is. An idle drawer takes anything: what it knows of its speed
@@ -34,10 +34,10 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from serve.fair_queue import FairQueue
-from serve.keyed_heap import KeyedHeap
-from serve.promises import KeyLoad, Waiting, first_rows, latest_end_s, steps_until_granted
-from serve.step_times import StepTimes
+from serve.queueing.fair_queue import FairQueue
+from serve.queueing.keyed_heap import KeyedHeap
+from serve.queueing.promises import KeyLoad, Waiting, first_rows, latest_end_s, steps_until_granted
+from serve.queueing.step_times import StepTimes
 
 SAFETY = 1.25  # a promise holds while steps take up to this many times as long as when it was given
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 120.0  # OpenAI's client sleeps as told up to 120 s, and gives up above

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from serve import access
-from serve.edge import build_edge
-from serve.failures import Failure
+from serve.edge.application import build_edge
+from serve.edge.failures import Failure
 from serve.keys import make_key
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, request_bytes, serving

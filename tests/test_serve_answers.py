@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from serve import edge
-from serve.answers import AnswerStyle, answer_body, finished_events, partial_event, usage
-from serve.edge import build_edge
+from serve.edge.answers import AnswerStyle, answer_body, finished_events, partial_event, usage
+from serve.edge.application import build_edge
 from serve.messages import DrawEvent, DrawJob, Partial
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving

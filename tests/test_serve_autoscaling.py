@@ -9,7 +9,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from serve.app import autoscaling
 from serve.arguments import read_arguments
-from serve.autoscaling import ROWS, SLOTS, SlotsPolicy
+from serve.cluster.autoscaling import ROWS, SLOTS, SlotsPolicy
 
 DEPLOYMENT = DeploymentID(name="Drawer", app_name="kodalle")
 

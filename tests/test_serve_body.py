@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from serve import body
-from serve.body import body_chunks, content_type, parse_object
-from serve.edge import build_edge
-from serve.failures import Failure
+from serve.edge import body
+from serve.edge.application import build_edge
+from serve.edge.body import body_chunks, content_type, parse_object
+from serve.edge.failures import Failure
 from serve.settings import Limits, ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, read_reply, request_bytes, serving
 

@@ -12,7 +12,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from serve.arguments import AppArguments, read_arguments, read_serve_config
-from serve.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
+from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "configs"

@@ -6,11 +6,11 @@ import pytest
 from schemathesis.core.failures import FailureGroup
 
 from serve import schemas
-from serve.description import describe, described_page
-from serve.edge import build_edge
-from serve.failures import FAILURES, Failure
+from serve.edge.application import build_edge
+from serve.edge.description import describe, described_page
+from serve.edge.failures import FAILURES, Failure
+from serve.edge.schemas import EditRequest, GenerationRequest
 from serve.local_pool import LocalPool
-from serve.schemas import EditRequest, GenerationRequest
 from serve.settings import Limits, ServeSettings
 from tests.live_server import INFO, ScriptedPool, ask, serving
 from tests.schema_cases import send_cases

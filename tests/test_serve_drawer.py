@@ -18,10 +18,10 @@ from engine.decoding.options import SamplingOptions
 from engine.sampling.given import GivenImage
 from engine.sampling.pictures import to_uint8
 from engine.sampling.pipeline import Pipeline
-from serve.drawer import Drawer, DrawerFailed
-from serve.encoding import read_metadata
+from serve.drawing.drawer import Drawer, DrawerFailed
+from serve.drawing.encoding import read_metadata
+from serve.drawing.previews import fill_rows, plain_undrawn, preview_rows
 from serve.messages import DrawEvent, DrawJob, Finished, GivenPixels, Partial, Progress, Queued, Refused
-from serve.previews import fill_rows, plain_undrawn, preview_rows
 from serve.settings import ServeSettings
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모", "노랑 바탕에 검정 네모"]

@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from serve.edge import build_edge
+from serve.edge.application import build_edge
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
 from tests.live_server import post_json, request_bytes, serving, wait_until

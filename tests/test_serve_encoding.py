@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.encoding import encode_picture, read_metadata
+from serve.drawing.encoding import encode_picture, read_metadata
 from serve.messages import ImageFormat
 
 METADATA = {

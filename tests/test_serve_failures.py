@@ -3,7 +3,7 @@ import json
 import pytest
 
 from engine.errors import InputError
-from serve.failures import FAILURES, REFUSALS, Failure, input_failure, refusal
+from serve.edge.failures import FAILURES, REFUSALS, Failure, input_failure, refusal
 from serve.messages import Refused
 
 # What OpenAI's client does of itself: it repeats these, unless told not to.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.fair_queue import FairQueue
+from serve.queueing.fair_queue import FairQueue
 
 
 def serve(queue: FairQueue[str], cost: float) -> str:

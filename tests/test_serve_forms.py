@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from serve import forms
-from serve.failures import Failure
-from serve.forms import Form, read_form
+from serve.edge import forms
+from serve.edge.failures import Failure
+from serve.edge.forms import Form, read_form
 
 BOUNDARY = "b0undary"
 

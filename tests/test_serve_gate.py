@@ -9,7 +9,7 @@ import pytest
 from ray.serve._private.http_util import parse_disconnect_disabled_header, parse_request_timeout_header
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.gate import MAX_BODY_VARIABLE, Gate, middlewares
+from serve.cluster.gate import MAX_BODY_VARIABLE, Gate, middlewares
 
 OURS = [(b"content-security-policy", b"default-src 'none'"), (b"content-type", b"application/json")]
 Headers = list[tuple[bytes, bytes]]

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from serve import guard
-from serve.edge import build_edge
+from serve.edge.application import build_edge
 from serve.messages import DrawEvent, DrawJob
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving, wait_until
@@ -31,7 +31,7 @@ def port(app: FastAPI) -> Iterator[int]:
 
 
 def test_importing_the_edge_brings_neither_torch_nor_ray() -> None:
-    code = "import serve.edge, serve.listener, sys; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import serve.edge.application, serve.edge.listener, sys; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     root = Path(__file__).resolve().parent.parent
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert answer.stdout.strip() == "[]"

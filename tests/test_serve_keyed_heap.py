@@ -3,7 +3,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.keyed_heap import KeyedHeap
+from serve.queueing.keyed_heap import KeyedHeap
 
 _STEPS = st.lists(st.tuples(st.sampled_from(["put", "put", "discard"]), st.sampled_from("abcdef"), st.integers(0, 9)))
 

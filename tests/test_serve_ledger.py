@@ -1,6 +1,6 @@
 """One ledger for all: rates and figures."""
 
-from serve.ledger import Ledger
+from serve.cluster.ledger import Ledger
 
 
 class Clock:

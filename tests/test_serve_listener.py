@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serve import listener
-from serve.edge import build_edge
+from serve.edge import listener
+from serve.edge.application import build_edge
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, finished, post_json, read_reply, request_bytes, serving
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 _SERVER = """
 import sys
-from serve.edge import build_edge
+from serve.edge.application import build_edge
 from serve.settings import Limits, ServeSettings
 from tests.live_server import ScriptedPool, serving
 limits = Limits(max_json_bytes=int(sys.argv[1]), max_pixels=int(sys.argv[2]))

@@ -1,7 +1,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.edge import build_edge
+from serve.edge.application import build_edge
 from serve.metrics import PHASES, DrawerMetrics, EdgeMetrics, merge_expositions
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, serving

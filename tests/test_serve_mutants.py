@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel
 
-from serve.edge import build_edge
+from serve.edge.application import build_edge
 from serve.local_pool import LocalPool
 from serve.settings import Limits, ServeSettings
 from tests.byte_mutants import Template, attack, mutants

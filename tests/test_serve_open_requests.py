@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.open_requests import OpenRequests
+from serve.cluster.open_requests import OpenRequests
 
 
 async def nothing() -> Message:

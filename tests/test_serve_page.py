@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve.edge import build_edge
-from serve.encoding import read_metadata
+from serve.drawing.encoding import read_metadata
+from serve.edge.application import build_edge
 from serve.keys import add_key
 from serve.local_pool import LocalPool
 from serve.settings import Limits, ServeSettings

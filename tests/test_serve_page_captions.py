@@ -11,7 +11,7 @@ import pytest
 from engine.data import captions, labels
 from engine.data.colours import K_FASHION_COLOURS
 from engine.data.labels import Garment, Label
-from serve.page_files import PAGE_FOLDER
+from serve.edge.page_files import PAGE_FOLDER
 from tests.browser_page import Page, chromium, model_site, module, needs_chromium, opened, playwright
 
 expect = playwright.expect

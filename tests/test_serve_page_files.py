@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from serve import page_files
-from serve.edge import build_edge
-from serve.page_files import add_page
+from serve.edge import page_files
+from serve.edge.application import build_edge
+from serve.edge.page_files import add_page
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, serving
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from serve.previews import fill_rows, plain_undrawn, preview_rows
+from serve.drawing.previews import fill_rows, plain_undrawn, preview_rows
 
 
 @pytest.mark.parametrize("grid_size", [2, 6, 16])

@@ -3,8 +3,8 @@ import heapq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.fair_queue import FairQueue
-from serve.promises import Waiting, first_rows, served_until, steps_until_granted
+from serve.queueing.fair_queue import FairQueue
+from serve.queueing.promises import Waiting, first_rows, served_until, steps_until_granted
 
 STEPS = 10
 RELEASES = st.lists(st.integers(0, STEPS), min_size=2, max_size=12).map(sorted)

@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 import pytest
 
+from serve.cluster.rerun import MAX_DEATHS, DrawerLost, draw_with_reruns, with_beats
 from serve.messages import DrawEvent, DrawJob, DrawnImage, Finished, Partial, Progress, Queued, Refused
-from serve.rerun import MAX_DEATHS, DrawerLost, draw_with_reruns, with_beats
 
 JOB = DrawJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=30.0)
 DONE = Finished((DrawnImage(0, 7, 1, None, None, b"png"),), 3, 0, 64)
@@ -219,7 +219,7 @@ def test_closing_the_beats_closes_the_drawing() -> None:
 
 
 def test_without_the_memory_of_what_was_told_a_client_would_hear_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.rerun._Told.is_news", lambda self, event: True)
+    monkeypatch.setattr("serve.cluster.rerun._Told.is_news", lambda self, event: True)
     told, _ = events_of(Drawers([None, *WHOLE[:3], DrawerLost("killed")], [None, *WHOLE]))
     assert sum(event == WHOLE[2] for event in told) == 2
 

@@ -6,9 +6,9 @@ import pytest
 
 from engine.decoding.options import SamplingOptions
 from serve import schemas
-from serve.failures import Failure
+from serve.edge.failures import Failure
+from serve.edge.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
 from serve.messages import DrawJob
-from serve.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
 from serve.settings import Limits, ServeSettings
 from tests.live_server import INFO
 

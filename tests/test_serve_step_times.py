@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from serve.step_times import StepTimes
+from serve.queueing.step_times import StepTimes
 
 
 def test_nothing_is_known_before_the_first_step() -> None:

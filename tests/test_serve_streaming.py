@@ -8,8 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from serve import streaming
-from serve.edge import build_edge
+from serve.edge import streaming
+from serve.edge.application import build_edge
 from serve.messages import DrawEvent, DrawJob, Partial, Progress, Queued, Refused
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, finished, post_json, request_bytes, serving, wait_until

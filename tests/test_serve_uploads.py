@@ -13,10 +13,10 @@ from PIL import Image
 
 from engine.sampling.given import GivenImage
 from serve import uploads
-from serve.failures import Failure
+from serve.edge.failures import Failure
+from serve.edge.schemas import EditRequest
+from serve.edge.uploads import given_pixels, open_upload
 from serve.messages import GivenPixels
-from serve.schemas import EditRequest
-from serve.uploads import given_pixels, open_upload
 from tests.live_server import INFO
 
 MAX_PIXELS = 1_000_000
@@ -209,8 +209,8 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> Non
 
 _GROWTH = """
 import io, sys
-from serve.failures import Failure
-from serve.uploads import open_upload
+from serve.edge.failures import Failure
+from serve.edge.uploads import open_upload
 def peak_mb():  # not getrusage: its peak is the parent's until this process passes it
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 data = sys.stdin.buffer.read()

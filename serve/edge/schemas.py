@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.decoding.options import SamplingOptions
 from engine.errors import InputError
-from serve.failures import Failure, input_failure
-from serve.forms import shown
+from serve.edge.failures import Failure, input_failure
+from serve.edge.forms import shown
 from serve.messages import DrawJob, ImageFormat, ModelInfo, RankBy
 from serve.settings import Limits, ServeSettings
 

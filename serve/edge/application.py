@@ -3,8 +3,8 @@
     bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► DrawJob ─► pool ─► answers | streaming ─► bytes
 
 The same application runs under plain uvicorn and inside a Ray Serve ingress; what it draws with is a `DrawerPool`.
-Bodies are read by serve/body.py and not by FastAPI, whose own reader has no limits and whose own validation answers in
-another shape; FastAPI routes, and publishes what serve/description.py says.
+Bodies are read by serve/edge/body.py and not by FastAPI, whose own reader has no limits and whose own validation answers in
+another shape; FastAPI routes, and publishes what serve/edge/description.py says.
 
 No torch, no ray: it imports in half a second.
 """
@@ -23,22 +23,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
-from serve import schemas
-from serve.answers import AnswerStyle, Route, answer_body
-from serve.body import read_json
-from serve.description import describe, described_page
-from serve.failures import Failure
-from serve.forms import closing_form, read_form
-from serve.guard import Guard, RequestRecord
+from serve.edge import schemas
+from serve.edge.answers import AnswerStyle, Route, answer_body
+from serve.edge.body import read_json
+from serve.edge.description import describe, described_page
+from serve.edge.failures import Failure
+from serve.edge.forms import closing_form, read_form
+from serve.edge.guard import Guard, RequestRecord
+from serve.edge.page_files import add_page
+from serve.edge.schemas import DrawRequest, EditRequest, GenerationRequest, TokenizeRequest
+from serve.edge.streaming import EventStream, finished_job
+from serve.edge.uploads import UploadReader
 from serve.keys import KeyRing
 from serve.messages import DrawJob, Finished, ModelInfo
 from serve.metrics import CONTENT_TYPE, EdgeMetrics, merge_expositions
-from serve.page_files import add_page
 from serve.pool import DrawerPool
-from serve.schemas import DrawRequest, EditRequest, GenerationRequest, TokenizeRequest
 from serve.settings import ServeSettings
-from serve.streaming import EventStream, finished_job
-from serve.uploads import UploadReader
 
 _NO_STORE = {"cache-control": "no-store"}
 # Fewer bytes are made into JSON in less time than a thread takes to start on them.

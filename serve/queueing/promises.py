@@ -57,7 +57,7 @@ def served_until(work: Sequence[float], *, turn: float) -> list[float]:
 
         served_j = work_j + sum over i != j of min(work_i, work_j + 2 * turn)
 
-    Nobody gets further ahead of j than a turn of each (serve/fair_queue.py), nor gets more than it waits for.
+    Nobody gets further ahead of j than a turn of each (serve/queueing/fair_queue.py), nor gets more than it waits for.
     """
     ordered = sorted(work)
     sums = [0.0, *itertools.accumulate(ordered)]

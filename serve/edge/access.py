@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from serve.failures import Failure
+from serve.edge.failures import Failure
 from serve.keys import ApiKey, KeyRing, MalformedAuthorization, parse_authorization
 from serve.keys import Scope as KeyScope
 

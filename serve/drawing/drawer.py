@@ -3,8 +3,8 @@
     async for event in drawer.draw(job): ...     many at once; closing the iterator cancels the drawing
 
     event loop    admission, events                  never computes
-    stepper       steps the decoder (serve/stepping.py)
-    pictures      VQGAN, KoCLIP (serve/finishing.py)
+    stepper       steps the decoder (serve/drawing/stepping.py)
+    pictures      VQGAN, KoCLIP (serve/drawing/finishing.py)
     encoders      PNG, WebP, JPEG
 
 The same drawer works in one process with the HTTP server (serve/local_pool.py) and as a Ray Serve replica (serve/app.py).
@@ -27,13 +27,13 @@ from engine.models.folder import PartName, has_part, weights_digest
 from engine.sampling.drawing import Start
 from engine.sampling.machine import fit_threads
 from engine.sampling.pipeline import Pipeline, local_folder
-from serve.finishing import Finisher
-from serve.flight import Flight
+from serve.drawing.finishing import Finisher
+from serve.drawing.flight import Flight
+from serve.drawing.stepping import Stepper
 from serve.messages import DrawEvent, DrawJob, Finished, ModelInfo, Refused
 from serve.metrics import DrawerMetrics
 from serve.scheduler import DeadlineTooShort, QueueFull
 from serve.settings import ServeSettings
-from serve.stepping import Stepper
 
 _SLOTS_CPU, _SLOTS_CUDA = 32, 256
 # A turn of the stepper is a step and at most one prefill; one that takes longer hangs.

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-PAGE_FOLDER = Path(__file__).with_name("page")
+PAGE_FOLDER = Path(__file__).parents[1] / "page"
 # Written out: the operating system's own table calls .js text/plain on some machines, which browsers refuse to run.
 # What is not listed is not served.
 _MEDIA_TYPES = {

@@ -22,13 +22,13 @@ from engine.decoding.decoders import Decoder
 from engine.decoding.options import RowRequest
 from engine.errors import InputError
 from engine.sampling.pipeline import Pipeline
-from serve.finishing import Finisher
-from serve.flight import Flight, Preview
+from serve.drawing.finishing import Finisher
+from serve.drawing.flight import Flight, Preview
+from serve.drawing.previews import fill_rows, preview_rows
+from serve.drawing.warm_up import warm_up
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import DrawerMetrics
-from serve.previews import fill_rows, preview_rows
 from serve.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
-from serve.warm_up import warm_up
 
 _CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
 _IDLE_WAIT_S = 0.25

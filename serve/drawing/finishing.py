@@ -26,11 +26,11 @@ from engine.errors import InputError
 from engine.sampling.drawing import Candidate, Start, ranked
 from engine.sampling.pictures import to_uint8
 from engine.sampling.pipeline import Pipeline, check_kept_after
-from serve.encoding import encode_picture
-from serve.flight import Flight
+from serve.drawing.encoding import encode_picture
+from serve.drawing.flight import Flight
+from serve.drawing.previews import plain_undrawn
 from serve.messages import DrawnImage, Finished, GivenPixels, ModelInfo, Partial, RankBy, Refused
 from serve.metrics import DrawerMetrics
-from serve.previews import plain_undrawn
 
 _AT_ONCE = 16  # pictures between two looks at whether the reader is still there
 _ENCODERS = 2

@@ -1,7 +1,7 @@
 """The API's description: an OpenAPI 3.1 document, and the same as a page that needs no script and no network.
 
 Written here and not derived by FastAPI, because bodies are read by our own reader, and because the limits that the
-document promises are those of the running server. Field lists come from the models of serve/schemas.py, so that
+document promises are those of the running server. Field lists come from the models of serve/edge/schemas.py, so that
 they cannot differ from what is checked.
 """
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from serve.failures import FAILURES
+from serve.edge.failures import FAILURES
+from serve.edge.schemas import LEAST_TEMPERATURE, EditRequest, GenerationRequest, TokenizeRequest, bounds
 from serve.messages import ModelInfo
-from serve.schemas import LEAST_TEMPERATURE, EditRequest, GenerationRequest, TokenizeRequest, bounds
 from serve.settings import ServeSettings
 
 Json = dict[str, Any]

@@ -1,6 +1,6 @@
 """The outermost layer of the HTTP application: every request passes it on the way in, every reply on the way out.
 
-In: a request id, whose request it is (serve/access.py). Out: security headers, the error shape for whatever was not
+In: a request id, whose request it is (serve/edge/access.py). Out: security headers, the error shape for whatever was not
 caught, one line of log, the counts. As plain ASGI, not as one of Starlette's decorated middlewares, because those
 stand between a handler and `http.disconnect`.
 """
@@ -18,9 +18,9 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.access import LOCAL, Caller, admit
-from serve.body import ClientGone
-from serve.failures import Failure
+from serve.edge.access import LOCAL, Caller, admit
+from serve.edge.body import ClientGone
+from serve.edge.failures import Failure
 from serve.keys import KeyRing
 from serve.metrics import EdgeMetrics
 
@@ -56,7 +56,7 @@ class RequestRecord:
     method: str
     caller: Caller = LOCAL
     status: int = 0
-    code: str = ""  # of serve/failures.py
+    code: str = ""  # of serve/edge/failures.py
     retry_count: int | None = None  # as the client tells it
     noted: dict[str, Any] = field(default_factory=dict)  # n, candidates, …: never the caption unless asked for
     is_body_read: bool = True

@@ -5,7 +5,7 @@ validation error repeats the value and cannot be encoded. Here such values never
 repeats raw input.
 
 JSON is UTF-8 without NUL and surrogates, its numbers are finite and short, its objects have no key twice, and it is at
-most `MAX_DEPTH` deep. Forms are in serve/forms.py.
+most `MAX_DEPTH` deep. Forms are in serve/edge/forms.py.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
 
-from serve.failures import Failure
+from serve.edge.failures import Failure
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 

@@ -18,10 +18,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Scope, Send
 
-from serve import answers
-from serve.answers import AnswerStyle
-from serve.body import ClientGone, Receive
-from serve.failures import Failure, refusal
+from serve.edge import answers
+from serve.edge.answers import AnswerStyle
+from serve.edge.body import ClientGone, Receive
+from serve.edge.failures import Failure, refusal
 from serve.messages import DrawEvent, DrawJob, Finished, Partial, Progress, Queued, Refused
 from serve.pool import DrawerPool
 

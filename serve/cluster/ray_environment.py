@@ -7,8 +7,8 @@ No ray: the variables must be set before it is imported.
 """
 
 SERVE_ENVIRONMENT = {
-    # Strips headers with power, bounds bodies, sends the requests of a dead edge to another one: serve/gate.py.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.gate:middlewares",
+    # Strips headers with power, bounds bodies, sends the requests of a dead edge to another one: serve/cluster/gate.py.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.cluster.gate:middlewares",
     # A killed proxy is replaced after three checks in a row have failed: 7 s instead of 30.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
@@ -39,7 +39,7 @@ CLUSTER_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     # A gRPC call to a host that is cut off waits for ever, and so would a client whose proxy had called an edge there.
-    # Ray's own calls end when the host is found out; 2 ms a request dearer. From edge to drawer serve/rerun.py watches.
+    # Ray's own calls end when the host is found out; 2 ms a request dearer. From edge to drawer serve/cluster/rerun.py watches.
     "RAY_SERVE_PROXY_USE_GRPC": "0",
 }
 

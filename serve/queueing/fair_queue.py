@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from serve.keyed_heap import KeyedHeap
+from serve.queueing.keyed_heap import KeyedHeap
 
 Flow = TypeVar("Flow")
 

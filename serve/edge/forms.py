@@ -14,8 +14,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 
-from serve.body import Receive, body_chunks, check_text, content_type
-from serve.failures import Failure
+from serve.edge.body import Receive, body_chunks, check_text, content_type
+from serve.edge.failures import Failure
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.failures import Failure
+from serve.edge.failures import Failure
 
 MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers
 HEAD_TIMEOUT_S = 10.0
@@ -19,7 +19,7 @@ _LINGER_S = 2.0
 _KEEP_ALIVE_S = 30  # longer than the pause between a person's two requests, shorter than proxies' own limits
 
 
-class _BoundedHttp(HttpToolsProtocol):
+class BoundedHttp(HttpToolsProtocol):
     """A connection whose heads are bounded in bytes and in time."""
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -94,12 +94,12 @@ _NOT_HTTP = Failure(
 
 
 def listener(app: ASGIApp, *, host: str, port: int, drain_s: float) -> uvicorn.Server:
-    """A server for `app`; port 0: a free one. Its own access log is off: serve/guard.py writes one line a request."""
+    """A server for `app`; port 0: a free one. Its own access log is off: serve/edge/guard.py writes one line a request."""
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
-        http=_BoundedHttp,
+        http=BoundedHttp,
         ws="none",
         access_log=False,
         server_header=False,

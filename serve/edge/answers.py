@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serve.edge.schemas import quality_of
 from serve.messages import DrawJob, DrawnImage, Finished, Partial, Progress, Queued
-from serve.schemas import quality_of
 
 Route = Literal["image_generation", "image_edit"]
 

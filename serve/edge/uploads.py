@@ -24,10 +24,10 @@ from PIL import Image, ImageOps
 
 from engine.errors import InputError
 from engine.sampling.given import GivenImage
-from serve.failures import Failure, input_failure
-from serve.forms import shown
+from serve.edge.failures import Failure, input_failure
+from serve.edge.forms import shown
+from serve.edge.schemas import EditRequest
 from serve.messages import GivenPixels, ModelInfo
-from serve.schemas import EditRequest
 from serve.settings import Limits
 
 FORMATS = ("PNG", "WEBP", "JPEG")
