@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from machine_facts import facts, print_document
-from sample_plan import published_sizes, tiny_sizes
+from sampling.plan import published_sizes, tiny_sizes
 
 from engine.decoding.cache import Prefix
 from engine.decoding.decoder import SlotDecoder

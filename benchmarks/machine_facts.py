@@ -36,6 +36,12 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def child_environment() -> dict[str, str]:
+    """This process's environment, with the repository and the benchmarks' own packages importable."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
 def hardware_name(told: dict[str, Any]) -> str:
     """`facts` -> one line for tables."""
     hardware = told["hardware"]

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
-from sample_plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
-from sample_plot import draw
-from sample_report import published_rows, ratios, tables
-from sample_rows import FIRST_SEED, GUIDANCE_SCALE
+from machine_facts import child_environment, facts, hardware_name, print_document, slug
+from sampling.plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
+from sampling.plot import draw
+from sampling.report import published_rows, ratios, tables
+from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
 
 from engine.files import write_json
@@ -122,8 +122,8 @@ def _plan(arguments: argparse.Namespace, model: str, device: torch.device, varia
 
 def _measure(plan: Plan, document: dict[str, Any]) -> None:
     """Runs the worker and adds what it says."""
-    command = [sys.executable, str(_FOLDER / "sample_worker.py"), plan.to_json()]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-m", "sampling.worker", plan.to_json()]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=child_environment(), check=False)
     if answer.returncode:
         document["failed"][plan.variant] = answer.returncode
         return

@@ -19,6 +19,7 @@ The last line is one JSON document.
 """
 
 import argparse
+import asyncio
 import http.client
 import json
 import os
@@ -38,15 +39,15 @@ from urllib.parse import urlsplit
 import psutil  # type: ignore[import-untyped]
 import torch
 from machine_facts import facts, hardware_name, print_document, slug
-from sample_plan import write_random_model
-from serve_fault_load import Seen, pipeline_pictures, steady_load
-from serve_operator import operator_environment
-from serve_process import Server, serving
-from serve_traffic import Asked, mixed
+from sampling.plan import write_random_model
+from serving.client import served_model
+from serving.deployer import operator_environment
+from serving.fault_load import Seen, pipeline_pictures, steady_load
+from serving.process import Server, end_on_sigterm, serving
+from serving.traffic import Asked, mixed
 
 from engine.files import write_json
 
-_FOLDER = Path(__file__).resolve().parent
 _NUM_DIFFERENT = 24
 _BACK_WITHIN_S = 120.0
 _PROXY_BAR_S = 8.0
@@ -95,7 +96,7 @@ class Scene:
         """Deploys with other arguments; seconds until it runs so."""
         (raylet,) = self.named("raylet/raylet")
         told = subprocess.run(
-            [sys.executable, str(_FOLDER / "serve_operator.py"), json.dumps(self.arguments | changed)],
+            [sys.executable, "-m", "serving.deployer", json.dumps(self.arguments | changed)],
             env=operator_environment(raylet),
             capture_output=True,
             text=True,
@@ -107,9 +108,9 @@ class Scene:
 
 def main() -> int:
     arguments = _arguments()
+    end_on_sigterm()
     document: Row = {"benchmark": "serve_faults", **facts(torch.device("cpu"))}
     document["config"] = {
-        "model": str(arguments.model or "tiny, random weights"),
         "drawers": 2,
         "edges": 2,
         "requests_in_flight": arguments.concurrency,
@@ -125,6 +126,7 @@ def main() -> int:
         served = {"model": str(model), "num_drawers": 2, "num_edges": 2, "num_slots": 32, "cpus_per_drawer": 0.5}
         with serving("ray", served) as server:
             scene = Scene(server, served, asked, expected, arguments.concurrency, random.Random(1))
+            document["config"]["model"] = asyncio.run(served_model(server.address))
             document["phases"] = _run(scene, arguments)
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row["is_met"] for row in document["phases"].values())

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from machine_facts import REPOSITORY, facts, hardware_name, print_document, slug
-from sample_plan import write_random_model
-from serve_client import closed_loop, served_model
-from serve_process import Server, end_on_sigterm, serving
-from serve_traffic import mixed
+from sampling.plan import write_random_model
+from serving.client import closed_loop, served_model
+from serving.process import Server, end_on_sigterm, serving
+from serving.traffic import mixed
 
 from engine.files import write_json
 

@@ -13,6 +13,7 @@ The last line is one JSON document.
 """
 
 import argparse
+import asyncio
 import http.client
 import json
 import os
@@ -29,9 +30,9 @@ from urllib.parse import urlsplit
 
 import torch
 from machine_facts import facts, hardware_name, print_document, slug
-from sample_plan import write_random_model
-from serve_client import GENERATIONS
-from serve_process import Server, serving
+from sampling.plan import write_random_model
+from serving.client import GENERATIONS, served_model
+from serving.process import Server, end_on_sigterm, serving
 
 from engine.files import write_json
 
@@ -45,10 +46,10 @@ Row = dict[str, Any]
 
 def main() -> int:
     arguments = _arguments()
+    end_on_sigterm()
     document: Row = {"benchmark": "serve_hangups", **facts(torch.device("cpu"))}
     document["config"] = {
         "server": arguments.server,
-        "model": str(arguments.model or "tiny, random weights"),
         "hangups": arguments.hangups,
         "candidates": _CANDIDATES,
     }
@@ -58,6 +59,7 @@ def main() -> int:
             write_random_model(model, tiny=True)
         served = {"model": str(model), "num_slots": 32, "max_queued_rows": 1024}
         with serving(arguments.server, served) as server:
+            document["config"]["model"] = asyncio.run(served_model(server.address))
             document |= measure(server, arguments.hangups)
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     if arguments.out is not None:

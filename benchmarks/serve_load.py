@@ -4,8 +4,8 @@
     python benchmarks/serve_load.py --quick                                a tiny model, 90 seconds: does it run?
     python benchmarks/serve_load.py --only goodput --probe-s 10 --servers ray,stock
 
-Servers: `direct` (ours in one process), `ray` (ours on Ray Serve), `stock` (serve_batch_baseline.py). All run during the
-whole benchmark on this machine, beside the engine alone (serve_engine.py) and this client; one at a time is in use, in
+Servers: `direct` (ours in one process), `ray` (ours on Ray Serve), `stock` (serving/batch_baseline.py). All run during the
+whole benchmark on this machine, beside the engine alone (serving/engine.py) and this client; one at a time is in use, in
 turn, because the machine's own speed changes. What the idle ones take is measured and stored.
 
     saturation       requests a second over HTTP as a share of the engine's own               bar: 90 %
@@ -32,16 +32,16 @@ from typing import Any
 
 import torch
 from machine_facts import facts, hardware_name, print_document, slug
-from sample_plan import write_random_model
-from serve_client import served_model
-from serve_crowd import fairness, overload, sizes
-from serve_engine import engine
-from serve_goodput import goodput
-from serve_plan import FULL, GREEDY, MODEST, PARTS, QUICK, Bench, Plan, warm_up
-from serve_plot import draw
-from serve_process import Server, ServerKind, end_on_sigterm, serving
-from serve_report import bars, tables
-from serve_speed import calibrate, concurrency_one, idle_cpu_shares, saturation
+from sampling.plan import write_random_model
+from serving.client import served_model
+from serving.crowd import fairness, overload, sizes
+from serving.engine import engine
+from serving.goodput import goodput
+from serving.plan import FULL, GREEDY, MODEST, PARTS, QUICK, Bench, Plan, warm_up
+from serving.plot import draw
+from serving.process import Server, ServerKind, end_on_sigterm, serving
+from serving.report import bars, tables
+from serving.speed import calibrate, concurrency_one, idle_cpu_shares, saturation
 
 from engine.files import write_json
 

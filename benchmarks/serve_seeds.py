@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from machine_facts import facts, hardware_name, print_document, slug
 from PIL import Image
-from sample_plan import write_random_model
-from serve_client import GENERATIONS, read_metrics, served_model
-from serve_process import Server, end_on_sigterm, serving
-from serve_traffic import captions
+from sampling.plan import write_random_model
+from serving.client import GENERATIONS, read_metrics, served_model
+from serving.process import Server, end_on_sigterm, serving
+from serving.traffic import captions
 
 from engine.decoding.options import SamplingOptions
 from engine.files import write_json

@@ -2,7 +2,7 @@
 
     sudo python benchmarks/serve_two_hosts.py --model runs/demo/kodalle/model --out benchmarks/results/serve_two_hosts
 
-The hosts are network namespaces of this machine (benchmarks/two_hosts.py): real Ray nodes with addresses, ports and a
+The hosts are network namespaces of this machine (benchmarks/serving/hosts.py): real Ray nodes with addresses, ports and a
 cable of their own, on shared cores. So what is measured is what breaks and for how long, not how fast two hosts are.
 
     both     requests at each host's own address, from a client on that host: both drawers draw, every byte as ever
@@ -29,17 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
-from sample_plan import write_random_model
-from serve_fault_load import Plan, Seen, pipeline_pictures, seen_of
-from serve_traffic import mixed, with_keys
-from two_hosts import Host, two_hosts, why_not
+from machine_facts import child_environment, facts, hardware_name, print_document, slug
+from sampling.plan import write_random_model
+from serving.client import MODEL_FACTS
+from serving.fault_load import Plan, Seen, pipeline_pictures, seen_of
+from serving.hosts import Host, two_hosts, why_not
+from serving.process import end_on_sigterm
+from serving.traffic import mixed, with_keys
 
 from engine.files import write_json
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.keys import add_key
 
-_FOLDER = Path(__file__).resolve().parent
 _GCS_PORT, _HTTP_PORT = 6379, 8000  # of the hosts' own: nobody else is there
 _UP_WITHIN_S = 180.0
 _STALL_BAR_S = 20.0
@@ -49,6 +50,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     arguments = _arguments()
+    end_on_sigterm()
     if arguments.deploy:
         _deploy(json.loads(arguments.deploy))
         return 0
@@ -57,7 +59,6 @@ def main() -> int:
         return 2
     document: Row = {"benchmark": "serve_two_hosts", **facts(torch.device("cpu"))}
     document["config"] = {
-        "model": str(arguments.model or "tiny, random weights"),
         "requests_in_flight": _CONCURRENCY,
         "candidates_a_request": arguments.candidates,
         "cut_for_s": arguments.cut_s,
@@ -69,6 +70,7 @@ def main() -> int:
             write_random_model(model, tiny=True)
         cluster = _Cluster(head, worker, Path(folder), model, candidates=arguments.candidates, edges=arguments.edges)
         try:
+            document["config"]["model"] = cluster.start()
             document["phases"] = cluster.measure(cut_s=arguments.cut_s)
         except (RuntimeError, TimeoutError) as error:
             print(cluster.logs(), file=sys.stderr)
@@ -115,12 +117,11 @@ class _Cluster:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         self._environment = {
-            **os.environ,
+            **child_environment(),
             **SERVE_ENVIRONMENT,
             **CLUSTER_ENVIRONMENT,
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"{head.address}:{_GCS_PORT}",
-            "PYTHONPATH": os.pathsep.join([str(_FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
         }
         # A drawer counts as a core and a host has one: no host has two.
@@ -135,12 +136,17 @@ class _Cluster:
         self._asked = with_keys(mixed(12, seed=9, sizes=(candidates,)), [self._key])
         self._expected = pipeline_pictures(model, self._asked)
 
-    def measure(self, *, cut_s: float) -> Row:
+    def start(self) -> Row:
+        """Both hosts, the application on them; what it says of its model."""
         self._start_ray(self._head, "--head", f"--port={_GCS_PORT}", "--include-dashboard=false")
         self._start_worker()
         deploying = [sys.executable, str(Path(__file__).resolve()), "--deploy", json.dumps(self._args)]
         self._head.run(deploying, env=self._environment, timeout_s=_UP_WITHIN_S)
         _wait(lambda: len(self._drawers(self._head)) == 2 and len(self._drawers(self._worker)) == 2)
+        told = json.loads(self._read(self._head, "/v1/models"))["data"][0]
+        return {name: told[name] for name in MODEL_FACTS}
+
+    def measure(self, *, cut_s: float) -> Row:
         rows: Row = {"both": self._both()}
         rows["cut"], rows["other"] = self._cut(cut_s, usual_s=rows["both"]["head"]["latency_s"]["most"])
         rows["healed"] = self._healed()
@@ -233,7 +239,7 @@ class _Cluster:
         def client(host: Host) -> None:
             address, begun = f"http://{host.address}:{_HTTP_PORT}", str(self._begun_file(host))
             plan = Plan(address, self._asked, self._expected, _CONCURRENCY, seconds, begun)
-            command = [sys.executable, str(_FOLDER / "serve_fault_load.py")]
+            command = [sys.executable, "-m", "serving.fault_load"]
             printed[host.name] = host.run(
                 command, env=self._environment, timeout_s=seconds + _UP_WITHIN_S, told=plan.to_json()
             )
@@ -248,31 +254,33 @@ class _Cluster:
     def _begun_file(self, host: Host) -> Path:
         return self._folder / f"{host.name}.begun"
 
-    def _metrics(self, host: Host) -> str:
-        """As scraped on that host; empty where nobody answers."""
+    def _read(self, host: Host, path: str) -> str:
+        """What that host answers a client on it; empty where nobody does."""
         script = (
             "import sys, urllib.request as u; r = u.Request(sys.argv[1], headers={'authorization': 'Bearer ' + sys.argv[2]}); "
             "print(u.urlopen(r, timeout=5).read().decode())"
         )
-        command = [sys.executable, "-c", script, f"http://{host.address}:{_HTTP_PORT}/metrics", self._key]
+        command = [sys.executable, "-c", script, f"http://{host.address}:{_HTTP_PORT}{path}", self._key]
         try:
             return host.run(command, env=self._environment, timeout_s=20)
         except (RuntimeError, subprocess.TimeoutExpired):
             return ""
 
     def _drawers(self, host: Host) -> list[str]:
-        return re.findall(r'^kodalle_slots\{replica="(drawer-[^"]+)"\}', self._metrics(host), re.MULTILINE)
+        return re.findall(r'^kodalle_slots\{replica="(drawer-[^"]+)"\}', self._read(host, "/metrics"), re.MULTILINE)
 
     def _edges_on(self, host: Host) -> int:
         """The last part of a replica's name is its process id."""
         names = re.findall(
-            r'^kodalle_requests_in_flight\{replica="edge-[^"]*-(\d+)"\}', self._metrics(host), re.MULTILINE
+            r'^kodalle_requests_in_flight\{replica="edge-[^"]*-(\d+)"\}', self._read(host, "/metrics"), re.MULTILINE
         )
         return len(set(host.left_over()) & {int(pid) for pid in names})
 
     def _pictures_drawn(self) -> dict[str, float]:
         pattern = r'^kodalle_pictures_drawn_total\{replica="(drawer-[^"]+)"\} (\S+)'
-        return {name: float(count) for name, count in re.findall(pattern, self._metrics(self._head), re.MULTILINE)}
+        return {
+            name: float(count) for name, count in re.findall(pattern, self._read(self._head, "/metrics"), re.MULTILINE)
+        }
 
 
 def _is_right(seen: Seen) -> bool:

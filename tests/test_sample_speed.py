@@ -130,7 +130,7 @@ def test_what_cannot_be_asked_for(
 
 @pytest.fixture(scope="module")
 def model() -> KoDalle:
-    from sample_plan import tiny_sizes
+    from sampling.plan import tiny_sizes
 
     torch.manual_seed(1)
     return KoDalle(tiny_sizes()[0], embedding_std=0.5).eval()
@@ -143,7 +143,7 @@ def caption() -> torch.Tensor:
 
 def test_the_ancestors_loop_draws_our_tokens(model: KoDalle, caption: torch.Tensor) -> None:
     """No cache and the joint head on each position, with our noise: the same function."""
-    from baselines import draw_uncached
+    from sampling.baselines import draw_uncached
 
     ours = Sampler(model).draw(caption, [RowRequest(0, seed=5, candidate=number) for number in range(3)])
     assert torch.equal(draw_uncached(model, caption, seed=5, candidates=range(3), num_tokens=16), ours)
@@ -152,7 +152,7 @@ def test_the_ancestors_loop_draws_our_tokens(model: KoDalle, caption: torch.Tens
 
 
 def test_text_is_never_drawn(model: KoDalle, caption: torch.Tensor) -> None:
-    from baselines import uncached_logits
+    from sampling.baselines import uncached_logits
 
     with torch.inference_mode():
         logits = uncached_logits(model, caption, torch.zeros(1, 3, dtype=torch.int64))
@@ -162,7 +162,7 @@ def test_text_is_never_drawn(model: KoDalle, caption: torch.Tensor) -> None:
 
 
 def test_the_plain_cached_loop_is_the_same_model(model: KoDalle, caption: torch.Tensor) -> None:
-    from baselines import cached_logits, draw_cached, empty_cache, uncached_logits
+    from sampling.baselines import cached_logits, draw_cached, empty_cache, uncached_logits
 
     tokens = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(2))
     captions = caption.expand(2, -1)
@@ -185,7 +185,7 @@ def test_steps_timed_at_lengths_say_what_whole_drawings_say() -> None:
     """A step that sleeps in proportion to its length, timed at three lengths and summed over all."""
     import time
 
-    from baseline_rows import at_lengths, spread_evenly
+    from sampling.baseline_rows import at_lengths, spread_evenly
 
     step_after = lambda count: lambda: time.sleep(1e-4 * (10 + count))
     counts = spread_evenly(0, 20, 3)
@@ -201,7 +201,7 @@ def test_steps_timed_at_lengths_say_what_whole_drawings_say() -> None:
 
 
 def test_ratios() -> None:
-    from sample_report import ratios
+    from sampling.report import ratios
 
     phases = {"prefill": 1.0, "decode": 3.0, "vqgan": 2.0, "ranking": 50.0, "encoding": 0.0}
     ours = {"what": "ours", "variant": "float32", "images": 1, "phases_s": phases, "tokens_s": 4.0}
@@ -212,7 +212,7 @@ def test_ratios() -> None:
 
 
 def test_published_figures() -> None:
-    from sample_report import published_rows
+    from sampling.report import published_rows
 
     by_name = {(row["system"], row["hardware"]): row for row in published_rows()}
     assert by_name["KoDALLE", "P100"]["seconds_per_image"] == 13.5
@@ -240,7 +240,7 @@ def test_names_of_files() -> None:
 
 
 def test_plans_travel() -> None:
-    from sample_plan import Plan
+    from sampling.plan import Plan
 
     plan = Plan(
         model="m", device="cpu", variant="float32", parts=("ours",), repeat=1, row_budget_s=1, candidates=4,

@@ -39,7 +39,7 @@ def server(kodalle_run: Path) -> Iterator[Any]:
     """Two drawers, two edges."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY / "benchmarks")
-        from serve_process import serving
+        from serving.process import serving
 
         patch.setenv("OMP_NUM_THREADS", "1")
         # Room and time for all of it in one drawer, on the busiest machine: what is refused is tested elsewhere.

@@ -46,7 +46,7 @@ def model(kodalle_run: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Any]:
     """Ours in one process, with two keys."""
-    from serve_process import serving
+    from serving.process import serving
 
     limits = {"max_candidates": 16, "body_timeout_s": 1.0}
     with serving("direct", {"model": str(model), "num_slots": 8, "limits": limits}) as running:
@@ -63,7 +63,7 @@ def pipeline(model: Path) -> Pipeline:
 
 def test_arrivals_are_a_poisson_process() -> None:
     """Gaps of an exponential distribution: mean and deviation 1 / rate, 63 % of them below the mean, no memory."""
-    from serve_traffic import poisson_times
+    from serving.traffic import poisson_times
 
     times = poisson_times(5.0, 4000.0, seed=3)
     gaps = np.diff(np.array(times))
@@ -77,7 +77,7 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 def test_another_rate_has_the_same_pattern() -> None:
-    from serve_traffic import poisson_times
+    from serving.traffic import poisson_times
 
     slow, fast = (poisson_times(rate, 100 / rate, seed=7) for rate in (1.0, 4.0))
     assert slow == pytest.approx([4 * time_s for time_s in fast])
@@ -85,7 +85,7 @@ def test_another_rate_has_the_same_pattern() -> None:
 
 
 def test_requests_have_every_size_as_often_and_captions_of_the_grammar() -> None:
-    from serve_traffic import SIZES, mixed, with_keys
+    from serving.traffic import SIZES, mixed, with_keys
 
     asked = mixed(30, seed=1)
     for first in range(0, 30, 3):
@@ -103,7 +103,7 @@ def test_requests_have_every_size_as_often_and_captions_of_the_grammar() -> None
 
 
 def _asked(count: int) -> list[Any]:
-    from serve_traffic import mixed
+    from serving.traffic import mixed
 
     return mixed(count, seed=4, sizes=(1,))
 
@@ -124,7 +124,7 @@ def _slow_server(seconds: float, seen_s: list[float]) -> FastAPI:
 
 def test_an_open_loop_does_not_wait_for_a_slow_server() -> None:
     """Eight requests within 0.4 s to a server that takes 0.1 s for each, in turn: they queue, and the queue is seen."""
-    from serve_client import closed_loop, open_loop
+    from serving.client import closed_loop, open_loop
 
     times_s, seen_s = [0.05 * number for number in range(8)], list[float]()
     with serving_app(_slow_server(0.1, seen_s)) as port:
@@ -141,7 +141,7 @@ def test_an_open_loop_does_not_wait_for_a_slow_server() -> None:
 
 def test_latency_counts_from_the_intended_time() -> None:
     """A client that is held up itself does not shorten what it measures."""
-    from serve_client import open_loop
+    from serving.client import open_loop
 
     async def held_up(address: str) -> Any:
         asyncio.get_running_loop().call_later(0.05, time.sleep, 0.4)
@@ -155,7 +155,7 @@ def test_latency_counts_from_the_intended_time() -> None:
 
 
 def test_who_does_not_wait_longer_has_no_answer() -> None:
-    from serve_client import open_loop, share_within, summary
+    from serving.client import open_loop, share_within, summary
 
     with serving_app(_slow_server(0.3, [])) as port:
         run = asyncio.run(open_loop(f"http://127.0.0.1:{port}", _asked(3), [0.0, 0.0, 0.0], timeout_s=0.45))
@@ -168,7 +168,7 @@ def test_who_does_not_wait_longer_has_no_answer() -> None:
 
 
 def test_percentiles_are_values_that_occurred() -> None:
-    from serve_client import percentile, percentiles
+    from serving.client import percentile, percentiles
 
     chance = random.Random(5)
     for count in (1, 2, 19, 20, 21, 100, 999):
@@ -187,7 +187,7 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 @pytest.mark.parametrize("limit", [0.7, 3.3, 11.0])
 def test_the_search_finds_the_rate_that_a_server_bears(limit: float) -> None:
-    from serve_goodput import RateSearch
+    from serving.goodput import RateSearch
 
     search = RateSearch(highest_guess=4.0)
     for _ in range(12):
@@ -198,7 +198,7 @@ def test_the_search_finds_the_rate_that_a_server_bears(limit: float) -> None:
 
 
 def test_a_server_that_bears_nothing_has_no_rate() -> None:
-    from serve_goodput import RateSearch
+    from serving.goodput import RateSearch
 
     search = RateSearch(highest_guess=4.0)
     for _ in range(5):
@@ -208,7 +208,7 @@ def test_a_server_that_bears_nothing_has_no_rate() -> None:
 
 
 def test_a_late_answer_is_not_good() -> None:
-    from serve_client import Answer, share_within
+    from serving.client import Answer, share_within
 
     (asked,) = _asked(1)
     on_time = Answer(asked, intended_s=1.0, sent_s=1.0, ended_s=2.0, status=200)
@@ -219,9 +219,9 @@ def test_a_late_answer_is_not_good() -> None:
 
 def test_stocks_pictures_are_ours(pipeline: Pipeline) -> None:
     """Different sizes and seeds in one static batch give what the pipeline gives each alone."""
-    from serve_batch_baseline import draw_batch
-    from serve_speed import picture_digest
-    from serve_traffic import mixed
+    from serving.batch_baseline import draw_batch
+    from serving.speed import picture_digest
+    from serving.traffic import mixed
 
     asked = mixed(6, seed=8)
     answers = draw_batch(pipeline, [one.body() for one in asked])
@@ -339,7 +339,7 @@ def test_a_benchmark_that_is_told_to_end_leaves_no_server(model: Path) -> None:
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    from serve_process import ServerDied, serving
+    from serving.process import ServerDied, serving
 
     with pytest.raises(ServerDied, match="no such model folder"), serving("direct", {"model": str(tmp_path / "none")}):
         pass

@@ -19,7 +19,7 @@ ASK = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)"
 def _where_there_can_be_namespaces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        from two_hosts import why_not
+        from serving.hosts import why_not
 
         if reason := why_not():
             pytest.skip(reason)
@@ -27,7 +27,7 @@ def _where_there_can_be_namespaces() -> Iterator[None]:
 
 
 def test_hosts_reach_each_other_until_the_cable_is_pulled_and_nobody_else(tmp_path: Path) -> None:
-    from two_hosts import two_hosts
+    from serving.hosts import two_hosts
 
     with two_hosts() as (first, second):
         process = first.start([sys.executable, "-c", LISTEN], log=tmp_path / "log", env=dict(os.environ))

@@ -1,6 +1,6 @@
 """Steady requests at a server in which things are killed, each answer compared with what the pipeline draws.
 
-As a program, for a client on another host (benchmarks/two_hosts.py): reads a `Plan` as JSON from standard input, sends
+As a program, for a client on another host (benchmarks/serving/hosts.py): reads a `Plan` as JSON from standard input, sends
 until `seconds` are over, and prints the outcomes.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 from PIL import Image
-from serve_client import GENERATIONS, percentile
-from serve_traffic import Asked
 
 from engine.sampling.pipeline import Pipeline
+from serving.client import GENERATIONS, percentile
+from serving.traffic import Asked
 
 _CLIENT_TIMEOUT_S = 180.0
 

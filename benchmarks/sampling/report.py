@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from machine_facts import hardware_name
-from sample_rows import PHASES, Row
+from machine_facts import REPOSITORY, hardware_name
 from text_table import NOT_MEASURED, seconds_text, table
 
-_PUBLISHED = Path(__file__).resolve().parent / "published.json"
+from sampling.rows import PHASES, Row
+
+_PUBLISHED = REPOSITORY / "benchmarks" / "published.json"
 _NAMES = {
     "ours": "this engine",
     "uncached": "the ancestors' algorithm (no cache, joint head)",

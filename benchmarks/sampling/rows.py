@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sample_plan import CAPTION, Plan, Variant
 from torch import Tensor
 
 from engine.decoding.options import RowRequest, SamplingOptions
@@ -35,6 +34,7 @@ from engine.sampling.command import metadata
 from engine.sampling.drawing import Drawing
 from engine.sampling.pictures import png_bytes
 from engine.sampling.pipeline import Pipeline
+from sampling.plan import CAPTION, Plan, Variant
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")
 GUIDANCE_SCALE = 3.0  # any but 1 costs the same

@@ -20,9 +20,12 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
-from serve_traffic import Asked
+
+from serving.traffic import Asked
 
 GENERATIONS = "/v1/images/generations"
+# What a server tells of its model: enough to know it again, without where it lies.
+MODEL_FACTS = ("id", "digest", "num_parameters", "image_size", "grid_size", "device")
 _CONNECT_S = 10.0
 
 
@@ -154,7 +157,7 @@ async def served_model(address: str, *, key: str = "") -> dict[str, Any]:
     async with _session() as session, session.get(f"{address}/v1/models", headers=headers) as reply:
         reply.raise_for_status()
         told = (await reply.json())["data"][0]
-    return {name: told[name] for name in ("id", "digest", "num_parameters", "image_size", "grid_size", "device")}
+    return {name: told[name] for name in MODEL_FACTS}
 
 
 async def read_metrics(address: str, *, key: str = "") -> list[Sample]:

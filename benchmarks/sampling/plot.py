@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from machine_facts import hardware_name
-from sample_rows import PHASES, Row
 
 from engine.files import atomic_file
+from sampling.rows import PHASES, Row
 
 _COLOURS = {
     "prefill": "#9ecae1",

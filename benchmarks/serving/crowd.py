@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from serve_client import Answer, Run, closed_loop, open_loop, percentiles, summary
-from serve_plan import GREEDY, MODEST, Bench
-from serve_process import Server
-from serve_speed import usage_row
-from serve_traffic import SIZES, Asked, mixed, poisson_times, with_keys
+from serving.client import Answer, Run, closed_loop, open_loop, percentiles, summary
+from serving.plan import GREEDY, MODEST, Bench
+from serving.process import Server
+from serving.speed import usage_row
+from serving.traffic import SIZES, Asked, mixed, poisson_times, with_keys
 
 Row = dict[str, Any]
 _GREEDY_CONCURRENCY = 8  # requests of 16 candidates: four times the slots of a CPU

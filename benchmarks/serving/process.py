@@ -2,7 +2,7 @@
 
     direct   python -m serve --without-ray      one process
     ray      python -m serve                    Ray's processes, a proxy, an edge, drawers
-    stock    serve_batch_baseline.py            Ray's processes, a proxy, one replica with @serve.batch
+    stock    serving/batch_baseline.py            Ray's processes, a proxy, one replica with @serve.batch
 
 A server says that it is ready, and where, as the last line of its standard output: {"ready": true, "url": …}. Processes
 are ended by their own ids, children first found, never by name: others may run a Ray on the same machine.
@@ -10,7 +10,6 @@ are ended by their own ids, children first found, never by name: others may run 
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,12 +22,12 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 import yaml
+from machine_facts import child_environment
 
 from serve.keys import add_key
 
 ServerKind = Literal["direct", "ray", "stock"]
 
-_FOLDER = Path(__file__).resolve().parent
 _READY_WITHIN_S = 180.0
 _STOPPED_WITHIN_S = 60.0
 
@@ -147,7 +146,7 @@ def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequen
             stdout=out,
             stderr=log,
             text=True,
-            env=_environment(),
+            env=child_environment(),  # the number of threads as it is set here, for all alike
             start_new_session=True,  # Ctrl-C here ends the block, which stops it
         )
         server = Server(kind, process, out=folder / "out", log=folder / "log", key_of=key_of)
@@ -160,15 +159,9 @@ def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequen
 
 def _command(kind: ServerKind, arguments: Mapping[str, Any], folder: Path) -> list[str]:
     if kind == "stock":
-        return [sys.executable, str(_FOLDER / "serve_batch_baseline.py"), json.dumps(dict(arguments))]
+        return [sys.executable, "-m", "serving.batch_baseline", json.dumps(dict(arguments))]
     config = {"applications": [{"import_path": "serve.app:build", "args": dict(arguments)}]}
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     command = [sys.executable, "-m", "serve", "--config", str(path), "--port", "0"]
     return [*command, "--without-ray"] if kind == "direct" else command
-
-
-def _environment() -> dict[str, str]:
-    """This process's, with the repository importable; the number of threads as it is set here, for all alike."""
-    paths = [str(_FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

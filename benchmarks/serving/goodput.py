@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_client import Answer, closed_loop, open_loop, percentile, share_within, summary
-from serve_plan import Bench, Plan, in_turn
-from serve_process import Server
-from serve_traffic import mixed, poisson_times, with_keys
+from serving.client import Answer, closed_loop, open_loop, percentile, share_within, summary
+from serving.plan import Bench, Plan, in_turn
+from serving.process import Server
+from serving.traffic import mixed, poisson_times, with_keys
 
 Row = dict[str, Any]
 GOOD_SHARE = 0.95

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from machine_facts import hardware_name
-from serve_goodput import rates_of
 from text_table import seconds_text, table
+
+from serving.goodput import rates_of
 
 Row = dict[str, Any]
 _NAMES = {

@@ -1,18 +1,18 @@
 """An operator's hand on a running `python -m serve`: deploys its application once more, with other arguments.
 
-    python benchmarks/serve_operator.py '{"model": …, "num_drawers": 1}'
+    python -m serving.deployer '{"model": …, "num_drawers": 1}'
 
 Attaches to the Ray whose address and token file the environment names (see `operator_environment`), as `serve deploy`
 would over the dashboard, which such a server does not have. Returns when the application runs as asked.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 
 import psutil  # type: ignore[import-untyped]
+from machine_facts import child_environment
 
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 
@@ -22,7 +22,7 @@ def operator_environment(raylet: psutil.Process) -> dict[str, str]:
     (address,) = [part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--gcs-address=")]
     told: Mapping[str, str] = raylet.environ()
     return {
-        **os.environ,
+        **child_environment(),
         **SERVE_ENVIRONMENT,
         **ONE_MACHINE_ENVIRONMENT,
         "RAY_ADDRESS": address,

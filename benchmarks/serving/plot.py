@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from machine_facts import hardware_name
-from serve_goodput import rates_of
 
 from engine.files import atomic_file
+from serving.goodput import rates_of
 
 _STYLES = {
     "ray": ("#2171b5", "o", "ours, Ray Serve"),

@@ -1,6 +1,6 @@
 """Measures one variant in a process of its own, so that its memory is its own; started by sample_speed.py.
 
-python benchmarks/sample_worker.py '{"model": ...}'     a `Plan` as JSON; the last line of output is the answer
+python -m sampling.worker '{"model": ...}'     a `Plan` as JSON; the last line of output is the answer
 """
 
 import gc
@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baseline_rows import cached_row, dalle_pytorch_row, uncached_row
-from baselines import draw_uncached
-from sample_plan import VARIANTS, Plan, Variant
-from sample_rows import (
+
+from engine.models.folder import load_part
+from engine.models.transformer import KoDalle
+from engine.sampling.drawing import Drawing
+from engine.sampling.machine import fit_threads
+from sampling.baseline_rows import cached_row, dalle_pytorch_row, uncached_row
+from sampling.baselines import draw_uncached
+from sampling.plan import VARIANTS, Plan, Variant
+from sampling.rows import (
     FIRST_SEED,
     Row,
     add_floor,
@@ -25,11 +30,6 @@ from sample_rows import (
     prefill_row,
     text_tokens,
 )
-
-from engine.models.folder import load_part
-from engine.models.transformer import KoDalle
-from engine.sampling.drawing import Drawing
-from engine.sampling.machine import fit_threads
 
 _COMPARED_TOKENS = 4  # of an uncached drawing, on a machine where a whole one takes minutes
 

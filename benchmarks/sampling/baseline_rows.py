@@ -10,9 +10,13 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import dalle_pytorch_adapter
 import torch
-from baselines import (
+from torch import Tensor
+
+from engine.measure import sum_over_lengths, time_runs, uncached_flops
+from engine.models.transformer import KoDalle
+from sampling import dalle_pytorch_adapter
+from sampling.baselines import (
     cached_logits,
     cached_step,
     draw_cached,
@@ -23,11 +27,7 @@ from baselines import (
     uncached_draw,
     uncached_logits,
 )
-from sample_plan import Plan, Variant
-from torch import Tensor
-
-from engine.measure import sum_over_lengths, time_runs, uncached_flops
-from engine.models.transformer import KoDalle
+from sampling.plan import Plan, Variant
 
 _CACHED_LENGTHS = 5  # a cached step grows slowly and evenly with its length
 _CACHED_STEPS = 5  # at each of them

@@ -1,6 +1,6 @@
 """The same model behind stock `@serve.batch`: what one writes with Ray Serve's documentation open, to compare with.
 
-    python benchmarks/serve_batch_baseline.py '{"model": "runs/demo/kodalle/model", "max_batch_size": 8}'
+    python -m serving.batch_baseline '{"model": "runs/demo/kodalle/model", "max_batch_size": 8}'
 
 One deployment with one replica. Requests that arrive within `batch_wait_timeout_s` become one batch, which is drawn as a
 whole: who comes later waits for its end, and whoever asked for one picture waits for whoever asked for sixteen.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from machine_facts import REPOSITORY
 
 from engine.config import (
     KoclipConfig,
@@ -30,7 +31,7 @@ from engine.sampling.machine import default_dtype
 
 CAPTION = "상의에서 색상은 레드이다. 상의에서 카테고리는 셔츠이다. 하의에서 카테고리는 청바지이다."
 PARTS = ("ours", "uncached", "cached", "dalle-pytorch")
-_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "kodalle"
+_CONFIGS = REPOSITORY / "configs" / "kodalle"
 
 _PUBLISHED_PARAMETERS = 334_974_336
 VariantName = Literal["float32", "bfloat16", "float16", "int8"]

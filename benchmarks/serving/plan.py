@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve_client import Run, closed_loop
-from serve_engine import Engine
-from serve_process import Server
-from serve_traffic import Asked, mixed, with_keys
+from serving.client import Run, closed_loop
+from serving.engine import Engine
+from serving.process import Server
+from serving.traffic import Asked, mixed, with_keys
 
 PARTS = ("saturation", "concurrency_one", "goodput", "sizes", "fairness", "overload")
 GREEDY, MODEST = "greedy", "modest"  # the holders of the two API keys

@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
-from serve_traffic import Asked
+from machine_facts import child_environment
+
+from serving.traffic import Asked
 
 Way = Literal["drawer", "pipeline"]
 
@@ -74,10 +75,15 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
     Args:
         arguments: fields of serve.settings.ServeSettings.
     """
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps(dict(arguments))]
+    command = [sys.executable, "-m", "serving.engine", json.dumps(dict(arguments))]
     # A session of its own, as the servers have: Linux shares a busy processor out by session.
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment(),
+        start_new_session=True,
     )
     try:
         yield Engine(process)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
-from serve_client import GENERATIONS, Answer, percentile, percentiles, read_metrics
-from serve_plan import Bench, in_turn, load_fully
-from serve_process import Server
-from serve_traffic import SIZES, Asked, mixed
+
+from serving.client import GENERATIONS, Answer, percentile, percentiles, read_metrics
+from serving.plan import Bench, in_turn, load_fully
+from serving.process import Server
+from serving.traffic import SIZES, Asked, mixed
 
 Row = dict[str, Any]
 _METRICS_LATE_S = 1.5  # processes on Ray tell each other their figures once a second

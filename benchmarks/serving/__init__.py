@@ -1,0 +1,1 @@
+"""Loads, clients and servers for the scripts that measure serving."""
