@@ -67,7 +67,7 @@ class DrawerMetrics:
         self._queued_requests = Gauge(
             "kodalle_queued_requests", "Requests with no row in a slot yet.", registry=registry
         )
-        self._tokens = Counter("kodalle_tokens", "Image tokens drawn: one a row and step.", registry=registry)
+        self._tokens = Counter("kodalle_tokens", "Image tokens drawn, counted when their picture is whole or given up.", registry=registry)
         self._steps = Counter("kodalle_steps", "Steps of the decoder.", registry=registry)
         self._step_seconds = Histogram(
             "kodalle_step_seconds", "Seconds of a step.", buckets=_STEP_SECONDS, registry=registry
@@ -88,11 +88,14 @@ class DrawerMetrics:
         self._queued_rows.set(queued_rows)
         self._queued_requests.set(queued_requests)
 
-    def stepped(self, *, rows: int, seconds: float) -> None:
-        """A step that drew one token of each of `rows` rows."""
+    def stepped(self, *, seconds: float) -> None:
+        """A step of all rows in flight."""
         self._steps.inc()
-        self._tokens.inc(rows)
         self._step_seconds.observe(seconds)
+
+    def drew(self, *, tokens: int) -> None:
+        """A row that ended: a step may draw several tokens of a row, so they are not counted by steps."""
+        self._tokens.inc(tokens)
 
     def finished(self, *, images: int, timings_s: Mapping[str, float]) -> None:
         self._drawn.inc(images)

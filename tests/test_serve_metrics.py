@@ -18,7 +18,8 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def drawer(slots: int) -> DrawerMetrics:
     metrics = DrawerMetrics(num_slots=slots)
     metrics.occupied(slots_in_use=slots - 1, queued_rows=5, queued_requests=2)
-    metrics.stepped(rows=slots - 1, seconds=0.01)
+    metrics.stepped(seconds=0.01)
+    metrics.drew(tokens=slots - 1)
     metrics.finished(images=4, timings_s=dict.fromkeys(PHASES, 0.1) | {"something else": 1.0})
     metrics.rejected("queue_full")
     metrics.cancelled()

@@ -141,6 +141,10 @@ class KVCache:
         both = self._own[:, :, :, row].transpose(3, 4).flatten(2, 3)  # (2, L, positions, H, D)
         return both[0], both[1]
 
+    def copy_row(self, row: int, source: "KVCache", source_row: int) -> None:
+        """Takes over a row's own positions from a cache of as many positions a row."""
+        self._own[:, :, :, row] = source._own[:, :, :, source_row]
+
     def seat(self, caption_of_row: Mapping[int, Caption]) -> None:
         """Says which rows are read from now on, and of which captions; call it when that changes.
 

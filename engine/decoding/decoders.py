@@ -2,6 +2,8 @@
 
     CPU     SlotDecoder      reads each prefix once for all its siblings and computes only rows that are there; made
                              anew for each drawing, which costs its buffers and nothing else
+            JacobiDecoder    one or two slots: several tokens a pass
+            AdaptiveDecoder  more, of rows that come and go: either of the two, by how many slots are taken
     CUDA    GraphedDecoder   replays captured steps; kept for the next drawing, which need not capture them again, and
                              grown to the next power of two when a drawing has more rows
 
@@ -17,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.decoding.adaptive import AdaptiveDecoder
 from engine.decoding.cache import Prefix
 from engine.decoding.decoder import SlotDecoder
 from engine.decoding.graphed import GraphedDecoder
@@ -86,16 +89,21 @@ class DecoderKeeper:
         self._is_lent = False
 
     @contextlib.contextmanager
-    def lend(self, num_slots: int, *, null_prefix: Prefix | None) -> Iterator[Decoder]:
+    def lend(self, num_slots: int, *, null_prefix: Prefix | None, rows_come_and_go: bool = False) -> Iterator[Decoder]:
         """A decoder with at least `num_slots` free slots. Afterwards, or when the drawing raises, all its rows leave.
 
         Args:
             null_prefix: the empty caption, read; needed for guidance.
+            rows_come_and_go: False: all join at once and finish together.
         """
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
             if self._guesses_ahead and num_slots <= _GUESSING_SLOTS:
                 yield JacobiDecoder(model, num_slots, window=_WINDOW, null_prefix=null_prefix)
+            elif self._guesses_ahead and rows_come_and_go:
+                yield AdaptiveDecoder(
+                    model, num_slots, window=_WINDOW, guessing_slots=_GUESSING_SLOTS, null_prefix=null_prefix
+                )
             else:
                 yield SlotDecoder(model, num_slots, null_prefix=null_prefix, row_invariant=self._row_invariant)
             return

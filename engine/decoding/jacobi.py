@@ -24,7 +24,7 @@ sampling with forecasting autoregressive models", arXiv 2002.09928.)
 import torch
 from torch import Tensor
 
-from engine.decoding.cache import Prefix
+from engine.decoding.cache import KVCache, Prefix
 from engine.decoding.decoder import Plan, Row, SlotDecoder
 from engine.decoding.draw import DrawParameters
 from engine.decoding.options import RowRequest
@@ -63,6 +63,32 @@ class JacobiDecoder(SlotDecoder):
         self._guesses = torch.zeros(num_slots, config.image_seq_len, dtype=torch.int64, device=self._device)
         self._guessed = torch.zeros(num_slots, dtype=torch.int64, device=self._device)  # how many of them were drawn
         self._offsets = torch.arange(window, device=self._device)
+
+    def go_on_from(self, slot: int, tokens: Tensor, cache: KVCache, rows: list[int]) -> None:
+        """Takes over a row that has joined and not been stepped, as far as another decoder drew it.
+
+        Args:
+            tokens: (n,) what it has so far.
+            cache: where its keys and values of these lie.
+            rows: its row there, and for a guided row its partner's.
+        """
+        n = len(tokens)
+        if n == 0:
+            return
+        self._rows[slot].position = n
+        self._tokens[slot, :n] = self._guesses[slot, :n] = tokens
+        self._guessed[slot] = n
+        for own, other in zip(self._slots_of(slot), rows, strict=True):
+            self._windows.copy_row(own, cache, other)
+
+    def give_cache(self, slot: int, cache: KVCache, rows: list[int]) -> None:
+        """Copies a row's keys and values, which end before its last token, into `rows` of another cache."""
+        for own, other in zip(self._slots_of(slot), rows, strict=True):
+            cache.copy_row(other, self._windows, own)
+
+    def _slots_of(self, slot: int) -> list[int]:
+        partner = self._rows[slot].partner
+        return [slot] if partner is None else [slot, partner]
 
     def step(self) -> list[int]:
         """Gives every joined row that is not finished at least one token.

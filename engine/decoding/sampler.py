@@ -155,7 +155,7 @@ class Sampler:
         """
         with evaluating(self.model):
             null_prefix = None if self._null_text_tokens is None else self.null_prefix()
-            with self._decoders.lend(num_slots, null_prefix=null_prefix) as decoder:
+            with self._decoders.lend(num_slots, null_prefix=null_prefix, rows_come_and_go=True) as decoder:
                 yield decoder
 
     def step_model(self) -> StepModel:

@@ -184,7 +184,7 @@ class Stepper:
         self._refuse_overdue(begun)
         with self._changed:
             for slot in self._leaving:
-                decoder.leave(slot)
+                self._metrics.drew(tokens=len(decoder.leave(slot)))
                 del self._seats[slot]
             self._leaving.clear()
             is_held = self._finisher.num_waiting > self._num_slots
@@ -227,7 +227,7 @@ class Stepper:
         self._stepped_s = now
         with self._changed:
             self.scheduler.observe_step(seconds=seconds, rows=self.scheduler.slots_in_use)
-        self._metrics.stepped(rows=len(self._seats), seconds=seconds)
+        self._metrics.stepped(seconds=seconds)
 
     def _pace(self) -> None:
         """On a GPU: waits until at most `_STEPS_AHEAD` steps are issued and not done."""
@@ -301,6 +301,7 @@ class Stepper:
                 return
             flight, candidate = self._seats.pop(slot)
             flight.rows[candidate] = decoder.leave(slot).cpu()
+            self._metrics.drew(tokens=len(flight.rows[candidate]))
             del flight.slots[candidate]
             is_last = self.scheduler.row_finished(flight.job.request_id, candidate)
             if is_last:
