@@ -40,6 +40,7 @@ from serve.cluster.autoscaling import ROWS, SLOTS
 from serve.cluster.ledger import REPORT_EVERY_S, Ledger
 from serve.cluster.open_requests import OpenRequests
 from serve.cluster.rerun import DrawerLost, draw_with_reruns, with_beats
+from serve.edge.failures import Failure
 from serve.messages import DrawEvent, DrawJob, ModelInfo
 from serve.metrics import merge_expositions
 from serve.process import log_to_stderr, process_name
@@ -56,6 +57,7 @@ _MAX_SLOTS = 256  # of a drawer that chooses its number itself
 _MAX_REQUESTS_AN_EDGE = 4096  # a connection each; beyond them 429
 ASK_TIMEOUT_S = 2.0
 _INFO_KEPT_S = 10.0
+_FIRST_ASKS = 5
 LOGGING = LoggingConfig(
     enable_access_log=False, log_level="WARNING"
 )  # serve/edge/guard.py writes the line of a request
@@ -167,11 +169,28 @@ class RayPool:
         self._reruns = Counter("kodalle_reruns", "Drawings sent again: their drawer died.", registry=self._registry)
 
     async def model_info(self) -> ModelInfo:
-        """Kept for 10 s, so that an edge that met a drawer of the last version finds the new one out."""
-        now_s = time.monotonic()
-        if self._info is None or now_s > self._info_until_s:
-            self._info = await self._drawers.info.remote()
-            self._info_until_s = now_s + _INFO_KEPT_S
+        """Kept for 10 s, so that an edge that met a drawer of the last version finds the new one out.
+
+        A drawer on a host that was cut off never answers. What is known serves on until another one does; meanwhile one
+        request at a time asks, and the others do not wait.
+
+        Raises:
+            Failure: nothing is known and no drawer answers.
+        """
+        if self._info is not None and time.monotonic() <= self._info_until_s:
+            return self._info
+        self._info_until_s = time.monotonic() + ASK_TIMEOUT_S
+        for _ in range(1 if self._info is not None else _FIRST_ASKS):
+            try:
+                async with asyncio.timeout(ASK_TIMEOUT_S):
+                    self._info = await self._drawers.info.remote()
+            except (*LOST, TimeoutError) as error:
+                _log.warning("a drawer does not tell its model: %s", brief(error))
+                continue
+            self._info_until_s = time.monotonic() + _INFO_KEPT_S
+            break
+        if self._info is None:
+            raise Failure("shutting_down", retry_after_s=1.0)
         return self._info
 
     def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:

@@ -67,7 +67,9 @@ class DrawerMetrics:
         self._queued_requests = Gauge(
             "kodalle_queued_requests", "Requests with no row in a slot yet.", registry=registry
         )
-        self._tokens = Counter("kodalle_tokens", "Image tokens drawn, counted when their picture is whole or given up.", registry=registry)
+        self._tokens = Counter(
+            "kodalle_tokens", "Image tokens drawn, counted when their picture is whole or given up.", registry=registry
+        )
         self._steps = Counter("kodalle_steps", "Steps of the decoder.", registry=registry)
         self._step_seconds = Histogram(
             "kodalle_step_seconds", "Seconds of a step.", buckets=_STEP_SECONDS, registry=registry
