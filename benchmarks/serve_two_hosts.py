@@ -78,7 +78,7 @@ def main() -> int:
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row.get("is_met", True) for row in document["phases"].values())
     if arguments.out is not None:
-        write_json(arguments.out / f"{slug(hardware_name(document))}.json", document)
+        write_json(arguments.out / f"{arguments.edges}-edges-{slug(hardware_name(document))}.json", document)
     print_document(document)
     return 0 if document["is_met"] else 1
 

@@ -74,6 +74,7 @@ class DrawerReplica:
         from serve.drawing.drawer import Drawer  # with torch, which no edge needs
 
         _keep_to_node_address()
+        log_to_stderr()
         self._drawer = Drawer(settings)
         self._reports = _report_forever(ledger, process_name("drawer"), self._drawer.metrics_text)
 
@@ -136,6 +137,7 @@ class LedgerReplica:
 
     def __init__(self) -> None:
         _keep_to_node_address()
+        log_to_stderr()
         self._ledger = Ledger()
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:

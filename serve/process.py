@@ -6,6 +6,7 @@ No torch, no ray.
 import logging
 import os
 import socket
+import sys
 
 
 def process_name(kind: str) -> str:
@@ -16,9 +17,10 @@ def process_name(kind: str) -> str:
 def log_to_stderr() -> None:
     """One line a request (serve/edge/guard.py), and warnings of everything else.
 
-    In a Ray replica, standard error is a file of Ray's session, which Ray prints where the server was started.
+    In a Ray replica, standard error is a file of Ray's session, which Ray prints where the server was started. Ray Serve
+    puts a logger of its own in the place of `sys.stderr`, whose level hides everything: the real one is written to.
     """
-    handler = logging.StreamHandler()
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("serve")
     logger.handlers = [handler]

@@ -173,6 +173,16 @@ def test_a_killed_edge_loses_no_request_and_changes_no_byte(server: Any, undistu
     wait_until(lambda: len(replicas(server, "Edge")) == 2, within_s=60)
 
 
+def test_each_request_is_a_line_of_the_servers_log_without_its_caption(server: Any) -> None:
+    """Ray Serve hides what a replica writes to `sys.stderr`."""
+    secret = "비밀 원피스"
+    assert post(server, {"prompt": secret, "seed": 1, "candidates": 1}, {"x-request-id": "test-log-line"})[0] == 200
+    wait_until(lambda: "test-log-line" in server.errors(), within_s=20)
+    (line,) = [line for line in server.errors().splitlines() if "test-log-line" in line]
+    assert '"route": "/v1/images/generations", "status": 200' in line
+    assert secret not in server.errors()
+
+
 def test_a_killed_ledger_stops_nobody_and_comes_back(server: Any) -> None:
     replicas(server, "Ledger")[0].kill()
     # The scrape itself: the edge that answers may be one that has just replaced another and answered nothing else yet.

@@ -111,8 +111,12 @@ class Server:
                 process.kill()
         self._process.wait()
 
+    def errors(self) -> str:
+        """All that it wrote to standard error."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
     def _tail(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        return self.errors()[-4000:]
 
 
 def end_on_sigterm() -> None:

@@ -41,6 +41,12 @@ CLUSTER_ENVIRONMENT = {
     # A gRPC call to a host that is cut off waits for ever, and so would a client whose proxy had called an edge there.
     # Ray's own calls end when the host is found out; 2 ms a request dearer. From edge to drawer serve/cluster/rerun.py watches.
     "RAY_SERVE_PROXY_USE_GRPC": "0",
+    # An edge that is answering a proxy on a host that is cut off waits for it to take what was sent, and with it all that
+    # the edge answers others: Ray waits on the replica's own event loop. This is for how long TCP goes on trying
+    # (Ray's default: 120 s, in which every request of that edge ran into its deadline).
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+    "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "1",
+    "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "2",
 }
 
 # Ray on one machine, for nobody else.
