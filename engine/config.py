@@ -289,6 +289,11 @@ _Loader.add_implicit_resolver(
 )
 
 
+def load_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError: no YAML, or a key given twice."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | KoclipRun | KodalleRun:
     """Reads a training config.
 
@@ -328,7 +333,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError("--config", path, "no such file: give a YAML file, e.g. configs/demo/kodalle.yaml")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("--config", path, f"is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -347,7 +352,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise InputError("override", override, f"`{parent}` is a value, not a section")
         tree = child
     try:
-        tree[last] = yaml.load(text, Loader=_Loader)
+        tree[last] = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError("override", override, f"the value is not valid YAML: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from engine.config import as_input_error
+from engine.config import as_input_error, load_yaml
 from engine.errors import InputError
 from serve.settings import ServeSettings
 
@@ -59,7 +59,7 @@ def read_serve_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise InputError("--config", path, "no such file: give a Ray Serve config, e.g. configs/serve.yaml")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("--config", path, f"is not valid YAML: {error}") from error
     applications = tree.get("applications") if isinstance(tree, dict) else None

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AwareDatetime, Field, StringConstraints
 
-from engine.config import Section, parse_section
+from engine.config import Section, load_yaml, parse_section
 from engine.errors import InputError
 from engine.files import atomic_file
 
@@ -201,7 +201,7 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
     try:
         if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
             raise InputError("keys_file", path, "anybody may write it: chmod o-w it, and look who is in it")
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             "keys_file", path, f"cannot be read ({error.strerror}): add a key, or mend the path"

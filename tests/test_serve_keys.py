@@ -144,6 +144,7 @@ def test_a_file_written_by_hand_is_read(path: Path) -> None:
         ("keys: -> key:", "key"),
         ("keys:\n -> ", "keys_file"),  # a list
         ("id: shop -> id: [", "keys_file"),  # no YAML
+        ("per_minute: 30 -> per_minute: 30\n  scopes: [metrics]", "keys_file"),  # twice
     ],
 )
 def test_a_broken_entry_is_an_error_that_names_the_field_and_shows_no_value(

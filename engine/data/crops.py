@@ -28,7 +28,7 @@ Origin = Literal["top_left", "center"]
 ImageFaultKind = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
 
 # What Pillow's decoders raise on damaged bytes (tests feed them mutated files).
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -92,7 +92,7 @@ def open_image(path: Path) -> Image.Image:
         raise ImageFault("not_an_image", path, f"is not a {', '.join(FORMATS)} image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warning: under python -W error
         raise ImageFault("oversize_image", path, f"is too large to decode: {error}") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ImageFault("broken_image", path, f"is truncated or damaged: {reason}") from error
 

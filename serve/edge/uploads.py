@@ -11,8 +11,6 @@ S pixels of the model's picture, g x g grid of tokens.
 """
 
 import asyncio
-import struct
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from engine.data.crops import DECODE_ERRORS
 from engine.errors import InputError
 from engine.sampling.given import GivenImage
 from serve.edge.failures import Failure, input_failure
@@ -33,19 +32,6 @@ from serve.settings import Limits
 FORMATS = ("PNG", "WEBP", "JPEG")
 _DECODED_AT_ONCE = 2  # 16 million pixels are about 200 MB while a mask is worked out
 
-# What Pillow's decoders raise on damaged bytes.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
 # What engine/sampling/given.py says of a mask, by the value that it names.
 _MASKS_KO = {
     "all black": "다시 그릴 부분(투명하거나 흰 픽셀)이 가운데 정사각형 안에 없습니다",
@@ -123,7 +109,7 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
         raise _bad_image(param, "is not a PNG, WebP or JPEG picture", "PNG, WebP, JPEG 그림이 아닙니다") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(param, max_pixels) from None
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         raise _bad_image(param, "is truncated or damaged", "그림 파일이 손상되었습니다") from None
 
 
