@@ -7,7 +7,7 @@ import openai
 import pytest
 import yaml
 
-from serve import access
+from serve.edge import access
 from serve.edge.application import build_edge
 from serve.edge.failures import Failure
 from serve.keys import make_key

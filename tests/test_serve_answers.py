@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from serve import edge
+from serve.edge import application as edge
 from serve.edge.answers import AnswerStyle, answer_body, finished_events, partial_event, usage
 from serve.edge.application import build_edge
 from serve.messages import DrawEvent, DrawJob, Partial

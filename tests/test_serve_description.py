@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from schemathesis.core.failures import FailureGroup
 
-from serve import schemas
+from serve.edge import schemas
 from serve.edge.application import build_edge
 from serve.edge.description import describe, described_page
 from serve.edge.failures import FAILURES, Failure

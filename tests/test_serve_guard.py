@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from serve import guard
+from serve.edge import guard
 from serve.edge.application import build_edge
 from serve.messages import DrawEvent, DrawJob
 from serve.settings import ServeSettings

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from engine.decoding.options import SamplingOptions
-from serve import schemas
+from serve.edge import schemas
 from serve.edge.failures import Failure
 from serve.edge.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
 from serve.messages import DrawJob

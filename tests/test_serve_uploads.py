@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from engine.sampling.given import GivenImage
-from serve import uploads
+from serve.edge import uploads
 from serve.edge.failures import Failure
 from serve.edge.schemas import EditRequest
 from serve.edge.uploads import given_pixels, open_upload
