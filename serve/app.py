@@ -37,6 +37,7 @@ from ray.serve.schema import LoggingConfig
 
 from serve.arguments import AppArguments, read_arguments
 from serve.cluster.autoscaling import ROWS, SLOTS
+from serve.cluster.lately_full import LatelyFull
 from serve.cluster.ledger import REPORT_EVERY_S, Ledger
 from serve.cluster.open_requests import OpenRequests
 from serve.cluster.rerun import DrawerLost, draw_with_reruns, with_beats
@@ -167,6 +168,7 @@ class RayPool:
         self._info: ModelInfo | None = None
         self._info_until_s = 0.0
         self._own_limiter = RateLimiter()
+        self._lately_full = LatelyFull()
         self._registry = CollectorRegistry()
         self._reruns = Counter("kodalle_reruns", "Drawings sent again: their drawer died.", registry=self._registry)
 
@@ -196,7 +198,7 @@ class RayPool:
         return self._info
 
     def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
-        return draw_with_reruns(self._send, job, on_rerun=self._reruns.inc)
+        return draw_with_reruns(self._send, job, on_rerun=self._reruns.inc, lately_full=self._lately_full)
 
     async def metrics_text(self) -> str:
         try:

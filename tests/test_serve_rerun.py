@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
+from serve.cluster.lately_full import LatelyFull
 from serve.cluster.rerun import MAX_DEATHS, DrawerLost, draw_with_reruns, with_beats
 from serve.messages import DrawEvent, DrawJob, DrawnImage, Finished, Partial, Progress, Queued, Refused
 
@@ -48,14 +49,20 @@ class Drawers:
             self.num_closed += 1
 
 
-def events_of(drawers: Drawers, job: DrawJob = JOB, *, silence_s: float = 5.0) -> tuple[list[DrawEvent], int]:
+def events_of(
+    drawers: Drawers, job: DrawJob = JOB, *, silence_s: float = 5.0, lately_full: LatelyFull | None = None
+) -> tuple[list[DrawEvent], int]:
     reruns: list[int] = []
 
     async def collect() -> list[DrawEvent]:
         return [
             event
             async for event in draw_with_reruns(
-                drawers.send, job, on_rerun=lambda: reruns.append(1), silence_s=silence_s
+                drawers.send,
+                job,
+                on_rerun=lambda: reruns.append(1),
+                lately_full=lately_full,
+                silence_s=silence_s,
             )
         ]
 

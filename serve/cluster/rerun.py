@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
+from serve.cluster.lately_full import LatelyFull
 from serve.messages import DrawEvent, DrawJob, Finished, Partial, Progress, Refused
 
 BEAT_S = 1.0
@@ -42,13 +43,22 @@ class DrawerLost(Exception):
 
 
 async def draw_with_reruns(
-    send: Send, job: DrawJob, *, on_rerun: Callable[[], None], silence_s: float = SILENCE_S
+    send: Send,
+    job: DrawJob,
+    *,
+    on_rerun: Callable[[], None],
+    lately_full: LatelyFull | None = None,
+    silence_s: float = SILENCE_S,
 ) -> AsyncIterator[DrawEvent]:
     """The job's events, each once, whichever drawers they come from; the last is `Finished` or `Refused`.
 
     Args:
         on_rerun: called whenever a job that a drawer had taken on is sent again.
+        lately_full: what the edge remembers of refusals; None: every drawer is asked about every job.
     """
+    if lately_full is not None and (refusal := lately_full.refusal(job)) is not None:
+        yield refusal
+        return
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + job.deadline_s
     told = _Told()
@@ -70,7 +80,10 @@ async def draw_with_reruns(
                             break
                         if event.reason not in asked_another:
                             asked_another.add(event.reason)
+                            pause_s = 0.0
                             break
+                        if event.reason == "queue_full" and lately_full is not None:
+                            lately_full.note(job, event)
                     if event is not None and told.is_news(event):
                         yield event
                     if isinstance(event, Finished | Refused):
