@@ -150,8 +150,7 @@ def test_latency_counts_from_the_intended_time() -> None:
     with serving_app(_slow_server(0.0, [])) as port:
         late = asyncio.run(held_up(f"http://127.0.0.1:{port}")).answers[1]
     assert late.sent_s - late.intended_s > 0.2
-    assert late.latency_s > 0.2
-    assert late.ended_s - late.sent_s < 0.2
+    assert late.latency_s - (late.ended_s - late.sent_s) > 0.2
 
 
 def test_who_does_not_wait_longer_has_no_answer() -> None:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from serve.drawing.encoding import read_metadata
+from serve.drawing.stepping import Stepper
 from serve.edge.application import build_edge
 from serve.keys import add_key
 from serve.local_pool import LocalPool
@@ -154,7 +156,14 @@ def test_the_best_are_ranked_with_scores_and_named_for_those_who_cannot_see(page
     expect(page.locator(".candidates li")).to_have_count(2)
 
 
-def test_pictures_appear_row_by_row(open_in: Open, slow_site: MakeSlow) -> None:
+def test_pictures_appear_row_by_row(open_in: Open, slow_site: MakeSlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    count_step = Stepper._count_step
+
+    def slowly(stepper: Stepper, begun_s: float) -> None:
+        time.sleep(0.05)  # a model of this size is drawn faster than a busy browser paints
+        count_step(stepper, begun_s)
+
+    monkeypatch.setattr(Stepper, "_count_step", slowly)
     with open_in(slow_site()[0]) as (page, _):
         rows = _recorded(page, "rows")
         draw(page, CAPTION, n=1, candidates=2)
