@@ -304,7 +304,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | Kocli
     Raises:
         InputError: names field, value, file and remedy.
     """
-    tree = _read_yaml(path)
+    tree = read_config_file(path, example="configs/demo/kodalle.yaml")
     for override in overrides or []:
         _apply_override(tree, override)
     source = f"{path} with the command line's key=value" if overrides else str(path)
@@ -329,9 +329,17 @@ def dump_yaml(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
+    """The tree of a config file.
+
+    Args:
+        example: a file of its kind, for who names none.
+
+    Raises:
+        InputError: no such file, no YAML, a key given twice, or no `key: value` lines.
+    """
     if not path.is_file():
-        raise InputError("--config", path, "no such file: give a YAML file, e.g. configs/demo/kodalle.yaml")
+        raise InputError("--config", path, f"no such file: give a YAML file, e.g. {example}")
     try:
         tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

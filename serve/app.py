@@ -1,8 +1,8 @@
 """The Ray Serve application: HTTP edges, drawers, and the ledger that all of them share.
 
     client ─► proxy, one a node ─► Edge (serve/edge/application.py) ─► Drawer (serve/drawing/drawer.py), one an accelerator
-              serve/cluster/gate.py             │                       │
-                                        └──► Ledger (serve/cluster/ledger.py): rates, figures ◄┘
+              serve/cluster/gate.py          │                                           │
+                                             └──► Ledger (serve/cluster/ledger.py) ◄─────┘  rates, figures
 
     serve run configs/serve.yaml        on this machine
     serve deploy configs/serve.yaml     on a cluster

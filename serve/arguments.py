@@ -9,10 +9,9 @@ No torch, no ray.
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from engine.config import as_input_error, load_yaml
+from engine.config import as_input_error, read_config_file
 from engine.errors import InputError
 from serve.settings import ServeSettings
 
@@ -56,13 +55,8 @@ def read_serve_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         InputError: no such file, no YAML, or not one application.
     """
-    if not path.is_file():
-        raise InputError("--config", path, "no such file: give a Ray Serve config, e.g. configs/serve.yaml")
-    try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("--config", path, f"is not valid YAML: {error}") from error
-    applications = tree.get("applications") if isinstance(tree, dict) else None
+    tree = read_config_file(path, example="configs/serve.yaml")
+    applications = tree.get("applications")
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise InputError("--config", path, "must have `applications:` with one application")
     args, options = applications[0].get("args") or {}, tree.get("http_options") or {}

@@ -1,8 +1,8 @@
 """What drawers refused a moment ago, so that a crowd is refused without asking them about each of it.
 
-Ten times too many requests are refused by the one process that could draw instead: through Ray a question costs it and
-the edge about as much as a small picture's step. For `KEPT_S` after every drawer that was asked had no room, an edge
-gives the same answer by itself to what needs as much room and is the same key's: drawers share their queues out by key.
+Far too many requests are refused by the very processes that could draw instead. For `KEPT_S` after every drawer that was
+asked had no room, an edge gives the same answer by itself to what needs as much room and is the same key's: drawers share
+their queues out by key.
 
 No torch, no ray.
 """
