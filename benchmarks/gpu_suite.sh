@@ -4,10 +4,12 @@
 #     benchmarks/gpu_suite.sh [folder]          default: runs/gpu_suite
 #     PYTHON=.venv/bin/python LIMIT_S=300 benchmarks/gpu_suite.sh /tmp/h200
 #
-# Tests that need a GPU, each kernel's speed, a thousand candidates alone and in batches, drawing in bfloat16 and float16. Each part has its own limit, and the
-# others go on when one fails. Leaves in the folder: suite.log (all output), tests.xml, <part>.json (the part's
-# document), <part>.png, summary.json. The last line of output is the summary; the exit code is 0 when all parts passed,
-# 1 when one did not, 2 when nothing could be measured. Needs torch and triton; no installation of this repository.
+# Tests that need a GPU, each kernel's speed, a thousand candidates alone and in batches, drawing and training at the
+# published sizes in bfloat16 and float16, drawing through HTTP. Each part has its own limit, and the others go on when one
+# fails. Leaves in the folder: suite.log (all output), tests.xml, <part>.json (the part's document), <part>.png,
+# summary.json. The last line of output is the summary; the exit code is 0 when all parts passed, 1 when one did not, 2 when
+# nothing could be measured. Needs torch and triton, for training deepspeed, for HTTP what pyproject's `serve` names but
+# ray; no installation of this repository.
 set -u -o pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -71,6 +73,9 @@ for dtype in bfloat16 float16; do
         [[ -e $plot ]] && cp "$plot" "$folder/sample_speed_$dtype.png"
     done
 done
+part train_speed 130 "$python" benchmarks/train_speed.py --limit-s 60 --out "$scratch/train_speed"
+part serve_load 110 "$python" benchmarks/serve_load.py --published --servers direct --only saturation,concurrency_one \
+    --rounds 1 --out "$scratch/serve_load"
 
 line="{\"gpu_suite\": {$summary}, \"all_passed\": $([[ $all_passed == 1 ]] && echo true || echo false), \"seconds\": $SECONDS, \"folder\": \"$folder\"}"
 echo "$line" | tee "$folder/summary.json"

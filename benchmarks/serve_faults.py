@@ -34,7 +34,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -82,15 +81,9 @@ class Scene:
 
     def ready_drawers(self) -> int:
         """Drawers that run and have reported: the last part of their names is their process id."""
-        text = _get(self.server.address, "/metrics")
+        text = _get(self.server, "/metrics")
         reported = {int(pid) for pid in re.findall(r'^kodalle_slots\{replica="drawer-.*-(\d+)"\}', text, re.MULTILINE)}
         return len(reported & {one.pid for one in self.drawers()})
-
-    def metric(self, name: str) -> float:
-        """Its sum over all replicas; 0 where nobody answers."""
-        text = _get(self.server.address, "/metrics")
-        lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def deploy(self, **changed: Any) -> float:
         """Deploys with other arguments; seconds until it runs so."""
@@ -168,7 +161,7 @@ def _run(scene: Scene, arguments: argparse.Namespace) -> Row:
 
 
 def drawers(scene: Scene, kills: int) -> Row:
-    reruns = scene.metric("kodalle_reruns_total")
+    reruns = scene.server.metric("kodalle_reruns_total")
     back_s = []
     with scene.load() as seen:
         for _ in range(kills):
@@ -177,7 +170,7 @@ def drawers(scene: Scene, kills: int) -> Row:
                 _kill_and_wait(scene, scene.chance.choice(scene.drawers()), lambda: scene.ready_drawers() == 2)
             )
     # Edges' counts start anew when they do: none dies here.
-    num_reruns = scene.metric("kodalle_reruns_total") - reruns
+    num_reruns = scene.server.metric("kodalle_reruns_total") - reruns
     row = {"kills": kills, "reruns": num_reruns, "back_s": _spread(back_s)} | _judged(seen)
     return row | {"is_met": row["is_met"] and num_reruns > 0}
 
@@ -211,7 +204,7 @@ def proxy(scene: Scene, kills: int) -> Row:
         for _ in range(kills):
             time.sleep(2.0)
             (victim,) = scene.named("ProxyActor")
-            outages_s.append(_kill_and_wait(scene, victim, lambda: "ok" in _get(scene.server.address, "/healthz")))
+            outages_s.append(_kill_and_wait(scene, victim, lambda: "ok" in _get(scene.server, "/healthz")))
     spread = _spread(outages_s)
     row = {"kills": kills, "outage_s": spread} | _judged(seen)
     return row | {"is_met": spread["median"] <= _PROXY_BAR_S and not row["wrong_pixels"]}
@@ -294,15 +287,10 @@ def _wait(is_true: Callable[[], bool]) -> float:
     return time.monotonic() - begun
 
 
-def _get(address: str, path: str) -> str:
+def _get(server: Server, path: str) -> str:
     """A body; empty where nobody answers."""
-    parts = urlsplit(address)
     with suppress(OSError, http.client.HTTPException):
-        connection = http.client.HTTPConnection(str(parts.hostname), int(parts.port or 0), timeout=5)
-        connection.request("GET", path)
-        text = connection.getresponse().read().decode()
-        connection.close()
-        return text
+        return server.get(path, timeout_s=5)
     return ""
 
 

@@ -18,7 +18,6 @@ import http.client
 import json
 import os
 import random
-import re
 import socket
 import sys
 import tempfile
@@ -82,7 +81,7 @@ def measure(server: Server, hangups: int) -> Row:
     report_s = 0.0 if server.kind == "direct" else _REPORTED_WITHIN_S
     held_at_most, control_status = _control(server)
     _wait_until_free(server, within_s=60.0)
-    drawn = _gauge(server, "kodalle_pictures_drawn_total")
+    drawn = server.metric("kodalle_pictures_drawn_total")
     stages = _hang_up(server, hangups)
     gone_s = time.monotonic()
     free_after_s = _wait_until_free(server, within_s=60.0)
@@ -92,10 +91,10 @@ def measure(server: Server, hangups: int) -> Row:
         "hung_up_after_ms": {"least": 20, "most": 600},
         "seconds": gone_s - stages["begun_s"],
         "answered_before_they_hung_up": stages["answered"],
-        "pictures_finished_for_them": _gauge(server, "kodalle_pictures_drawn_total") - drawn,
+        "pictures_finished_for_them": server.metric("kodalle_pictures_drawn_total") - drawn,
         "free_after_s": free_after_s,
         "reported_within_s": report_s,
-        "gauges_after": {name: _gauge(server, name) for name in _GAUGES},
+        "gauges_after": {name: server.metric(name) for name in _GAUGES},
     }
     own = row["gauges_after"] | {"kodalle_requests_in_flight": row["gauges_after"]["kodalle_requests_in_flight"] - 1}
     row["is_met"] = (
@@ -125,7 +124,7 @@ def _control(server: Server) -> tuple[float, int]:
     thread.start()
     most = 0.0
     while thread.is_alive():
-        most = max(most, _gauge(server, "kodalle_slots_in_use"))
+        most = max(most, server.metric("kodalle_slots_in_use"))
         time.sleep(0.05)
     thread.join()
     return most, status[0]
@@ -176,21 +175,11 @@ def _body(number: int, *, stream: bool) -> bytes:
 def _wait_until_free(server: Server, *, within_s: float) -> float:
     """Seconds until no drawer holds a slot or a place in its queue."""
     begun = time.monotonic()
-    while any(_gauge(server, name) for name in _GAUGES[:3]):
+    while any(server.metric(name) for name in _GAUGES[:3]):
         if time.monotonic() - begun > within_s:
             return time.monotonic() - begun
         time.sleep(0.02)
     return time.monotonic() - begun
-
-
-def _gauge(server: Server, name: str) -> float:
-    parts = urlsplit(server.address)
-    connection = http.client.HTTPConnection(str(parts.hostname), int(parts.port or 0), timeout=30)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/serve_load.py --model runs/demo/kodalle/model        everything: a quarter of an hour
     python benchmarks/serve_load.py --quick                                a tiny model, 90 seconds: does it run?
+    python benchmarks/serve_load.py --published                            the published sizes, random weights
     python benchmarks/serve_load.py --only goodput --probe-s 10 --servers ray,stock
 
 Servers: `direct` (ours in one process), `ray` (ours on Ray Serve), `stock` (serving/batch_baseline.py). All run during the
@@ -68,7 +69,7 @@ def main() -> int:
     with ExitStack() as stack:
         model = arguments.model or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serve-load-")), "tiny")
         if arguments.model is None:
-            write_random_model(model, tiny=True)
+            write_random_model(model, tiny=not arguments.published)
         bench = _start(stack, arguments, model, plan)
         ours = bench.ours
         document["config"]["model"] = asyncio.run(served_model(ours.address, key=next(iter(ours.keys), "")))
@@ -94,6 +95,7 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description="Measures serving on this machine; see the file's head.")
     parser.add_argument("--model", type=Path, help=f"model folder (default: {_DEMO}, with --quick a tiny one)")
+    parser.add_argument("--published", action="store_true", help="random weights of the published sizes instead")
     parser.add_argument("--quick", action="store_true", help="few requests: does it run?")
     parser.add_argument("--servers", type=names(_SERVERS), default=list(_SERVERS), help=f"of {','.join(_SERVERS)}")
     parser.add_argument("--only", type=names(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
@@ -107,7 +109,9 @@ def _arguments() -> argparse.Namespace:
         parser.error("--probe-s must be above 0")
     if arguments.rounds is not None and arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
-    if arguments.model is None and not arguments.quick:
+    if arguments.model is not None and arguments.published:
+        parser.error("--published brings its own model: leave --model out")
+    if arguments.model is None and not (arguments.quick or arguments.published):
         arguments.model = _DEMO
     if arguments.model is not None and not (arguments.model / "config.json").is_file():
         parser.error(f"--model {arguments.model} is no model folder: `make demo` trains one")
@@ -177,7 +181,8 @@ def _overloads(bench: Bench, ours: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
     out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
-    name = slug(hardware_name(document)) + ("-quick" if arguments.quick else "")
+    name = slug(hardware_name(document)) + ("-published" if arguments.published else "")
+    name += "-quick" if arguments.quick else ""
     results = out / "results" / "serve_load" / f"{name}.json"
     write_json(results, document)
     _say(f"stored {results}")

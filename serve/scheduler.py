@@ -39,7 +39,7 @@ from serve.queueing.keyed_heap import KeyedHeap
 from serve.queueing.promises import KeyLoad, Waiting, first_rows, latest_end_s, steps_until_granted
 from serve.queueing.step_times import StepTimes
 
-SAFETY = 1.25  # a promise holds while steps take up to this many times as long as when it was given
+SAFETY = 1.5  # a promise holds while steps take up to this many times as long as when it was given
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 120.0  # OpenAI's client sleeps as told up to 120 s, and gives up above
 
 

@@ -9,6 +9,7 @@ are ended by their own ids, children first found, never by name: others may run 
 """
 
 import contextlib
+import http.client
 import json
 import signal
 import subprocess
@@ -19,10 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped]
 import yaml
 from machine_facts import child_environment
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.keys import add_key
 
@@ -77,6 +80,22 @@ class Server:
                 cpu_s += times.user + times.system
                 num_processes += 1
         return Usage(num_processes, rss_bytes, own_bytes, num_files, cpu_s)
+
+    def get(self, path: str, *, timeout_s: float = 30.0) -> str:
+        """A body, whatever its status.
+
+        Raises:
+            OSError, http.client.HTTPException: nobody answered.
+        """
+        parts = urlsplit(self.address)
+        with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=timeout_s)) as connection:
+            connection.request("GET", path)
+            return connection.getresponse().read().decode()
+
+    def metric(self, name: str) -> float:
+        """A metric's sum over all replicas and labels, as it is told now; 0 where none tells it."""
+        families = text_string_to_metric_families(self.get("/metrics"))
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
     def check(self) -> None:
         """Raises ServerDied."""

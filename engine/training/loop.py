@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.config import KoclipRun, KodalleRun, Run, VqganRun, dump_yaml
 from engine.errors import InputError
 from engine.files import atomic_file
-from engine.measure import count_flops, matrix_peak
+from engine.measure import count_flops, matrix_peak, synchronize
 from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
 from engine.training.batches import Batch, BatchSource, stream
@@ -141,6 +141,9 @@ def _run_steps(
             scalars = _one_step(stage, batches, progress.step, accumulation, clock, world)
             progress = replace(progress, step=progress.step + 1)
             stage.after_step(progress.step)
+            synchronize(
+                world.device
+            )  # _check_finite would wait here anyway; the time must be the work's, not its launch's
             seconds = time.perf_counter() - begun
             skipped = _skipped(engines)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped > skipped_before else 0
@@ -249,6 +252,8 @@ def _log_step(
     values["skipped_steps"] = float(_skipped(engines))
     values["images_per_s"] = pictures / seconds
     values["share_of_peak"] = clock.flops_per_step / seconds / clock.peak_flops
+    if torch.cuda.is_available():
+        values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     log.scalars(step, values)
 
 
