@@ -6,6 +6,7 @@
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
     kodalle export MODEL --out DIR
+    kodalle convert MODEL DIR --dtype float16
     kodalle demo
 
 Exit codes: 0 done, 1 faults found (`data check`), 2 bad input: one line on stderr naming field, value and remedy.
@@ -23,6 +24,7 @@ from engine.errors import InputError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
 app.command("export")(cli_export.export)
+app.command("convert")(cli_export.convert)
 
 
 @app.command("draw")

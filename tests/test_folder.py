@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from engine.config import KoclipConfig, TransformerConfig, VqganConfig
 from engine.errors import InputError
 from engine.models import folder as model_folder
-from engine.models.folder import Part, PartName, load_part, read_part, weights_digest, write_model_folder
+from engine.models.folder import (
+    Part,
+    PartName,
+    convert_model_folder,
+    load_part,
+    read_part,
+    weights_digest,
+    write_model_folder,
+)
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
@@ -193,3 +201,37 @@ def test_sizes_are_compared_before_anything_is_allocated(model: Path) -> None:
     _change_config(lambda config: config["transformer"].update(dim=2**17, num_layers=64))(model)  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="tensor is missing"):
         read_part(model, "transformer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_converted_weights_are_the_originals_rounded(kodalle_run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    source, out = kodalle_run / "model", tmp_path / "small"
+    size = convert_model_folder(source, out, dtype=dtype)
+    assert size == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert size < (0.6 if dtype.itemsize == 2 else 1.1) * sum(
+        path.stat().st_size for path in source.glob("*.safetensors")
+    )
+    for name in PARTS:
+        for key, value in read_part(source, name).weights.items():
+            expected = value.to(dtype).float() if value.is_floating_point() else value
+            assert torch.equal(read_part(out, name).weights[key], expected), (name, key)
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
+    assert f"Converted to {str(dtype)[6:]}" in (out / "model_card.md").read_text()
+
+
+def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    module = KoDalle(CONFIGS["transformer"])  # type: ignore[arg-type]
+    with torch.no_grad():
+        next(module.parameters())[0] = 1e6  # float16 ends at 65,504
+    source = tmp_path / "model"
+    write_model_folder(source, {"transformer": Part(CONFIGS["transformer"], module.state_dict())}, card="card")
+    with pytest.raises(InputError, match=r"transformer .*cannot hold its values, up to 1e\+06"):
+        convert_model_folder(source, tmp_path / "small", dtype=torch.float16)
+    with pytest.raises(InputError, match="is the model itself"):
+        convert_model_folder(source, tmp_path / "x" / ".." / "model", dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="no such folder"):
+        convert_model_folder(tmp_path / "missing", tmp_path / "small", dtype=torch.float16)
+    assert not (tmp_path / "small").exists()
+    convert_model_folder(source, tmp_path / "small", dtype=torch.bfloat16)
+    assert not (tmp_path / "small" / "tokenizer.json").exists()  # the source has none either

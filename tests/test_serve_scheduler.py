@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from serve.scheduler import MAX_RETRY_S, MIN_RETRY_S, DeadlineTooShort, QueueFull, Scheduler, Ticket
+from serve.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, QueueFull, Scheduler, Ticket
 
 STEPS = 10
 FAR = 1e9
@@ -265,11 +265,12 @@ def test_a_deadline_is_promised_only_where_fair_sharing_keeps_it() -> None:
     subject.submit(ticket("running", 4, key="a", deadline=100), now=0)
     subject.grant(now=0)
     subject.observe_step(seconds=1.0, rows=4)
-    # 9 steps until slots come free, 10 of its own, at 1 s each and a quarter more for safety: 23.75 s.
+    # 9 steps until slots come free, 10 of its own, at 1 s each, and more for safety.
+    needed_s = SAFETY * 19
     with pytest.raises(DeadlineTooShort) as refused:
-        subject.submit(ticket("late", 4, key="b", deadline=21.75), now=0)
+        subject.submit(ticket("late", 4, key="b", deadline=needed_s - 2), now=0)
     assert refused.value.retry_after_s == pytest.approx(2.0)
-    subject.submit(ticket("in time", 4, key="b", deadline=24), now=0)
+    subject.submit(ticket("in time", 4, key="b", deadline=needed_s + 0.25), now=0)
     with pytest.raises(DeadlineTooShort):  # it would end in time itself, but make "in time" late
         subject.submit(ticket("harmful", 4, key="c", deadline=1000), now=0)
 
@@ -281,11 +282,11 @@ def test_the_longest_and_widest_waiting_rows_count_until_nothing_waits() -> None
     subject.observe_step(seconds=1.0, rows=4)
     # Two of its rows are in flight, for 39 steps more; four wait, for 40 and 40 after; then the short row's own 10.
     with pytest.raises(DeadlineTooShort):
-        subject.submit(ticket("short", 1, key="b", deadline=1.25 * 79), now=0)
+        subject.submit(ticket("short", 1, key="b", deadline=SAFETY * 79), now=0)
     subject.cancel("long")
     subject.submit(ticket("now", 4, key="a"), now=0)
     subject.grant(now=0)
-    subject.submit(ticket("short", 4, key="b", deadline=1.25 * (STEPS + STEPS)), now=0)
+    subject.submit(ticket("short", 4, key="b", deadline=SAFETY * (STEPS + STEPS)), now=0)
 
 
 def test_nothing_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_drawer() -> None:

@@ -83,6 +83,37 @@ def write_model_folder(
         (folder / "model_card.md").write_text(card, encoding="utf-8")
 
 
+def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype) -> int:
+    """Writes a model folder once more with weights of another type; its card says so.
+
+    Returns:
+        Bytes of the new weight files.
+
+    Raises:
+        InputError: `source` is no complete model folder; a weight that `dtype` cannot hold; `destination` is `source` or
+            holds something else than a model.
+    """
+    if destination.resolve() == source.resolve():
+        raise InputError("destination", destination, "is the model itself: give another folder")
+    parts = {name: read_part(source, name) for name in _CONFIGS if has_part(source, name)}
+    for part_name, part in parts.items():
+        for name, value in part.weights.items():
+            if value.is_floating_point() and not bool(value.to(dtype).isfinite().all()):
+                most = float(value.abs().max())
+                raise InputError(f"{part_name} {name}", dtype, f"cannot hold its values, up to {most:.3g}")
+    card = source / "model_card.md"
+    told = card.read_text(encoding="utf-8") if card.is_file() else "# A model\n"
+    type_name = str(dtype).removeprefix("torch.")
+    write_model_folder(
+        destination,
+        parts,
+        card=f"{told.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
+        tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
+        dtype=dtype,
+    )
+    return sum((destination / f"{name}.safetensors").stat().st_size for name in parts)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, its format checked."""
     if not folder.is_dir():
