@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo serve test soak system-packages lint format bench clean
+.PHONY: env demo draw serve test soak system-packages lint format bench clean
 
-MODEL ?= runs/demo/kodalle/model
+# What comes with the repository: the demo's model, trained by `make demo`, in 16 bits.
+MODEL ?= models/garments
+CAPTION ?= 상의에서 색상은 레드이다. 상의에서 카테고리는 후드티이다. 상의에서 소매기장은 긴팔이다.
 
 env: $(READY)
 
@@ -26,9 +28,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/kodalle demo --out runs/demo
 
-# The demo's model is trained first where it is missing; any other must be there.
+draw: $(READY)
+	$(BIN)/kodalle draw $(MODEL) "$(CAPTION)" --temperature 0.7 --seed 7 --out drawings
+
 serve: $(READY)
-	@[ -e "$(MODEL)/config.json" ] || [ "$(MODEL)" != runs/demo/kodalle/model ] || $(MAKE) demo
 	$(BIN)/python -m serve $(MODEL)
 
 # Two processes share what computes by itself (Triton's interpreter has one core busy); servers, browsers and their clocks

@@ -1,6 +1,6 @@
 """Kills parts of a running server under load, and counts what its clients lost.
 
-    python benchmarks/serve_faults.py --model runs/demo/kodalle/model --out benchmarks/results/serve_faults
+    python benchmarks/serve_faults.py --model models/garments --out benchmarks/results/serve_faults
     python benchmarks/serve_faults.py --kills 2 --only drawers,drain
 
     drawers      SIGKILL of one of two, again and again                      bar: 0 lost, every byte as ever

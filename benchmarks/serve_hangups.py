@@ -1,6 +1,6 @@
 """Clients that hang up: whether the server goes on drawing for them, and for how long their slots are held.
 
-    python benchmarks/serve_hangups.py --server ray --model runs/demo/kodalle/model --out benchmarks/results/serve_hangups
+    python benchmarks/serve_hangups.py --server ray --model models/garments --out benchmarks/results/serve_hangups
     python benchmarks/serve_hangups.py --server direct --hangups 40
 
 Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, wait in the

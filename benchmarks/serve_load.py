@@ -1,6 +1,6 @@
 """How much a server of ours serves, beside the engine alone and beside stock `@serve.batch` with the same model.
 
-    python benchmarks/serve_load.py --model runs/demo/kodalle/model        everything: a quarter of an hour
+    python benchmarks/serve_load.py --model models/garments        everything: a quarter of an hour
     python benchmarks/serve_load.py --quick                                a tiny model, 90 seconds: does it run?
     python benchmarks/serve_load.py --published                            the published sizes, random weights
     python benchmarks/serve_load.py --only goodput --probe-s 10 --servers ray,stock
@@ -48,7 +48,7 @@ from engine.files import write_json
 
 _FOLDER = Path(__file__).resolve().parent
 _QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
-_DEMO = Path("runs/demo/kodalle/model")
+_DEMO = Path("models/garments")
 _SERVERS: tuple[ServerKind, ...] = ("direct", "ray", "stock")
 _DEADLINE_S = 120.0  # the server's default
 
@@ -114,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.model is None and not (arguments.quick or arguments.published):
         arguments.model = _DEMO
     if arguments.model is not None and not (arguments.model / "config.json").is_file():
-        parser.error(f"--model {arguments.model} is no model folder: `make demo` trains one")
+        parser.error(f"--model {arguments.model} is no model folder")
     return arguments
 
 

@@ -1,6 +1,6 @@
 """Counts candidates that are the same picture however a server is asked for them.
 
-    python benchmarks/serve_seeds.py --model runs/demo/kodalle/model --out benchmarks/results/serve_seeds
+    python benchmarks/serve_seeds.py --model models/garments --out benchmarks/results/serve_seeds
 
 Requests of ten candidates, with captions, seeds and options that differ, are drawn again and again:
 

@@ -1,7 +1,7 @@
 """What a server keeps of 20,000 small requests: memory, open files, slots, places in its queue. It should be nothing.
 
     python benchmarks/serve_soak.py --server direct --out benchmarks/results/serve_soak
-    python benchmarks/serve_soak.py --server ray --requests 2000 --model runs/demo/kodalle/model
+    python benchmarks/serve_soak.py --server ray --requests 2000 --model models/garments
 
 Of twenty requests 16 are plain, one is streamed with previews, one is refused for its fields, one hangs up at once and
 one while it is drawn. The first tenth warms up: allocators and thread pools grow into their size. Over the rest a line

@@ -1,6 +1,6 @@
 """A Ray cluster over two hosts that serves from both; one is cut off, and the other goes on.
 
-    sudo python benchmarks/serve_two_hosts.py --model runs/demo/kodalle/model --out benchmarks/results/serve_two_hosts
+    sudo python benchmarks/serve_two_hosts.py --model models/garments --out benchmarks/results/serve_two_hosts
 
 The hosts are network namespaces of this machine (benchmarks/serving/hosts.py): real Ray nodes with addresses, ports and a
 cable of their own, on shared cores. So what is measured is what breaks and for how long, not how fast two hosts are.

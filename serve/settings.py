@@ -31,7 +31,8 @@ class Limits(Section):
 class ServeSettings(Section):
     """One server: a model, its slots, its queue, its keys."""
 
-    model: str = Field("runs/demo/kodalle/model", description="model folder, or owner/name on the hub")
+    # `models/garments` would be a name on the hub, too: somebody else's
+    model: str = Field("./models/garments", description="model folder, or owner/name on the hub")
     model_id: str = Field(
         "", description="its name in the API; empty: the folder's, or its parent's if that is `model`"
     )

@@ -94,6 +94,13 @@ def test_no_pickles_and_no_code_inside(kodalle_run: Path) -> None:
         assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK")
 
 
+def test_others_may_read_it(model: Path) -> None:
+    """A cluster's drawers often run as another user than the training did."""
+    assert {path.name: path.stat().st_mode & 0o777 for path in model.iterdir()} == dict.fromkeys(
+        ("config.json", FILE, "model_card.md"), 0o644
+    )
+
+
 def test_replaces_a_model_but_nothing_else(model: Path, tmp_path: Path) -> None:
     _write(model)
     assert load_part(model, "vqgan").config == CONFIGS["vqgan"]

@@ -77,6 +77,7 @@ def write_model_folder(
                 for key, value in part.weights.items()
             }
             save_file(weights, folder / f"{name}.safetensors")
+            (folder / f"{name}.safetensors").chmod(0o644)  # it is written as 0600: nobody else could serve it
         if tokenizer is not None:
             tokenizer.save(folder)
         write_json(folder / "config.json", config)
