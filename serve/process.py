@@ -7,6 +7,9 @@ import logging
 import os
 import socket
 import sys
+import threading
+
+_DRAWING_NICE = 10  # what nice(1) adds
 
 
 def process_name(kind: str) -> str:
@@ -26,3 +29,14 @@ def log_to_stderr() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def step_behind() -> None:
+    """Lets every other thread of the machine go before the calling one, and before those that it will start.
+
+    For threads that compute on the CPU for seconds: what they share the cores with (event loops, Ray's proxy and edge)
+    has microseconds to do, and somebody waits for it. On Linux a thread has a nice value of its own, and the OpenMP
+    threads of its first parallel product inherit it; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DRAWING_NICE)

@@ -2,6 +2,9 @@
 
 import asyncio
 import io
+import os
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -127,6 +130,16 @@ def test_many_at_once_give_what_each_gives_alone(make_drawer: Callable[..., Draw
         alone = _run(_finished(drawer, job))
         assert [one.data for one in drawn.images] == [one.data for one in alone.images]
     assert drawer.slots_in_use == drawer.queued_rows == drawer.num_active == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nice values of threads are Linux's")
+def test_drawing_stands_behind_answering(make_drawer: Callable[..., Drawer]) -> None:
+    """What shares the cores with a drawing has microseconds to do, and somebody waits for it."""
+    make_drawer()
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    nice = {one.name: os.getpriority(os.PRIO_PROCESS, one.native_id or 0) for one in threading.enumerate()}
+    assert nice["stepper"] > mine
+    assert nice["pictures"] > mine
 
 
 def test_bytes_do_not_depend_on_how_many_are_asked(make_drawer: Callable[..., Drawer]) -> None:

@@ -31,6 +31,7 @@ from serve.drawing.flight import Flight
 from serve.drawing.previews import plain_undrawn
 from serve.messages import DrawnImage, Finished, GivenPixels, ModelInfo, Partial, RankBy, Refused
 from serve.metrics import DrawerMetrics
+from serve.process import step_behind
 
 _AT_ONCE = 16  # pictures between two looks at whether the reader is still there
 _ENCODERS = 2
@@ -115,6 +116,8 @@ class Finisher:
 
     def _run(self) -> None:
         cuda = self._pipeline.device.type == "cuda"
+        if not cuda:
+            step_behind()
         stream = torch.cuda.stream(torch.cuda.Stream(self._pipeline.device)) if cuda else contextlib.nullcontext()
         with stream, torch.inference_mode():
             while not self._is_stopping:

@@ -28,6 +28,7 @@ from serve.drawing.previews import fill_rows, preview_rows
 from serve.drawing.warm_up import warm_up
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import DrawerMetrics
+from serve.process import step_behind
 from serve.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
 
 _CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
@@ -148,6 +149,8 @@ class Stepper:
         return len(self._flights)
 
     def _run(self) -> None:
+        if self._pipeline.device.type == "cpu":
+            step_behind()
         try:
             with self._pipeline.sampler.lend_decoder(self._num_slots) as decoder:
                 self._warm_up(decoder)
