@@ -63,7 +63,7 @@ nvidia-smi >>"$log" 2>&1 || echo "nvidia-smi does not run here" >>"$log"
 "$python" -m pip list >>"$log" 2>/dev/null || echo "no pip here" >>"$log"
 
 cd "$root" || refuse "cannot enter $root"
-part tests 150 "$python" -m pytest -q -m gpu --no-showlocals --continue-on-collection-errors \
+part tests 200 "$python" -m pytest -q -m gpu --no-showlocals --continue-on-collection-errors \
     -p no:cacheprovider --junitxml="$folder/tests.xml"
 part kernel_speed 110 "$python" benchmarks/kernel_speed.py --out "$scratch/kernel_speed"
 part seed_equality 60 "$python" benchmarks/seed_equality.py
