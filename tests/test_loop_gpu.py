@@ -15,16 +15,18 @@ from safetensors.torch import load_file
 
 Tree = dict[str, Any]
 REPOSITORY = Path(__file__).resolve().parent.parent
+# As it is before a training in this process says where its group meets; conftest.py asks for the CPU.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+ENVIRONMENT["PYTHONPATH"] = str(REPOSITORY)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def train(file: Path, *overrides: str) -> None:
     """`engine/train.py` in a process of its own, on the GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     answer = subprocess.run(
         [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(file), *overrides],
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
