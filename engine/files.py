@@ -84,3 +84,8 @@ def read_json(path: Path, *, field: str, remedy: str) -> Any:
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `owner/name` can only mean the Hugging Face hub: in a folder that is here, `runs/nosuch` is a slip."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).parent.is_dir()

@@ -31,6 +31,7 @@ from typing import Annotated
 import typer
 
 from engine.errors import InputError
+from engine.files import is_hub_name
 from serve.arguments import AppArguments, read_arguments, read_serve_config
 from serve.cluster.gate import MAX_BODY_VARIABLE
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
@@ -72,6 +73,7 @@ def start(
     if arguments.keys_file:
         KeyRing(Path(arguments.keys_file))  # read again by whoever serves; here so that a fault is told at once
     port = free_port(host, port)
+    print(f"loading {arguments.model}; with Ray it is up in half a minute or so", file=sys.stderr, flush=True)
     run = _run_without_ray if without_ray else _run_with_ray
     raise typer.Exit(run(_absolute(arguments), host=host, port=port))
 
@@ -97,7 +99,7 @@ def check_model(model: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError("MODEL", model, "is no model folder: config.json is missing")
-    elif folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    elif folder.exists() or not is_hub_name(model):
         raise InputError("MODEL", model, "no such model folder: name one that training exported, or models/garments")
 
 

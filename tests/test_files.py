@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InputError
-from engine.files import atomic_file, atomic_folder, read_json, write_json
+from engine.files import atomic_file, atomic_folder, is_hub_name, read_json, write_json
 
 
 def _names(folder: Path) -> list[str]:
@@ -107,3 +107,16 @@ def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
         read_json(path, field="shards", remedy="remove it")
     with pytest.raises(InputError, match="no such file: remove it"):
         read_json(tmp_path / "b.json", field="shards", remedy="remove it")
+
+
+def test_a_name_below_a_folder_that_is_here_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs/nosuch` is a slip: asking the hub takes half a minute and tells nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name("runs/nosuch")
+    (tmp_path / "runs").mkdir()
+    assert not is_hub_name("runs/nosuch")
+    assert is_hub_name("klue/roberta-large")
+    for name in ("./klue/x", "/klue", "~/klue", "klue", "a/b/c"):
+        assert not is_hub_name(name), name

@@ -317,6 +317,24 @@ def test_other_stages_in_bf16_and_sharded(
     assert all(torch.isfinite(value).all() for value in load_file(model / f"{stage}.safetensors").values())
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_held_out_pictures_it_trains_and_tells_no_validation(
+    stage: str, pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, losses: Losses
+) -> None:
+    """As a prepared folder of a few pictures is: none of them may fall into the validation split."""
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["split"] == "train"]
+    (tmp_path / "pairs" / "pairs.jsonl").write_text("".join(kept), encoding="utf-8")
+    tree = tree_of(stage, tmp_path / "run")
+    tree["data"] |= {"pairs": str(tmp_path / "pairs"), "cache_images": True}
+    tree["loop"] |= {"steps": 2, "sample_every": 2}
+    model = train_tree(tree)
+    assert (model / "config.json").is_file()
+    assert not (tmp_path / "run" / "model-best").exists()
+    assert len(losses(tmp_path / "run")) == 2
+
+
 _SEVERAL = """
 import sys
 from pathlib import Path

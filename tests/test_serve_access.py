@@ -1,3 +1,5 @@
+import json
+import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +14,7 @@ from serve.edge.application import build_edge
 from serve.edge.failures import Failure
 from serve.keys import make_key
 from serve.settings import ServeSettings
-from tests.live_server import ScriptedPool, ask, exchange, request_bytes, serving
+from tests.live_server import ScriptedPool, ask, exchange, request_bytes, serving, wait_until
 
 # Every address with the methods that it takes; the page is there for `/` and /page/.
 OPEN = [("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/")]
@@ -102,6 +104,18 @@ def test_two_authorization_headers_are_none(guarded: tuple[int, ScriptedPool], k
     twice = request.replace(b"connection", line + line + b"connection")
     assert exchange(guarded[0], twice).error["code"] == "invalid_api_key"
     assert exchange(guarded[0], request.replace(b"connection", line + b"connection")).status == 200
+
+
+def test_who_is_turned_away_stands_in_the_log_as_nobody(
+    guarded: tuple[int, ScriptedPool], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = request_bytes("GET", "/v1/models", port=guarded[0])
+    wrong = request.replace(b"connection", b"authorization: Bearer wrong\r\nconnection")
+    with caplog.at_level(logging.INFO, logger="serve.requests"):
+        assert exchange(guarded[0], wrong).status == 401
+        wait_until(lambda: len(caplog.records) == 1)  # written after the last byte
+    told = json.loads(caplog.records[0].message)
+    assert (told["status"], told["code"], told["key_id"]) == (401, "invalid_api_key", None)
 
 
 def test_openais_client_sends_the_key_and_raises_its_own_errors(

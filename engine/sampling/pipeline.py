@@ -28,6 +28,7 @@ from engine.data.text import CaptionTokenizer
 from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
+from engine.files import is_hub_name
 from engine.models.folder import (
     Part,
     PartName,
@@ -317,7 +318,7 @@ def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, l
     """
     folder = Path(folder_or_hub_id)
     name = str(folder_or_hub_id)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or not is_hub_name(name):
         return folder  # a folder that is missing gets its own error message
     try:
         fetched = snapshot_download(

@@ -46,7 +46,7 @@ class Images:
         self._pairs = pairs
         self._image_size = image_size
         self._cache: np.ndarray | None = None
-        if cache:
+        if cache and pairs:
             self._cache = np.stack([load_image(pair, image_size) for pair in pairs])  # (N, S, S, 3)
 
     def __getitem__(self, index: int) -> np.ndarray:

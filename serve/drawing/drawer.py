@@ -23,6 +23,7 @@ from typing import get_args
 
 import torch
 
+from engine.files import is_hub_name
 from engine.models.folder import PartName, has_part, weights_digest
 from engine.sampling.drawing import Start
 from engine.sampling.machine import fit_threads
@@ -192,7 +193,7 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
 def _name(model: str) -> str:
     """`runs/demo/kodalle/model` is called kodalle."""
     path = Path(model)
-    if model.count("/") == 1 and not path.exists():
-        return model  # owner/name
+    if not path.exists() and is_hub_name(model):
+        return model
     path = path.resolve()
     return path.parent.name if path.name in ("model", "model-best") else path.name

@@ -37,6 +37,7 @@ class Caller:
 
 
 LOCAL = Caller("local")
+NOBODY = Caller("")  # turned away
 
 
 def admit(scope: Scope, path: str, keys: KeyRing | None) -> Caller:

@@ -18,7 +18,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.edge.access import LOCAL, Caller, admit
+from serve.edge.access import NOBODY, Caller, admit
 from serve.edge.body import ClientGone
 from serve.edge.failures import Failure
 from serve.keys import KeyRing
@@ -54,7 +54,7 @@ class RequestRecord:
     job_id: str  # ours: no two requests share it
     arrived_at: float  # the event loop's clock
     method: str
-    caller: Caller = LOCAL
+    caller: Caller = NOBODY  # until it is admitted
     status: int = 0
     code: str = ""  # of serve/edge/failures.py
     retry_count: int | None = None  # as the client tells it
@@ -140,7 +140,7 @@ class Guard:
         line = {
             "request_id": record.request_id,
             "job_id": record.job_id,
-            "key_id": record.caller.key_id,
+            "key_id": record.caller.key_id or None,
             "method": record.method,
             "route": route,
             "status": status,
