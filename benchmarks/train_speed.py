@@ -41,6 +41,7 @@ Row = dict[str, Any]
 _FOLDER = Path(__file__).resolve().parent
 _QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
 _CONFIG = REPOSITORY / "configs" / "kodalle" / "kodalle.yaml"
+_GROUP_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # of another training's processes
 _LAST = 20  # steps whose mean loss is told
 
 
@@ -174,8 +175,9 @@ def _measure(folder: Path, dtype: Dtype, batch: int, plan: Plan, settings: list[
     print(f"training: {name} pictures a step", file=sys.stderr)
     command = [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(_CONFIG), *settings]
     log, output = folder / f"{dtype}-{batch}" / "log.jsonl", folder / "output"
+    environment = {key: value for key, value in child_environment().items() if key not in _GROUP_VARIABLES}
     with output.open("w", encoding="utf-8") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told, env=child_environment(), start_new_session=True)
+        process = subprocess.Popen(command, stdout=told, stderr=told, env=environment, start_new_session=True)
         try:
             lines = _wait_for_steps(process, log, plan)
         finally:

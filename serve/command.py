@@ -87,7 +87,8 @@ def key(
 ) -> None:
     """Makes an API key, prints it once, and keeps its hash."""
     scopes: tuple[Scope, ...] = ("draw",) if no_metrics else ("draw", "metrics")
-    print(add_key(file, name, scopes=scopes, per_minute=per_minute))
+    print(add_key(file, name, scopes=scopes, per_minute=per_minute), flush=True)
+    print(f"This is the only time it is shown: {file} keeps its hash.", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- before it starts

@@ -237,7 +237,7 @@ def _check_support(request: DrawRequest, info: ModelInfo) -> None:
             raise Failure("unsupported_parameter", f"Leave out `{name}`.", f"`{name}` 항목을 빼 주세요.", param=name)
     own = f"{info.image_size}x{info.image_size}"
     if request.size not in (None, "auto", own):
-        raise _clash("size", f"this model draws {own}: write that, or auto", f"이 모델의 크기는 {own}입니다")
+        raise _clash("size", f"must be {own}, as this model draws, or auto", f"이 모델의 크기는 {own}입니다")
     if request.background == "transparent":
         raise _clash("background", "pictures are opaque", "투명한 배경은 지원하지 않습니다")
     if request.response_format == "url":
