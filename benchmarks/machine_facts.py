@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.files import write_json
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "xformers", "onnxruntime-gpu", "transformers", "numpy", "pillow")
 
@@ -54,6 +56,23 @@ def slug(text: str) -> str:
     """A file name: lower case letters, digits and hyphens."""
     without_marks = re.sub(r"\((r|tm)\)|cpu @", " ", text.lower())
     return re.sub(r"[^a-z0-9.]+", "-", without_marks).strip("-.")
+
+
+def store_document(document: dict[str, Any], out: Path | None, *, quick: bool, tag: str = "") -> Path:
+    """Writes <out>/results/<benchmark>/<hardware><tag>.json.
+
+    Args:
+        out: default: benchmarks/; for a quick run, whose figures are no record, runs/benchmarks/.
+
+    Returns:
+        Where its plot belongs: <out>/plots/<benchmark>-<hardware><tag>.png.
+    """
+    folder = out or (REPOSITORY / "runs" / "benchmarks" if quick else REPOSITORY / "benchmarks")
+    name = slug(hardware_name(document)) + tag + ("-quick" if quick else "")
+    results = folder / "results" / document["benchmark"] / f"{name}.json"
+    write_json(results, document)
+    print(f"stored {results}", file=sys.stderr, flush=True)
+    return folder / "plots" / f"{document['benchmark']}-{name}.png"
 
 
 def print_document(document: dict[str, Any]) -> None:

@@ -20,18 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import child_environment, facts, hardware_name, print_document, slug
+from machine_facts import child_environment, facts, print_document, store_document
 from sampling.plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
 from sampling.plot import draw
 from sampling.report import published_rows, ratios, tables
 from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
 
-from engine.files import write_json
 from engine.sampling.machine import fit_threads
-
-_FOLDER = Path(__file__).resolve().parent
-_QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
 
 
 def main() -> int:
@@ -135,13 +131,8 @@ def _measure(plan: Plan, document: dict[str, Any]) -> None:
 
 
 def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
-    name = slug(hardware_name(document)) + ("-quick" if arguments.quick else "")
-    results = out / "results" / "sample_speed" / f"{name}.json"
-    write_json(results, document)
-    print(f"stored {results}", file=sys.stderr)
+    plot = store_document(document, arguments.out, quick=arguments.quick)
     if any(row["what"] == "ours" for row in document["rows"]):
-        plot = out / "plots" / f"sample_speed-{name}.png"
         draw(document, plot)
         print(f"stored {plot}", file=sys.stderr)
 

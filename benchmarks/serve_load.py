@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import facts, print_document, store_document
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.crowd import fairness, overload, sizes
@@ -44,10 +44,6 @@ from serving.process import Server, ServerKind, end_on_sigterm, serving
 from serving.report import bars, tables
 from serving.speed import calibrate, concurrency_one, idle_cpu_shares, saturation
 
-from engine.files import write_json
-
-_FOLDER = Path(__file__).resolve().parent
-_QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
 _DEMO = Path("models/garments")
 _SERVERS: tuple[ServerKind, ...] = ("direct", "ray", "stock")
 _DEADLINE_S = 120.0  # the server's default
@@ -180,14 +176,9 @@ def _overloads(bench: Bench, ours: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
-    name = slug(hardware_name(document)) + ("-published" if arguments.published else "")
-    name += "-quick" if arguments.quick else ""
-    results = out / "results" / "serve_load" / f"{name}.json"
-    write_json(results, document)
-    _say(f"stored {results}")
+    tag = "-published" if arguments.published else ""
+    plot = store_document(document, arguments.out, quick=arguments.quick, tag=tag)
     if "goodput" in document:
-        plot = out / "plots" / f"serve_load-{name}.png"
         draw(document, plot)
         _say(f"stored {plot}")
 

@@ -27,19 +27,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from machine_facts import REPOSITORY, child_environment, facts, hardware_name, print_document, slug
+from machine_facts import REPOSITORY, child_environment, facts, hardware_name, print_document, store_document
 from PIL import Image
 from sampling.plan import CAPTION, published_sizes, tiny_sizes, write_random_model
 from text_table import seconds_text, table
 
-from engine.files import write_json
 from engine.training.run_log import FLUSH_EVERY
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 Row = dict[str, Any]
 
 _FOLDER = Path(__file__).resolve().parent
-_QUICK_OUT = _FOLDER.parent / "runs" / "benchmarks"  # a tiny model's figures are no record
 _CONFIG = REPOSITORY / "configs" / "kodalle" / "kodalle.yaml"
 _GROUP_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # of another training's processes
 _LAST = 20  # steps whose mean loss is told
@@ -47,7 +45,7 @@ _LAST = 20  # steps whose mean loss is told
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained how often. Sizes end in about three minutes on two cores, in two on a large GPU."""
+    """What is trained how often. Sizes end in eight minutes on two cores."""
 
     dtypes: tuple[Dtype, ...]
     batches: tuple[int, ...]  # pictures a step
@@ -85,7 +83,7 @@ def main() -> int:
             for batch in plan.batches:
                 settings = [*_settings(folder, dtype, batch, plan), *(sizes if arguments.quick else ())]
                 _measure(folder, dtype, batch, plan, [*settings, *arguments.overrides], document)
-    _store(document, arguments)
+    store_document(document, arguments.out, quick=arguments.quick)
     print(_table(document), end="\n\n")
     print_document(document)
     return 1 if document["failed"] else 0
@@ -220,14 +218,6 @@ def _figures(lines: list[Row], plan: Plan) -> Row:
         "skipped_steps": int(lines[-1]["skipped_steps"]),
         "losses": [round(float(line["loss"]), 5) for line in lines],
     }
-
-
-def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out or (_QUICK_OUT if arguments.quick else _FOLDER)
-    name = slug(hardware_name(document)) + ("-quick" if arguments.quick else "")
-    results = out / "results" / "train_speed" / f"{name}.json"
-    write_json(results, document)
-    print(f"stored {results}", file=sys.stderr)
 
 
 def _table(document: dict[str, Any]) -> str:

@@ -73,7 +73,8 @@ def start(
     if arguments.keys_file:
         KeyRing(Path(arguments.keys_file))  # read again by whoever serves; here so that a fault is told at once
     port = free_port(host, port)
-    print(f"loading {arguments.model}; with Ray it is up in half a minute or so", file=sys.stderr, flush=True)
+    how_long = "" if without_ray else ", starting Ray: half a minute or so"
+    print(f"loading {arguments.model}{how_long}", file=sys.stderr, flush=True)
     run = _run_without_ray if without_ray else _run_with_ray
     raise typer.Exit(run(_absolute(arguments), host=host, port=port))
 

@@ -76,6 +76,17 @@ def test_round_trip_keeps_every_kind_of_value(write: Write, tmp_path: Path) -> N
     assert "모델/코덱" in again.read_text(encoding="utf-8")
 
 
+GPU_CONFIGS = [path for path in SHIPPED if path.parent.name in ("kodalle", "gpu")]
+
+
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_gpu_configs_take_torchs_fused_optimiser(path: Path) -> None:
+    """DeepSpeed's own is compiled at the first start, which a machine without nvcc cannot."""
+    parameters = load_run(path).deepspeed["optimizer"]["params"]
+    assert parameters["torch_adam"]
+    assert parameters["fused"]
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "said"),
     [

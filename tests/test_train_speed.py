@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "train_speed.py"
@@ -48,7 +47,7 @@ def test_two_dtypes_learn_the_same_and_are_stored(tmp_path: Path) -> None:
         assert 0 < least <= row["images_per_s"] <= most
         assert 0 < row["share_of_peak"] < 1
         assert all(math.isfinite(loss) for loss in row["losses"])
-    # 3.4 = (ln 64 + 7 ln 32) / 8 is what knowing nothing costs; the same first batch costs the same in both.
+    # 3.55 = (ln 64 + 7 ln 32) / 8 is what knowing nothing costs; the same first batch costs the same in both.
     assert single["loss_first"] == pytest.approx(3.55, abs=0.4)
     assert half["loss_first"] == pytest.approx(single["loss_first"], rel=0.02)
 
@@ -86,11 +85,3 @@ def test_bad_arguments_are_refused(
         main()
     assert ended.value.code == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_published_run_is_what_is_measured() -> None:
-    """The optimiser is torch's own: DeepSpeed's is compiled at the first start, which a machine without nvcc cannot."""
-    for path in [*REPOSITORY.glob("configs/kodalle/*.yaml"), *REPOSITORY.glob("configs/clothing/gpu/*.yaml")]:
-        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))["deepspeed"]["optimizer"]["params"]
-        assert parameters["torch_adam"], path
-        assert parameters["fused"], path

@@ -252,8 +252,8 @@ def _log_step(
     values["skipped_steps"] = float(_skipped(engines))
     values["images_per_s"] = pictures / seconds
     values["share_of_peak"] = clock.flops_per_step / seconds / clock.peak_flops
-    if torch.cuda.is_available():
-        values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if main.device.type == "cuda":
+        values["peak_memory_gib"] = torch.cuda.max_memory_allocated(main.device) / 2**30
     log.scalars(step, values)
 
 
