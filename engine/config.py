@@ -161,6 +161,7 @@ class VqganLossConfig(Section):
     perceptual_weights: Path | None = Field(None, description="VGG16 + LPIPS heads as safetensors or .pth")
     disc_start: int = Field(53688, ge=0, description="step from which the discriminator takes part")
     disc_weight: float = Field(0.2, ge=0)
+    feature_weight: float = Field(0.0, ge=0, description="of the distance between the discriminator's hidden layers")
     disc_channels: int = Field(64, gt=0)
     disc_layers: int = Field(3, gt=0)
 

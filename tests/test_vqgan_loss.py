@@ -107,6 +107,47 @@ def test_after_the_start_equals_taming_s_formula(parts: tuple[nn.Module, LastLay
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
+def test_features_of_the_discriminator_are_part_of_the_balance(
+    parts: tuple[nn.Module, LastLayer, Tensor, Tensor],
+) -> None:
+    """Against forward hooks on the discriminator's activations; equal pictures are at no distance."""
+    discriminator, decoder, hidden, images = parts
+    discriminator.requires_grad_(False)
+    weight, target = decoder.conv_out.weight, 2 * images - 1
+    seen: list[Tensor] = []
+    activations = [module for module in discriminator.modules() if isinstance(module, nn.LeakyReLU)]
+    # inplace activations: a hook's output is the tensor itself, and nothing writes into it again
+    hooks = [module.register_forward_hook(lambda _m, _i, output: seen.append(output)) for module in activations]
+    reconstruction = decoder(hidden)
+    g_loss = -discriminator(reconstruction).mean()
+    discriminator(target)
+    for hook in hooks:
+        hook.remove()
+    mine, real = seen[: len(activations)], seen[len(activations) :]
+    assert len(mine) == len(real) == 3  # one after the first convolution, one for each of two layers
+    features = sum((a - b).abs().mean() for a, b in zip(mine, real, strict=True)) / 3
+    nll = (reconstruction - target).abs().mean() + 2.0 * features
+    nll_gradient = torch.autograd.grad(nll, weight, retain_graph=True)[0]
+    g_gradient = torch.autograd.grad(g_loss, weight, retain_graph=True)[0]
+    d_weight = (nll_gradient.norm() / (g_gradient.norm() + 1e-4)).clamp(0, 1e4) * 0.8
+
+    config = _config(disc_weight=0.8, feature_weight=2.0)
+    loss, scalars = generator_loss(
+        discriminator, decoder(hidden), images, torch.tensor(0.3), weight, step=5, config=config, perceptual=None
+    )
+    torch.testing.assert_close(scalars["features"], features.detach())
+    torch.testing.assert_close(loss, nll + d_weight * g_loss + 0.3)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, nll_gradient + d_weight * g_gradient)
+
+    _, same = generator_loss(
+        discriminator, target, images, torch.tensor(0.0), weight, step=5, config=config, perceptual=None
+    )
+    assert same["features"].item() == 0
+    _, before = generator_loss(None, target, images, torch.tensor(0.0), weight, step=4, config=config, perceptual=None)
+    assert "features" not in before
+
+
 def test_adaptive_weight_is_bounded(parts: tuple[nn.Module, LastLayer, Tensor, Tensor]) -> None:
     _, decoder, hidden, images = parts
 

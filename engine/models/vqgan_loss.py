@@ -4,12 +4,17 @@ Computes taming's `VQLPIPSWithDiscriminator` as two pure functions, because gene
 DeepSpeed engines with an optimiser each. One difference: before `disc_start` taming runs the discriminator and
 multiplies by zero; here it does not run at all.
 
-    generator:      L = |x - x'| + w_p LPIPS(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
+    generator:      L = |x - x'| + w_p LPIPS(x, x') + w_f F(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
                     lambda = clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), gradients at the decoder's last convolution
+                    F = mean over D's hidden layers of mean |D_l(x) - D_l(x')|
     discriminator:  L = (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2
 
+`feature_weight` (0 as published) is for those who have no LPIPS weights, or may not use them: the discriminator's hidden
+layers learn from the pictures themselves what makes one look real. nll is everything before lambda.
+
 Shapes: B pictures, S pixels. `images` are [0, 1] as everywhere; `reconstruction` is [-1, 1] as `Vqgan.forward` gives it.
-Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/losses/vqperceptual.py`.
+Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/losses/vqperceptual.py`; F:
+Larsen et al. 2016, arXiv:1512.09300; Wang et al. 2018, arXiv:1711.11585, equation 4.
 """
 
 import torch
@@ -63,7 +68,8 @@ def generator_loss(
 
     Returns:
         scalar loss, and detached 0-d float32 tensors: loss, pixel, quantiser, perceptual (when weighted), and while
-        the discriminator takes part generator and adaptive_weight (0 where gradients are off, as in taming).
+        the discriminator takes part features (when weighted), generator and adaptive_weight (0 where gradients are off,
+        as in taming).
 
     Raises:
         ValueError: a part is missing that the config calls for.
@@ -79,16 +85,25 @@ def generator_loss(
         distance = perceptual(reconstruction, target).mean()
         scalars["perceptual"] = distance.detach()
         nll = nll + config.perceptual_weight * distance
-    loss = nll + config.codebook_weight * quantiser_loss
+    if not discriminator_active(step, config):
+        loss = nll + config.codebook_weight * quantiser_loss
+        return loss, {"loss": loss.detach(), **scalars}
 
-    if discriminator_active(step, config):
-        if discriminator is None:
-            raise ValueError(f"step {step} >= disc_start {config.disc_start} needs a discriminator")
-        generator = -_judge(discriminator, reconstruction).mean()
-        weight = _adaptive_weight(nll, generator, last_layer_weight)
-        loss = loss + config.disc_weight * weight * generator
-        scalars |= {"generator": generator.detach(), "adaptive_weight": weight}
-    return loss, {"loss": loss.detach(), **scalars}
+    if discriminator is None:
+        raise ValueError(f"step {step} >= disc_start {config.disc_start} needs a discriminator")
+    if config.feature_weight > 0:
+        *hidden, logits = _layers(discriminator, reconstruction)
+        with torch.no_grad():
+            wanted = _layers(discriminator, target)[:-1]
+        features = torch.stack([F.l1_loss(mine, real) for mine, real in zip(hidden, wanted, strict=True)]).mean()
+        scalars["features"] = features.detach()
+        nll = nll + config.feature_weight * features
+    else:
+        logits = _judge(discriminator, reconstruction)
+    generator = -logits.mean()
+    weight = _adaptive_weight(nll, generator, last_layer_weight)
+    loss = nll + config.codebook_weight * quantiser_loss + config.disc_weight * weight * generator
+    return loss, {"loss": loss.detach(), **scalars, "generator": generator.detach(), "adaptive_weight": weight}
 
 
 def discriminator_loss(
@@ -122,6 +137,17 @@ def _judge(discriminator: nn.Module, pictures: Tensor) -> Tensor:
     """Patch logits in float32; pictures take the discriminator's own type and layout (it may be a bf16 engine)."""
     dtype = next(discriminator.parameters()).dtype
     return discriminator(pictures.to(dtype)).float()
+
+
+def _layers(discriminator: nn.Module, pictures: Tensor) -> list[Tensor]:
+    """What each activation of a PatchGAN answers, shallow to deep, and last the patch logits; float32."""
+    hidden = pictures.to(next(discriminator.parameters()).dtype)
+    found = []
+    for layer in discriminator.main:  # type: ignore[union-attr]
+        hidden = layer(hidden)
+        if isinstance(layer, nn.LeakyReLU):
+            found.append(hidden.float())
+    return [*found, hidden.float()]
 
 
 def _adaptive_weight(nll: Tensor, generator: Tensor, last_layer_weight: Tensor) -> Tensor:
