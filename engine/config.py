@@ -261,8 +261,21 @@ class KodalleRun(Run):
     image_token_noise: float = Field(
         0.0, ge=0, le=1, description="largest share of a picture's input tokens replaced by random ones (targets stay)"
     )
+    moved_views: int = Field(
+        0, ge=0, le=64, description="versions of each training picture encoded beside itself, moved by augment_shift"
+    )
+    augment_shift: int = Field(0, ge=0, description="largest random translation of these, in pixels")
     token_shards: Path | None = Field(None, description="default: <run>/shards")
     strict_captions: bool = Field(False, description="refuse captions longer than text_seq_len instead of cutting")
+
+    @model_validator(mode="after")
+    def _moved_by_something(self) -> "KodalleRun":
+        if (self.moved_views > 0) != (self.augment_shift > 0):
+            raise ValueError(
+                f"moved_views {self.moved_views} and augment_shift {self.augment_shift} go together: "
+                "give both a number above 0, or neither"
+            )
+        return self
 
 
 AnyRun = Annotated[VqganRun | KoclipRun | KodalleRun, Field(discriminator="stage")]

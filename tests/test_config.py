@@ -140,6 +140,13 @@ def test_deepspeed_keeps_its_own_word_none(write: Write) -> None:
     assert _fault(write(deepspeed={"scheduler": "None"})).field == "deepspeed.scheduler"
 
 
+def test_moved_views_and_their_shift_go_together(write: Write) -> None:
+    kodalle = {"stage": "kodalle", "vqgan": "v"}
+    for half in ({"moved_views": 4}, {"augment_shift": 2}):
+        assert "go together" in str(_fault(write(**kodalle, **half)))
+    assert load_run(write(**kodalle, moved_views=4, augment_shift=2)).moved_views == 4  # type: ignore[union-attr]
+
+
 def test_null_means_nothing(write: Write) -> None:
     assert load_run(write(data={"pairs": "p", "balance": "x"}), ["data.balance=null"]).data.balance is None
 

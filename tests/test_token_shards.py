@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.data.pairs import Pairs, load_image, load_pairs
 from engine.data.text import CaptionTokenizer, train_tokenizer
-from engine.data.token_shards import captions_cut, open_shard, shard_identity, shards_are_current, write_shards
+from engine.data.token_shards import Views, captions_cut, open_shard, shard_identity, shards_are_current, write_shards
 from engine.errors import InputError
 
 T = 10
@@ -35,11 +35,15 @@ def _encode(images: Tensor) -> Tensor:
 
 @pytest.fixture
 def write(tmp_path: Path, pairs: Pairs, tokenizer: CaptionTokenizer) -> Callable[..., Path]:
-    def make(some: Pairs = pairs, *, flip: bool = False, strict: bool = False, text_seq_len: int = T) -> Path:
-        identity = shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=text_seq_len, flip=flip)
+    def make(
+        some: Pairs = pairs, *, strict: bool = False, text_seq_len: int = T, batch_size: int = 7, **views: int
+    ) -> Path:
+        some_views = Views(**views)  # type: ignore[arg-type]
+        identity = shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=text_seq_len, views=some_views)
         write_shards(
             tmp_path / "shards", some, tokenizer, _encode,
-            identity=identity, image_size=32, text_seq_len=text_seq_len, flip=flip, strict=strict, batch_size=7,
+            identity=identity, image_size=32, text_seq_len=text_seq_len, views=some_views, strict=strict,
+            batch_size=batch_size,
         )  # fmt: skip
         return tmp_path / "shards"
 
@@ -51,11 +55,12 @@ def test_shards_hold_what_the_pairs_say(write: Callable[..., Path], pairs: Pairs
     for name, split in (("train", pairs.train), ("validation", pairs.validation)):
         shard = open_shard(folder, name, image_vocab_size=256, text_vocab_size=60)
         assert len(shard) == len(split)
-        assert shard.image_tokens.shape == (len(split), 2, 4)
+        assert shard.image_tokens.shape == (len(split), 2 if name == "train" else 1, 4)
         for index, pair in enumerate(split):
             image = torch.from_numpy(load_image(pair, 32)).permute(2, 0, 1)[None].float() / 255
             assert np.array_equal(shard.image_tokens[index, 0], _encode(image)[0])
-            assert np.array_equal(shard.image_tokens[index, 1], _encode(image.flip(-1))[0])
+            if name == "train":
+                assert np.array_equal(shard.image_tokens[index, 1], _encode(image.flip(-1))[0])
             own = shard.text_tokens[shard.text_offsets[index] : shard.text_offsets[index + 1]]
             assert np.array_equal(own, tokenizer.encode(pair.captions, T).tokens)
 
@@ -72,6 +77,32 @@ def test_pick_draws_all_captions_and_views(write: Callable[..., Path]) -> None:
     assert len(seen) == captions * views
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_moved_views_are_of_pictures_moved(write: Callable[..., Path], pairs: Pairs, flip: bool) -> None:
+    """Each is what some translation (and mirror image) encodes to, they differ, and batch borders change none."""
+    shard = open_shard(write(flip=flip, moved=3, shift=2), "train", image_vocab_size=256, text_vocab_size=60)
+    plain = 2 if flip else 1
+    assert shard.image_tokens.shape == (len(pairs.train), plain + 3, 4)
+    for index, pair in enumerate(pairs.train):
+        image = load_image(pair, 32)
+        possible = set()
+        for version in [image, image[:, ::-1]] if flip else [image]:
+            padded = np.pad(version, ((2, 2), (2, 2), (0, 0)), mode="edge")
+            moved = np.stack([padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)])
+            possible |= {
+                tuple(tokens) for tokens in _encode(torch.from_numpy(moved).permute(0, 3, 1, 2).float() / 255).tolist()
+            }
+        found = {tuple(view.tolist()) for view in shard.image_tokens[index, plain:]}
+        assert found <= possible
+    # these pictures are their own mirror images
+    assert len({shard.image_tokens[:, view].tobytes() for view in (0, *range(plain, plain + 3))}) == 4
+    before = shard.image_tokens.tobytes()
+    again = write(flip=flip, moved=3, shift=2, batch_size=4)
+    assert open_shard(again, "train", image_vocab_size=256, text_vocab_size=60).image_tokens.tobytes() == before
+    held_out = open_shard(again, "validation", image_vocab_size=256, text_vocab_size=60)
+    assert held_out.image_tokens.shape == (len(pairs.validation), 1, 4)
+
+
 def test_no_validation_pairs(write: Callable[..., Path], pairs: Pairs) -> None:
     folder = write(Pairs(pairs.train))
     assert len(open_shard(folder, "train", image_vocab_size=256, text_vocab_size=60)) == len(pairs.train)
@@ -85,7 +116,8 @@ def test_identity_tells_what_the_shards_depend_on(
     def identity(
         some: Pairs = pairs, words: CaptionTokenizer = tokenizer, **more: str | int | bool
     ) -> dict[str, object]:
-        settings = {"vqgan_digest": "v", "text_seq_len": T, "flip": False} | more
+        views = {name: more.pop(name) for name in ("flip", "moved", "shift") if name in more}
+        settings = {"vqgan_digest": "v", "text_seq_len": T, "views": Views(**views)} | more  # type: ignore[arg-type]
         return shard_identity(some, words, **settings)  # type: ignore[arg-type]
 
     folder = write()
@@ -97,6 +129,7 @@ def test_identity_tells_what_the_shards_depend_on(
         identity(vqgan_digest="w"),
         identity(text_seq_len=T + 1),
         identity(flip=True),
+        identity(moved=1, shift=2),
         identity(words=other_words),
         identity(Pairs((moved, *rest))),
         identity(Pairs(tuple(rest))),

@@ -3,17 +3,20 @@
 Encoding images through the VQGAN at every step would cost 23 % more arithmetic and all the JPEG decoding; a token
 image is 512 bytes. Layout of a shard folder, one sub-folder a split:
 
-    image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored
+    image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored, then the moved ones
     text_tokens.npy    (M, T) int32           all captions of all pairs
     text_offsets.npy   (N + 1,) int64         captions of pair i: text_tokens[offsets[i]:offsets[i + 1]]
     ../shards.json                            digests of the VQGAN, the tokenizer, the pairs; what was cut
 
-N pairs, S image tokens, T text positions.
+N pairs, S image tokens, T text positions. Held-out pictures have view 0 alone.
+
+Moved views are for small sets: a picture moved by half a token's width is other tokens, and a drawer that has seen a
+few thousand pictures only ever as they are soon knows them by heart.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.augment import augment
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.data.text import CaptionTokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Views:
+    """Versions of a training picture that are encoded.
+
+    Args:
+        flip: the mirrored picture, too.
+        moved: so many more, each moved at random and, with `flip`, mirrored or not.
+        shift: by up to so many pixels.
+    """
+
+    flip: bool = False
+    moved: int = 0
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ def captions_cut(folder: Path) -> dict[str, int]:
 
 
 def shard_identity(
-    pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, flip: bool
+    pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, views: Views
 ) -> dict[str, Any]:
     """What the shards depend on; compared before they are used again."""
     digest = hashlib.sha256()
@@ -72,7 +91,7 @@ def shard_identity(
         "vqgan": vqgan_digest,
         "tokenizer": tokenizer.digest,
         "text_seq_len": text_seq_len,
-        "flip": flip,
+        "views": asdict(views),
     }
 
 
@@ -85,7 +104,7 @@ def write_shards(
     identity: dict[str, Any],
     image_size: int,
     text_seq_len: int,
-    flip: bool = False,
+    views: Views = Views(),
     strict: bool = False,
     batch_size: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
@@ -113,9 +132,11 @@ def write_shards(
             text_tokens, offsets, split_cut = _encode_captions(split, tokenizer, text_seq_len, strict=strict)
             cut |= split_cut
             images = []
-            for batch in _image_batches(split, image_size, batch_size):
-                views = [encode(batch)] + ([encode(batch.flip(-1))] if flip else [])
-                images.append(torch.stack(views, dim=1).to(torch.int32).cpu().numpy().astype(np.uint16))
+            for start in range(0, len(split), batch_size):
+                batch = np.stack([load_image(pair, image_size) for pair in split[start : start + batch_size]])
+                versions = _versions(batch, start, views if name == "train" else Views())
+                encoded = torch.stack([encode(_to_unit_floats(version)) for version in versions], dim=1)
+                images.append(encoded.to(torch.int32).cpu().numpy().astype(np.uint16))
                 done += len(batch)
                 if on_progress is not None:
                     on_progress(done, total)
@@ -168,7 +189,16 @@ def _encode_captions(
     return encoded.tokens.numpy().astype(np.int32), offsets, cut
 
 
-def _image_batches(split: Sequence[Pair], image_size: int, batch_size: int) -> Iterator[Tensor]:
-    for start in range(0, len(split), batch_size):
-        images = np.stack([load_image(pair, image_size) for pair in split[start : start + batch_size]])
-        yield torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
+def _versions(images: np.ndarray, start: int, views: Views) -> Iterator[np.ndarray]:
+    """Each view of pictures `start`, start + 1, ... of the training split: (B, S, S, 3) uint8 as they stand, and so on."""
+    yield images
+    if views.flip:
+        yield images[:, :, ::-1]
+    for view in range(views.moved):
+        generators = [np.random.Generator(np.random.Philox(key=[start + row, view])) for row in range(len(images))]
+        moved = [augment(*each, flip=views.flip, shift=views.shift) for each in zip(images, generators, strict=True)]
+        yield np.stack(moved)
+
+
+def _to_unit_floats(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import DataConfig
+from engine.data.augment import augment
 from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
 from engine.data.text import CaptionTokenizer
@@ -102,7 +103,7 @@ def image_source(
         for position in order.positions(number):
             generator = order.generator(position)
             use = reconstructed if reconstructed is not None and generator.random() < 0.5 else images
-            rows.append(_augment(use[order.index(position)], generator, flip=flip, shift=shift))
+            rows.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
             generators.append(generator)
         batch = {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
         if spliced:
@@ -207,16 +208,6 @@ def _unwrapped(batch: Batch | InputError) -> Batch:
     if isinstance(batch, InputError):
         raise batch
     return batch
-
-
-def _augment(image: np.ndarray, generator: np.random.Generator, *, flip: bool, shift: int) -> np.ndarray:
-    if flip and generator.random() < 0.5:
-        image = image[:, ::-1]
-    if shift:
-        down, right = generator.integers(0, 2 * shift + 1, size=2)
-        padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
-        image = padded[down : down + image.shape[0], right : right + image.shape[1]]
-    return np.ascontiguousarray(image)
 
 
 def _splice(image: np.ndarray, other: np.ndarray, generator: np.random.Generator) -> np.ndarray:

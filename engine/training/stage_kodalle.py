@@ -11,6 +11,7 @@ from engine.config import KodalleRun
 from engine.data.text import CaptionTokenizer, tokenizer_for
 from engine.data.token_shards import (
     TokenShard,
+    Views,
     captions_cut,
     open_shard,
     shard_identity,
@@ -149,12 +150,13 @@ class KodalleStage:
         """Opens the token shards, making them first (rank 0) when they are missing or of other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
+        views = Views(run.data.flip, run.moved_views, run.augment_shift)
         identity = shard_identity(
             pairs,
             self.tokenizer,
             vqgan_digest=weights_digest(run.vqgan, "vqgan"),
             text_seq_len=model.text_seq_len,
-            flip=run.data.flip,
+            views=views,
         )
         if self.world.is_main and not shards_are_current(folder, identity):
             with ProgressBar("encoding pictures", total=len(pairs)) as bar:
@@ -166,7 +168,7 @@ class KodalleStage:
                     identity=identity,
                     image_size=self.vqgan.config.image_size,
                     text_seq_len=model.text_seq_len,
-                    flip=run.data.flip,
+                    views=views,
                     strict=run.strict_captions,
                     on_progress=lambda done, _: bar.update(done),
                 )
