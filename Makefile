@@ -29,7 +29,7 @@ demo: $(READY)
 	$(BIN)/kodalle demo --out runs/demo
 
 draw: $(READY)
-	$(BIN)/kodalle draw $(MODEL) "$(CAPTION)" --temperature 0.7 --seed 7 --out drawings
+	$(BIN)/kodalle draw $(MODEL) "$(CAPTION)" --seed 7 --out drawings
 
 serve: $(READY)
 	$(BIN)/python -m serve $(MODEL)

@@ -35,10 +35,14 @@ def draw(
     top: Annotated[int, typer.Option(min=1, help="pictures kept, best first")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="same seed, same pictures")] = 0,
     out: Annotated[Path, typer.Option(help="folder for the pictures, sheet.png and result.json")] = Path("drawings"),
-    temperature: Annotated[float, typer.Option(help="1: the model's own distribution; 0: always the likeliest")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="1: what was learnt; 0: always the likeliest; default: the model's choice")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens; default: as the model says")] = None,
     top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
-    guidance_scale: Annotated[float, typer.Option(help="1: none; above: closer to the caption")] = 1.0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1: none; above: closer to the caption; default: the model's choice")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="picture to start from: its middle square")] = None,
     keep_rows: Annotated[
         int | None, typer.Option(help="complete --image from so many rows of tokens; default 7 of 16")
@@ -55,10 +59,9 @@ def draw(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
-    from engine.decoding.options import SamplingOptions
     from engine.sampling.command import GivenFiles, draw_to_folder
 
-    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     if image is None:
         needs_image = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": None if paste else "without a picture"}
         for name, value in needs_image.items():

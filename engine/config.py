@@ -152,6 +152,18 @@ class TextConfig(Section):
     vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
 
 
+class GenerationConfig(Section):
+    """How a model's pictures are drawn when nobody says otherwise; the file of this name in its folder, as Hugging Face's.
+
+    Fields as `engine.decoding.options.SamplingOptions`.
+    """
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    guidance_scale: float = Field(1.0, ge=0)
+
+
 class VqganLossConfig(Section):
     """taming's VQLPIPSWithDiscriminator; values of KoDALLE's VQGAN_config.yml."""
 
@@ -260,6 +272,9 @@ class KodalleRun(Run):
     )
     image_token_noise: float = Field(
         0.0, ge=0, le=1, description="largest share of a picture's input tokens replaced by random ones (targets stay)"
+    )
+    generation: GenerationConfig = Field(
+        GenerationConfig(), description="exported with the model: how it is drawn with"
     )
     moved_views: int = Field(
         0, ge=0, le=64, description="versions of each training picture encoded beside itself, moved by augment_shift"

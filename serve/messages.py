@@ -10,6 +10,7 @@ is sent again and gives the same bytes.
 No torch, no ray. S pixels of the model's square pictures, g x g grid of tokens, N = g * g.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,9 @@ class ModelInfo:
     has_ranker: bool
     device: str  # "cpu", or the GPU's name
     tokenizer_json: str  # for `tokenizers.Tokenizer.from_str`: counts tokens without torch
+    default_options: SamplingOptions = field(default_factory=SamplingOptions)  # where a request says nothing
+    # What its captions told of, garment to attribute to values, commonest first; {}: not known.
+    attributes: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.config import GenerationConfig, KoclipConfig, TransformerConfig, VqganConfig
 from engine.errors import InputError
 from engine.models import folder as model_folder
 from engine.models.folder import (
@@ -16,6 +16,8 @@ from engine.models.folder import (
     PartName,
     convert_model_folder,
     load_part,
+    read_attributes,
+    read_generation,
     read_part,
     weights_digest,
     write_model_folder,
@@ -225,6 +227,35 @@ def test_converted_weights_are_the_originals_rounded(kodalle_run: Path, tmp_path
     for name in ("config.json", "tokenizer.json"):
         assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
     assert f"Converted to {str(dtype)[6:]}" in (out / "model_card.md").read_text()
+
+
+def test_what_is_told_beside_the_weights_comes_back_and_goes_along(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    parts = {"transformer": Part(CONFIGS["transformer"], KoDalle(CONFIGS["transformer"]).state_dict())}  # type: ignore[arg-type]
+    write_model_folder(source, parts, card="card")  # type: ignore[arg-type]
+    assert not (source / "generation_config.json").exists()
+    assert (read_generation(source), read_attributes(source)) == (GenerationConfig(), {})
+    generation = GenerationConfig(temperature=0.7, top_p=0.95, guidance_scale=1.5)
+    attributes = {"상의": {"색상": ["블랙", "화이트"], "카테고리": ["티셔츠"]}}
+    write_model_folder(source, parts, card="card", generation=generation, attributes=attributes)  # type: ignore[arg-type]
+    convert_model_folder(source, tmp_path / "small", dtype=torch.float16)
+    for folder in (source, tmp_path / "small"):
+        assert read_generation(folder) == generation
+        assert read_attributes(folder) == attributes
+    for text, field in (
+        ('{"temperature": -1}', "temperature"),
+        ('{"temprature": 1}', "temprature"),
+        ('{"top_p": 0}', "top_p"),
+        ("[1]", ""),
+        ("{", "model folder"),
+    ):
+        (source / "generation_config.json").write_text(text)
+        with pytest.raises(InputError, match=r"generation_config\.json") as raised:
+            read_generation(source)
+        assert field in raised.value.field
+    (source / "attributes.json").write_text('{"상의": ["블랙"]}')
+    with pytest.raises(InputError, match=r"상의.*attributes\.json"):
+        read_attributes(source)
 
 
 def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path) -> None:

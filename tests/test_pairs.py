@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.data.pairs import Pair, balance_weights, load_image, load_pairs, split_of
+from engine.data.pairs import Pair, balance_weights, known_attributes, load_image, load_pairs, split_of
 from engine.errors import InputError
 
 
@@ -232,3 +232,22 @@ def test_load_image_names_a_broken_file(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"x\.png"):
         load_image(Pair("x", tmp_path / "x.png", ("c",), "x", "train"), 8)
+
+
+def test_known_attributes_are_counted_by_garment() -> None:
+    def pair(key: str, **attributes: str | list[str]) -> Pair:
+        return Pair(key, Path(key), ("c",), key, "train", attributes)
+
+    some = [
+        pair("a", garment="상의", 색상="레드", 소재=["면", "린넨"]),
+        pair("b", garment="상의", 색상="블랙", 소재=["린넨"]),
+        pair("c", garment="상의", 색상="블랙"),
+        pair("d", garment="하의", 색상="레드"),
+        pair("e", 색상="블루"),
+    ]
+    assert known_attributes(some) == {
+        "상의": {"색상": ["블랙", "레드"], "소재": ["린넨", "면"]},
+        "하의": {"색상": ["레드"]},
+    }
+    assert list(known_attributes(some)) == ["상의", "하의"]
+    assert known_attributes(some[4:]) == {}

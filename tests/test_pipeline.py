@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -304,8 +305,32 @@ def test_captions_are_continued(pipeline: Pipeline) -> None:
 # ------------------------------------------------------------------------------------------------------ kodalle draw
 
 
+def test_a_model_says_how_it_is_drawn_with(
+    kodalle_run: Path, pipeline: Pipeline, sixteen: Drawing, tmp_path: Path
+) -> None:
+    """Where nothing is asked for its own options count, one by one; they go along when it is saved."""
+    model = tmp_path / "model"
+    shutil.copytree(kodalle_run / "model", model)
+    (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 9}')
+    own = SamplingOptions(temperature=0.5, top_k=9)
+    expected = [one.image_tokens for one in _by_number(pipeline(CAPTIONS[:1], candidates=5, seed=5, options=own)[0])]
+    assert expected != [one.image_tokens for one in _by_number(sixteen)[:5]]
+    Pipeline.from_pretrained(model).save_pretrained(tmp_path / "saved")
+    again = Pipeline.from_pretrained(tmp_path / "saved")
+    assert again.default_options == own
+    drawn = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
+    assert drawn == expected
+    by_command = _draw(model, tmp_path / "out", options={"temperature": None, "top_k": None})
+    assert [one.image_tokens for one in _by_number(by_command)] == expected
+    result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert result["options"] == {"temperature": 0.5, "top_k": 9, "top_p": None, "guidance_scale": 1.0}
+    warmer = _draw(model, tmp_path / "warmer", options={"temperature": 1.5})
+    assert json.loads((tmp_path / "warmer" / "result.json").read_text())["options"]["top_k"] == 9
+    assert [one.image_tokens for one in _by_number(warmer)] != expected
+
+
 def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) -> Drawing:
-    settings = {"candidates": 5, "top": 2, "seed": 5, "options": SamplingOptions(), "strict": False, "device": "cpu"}
+    settings = {"candidates": 5, "top": 2, "seed": 5, "options": {}, "strict": False, "device": "cpu"}
     return draw_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
 
 

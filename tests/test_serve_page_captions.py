@@ -3,8 +3,10 @@
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,14 @@ Chosen = dict[str, dict[str, str | list[str]]]
 
 
 @pytest.fixture(scope="module")
-def page(kodalle_run: Path) -> Iterator[Page]:
-    with (
-        model_site(kodalle_run / "model") as (site, _),
-        chromium() as browser,
-        opened(browser, site.address) as (page, _),
-    ):
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, kodalle_run: Path) -> Iterator[Page]:
+    with model_site(kodalle_run / "model") as (site, _), opened(browser, site.address) as (page, _):
         yield page
 
 
@@ -137,6 +141,73 @@ def test_a_caption_that_is_pasted_sets_the_builder(page: Page) -> None:
     expect(page.get_by_role("radio", name="원피스")).to_be_checked()
     expect(page.get_by_role("radio", name="블루", exact=True)).to_be_checked()
     expect(page.get_by_label("기장", exact=True)).to_have_value(label["원피스"]["기장"])
+
+
+KNOWN = {
+    "상의": {"색상": ["화이트", "블랙", "레드"], "카테고리": ["티셔츠", "셔츠"], "핏": ["없는 핏"]},
+    "하의": {"색상": ["네이비", "블랙"], "카테고리": ["팬츠"], "기장": ["발목", "미니"]},
+}
+
+
+@pytest.fixture
+def knowing_page(browser: Any, kodalle_run: Path, tmp_path: Path) -> Iterator[Page]:
+    """Of a model that says what its captions told of, and how it is drawn with."""
+    model = tmp_path / "model"
+    shutil.copytree(kodalle_run / "model", model)
+    (model / "attributes.json").write_text(json.dumps(KNOWN), encoding="utf-8")
+    (model / "generation_config.json").write_text('{"temperature": 0.7, "top_p": 0.9}')
+    with model_site(model) as (site, _), opened(browser, site.address) as (page, _):
+        expect(page.locator("#temperature")).to_have_value("0.7")
+        yield page
+
+
+@needs_chromium
+def test_what_the_model_has_not_learnt_is_not_offered(knowing_page: Page) -> None:
+    page = knowing_page
+
+    def values(name: str) -> list[str]:
+        return page.locator(f"input[name='{name}']").evaluate_all("boxes => boxes.map((box) => box.value)")
+
+    assert values("part") == ["상의", "하의"]
+    assert sorted(values("choice-색상")) == ["", "레드", "블랙", "화이트"]
+    assert sorted(values("choice-카테고리")) == ["", "셔츠", "티셔츠"]
+    expect(page.get_by_label("핏", exact=True)).to_have_count(0)  # no word of it is the page's
+    examples = page.locator("#examples button")
+    assert examples.all_inner_texts() == ["화이트 티셔츠", "블랙 팬츠"]
+    examples.nth(1).click()
+    expect(page.locator("#caption")).to_have_value(_engine_caption({"하의": {"색상": "블랙", "카테고리": "팬츠"}}))
+    assert values("choice-색상") == ["", "블랙", "네이비"]
+    # A caption with other words is read as ever.
+    page.locator("#caption").fill(_engine_caption({"원피스": {"색상": "레드"}, "상의": {"색상": "레드"}}))
+    expect(page.locator("input[name='choice-색상'][value='레드']")).to_be_checked()
+    page.locator("#caption").fill(_engine_caption({"원피스": {"색상": "레드"}}))
+    assert values("part") == ["상의", "하의"]
+
+
+@needs_chromium
+def test_the_form_begins_with_the_models_own_options(knowing_page: Page) -> None:
+    """A choice outlives a reload, the model's own values follow the model, an empty filter is none."""
+    page = knowing_page
+    request = "() => import('/page/settings.js').then((m) => m.readSettings())"
+    assert {"temperature": 0.7, "topP": 0.9, "topK": None}.items() <= page.evaluate(request).items()
+    page.locator("#temperature").evaluate("field => field.closest('details').open = true")
+    page.locator("#temperature").fill("1")
+    page.locator("#top_p").fill("")
+    page.reload()
+    expect(page.locator("#examples button")).to_have_count(2)
+    assert {"temperature": 1, "topP": 1}.items() <= page.evaluate(request).items()
+    page.locator("#temperature").evaluate("field => field.closest('details').open = true")
+    page.locator("#settings-reset").click()
+    assert {"temperature": 0.7, "topP": 0.9}.items() <= page.evaluate(request).items()
+
+
+@needs_chromium
+def test_models_that_say_nothing_or_other_things_are_offered_everything(page: Page) -> None:
+    for known in ({}, {"landscape": {"weather": ["rain"]}}):
+        offered = module(
+            page, "composer", "return m.offeredTo(a.grammar, a.known);", {"grammar": GRAMMAR, "known": known}
+        )
+        assert offered == GRAMMAR
 
 
 @needs_chromium

@@ -34,6 +34,13 @@ def test_a_caption_alone_gets_the_servers_defaults() -> None:
     assert job().seed != job().seed or job().seed != job().seed
 
 
+def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SamplingOptions(temperature=0.7, top_p=0.9, guidance_scale=2)
+    monkeypatch.setitem(globals(), "INFO", replace(INFO, default_options=own))
+    assert job().options == own
+    assert job(temperature=1, guidance=1).options == SamplingOptions(temperature=1, top_p=0.9)
+
+
 def test_null_means_left_out_for_every_field_but_the_prompt() -> None:
     nulls = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
     assert replace(job(**nulls), seed=0) == replace(job(), seed=0)

@@ -76,6 +76,23 @@ class Pairs:
         return len(self.all)
 
 
+def known_attributes(pairs: Sequence[Pair]) -> dict[str, dict[str, list[str]]]:
+    """What their captions tell of: garment to attribute to values, the commonest first; {} for captions without labels."""
+    counts: dict[str, dict[str, Counter[str]]] = {}
+    for pair in pairs:
+        garment = pair.attributes.get("garment")
+        if not isinstance(garment, str):
+            continue
+        for name, value in pair.attributes.items():
+            if name != "garment":
+                values = [value] if isinstance(value, str) else value
+                counts.setdefault(garment, {}).setdefault(name, Counter()).update(values)
+    return {
+        garment: {name: sorted(found, key=lambda value: (-found[value], value)) for name, found in sorted(own.items())}
+        for garment, own in sorted(counts.items())
+    }
+
+
 def load_pairs(folder: Path, *, validation_fraction: float = 0.05, seed: int = 42) -> Pairs:
     """Reads a prepared folder or a plain folder of name.jpg + name.txt (recursive).
 

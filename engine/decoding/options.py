@@ -3,7 +3,7 @@
 Without torch, so that a server's edge can check a request before any model is loaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import InputError
 
@@ -32,6 +32,10 @@ class SamplingOptions:
             raise InputError("top_p", self.top_p, "must be above 0 and at most 1, or left out")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError("guidance_scale", self.guidance_scale, "must be 0 or more; 1 is no guidance")
+
+    def but(self, **asked: float | None) -> "SamplingOptions":
+        """The same with what is asked for; None asks for nothing."""
+        return replace(self, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ G captions, n candidates of each, S pixels.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def score_drawings(
     """Draws `count` different held-out captions, all when there are fewer.
 
     Returns:
-        captions, candidates, seed, captions_cut (captions too long for the model, their ends cut);
+        captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), options (the
+        model's own);
         koclip_score, distances: when the model has a KoCLIP, see `_scores` and `_distances`;
         colour_agreement: when there are `names`, see `_colours`;
         sheet: when asked for, its file name and columns;
@@ -116,6 +117,7 @@ def score_drawings(
         run.on_progress("drawing", start + len(part), len(chosen))
     found: dict[str, Any] = {
         "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
+        "options": asdict(pipeline.default_options),
     }  # fmt: skip
     if pipeline.koclip is not None:
         found["koclip_score"] = _scores(run, pipeline, chosen, tally)

@@ -3,6 +3,8 @@
     config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional
     <part>.safetensors        its weights
     tokenizer.json, …         Hugging Face tokenizer files
+    generation_config.json    how pictures are drawn when nobody says otherwise; optional
+    attributes.json           what training captions told of, garment to attribute to values; optional
     model_card.md             data, training, figures, limits
 
 No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
@@ -15,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.config import KoclipConfig, Section, TransformerConfig, VqganConfig, parse_section
+from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig, parse_section
 from engine.data.text import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
@@ -28,6 +31,9 @@ from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 
 FORMAT = 1
+GENERATION_FILE = "generation_config.json"
+ATTRIBUTES_FILE = "attributes.json"
+Attributes = dict[str, dict[str, list[str]]]
 PartName = Literal["vqgan", "transformer", "koclip"]
 _CONFIGS: dict[PartName, type[Section]] = {
     "vqgan": VqganConfig,
@@ -51,6 +57,8 @@ def write_model_folder(
     *,
     card: str,
     tokenizer: CaptionTokenizer | None = None,
+    generation: GenerationConfig | None = None,
+    attributes: Attributes | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a complete folder and renames it into place; an older one of the same name is replaced.
@@ -80,6 +88,10 @@ def write_model_folder(
             (folder / f"{name}.safetensors").chmod(0o644)  # it is written as 0600: nobody else could serve it
         if tokenizer is not None:
             tokenizer.save(folder)
+        if generation is not None and generation != GenerationConfig():
+            write_json(folder / GENERATION_FILE, generation.model_dump(mode="json", exclude_none=True))
+        if attributes:
+            write_json(folder / ATTRIBUTES_FILE, attributes)
         write_json(folder / "config.json", config)
         (folder / "model_card.md").write_text(card, encoding="utf-8")
 
@@ -110,6 +122,8 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
         parts,
         card=f"{told.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
         tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
+        generation=read_generation(source),
+        attributes=read_attributes(source),
         dtype=dtype,
     )
     return sum((destination / f"{name}.safetensors").stat().st_size for name in parts)
@@ -124,6 +138,34 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = config.get("format") if isinstance(config, dict) else config
         raise InputError(f"{folder / 'config.json'} format", found, f"this version reads format {FORMAT}")
     return config
+
+
+def read_generation(folder: Path) -> GenerationConfig:
+    """How a folder's pictures are drawn when nobody says otherwise.
+
+    Raises:
+        InputError: its file is no JSON, or names an option that there is not, or a value out of range.
+    """
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return GenerationConfig()
+    tree = read_json(path, field="model folder", remedy="mend it, or remove it")
+    generation: GenerationConfig = parse_section(GenerationConfig, tree, source=str(path))
+    return generation
+
+
+def read_attributes(folder: Path) -> Attributes:
+    """What a folder's training captions told of, as `engine.data.pairs.known_attributes` gives it; {} if it does not say.
+
+    Raises:
+        InputError: its file is not of that form.
+    """
+    path = folder / ATTRIBUTES_FILE
+    if not path.is_file():
+        return {}
+    tree = read_json(path, field="model folder", remedy="mend it, or remove it")
+    attributes: Attributes = parse_section(TypeAdapter(Attributes), tree, source=str(path))
+    return attributes
 
 
 def has_part(folder: Path, name: PartName) -> bool:

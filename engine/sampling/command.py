@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -61,7 +62,7 @@ def draw_to_folder(
     candidates: int,
     top: int,
     seed: int,
-    options: SamplingOptions,
+    options: Mapping[str, float | None],
     strict: bool,
     device: str,
     int8: bool = False,
@@ -69,6 +70,9 @@ def draw_to_folder(
     rank_by: str = "koclip",
 ) -> Drawing:
     """Draws and writes; result.json comes last, so its presence means that the rest is there.
+
+    Args:
+        options: what was asked for of `SamplingOptions`; where nothing was, the model's own value stands.
 
     Raises:
         InputError: bad options, files, model or caption; nothing is written then.
@@ -81,17 +85,19 @@ def draw_to_folder(
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
     if rank_by == "fit" and (given is None or given.mask is None):
         raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
+    SamplingOptions().but(**options)  # faults before the model is loaded
     given_image = None if given is None else given.read()
     fit_threads()
     begun = time.perf_counter()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
     loading_s = time.perf_counter() - begun
+    settled = pipeline.default_options.but(**options)
     with ProgressBar("drawing", total=pipeline.transformer.config.image_seq_len) as bar:
         drawing = pipeline(
             [caption],
             candidates=candidates,
             seed=seed,
-            options=options,
+            options=settled,
             given=given_image,
             rank_by=cast(RankBy, rank_by),
             strict=strict,
@@ -100,7 +106,7 @@ def draw_to_folder(
     if drawing.tokens_cut:
         print(f"note: the caption is {drawing.tokens_cut} tokens too long; its end was cut (--strict refuses instead)")
     begun = time.perf_counter()
-    made = describe_making(options, given, rank_by, int8=int8)
+    made = describe_making(settled, given, rank_by, int8=int8)
     write_drawing(folder, drawing, made, top=top)
     encoding_s = time.perf_counter() - begun
     result = describe(drawing, made, top=top)

@@ -24,17 +24,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.codec.onnx_record import Codec, CodecBackend, choose_codec
+from engine.config import GenerationConfig
 from engine.data.text import CaptionTokenizer
 from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import (
+    Attributes,
     Part,
     PartName,
     has_part,
     load_folder_tokenizer,
     load_part,
+    read_attributes,
+    read_generation,
     write_model_folder,
 )
 from engine.models.koclip import KoClip
@@ -64,6 +68,8 @@ class Pipeline:
         card: str = "",
         codec: Codec | None = None,
         *,
+        generation: GenerationConfig | None = None,
+        attributes: Attributes | None = None,
         int8: bool = False,
         guess_ahead: bool = True,
     ) -> None:
@@ -73,6 +79,9 @@ class Pipeline:
             koclip.eval()
         self.tokenizer = tokenizer
         self._card = card
+        self._generation = generation or GenerationConfig()
+        self.attributes: Attributes = attributes or {}
+        self.default_options = SamplingOptions(**self._generation.model_dump())
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
         self.sampler = Sampler(
             transformer,
@@ -131,6 +140,8 @@ class Pipeline:
             load_folder_tokenizer(folder),
             card.read_text(encoding="utf-8") if card.is_file() else "",
             codec,
+            generation=read_generation(folder),
+            attributes=read_attributes(folder),
             int8=int8,
             guess_ahead=guess_ahead,
         )
@@ -143,7 +154,10 @@ class Pipeline:
         }
         if self.koclip is not None:
             parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
-        write_model_folder(Path(folder), parts, card=self._card, tokenizer=self.tokenizer, dtype=dtype)
+        write_model_folder(
+            Path(folder), parts, card=self._card,
+            tokenizer=self.tokenizer, generation=self._generation, attributes=self.attributes, dtype=dtype,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +178,7 @@ class Pipeline:
         """Draws `candidates` pictures of each caption and ranks them.
 
         Args:
+            options: None: the model's own, `default_options`.
             given: a picture whose first rows, or all but what a mask marks, every candidate keeps.
             rank_by: KoCLIP's score of the finished picture; or, for a repainted hole, how well it fits what was kept
                 after it.
@@ -184,7 +199,7 @@ class Pipeline:
                 check_kept_after(start)
             prefix = self.sampler.prefill(encoded.tokens)
         rows = [
-            RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or SamplingOptions())
+            RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or self.default_options)
             for caption in range(G)
             for number in range(candidates)
         ]

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
+from engine.data.pairs import known_attributes
 from engine.data.text import CaptionTokenizer, tokenizer_for
 from engine.data.token_shards import (
     TokenShard,
@@ -47,6 +48,7 @@ class KodalleStage:
     def __init__(self, run: KodalleRun, world: World) -> None:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
+        self._attributes = known_attributes(pairs.train)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
@@ -108,9 +110,10 @@ class KodalleStage:
         """Two rows: the VQGAN's version of held-out pictures, and drawings for their captions, seed 0."""
         batch = (self.validation_source or self.source)(0)
         text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
+        options = SamplingOptions(**self.run.generation.model_dump()).but(guidance_scale=1)  # no empty caption here
         with whole_parameters(self.engine):
             rows = [
-                RowRequest(prefix_index=index, seed=0, candidate=index, options=SamplingOptions())
+                RowRequest(prefix_index=index, seed=0, candidate=index, options=options)
                 for index in range(len(text_tokens))
             ]
             # Guessing ahead takes as many passes as the guesses allow, and ranks of ZeRO-3 must take the same number.
@@ -130,7 +133,10 @@ class KodalleStage:
             }
             if run.koclip is not None:
                 parts["koclip"] = read_part(run.koclip, "koclip")
-            write_model_folder(folder, parts, card=card, tokenizer=self.tokenizer)
+            write_model_folder(
+                folder, parts, card=card,
+                tokenizer=self.tokenizer, generation=run.generation, attributes=self._attributes,
+            )  # fmt: skip
         self.world.barrier()
 
     def state(self) -> dict[str, Tensor]:

@@ -187,6 +187,8 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
         has_ranker=pipeline.koclip is not None,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         tokenizer_json=pipeline.tokenizer.to_json(),
+        default_options=pipeline.default_options,
+        attributes=pipeline.attributes,
     )
 
 

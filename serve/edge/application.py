@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,8 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "device": info.device,
         "digest": info.digest,
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
+        "default_options": asdict(info.default_options),
+        "attributes": info.attributes,
         "limits": {
             "prompt_characters": limits.max_prompt_characters,
             "images": limits.max_images,

@@ -25,6 +25,7 @@ _EXAMPLES: Json = {
 _PICTURES: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
 _WHOLE: Json = {"type": "integer"}
 _TEXT: Json = {"type": "string"}
+_TEXTS: Json = {"type": "array", "items": _TEXT}
 _NUMBER: Json = {"type": "number"}
 _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 
@@ -182,6 +183,8 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "device": _TEXT,
         "has_ranker": {"type": "boolean"},
         "limits": {"type": "object", "additionalProperties": _NUMBER},
+        "default_options": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
+        "attributes": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _TEXTS}},
     }
     whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
     error = dict.fromkeys(("message", "message_ko", "type", "code"), _TEXT) | {"param": {"type": ["string", "null"]}}

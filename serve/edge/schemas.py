@@ -75,11 +75,14 @@ class DrawRequest(BaseModel):
     candidates: int | None = Field(None, description="pictures drawn and ranked, at least n")
     num_candidates: int | None = Field(None, description="the same as candidates")
     temperature: float | None = Field(
-        None, description="1 is the model's own distribution; 0 takes the likeliest token"
+        None,
+        description="1 is what the model learnt; 0 takes the likeliest token; the model's default_options if left out",
     )
     top_k: int | None = Field(None, description="draw among the k likeliest tokens")
     top_p: float | None = Field(None, description="draw among the fewest tokens that reach this probability")
-    guidance: float | None = Field(None, description="guidance scale: 1 is none, which is the fastest")
+    guidance: float | None = Field(
+        None, description="guidance scale: 1 is none, which is the fastest; like temperature"
+    )
     guidance_scale: float | None = Field(None, description="the same as guidance")
     rank_by: RankBy | None = Field(
         None,
@@ -193,7 +196,7 @@ def draw_job(
         num_candidates=num_candidates,
         num_images=num_images,
         deadline_s=deadline_s,
-        options=_options(request),
+        options=_options(request, info.default_options),
         rank_by=request.rank_by or "koclip",
         image_format=image_format,
         compression=100 if request.output_compression is None else request.output_compression,
@@ -277,14 +280,11 @@ def _num_candidates(request: DrawRequest, num_images: int, settings: ServeSettin
     return int(asked)
 
 
-def _options(request: DrawRequest) -> SamplingOptions:
+def _options(request: DrawRequest, defaults: SamplingOptions) -> SamplingOptions:
     guidance = _one_of(request, "guidance", "guidance_scale")
     try:
-        return SamplingOptions(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            guidance_scale=1.0 if guidance is None else guidance,
+        return defaults.but(
+            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, guidance_scale=guidance
         )
     except InputError as error:
         raise input_failure(error) from error

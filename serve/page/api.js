@@ -32,6 +32,9 @@ import { language, t } from "./texts.js";
  * @property {string} digest
  * @property {string} device
  * @property {number} default_candidates
+ * @property {Record<string, Record<string, string[]>>} attributes what its captions told of: part to attribute to values,
+ *   the commonest first; {} when it does not say
+ * @property {{temperature: number, top_k: number|null, top_p: number|null, guidance_scale: number}} default_options
  * @property {{images: number, candidates: number, partial_images: number}} limits
  */
 

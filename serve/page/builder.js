@@ -22,8 +22,11 @@ export async function readGrammar() {
 /**
  * @param {Grammar} grammar
  * @param {import("./caption.js").CaptionBox} captionBox
+ * @returns {{offer: (grammar: Grammar) => void}} `offer`: choices from now on are those of this grammar, a part of the
+ *   other one; captions are read by the whole
  */
 export function startBuilder(grammar, captionBox) {
+  let offered = grammar;
   const state = { label: labelOf(grammar, captionBox.read()) ?? {}, part: grammar.shown_order[0], isWriting: false };
 
   const offerOrWrite = () => {
@@ -41,8 +44,8 @@ export function startBuilder(grammar, captionBox) {
     byId("builder-title").textContent = grammar.name[language()];
     const body = byId("builder-body");
     body.replaceChildren(
-      partChoice(grammar, state, draw),
-      fieldsOf(grammar, state, offerOrWrite),
+      partChoice(offered, state, draw),
+      fieldsOf(offered, state, offerOrWrite),
       element("div", { id: "builder-offer", class: "offer", hidden: true }),
       button({ text: t("builder.clear"), press: () => ((state.label = {}), offerOrWrite(), draw()) }),
     );
@@ -55,7 +58,8 @@ export function startBuilder(grammar, captionBox) {
     const label = labelOf(grammar, caption);
     if (label === null) return;
     state.label = label;
-    state.part = Object.keys(label).find((part) => part === state.part) ?? Object.keys(label)[0] ?? state.part;
+    const told = Object.keys(label).filter((part) => offered.shown_order.includes(part));
+    state.part = told.find((part) => part === state.part) ?? told[0] ?? state.part;
     draw();
   });
   const fold = byId("builder");
@@ -67,6 +71,13 @@ export function startBuilder(grammar, captionBox) {
     keep(lasting(), "kodalle.builder", fold.hasAttribute("open") ? "open" : "closed"),
   );
   onLanguage(draw);
+  return {
+    offer: (grammar) => {
+      offered = grammar;
+      if (!offered.shown_order.includes(state.part)) state.part = offered.shown_order[0];
+      draw();
+    },
+  };
 }
 
 /**

@@ -33,6 +33,53 @@ export function compose(grammar, label) {
 }
 
 /**
+ * What is worth offering to a model: the words that its captions told of, and examples of these.
+ * @param {Grammar} grammar
+ * @param {Record<string, Record<string, string[]>>} known part to attribute to values, the commonest first
+ * @returns {Grammar} the same one where the model does not say, or tells of other things
+ */
+export function offeredTo(grammar, known) {
+  const values = { ...grammar.values };
+  const parts = grammar.parts
+    .filter((part) => known[part.name])
+    .map((part) => {
+      const attributes = {};
+      for (const [name, list] of Object.entries(part.attributes)) {
+        const words = grammar.values[list].filter(({ value }) => known[part.name][name]?.includes(value));
+        if (words.length === 0) continue;
+        attributes[name] = `${part.name} ${name}`;
+        values[attributes[name]] = words;
+      }
+      return { ...part, attributes };
+    });
+  if (parts.length === 0) return grammar;
+  const shown_order = grammar.shown_order.filter((name) => known[name]);
+  const offered = { ...grammar, parts, values, shown_order };
+  const examples = shown_order.map((name, number) => example(offered, known, name, number));
+  return { ...offered, examples: examples.filter(({ ko }) => ko) };
+}
+
+/** A part's commonest category in its `number`-th colour, so that the examples differ. */
+function example(grammar, known, name, number) {
+  const part = grammar.parts.find((each) => each.name === name);
+  const words = [];
+  const label = {};
+  for (const { name: attribute, control } of grammar.attributes) {
+    const list = grammar.values[part.attributes[attribute]] ?? [];
+    const ranked = (known[name][attribute] ?? []).filter((value) => list.some((each) => each.value === value));
+    if (!["chips", "swatches"].includes(control) || ranked.length === 0) continue;
+    const value = ranked[control === "swatches" ? number % ranked.length : 0];
+    label[attribute] = value;
+    words.push(list.find((each) => each.value === value));
+  }
+  return {
+    ko: words.map((word) => word.value).join(" "),
+    en: words.map((word) => word.en).join(" "),
+    label: { [name]: label },
+  };
+}
+
+/**
  * @param {Grammar} grammar
  * @param {string} caption
  * @returns {Label|null} the label that composes to exactly this caption; null when none does

@@ -6,7 +6,7 @@ import { ApiError, ConnectionLost, readModel } from "./api.js";
 import { readGrammar, startBuilder } from "./builder.js";
 import { startCaption } from "./caption.js";
 import { startBoard } from "./cards.js";
-import { compose } from "./composer.js";
+import { compose, offeredTo } from "./composer.js";
 import { startConnection, whenReady } from "./connection.js";
 import { editPicture } from "./editor.js";
 import { button, byId, tellBriefly } from "./elements.js";
@@ -91,9 +91,13 @@ async function start() {
   });
   for (const drawing of await store.newest(null, DRAWINGS_ON_BOARD, () => true)) board.showDrawing(drawing);
   const grammar = await readGrammar();
-  startBuilder(grammar, captionBox);
+  const builder = startBuilder(grammar, captionBox);
   showExamples(grammar, captionBox);
   await learnModel();
+  if (!model) return;
+  const offered = offeredTo(grammar, model.attributes);
+  builder.offer(offered);
+  showExamples(offered, captionBox);
 }
 
 // ------------------------------------------------------------------------------------------------------------- asking
@@ -307,7 +311,7 @@ async function learnModel() {
   for (;;) {
     try {
       model = await readModel();
-      limitSettings(model.limits, model.default_candidates);
+      limitSettings(model);
       showModel();
       return;
     } catch (error) {

@@ -17,7 +17,10 @@ import { formatNumber, onLanguage, t } from "./texts.js";
  * @property {number|null} topP
  */
 
-/** @type {Settings} */
+/**
+ * What the form begins with; of how to draw, what the model says as soon as it is known.
+ * @type {Settings}
+ */
 export const FIRST = { n: 4, candidates: 16, seed: "", temperature: 1, guidance: 1, topK: null, topP: null };
 const INPUTS = {
   n: "n",
@@ -36,9 +39,14 @@ const LIMITS = {
   topK: [1, 1_000_000],
   topP: [0, 1],
 };
+// As good as no filter: what an empty field means where the model would filter of itself.
+const ALL = { topK: LIMITS.topK[1], topP: 1 };
 const WHOLE = ["n", "candidates", "topK"];
 const MOST_SEED = 2n ** 64n;
 const DRAFT = "kodalle.settings";
+
+/** Whether FIRST is the model's: until then nobody can tell a choice from a value that came with the page. */
+let isSettled = false;
 
 /** A setting that cannot be drawn with; `field` says which. */
 export class SettingFault extends Error {
@@ -72,7 +80,7 @@ export function readSettings() {
  */
 export function writeSettings(settings) {
   for (const [name, value] of Object.entries(settings)) {
-    if (name in INPUTS) input(name).value = value === null ? "" : String(value);
+    if (name in INPUTS) input(name).value = textOf(value);
   }
   changed();
 }
@@ -118,34 +126,46 @@ export function startSettings() {
     const { temperature, guidance, topK, topP } = FIRST;
     writeSettings({ temperature, guidance, topK, topP });
   });
-  try {
-    const draft = JSON.parse(kept(lasting(), DRAFT) || "{}");
-    for (const [name, value] of Object.entries(draft)) if (name in INPUTS) input(name).value = String(value);
-  } catch {
-    // Not ours, or half written: the form keeps its first values.
-  }
+  for (const [name, value] of Object.entries(draft())) if (name in INPUTS) input(name).value = String(value);
   onLanguage(changed);
 }
 
 /**
- * What the server draws at most, and how many candidates when nobody says.
- * @param {{images: number, candidates: number}} limits
- * @param {number} candidates
+ * What the server draws at most, and how when nobody says.
+ * @param {import("./api.js").Model} model
  */
-export function limitSettings(limits, candidates) {
+export function limitSettings({ limits, default_candidates, default_options }) {
   LIMITS.n[1] = limits.images;
   LIMITS.candidates[1] = limits.candidates;
   input("n").max = String(limits.images);
   input("candidates").max = String(limits.candidates);
-  // As it came with the page: nobody has chosen it.
-  if (input("candidates").value === String(FIRST.candidates)) input("candidates").value = String(candidates);
+  const { temperature, guidance_scale, top_k, top_p } = default_options;
+  const told = { candidates: default_candidates, temperature, guidance: guidance_scale, topK: top_k, topP: top_p };
+  // As they came with the page: nobody has chosen them.
+  const untouched = Object.keys(told).filter((name) => input(name).value === textOf(FIRST[name]) && !(name in draft()));
+  Object.assign(FIRST, told);
+  isSettled = true;
+  writeSettings(Object.fromEntries(untouched.map((name) => [name, told[name]])));
+}
+
+/**
+ * @returns {Record<string, string>} what an earlier visit chose; {} where that is not ours, or half written
+ */
+function draft() {
+  try {
+    return Object(JSON.parse(kept(lasting(), DRAFT) || "{}"));
+  } catch {
+    return {};
+  }
 }
 
 /** What follows from any change: kept for the next visit, faults taken back, the fold's summary told. */
 function changed() {
   showSettingFault(null);
   const values = Object.fromEntries(Object.keys(INPUTS).map((name) => [name, input(name).value]));
-  keep(lasting(), DRAFT, JSON.stringify(values));
+  const before = isSettled ? {} : draft();
+  const chosen = Object.entries(values).filter(([name, value]) => value !== textOf(FIRST[name]) || name in before);
+  keep(lasting(), DRAFT, JSON.stringify(Object.fromEntries(chosen)));
   byId("seed-clear").toggleAttribute("disabled", values.seed === "");
   const summary = t("compose.settings", {
     n: Number(values.n),
@@ -156,7 +176,7 @@ function changed() {
   byId("to-settings").setAttribute("aria-label", t("compose.to_settings", { told: summary }));
   // Above the fold it must show that something behind it is not as it was.
   const told = ["temperature", "guidance", "topK", "topP"]
-    .filter((name) => values[name] !== (FIRST[name] === null ? "" : String(FIRST[name])))
+    .filter((name) => values[name] !== textOf(FIRST[name]))
     .map(
       (name) =>
         `${t(`settings.${name}_short`)} ${Number.isFinite(Number(values[name])) ? formatNumber(Number(values[name])) : values[name]}`,
@@ -171,7 +191,7 @@ function changed() {
 function readNumber(name) {
   const field = input(name);
   const text = field.value.trim();
-  if (text === "" && FIRST[name] === null && field.validity.valid) return null;
+  if (text === "" && name in ALL && field.validity.valid) return FIRST[name] === null ? null : ALL[name];
   const [least, most] = LIMITS[name];
   const value = Number(text);
   const isFine = text !== "" && value >= least && value <= most && (!WHOLE.includes(name) || Number.isInteger(value));
@@ -179,6 +199,14 @@ function readNumber(name) {
     throw new SettingFault(name, t("settings.bad_number", { name: t(`settings.${name}_short`), least, most }));
   }
   return value;
+}
+
+/**
+ * @param {number|string|null} value
+ * @returns {string} as it stands in a field
+ */
+function textOf(value) {
+  return value === null ? "" : String(value);
 }
 
 /**
