@@ -59,7 +59,7 @@ def draw(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
-    from engine.sampling.command import GivenFiles, draw_to_folder
+    from engine.decoding.options import SamplingOptions
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     if image is None:
@@ -67,6 +67,9 @@ def draw(
         for name, value in needs_image.items():
             if value is not None:
                 raise InputError(name, value, "give the picture too: --image FILE")
+    SamplingOptions().but(**options)  # a value out of range is told before torch is imported, which takes seconds
+    from engine.sampling.command import GivenFiles, draw_to_folder
+
     draw_to_folder(
         model,
         caption,

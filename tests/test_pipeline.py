@@ -334,6 +334,24 @@ def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) ->
     return draw_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
 
 
+def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_run: Path, tmp_path: Path) -> None:
+    _draw(kodalle_run / "model", tmp_path)
+    ours = {path.name for path in tmp_path.glob("*-seed5-*.png")}
+    assert len(ours) == 2
+    (tmp_path / "my own.png").write_bytes(b"precious")
+    (tmp_path / "01-seed5-candidate000.png.bak").write_bytes(b"precious")
+    _draw(kodalle_run / "model", tmp_path, seed=6)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & ours
+    assert names >= {"my own.png", "01-seed5-candidate000.png.bak", "sheet.png", "result.json"}
+    assert len([name for name in names if "-seed6-" in name]) == 2
+    # An index of pictures that names others than ours removes nothing.
+    for text in ('{"candidates": [{"file": "my own.png"}, {"file": "../x.png"}, {"file": null}]}', "[", "[1]", "{}"):
+        (tmp_path / "result.json").write_text(text)
+        _draw(kodalle_run / "model", tmp_path, seed=6)
+    assert (tmp_path / "my own.png").read_bytes() == b"precious"
+
+
 def test_draw_writes_pictures_sheet_and_result(
     kodalle_run: Path, sixteen: Drawing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

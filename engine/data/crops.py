@@ -76,7 +76,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
-        raise ImageFault("missing_image", path, "no such file") from error
+        raise ImageFault("missing_image", path, "no such file: check its name") from error
     if size_bytes == 0:
         raise ImageFault("empty_file", path, "the file is empty (0 bytes)")
     try:

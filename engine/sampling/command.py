@@ -1,6 +1,8 @@
 """`kodalle draw`: one caption to a folder of pictures, a sheet and result.json. `kodalle continue`: captions to lines."""
 
 import hashlib
+import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +23,9 @@ from engine.sampling.given import GivenImage
 from engine.sampling.machine import fit_threads
 from engine.sampling.pictures import contact_sheet, save_png
 from engine.sampling.pipeline import Pipeline, RankBy
+
+
+_FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def draw_to_folder(
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
     if rank_by == "fit" and (given is None or given.mask is None):
         raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
-    SamplingOptions().but(**options)  # faults before the model is loaded
+    SamplingOptions().but(**options)  # before the model is loaded
     given_image = None if given is None else given.read()
     fit_threads()
     begun = time.perf_counter()
@@ -158,7 +163,7 @@ def pick_device(device: str) -> torch.device:
 def write_drawing(folder: Path, drawing: Drawing, made: dict[str, Any], *, top: int) -> None:
     """The best `top` pictures with their making in the metadata, and the sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)  # an earlier drawing's
+    _clear(folder)
     for kept in drawing.top(top):
         save_png(folder / file_name(kept), kept.image, metadata(drawing, kept) | made)
     pictures = [one.image for one in drawing.candidates]
@@ -171,6 +176,21 @@ def write_drawing(folder: Path, drawing: Drawing, made: dict[str, Any], *, top: 
     sheet = contact_sheet(drawing.caption, pictures, labels, columns=min(8, len(pictures)), scale=scale)
     with atomic_file(folder / "sheet.png") as temporary:
         sheet.save(temporary, format="PNG")
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier drawing's pictures, so that nobody takes them for this one's: what its result.json names."""
+    result = folder / "result.json"
+    if not result.is_file():
+        return
+    try:
+        named = [one["file"] for one in json.loads(result.read_text(encoding="utf-8"))["candidates"]]
+    except (ValueError, KeyError, TypeError):
+        named = []  # not ours, or from another version: its pictures stay
+    result.unlink()
+    for name in named:
+        if isinstance(name, str) and _FILE_NAME.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def file_name(one: Candidate) -> str:
