@@ -6,9 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: env demo draw serve test soak system-packages lint format bench clean
 
-# What comes with the repository: the demo's model, trained by `make demo`, in 16 bits.
-MODEL ?= models/garments
-CAPTION ?= 상의에서 색상은 레드이다. 상의에서 카테고리는 후드티이다. 상의에서 소매기장은 긴팔이다.
+# What comes with the repository: trained on photographs of clothes (configs/clothing), in 16 bits.
+MODEL ?= models/clothing
+CAPTION ?= 하의에서 기장은 미니이다. 하의에서 색상은 블루이다. 하의에서 카테고리는 팬츠이다.
 
 env: $(READY)
 

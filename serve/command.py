@@ -48,7 +48,7 @@ app = typer.Typer(no_args_is_help=False, add_completion=False, pretty_exceptions
 
 @app.command("start")
 def start(
-    model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: models/garments")] = None,
+    model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: models/clothing")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default 8000")] = None,
     drawers: Annotated[int | None, typer.Option(min=1, help="processes that draw; default 1")] = None,
@@ -102,7 +102,7 @@ def check_model(model: str) -> None:
         if not (folder / "config.json").is_file():
             raise InputError("MODEL", model, "is no model folder: config.json is missing")
     elif folder.exists() or not is_hub_name(model):
-        raise InputError("MODEL", model, "no such model folder: name one that training exported, or models/garments")
+        raise InputError("MODEL", model, "no such model folder: name one that training exported, or models/clothing")
 
 
 def check_exposure(host: str, keys_file: str) -> None:

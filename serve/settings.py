@@ -31,8 +31,8 @@ class Limits(Section):
 class ServeSettings(Section):
     """One server: a model, its slots, its queue, its keys."""
 
-    # `models/garments` would be a name on the hub, too: somebody else's
-    model: str = Field("./models/garments", description="model folder, or owner/name on the hub")
+    # `models/clothing` would be a name on the hub, too: somebody else's
+    model: str = Field("./models/clothing", description="model folder, or owner/name on the hub")
     model_id: str = Field(
         "", description="its name in the API; empty: the folder's, or its parent's if that is `model`"
     )
