@@ -24,7 +24,6 @@ from engine.sampling.machine import fit_threads
 from engine.sampling.pictures import contact_sheet, save_png
 from engine.sampling.pipeline import Pipeline, RankBy
 
-
 _FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
 
 
