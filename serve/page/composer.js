@@ -59,18 +59,25 @@ export function offeredTo(grammar, known) {
   return { ...offered, examples: examples.filter(({ ko }) => ko) };
 }
 
-/** A part's commonest category in its `number`-th colour, so that the examples differ. */
+/**
+ * A part's commonest category in its `number`-th colour, so that the examples differ, and the commonest of all else that
+ * has one value: a small model has seldom read a caption without. Second colours are left out.
+ */
 function example(grammar, known, name, number) {
   const part = grammar.parts.find((each) => each.name === name);
+  const offered = (attribute) => grammar.values[part.attributes[attribute]] ?? [];
+  const swatches = grammar.attributes.find(({ control }) => control === "swatches")?.name;
+  const colours = offered(swatches).map(({ value }) => value);
   const words = [];
   const label = {};
   for (const { name: attribute, control } of grammar.attributes) {
-    const list = grammar.values[part.attributes[attribute]] ?? [];
+    const list = offered(attribute);
     const ranked = (known[name][attribute] ?? []).filter((value) => list.some((each) => each.value === value));
-    if (!["chips", "swatches"].includes(control) || ranked.length === 0) continue;
-    const value = ranked[control === "swatches" ? number % ranked.length : 0];
+    const isSecondColour = attribute !== swatches && colours.includes(ranked[0]);
+    if (control === "several" || ranked.length === 0 || isSecondColour) continue;
+    const value = ranked[attribute === swatches ? number % ranked.length : 0];
     label[attribute] = value;
-    words.push(list.find((each) => each.value === value));
+    if (control !== "select") words.push(list.find((each) => each.value === value));
   }
   return {
     ko: words.map((word) => word.value).join(" "),
