@@ -1,6 +1,6 @@
 """The designers' page as it looks, drawn by a model and photographed in headless Chromium.
 
-    python benchmarks/page_screenshots.py models/garments --out benchmarks/results/page
+    python benchmarks/page_screenshots.py models/clothing --out benchmarks/results/page
 
 Nothing here is arranged but the order of presses: the pictures are what the model draws for the page's own examples, with
 seeds written below. It needs `/usr/bin/chromium` (Debian: apt install chromium fonts-nanum) and `pip install playwright`.

@@ -144,7 +144,12 @@ def test_a_caption_that_is_pasted_sets_the_builder(page: Page) -> None:
 
 
 KNOWN = {
-    "상의": {"색상": ["화이트", "블랙", "레드"], "서브색상": ["블랙"], "카테고리": ["티셔츠", "셔츠"], "핏": ["없는 핏"]},
+    "상의": {
+        "색상": ["화이트", "블랙", "레드"],
+        "서브색상": ["블랙"],
+        "카테고리": ["티셔츠", "셔츠"],
+        "핏": ["없는 핏"],
+    },
     "하의": {"색상": ["네이비", "블랙"], "카테고리": ["팬츠"], "기장": ["발목", "미니"]},
 }
 
@@ -177,7 +182,9 @@ def test_what_the_model_has_not_learnt_is_not_offered(knowing_page: Page) -> Non
     examples.nth(0).click()
     expect(page.locator("#caption")).to_have_value(_engine_caption({"상의": {"색상": "화이트", "카테고리": "티셔츠"}}))
     examples.nth(1).click()
-    expect(page.locator("#caption")).to_have_value(_engine_caption({"하의": {"색상": "블랙", "카테고리": "팬츠", "기장": "발목"}}))
+    expect(page.locator("#caption")).to_have_value(
+        _engine_caption({"하의": {"색상": "블랙", "카테고리": "팬츠", "기장": "발목"}})
+    )
     assert values("choice-색상") == ["", "블랙", "네이비"]
     # A caption with other words is read as ever.
     page.locator("#caption").fill(_engine_caption({"원피스": {"색상": "레드"}, "상의": {"색상": "레드"}}))
