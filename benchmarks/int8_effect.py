@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, print_document
+from machine_facts import print_document
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
@@ -24,6 +24,7 @@ from engine.decoding.decoder import SlotDecoder
 from engine.decoding.draw import DrawParameters
 from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler, evaluating
+from engine.facts import facts
 from engine.files import write_json
 from engine.progress import ProgressBar
 from engine.sampling.drawing import Drawing

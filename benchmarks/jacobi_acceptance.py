@@ -32,7 +32,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from machine_facts import facts, print_document
+from machine_facts import print_document
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
@@ -40,6 +40,7 @@ from engine.decoding.cache import Prefix
 from engine.decoding.jacobi import JacobiDecoder
 from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler, evaluating
+from engine.facts import facts
 from engine.models.folder import load_folder_tokenizer, load_part
 from engine.models.transformer import KoDalle, Layer
 from kernels import reference

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine_facts import facts, print_document
+from machine_facts import print_document
 from sampling.plan import published_sizes, tiny_sizes
 
 from engine.decoding.cache import Prefix
@@ -29,6 +29,7 @@ from engine.decoding.options import RowRequest
 from engine.decoding.packed import Weights, make_step_model
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.step_model import StepModel
+from engine.facts import facts
 from engine.models.transformer import KoDalle
 
 STATIONS = 2  # lengths at which decoders are timed

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from kernel_cases import Case, PublishedSizes, Sizes, Work, cpu_cases, gpu_cases
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import hardware_name, print_document, slug
 from text_table import NOT_MEASURED, table
 
+from engine.facts import facts
 from engine.files import write_json
 from engine.measure import read_bandwidth, synchronize, time_runs
 from engine.sampling.machine import fit_threads

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import child_environment, facts, print_document, store_document
+from machine_facts import child_environment, print_document, store_document
 from sampling.plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
 from sampling.plot import draw
 from sampling.report import published_rows, ratios, tables
 from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
 
+from engine.facts import facts
 from engine.sampling.machine import fit_threads
 
 

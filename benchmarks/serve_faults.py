@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.deployer import operator_environment
@@ -45,6 +45,7 @@ from serving.fault_load import Seen, pipeline_pictures, steady_load
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import Asked, mixed
 
+from engine.facts import facts
 from engine.files import write_json
 
 _NUM_DIFFERENT = 24

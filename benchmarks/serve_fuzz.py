@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import REPOSITORY, facts, hardware_name, print_document, slug
+from machine_facts import REPOSITORY, hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import closed_loop, served_model
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import mixed
 
+from engine.facts import facts
 from engine.files import write_json
 
 # Small drawings, and a client that never ends its body is given up soon: what is tested is the way there.

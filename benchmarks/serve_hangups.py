@@ -28,11 +28,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, served_model
 from serving.process import Server, end_on_sigterm, serving
 
+from engine.facts import facts
 from engine.files import write_json
 
 _AT_ONCE = 8

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, print_document, store_document
+from machine_facts import print_document, store_document
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.crowd import fairness, overload, sizes
@@ -43,6 +43,8 @@ from serving.plot import draw
 from serving.process import Server, ServerKind, end_on_sigterm, serving
 from serving.report import bars, tables
 from serving.speed import calibrate, concurrency_one, idle_cpu_shares, saturation
+
+from engine.facts import facts
 
 _DEMO = Path("models/garments")
 _SERVERS: tuple[ServerKind, ...] = ("direct", "ray", "stock")

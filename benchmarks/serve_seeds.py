@@ -31,7 +31,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import hardware_name, print_document, slug
 from PIL import Image
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, read_metrics, served_model
@@ -39,6 +39,7 @@ from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import captions
 
 from engine.decoding.options import SamplingOptions
+from engine.facts import facts
 from engine.files import write_json
 from engine.sampling.pipeline import Pipeline
 

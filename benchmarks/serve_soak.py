@@ -25,12 +25,13 @@ from typing import Any
 
 import aiohttp
 import torch
-from machine_facts import facts, hardware_name, print_document, slug
+from machine_facts import hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, read_metrics, served_model
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import captions
 
+from engine.facts import facts
 from engine.files import write_json
 
 _BAR = 0.05

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import child_environment, facts, hardware_name, print_document, slug
+from machine_facts import child_environment, hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import MODEL_FACTS
 from serving.fault_load import Plan, Seen, pipeline_pictures, seen_of
@@ -37,6 +37,7 @@ from serving.hosts import Host, two_hosts, why_not
 from serving.process import end_on_sigterm
 from serving.traffic import mixed, with_keys
 
+from engine.facts import facts
 from engine.files import write_json
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.keys import add_key

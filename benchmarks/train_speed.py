@@ -27,11 +27,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from machine_facts import REPOSITORY, child_environment, facts, hardware_name, print_document, store_document
+from machine_facts import REPOSITORY, child_environment, hardware_name, print_document, store_document
 from PIL import Image
 from sampling.plan import CAPTION, published_sizes, tiny_sizes, write_random_model
 from text_table import seconds_text, table
 
+from engine.facts import facts
 from engine.training.run_log import FLUSH_EVERY
 
 Dtype = Literal["bf16", "fp16", "fp32"]

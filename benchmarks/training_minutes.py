@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import facts, print_document
+from machine_facts import print_document
 
 from engine.config import load_run
+from engine.facts import facts
 from engine.files import write_json
 
 _STAGES = ("vqgan", "koclip", "kodalle")

@@ -115,6 +115,12 @@ def evaluate(
     drawings: Annotated[int, typer.Option(min=0, help="held-out captions to draw; 0: none")] = 40,
     candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn of each")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="same seed, same captions, same pictures")] = 7,
+    judge: Annotated[
+        Path | None, typer.Option(help="model folder with another KoCLIP, which says what garment a drawing shows")
+    ] = None,
+    partial_captions: Annotated[
+        bool, typer.Option("--partial-captions", help="draw captions that leave out sentences at random")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Measures a model on held-out pairs: reconstruction error, losses, KoCLIP recall@1/5, its drawings' scores."""
@@ -132,6 +138,8 @@ def evaluate(
         device=device,
         colour_attribute=COLOUR_ATTRIBUTE,
         palette=lab_palette(K_FASHION_COLOURS),
+        judge=judge,
+        partial_captions=partial_captions,
     )
 
 

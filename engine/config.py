@@ -150,6 +150,9 @@ class TextConfig(Section):
 
     tokenizer: str = Field("klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)")
     vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
+    partial_captions: int = Field(
+        0, ge=0, le=16, description="versions of each training caption beside itself, with sentences left out at random"
+    )
 
 
 class GenerationConfig(Section):

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.captions import JOIN, caption, ordered, parse, particle, remove_style, remove_subject
+from engine.data.captions import JOIN, caption, leave_out, ordered, parse, particle, remove_style, remove_subject
 from engine.data.labels import ATTRIBUTES, KINDS, LIST_ATTRIBUTES, VOCABULARY, Attributes, Garment, Label, vocabulary
 
 ROMANTIC = "스타일에서 스타일은 로맨틱이다. 아우터에서 색상은 라벤더이다. 아우터에서 카테고리는 가디건이다."
@@ -164,3 +165,27 @@ def test_text_functions_take_any_text(text: str) -> None:
 
 def test_no_vocabulary_value_contains_the_join_or_a_full_stop() -> None:
     assert not [v for values in VOCABULARY.values() for v in values if JOIN in v or "." in v or "," in v]
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels, st.booleans(), st.integers(0, 2**32))
+def test_leaving_out_keeps_some_sentences_in_order_and_the_garment_of_each(item: Label, once: bool, seed: int) -> None:
+    whole = caption(item, subject_once=once)
+    partial = leave_out(whole, np.random.default_rng(seed))
+    told, left = parse(whole), parse(partial)
+    if len(told) < 2:
+        assert partial == whole
+    else:
+        assert 0 < len(left) < len(told)
+        rest = iter(told)
+        assert all(triple in rest for triple in left)  # a subsequence
+
+
+def test_leaving_out_gives_every_choice() -> None:
+    generator = np.random.default_rng(0)
+    text = "A coat. Is it red? Yes! 두 번째 옷이다"
+    found = {leave_out(text, generator) for _ in range(300)}
+    assert len(found) == 2**4 - 2  # all but none and all
+    assert {"A coat.", "Is it red? 두 번째 옷이다"} <= found
+    assert leave_out("a coat, 1.5 m long", generator) == "a coat, 1.5 m long"
+    assert leave_out("", generator) == ""

@@ -227,3 +227,58 @@ def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
     assert report["drawings"]["colour_agreement"]["real"] == 1.0
     assert out.with_suffix(".png").is_file()
     assert "  psnr db" in done.output
+
+
+def with_garments(folder: Path) -> Path:
+    """`write_pairs` with captions of the grammar: shirts and trousers in four colours."""
+    file = folder / "pairs.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for number, line in enumerate(lines):
+        garment, category = [("상의", "셔츠"), ("하의", "팬츠")][number // 4 % 2]
+        colour = line["attributes"]["색상"]
+        line["caption"] = f"{garment}에서 색상은 {colour}이다. {garment}에서 카테고리는 {category}이다."
+        line["attributes"] = {"garment": garment, "색상": colour, "카테고리": category}
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_a_judge_that_did_not_rank_names_kinds(model: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=16))
+    with pytest.raises(InputError, match=r"--judge.*find itself right"):
+        evaluate(model, pairs, judge=make_model("koclip"), colour_attribute="색상")
+    with pytest.raises(InputError, match="has no koclip"):
+        evaluate(model, pairs, judge=make_model("vqgan"), colour_attribute="색상")
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    captions = [pair.captions[0] for pair in load_pairs(pairs).train]
+    tokenizer = train_tokenizer(captions, vocab_size=60)
+    write_model_folder(other, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+
+    def draw(**options: Any) -> dict[str, Any]:
+        found = evaluate(
+            model, pairs, drawings=8, candidates=4, judge=other, colour_attribute="색상",
+            palette=lab_palette(COLOURS), **options,
+        )  # fmt: skip
+        return dict(found["drawings"])
+
+    whole = draw()
+    assert whole["partial_captions"] is False
+    found = whole["kind_agreement"]
+    assert (found["kinds"], found["num_real"], found["num_captions"], found["commonest"]) == (2, 16, 8, 0.5)
+    # of random weights: a share of 8 x 4 drawings
+    assert {found[name] * 32 for name in ("real", "top_ranked", "random")} <= set(range(33))
+    partial = draw(partial_captions=True)
+    told = [one["caption"] for one in partial["top_ranked"]]
+    assert partial["partial_captions"] is True
+    assert all(caption.count("이다.") == 1 for caption in told)
+    with_colour = [caption for caption in told if "색상" in caption]
+    assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(told)
+    assert partial["kind_agreement"]["num_captions"] == len(told)  # 상의 alone tells the kind, too
+
+
+def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:
+    report, _ = evaluated
+    assert report["hardware"]["device"] == "cpu"
+    assert report["hardware"]["cpu"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["commit"]

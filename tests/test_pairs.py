@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.data.pairs import Pair, balance_weights, known_attributes, load_image, load_pairs, split_of
+from engine.data.pairs import (
+    Pair,
+    Pairs,
+    balance_weights,
+    known_attributes,
+    load_image,
+    load_pairs,
+    split_of,
+    with_partial_captions,
+    with_partial_held_out,
+)
 from engine.errors import InputError
 
 
@@ -251,3 +261,38 @@ def test_known_attributes_are_counted_by_garment() -> None:
     }
     assert list(known_attributes(some)) == ["상의", "하의"]
     assert known_attributes(some[4:]) == {}
+
+
+def two_sided() -> Pairs:
+    caption = "하의에서 기장은 발목이다. 하의에서 색상은 블루이다. 하의에서 카테고리는 팬츠이다."
+    told = {"garment": "하의", "기장": "발목", "색상": "블루", "카테고리": "팬츠"}
+    sides = ["train", "validation", "train", "train", "validation"]
+    return Pairs(tuple(
+        Pair(str(n), Path(f"{n}.png"), (caption,), str(n), side, told) for n, side in enumerate(sides)  # type: ignore[arg-type]
+    ))  # fmt: skip
+
+
+def test_partial_captions_stand_beside_the_whole_ones_of_training_pairs_alone() -> None:
+    pairs = two_sided()
+    more = with_partial_captions(pairs, 3, seed=1)
+    whole = pairs.all[0].captions[0]
+    assert with_partial_captions(pairs, 0, seed=1) is pairs
+    assert more == with_partial_captions(pairs, 3, seed=1)
+    assert more != with_partial_captions(pairs, 3, seed=2)
+    assert more.validation == pairs.validation
+    for pair in more.train:
+        assert pair.captions[0] == whole
+        assert len(pair.captions) == 4
+        assert all(caption and len(caption) < len(whole) for caption in pair.captions[1:])
+    assert len({caption for pair in more.train for caption in pair.captions}) > 3  # not one choice for all
+
+
+def test_partial_held_out_pairs_have_the_attributes_that_are_still_told() -> None:
+    pairs = two_sided()
+    fewer = with_partial_held_out(pairs, seed=1)
+    assert fewer.train == pairs.train
+    for pair in fewer.validation:
+        assert set(pair.attributes) < {"garment", "기장", "색상", "카테고리"}
+        for name in ("기장", "색상", "카테고리"):
+            assert (name in pair.attributes) == (name in pair.captions[0])
+        assert pair.attributes["garment"] == "하의"

@@ -15,12 +15,15 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from engine.data.labels import ATTRIBUTES, KINDS, LIST_ATTRIBUTES, STYLE, STYLE_ATTRIBUTES, Attributes, Garment, Label
 
 ListValues = Literal["all", "first"]
 JOIN = ", "
 
 _ORDER = {name: rank for rank, name in enumerate((*STYLE_ATTRIBUTES, *ATTRIBUTES))}
+_SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 _SENTENCE = re.compile(
     r"(?:(?P<garment>\S+)에서 )?(?P<attribute>\S+?)(?:에는|은|는) (?P<value>\S(?:.*?\S)??)이다\.(?=\s|$)"
 )
@@ -72,6 +75,29 @@ def remove_subject(text: str) -> str:
             seen.add(word)
         words.append(word)
     return " ".join(words)
+
+
+def leave_out(text: str, generator: np.random.Generator) -> str:
+    """Some of the sentences of a caption of any kind, in their order: as often one as all but one.
+
+    Who asks for a picture tells what matters to him, and a model that has only read whole captions takes what is not
+    told for something unknown. A caption of one sentence stays. Where the sentence that names the garment is left out
+    (captions with the subject told once), the next one of that garment names it.
+    """
+    sentences = _SENTENCE_END.split(text.strip())
+    if len(sentences) < 2:
+        return text
+    kept = generator.choice(len(sentences), size=generator.integers(1, len(sentences)), replace=False)
+    told = []
+    subject, subject_told = "", ""
+    for index, sentence in enumerate(sentences):
+        first = sentence.partition(" ")[0]
+        has_subject = first.endswith("에서")
+        subject = first if has_subject else subject
+        if index in kept:
+            told.append(sentence if has_subject or subject == subject_told else f"{subject} {sentence}")
+            subject_told = subject
+    return " ".join(told)
 
 
 def parse(text: str) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.captions import leave_out, parse
 from engine.data.crops import crop_and_resize, open_image
 from engine.data.labels import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
 from engine.errors import InputError
@@ -129,6 +130,28 @@ def load_image(pair: Pair, image_size: int) -> npt.NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)  # a copy: the caller may write to it
 
 
+def with_partial_captions(pairs: Pairs, count: int, seed: int) -> Pairs:
+    """The pairs with `count` more versions of each training caption, which leave sentences out (`captions.leave_out`).
+
+    Held-out captions stay. What is left out is a function of (seed, place in the split).
+    """
+    if count == 0:
+        return pairs
+    train = iter(
+        replace(pair, captions=_and_partial(pair.captions, count, np.random.default_rng([seed, index])))
+        for index, pair in enumerate(pairs.train)
+    )
+    return replace(pairs, all=tuple(next(train) if pair.split == "train" else pair for pair in pairs.all))
+
+
+def with_partial_held_out(pairs: Pairs, seed: int) -> Pairs:
+    """The pairs with sentences left out of each held-out caption; attributes are those that it still tells of."""
+    held = iter(
+        _told_in_part(pair, np.random.default_rng([seed, index])) for index, pair in enumerate(pairs.validation)
+    )
+    return replace(pairs, all=tuple(next(held) if pair.split == "validation" else pair for pair in pairs.all))
+
+
 def balance_weights(pairs: Sequence[Pair], attribute: str, *, inverse: Literal["sqrt", "full"] = "sqrt") -> list[float]:
     """Resampling weights that draw rare values of an attribute more often; their mean is 1.
 
@@ -217,6 +240,17 @@ def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[s
             left_out.append((path.relative_to(folder).as_posix(), "caption_without_photo", f"no image named {key}"))
     matched = [(key, images[key], texts[key]) for key in sorted(images.keys() & texts.keys())]
     return matched, sorted(left_out)
+
+
+def _and_partial(captions: tuple[str, ...], count: int, generator: np.random.Generator) -> tuple[str, ...]:
+    return captions + tuple(leave_out(caption, generator) for caption in captions for _ in range(count))
+
+
+def _told_in_part(pair: Pair, generator: np.random.Generator) -> Pair:
+    caption = leave_out(pair.captions[0], generator)
+    told = {"garment", *(attribute for _, attribute, _ in parse(caption))}
+    attributes = {name: value for name, value in pair.attributes.items() if name in told}
+    return replace(pair, captions=(caption,), attributes=attributes)
 
 
 def _value_of(pair: Pair, attribute: str) -> str:

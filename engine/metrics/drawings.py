@@ -1,4 +1,4 @@
-"""Drawings of held-out captions, scored: KoCLIP score, FID, KID, agreement of colours.
+"""Drawings of held-out captions, scored: KoCLIP score, FID, KID, agreement of colours and kinds.
 
 The captions are chosen by the seed, never by hand, and each one's top-ranked drawing goes on the sheet as it is. A
 random candidate is told as the mean over all candidates, which is what to expect of one. Every number about drawings
@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.metrics.colour import Lab, dominant_colour, nearest_colour_name
 from engine.metrics.fid import LEAST_FOR_FID, LEAST_FOR_KID, feature_distances, koclip_features
+from engine.metrics.kinds import Judge, commonest_share
 from engine.metrics.parts import EvaluationRun
 from engine.models.koclip import KoClip
 from engine.sampling.drawing import Drawing
@@ -56,6 +57,7 @@ class _Tally:
     features: list[Tensor] = field(default_factory=list)
     top_colours: list[bool] = field(default_factory=list)
     all_colours: list[bool] = field(default_factory=list)
+    named: list[list[int]] = field(default_factory=list)  # of each caption the judge's kinds of its candidates
 
     def add(self, drawing: Drawing, asked_for: str | None, names: ColourNames | None) -> None:
         top = drawing.candidates[0]
@@ -84,6 +86,7 @@ def score_drawings(
     pipeline: Pipeline,
     pairs: Pairs,
     names: ColourNames | None,
+    judge: Judge | None,
     *,
     count: int,
     candidates: int,
@@ -91,11 +94,16 @@ def score_drawings(
 ) -> dict[str, Any]:
     """Draws `count` different held-out captions, all when there are fewer.
 
+    Args:
+        names: colours that are read from pixels.
+        judge: names the kind of garment; not the KoCLIP that ranks.
+
     Returns:
         captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), options (the
         model's own);
         koclip_score, distances: when the model has a KoCLIP, see `_scores` and `_distances`;
         colour_agreement: when there are `names`, see `_colours`;
+        kind_agreement: when there is a `judge`, see `_kinds`;
         sheet: when asked for, its file name and columns;
         top_ranked: of each caption, in the sheet's order, which drawing it is.
     """
@@ -110,10 +118,12 @@ def score_drawings(
         ):
             tally.add(drawing, names.asked_for(pair) if names is not None else None, names)
             captions_cut += drawing.tokens_cut > 0
+            images = torch.stack([_as_floats(one.image) for one in drawing.candidates])  # (n, 3, S, S)
+            batches = [batch.to(run.device) for batch in images.split(run.batch_size)]
             if pipeline.koclip is not None:
-                images = torch.stack([_as_floats(one.image) for one in drawing.candidates])  # (n, 3, S, S)
-                batches = (batch.to(run.device) for batch in images.split(run.batch_size))
                 tally.features.append(koclip_features(pipeline.koclip, batches))
+            if judge is not None:
+                tally.named.append(judge.name(batches))
         run.on_progress("drawing", start + len(part), len(chosen))
     found: dict[str, Any] = {
         "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
@@ -124,6 +134,8 @@ def score_drawings(
         found["distances"] = _distances(run, pipeline, pipeline.koclip, pairs, torch.cat(tally.features))
     if names is not None:
         found["colour_agreement"] = _colours(pipeline.vqgan.config.image_size, pairs.validation, names, tally)
+    if judge is not None:
+        found["kind_agreement"] = _kinds(run, pipeline.vqgan.config.image_size, judge, pairs.validation, chosen, tally)
     if sheet is not None:
         save_png(sheet, paste_grid(tally.best, columns=_SHEET_COLUMNS), {"captions": tally.listed})
         found["sheet"] = {"file": sheet.name, "columns": _SHEET_COLUMNS}
@@ -187,6 +199,29 @@ def _colours(image_size: int, held: Sequence[Pair], names: ColourNames, tally: _
         "top_ranked": _share(tally.top_colours),
         "random": _share(tally.all_colours),
         "num_captions": len(tally.top_colours),
+    }
+
+
+def _kinds(
+    run: EvaluationRun, image_size: int, judge: Judge, held: Sequence[Pair], chosen: Sequence[Pair], tally: _Tally
+) -> dict[str, Any]:
+    """Share of pictures whose kind, as the judge names it, is one that the caption may mean.
+
+    `real` over all held-out pairs of a known kind is the ceiling; `commonest` is what naming every drawing alike gets.
+    """
+    fitting = [judge.kinds.fitting(pair.captions[0]) for pair in held]
+    named = judge.name(run.pictures(held, image_size, "kinds of held-out pictures"))
+    right = [one in kinds for one, kinds in zip(named, fitting, strict=True) if kinds]
+    asked = [judge.kinds.fitting(pair.captions[0]) for pair in chosen]
+    drawn = [[one in kinds for one in named] for named, kinds in zip(tally.named, asked, strict=True) if kinds]
+    return {
+        "kinds": len(judge.kinds.told),
+        "real": _share(right),
+        "num_real": len(right),
+        "commonest": commonest_share([kinds for kinds in asked if kinds]),
+        "top_ranked": _share([one[0] for one in drawn]),
+        "random": _share([one for row in drawn for one in row]),
+        "num_captions": len(drawn),
     }
 
 

@@ -5,7 +5,8 @@ Every part that the folder has is measured, on the validation split:
     vqgan         reconstruction error, use of the codebook                      all pairs
     transformer   loss of text and image tokens, share of image tokens guessed   all pairs
     koclip        loss, recall@1/5 of the right caption among 100                all pairs
-    all           drawings of held-out captions: KoCLIP score, FID, KID, colour  `drawings` captions x `candidates`
+    all           drawings of held-out captions: KoCLIP score, FID, KID,         `drawings` captions x `candidates`
+                  colour, kind of garment
 
 Equal arguments give equal reports on one machine; only `seconds` differs.
 
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.pairs import Pair, Pairs, load_pairs
+from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
 from engine.data.text import CaptionTokenizer
 from engine.errors import InputError
+from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.colour import Lab
 from engine.metrics.drawings import colour_names, score_drawings
+from engine.metrics.kinds import Judge, find_kinds
 from engine.metrics.parts import PARTS, EvaluationRun, OnProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
-from engine.models.folder import has_part, weights_digest
+from engine.models.folder import has_part, load_folder_tokenizer, load_part, weights_digest
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
 from engine.progress import ProgressBar, seconds_text
@@ -55,6 +58,8 @@ def evaluate(
     device: str = "",
     colour_attribute: str | None = None,
     palette: Mapping[str, Lab] | None = None,
+    judge: Path | None = None,
+    partial_captions: bool = False,
     sheet: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
@@ -69,6 +74,8 @@ def evaluate(
         colour_attribute: which attribute of a pair names its colour; pairs without it are left out of
             `colour_agreement`, which is not in the report when no pair has it.
         palette: what these names look like.
+        judge: model folder with a KoCLIP that names the kind of garment, trained apart from the model's own.
+        partial_captions: draw captions with sentences left out, as people write them.
         sheet: where the PNG of all top-ranked drawings goes.
         on_progress: called with (phase, done, total).
 
@@ -76,7 +83,8 @@ def evaluate(
         the report, fit for JSON; what a key means stands beside the function that makes it.
 
     Raises:
-        InputError: no validation split, a model without parts, a part that cannot be read, options out of range.
+        InputError: no validation split, a model without parts, a part that cannot be read, options out of range, a
+            judge that is the model's own KoCLIP.
     """
     for option, value, least in (("--drawings", drawings, 0), ("--candidates", candidates, 1), ("--seed", seed, 0)):
         if value < least:
@@ -87,6 +95,7 @@ def evaluate(
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
     fit_threads()
     parts = load_parts(model_folder, pick_device(device))
+    chosen_judge = None if judge is None else _judge(judge, model_folder, pairs, colour_attribute or "", parts.device)
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
     seconds = {"loading": time.perf_counter() - begun}
@@ -106,8 +115,9 @@ def evaluate(
         phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
     if pipeline is not None and drawings:
         names = colour_names(pairs, colour_attribute, palette or {})
-        phase("drawings", lambda: score_drawings(
-            run, pipeline, pairs, names, count=drawings, candidates=candidates, sheet=sheet
+        asked = with_partial_held_out(pairs, seed) if partial_captions else pairs
+        phase("drawings", lambda: {"partial_captions": partial_captions} | score_drawings(
+            run, pipeline, asked, names, chosen_judge, count=drawings, candidates=candidates, sheet=sheet
         ))  # fmt: skip
     seconds["total"] = time.perf_counter() - begun
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -125,8 +135,12 @@ def evaluate_to_file(
     device: str = "",
     colour_attribute: str | None = None,
     palette: Mapping[str, Lab] | None = None,
+    judge: Path | None = None,
+    partial_captions: bool = False,
 ) -> dict[str, Any]:
     """`evaluate` with progress bars; writes `out` (JSON), the sheet beside it (.png), and prints a table.
+
+    What is written names the machine, the versions and the commit, too.
 
     Raises:
         InputError: as `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
@@ -136,9 +150,9 @@ def evaluate_to_file(
     with _Bars() as bars:
         report = evaluate(
             model, pairs, drawings=drawings, candidates=candidates, seed=seed, device=device,
-            colour_attribute=colour_attribute, palette=palette, sheet=out.with_suffix(".png"), on_progress=bars.update,
+            colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions, sheet=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
-    write_json(out, report)
+    write_json(out, facts(torch.device(report["device"])) | report)
     print(table(report))
     print(f"{seconds_text(report['seconds']['total'])} in all; see {out}")
     return report
@@ -164,6 +178,17 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
         "torch": torch.__version__,
         "device": parts.device.type,
     }
+
+
+def _judge(folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device) -> Judge | None:
+    """None where the captions tell of no kinds."""
+    koclip = load_part(folder, "koclip").to(device)
+    if has_part(model, "koclip") and weights_digest(folder, "koclip") == weights_digest(model, "koclip"):
+        raise InputError(
+            "--judge", folder, "is the KoCLIP that ranks, which would find itself right: train one from another seed"
+        )
+    kinds = find_kinds(pairs, colour_attribute)
+    return None if kinds is None else Judge(koclip, load_folder_tokenizer(folder), kinds)
 
 
 # ------------------------------------------------------------------------------------------------- parts on all pairs

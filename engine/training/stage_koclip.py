@@ -36,7 +36,7 @@ class KoclipStage:
 
     def __init__(self, run: KoclipRun, world: World) -> None:
         self.run, self.world = run, world
-        pairs = read_pairs(run.data, run.seed)
+        pairs = read_pairs(run.data, run.seed, partial_captions=run.text.partial_captions)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)

@@ -47,7 +47,7 @@ class KodalleStage:
 
     def __init__(self, run: KodalleRun, world: World) -> None:
         self.run, self.world = run, world
-        pairs = read_pairs(run.data, run.seed)
+        pairs = read_pairs(run.data, run.seed, partial_captions=run.text.partial_captions)
         self._attributes = known_attributes(pairs.train)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
