@@ -335,6 +335,41 @@ def test_without_held_out_pictures_it_trains_and_tells_no_validation(
     assert len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.parametrize("stage", ["koclip", "kodalle"])
+def test_partial_captions_reach_the_batches(
+    stage: str, pairs_folder: Path, tree_of: TreeOf, write_tree: Callable[[Tree, Path], Path], tmp_path: Path
+) -> None:
+    """Every second visit or so reads one of a caption's two sentences; held-out captions stay whole."""
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    file = tmp_path / "pairs" / "pairs.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text(
+        "".join(
+            json.dumps(line | {"caption": "가 나. 다 라.", "captions": ["가 나. 다 라."]}) + "\n" for line in lines
+        ),
+        encoding="utf-8",
+    )
+    tree = tree_of(stage, tmp_path / "run", text={"tokenizer": "train", "vocab_size": 60, "partial_captions": 1})
+    tree["data"] |= {"pairs": str(tmp_path / "pairs")}
+    if stage == "kodalle":
+        tree |= {"koclip": None, "caption_dropout": 0.0}
+    run = load_run(write_tree(tree, tmp_path / "run.yaml"))
+    made: Any = loop._make_stage(run, join_world(torch_threads=None))
+
+    def captions(source: Any) -> set[str]:
+        length = run.model.text_seq_len  # type: ignore[union-attr]
+        known = {
+            text: tuple(made.tokenizer.encode([text], length).tokens[0].tolist())
+            for text in ("가 나. 다 라.", "가 나.", "다 라.")
+        }
+        found = {tuple(row) for number in range(6) for row in source(number)["text_tokens"].tolist()}
+        assert found <= set(known.values())
+        return {text for text, tokens in known.items() if tokens in found}
+
+    assert captions(made.source) == {"가 나. 다 라.", "가 나.", "다 라."}
+    assert captions(made.validation_source) == {"가 나. 다 라."}
+
+
 _SEVERAL = """
 import sys
 from pathlib import Path
