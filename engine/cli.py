@@ -12,13 +12,13 @@
 Exit codes: 0 done, 1 faults found (`data check`), 2 bad input: one line on stderr naming field, value and remedy.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine import cli_data, cli_export
+from engine.command_line import run_app
 from engine.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -155,11 +155,7 @@ def demo(
 
 
 def main() -> None:
-    try:
-        app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_app(app, prog_name="kodalle")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without argparse's usage above it."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train VQGAN, KoCLIP or KoDALLE.")
+    parser = _Parser(description="Train VQGAN, KoCLIP or KoDALLE.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file, e.g. configs/demo/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.steps=100 seed=7")
     # The launcher appends --local_rank; the rank is taken from the environment.

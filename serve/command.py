@@ -30,6 +30,7 @@ from typing import Annotated
 
 import typer
 
+from engine.command_line import run_app
 from engine.errors import InputError
 from engine.files import is_hub_name
 from serve.arguments import AppArguments, read_arguments, read_serve_config
@@ -277,8 +278,4 @@ def _why_not_started(error: RuntimeError) -> Exception:
 def main() -> None:
     """`key` is the only word that cannot name a model: write ./key."""
     arguments = sys.argv[1:]
-    try:
-        app(arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="python -m serve")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_app(app, arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="python -m serve")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine.config import DataConfig
 from engine.data.augment import augment
 from engine.data.order import BatchOrder
-from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs, with_partial_captions
+from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
 from engine.data.text import CaptionTokenizer
 from engine.data.token_shards import TokenShard
 from engine.errors import InputError
@@ -25,9 +25,8 @@ Batch = dict[str, Tensor]
 BatchSource = Callable[[int], Batch]
 
 
-def read_pairs(data: DataConfig, seed: int, *, partial_captions: int = 0) -> Pairs:
-    pairs = load_pairs(data.pairs, validation_fraction=data.validation_fraction, seed=seed)
-    return with_partial_captions(pairs, partial_captions, seed)
+def read_pairs(data: DataConfig, seed: int) -> Pairs:
+    return load_pairs(data.pairs, validation_fraction=data.validation_fraction, seed=seed)
 
 
 def training_order(pairs: Sequence[Pair], data: DataConfig, batch_size: int, *, seed: int, world: World) -> BatchOrder:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KoclipRun
+from engine.data.pairs import with_partial_captions
 from engine.data.text import tokenizer_for
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
@@ -36,11 +37,12 @@ class KoclipStage:
 
     def __init__(self, run: KoclipRun, world: World) -> None:
         self.run, self.world = run, world
-        pairs = read_pairs(run.data, run.seed, partial_captions=run.text.partial_captions)
+        pairs = read_pairs(run.data, run.seed)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
+        pairs = with_partial_captions(pairs, run.text.partial_captions, run.seed)  # no part of the tokenizer's training
         # Pictures are read at the size the encoder sees: resizing happens once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
         reconstructed = None

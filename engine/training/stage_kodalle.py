@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
-from engine.data.pairs import known_attributes
+from engine.data.pairs import known_attributes, with_partial_captions
 from engine.data.text import CaptionTokenizer, tokenizer_for
 from engine.data.token_shards import (
     TokenShard,
@@ -47,12 +47,13 @@ class KodalleStage:
 
     def __init__(self, run: KodalleRun, world: World) -> None:
         self.run, self.world = run, world
-        pairs = read_pairs(run.data, run.seed, partial_captions=run.text.partial_captions)
+        pairs = read_pairs(run.data, run.seed)
         self._attributes = known_attributes(pairs.train)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
+        pairs = with_partial_captions(pairs, run.text.partial_captions, run.seed)  # no part of the tokenizer's training
         self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
         _check_vqgan(run, self.vqgan)
         if run.koclip is not None:
