@@ -121,6 +121,15 @@ def test_unreadable_picture_is_named(
     assert not (tmp_path / "run" / "shards").exists()
 
 
+def test_misspelt_deepspeed_key_is_refused_before_anything_is_written(
+    tree_of: TreeOf, train_tree: Train, tmp_path: Path
+) -> None:
+    tree = tree_of("kodalle", tmp_path / "run")
+    tree["deepspeed"]["gradient_cliping"] = 0.5
+    _refused(train_tree, tree, r"deepspeed.gradient_cliping: 0.5: .*did you mean gradient_clipping")
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------------ on resumption
 
 
@@ -162,6 +171,28 @@ def test_what_is_written_when_may_change(begun: Path, tree_of: TreeOf, train_tre
     train_tree(tree)
     assert [path.name for path in complete_checkpoints(begun / "checkpoints")] == ["step-00000008"]
     assert yaml.safe_load((begun / "config.yaml").read_text())["loop"]["keep_checkpoints"] == 1
+
+
+def test_a_run_begun_before_a_field_was_there_goes_on(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    del config["text"]["partial_captions"], config["image_token_noise"], config["moved_views"]
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    tree = tree_of("kodalle", begun)
+    with pytest.raises(InputError, match=r"image_token_noise: 0.5: .*was begun with 0.0"):  # it is drawn with noise now
+        train_tree(tree)
+    config["image_token_noise"] = tree["image_token_noise"]
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    train_tree(tree)
+    assert complete_checkpoints(begun / "checkpoints")[0].name == "step-00000008"
+
+
+def test_a_run_begun_with_a_field_that_is_gone_is_refused_by_its_name(
+    begun: Path, tree_of: TreeOf, train_tree: Train
+) -> None:
+    config = yaml.safe_load((begun / "config.yaml").read_text()) | {"warp": 9}
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=r"warp: None: .*was begun with 9"):
+        train_tree(tree_of("kodalle", begun))
 
 
 def test_resume_never_does_not_overwrite(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:

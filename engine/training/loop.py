@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from engine.config import KoclipRun, KodalleRun, Run, VqganRun, dump_yaml
+from engine.config import KoclipRun, KodalleRun, Run, VqganRun, dump_yaml, load_run
 from engine.errors import InputError
 from engine.files import atomic_file
 from engine.measure import count_flops, matrix_peak, synchronize
@@ -29,6 +29,7 @@ from engine.training import checkpoints
 from engine.training.batches import Batch, BatchSource, stream
 from engine.training.card import model_card
 from engine.training.checkpoints import Progress
+from engine.training.deepspeed_section import check_keys
 from engine.training.run_log import RunLog
 from engine.training.setup import World, join_world, micro_batch
 
@@ -94,6 +95,7 @@ def train(run: Run) -> Path:
     begun = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
+    check_keys(run.deepspeed)
     batch_size, accumulation = micro_batch(run.deepspeed)
     _check_folder(run)
     stage = _make_stage(run, world)
@@ -350,7 +352,11 @@ def _check_folder(run: Run) -> None:
             "resume", "never", f"{run.run} holds a run (newest checkpoint {found[0].name}): remove it, or resume: auto"
         )
     if found and path.is_file():
-        _same_computation(yaml.safe_load(path.read_text(encoding="utf-8")), run.model_dump(mode="json"), run.run)
+        try:
+            begun_with = load_run(path).model_dump(mode="json")  # fields that came since then have their defaults
+        except InputError:
+            begun_with = yaml.safe_load(path.read_text(encoding="utf-8"))  # a field that is gone: told as a change
+        _same_computation(begun_with, run.model_dump(mode="json"), run.run)
 
 
 def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
