@@ -194,7 +194,7 @@ class RayPool:
             self._info_until_s = time.monotonic() + _INFO_KEPT_S
             break
         if self._info is None:
-            raise Failure("shutting_down", retry_after_s=1.0)
+            raise Failure("unavailable", retry_after_s=1.0)
         return self._info
 
     def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:

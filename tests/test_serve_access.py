@@ -116,6 +116,20 @@ def test_who_is_turned_away_stands_in_the_log_as_nobody(
         wait_until(lambda: len(caplog.records) == 1)  # written after the last byte
     told = json.loads(caplog.records[0].message)
     assert (told["status"], told["code"], told["key_id"]) == (401, "invalid_api_key", None)
+    assert told["route"] == "/v1/models"
+
+
+def test_who_is_turned_away_is_counted_where_he_wanted_to_go(
+    guarded: tuple[int, ScriptedPool], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [("POST", "/v1/images/generations"), ("GET", "/v1/models/secret"), ("GET", "/secret"), ("GET", "/metrics")]
+    with caplog.at_level(logging.INFO, logger="serve.requests"):
+        for method, path in asked:
+            assert _status(guarded[0], method, path)[0] == 401
+        wait_until(lambda: len(caplog.records) == len(asked))
+    routes = [json.loads(record.message)["route"] for record in caplog.records]
+    assert routes == ["/v1/images/generations", "/v1/models/{model_id:path}", "other", "/metrics"]
+    assert "secret" not in caplog.text
 
 
 def test_openais_client_sends_the_key_and_raises_its_own_errors(

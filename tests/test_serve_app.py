@@ -300,6 +300,6 @@ def test_sigterm_finishes_what_is_drawn_refuses_what_is_new_and_exits_with_0(
     answers = draw_while(server, list(range(8)), stop)
     assert pictures(answers) == undisturbed
     assert late[0][0] == 503
-    assert late[0][1]["error"]["code"] == "shutting_down"
+    assert late[0][1]["error"]["code"] == "unavailable"
     server._process.wait(timeout=60)
     assert server._process.returncode == 0

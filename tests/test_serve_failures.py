@@ -28,7 +28,7 @@ def test_what_a_repeat_cannot_mend_is_not_repeated_by_clients() -> None:
         if kind.status < 500 and kind.status not in REPEATED:
             continue
         told = Failure(code).headers.get("x-should-retry")
-        assert told == "false" or code in ("queue_full", "rate_limit_exceeded", "shutting_down", "drawing_failed"), code
+        assert told == "false" or code in ("queue_full", "rate_limit_exceeded", "unavailable", "drawing_failed"), code
 
 
 def test_waits_are_whole_seconds_and_never_none() -> None:

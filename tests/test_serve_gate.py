@@ -159,8 +159,8 @@ def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("rays", "status", "code"),
     [
-        (404, 503, "shutting_down"),
-        (503, 503, "shutting_down"),
+        (404, 503, "unavailable"),
+        (503, 503, "unavailable"),
         (429, 429, "queue_full"),
         (408, 504, "deadline_exceeded"),
     ],

@@ -80,5 +80,5 @@ def test_the_first_question_is_asked_again() -> None:
 def test_where_nobody_ever_answers_the_client_may_ask_again() -> None:
     with pytest.raises(Failure) as refused:
         asyncio.run(asyncio.wait_for(_pool(_Handle(_is_silent)).model_info(), 10))
-    assert (refused.value.status, refused.value.code) == (503, "shutting_down")
+    assert (refused.value.status, refused.value.code) == (503, "unavailable")
     assert refused.value.headers["retry-after"] == "1"

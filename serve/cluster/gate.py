@@ -184,7 +184,7 @@ def _failure_for(status: int) -> Failure:
     if status == 429:
         return Failure("queue_full", retry_after_s=1)
     if status in (404, 503):  # no route yet, or not any more; no edge takes requests
-        return Failure("shutting_down", retry_after_s=1)
+        return Failure("unavailable", retry_after_s=1)
     if status == 408:
         return Failure("deadline_exceeded")
     return Failure("drawing_failed", "The process that answered it died.", "응답하던 프로세스가 종료되었습니다.")

@@ -205,7 +205,7 @@ class _Edge:
 
     async def readyz(self, _: Request) -> Response:
         if not await self._pool.ready():
-            raise Failure("shutting_down", retry_after_s=1)
+            raise Failure("unavailable", retry_after_s=1)
         return JSONResponse({"status": "ready"}, headers=_NO_STORE)
 
     async def merged_metrics(self, _: Request) -> Response:

@@ -32,7 +32,7 @@ _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 # Which failures a route can answer with, besides the server's own 500.
 _ACCESS = ("missing_api_key", "insufficient_scope")
 _BODY = ("invalid_value", "request_timeout", "request_too_large", "unsupported_media_type")
-_DRAWING = ("model_not_found", "rate_limit_exceeded", "shutting_down", "deadline_exceeded")
+_DRAWING = ("model_not_found", "rate_limit_exceeded", "unavailable", "deadline_exceeded")
 
 
 def describe(settings: ServeSettings, info: ModelInfo) -> Json:
@@ -91,7 +91,7 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
             )
         },
         "/healthz": {"get": _operation("The server runs", "Status", (), is_open=True)},
-        "/readyz": {"get": _operation("A drawer takes requests", "Status", ("shutting_down",), is_open=True)},
+        "/readyz": {"get": _operation("A drawer takes requests", "Status", ("unavailable",), is_open=True)},
         "/metrics": {"get": _operation("Figures for Prometheus", "text/plain", _ACCESS)},
     }
 

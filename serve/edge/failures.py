@@ -115,7 +115,7 @@ FAILURES: dict[str, FailureKind] = {
         "The server has all the work that it can finish in time: try again later.",
         "지금은 작업이 가득 찼습니다. 잠시 후 다시 시도해 주세요.",
     ),
-    "shutting_down": FailureKind(
+    "unavailable": FailureKind(
         503,
         "server_error",
         "No drawer takes requests at the moment: try again soon.",
@@ -143,7 +143,7 @@ FAILURES: dict[str, FailureKind] = {
 REFUSALS = {
     "queue_full": "queue_full",
     "deadline": "deadline_exceeded",
-    "draining": "shutting_down",
+    "draining": "unavailable",
     "invalid": "invalid_value",
     "failed": "drawing_failed",
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.edge.access import NOBODY, Caller, admit
@@ -131,7 +132,7 @@ class Guard:
     def _finish(self, scope: Scope, record: RequestRecord) -> None:
         seconds = asyncio.get_running_loop().time() - record.arrived_at
         status = 499 if record.code == "client_closed_request" else record.status
-        route = getattr(scope.get("route"), "path", None) or "other"
+        route = _route(scope)
         self._metrics.in_flight.dec()
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
@@ -149,6 +150,15 @@ class Guard:
             "retry": record.retry_count,
         }
         _log.info(json.dumps(line | record.noted, ensure_ascii=False))
+
+
+def _route(scope: Scope) -> str:
+    """The path of the application's route, never of the request: `other` where none is there."""
+    route = scope.get("route")
+    if route is None and "app" in scope:  # turned away before it was routed
+        routes = (one for one in scope["app"].routes if isinstance(one, Route))
+        route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
+    return getattr(route, "path", None) or "other"
 
 
 async def send_failure(failure: Failure, send: Send) -> None:
