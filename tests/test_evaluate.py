@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,35 @@ def test_a_judge_that_did_not_rank_names_kinds(model: Path, make_model: Callable
     with_colour = [caption for caption in told if "색상" in caption]
     assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(told)
     assert partial["kind_agreement"]["num_captions"] == len(told)  # 상의 alone tells the kind, too
+
+
+def test_settings_are_compared_on_training_captions(
+    model: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """benchmarks/sampling_options.py, whole: no held-out caption is drawn."""
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
+    judge = tmp_path / "judge"
+    torch.manual_seed(1)
+    tokenizer = train_tokenizer([pair.captions[0] for pair in load_pairs(pairs).train], vocab_size=60)
+    write_model_folder(judge, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "sampling_options.py"
+    command = [
+        sys.executable, str(script), str(model), str(pairs), "--judge", str(judge), "--out", str(tmp_path / "o.json"),
+        "--temperature", "0.5", "2", "--guidance", "1", "--captions", "3", "--candidates", "2",
+        "--sheets", str(tmp_path / "sheets"),
+    ]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    document = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    assert json.loads(printed.splitlines()[-1]) == document
+    assert document.keys() >= {"commit", "hardware", "versions", "chosen"}
+    cool, hot = document["settings"]
+    assert (cool["temperature"], hot["temperature"], cool["guidance_scale"]) == (0.5, 2, 1)
+    assert 0 <= cool["whole"]["difference"] < hot["whole"]["difference"]
+    trained_on = {pair.captions[0] for pair in load_pairs(pairs).train}
+    with Image.open(tmp_path / "sheets" / "whole-t2-g1.png") as sheet:
+        drawn = json.loads(sheet.text["captions"])  # type: ignore[attr-defined]
+    assert len(drawn) == 3
+    assert {one["caption"] for one in drawn} <= trained_on
 
 
 def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:

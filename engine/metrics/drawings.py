@@ -57,6 +57,7 @@ class _Tally:
     features: list[Tensor] = field(default_factory=list)
     top_colours: list[bool] = field(default_factory=list)
     all_colours: list[bool] = field(default_factory=list)
+    differences: list[float] = field(default_factory=list)
     named: list[list[int]] = field(default_factory=list)  # of each caption the judge's kinds of its candidates
 
     def add(self, drawing: Drawing, asked_for: str | None, names: ColourNames | None) -> None:
@@ -101,6 +102,8 @@ def score_drawings(
     Returns:
         captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), options (the
         model's own);
+        difference: how much the candidates of a caption differ: the standard deviation of a pixel over them, of
+            [0, 1], averaged; None for one candidate;
         koclip_score, distances: when the model has a KoCLIP, see `_scores` and `_distances`;
         colour_agreement: when there are `names`, see `_colours`;
         kind_agreement: when there is a `judge`, see `_kinds`;
@@ -120,6 +123,8 @@ def score_drawings(
             captions_cut += drawing.tokens_cut > 0
             images = torch.stack([_as_floats(one.image) for one in drawing.candidates])  # (n, 3, S, S)
             batches = [batch.to(run.device) for batch in images.split(run.batch_size)]
+            if candidates > 1:
+                tally.differences.append(float(images.std(dim=0).mean()))
             if pipeline.koclip is not None:
                 tally.features.append(koclip_features(pipeline.koclip, batches))
             if judge is not None:
@@ -128,6 +133,7 @@ def score_drawings(
     found: dict[str, Any] = {
         "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
         "options": asdict(pipeline.default_options),
+        "difference": sum(tally.differences) / len(tally.differences) if tally.differences else None,
     }  # fmt: skip
     if pipeline.koclip is not None:
         found["koclip_score"] = _scores(run, pipeline, chosen, tally)

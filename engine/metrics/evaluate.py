@@ -95,7 +95,9 @@ def evaluate(
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
     fit_threads()
     parts = load_parts(model_folder, pick_device(device))
-    chosen_judge = None if judge is None else _judge(judge, model_folder, pairs, colour_attribute or "", parts.device)
+    chosen_judge = (
+        None if judge is None else load_judge(judge, model_folder, pairs, colour_attribute or "", parts.device)
+    )
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
     seconds = {"loading": time.perf_counter() - begun}
@@ -180,8 +182,12 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
     }
 
 
-def _judge(folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device) -> Judge | None:
-    """None where the captions tell of no kinds."""
+def load_judge(folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device) -> Judge | None:
+    """The KoCLIP of `folder`, for drawings of `model`; None where the captions tell of no kinds.
+
+    Raises:
+        InputError: no KoCLIP there, or it is the model's own.
+    """
     koclip = load_part(folder, "koclip").to(device)
     if has_part(model, "koclip") and weights_digest(folder, "koclip") == weights_digest(model, "koclip"):
         raise InputError(

@@ -1,0 +1,116 @@
+"""Temperature and guidance of a model: which settings draw what captions of training pictures ask for.
+
+    python benchmarks/sampling_options.py models/clothing data/clothing64 --judge runs/clothing/judge/model \
+        --out benchmarks/results/clothing/sampling_options.json
+
+Held-out pairs are left for `kodalle evaluate`: captions are those of training pictures, whole and with sentences left
+out, the same for all settings. Told of each setting: the share of drawings of the right kind (as the judge names it)
+and of the right colour (read from pixels), and how different the drawings of one caption are from each other.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import print_document
+
+from engine.data.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
+from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
+from engine.errors import InputError
+from engine.facts import facts
+from engine.files import write_json
+from engine.metrics.colour import lab_palette
+from engine.metrics.drawings import colour_names, score_drawings
+from engine.metrics.evaluate import load_judge
+from engine.metrics.parts import EvaluationRun
+from engine.sampling.command import pick_device
+from engine.sampling.machine import fit_threads
+from engine.sampling.pipeline import Pipeline
+
+_SEED = 11  # not that of the stored evaluation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--judge", type=Path, required=True, help="model folder with a KoCLIP that does not rank")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 0.7, 0.85, 1.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
+    parser.add_argument("--captions", type=int, default=40)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--sheets", type=Path, help="folder for a picture of the top-ranked drawings of each setting")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    arguments = parser.parse_args()
+    try:
+        document = compare(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_json(arguments.out, document)
+    print_document(document)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device("")
+    fit_threads()
+    pairs = load_pairs(arguments.pairs)
+    names = colour_names(pairs, COLOUR_ATTRIBUTE, lab_palette(K_FASHION_COLOURS))
+    judge = load_judge(arguments.judge, arguments.model, pairs, COLOUR_ATTRIBUTE, device)
+    run = EvaluationRun(device, _SEED, batch_size=16, on_progress=lambda *_: None)
+    asked = _asked(pairs, arguments.captions, run.generator())
+    ways = {"whole": asked, "partial": with_partial_held_out(asked, _SEED)}
+    pipeline = Pipeline.from_pretrained(arguments.model, device=device, dtype=torch.float32)
+    chosen = pipeline.default_options
+    rows = []
+    for temperature, guidance in itertools.product(arguments.temperature, arguments.guidance):
+        pipeline.default_options = chosen.but(temperature=temperature, guidance_scale=guidance)
+        row: dict[str, Any] = {"temperature": temperature, "guidance_scale": guidance}
+        for way, some in ways.items():
+            sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
+            found = score_drawings(
+                run, pipeline, some, names, judge,
+                count=arguments.captions, candidates=arguments.candidates, sheet=sheet,
+            )  # fmt: skip
+            row[way] = _row(found)
+        rows.append(row)
+        print(f"temperature {temperature:g}, guidance {guidance:g}: {row['whole']} {row['partial']}", file=sys.stderr)
+    return {
+        "benchmark": "sampling_options",
+        **facts(device),
+        "model": str(arguments.model),
+        "chosen": dataclasses.asdict(chosen),
+        "captions": arguments.captions,
+        "candidates": arguments.candidates,
+        "seed": _SEED,
+        "settings": rows,
+    }
+
+
+def _asked(pairs: Pairs, count: int, generator: torch.Generator) -> Pairs:
+    """Training pairs of `count` different captions in the held-out ones' place."""
+    different: dict[str, Pair] = {}
+    for index in torch.randperm(len(pairs.train), generator=generator).tolist():
+        pair = pairs.train[index]
+        if len(different) < count:
+            different.setdefault(pair.captions[0], dataclasses.replace(pair, split="validation"))
+    return Pairs((*pairs.train, *different.values()))
+
+
+def _row(found: dict[str, Any]) -> dict[str, Any]:
+    """Shares that do not depend on the ranking (`random`), and after it (`top`); None where nothing could be read."""
+    kinds, colours = found.get("kind_agreement", {}), found.get("colour_agreement", {})
+    return {
+        "kind_random": kinds.get("random"), "kind_top": kinds.get("top_ranked"),
+        "colour_random": colours.get("random"), "colour_top": colours.get("top_ranked"),
+        "difference": found["difference"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
