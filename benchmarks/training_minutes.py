@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from machine_facts import print_document
 
-from engine.config import load_run
+from engine.config_files import load_run
 from engine.facts import facts
 from engine.files import write_json
 

@@ -1,21 +1,12 @@
-"""Every knob, once: strict frozen models, read from YAML and `key=value`.
-
-Precedence: defaults < YAML file < `key=value` on the command line. An unknown key, a wrong type or the text "None"
-(which YAML reads as a string, so that the published KoDALLE recipe silently switched options on) is an InputError
-that names the field and the file. Derived values are properties, never stored.
+"""Every knob, once: strict frozen models. Derived values are properties, never stored; engine/config_files.py reads them.
 
 Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also what `config.json` of a model folder holds.
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-
-from engine.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -297,136 +288,3 @@ class KodalleRun(Run):
 
 
 AnyRun = Annotated[VqganRun | KoclipRun | KodalleRun, Field(discriminator="stage")]
-_RUN: TypeAdapter[VqganRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
-
-
-# ------------------------------------------------------------------------------------------------- reading them
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"key given twice: {', '.join(sorted(twice))}{node.start_mark}")
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def load_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError: no YAML, or a key given twice."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | KoclipRun | KodalleRun:
-    """Reads a training config.
-
-    Args:
-        path: YAML file.
-        overrides: `key=value` texts; dots go down (`deepspeed.optimizer.params.lr=1e-4`), values are YAML.
-
-    Raises:
-        InputError: names field, value, file and remedy.
-    """
-    tree = read_config_file(path, example="configs/demo/kodalle.yaml")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    source = f"{path} with the command line's key=value" if overrides else str(path)
-    _refuse_none_text(tree, source)
-    return parse_section(_RUN, tree, source=source)
-
-
-def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
-    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError.
-
-    By way of JSON, whose strict mode takes a text for a path and a list for a tuple, but not `yes` for 1 or "8" for 8.
-    """
-    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
-    try:
-        return adapter.validate_json(json.dumps(tree, default=str), strict=True)
-    except ValidationError as error:
-        raise as_input_error(error, source) from error
-
-
-def dump_yaml(run: Run) -> str:
-    """The effective config, as YAML that `load_run` reads back to an equal object."""
-    return yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
-
-
-def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
-    """The tree of a config file.
-
-    Args:
-        example: a file of its kind, for who names none.
-
-    Raises:
-        InputError: no such file, no YAML, a key given twice, or no `key: value` lines.
-    """
-    if not path.is_file():
-        raise InputError("--config", path, f"no such file: give a YAML file, e.g. {example}")
-    try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("--config", path, f"is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError("--config", path, "must hold `key: value` lines")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError("override", override, "write it as key=value, e.g. loop.steps=100")
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise InputError("override", override, f"`{parent}` is a value, not a section")
-        tree = child
-    try:
-        tree[last] = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise InputError("override", override, f"the value is not valid YAML: {error}") from error
-
-
-def _refuse_none_text(node: Any, source: str, where: str = "") -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_none_text(value, source, f"{where}.{key}" if where else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _refuse_none_text(value, source, f"{where}.{index}")
-    elif node == "none" and where.startswith("deepspeed."):
-        pass  # a value of DeepSpeed's own: offload_optimizer.device, for one
-    elif node in ("None", "none", "NONE"):
-        raise InputError(where, repr(node), f"is a text, not 'nothing' (in {source}): write null, or remove the line")
-
-
-def as_input_error(error: ValidationError, source: str) -> InputError:
-    """The first fault, by field, value and remedy; `source` says where it was read."""
-    first = error.errors()[0]
-    # the discriminated union puts the stage's name in front of the field's path
-    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("koclip",), ("kodalle",)) else first["loc"]
-    field = ".".join(map(str, path)) or "stage"
-    others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        remedy = "unknown key: remove it or mend its spelling"
-    elif first["type"] == "missing":
-        remedy = "is missing: add it"
-    else:
-        remedy = first["msg"]
-    if first["type"] in ("missing", "union_tag_not_found"):
-        value = "(nothing)"
-    elif first["type"] == "union_tag_invalid":
-        value = repr(first["ctx"]["tag"])
-    else:
-        value = repr(first["input"])[:120]
-    return InputError(field, value, f"{remedy}, in {source}{others}")

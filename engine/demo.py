@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from engine.config import VqganRun, load_run
+from engine.config import VqganRun
+from engine.config_files import load_run
 from engine.data.demo_garments import make_demo
 from engine.data.demo_oracle import Reading, read, score
 from engine.data.pairs import Pair, load_pairs

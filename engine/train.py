@@ -30,7 +30,7 @@ def main() -> int:
     from engine.errors import InputError
 
     try:
-        from engine.config import load_run
+        from engine.config_files import load_run
         from engine.models.environment import check_torchvision
 
         run = load_run(arguments.config, arguments.overrides)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from pydantic import Field, ValidationError, model_validator
 
-from engine.config import as_input_error, read_config_file
+from engine.config_files import as_input_error, read_config_file
 from engine.errors import InputError
 from serve.settings import ServeSettings
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from engine.config import Section, as_input_error
+from engine.config import Section
+from engine.config_files import as_input_error
 
 MIB = 2**20
 

@@ -163,7 +163,7 @@ def train_tree(write_tree: Callable[[Tree, Path], Path]) -> Callable[[Tree], Pat
     """Trains a config in this process; returns the model folder."""
 
     def run(tree: Tree) -> Path:
-        from engine.config import load_run
+        from engine.config_files import load_run
         from engine.training import loop
 
         path = Path(tree["run"])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.config import KodalleRun, VqganConfig, VqganRun, dump_yaml, load_run, parse_section
+from engine.config import KodalleRun, VqganConfig, VqganRun
+from engine.config_files import dump_yaml, load_run, parse_section
 from engine.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from engine.config import load_run
+from engine.config_files import load_run
 from engine.training import loop
 from engine.training.checkpoints import complete_checkpoints
 from engine.training.setup import join_world, make_engine
@@ -141,7 +141,7 @@ def test_stopped_by_sigterm_and_resumed(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engine.config import load_run
+from engine.config_files import load_run
 from engine.training import checkpoints, loop, stage_koclip, stage_kodalle
 
 loop.matrix_peak = lambda *_: 1e12
@@ -373,7 +373,7 @@ def test_partial_captions_reach_the_batches(
 _SEVERAL = """
 import sys
 from pathlib import Path
-from engine.config import load_run
+from engine.config_files import load_run
 from engine.training import loop
 loop.matrix_peak = lambda *_: 1e12
 for path in sys.argv[1:]:

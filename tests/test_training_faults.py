@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from engine.config import load_run
+from engine.config_files import load_run
 from engine.errors import InputError
 from engine.training.checkpoints import complete_checkpoints
 from engine.training.setup import join_world

@@ -19,8 +19,8 @@ from engine.config import (
     TransformerConfig,
     VqganConfig,
     VqganRun,
-    load_run,
 )
+from engine.config_files import load_run
 from engine.data.text import train_tokenizer
 from engine.decoding.packed import can_quantise
 from engine.models.folder import Part, PartName, write_model_folder

@@ -37,7 +37,8 @@ from engine.codec.onnx_runtime import (
     open_vqgan,
 )
 from engine.codec.vqgan_decoder import FastVqganDecoder, Precision
-from engine.config import Section, parse_section
+from engine.config import Section
+from engine.config_files import parse_section
 from engine.errors import InputError
 from engine.files import atomic_file, read_json, write_json
 from engine.measure import synchronize

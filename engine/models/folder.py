@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig, parse_section
+from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig
+from engine.config_files import parse_section
 from engine.data.text import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json

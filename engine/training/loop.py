@@ -16,11 +16,11 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
-from engine.config import KoclipRun, KodalleRun, Run, VqganRun, dump_yaml, load_run
+from engine.config import KoclipRun, KodalleRun, Run, VqganRun
+from engine.config_files import dump_yaml
 from engine.errors import InputError
 from engine.files import atomic_file
 from engine.measure import count_flops, matrix_peak, synchronize
@@ -30,16 +30,9 @@ from engine.training.batches import Batch, BatchSource, stream
 from engine.training.card import model_card
 from engine.training.checkpoints import Progress
 from engine.training.deepspeed_section import check_keys
+from engine.training.resumption import check_folder
 from engine.training.run_log import RunLog
 from engine.training.setup import World, join_world, micro_batch
-
-# Keys that may change between a run and its resumption: they decide what is written when, not what is computed.
-_FREE_ON_RESUME = {
-    "loop": {"validate_every", "sample_every", "sample_count", "checkpoint_every", "keep_checkpoints", "log_every"}
-    | {"max_skipped_steps", "torch_threads"},
-    "data": {"num_workers", "cache_images"},
-}
-_PLAIN = {"resume", "run"}
 
 
 class Stage(Protocol):
@@ -97,7 +90,7 @@ def train(run: Run) -> Path:
     torch.manual_seed(run.seed)
     check_keys(run.deepspeed)
     batch_size, accumulation = micro_batch(run.deepspeed)
-    _check_folder(run)
+    check_folder(run)
     stage = _make_stage(run, world)
     total = _total_steps(run, stage, batch_size * accumulation * world.size)
     engines = stage.build(total)
@@ -341,42 +334,6 @@ def _total_steps(run: Run, stage: Stage, pictures_per_step: int) -> int:
         return run.loop.steps
     assert run.loop.epochs is not None
     return max(1, round(run.loop.epochs * stage.num_train / pictures_per_step))
-
-
-def _check_folder(run: Run) -> None:
-    """A folder that holds a run with other settings is left alone and named; before shards or anything is written."""
-    path = run.run / "config.yaml"
-    found = checkpoints.complete_checkpoints(run.run / "checkpoints")
-    if found and run.resume == "never":
-        raise InputError(
-            "resume", "never", f"{run.run} holds a run (newest checkpoint {found[0].name}): remove it, or resume: auto"
-        )
-    if found and path.is_file():
-        try:
-            begun_with = load_run(path).model_dump(mode="json")  # fields that came since then have their defaults
-        except InputError:
-            begun_with = yaml.safe_load(path.read_text(encoding="utf-8"))  # a field that is gone: told as a change
-        _same_computation(begun_with, run.model_dump(mode="json"), run.run)
-
-
-def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    for key in sorted(old.keys() | new.keys()):
-        if key in _PLAIN:
-            continue
-        before, after = old.get(key), new.get(key)
-        free = _FREE_ON_RESUME.get(key, set())
-        if isinstance(before, dict) and isinstance(after, dict):
-            for inner in sorted(before.keys() | after.keys()):
-                if inner not in free and before.get(inner) != after.get(inner):
-                    _refuse_change(f"{key}.{inner}", before.get(inner), after.get(inner), folder)
-        elif before != after:
-            _refuse_change(key, before, after, folder)
-
-
-def _refuse_change(field: str, before: object, after: object, folder: Path) -> None:
-    raise InputError(
-        field, repr(after), f"{folder} was begun with {before!r}: undo the change, or choose another run=… folder"
-    )
 
 
 def _resume(run: Run, stage: Stage, engines: dict[str, Any], world: World) -> Progress:
