@@ -22,9 +22,11 @@ def test_columns_are_what_kernels_take() -> None:
     for name in COLUMNS:
         column = getattr(table, name)
         assert (column.dtype, column.shape, column.is_contiguous()) == (torch.int64, (5,), True), name
+        assert (column.data_ptr() - table.seeds.data_ptr()) % 16 == 0  # else each number of slots is compiled for anew
     for name in ("temperature", "top_p", "guidance"):
         column = getattr(table, name)
         assert (column.dtype, column.shape, column.is_contiguous()) == (torch.float32, (5,), True), name
+        assert (column.data_ptr() - table.seeds.data_ptr()) % 16 == 0
 
 
 def test_a_seated_row_arrives_with_the_upload() -> None:

@@ -262,7 +262,9 @@ def test_on_a_gpu_graphed_equals_eager_and_company_does_not_matter(precision: vq
     done.synchronize()
     images = decoder.decode(tokens)
     assert torch.equal(images, expected)
-    assert (images - vqgan.decode(tokens)).abs().max() <= (1e-4 if precision == "float32" else 0.05)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        plain = vqgan.decode(tokens)
+    assert (images - plain).abs().max() <= (1e-4 if precision == "float32" else 0.05)
     for rows in ([0], [5], [3, 0, 1, 2, 5]):
         assert torch.equal(decoder.decode(tokens[rows]), images[rows])
 

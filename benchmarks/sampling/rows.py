@@ -203,8 +203,8 @@ def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Vari
         [RowRequest(0, FIRST_SEED, number, SamplingOptions(guidance_scale=scale)) for number in range(plan.candidates)]
         for scale in (1.0, GUIDANCE_SCALE)
     )
-    # packs weights, reads the empty caption; on a GPU captures the graphs of both
-    for rows in (plain, guided) if device.type == "cuda" else (guided[:1],):
+    # packs weights, reads the empty caption; on a GPU captures the graphs of both, the larger decoder's first
+    for rows in (guided, plain) if device.type == "cuda" else (guided[:1],):
         sampler.decode(prefix, rows)
     pairs: list[tuple[float, float]] = []
     begun = time.perf_counter()

@@ -9,6 +9,7 @@ loaded while servers take turns with it:
 
 import asyncio
 import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -137,11 +138,25 @@ async def _draw(drawer: Any, asked: Sequence[Asked], concurrency: int, *, name: 
 
 
 def _draw_by_pipeline(drawer: Any, asked: Sequence[Asked]) -> EngineRun:
-    """Without encoding, which the pipeline leaves to its caller."""
+    """Without encoding, which the pipeline leaves to its caller.
+
+    By a sampler of its own: the drawer's decoder is lent to the drawer for good. On a GPU each number of candidates is
+    drawn once before the clock starts, since its graphs are captured then.
+    """
+    from engine.decoding.sampler import Sampler
+
+    pipeline = copy.copy(drawer.pipeline)
+    null = pipeline.tokenizer.empty(pipeline.transformer.config.text_seq_len)[0]
+    is_cuda = pipeline.device.type == "cuda"
+    weights = None if is_cuda else pipeline.sampler.weights  # by name, "plain" would draw without graphs
+    pipeline.sampler = Sampler(pipeline.transformer, null_text_tokens=null.to(pipeline.device), weights=weights)
+    if is_cuda:
+        for number in sorted({one.num_candidates for one in asked}, reverse=True):
+            pipeline(["."], candidates=number)
     drawn, begun = [], time.perf_counter()
     for one in asked:
         started = time.perf_counter()
-        drawing = drawer.pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
+        drawing = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
         drawn.append(Drawn(one.number, time.perf_counter() - started, dict(drawing.timings_s), True))
     return EngineRun(drawn, time.perf_counter() - begun)
 

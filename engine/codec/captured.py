@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.cuda_graphs import capturing
+
 _WARM_UPS = 3  # before the capture: cuDNN and cuBLAS choose, Triton compiles
 
 
@@ -23,20 +25,24 @@ class Captured:
     def __init__(
         self, function: Callable[[Tensor], Tensor], example: Tensor, *, stream: torch.cuda.Stream | None = None
     ) -> None:
-        self._input = example.clone()
+        # Ordinary tensors from here on, whatever mode the caller is in: one made in inference mode takes no later input.
+        with torch.inference_mode(False), torch.no_grad():
+            self._input = torch.empty_like(example)
+            self._input.copy_(example)
         stream = stream or torch.cuda.Stream(example.device)
         stream.wait_stream(torch.cuda.current_stream(example.device))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad():
+        with torch.inference_mode():  # as drawing captures; torch does not mix modes gladly (pytorch/pytorch#166792)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     function(self._input)
             stream.synchronize()
-            with torch.cuda.graph(self._graph, stream=stream):
+            with capturing(self._graph, stream=stream):
                 self._output = function(self._input)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The function's answer, a copy, in order on the caller's stream."""
-        self._input.copy_(rows)
-        self._graph.replay()
-        return self._output.clone()
+        with torch.no_grad():
+            self._input.copy_(rows)
+            self._graph.replay()
+            return self._output.clone()

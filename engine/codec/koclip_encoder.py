@@ -107,7 +107,10 @@ class KoclipEncoder:
         row = row + [PAD_TOKEN] * (self._koclip.config.text_seq_len - len(row))
         tokens = torch.tensor([row], device=self._device)
         if self._text_graph is None:
-            self._text_graph = Captured(self._koclip.embed_texts, tokens)
+            # Warmed with padding: without any, transformers would go another way than the capture does.
+            padded = torch.full_like(tokens, PAD_TOKEN)
+            padded[:, 0] = tokens[:, 0]
+            self._text_graph = Captured(self._koclip.embed_texts, padded)
         return self._text_graph(tokens)[0]
 
     def _embed_filled(self, images: Tensor) -> Tensor:

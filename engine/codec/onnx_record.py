@@ -249,6 +249,7 @@ def export_model(folder: Path, out: Path, *, progress: bool = False) -> OnnxReco
 
 
 @torch.inference_mode()
+@torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)  # as ONNX Runtime
 def _measure(
     modules: dict[PartName, Any], paths: dict[NetworkName, Path], sources: dict[PartName, str], device: torch.device
 ) -> tuple[DeviceRecord, dict[NetworkName, float]]:

@@ -111,7 +111,8 @@ def _attention(block: AttnBlock, stream: Tensor) -> Tensor:
     B, C, H, W = stream.shape
     normed = _normalised(block.norm, stream, silu=False)
     q, k, v = (conv(normed).permute(0, 2, 3, 1).reshape(B, H * W, C) for conv in (block.q, block.k, block.v))
-    weights = torch.softmax((q @ k.transpose(1, 2)).float() / math.sqrt(C), dim=2).to(v.dtype)  # (B, HW, HW)
+    q = q / math.sqrt(C)  # before the product, which float16 may not hold
+    weights = torch.softmax((q @ k.transpose(1, 2)).float(), dim=2).to(v.dtype)  # (B, HW, HW)
     seen = (weights @ v).unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last
     return stream + block.proj_out(seen)
 

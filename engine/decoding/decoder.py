@@ -133,6 +133,10 @@ class SlotDecoder:
         self._plan = None
         return self._tokens[slot, : row.position].clone()
 
+    def num_tokens(self, slot: int) -> int:
+        """Tokens that a joined row has so far; a view of them costs more than to count them."""
+        return self._rows[slot].position
+
     def tokens(self, slot: int) -> Tensor:
         """(n,) tokens that a joined row has so far; a view, overwritten when the slot is given to another row."""
         return self._tokens[slot, : self._rows[slot].position]

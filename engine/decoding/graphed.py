@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.cuda_graphs import capturing
 from engine.decoding.cache import Caption, Prefix
 from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.prefix_pool import PrefixPool
@@ -176,6 +177,10 @@ class GraphedDecoder:
         for slot in list(self._rows):
             self.leave(slot)
 
+    def num_tokens(self, slot: int) -> int:
+        """Tokens that a joined row has so far; a view of them costs more than to count them."""
+        return self._rows[slot].position
+
     def tokens(self, slot: int) -> Tensor:
         """(n,) tokens that a joined row has so far; a view, overwritten once the row has left."""
         return self._program.tokens[slot, : self._rows[slot].position]
@@ -254,9 +259,8 @@ class GraphedDecoder:
             self._program.run(bucket, filters=filters)
             if self.graphs:
                 graph = torch.cuda.CUDAGraph()
-                # All graphs share one memory: they hand nothing to each other in it, and never run at once. Other
-                # threads, which decode and encode pictures, may go on using the GPU meanwhile.
-                with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+                # All graphs share one memory: they hand nothing to each other in it, and never run at once.
+                with capturing(graph, pool=self._graph_memory):
                     self._program.run(bucket, filters=filters)
                 self._graphs[bucket, filters] = graph
 

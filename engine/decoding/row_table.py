@@ -35,15 +35,18 @@ class RowTable:
 
     def __init__(self, num_slots: int, *, parked: int, device: torch.device) -> None:
         self._parked = parked
+        # Columns start at multiples of 16 bytes: Triton compiles a kernel anew for each way in which they do not.
+        width = -(-num_slots // 4) * 4
         # float32 columns lie two to a row of int64, so that one copy moves all
         num_rows = len(_INTEGERS) + -(-len(_FLOATS) // 2)
-        self._host = np.zeros((num_rows, num_slots), np.int64)
-        host_floats = self._host[len(_INTEGERS) :].view(np.float32).reshape(-1, num_slots)  # (twice the rows, S)
+        self._host = np.zeros((num_rows, width), np.int64)
+        host_floats = self._host[len(_INTEGERS) :].view(np.float32).reshape(-1, width)  # (twice the rows, width)
         self._columns = dict(zip(_INTEGERS, self._host, strict=False)) | dict(zip(_FLOATS, host_floats, strict=False))
-        self._device = torch.zeros(num_rows, num_slots, dtype=torch.int64, device=device)
-        floats = self._device[len(_INTEGERS) :].view(torch.float32).view(-1, num_slots)
-        self.seeds, self.candidates, self.positions, self.top_k = self._device[:4].unbind()
-        self.partner, self.source, self.captions, self.filters = self._device[4 : len(_INTEGERS)].unbind()
+        self._device = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
+        floats = self._device[len(_INTEGERS) :].view(torch.float32).view(-1, width)[:, :num_slots]
+        integers = self._device[: len(_INTEGERS), :num_slots]
+        self.seeds, self.candidates, self.positions, self.top_k = integers[:4].unbind()
+        self.partner, self.source, self.captions, self.filters = integers[4:].unbind()
         self.temperature, self.top_p, self.guidance = floats[: len(_FLOATS)].unbind()
         for slot in range(num_slots):
             self.park(slot)

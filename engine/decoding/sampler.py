@@ -11,6 +11,7 @@ engine/decoding/decoder.py, which holds the rows in flight. Captions are prefill
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -54,7 +55,11 @@ class Sampler:
         self.model = model
         self.row_invariant = row_invariant
         self.weights = choose_weights(model, weights)
-        self._step_model: StepModel | None = None
+        # Not a method: the keeper would hold the sampler, and only Python's collector would free a GPU's graphs then.
+        self.step_model: Callable[[], StepModel] = functools.cache(
+            functools.partial(make_step_model, model, self.weights)
+        )
+        """The model as decoding reads it, packed once."""
         self._decoders = DecoderKeeper(
             model,
             step_model=self.step_model,
@@ -139,9 +144,9 @@ class Sampler:
                 drawn = 0  # positions that every row has
                 while drawn < self.model.config.image_seq_len:
                     decoder.step()
-                    tokens_so_far = [decoder.tokens(slot) for slot in slots]
-                    before, drawn = drawn, min(len(tokens) for tokens in tokens_so_far)
+                    before, drawn = drawn, min(decoder.num_tokens(slot) for slot in slots)
                     if on_step is not None:
+                        tokens_so_far = [decoder.tokens(slot) for slot in slots]
                         for position in range(before, drawn):
                             on_step(position, torch.stack([tokens[position] for tokens in tokens_so_far]))
                 tokens = torch.stack([decoder.leave(slot) for slot in slots])
@@ -157,12 +162,6 @@ class Sampler:
             null_prefix = None if self._null_text_tokens is None else self.null_prefix()
             with self._decoders.lend(num_slots, null_prefix=null_prefix, rows_come_and_go=True) as decoder:
                 yield decoder
-
-    def step_model(self) -> StepModel:
-        """The model as decoding reads it, packed once."""
-        if self._step_model is None:
-            self._step_model = make_step_model(self.model, self.weights)
-        return self._step_model
 
     def null_prefix(self) -> Prefix:
         """The empty caption, read once.

@@ -74,10 +74,19 @@ class Drawer:
             metrics=self._metrics,
             finisher=self._finisher,
         )
+        if is_cuda:
+            self._capture_codec()
         self._flights: set[Flight] = set()
         self.is_draining = False
         self._finisher.start()
         self._stepper.start()
+
+    def _capture_codec(self) -> None:
+        """Graphs of the codec and the ranker, while there is one thread; else the first request would pay for them."""
+        pipeline = self.pipeline
+        with torch.inference_mode():
+            tokens = torch.zeros(1, self.info.grid_size**2, dtype=torch.int64, device=pipeline.device)
+            pipeline.rank_scores(["."], pipeline.decode_images(tokens)[None])
 
     async def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
         """Draws a job; the last event is `Finished` or `Refused`. Closing the iterator frees its slots at once."""

@@ -128,7 +128,7 @@ class Finisher:
                     log.exception("a picture task failed")
                     if task.flight is not None:
                         task.flight.emit(Refused("failed", "the picture could not be decoded"))
-                    if cuda:  # an error of the device is not of one drawing
+                    if cuda and not isinstance(error, ValueError):  # an error of the device is not of one drawing
                         self.failure = error
                         return
 

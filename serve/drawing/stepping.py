@@ -329,7 +329,8 @@ class Stepper:
             given = None if flight.start is None else flight.start.result().tokens
             filled = fill_rows(tokens, rows_drawn=rows[due - 1], grid_size=g, given=given).clone()
             is_new = candidate not in flight.previews_waiting
-            flight.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled)
+            # On the CPU: the pictures' thread has a stream of its own, which does not wait for this one.
+            flight.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled.cpu())
             if is_new:
                 self._finisher.preview(flight, candidate)
         with self._changed:
