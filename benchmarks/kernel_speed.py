@@ -12,13 +12,13 @@ Prints a table and, as the last line, one JSON document, also stored in <out>/re
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import Case, PublishedSizes, Sizes, Work, cpu_cases, gpu_cases
-from machine_facts import hardware_name, print_document, slug
+from machine_facts import hardware_name, kept_when_stopped, print_document, slug
 from text_table import NOT_MEASURED, table
 
 from engine.facts import facts
@@ -46,13 +46,15 @@ def main() -> int:
         "config": {"rows": arguments.rows, "dtypes": arguments.dtype, "sizes": "published"},
         "read_bytes_per_s": read_bandwidth(device),
     }
-    with torch.inference_mode():
-        measure = _gpu_rows if device.type == "cuda" else _cpu_rows
-        document["rows"] = measure(arguments, device, document["read_bytes_per_s"])
+    rows: list[Row] = []
+    document["rows"] = rows
+    with torch.inference_mode(), kept_when_stopped(document):
+        for row in (_gpu_rows if device.type == "cuda" else _cpu_rows)(arguments, device, document["read_bytes_per_s"]):
+            rows.append(row)
     write_json(arguments.out / "results" / "kernel_speed" / f"{slug(hardware_name(document))}.json", document)
     print(_table(document), end="\n\n")
     print_document(document)
-    return 1 if any("error" in row for row in document["rows"]) else 0
+    return 1 if "stopped" in document or any("error" in row for row in rows) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,10 +65,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _cpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float) -> list[Row]:
+def _cpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float) -> Iterator[Row]:
     """The reference's draw; and the kernels' rows, empty."""
     config = PublishedSizes()
-    rows: list[Row] = []
     for name, make in cpu_cases(config, _CPU_ROWS).items():
         case = make()
         case.ours(), case.plain()
@@ -75,16 +76,14 @@ def _cpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_pe
             ours += time_runs(case.ours, device, repeat=3)
             plain += time_runs(case.plain, device, repeat=3)
         row = {"kernel": f"reference: {name}", "rows": _CPU_ROWS, "dtype": "float32", "device": "cpu"}
-        rows.append(row | _figures(case, {"ours": ours, "eager": plain}, read_bytes_per_s))
-    sizes = Sizes(config, 1, torch.bfloat16, device)
-    kernels: list[Row] = [{"kernel": name, "device": "cuda", "method": NOT_MEASURED} for name in gpu_cases(sizes)]
-    return rows + kernels
+        yield row | _figures(case, {"ours": ours, "eager": plain}, read_bytes_per_s)
+    for name in gpu_cases(Sizes(config, 1, torch.bfloat16, device)):
+        yield {"kernel": name, "device": "cuda", "method": NOT_MEASURED}
 
 
-def _gpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float) -> list[Row]:
+def _gpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float) -> Iterator[Row]:
     from triton.errors import TritonError
 
-    rows: list[Row] = []
     for dtype in arguments.dtype:
         for num_rows in arguments.rows:
             sizes = Sizes(PublishedSizes(), num_rows, getattr(torch, dtype), device)
@@ -101,8 +100,9 @@ def _gpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_pe
                     TritonError,
                 ) as error:  # the others are still worth having
                     row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                rows.append(row)
-    return rows
+                yield row
+                if "captur" in row.get("error", ""):  # it may leave torch's allocator inside the capture
+                    return
 
 
 def _gpu_figures(make: Callable[[], Case], read_bytes_per_s: float, *, with_compiled: bool) -> Row:
@@ -116,7 +116,8 @@ def _gpu_figures(make: Callable[[], Case], read_bytes_per_s: float, *, with_comp
     }
     if with_compiled:
         few = cases[:2]  # each compiles anew, its inputs being its own
-        seconds["compiled"] = _graph_seconds([torch.compile(case.plain) for case in few])
+        torch._dynamo.reset()  # else shapes that it met before make it compile for any shape
+        seconds["compiled"] = _graph_seconds([torch.compile(case.plain, dynamic=False) for case in few])
     return _figures(first, seconds, read_bytes_per_s)
 
 

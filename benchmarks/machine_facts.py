@@ -1,9 +1,12 @@
 """How benchmarks name their machine, and where their documents go."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,21 @@ def store_document(document: dict[str, Any], out: Path | None, *, quick: bool, t
     write_json(results, document)
     print(f"stored {results}", file=sys.stderr, flush=True)
     return folder / "plots" / f"{document['benchmark']}-{name}.png"
+
+
+@contextlib.contextmanager
+def kept_when_stopped(document: dict[str, Any]) -> Iterator[None]:
+    """SIGINT and SIGTERM end the block, not the program: what was measured so far is worth storing.
+
+    `stopped` in the document says so. Blocks inside end as they end at Ctrl-C: what they started is stopped.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        document["stopped"] = True
+        print("stopped: storing what was measured", file=sys.stderr, flush=True)
 
 
 def print_document(document: dict[str, Any]) -> None:

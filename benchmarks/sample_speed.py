@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import child_environment, print_document, store_document
+from machine_facts import child_environment, kept_when_stopped, print_document, store_document
 from sampling.plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
 from sampling.plot import draw
 from sampling.report import published_rows, ratios, tables
@@ -49,14 +49,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sample-speed-") as folder:
         print(f"writing a {'tiny' if arguments.quick else 'full-size'} model of random weights", file=sys.stderr)
         write_random_model(Path(folder) / "model", tiny=arguments.quick)
-        for name in variants:
-            _measure(_plan(arguments, str(Path(folder) / "model"), device, name), document)
+        with kept_when_stopped(document):
+            for name in variants:
+                _measure(_plan(arguments, str(Path(folder) / "model"), device, name), document)
     document["ratios"] = ratios(document["rows"])
     document["published"] = published_rows()
     _store(document, arguments)
     print(tables(document), end="\n\n")
     print_document(document)
-    return 1 if document["failed"] else 0
+    return 1 if document["failed"] or "stopped" in document else 0
 
 
 def _arguments() -> argparse.Namespace:

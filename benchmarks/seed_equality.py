@@ -6,6 +6,7 @@ temperature, guidance. Every kind of weights that this machine has is counted. T
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _OPTIONS = (
 _LARGEST_BATCH = 128
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON document")
@@ -65,6 +66,7 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / "seed_equality.json", document)
     print_document(document)
+    return 0 if all(row["equal"] == row["of"] for row in rows) else 1
 
 
 def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device: torch.device) -> int:
@@ -96,4 +98,4 @@ def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

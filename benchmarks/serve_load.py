@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import print_document, store_document
+from machine_facts import kept_when_stopped, print_document, store_document
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.crowd import fairness, overload, sizes
@@ -71,7 +71,12 @@ def main() -> int:
         bench = _start(stack, arguments, model, plan)
         ours = bench.ours
         document["config"]["model"] = asyncio.run(served_model(ours.address, key=next(iter(ours.keys), "")))
-        _measure(bench, arguments.only, document)
+        with kept_when_stopped(document):
+            _measure(bench, arguments.only, document)
+    if "stopped" in document:
+        _store(document, arguments)
+        print_document(document)
+        return 1
     document["bars"] = bars(document)
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     _store(document, arguments)

@@ -13,6 +13,7 @@ optimiser, the check for finite numbers. Prints a table and, as the last line, o
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -27,7 +28,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from machine_facts import REPOSITORY, child_environment, hardware_name, print_document, store_document
+from machine_facts import (
+    REPOSITORY,
+    child_environment,
+    hardware_name,
+    kept_when_stopped,
+    print_document,
+    store_document,
+)
 from PIL import Image
 from sampling.plan import CAPTION, published_sizes, tiny_sizes, write_random_model
 from text_table import seconds_text, table
@@ -80,14 +88,14 @@ def main() -> int:
         write_random_model(folder / "model", tiny=arguments.quick)
         _write_pictures(folder / "pairs", plan.pictures, vqgan.image_size)
         sizes = [f"model.{key}={value}" for key, value in transformer.model_dump(mode="json").items()]
-        for dtype in plan.dtypes:
-            for batch in plan.batches:
+        with kept_when_stopped(document):
+            for dtype, batch in itertools.product(plan.dtypes, plan.batches):
                 settings = [*_settings(folder, dtype, batch, plan), *(sizes if arguments.quick else ())]
                 _measure(folder, dtype, batch, plan, [*settings, *arguments.overrides], document)
     store_document(document, arguments.out, quick=arguments.quick)
     print(_table(document), end="\n\n")
     print_document(document)
-    return 1 if document["failed"] else 0
+    return 1 if document["failed"] or "stopped" in document else 0
 
 
 def _arguments(device: torch.device) -> argparse.Namespace:

@@ -209,13 +209,14 @@ if triton is not None:
 
         largest, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.float32)
         weighted = tl.zeros((BLOCK_D,), tl.float32)
-        for start in range(0, num_prefix, SPLIT):
+        # Splits are loaded ahead; by itself Triton does that for matrix products alone.
+        for start in tl.range(0, num_prefix, SPLIT, num_stages=3):
             largest, total, weighted = _fold_split(
                 largest, total, weighted, query, prefix_keys, prefix_values,
                 prefix_key_strides[1], prefix_value_strides[1], start, num_prefix, num_prefix, query, query,
                 D, SPLIT, BLOCK_D, False,
             )  # fmt: skip
-        for start in range(0, filled, SPLIT):
+        for start in tl.range(0, filled, SPLIT, num_stages=3):
             largest, total, weighted = _fold_split(
                 largest, total, weighted, query, keys, values,
                 key_strides[1], value_strides[1], start, filled, stored, new_key, new_value,

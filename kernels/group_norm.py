@@ -129,16 +129,23 @@ if triton is not None:
         inside = channels < C
         parts += picture * blocks * 2 * C
         total = tl.zeros([BLOCK_C], tl.float32)
-        for block in range(blocks):
-            count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
-            total += count * tl.load(parts + block * 2 * C + channels, mask=inside, other=0)
+        # Many blocks at a time: one after the other, each load's latency would be waited for.
+        for first in range(0, blocks, BLOCK_P):
+            block = first + tl.arange(0, BLOCK_P)
+            count = tl.maximum(tl.minimum(P - block * BLOCK_P, BLOCK_P), 0)[:, None]
+            places = parts + block[:, None] * (2 * C) + channels[None, :]
+            here = (block < blocks)[:, None] & inside[None, :]
+            total += tl.sum(count * tl.load(places, mask=here, other=0), axis=0)
         affine += picture * 2 * C
         mean = _over_group(total, affine, channels, inside, GROUP) / (P * GROUP)
         squares = tl.zeros([BLOCK_C], tl.float32)
-        for block in range(blocks):
-            count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
-            away = tl.load(parts + block * 2 * C + channels, mask=inside, other=0) - mean
-            squares += tl.load(parts + block * 2 * C + C + channels, mask=inside, other=0) + count * away * away
+        for first in range(0, blocks, BLOCK_P):
+            block = first + tl.arange(0, BLOCK_P)
+            count = tl.maximum(tl.minimum(P - block * BLOCK_P, BLOCK_P), 0)[:, None]
+            places = parts + block[:, None] * (2 * C) + channels[None, :]
+            here = (block < blocks)[:, None] & inside[None, :]
+            away = tl.load(places, mask=here, other=0) - mean[None, :]
+            squares += tl.sum(tl.load(places + C, mask=here, other=0) + count * away * away, axis=0)
         variance = _over_group(squares, affine, channels, inside, GROUP) / (P * GROUP)
         scale = tl.load(weight + channels, mask=inside, other=0).to(tl.float32) * tl.rsqrt(variance + eps)
         shift = tl.load(bias + channels, mask=inside, other=0).to(tl.float32) - mean * scale

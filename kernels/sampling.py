@@ -321,5 +321,5 @@ if triton is not None:
         tiles = tl.arange(0, BLOCK)
         scores = tl.load(best_scores + tiles * num_rows + row, mask=tiles < NUM_TILES, other=float("-inf"))
         # Tiles hold ascending ids, so the first of equal tiles holds the lowest.
-        best = tl.argmax(scores, axis=0)
+        best = tl.minimum(tl.argmax(scores, axis=0), NUM_TILES - 1)  # of NaNs any, but one that is there
         tl.store(tokens + row, tl.load(best_ids + best * num_rows + row).to(tl.int64))

@@ -119,6 +119,29 @@ def _geglu(B: int, dtype: torch.dtype) -> None:
     geglu(_tensor(B, 8192, dtype=dtype), _tensor(8192, dtype=dtype))
 
 
+def _feed_tokens(R: int, dtype: torch.dtype) -> None:
+    from kernels.feed_tokens import feed_tokens
+
+    rows, given = _tensor(R, dtype=torch.int64), _tensor(R, 256, dtype=torch.int64)
+    tables = _tensor(16384, 1024, dtype=dtype), _tensor(256, 1024, dtype=dtype)
+    feed_tokens(rows, rows, given, _tensor(R, 257, dtype=torch.int64), rows, *tables)
+
+
+def _guided_norm(R: int, dtype: torch.dtype) -> None:
+    from kernels.guided_norm import guided_norm
+
+    channels = _tensor(1024, dtype=dtype)
+    guidance = _tensor(R, dtype=torch.float32)
+    guided_norm(_tensor(R, 1024, dtype=dtype), _tensor(R, dtype=torch.int64), guidance, channels, channels, eps=1e-5)
+
+
+def _group_norm(C: int, dtype: torch.dtype) -> None:
+    from kernels.group_norm import group_norm
+
+    channels = _tensor(C, dtype=dtype)
+    group_norm(_tensor(4, 4096, C, dtype=dtype), channels, channels, groups=32, eps=1e-6, silu=True)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     """The variants of a 16-row step in bfloat16, and of every other choice the ones that could differ in kind."""
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
@@ -136,6 +159,13 @@ def _cases() -> dict[str, Callable[[], None]]:
         "sample 16 bf16": lambda: _sample(16, bf16, guided=True),
         "sample 16 fp16": lambda: _sample(16, fp16, guided=False),
         "head 16 bf16": lambda: _head_sample(16, bf16),
+        "head 64 bf16": lambda: _head_sample(64, bf16),
+        "grow 256 bf16": lambda: _linear("grow", 256, bf16),
+        "shrink 256 bf16": lambda: _linear("shrink", 256, bf16),
+        "feed 16 bf16": lambda: _feed_tokens(16, bf16),
+        "guided norm 16 bf16": lambda: _guided_norm(16, bf16),
+        "group norm 128 fp16": lambda: _group_norm(128, fp16),
+        "group norm 512 fp32": lambda: _group_norm(512, fp32),
         "residual norm 16 bf16": lambda: _residual_norm(16, bf16),
         "geglu 16 fp16": lambda: _geglu(16, fp16),
     }
@@ -206,7 +236,8 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_numbers_in_registers(com
     kernels = [kernel for case in compiled.values() for kernel in case.values()]
     assert {kernel["kernel"] for kernel in kernels} == {
         "_linear_kernel", "_decode_attention_kernel", "_sample_kernel", "_head_kernel", "_best_tile_kernel",
-        "_residual_norm_kernel", "_geglu_kernel",
+        "_residual_norm_kernel", "_geglu_kernel", "_feed_tokens_kernel", "_guided_norm_kernel", "_moments_kernel",
+        "_affine_kernel", "_apply_kernel",
     }  # fmt: skip
     for kernel in kernels:
         where = f"{kernel['case']}: {kernel['kernel']}"
@@ -245,6 +276,12 @@ def test_the_weights_come_in_wide_copies_ahead_of_their_use(compiled: Compiled) 
             re.findall(r"cp\.async\.c[ag]\.shared\.global \[ \S+ \+ \S+ \], \[ \S+ \+ \S+ \], (0x\w+|\d+)", ptx)
         )
         assert {int(width, 0) for width in widths} == {16}, layer
+
+
+@pytest.mark.slow
+def test_attention_loads_splits_ahead_of_their_use(compiled: Compiled) -> None:
+    kernel = compiled["attention 16 bf16"]["_decode_attention_kernel"]
+    assert "cp.async" in kernel["ptx"]
 
 
 @pytest.mark.slow

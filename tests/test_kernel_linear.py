@@ -69,6 +69,9 @@ def _check_error(ours: Tensor, case: Case, device: str) -> None:
     allowed = 2 * (theirs - exact).abs().max() + 1e-6
     if device == "cpu" and ours.dtype == torch.bfloat16:
         allowed = allowed + 2**-7 * exact.abs().max()  # the interpreter cuts float32 to bfloat16, hardware rounds
+    if device == "cuda" and ours.dtype == torch.float32:
+        # One chain of additions over all inputs; a library may sum in parallel, which errs less.
+        allowed = allowed + 2**-23 * case["weight"].shape[1] ** 0.5 * exact.abs().max()
     assert (ours - exact).abs().max() <= allowed
 
 

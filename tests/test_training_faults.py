@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine.config_files import load_run
 from engine.errors import InputError
 from engine.training.checkpoints import complete_checkpoints
-from engine.training.setup import join_world
+from engine.training.setup import backward_and_step, join_world
 from engine.training.stage_kodalle import KodalleStage
 
 Tree = dict[str, Any]
@@ -57,6 +57,7 @@ def _refused(train: Train, tree: Tree, said: str) -> None:
         ("koclip", "deepspeed.optimizer.params.learning_rate", 1.0, r"deepspeed: .*learning_rate"),
         ("kodalle", "deepspeed.scheduler.type", "Sometimes", r"deepspeed: .*Sometimes"),
         ("koclip", "deepspeed.zero_optimization.stage", 7, r"deepspeed: .*(7|stage)"),
+        ("kodalle", "deepspeed.fp16.enabled", True, r"zero_optimization.stage: 0: DeepSpeed scales no fp16 loss at"),
         ("koclip", "deepspeed.fp16.enabled", True, "deepspeed.fp16.enabled: True: DeepSpeed has no fp16 on CPU"),
         ("koclip", "deepspeed.train_batch_size", 77, r"deepspeed: .*batch"),
         ("koclip", "deepspeed.scheduler.type", "WarmupDecayLR", "encoder_lr_ratio: 0.8: .*one rate"),
@@ -128,6 +129,33 @@ def test_misspelt_deepspeed_key_is_refused_before_anything_is_written(
     tree["deepspeed"]["gradient_cliping"] = 0.5
     _refused(train_tree, tree, r"deepspeed.gradient_cliping: 0.5: .*did you mean gradient_clipping")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_scale_that_can_fall_no_further_is_one_line() -> None:
+    class Engine:
+        optimizer = type("Wrapped", (), {"_global_grad_norm": 0.0})()
+
+        def __init__(self, words: str) -> None:
+            self.words = words
+
+        def backward(self, loss: torch.Tensor) -> None: ...
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return True
+
+        def step(self) -> None:
+            raise Exception(self.words)
+
+    # as deepspeed/runtime/fp16/loss_scaler.py has it
+    with pytest.raises(
+        InputError, match=r"deepspeed.fp16: the loss scale is at its minimum: .*lower the learning rate"
+    ):
+        backward_and_step(
+            Engine("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."),
+            torch.zeros(()),
+        )
+    with pytest.raises(Exception, match="another"):
+        backward_and_step(Engine("another"), torch.zeros(()))
 
 
 # ------------------------------------------------------------------------------------------------------ on resumption

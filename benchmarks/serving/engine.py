@@ -105,6 +105,7 @@ def main() -> None:
     from serve.settings import read_settings
 
     drawer = Drawer(read_settings(json.loads(sys.argv[1]), source="the command line"))
+    pipeline = _own_pipeline(drawer.pipeline)
     try:
         for number, line in enumerate(sys.stdin):
             told = json.loads(line)
@@ -112,7 +113,7 @@ def main() -> None:
             if told["way"] == "drawer":
                 run = asyncio.run(_draw(drawer, asked, told["concurrency"], name=f"run{number}"))
             else:
-                run = _draw_by_pipeline(drawer, asked)
+                run = _draw_by_pipeline(pipeline, asked)
             print(json.dumps(asdict(run)), flush=True)
     finally:
         drawer.close()
@@ -137,20 +138,24 @@ async def _draw(drawer: Any, asked: Sequence[Asked], concurrency: int, *, name: 
     return EngineRun(drawn, time.perf_counter() - begun)
 
 
-def _draw_by_pipeline(drawer: Any, asked: Sequence[Asked]) -> EngineRun:
-    """Without encoding, which the pipeline leaves to its caller.
-
-    By a sampler of its own: the drawer's decoder is lent to the drawer for good. On a GPU each number of candidates is
-    drawn once before the clock starts, since its graphs are captured then.
-    """
+def _own_pipeline(theirs: Any) -> Any:
+    """The drawer's pipeline with a sampler of its own: the decoder of the drawer's is lent to the drawer for good."""
     from engine.decoding.sampler import Sampler
 
-    pipeline = copy.copy(drawer.pipeline)
-    null = pipeline.tokenizer.empty(pipeline.transformer.config.text_seq_len)[0]
-    is_cuda = pipeline.device.type == "cuda"
-    weights = None if is_cuda else pipeline.sampler.weights  # by name, "plain" would draw without graphs
-    pipeline.sampler = Sampler(pipeline.transformer, null_text_tokens=null.to(pipeline.device), weights=weights)
-    if is_cuda:
+    pipeline = copy.copy(theirs)
+    null = pipeline.tokenizer.empty(pipeline.transformer.config.text_seq_len)[0].to(pipeline.device)
+    # by name, "plain" would draw without graphs
+    weights = None if pipeline.device.type == "cuda" else pipeline.sampler.weights
+    pipeline.sampler = Sampler(pipeline.transformer, null_text_tokens=null, weights=weights)
+    return pipeline
+
+
+def _draw_by_pipeline(pipeline: Any, asked: Sequence[Asked]) -> EngineRun:
+    """Without encoding, which the pipeline leaves to its caller.
+
+    On a GPU each number of candidates is drawn once before the clock starts: its graphs are captured then.
+    """
+    if pipeline.device.type == "cuda":
         for number in sorted({one.num_candidates for one in asked}, reverse=True):
             pipeline(["."], candidates=number)
     drawn, begun = [], time.perf_counter()

@@ -89,6 +89,8 @@ def fastest_attention(caches: list[LayerCache], dtype: torch.dtype, device: torc
             times_s[name] = _measure(decode_attention_by(name, device), caches, dtype, device)
         except NotImplementedError:  # how xformers says that it has nothing for this dtype or shape
             print(f"decode attention: {name} has no operator for {dtype}", file=sys.stderr)
+        except ImportError as error:  # built for another torch
+            print(f"decode attention: {name} cannot be imported ({error})", file=sys.stderr)
     fastest = min(times_s, key=lambda name: times_s[name])
     measured = ", ".join(f"{name} {1e6 * seconds / len(caches):.1f} us" for name, seconds in times_s.items())
     rows = caches[0].keys.shape[0]

@@ -117,6 +117,12 @@ def make_engine(
         InputError: settings that this machine or DeepSpeed refuses.
     """
     settings = copy.deepcopy(settings)
+    if settings.get("fp16", {}).get("enabled") and zero_stage(settings) == 0:
+        # 0.19 divides gradients by the loss scale there, and scales no loss: they underflow without a word.
+        raise InputError(
+            "deepspeed.zero_optimization.stage", 0, "DeepSpeed scales no fp16 loss at stage 0: write stage 1 (on one "
+            "GPU it takes the same memory), or use bf16"
+        )  # fmt: skip
     if settings.get("fp16", {}).get("enabled") and get_accelerator().device_name() == "cpu":
         raise InputError("deepspeed.fp16.enabled", True, "DeepSpeed has no fp16 on CPU: use bf16, or leave both out")
     scheduler = settings.get("scheduler", {}).get("params", {})
@@ -151,7 +157,15 @@ def backward_and_step(engine: Any, loss: Tensor) -> None:
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         engine._global_grad_norm = torch.nn.utils.get_total_norm(gradients)  # the attribute that the getter returns
-    engine.step()
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):  # DeepSpeed's words; it raises no class of its own
+            raise
+        raise InputError(
+            "deepspeed.fp16", "the loss scale is at its minimum", "gradients are inf or nan even so: lower the learning "
+            "rate, or use bf16; the last checkpoint is kept"
+        ) from error  # fmt: skip
 
 
 def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:
