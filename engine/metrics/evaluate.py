@@ -149,12 +149,13 @@ def evaluate_to_file(
     """
     if out.is_dir() or out.suffix.lower() == ".png":
         raise InputError("--out", out, "is no place for a JSON file: give a file name such as evaluation.json")
+    told = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with _Bars() as bars:
         report = evaluate(
             model, pairs, drawings=drawings, candidates=candidates, seed=seed, device=device,
             colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions, sheet=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
-    write_json(out, facts(torch.device(report["device"])) | report)
+    write_json(out, told | report)
     print(table(report))
     print(f"{seconds_text(report['seconds']['total'])} in all; see {out}")
     return report
