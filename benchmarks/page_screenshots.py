@@ -68,6 +68,7 @@ def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str
         reduced_motion="reduce",
     )
     page = context.new_page()
+    page.set_default_timeout(180_000)  # milliseconds; four drawings with few slots take a minute on a busy machine
     page.goto(address)
     page.locator("#model-info:not(:empty)").wait_for()
     yield page
