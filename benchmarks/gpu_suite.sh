@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU can tell about this repository, in at most eight minutes.
+# Everything that a GPU can tell about this repository, as much of it as eight minutes hold (by estimate all takes fifteen).
 #
 #     benchmarks/gpu_suite.sh [folder]          default: runs/gpu_suite
 #     PYTHON=.venv/bin/python LIMIT_S=300 benchmarks/gpu_suite.sh /tmp/h200

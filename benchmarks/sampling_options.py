@@ -59,6 +59,7 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     device = pick_device("")
     fit_threads()
+    told = facts(device)  # before anything is computed: the load
     pairs = load_pairs(arguments.pairs)
     names = colour_names(pairs, COLOUR_ATTRIBUTE, lab_palette(K_FASHION_COLOURS))
     judge = load_judge(arguments.judge, arguments.model, pairs, COLOUR_ATTRIBUTE, device)
@@ -82,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"temperature {temperature:g}, guidance {guidance:g}: {row['whole']} {row['partial']}", file=sys.stderr)
     return {
         "benchmark": "sampling_options",
-        **facts(device),
+        **told,
         "model": str(arguments.model),
         "chosen": dataclasses.asdict(chosen),
         "captions": arguments.captions,

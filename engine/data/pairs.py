@@ -10,10 +10,11 @@ of two folders overwrite each other; here a key is the path under the folder.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -137,19 +138,17 @@ def with_partial_captions(pairs: Pairs, count: int, seed: int) -> Pairs:
     """
     if count == 0:
         return pairs
-    train = iter(
-        replace(pair, captions=_and_partial(pair.captions, count, np.random.default_rng([seed, index])))
-        for index, pair in enumerate(pairs.train)
-    )
-    return replace(pairs, all=tuple(next(train) if pair.split == "train" else pair for pair in pairs.all))
+
+    def change(pair: Pair, generator: np.random.Generator) -> Pair:
+        partial = (leave_out(caption, generator) for caption in pair.captions for _ in range(count))
+        return replace(pair, captions=(*pair.captions, *partial))
+
+    return _changed(pairs, "train", change, seed)
 
 
 def with_partial_held_out(pairs: Pairs, seed: int) -> Pairs:
     """The pairs with sentences left out of each held-out caption; attributes are those that it still tells of."""
-    held = iter(
-        _told_in_part(pair, np.random.default_rng([seed, index])) for index, pair in enumerate(pairs.validation)
-    )
-    return replace(pairs, all=tuple(next(held) if pair.split == "validation" else pair for pair in pairs.all))
+    return _changed(pairs, "validation", _told_in_part, seed)
 
 
 def balance_weights(pairs: Sequence[Pair], attribute: str, *, inverse: Literal["sqrt", "full"] = "sqrt") -> list[float]:
@@ -242,8 +241,16 @@ def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[s
     return matched, sorted(left_out)
 
 
-def _and_partial(captions: tuple[str, ...], count: int, generator: np.random.Generator) -> tuple[str, ...]:
-    return captions + tuple(leave_out(caption, generator) for caption in captions for _ in range(count))
+def _changed(pairs: Pairs, split: Split, change: Callable[[Pair, np.random.Generator], Pair], seed: int) -> Pairs:
+    """The pairs with those of one side changed, each by a generator of (seed, place in the split)."""
+    place = itertools.count()
+    return replace(
+        pairs,
+        all=tuple(
+            change(pair, np.random.default_rng([seed, next(place)])) if pair.split == split else pair
+            for pair in pairs.all
+        ),
+    )
 
 
 def _told_in_part(pair: Pair, generator: np.random.Generator) -> Pair:

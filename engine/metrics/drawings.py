@@ -213,7 +213,8 @@ def _kinds(
 ) -> dict[str, Any]:
     """Share of pictures whose kind, as the judge names it, is one that the caption may mean.
 
-    `real` over all held-out pairs of a known kind is the ceiling; `commonest` is what naming every drawing alike gets.
+    `real`, over all held-out pairs of a known kind, tells what the judge is worth: drawings show what is typical and may
+    be named rightly more often. `commonest` is what naming every drawing alike gets.
     """
     fitting = [judge.kinds.fitting(pair.captions[0]) for pair in held]
     named = judge.name(run.pictures(held, image_size, "kinds of held-out pictures"))

@@ -153,7 +153,8 @@ def evaluate_to_file(
     with _Bars() as bars:
         report = evaluate(
             model, pairs, drawings=drawings, candidates=candidates, seed=seed, device=device,
-            colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions, sheet=out.with_suffix(".png"), on_progress=bars.update,
+            colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions,
+            sheet=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
     write_json(out, told | report)
     print(table(report))
