@@ -38,8 +38,8 @@ serve: $(READY)
 # have the machine for themselves. Both parts are run, whatever the first one finds.
 test: $(READY)
 	@status=0; \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore-glob='*/test_serve_*' || status=$$?; \
-	$(BIN)/python -m pytest -q tests/test_serve_*.py || status=$$?; \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/serve || status=$$?; \
+	$(BIN)/python -m pytest -q tests/serve || status=$$?; \
 	exit $$status
 
 # What `make test` leaves out: an hour or so of a running server. Stops at the first bar that is missed; results are stored.

@@ -69,7 +69,7 @@ nvidia-smi >>"$log" 2>&1 || echo "nvidia-smi does not run here" >>"$log"
 
 cd "$root" || refuse "cannot enter $root"
 # Not all files: pytest would import ray and others that need not be here. These hold all tests marked gpu.
-mapfile -t gpu_tests < <(grep -l 'mark\.gpu' tests/test_*.py)
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 spread=()
 "$python" -c "import xdist" 2>/dev/null && spread=(-n 8 --dist worksteal)
 part tests 200 "$python" -m pytest -q -m gpu "${spread[@]}" --no-showlocals --continue-on-collection-errors \

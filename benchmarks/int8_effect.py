@@ -20,15 +20,15 @@ from machine_facts import print_document
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
-from engine.decoding.decoder import SlotDecoder
-from engine.decoding.draw import DrawParameters
-from engine.decoding.options import RowRequest, SamplingOptions
 from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.sampling_tensors import DrawParameters
+from engine.decoding.slot_decoder import SlotDecoder
 from engine.facts import facts
 from engine.files import write_json
+from engine.pipeline.generation import Drawing
+from engine.pipeline.pipeline import Pipeline
 from engine.progress import ProgressBar
-from engine.sampling.drawing import Drawing
-from engine.sampling.pipeline import Pipeline
+from engine.sampling_params import RowRequest, SamplingOptions
 
 
 def main() -> None:

@@ -36,13 +36,13 @@ from machine_facts import print_document
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
-from engine.decoding.cache import Prefix
-from engine.decoding.jacobi import JacobiDecoder
-from engine.decoding.options import RowRequest, SamplingOptions
+from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.facts import facts
 from engine.models.folder import load_folder_tokenizer, load_part
 from engine.models.transformer import KoDalle, Layer
+from engine.sampling_params import RowRequest, SamplingOptions
 from kernels import reference
 
 SETTINGS = ((0.7, None), (0.7, 0.9), (1.0, None), (1.0, 0.9))  # temperature, top_p

@@ -22,15 +22,15 @@ import torch
 from machine_facts import print_document
 from sampling.plan import published_sizes, tiny_sizes
 
-from engine.decoding.cache import Prefix
-from engine.decoding.decoder import SlotDecoder
-from engine.decoding.jacobi import JacobiDecoder
-from engine.decoding.options import RowRequest
-from engine.decoding.packed import Weights, make_step_model
+from engine.decoding.cpu.packed_weights import Weights, make_step_model
+from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.slot_decoder import SlotDecoder
+from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.facts import facts
 from engine.models.transformer import KoDalle
+from engine.sampling_params import RowRequest
 
 STATIONS = 2  # lengths at which decoders are timed
 SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # rows, window

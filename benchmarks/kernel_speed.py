@@ -21,10 +21,10 @@ from kernel_cases import Case, PublishedSizes, Sizes, Work, cpu_cases, gpu_cases
 from machine_facts import hardware_name, kept_when_stopped, print_document, slug
 from text_table import NOT_MEASURED, table
 
+from engine.device import fit_threads
 from engine.facts import facts
 from engine.files import write_json
 from engine.measure import read_bandwidth, synchronize, time_runs
-from engine.sampling.machine import fit_threads
 
 _FOLDER = Path(__file__).resolve().parent
 _CPU_ROWS = 16

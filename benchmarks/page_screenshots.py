@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from serve.edge.application import build_edge
-from serve.edge.listener import listener
+from serve.api.application import build_edge
+from serve.api.listener import listener
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
 

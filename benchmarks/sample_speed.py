@@ -27,8 +27,8 @@ from sampling.report import published_rows, ratios, tables
 from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
 
+from engine.device import fit_threads
 from engine.facts import facts
-from engine.sampling.machine import fit_threads
 
 
 def main() -> int:

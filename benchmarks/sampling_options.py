@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from machine_facts import print_document
 
-from engine.data.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
+from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
 from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
+from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
@@ -27,9 +28,7 @@ from engine.metrics.colour import lab_palette
 from engine.metrics.drawings import colour_names, score_drawings
 from engine.metrics.evaluate import load_judge
 from engine.metrics.parts import EvaluationRun
-from engine.sampling.command import pick_device
-from engine.sampling.machine import fit_threads
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.pipeline import Pipeline
 
 _SEED = 11  # not that of the stored evaluation
 

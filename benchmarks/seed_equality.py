@@ -14,13 +14,13 @@ import torch
 from machine_facts import print_document
 
 from engine.config import TransformerConfig
-from engine.decoding.options import RowRequest, SamplingOptions
-from engine.decoding.packed import Weights, can_quantise
+from engine.decoding.cpu.packed_weights import Weights, can_quantise
 from engine.decoding.sampler import Sampler
 from engine.facts import facts
 from engine.files import write_json
 from engine.models.transformer import KoDalle
 from engine.progress import ProgressBar
+from engine.sampling_params import RowRequest, SamplingOptions
 
 _OPTIONS = (
     SamplingOptions(),

@@ -80,7 +80,7 @@ def is_met(document: Row) -> bool:
 
 def send_mutants(server: Server, *, count: int, seed: int) -> Row:
     from tests.byte_mutants import attack
-    from tests.test_serve_mutants import templates
+    from tests.serve.api.test_mutants import templates
 
     begun = time.perf_counter()
     result = attack(int(server.address.rpartition(":")[2]), templates(), count=count, seed=seed)

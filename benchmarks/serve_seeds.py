@@ -4,7 +4,7 @@
 
 Requests of ten candidates, with captions, seeds and options that differ, are drawn again and again:
 
-    pipeline   by engine.sampling.Pipeline alone: the pixels that all others must have
+    pipeline   by engine.pipeline.Pipeline alone: the pixels that all others must have
     crowd      over HTTP, eight requests at once: the bytes that all others must have
     alone      one at a time, and only some of the candidates asked for
     streamed   as a stream with previews, four at once
@@ -38,10 +38,10 @@ from serving.client import GENERATIONS, read_metrics, served_model
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import captions
 
-from engine.decoding.options import SamplingOptions
 from engine.facts import facts
 from engine.files import write_json
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import SamplingOptions
 
 EACH = 10  # candidates of a request
 _OPTIONS: tuple[dict[str, float], ...] = (

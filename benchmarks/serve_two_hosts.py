@@ -39,8 +39,8 @@ from serving.traffic import mixed, with_keys
 
 from engine.facts import facts
 from engine.files import write_json
+from serve.api.keys import add_key
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve.keys import add_key
 
 _GCS_PORT, _HTTP_PORT = 6379, 8000  # of the hosts' own: nobody else is there
 _UP_WITHIN_S = 180.0

@@ -17,14 +17,15 @@ from typing import Annotated
 
 import typer
 
-from engine import cli_data, cli_export
-from engine.command_line import run_app
+from engine.commands import data as data_commands
+from engine.commands import export as export_commands
+from engine.commands.error_lines import run_app
 from engine.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(cli_data.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
-app.command("export")(cli_export.export)
-app.command("convert")(cli_export.convert)
+app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
+app.command("export")(export_commands.export)
+app.command("convert")(export_commands.convert)
 
 
 @app.command("draw")
@@ -59,7 +60,7 @@ def draw(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
-    from engine.decoding.options import SamplingOptions
+    from engine.sampling_params import SamplingOptions
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     if image is None:
@@ -68,7 +69,7 @@ def draw(
             if value is not None:
                 raise InputError(name, value, "give the picture too: --image FILE")
     SamplingOptions().but(**options)  # a value out of range is told before torch is imported, which takes seconds
-    from engine.sampling.command import GivenFiles, draw_to_folder
+    from engine.commands.generate import GivenFiles, draw_to_folder
 
     draw_to_folder(
         model,
@@ -98,8 +99,8 @@ def continue_(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Writes a caption on, as the model's training captions went; one a line."""
-    from engine.decoding.options import SamplingOptions
-    from engine.sampling.command import print_continuations
+    from engine.commands.generate import print_continuations
+    from engine.sampling_params import SamplingOptions
 
     options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
     print_continuations(model, beginning, count=count, seed=seed, options=options, device=device)
@@ -124,7 +125,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Measures a model on held-out pairs: reconstruction error, losses, KoCLIP recall@1/5, its drawings' scores."""
-    from engine.data.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
+    from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
     from engine.metrics.colour import lab_palette
     from engine.metrics.evaluate import evaluate_to_file
 
@@ -149,7 +150,7 @@ def demo(
     configs: Annotated[Path, typer.Option(help="folder with the demo's configs")] = Path("configs/demo"),
 ) -> None:
     """The whole job, small: draws garments, trains the three models, draws held-out captions, writes report.json."""
-    from engine.demo import run_demo
+    from engine.commands.demo import run_demo
 
     run_demo(out, configs)
 

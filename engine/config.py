@@ -149,7 +149,7 @@ class TextConfig(Section):
 class GenerationConfig(Section):
     """How a model's pictures are drawn when nobody says otherwise; the file of this name in its folder, as Hugging Face's.
 
-    Fields as `engine.decoding.options.SamplingOptions`.
+    Fields as `engine.sampling_params.SamplingOptions`.
     """
 
     temperature: float = Field(1.0, ge=0)

@@ -35,7 +35,7 @@ def main() -> int:
 
         run = load_run(arguments.config, arguments.overrides)
         check_torchvision()
-        from engine.training.loop import train
+        from engine.training.trainer import train
 
         train(run)
     except InputError as error:

@@ -1,8 +1,8 @@
 """The Ray Serve application: HTTP edges, drawers, and the ledger that all of them share.
 
-    client ─► proxy, one a node ─► Edge (serve/edge/application.py) ─► Drawer (serve/drawing/drawer.py), one an accelerator
+    client ─► proxy, one a node ─► Edge (serve/api/application.py) ─► Drawer (serve/worker/worker.py), one an accelerator
               serve/cluster/gate.py          │                                           │
-                                             └──► Ledger (serve/cluster/ledger.py) ◄─────┘  rates, figures
+                                             └──► Ledger (serve/cluster/coordinator.py) ◄─────┘  rates, figures
 
     serve run configs/serve.yaml        on this machine
     serve deploy configs/serve.yaml     on a cluster
@@ -35,17 +35,17 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 
+from serve.api.errors import Failure
+from serve.api.rate_limits import RateLimiter
 from serve.arguments import AppArguments, read_arguments
 from serve.cluster.autoscaling import ROWS, SLOTS
-from serve.cluster.lately_full import LatelyFull
-from serve.cluster.ledger import REPORT_EVERY_S, Ledger
+from serve.cluster.coordinator import REPORT_EVERY_S, Ledger
 from serve.cluster.open_requests import OpenRequests
 from serve.cluster.rerun import DrawerLost, draw_with_reruns, with_beats
-from serve.edge.failures import Failure
+from serve.cluster.saturated_workers import LatelyFull
 from serve.messages import DrawEvent, DrawJob, ModelInfo
 from serve.metrics import merge_expositions
 from serve.process import log_to_stderr, process_name
-from serve.rate import RateLimiter
 from serve.settings import ServeSettings
 
 APP_NAME = "kodalle"
@@ -61,7 +61,7 @@ _INFO_KEPT_S = 10.0
 _FIRST_ASKS = 5
 LOGGING = LoggingConfig(
     enable_access_log=False, log_level="WARNING"
-)  # serve/edge/guard.py writes the line of a request
+)  # serve/api/middleware.py writes the line of a request
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class DrawerReplica:
     """One accelerator. `ledger` is the handle of the Ledger deployment."""
 
     def __init__(self, settings: ServeSettings, ledger: DeploymentHandle) -> None:
-        from serve.drawing.drawer import Drawer  # with torch, which no edge needs
+        from serve.worker.worker import Drawer  # with torch, which no edge needs
 
         _keep_to_node_address()
         log_to_stderr()
@@ -119,7 +119,7 @@ class EdgeReplica:
         self._requests: OpenRequests | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve.edge.application import build_edge
+        from serve.api.application import build_edge
 
         app = build_edge(self._pool, self._settings, replica=self._pool.edge_name)
         texts = (app.state.metrics.text, self._pool.own_metrics_text)

@@ -30,13 +30,13 @@ from typing import Annotated
 
 import typer
 
-from engine.command_line import run_app
+from engine.commands.error_lines import run_app
 from engine.errors import InputError
 from engine.files import is_hub_name
+from serve.api.keys import KeyRing, Scope, add_key
 from serve.arguments import AppArguments, read_arguments, read_serve_config
 from serve.cluster.gate import MAX_BODY_VARIABLE
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
-from serve.keys import KeyRing, Scope, add_key
 from serve.messages import ModelInfo
 from serve.process import log_to_stderr
 
@@ -202,8 +202,8 @@ def _with_cores(arguments: AppArguments) -> AppArguments:
 
 
 def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
-    from serve.edge.application import build_edge
-    from serve.edge.listener import listener
+    from serve.api.application import build_edge
+    from serve.api.listener import listener
     from serve.local_pool import LocalPool
 
     log_to_stderr()

@@ -3,10 +3,10 @@
 import time
 from collections.abc import AsyncIterator
 
-from serve.drawing.drawer import Drawer
+from serve.api.rate_limits import RateLimiter
 from serve.messages import DrawEvent, DrawJob, ModelInfo
-from serve.rate import RateLimiter
 from serve.settings import ServeSettings
+from serve.worker.worker import Drawer
 
 
 class LocalPool:

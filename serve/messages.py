@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.decoding.options import SamplingOptions
+from engine.sampling_params import SamplingOptions
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 RankBy = Literal["koclip", "fit"]
-# Why a drawer did not draw: the edge has a status and texts in two languages for each (serve/edge/failures.py).
+# Why a drawer did not draw: the edge has a status and texts in two languages for each (serve/api/errors.py).
 RefusalReason = Literal["queue_full", "deadline", "draining", "invalid", "failed"]
 
 
@@ -43,7 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GivenPixels:
-    """A picture to start from, already at the model's size: what `engine.sampling.given.GivenImage` works out."""
+    """A picture to start from, already at the model's size: what `engine.pipeline.init_image.GivenImage` works out."""
 
     pixels: bytes  # (S, S, 3) uint8
     redrawn_pixels: bytes  # (S, S) uint8, 1 where the picture may change

@@ -18,7 +18,7 @@ def process_name(kind: str) -> str:
 
 
 def log_to_stderr() -> None:
-    """One line a request (serve/edge/guard.py), and warnings of everything else.
+    """One line a request (serve/api/middleware.py), and warnings of everything else.
 
     In a Ray replica, standard error is a file of Ray's session, which Ray prints where the server was started. Ray Serve
     puts a logger of its own in the place of `sys.stderr`, whose level hides everything: the real one is written to.

@@ -48,7 +48,7 @@ class ServeSettings(Section):
     deadline_s: float = Field(120.0, gt=0, description="from arrival to the last byte; what cannot be met is 429")
     drain_s: float = Field(60.0, gt=0, description="how long a stopping drawer may finish what it took on")
     default_candidates: int = Field(16, gt=0, description="drawn and ranked when a request names no number")
-    keys_file: str = Field("", description="API keys (serve/keys.py); empty: none, and only loopback is answered")
+    keys_file: str = Field("", description="API keys (serve/api/keys.py); empty: none, and only loopback is answered")
     log_prompts: bool = Field(False, description="write captions into the log")
     page: bool = Field(True, description="serve the designers' page")
     limits: Limits = Limits()

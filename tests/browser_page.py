@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.edge.application import build_edge
-from serve.edge.listener import listener
+from serve.api.application import build_edge
+from serve.api.listener import listener
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
 

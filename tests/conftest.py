@@ -32,7 +32,6 @@ COLOURS = {
 }
 SIZE = 32  # pixels
 STEPS = 8
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 # What a tiny model of each stage is. One thread: sums in one order, so that runs can be compared bit by bit.
 LOOP = {
@@ -164,7 +163,7 @@ def train_tree(write_tree: Callable[[Tree, Path], Path]) -> Callable[[Tree], Pat
 
     def run(tree: Tree) -> Path:
         from engine.config_files import load_run
-        from engine.training import loop
+        from engine.training import trainer as loop
 
         path = Path(tree["run"])
         measured = loop.matrix_peak

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.labels import KINDS
+from engine.data.kfashion.labels import KINDS
 
 WIDTH, HEIGHT = 40, 60  # pixels
 TOP = {"카테고리": "티셔츠", "색상": "화이트"}

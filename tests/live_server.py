@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from serve.edge.listener import listener
+from serve.api.listener import listener
 from serve.messages import DrawEvent, DrawJob, DrawnImage, Finished, ModelInfo
 
 Script = Callable[[DrawJob], AsyncIterator[DrawEvent]]

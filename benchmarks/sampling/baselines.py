@@ -1,6 +1,6 @@
 """How the same picture is drawn elsewhere, with our weights: the ancestors' loop, and a plain loop with a cache.
 
-Both draw from the same distribution as `engine.sampling`. Our layers stand in for theirs (the maths is the same), with
+Both draw from the same distribution as `engine.pipeline`. Our layers stand in for theirs (the maths is the same), with
 PyTorch's fused attention and no mask tensor, so what is timed here is kinder than the originals.
 
 B rows, T positions, H heads, D head dim, P prefix positions, N image tokens, V image vocabulary, J joint vocabulary.

@@ -21,13 +21,13 @@ from engine.config import (
     VqganRun,
 )
 from engine.config_files import load_run
-from engine.data.text import train_tokenizer
-from engine.decoding.packed import can_quantise
+from engine.data.tokenizer import train_tokenizer
+from engine.decoding.cpu.packed_weights import can_quantise
+from engine.device import default_dtype
 from engine.models.folder import Part, PartName, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
-from engine.sampling.machine import default_dtype
 
 CAPTION = "상의에서 색상은 레드이다. 상의에서 카테고리는 셔츠이다. 하의에서 카테고리는 청바지이다."
 PARTS = ("ours", "uncached", "cached", "dalle-pytorch")

@@ -1,6 +1,6 @@
 """What is measured of our own drawing: seconds by phase, work, memory, and the floor that the machine's rates allow.
 
-Everything goes through `engine.sampling.pipeline.Pipeline` and `Sampler` as users call them.
+Everything goes through `engine.pipeline.pipeline.Pipeline` and `Sampler` as users call them.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.decoding.options import RowRequest, SamplingOptions
+from engine.commands.generate import metadata
 from engine.decoding.sampler import Sampler
 from engine.measure import (
     Machine,
@@ -30,10 +30,10 @@ from engine.measure import (
     time_runs,
 )
 from engine.models.vqgan import Vqgan
-from engine.sampling.command import metadata
-from engine.sampling.drawing import Drawing
-from engine.sampling.pictures import png_bytes
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.generation import Drawing
+from engine.pipeline.image_files import png_bytes
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import RowRequest, SamplingOptions
 from sampling.plan import CAPTION, Plan, Variant
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from engine.device import fit_threads
 from engine.models.folder import load_part
 from engine.models.transformer import KoDalle
-from engine.sampling.drawing import Drawing
-from engine.sampling.machine import fit_threads
+from engine.pipeline.generation import Drawing
 from sampling.baseline_rows import cached_row, dalle_pytorch_row, uncached_row
 from sampling.baselines import draw_uncached
 from sampling.plan import VARIANTS, Plan, Variant

@@ -30,13 +30,12 @@ from typing import Any
 import torch
 from starlette.requests import Request
 
-from engine.decoding.options import RowRequest, SamplingOptions
-from engine.sampling.command import pick_device
-from engine.sampling.drawing import ranked
-from engine.sampling.machine import fit_threads
-from engine.sampling.pictures import to_uint8
-from engine.sampling.pipeline import Pipeline
-from serve.drawing.encoding import encode_picture
+from engine.device import fit_threads, pick_device
+from engine.pipeline.generation import ranked
+from engine.pipeline.image_files import to_uint8
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import RowRequest, SamplingOptions
+from serve.worker.image_encoding import encode_picture
 
 _MAX_ONGOING = 1024
 Json = dict[str, Any]

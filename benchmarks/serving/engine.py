@@ -4,7 +4,7 @@ The process is told what to draw by lines of JSON on its standard input, and ans
 loaded while servers take turns with it:
 
     {"way": "drawer", "concurrency": 24, "asked": [...]}     jobs in turn, so many at a time
-    {"way": "pipeline", "asked": [...]}                      one after the other through engine.sampling.Pipeline
+    {"way": "pipeline", "asked": [...]}                      one after the other through engine.pipeline.Pipeline
 """
 
 import asyncio
@@ -101,8 +101,8 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
 
 
 def main() -> None:
-    from serve.drawing.drawer import Drawer
     from serve.settings import read_settings
+    from serve.worker.worker import Drawer
 
     drawer = Drawer(read_settings(json.loads(sys.argv[1]), source="the command line"))
     pipeline = _own_pipeline(drawer.pipeline)

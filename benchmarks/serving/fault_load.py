@@ -24,7 +24,7 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.pipeline import Pipeline
 from serving.client import GENERATIONS, percentile
 from serving.traffic import Asked
 

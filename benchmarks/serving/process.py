@@ -27,7 +27,7 @@ import yaml
 from machine_facts import child_environment
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.keys import add_key
+from serve.api.keys import add_key
 
 ServerKind = Literal["direct", "ray", "stock"]
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.data.captions import caption
-from engine.data.demo_drawing import COLOURS
-from engine.data.demo_garments import KINDS, all_choices
-from engine.data.labels import Garment, Label
+from engine.data.kfashion.captions import caption
+from engine.data.kfashion.labels import Garment, Label
+from engine.data.synthetic.drawing import COLOURS
+from engine.data.synthetic.garments import KINDS, all_choices
 from serve.messages import DrawJob
 
 SIZES = (1, 4, 16)  # candidates

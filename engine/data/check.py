@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.data.crops import ImageFault, open_image, pixel_box
-from engine.data.labels import Label, LabelFault, LabelFolder, find_image, read_label, scan, unknown_values
+from engine.data.kfashion.labels import Label, LabelFault, LabelFolder, find_image, read_label, scan, unknown_values
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
 from engine.data.sources import Form, find_form
 from engine.data.workers import ordered_map

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.data.labels import Box
+from engine.data.kfashion.labels import Box
 from engine.errors import InputError
 
 MAX_PIXELS = 50_000_000

@@ -23,9 +23,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.captions import leave_out, parse
 from engine.data.crops import crop_and_resize, open_image
-from engine.data.labels import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
+from engine.data.kfashion.captions import leave_out, parse
+from engine.data.kfashion.labels import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
 from engine.errors import InputError
 
 FORMAT_VERSION = 1

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from engine.data.crops import ImageFault, crop_and_resize, open_image, pixel_box
-from engine.data.labels import Box
+from engine.data.kfashion.labels import Box
 from engine.data.pairs import FORMAT_VERSION
 from engine.data.sources import Crop, Form, Job, Plan, PrepareOptions, Skipped, plan_source
 from engine.data.workers import ordered_map

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from engine.data.captions import ListValues, caption, ordered
 from engine.data.crops import Origin
-from engine.data.labels import (
+from engine.data.kfashion.captions import ListValues, caption, ordered
+from engine.data.kfashion.labels import (
     KIND_NAMES,
     Attributes,
     Box,

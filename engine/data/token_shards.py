@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.data.augment import augment
 from engine.data.pairs import Pair, Pairs, load_image
-from engine.data.text import CaptionTokenizer
+from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
 

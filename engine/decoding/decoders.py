@@ -19,14 +19,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.decoding.adaptive import AdaptiveDecoder
-from engine.decoding.cache import Prefix
-from engine.decoding.decoder import SlotDecoder
-from engine.decoding.graphed import GraphedDecoder
-from engine.decoding.jacobi import JacobiDecoder
-from engine.decoding.options import RowRequest
+from engine.decoding.cuda.graph_decoder import GraphedDecoder
+from engine.decoding.kv_cache import Prefix
+from engine.decoding.slot_decoder import SlotDecoder
+from engine.decoding.speculative.adaptive import AdaptiveDecoder
+from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
+from engine.sampling_params import RowRequest
 
 # Windows of 8 for one or two rows: such a pass costs 1.25 (1.55) times a step and gives a row 2.5 tokens or more. With 16
 # one row wins no more on photographs and has twice as much to lose; four rows hardly win (benchmarks/LOG.md).
@@ -35,7 +35,7 @@ _GUESSING_SLOTS = 2
 
 
 class Decoder(Protocol):
-    """Rows in flight; see engine/decoding/decoder.py."""
+    """Rows in flight; see engine/decoding/slot_decoder.py."""
 
     @property
     def num_joined(self) -> int: ...
@@ -65,7 +65,7 @@ class DecoderKeeper:
         model: its weights must neither change nor move while the keeper lives.
         step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
         row_invariant: False: as `SlotDecoder` has it; with `GraphedDecoder` the fastest attention there is.
-        guess_ahead: let one or two rows on a CPU take several tokens a step, the same ones (engine/decoding/jacobi.py).
+        guess_ahead: let one or two rows on a CPU take several tokens a step, the same ones (engine/decoding/speculative/jacobi.py).
         graphed: whether to lend a `GraphedDecoder`; None: where `can_graph` says so.
     """
 

@@ -7,7 +7,7 @@ G captions, B rows, N image tokens, C model dim.
     image_tokens = sampler.draw(text_tokens, rows)  # (16, 256)
 
 A row's tokens are a function of its caption, seed, candidate, options and given tokens alone: see
-engine/decoding/decoder.py, which holds the rows in flight. Captions are prefilled one at a time, for the same reason.
+engine/decoding/slot_decoder.py, which holds the rows in flight. Captions are prefilled one at a time, for the same reason.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from engine.decoding.cache import Prefix, empty_prefix
+from engine.decoding.cpu.packed_weights import Weights, choose_weights, make_step_model
 from engine.decoding.decoders import Decoder, DecoderKeeper
-from engine.decoding.options import RowRequest
-from engine.decoding.packed import Weights, choose_weights, make_step_model
+from engine.decoding.kv_cache import Prefix, empty_prefix
 from engine.decoding.step_model import StepModel
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
+from engine.sampling_params import RowRequest
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -36,9 +36,9 @@ class Sampler:
     Args:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
-        row_invariant: see engine/decoding/decoder.py.
+        row_invariant: see engine/decoding/slot_decoder.py.
         guess_ahead: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
-        weights: how decoding reads them (engine/decoding/packed.py). "packed" and "int8" are copies for a CPU, made by
+        weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed" and "int8" are copies for a CPU, made by
             the first drawing; "plain" calls the model's modules, step by step on a GPU too, which is what a model in
             training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same function.
     """

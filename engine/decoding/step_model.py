@@ -4,7 +4,7 @@ R rows, C model dim, H heads, D head dim, V image vocabulary, N image tokens.
 
     embed ─► [ project ─► attention over the cache ─► finish ] x layers ─► hidden ─► norm ─► image_logits
 
-The plain step model calls the model's own modules. engine/decoding/packed.py makes others, for processors.
+The plain step model calls the model's own modules. engine/decoding/cpu/packed_weights.py makes others, for processors.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,15 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.data.kfashion.garment_classes import commonest_share
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.metrics.colour import Lab, dominant_colour, nearest_colour_name
 from engine.metrics.fid import LEAST_FOR_FID, LEAST_FOR_KID, feature_distances, koclip_features
-from engine.metrics.kinds import Judge, commonest_share
+from engine.metrics.independent_classifier import IndependentClassifier
 from engine.metrics.parts import EvaluationRun
 from engine.models.koclip import KoClip
-from engine.sampling.drawing import Drawing
-from engine.sampling.pictures import paste_grid, save_png
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.generation import Drawing
+from engine.pipeline.image_files import paste_grid, save_png
+from engine.pipeline.pipeline import Pipeline
 
 _ROWS_AT_ONCE = 64  # candidates drawn together: bounds the memory of their caches
 _SHEET_COLUMNS = 10
@@ -87,7 +88,7 @@ def score_drawings(
     pipeline: Pipeline,
     pairs: Pairs,
     names: ColourNames | None,
-    judge: Judge | None,
+    judge: IndependentClassifier | None,
     *,
     count: int,
     candidates: int,
@@ -209,7 +210,12 @@ def _colours(image_size: int, held: Sequence[Pair], names: ColourNames, tally: _
 
 
 def _kinds(
-    run: EvaluationRun, image_size: int, judge: Judge, held: Sequence[Pair], chosen: Sequence[Pair], tally: _Tally
+    run: EvaluationRun,
+    image_size: int,
+    judge: IndependentClassifier,
+    held: Sequence[Pair],
+    chosen: Sequence[Pair],
+    tally: _Tally,
 ) -> dict[str, Any]:
     """Share of pictures whose kind, as the judge names it, is one that the caption may mean.
 

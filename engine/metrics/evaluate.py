@@ -21,24 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.data.kfashion.garment_classes import find_kinds
 from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
-from engine.data.text import CaptionTokenizer
+from engine.data.tokenizer import CaptionTokenizer
+from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.colour import Lab
 from engine.metrics.drawings import colour_names, score_drawings
-from engine.metrics.kinds import Judge, find_kinds
+from engine.metrics.independent_classifier import IndependentClassifier
 from engine.metrics.parts import PARTS, EvaluationRun, OnProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
 from engine.models.folder import has_part, load_folder_tokenizer, load_part, weights_digest
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
+from engine.pipeline.pipeline import Pipeline
 from engine.progress import ProgressBar, seconds_text
-from engine.sampling.command import pick_device
-from engine.sampling.machine import fit_threads
-from engine.sampling.pipeline import Pipeline
 
 RECALL_AMONG = 100
 RECALL_RANKS = (1, 5)
@@ -184,7 +184,9 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
     }
 
 
-def load_judge(folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device) -> Judge | None:
+def load_judge(
+    folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device
+) -> IndependentClassifier | None:
     """The KoCLIP of `folder`, for drawings of `model`; None where the captions tell of no kinds.
 
     Raises:
@@ -196,7 +198,7 @@ def load_judge(folder: Path, model: Path, pairs: Pairs, colour_attribute: str, d
             "--judge", folder, "is the KoCLIP that ranks, which would find itself right: train one from another seed"
         )
     kinds = find_kinds(pairs, colour_attribute)
-    return None if kinds is None else Judge(koclip, load_folder_tokenizer(folder), kinds)
+    return None if kinds is None else IndependentClassifier(koclip, load_folder_tokenizer(folder), kinds)
 
 
 # ------------------------------------------------------------------------------------------------- parts on all pairs

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.data.pairs import Pair, load_image
-from engine.data.text import CaptionTokenizer
+from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
 from engine.models.folder import PartName, has_part, load_folder_tokenizer, load_part
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
-from engine.sampling.pipeline import Pipeline
+from engine.pipeline.pipeline import Pipeline
 
 PARTS: tuple[PartName, ...] = ("vqgan", "transformer", "koclip")
 

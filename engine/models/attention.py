@@ -4,7 +4,7 @@ B rows, T positions, H heads, D head dim.
 
 One layout everywhere: (B, T, H, D). PyTorch's SDPA wants (B, H, T, D); the transpose is a view and stays in here.
 All backends compute the same function; a backend that was asked for and cannot run is an InputError, never a
-silent change to another one. Attention over the sampler's cache is in engine/decoding/cache.py.
+silent change to another one. Attention over the sampler's cache is in engine/decoding/kv_cache.py.
 """
 
 import functools

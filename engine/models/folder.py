@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig
 from engine.config_files import parse_section
-from engine.data.text import CaptionTokenizer, load_tokenizer
+from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
 from engine.models.koclip import KoClip

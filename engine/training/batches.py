@@ -16,8 +16,8 @@ from engine.config import DataConfig
 from engine.data.augment import augment
 from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
-from engine.data.text import CaptionTokenizer
 from engine.data.token_shards import TokenShard
+from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
 from engine.training.setup import World
 

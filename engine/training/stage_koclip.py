@@ -9,13 +9,13 @@ from torch import Tensor
 
 from engine.config import KoclipRun
 from engine.data.pairs import with_partial_captions
-from engine.data.text import tokenizer_for
+from engine.data.tokenizer import tokenizer_for
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
-from engine.sampling.pictures import image_grid
+from engine.pipeline.image_files import image_grid
 from engine.training.batches import (
     Batch,
     BatchSource,
@@ -31,7 +31,7 @@ from engine.training.setup import World, backward_and_step, full_weights, make_e
 
 
 class KoclipStage:
-    """See engine/training/loop.py for what a stage is."""
+    """See engine/training/trainer.py for what a stage is."""
 
     name = "koclip"
 

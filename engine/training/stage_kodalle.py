@@ -9,7 +9,6 @@ from torch import Tensor
 
 from engine.config import KodalleRun
 from engine.data.pairs import known_attributes, with_partial_captions
-from engine.data.text import CaptionTokenizer, tokenizer_for
 from engine.data.token_shards import (
     TokenShard,
     Views,
@@ -19,7 +18,7 @@ from engine.data.token_shards import (
     shards_are_current,
     write_shards,
 )
-from engine.decoding.options import RowRequest, SamplingOptions
+from engine.data.tokenizer import CaptionTokenizer, tokenizer_for
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.models.folder import (
@@ -34,14 +33,15 @@ from engine.models.folder import (
 from engine.models.text_embeddings import apply_text_tables, load_text_tables
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
-from engine.sampling.pictures import image_grid
+from engine.sampling_params import RowRequest, SamplingOptions
 from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
 from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
 
 
 class KodalleStage:
-    """See engine/training/loop.py for what a stage is."""
+    """See engine/training/trainer.py for what a stage is."""
 
     name = "kodalle"
 

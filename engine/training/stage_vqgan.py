@@ -14,7 +14,7 @@ from engine.models.perceptual import Perceptual, perceptual_from_config
 from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
-from engine.sampling.pictures import image_grid
+from engine.pipeline.image_files import image_grid
 from engine.training.batches import (
     Batch,
     BatchSource,
@@ -37,7 +37,7 @@ from engine.training.setup import (
 
 
 class VqganStage:
-    """See engine/training/loop.py for what a stage is."""
+    """See engine/training/trainer.py for what a stage is."""
 
     name = "vqgan"
 

@@ -1,6 +1,6 @@
 """What stands in Ray Serve's HTTP proxy before everything else: ASGI middleware that Ray loads by its import path.
 
-    client ─► uvicorn ─► gate ─► Ray's proxy ─► an edge replica (serve/edge/application.py)
+    client ─► uvicorn ─► gate ─► Ray's proxy ─► an edge replica (serve/api/application.py)
 
 Ray's proxy has habits that a public address cannot afford, and this takes them away:
 
@@ -8,7 +8,7 @@ Ray's proxy has habits that a public address cannot afford, and this takes them 
                            server's own; two more steer routing. They are taken off.
     a body of any size     the proxy reads it into memory before an edge has seen a byte. It ends at the largest body
                            that the edge reads.
-    a head of any size     and for any time. Both end where serve/edge/listener.py ends them.
+    a head of any size     and for any time. Both end where serve/api/listener.py ends them.
     errors as plain text   become the error object that every other reply carries.
     /-/routes              tells anyone what is deployed. It is gone; /-/healthz stays for probes.
     an edge that dies      its requests become 500. They are sent to another edge, once, where nothing was answered yet:
@@ -28,7 +28,7 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.edge.failures import Failure
+from serve.api.errors import Failure
 from serve.settings import Limits
 
 # Read where the proxy starts: the callback that Ray calls takes no arguments.
@@ -38,13 +38,13 @@ _STEERING = frozenset(
     ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
 )
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OURS = b"content-security-policy"  # on every reply of an edge (serve/edge/guard.py), on none of Ray's
+_OURS = b"content-security-policy"  # on every reply of an edge (serve/api/middleware.py), on none of Ray's
 
 
 def middlewares() -> list[Middleware]:
     """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: called in the proxy, before it makes its uvicorn server."""
     # Ray gives uvicorn no protocol, so that it takes what this table calls "auto".
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve.edge.listener:BoundedHttp"
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve.api.listener:BoundedHttp"
     max_bytes = int(os.environ.get(MAX_BODY_VARIABLE, Limits().max_edit_bytes))
     return [Middleware(Gate, max_body_bytes=max_bytes)]
 

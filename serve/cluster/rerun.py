@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from serve.cluster.lately_full import LatelyFull
+from serve.cluster.saturated_workers import LatelyFull
 from serve.messages import DrawEvent, DrawJob, Finished, Partial, Progress, Refused
 
 BEAT_S = 1.0

@@ -1,6 +1,6 @@
 /**
  * Labels to captions and back, by the grammar that attributes.json holds: the same sentences in the same order as
- * engine/data/captions.py makes of the same label, which a test compares.
+ * engine/data/kfashion/captions.py makes of the same label, which a test compares.
  *
  * Plain functions of values: no element is touched here.
  */

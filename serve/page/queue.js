@@ -13,7 +13,7 @@ import { newId } from "./store.js";
 
 const MOST_AT_ONCE = 2;
 const MOST_TRIES = 5;
-// By code, because an error may also come inside a stream, whose status was 200 (serve/edge/failures.py).
+// By code, because an error may also come inside a stream, whose status was 200 (serve/api/errors.py).
 const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
 
 /**

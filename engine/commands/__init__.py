@@ -1,0 +1,1 @@
+"""Subcommands of the `kodalle` command, one file each."""

@@ -1,0 +1,161 @@
+"""`kodalle data`: captions from labels, preparing and checking folders, the drawn demo set.
+
+Holds commands only; each one calls a function of engine/data and prints its report. What the user got wrong leaves as
+InputError, which `kodalle` turns into one line and exit code 2. `check` exits 1 when it finds errors.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from engine.data.check import DEFECTS, CheckReport
+from engine.data.check import check as check_folder
+from engine.data.kfashion import captions as grammar
+from engine.data.kfashion.labels import read_label
+from engine.data.prepare import PrepareReport
+from engine.data.prepare import prepare as prepare_folder
+from engine.data.sources import PrepareOptions
+from engine.data.synthetic.garments import make_demo
+from engine.files import write_json
+
+app = typer.Typer(help="Labels to captions, crops and pairs; checks; the demo set.", no_args_is_help=True)
+
+Labels = Annotated[list[Path], typer.Argument(help="K-Fashion label files (.json)", show_default=False)]
+Source = Annotated[
+    Path,
+    typer.Argument(help="folder with K-Fashion labels and photos, or with name.jpg + name.txt", show_default=False),
+]
+Destination = Annotated[Path, typer.Argument(help="a folder that is new or empty", show_default=False)]
+Workers = Annotated[int | None, typer.Option(help="processes; default: one a CPU core", min=1)]
+
+
+@app.command("captions")
+def captions(
+    files: Labels,
+    style: Annotated[bool, typer.Option(help="tell 스타일 too")] = True,
+    subject_once: Annotated[bool, typer.Option(help="tell `상의에서` once")] = False,
+    per_garment: Annotated[bool, typer.Option(help="one line a garment instead of one a file")] = False,
+    list_values: Annotated[Literal["all", "first"], typer.Option(help="of 디테일, 소재, 프린트")] = "all",
+) -> None:
+    """Prints the caption of each label file, one a line (an empty line for a label that says nothing)."""
+    for file in files:
+        label = read_label(file)
+        parts = [[garment] for garment in label.garments] if per_garment else [None]
+        for part in parts:
+            line = grammar.caption(label, part, style=style, subject_once=subject_once, list_values=list_values)
+            typer.echo(line)
+        if not label.garments:
+            typer.echo(f"{file}: tells of no garment", err=True)
+
+
+@app.command("prepare")
+def prepare(
+    source: Source,
+    destination: Destination,
+    image_size: Annotated[int, typer.Option(help="side of the square images, in pixels")] = 256,
+    image_format: Annotated[Literal["png", "jpg"], typer.Option(help="of the images written")] = "png",
+    keep_aspect: Annotated[bool, typer.Option(help="pad crops to a square (published: stretch)")] = False,
+    box_margin: Annotated[float, typer.Option(help="around boxes, as a share of their longer side")] = 0.0,
+    box_origin: Annotated[
+        Literal["top_left", "center"], typer.Option(help="what X좌표, Y좌표 mean; K-Fashion: top_left")
+    ] = "top_left",
+    scale_boxes: Annotated[bool, typer.Option(help="photos were resized after labelling: scale the boxes")] = False,
+    caption_scope: Annotated[
+        Literal["garment", "photo"], typer.Option(help="tell of the cropped garment, or of all in the photo")
+    ] = "garment",
+    style: Annotated[bool, typer.Option(help="keep sentences on 스타일 (KoDALLE trains without)")] = False,
+    subject_once: Annotated[bool, typer.Option(help="tell `상의에서` once")] = False,
+    list_values: Annotated[Literal["all", "first"], typer.Option(help="of 디테일, 소재, 프린트")] = "all",
+    validation_fraction: Annotated[
+        float, typer.Option(help="share of photos held out, unless SOURCE has train/ and validation/")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="of that split")] = 42,
+    max_bad: Annotated[float, typer.Option(help="stop when more than this share of the records is faulty")] = 0.05,
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first faulty record")] = False,
+    form: Annotated[Literal["labels", "plain"] | None, typer.Option(help="of SOURCE; default: find out")] = None,
+    workers: Workers = None,
+) -> None:
+    """Cuts and captions SOURCE into the folder DESTINATION that training reads."""
+    options = PrepareOptions(
+        image_size=image_size,
+        image_format=image_format,
+        keep_aspect=keep_aspect,
+        box_margin=box_margin,
+        box_origin=box_origin,
+        scale_boxes=scale_boxes,
+        caption_scope=caption_scope,
+        style=style,
+        subject_once=subject_once,
+        list_values=list_values,
+        validation_fraction=validation_fraction,
+        seed=seed,
+        max_bad=max_bad,
+        form=form,
+    )
+    workers = workers or os.cpu_count() or 1
+    report = prepare_folder(source, destination, options, strict=strict, workers=workers, progress=True)
+    _print_prepared(report, destination)
+
+
+@app.command("check")
+def check(
+    source: Source,
+    json: Annotated[Path | None, typer.Option(help="write all findings to this file too")] = None,
+    names: Annotated[int, typer.Option(help="how many records to name for each defect", min=1)] = 20,
+    workers: Workers = None,
+) -> None:
+    """Names every defective record of SOURCE; exit code 1 when there are errors."""
+    report = check_folder(source, workers=workers or os.cpu_count() or 1, progress=True)
+    if json is not None:
+        write_json(json, report.to_json())
+    _print_checked(report, names)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+@app.command("make-demo")
+def make_demo_set(
+    destination: Destination,
+    count: Annotated[int, typer.Option(help="photos to train on", min=1)] = 2000,
+    seed: Annotated[int, typer.Option(help="decides the pictures", min=0)] = 0,
+    image_size: Annotated[int, typer.Option(help="side of the square pictures, in pixels")] = 64,
+) -> None:
+    """Draws the demo data set (garments with K-Fashion labels) into DESTINATION."""
+    report = make_demo(destination, count=count, seed=seed, image_size=image_size, progress=True)
+    for name, value in asdict(report).items():
+        typer.echo(f"{name.replace('_', ' ')}: {value}")
+
+
+def _print_prepared(report: PrepareReport, destination: Path) -> None:
+    typer.echo(
+        f"{report.records} records: {report.used} used, {len(report.skipped)} set aside, {report.bad} of them bad"
+    )
+    typer.echo(f"{report.train} pairs to train on, {report.validation} for validation (split by {report.split})")
+    for cause, count in report.causes.items():
+        first = next(item for item in report.skipped if item.cause == cause)
+        typer.echo(f"  {cause}: {count}, the first: {first.record}: {first.reason}")
+    typer.echo(f"all of it is in {destination / 'report.json'}")
+
+
+def _print_checked(report: CheckReport, names: int) -> None:
+    read = f"{report.labels} {'label' if report.form == 'labels' else 'caption'} files, {report.images} images"
+    if not report.findings:
+        typer.echo(f"{read}: nothing found")
+        return
+    table = Table("defect", "sort", "count", "what it is")
+    for kind, count in report.counts.items():
+        severity, told = DEFECTS[kind]
+        table.add_row(kind, severity, str(count), escape(told))
+    Console().print(table)
+    for kind, count in report.counts.items():
+        for finding in [finding for finding in report.findings if finding.kind == kind][:names]:
+            typer.echo(f"{kind}  {finding.record}  {finding.detail}")
+        if count > names:
+            typer.echo(f"{kind}  … and {count - names} more (--names {count}, or --json FILE)")
+    typer.echo(f"{read}: {len(report.errors)} errors, {len(report.warnings)} warnings")

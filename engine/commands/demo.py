@@ -1,0 +1,235 @@
+"""`kodalle demo`: the whole job, small, on any machine: draw garments, learn them, draw what was never seen, score it.
+
+    <out>/photos/            drawn garments with K-Fashion labels (engine/data/synthetic/garments.py)
+    <out>/pairs/             prepared pairs: one crop and caption a garment
+    <out>/vqgan|koclip|kodalle/   training runs; kodalle/model is the finished drawer
+    <out>/drawings/1…3/      sixteen candidates for three held-out captions
+    <out>/evaluation.png     the top-ranked drawing of every held-out caption, not hand-picked
+    <out>/report.json        share of drawings with the right colour, category, sleeve
+
+Held-out means: combinations of category, colour and sleeve that no training picture shows. A step that is finished is
+not done again, and a training that was interrupted goes on, so running the command again continues the demo.
+"""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.commands.generate import draw_to_folder
+from engine.config import VqganRun
+from engine.config_files import load_run
+from engine.data.pairs import Pair, load_pairs
+from engine.data.prepare import prepare
+from engine.data.sources import PrepareOptions
+from engine.data.synthetic.garments import make_demo
+from engine.data.synthetic.oracle import Reading, read, score
+from engine.device import pick_device
+from engine.errors import InputError
+from engine.files import atomic_file, write_json
+from engine.models.folder import read_generation
+from engine.pipeline.generation import Drawing
+from engine.pipeline.image_files import paste_grid
+from engine.pipeline.pipeline import Pipeline
+from engine.progress import ProgressBar, seconds_text
+
+STAGES = ("vqgan", "koclip", "kodalle")
+MEASURES = ("colour", "category", "sleeve", "all")
+SHOWN_CAPTIONS = 3
+_CAPTIONS_AT_ONCE = 8
+
+
+def run_demo(
+    out: Path,
+    configs: Path,
+    *,
+    pictures: int = 5000,
+    held_out: int = 72,
+    candidates: int = 16,
+    seed: int = 7,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs every step and writes report.json.
+
+    Args:
+        out: folder of the demo.
+        configs: folder with vqgan.yaml, koclip.yaml and kodalle.yaml.
+        pictures: drawn garments for training.
+        held_out: captions that are scored.
+        candidates: drawings a caption.
+        seed: of the pictures and the drawings.
+        overrides: `stage.key=value`, e.g. `vqgan.loop.steps=20` (the tests' tiny demo).
+
+    Raises:
+        InputError: a step failed; its own message stands above.
+    """
+    for stage in STAGES:
+        if not (configs / f"{stage}.yaml").is_file():
+            raise InputError("--configs", configs, f"has no {stage}.yaml: run from the project's folder")
+    begun = time.monotonic()
+    seconds: dict[str, float] = {}
+    total = len(STAGES) + 3
+
+    def step(number: int, name: str, title: str, work: Callable[[], object]) -> None:
+        print(f"[{number}/{total}] {title}  ({seconds_text(time.monotonic() - begun)} so far)", flush=True)
+        started = time.monotonic()
+        work()
+        seconds[name] = round(time.monotonic() - started, 1)
+
+    step(
+        1,
+        "data",
+        f"drawing {pictures} garments and preparing pairs",
+        lambda: _make_data(out, configs, pictures, held_out),
+    )
+    titles = {
+        "vqgan": "VQGAN learns to turn pictures into tokens",
+        "koclip": "KoCLIP learns which picture fits which caption",
+        "kodalle": "KoDALLE learns to draw from captions",
+    }
+    for number, stage in enumerate(STAGES, start=2):
+        own = [text.removeprefix(f"{stage}.") for text in overrides if text.startswith(f"{stage}.")]
+        step(number, stage, titles[stage], functools.partial(_train, stage, out, configs, own))
+    model = out / "kodalle" / "model"
+    held = load_pairs(out / "pairs").validation
+    step(5, "drawing", f"drawing {SHOWN_CAPTIONS} held-out captions", lambda: _draw(model, out, held, candidates, seed))
+    scored: dict[str, Any] = {}
+    step(6, "evaluation", f"scoring {len(held)} held-out captions x {candidates} drawings",
+         lambda: scored.update(_evaluate(model, out, held, candidates, seed)))  # fmt: skip
+    report = {
+        "held_out_captions": len(held),
+        "candidates": candidates,
+        "seed": seed,
+        "options": read_generation(model).model_dump(),
+        "share_right": scored,
+        "seconds": seconds | {"total": round(time.monotonic() - begun, 1)},
+        "machine": machine(),
+    }
+    write_json(out / "report.json", report)
+    _print_report(report, out)
+    return report
+
+
+def _make_data(out: Path, configs: Path, pictures: int, held_out: int) -> None:
+    if not (out / "photos").is_dir():
+        make_demo(out / "photos", count=pictures, seed=1, held_out=held_out, progress=True)
+    if not (out / "pairs").is_dir():
+        prepare(
+            out / "photos",
+            out / "pairs",
+            PrepareOptions(image_size=_picture_size(configs), keep_aspect=True, box_margin=0.04),
+            workers=os.cpu_count() or 1,
+            progress=True,
+        )
+
+
+def _picture_size(configs: Path) -> int:
+    run = load_run(configs / "vqgan.yaml")
+    assert isinstance(run, VqganRun), run.stage
+    return run.model.image_size
+
+
+def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> None:
+    """One `deepspeed engine/train.py` run, its output passed through; none when it is finished."""
+    if (out / stage / "model").is_dir():  # exported after the last step
+        print(f"{out / stage} is finished: nothing to do", flush=True)
+        return
+    places = {"run": out / stage, "data.pairs": out / "pairs"}
+    if stage == "koclip":
+        places["codec"] = out / "vqgan" / "model"
+    if stage == "kodalle":
+        places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
+        places["text.tokenizer"] = out / "koclip" / "model"
+    launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """`deepspeed engine/train.py --config <first argument> <rest>` on one process.
+
+    Raises:
+        InputError: it did not end well; what it printed stands above.
+    """
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    train = Path(__file__).parents[1] / "train.py"
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    command = [
+        sys.executable, str(deepspeed), "--num_gpus", "1", "--master_port", str(_free_port()), "--log_level", "warning",
+        str(train), "--config", *arguments,
+    ]  # fmt: skip
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise InputError("training", arguments[0], f"ended with exit code {code}; run the command again to go on")
+
+
+def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:
+    """The first captions of three different categories."""
+    chosen: dict[str, Pair] = {}
+    for pair in held:
+        chosen.setdefault(str(pair.attributes.get("카테고리")), pair)
+    for number, pair in enumerate(list(chosen.values())[:SHOWN_CAPTIONS], start=1):
+        draw_to_folder(
+            str(model), pair.captions[0], out / "drawings" / str(number), candidates=candidates,
+            top=min(4, candidates), seed=seed, options={}, strict=False, device="",
+        )  # fmt: skip
+
+
+def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> dict[str, dict[str, float]]:
+    """Shares of right drawings: of all candidates (what a random one would be), of the top-ranked ones, and of
+    captions with at least one right candidate (what a perfect ranker would reach)."""
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
+    drawings: list[Drawing] = []
+    with ProgressBar("drawing", total=len(held)) as bar:
+        for start in range(0, len(held), _CAPTIONS_AT_ONCE):
+            captions = [pair.captions[0] for pair in held[start : start + _CAPTIONS_AT_ONCE]]
+            drawings += pipeline(captions, candidates=candidates, seed=seed)
+            bar.update(len(drawings))
+    shares: dict[str, list[dict[str, bool]]] = {"random": [], "top_ranked": [], "any": []}
+    for pair, drawing in zip(held, drawings, strict=True):
+        readings: list[Reading] = [read(one.image) for one in drawing.candidates]
+        right = score(readings, [pair.attributes] * len(readings))
+        shares["random"] += right
+        shares["top_ranked"].append(right[0])
+        shares["any"].append({measure: any(one[measure] for one in right) for measure in MEASURES})
+    best = [drawing.candidates[0].image for drawing in drawings]
+    with atomic_file(out / "evaluation.png") as temporary:
+        paste_grid(best, columns=12).save(temporary, format="PNG")
+    return {
+        who: {measure: round(sum(one[measure] for one in ones) / len(ones), 4) for measure in MEASURES}
+        for who, ones in shares.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and versions that a stored result is of."""
+    cpu = ""
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": cpu,
+        "cpu_cores": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def _print_report(report: dict[str, Any], out: Path) -> None:
+    print(f"\nheld-out captions: {report['held_out_captions']}, {report['candidates']} drawings each")
+    for who, shares in report["share_right"].items():
+        print(f"  {who:<11}" + "".join(f"  {measure} {shares[measure]:.1%}" for measure in MEASURES))
+    print(f"{seconds_text(report['seconds']['total'])} in all; see {out / 'report.json'} and {out / 'drawings'}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

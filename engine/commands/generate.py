@@ -1,0 +1,233 @@
+"""`kodalle draw`: one caption to a folder of pictures, a sheet and result.json. `kodalle continue`: captions to lines."""
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from PIL import Image
+
+from engine.data.crops import FORMATS, open_image
+from engine.device import fit_threads, pick_device
+from engine.errors import InputError
+from engine.files import atomic_file, write_json
+from engine.pipeline.generation import Candidate, Drawing
+from engine.pipeline.image_files import contact_sheet, save_png
+from engine.pipeline.init_image import GivenImage
+from engine.pipeline.pipeline import Pipeline, RankBy
+from engine.progress import ProgressBar, seconds_text
+from engine.sampling_params import SamplingOptions
+
+_FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
+
+
+@dataclass(frozen=True)
+class GivenFiles:
+    """A picture to start from, as files; the fields are those of `GivenImage`."""
+
+    image: Path
+    keep_rows: int | None = None
+    mask: Path | None = None
+    paste: bool = True
+
+    def read(self) -> GivenImage:
+        """Raises InputError: a file that cannot be read, a mask that does not fit, as `GivenImage`."""
+        image, mask = open_image(self.image), None
+        if self.mask is not None:
+            open_image(self.mask)  # the guard; it lays transparency on white, which a mask must not have
+            with Image.open(self.mask, formats=FORMATS) as opened:
+                opened.load()
+                mask = opened
+        return GivenImage(image, keep_rows=self.keep_rows, mask_image=mask, paste=self.paste)
+
+    def describe(self) -> dict[str, Any]:
+        """Names, digests (SHA-256 of the files) and choices: enough to give the same again."""
+        return {
+            "image": self.image.name,
+            "image_sha256": _sha256(self.image),
+            "keep_rows": self.keep_rows,
+            "mask": None if self.mask is None else self.mask.name,
+            "mask_sha256": None if self.mask is None else _sha256(self.mask),
+            "paste": self.paste,
+        }
+
+
+def draw_to_folder(
+    model: str,
+    caption: str,
+    folder: Path,
+    *,
+    candidates: int,
+    top: int,
+    seed: int,
+    options: Mapping[str, float | None],
+    strict: bool,
+    device: str,
+    int8: bool = False,
+    given: GivenFiles | None = None,
+    rank_by: str = "koclip",
+) -> Drawing:
+    """Draws and writes; result.json comes last, so its presence means that the rest is there.
+
+    Args:
+        options: what was asked for of `SamplingOptions`; where nothing was, the model's own value stands.
+
+    Raises:
+        InputError: bad options, files, model or caption; nothing is written then.
+    """
+    if top > candidates:
+        raise InputError("--top", top, f"is more than --candidates {candidates}: lower it")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("--out", folder, "is a file: give a folder")
+    if rank_by not in get_args(RankBy):
+        raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
+    if rank_by == "fit" and (given is None or given.mask is None):
+        raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
+    SamplingOptions().but(**options)  # before the model is loaded
+    given_image = None if given is None else given.read()
+    fit_threads()
+    begun = time.perf_counter()
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
+    loading_s = time.perf_counter() - begun
+    settled = pipeline.default_options.but(**options)
+    with ProgressBar("drawing", total=pipeline.transformer.config.image_seq_len) as bar:
+        drawing = pipeline(
+            [caption],
+            candidates=candidates,
+            seed=seed,
+            options=settled,
+            given=given_image,
+            rank_by=cast(RankBy, rank_by),
+            strict=strict,
+            on_progress=lambda done, _: bar.update(done),
+        )[0]
+    if drawing.tokens_cut:
+        print(f"note: the caption is {drawing.tokens_cut} tokens too long; its end was cut (--strict refuses instead)")
+    begun = time.perf_counter()
+    made = describe_making(settled, given, rank_by, int8=int8)
+    write_drawing(folder, drawing, made, top=top)
+    encoding_s = time.perf_counter() - begun
+    result = describe(drawing, made, top=top)
+    result["timings_s"] |= {"loading": loading_s, "encoding": encoding_s}
+    write_json(folder / "result.json", result)
+    for kept in drawing.top(top):
+        score = "" if kept.score is None else f"  score {kept.score:.3f}"
+        score += "" if kept.fit is None else f"  fit {kept.fit:.2f}"
+        print(f"{folder / file_name(kept)}{score}")
+    print(f"{folder / 'sheet.png'}  ({candidates} drawn in {seconds_text(sum(drawing.timings_s.values()))})")
+    return drawing
+
+
+def print_continuations(
+    model: str, beginning: str, *, count: int, seed: int, options: SamplingOptions, device: str
+) -> None:
+    """One caption a line on stdout.
+
+    Raises:
+        InputError: bad options or model; a beginning that fills the model's text.
+    """
+    fit_threads()
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), codec_backend="torch")
+    for line in pipeline.continue_caption(beginning, count=count, seed=seed, options=options):
+        print(line.text)
+        if not line.is_complete:
+            print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
+
+
+def write_drawing(folder: Path, drawing: Drawing, made: dict[str, Any], *, top: int) -> None:
+    """The best `top` pictures with their making in the metadata, and the sheet of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    for kept in drawing.top(top):
+        save_png(folder / file_name(kept), kept.image, metadata(drawing, kept) | made)
+    pictures = [one.image for one in drawing.candidates]
+    labels = [
+        f"#{one.rank} c{one.candidate}" + ("" if told is None else f" {told:.2f}")
+        for one in drawing.candidates
+        for told in [one.score if one.fit is None else one.fit]
+    ]
+    scale = max(1, 128 // pictures[0].width)
+    sheet = contact_sheet(drawing.caption, pictures, labels, columns=min(8, len(pictures)), scale=scale)
+    with atomic_file(folder / "sheet.png") as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def _clear(folder: Path) -> None:
+    """Removes an earlier drawing's pictures, so that nobody takes them for this one's: what its result.json names."""
+    result = folder / "result.json"
+    if not result.is_file():
+        return
+    try:
+        named = [one["file"] for one in json.loads(result.read_text(encoding="utf-8"))["candidates"]]
+    except (ValueError, KeyError, TypeError):
+        named = []  # not ours, or from another version: its pictures stay
+    result.unlink()
+    for name in named:
+        if isinstance(name, str) and _FILE_NAME.fullmatch(name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def file_name(one: Candidate) -> str:
+    return f"{one.rank:02d}-seed{one.seed}-candidate{one.candidate:03d}.png"
+
+
+def metadata(drawing: Drawing, one: Candidate) -> dict[str, Any]:
+    """What a PNG carries of its candidate; with `describe_making`, enough to draw it again."""
+    return {
+        "caption": drawing.caption,
+        "seed": one.seed,
+        "candidate": one.candidate,
+        "rank": one.rank,
+        "score": one.score,
+        "software": "KoDALLE engine",
+    }
+
+
+def describe_making(
+    options: SamplingOptions, given: GivenFiles | None, rank_by: str, *, int8: bool = False
+) -> dict[str, Any]:
+    """What was asked for, beside caption and seed; in result.json and in every PNG."""
+    return {
+        "options": {
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+            "guidance_scale": options.guidance_scale,
+        },
+        "int8": int8,
+        "rank_by": rank_by,
+        "given": None if given is None else given.describe(),
+    }
+
+
+def describe(drawing: Drawing, made: dict[str, Any], *, top: int) -> dict[str, Any]:
+    """result.json."""
+    kept = None if drawing.given_tokens is None else sum(token >= 0 for token in drawing.given_tokens)
+    return {
+        "caption": drawing.caption,
+        "tokens_cut": drawing.tokens_cut,
+        **made,
+        "tokens_given": kept or 0,
+        "candidates": [
+            {
+                "rank": one.rank,
+                "candidate": one.candidate,
+                "seed": one.seed,
+                "score": one.score,
+                "fit": one.fit,
+                "file": file_name(one) if one.rank <= top else None,
+            }
+            for one in drawing.candidates
+        ],
+        "timings_s": dict(drawing.timings_s),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

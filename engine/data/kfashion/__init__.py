@@ -1,0 +1,1 @@
+"""The K-Fashion data set: labels, captions, colours and garment classes. The only package that knows of clothes."""

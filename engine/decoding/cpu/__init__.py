@@ -1,0 +1,1 @@
+"""Decoding on a CPU: packed and 8-bit weights."""

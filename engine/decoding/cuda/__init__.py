@@ -1,0 +1,1 @@
+"""Decoding on CUDA: a whole step captured as one graph."""

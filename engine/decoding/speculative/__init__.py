@@ -1,0 +1,1 @@
+"""Speculative (Jacobi) decoding: several tokens a forward pass, equal to those of single steps."""

@@ -1,0 +1,112 @@
+"""Who is answered: holders of a key; or, on a server without keys, programs on the same machine and nobody else.
+
+Without keys three things are checked, because "it listens on loopback" is not enough:
+
+    the connection's own end is a loopback address    a server that listens elsewhere by mistake answers nobody
+    the Host header names loopback                    a web page whose name was rebound to 127.0.0.1 sends its own name
+    an Origin header equals the Host                  another website's page may post forms to any address it likes
+
+With keys none of them matters: a browser adds no key to another page's requests by itself.
+
+Always open: /healthz, /readyz and the page's files. Everything else, unknown addresses included, needs the key.
+"""
+
+import ipaddress
+import time
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from serve.api.errors import Failure
+from serve.api.keys import ApiKey, KeyRing, MalformedAuthorization, parse_authorization
+from serve.api.keys import Scope as KeyScope
+
+_OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.ico"})
+_OPEN_FOLDER = "/page/"
+_SCOPE_OF: dict[str, KeyScope] = {"/metrics": "metrics"}  # everything else: draw
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whom a request is from."""
+
+    key_id: str
+    key: ApiKey | None = None  # None: the server has no keys
+
+
+LOCAL = Caller("local")
+NOBODY = Caller("")  # turned away
+
+
+def admit(scope: Scope, path: str, keys: KeyRing | None) -> Caller:
+    """Raises Failure when this connection or this key is not answered at `path`."""
+    if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
+        return LOCAL
+    headers = Headers(scope=scope)
+    if keys is not None:
+        return _holder(headers, keys, _SCOPE_OF.get(path, "draw"))
+    _check_local(scope, headers)
+    return LOCAL
+
+
+def _holder(headers: Headers, keys: KeyRing, scope: KeyScope) -> Caller:
+    values = headers.getlist("authorization")
+    try:
+        presented = parse_authorization(", ".join(values) if values else None)
+    except MalformedAuthorization:
+        raise _invalid(
+            "Send `Authorization: Bearer` and a key, once.", "`Authorization: Bearer` 형식이 아닙니다."
+        ) from None
+    if presented is None:
+        raise Failure("missing_api_key", headers={"www-authenticate": "Bearer"})
+    key = keys.find(presented, time.time())
+    if key == "expired":
+        raise _invalid("It has expired.", "만료된 키입니다.")
+    if not isinstance(key, ApiKey):
+        raise _invalid("", "")
+    if not key.allows(scope):
+        raise Failure("insufficient_scope", f"It lacks the scope `{scope}`.", f"`{scope}` 권한이 없습니다.")
+    return Caller(key.key_id, key)
+
+
+def _invalid(detail: str, detail_ko: str) -> Failure:
+    return Failure("invalid_api_key", detail, detail_ko, headers={"www-authenticate": 'Bearer error="invalid_token"'})
+
+
+def _check_local(scope: Scope, headers: Headers) -> None:
+    server = scope.get("server")
+    if server is None or not _is_loopback(server[0]):
+        raise Failure(
+            "not_local",
+            "It listens on another address, too: give it a keys file.",
+            "다른 주소에서도 쓰려면 키 파일을 지정하세요.",
+        )
+    hosts = headers.getlist("host")
+    name = _host_name(hosts[0]) if len(hosts) == 1 else ""
+    if not _is_loopback(name):
+        raise Failure(
+            "not_local",
+            "The Host header must name this machine: use http://localhost or http://127.0.0.1.",
+            "http://localhost 또는 http://127.0.0.1 주소로 접속하세요.",
+        )
+    for origin in headers.getlist("origin"):
+        if urlsplit(origin).netloc.lower() != hosts[0].lower():
+            raise Failure("cross_site")
+
+
+def _host_name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,193 @@
+"""The outermost layer of the HTTP application: every request passes it on the way in, every reply on the way out.
+
+In: a request id, whose request it is (serve/api/access.py). Out: security headers, the error shape for whatever was not
+caught, one line of log, the counts. As plain ASGI, not as one of Starlette's decorated middlewares, because those
+stand between a handler and `http.disconnect`.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.api.access import NOBODY, Caller, admit
+from serve.api.body import ClientGone
+from serve.api.errors import Failure
+from serve.api.keys import KeyRing
+from serve.metrics import EdgeMetrics
+
+# The page's own files, pictures that it holds in memory, this server's API; nothing from elsewhere, nothing inline.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SECURITY_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RETRY_COUNT = re.compile(r"[0-9]{1,3}")
+
+# How long a client that is refused may go on sending. Closing at once would reset its connection, and the reply with it.
+_LINGER_S = 2.0
+
+_log = logging.getLogger("serve.requests")
+
+
+@dataclass
+class RequestRecord:
+    """What is known of a request while it is answered; its log line in the end. Handlers find it in the scope's state."""
+
+    request_id: str  # the client's, where it sent a proper one
+    job_id: str  # ours: no two requests share it
+    arrived_at: float  # the event loop's clock
+    method: str
+    caller: Caller = NOBODY  # until it is admitted
+    status: int = 0
+    code: str = ""  # of serve/api/errors.py
+    retry_count: int | None = None  # as the client tells it
+    noted: dict[str, Any] = field(default_factory=dict)  # n, candidates, …: never the caption unless asked for
+    is_body_read: bool = True
+
+    def note_failure(self, failure: Failure) -> None:
+        self.code = failure.code
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, *, metrics: EdgeMetrics, keys: KeyRing | None) -> None:
+        self._app, self._metrics, self._keys = app, metrics, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "no WebSockets here"})
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = _new_record(scope)
+        scope.setdefault("state", {})["record"] = record
+
+        async def receive_noted() -> Message:
+            message = await receive()
+            record.is_body_read = not message.get("more_body", False)
+            return message
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            elif not message.get("more_body", False) and not record.is_body_read:
+                await send({**message, "more_body": True})
+                await _linger(receive_noted, record)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        self._metrics.in_flight.inc()
+        try:
+            record.caller = admit(scope, get_route_path(scope), self._keys)
+            await self._app(scope, receive_noted, send_guarded)
+        except ClientGone:
+            self._metrics.cancelled.inc()
+            await self._refuse(Failure("client_closed_request"), record, send_guarded)
+        except Failure as failure:
+            await self._refuse(failure, record, send_guarded)
+        except asyncio.CancelledError:
+            self._metrics.cancelled.inc()
+            record.code = "client_closed_request"
+            raise
+        except Exception:
+            # Of the request only its id: a traceback shows no values, and so no caption.
+            _log.exception("request %s failed", record.request_id)
+            await self._refuse(Failure("internal_error"), record, send_guarded)
+        finally:
+            self._finish(scope, record)
+
+    async def _refuse(self, failure: Failure, record: RequestRecord, send: Send) -> None:
+        record.note_failure(failure)
+        if record.status:
+            return  # the reply has begun: the server closes the connection
+        await send_failure(failure, send)
+
+    def _finish(self, scope: Scope, record: RequestRecord) -> None:
+        seconds = asyncio.get_running_loop().time() - record.arrived_at
+        status = 499 if record.code == "client_closed_request" else record.status
+        route = _route(scope)
+        self._metrics.in_flight.dec()
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if record.code:
+            self._metrics.rejected.labels(record.code).inc()
+        line = {
+            "request_id": record.request_id,
+            "job_id": record.job_id,
+            "key_id": record.caller.key_id or None,
+            "method": record.method,
+            "route": route,
+            "status": status,
+            "code": record.code or None,
+            "seconds": round(seconds, 4),
+            "retry": record.retry_count,
+        }
+        _log.info(json.dumps(line | record.noted, ensure_ascii=False))
+
+
+def _route(scope: Scope) -> str:
+    """The path of the application's route, never of the request: `other` where none is there."""
+    route = scope.get("route")
+    if route is None and "app" in scope:  # turned away before it was routed
+        routes = (one for one in scope["app"].routes if isinstance(one, Route))
+        route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
+    return getattr(route, "path", None) or "other"
+
+
+async def send_failure(failure: Failure, send: Send) -> None:
+    """A failure as a whole reply."""
+    body = failure.body()
+    headers = failure.headers | {"content-length": str(len(body))}
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": failure.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _linger(receive: Receive, record: RequestRecord) -> None:
+    """Reads what a client still sends, and drops it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while not record.is_body_read:
+                await receive()
+
+
+def _new_record(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    job_id = f"req_{secrets.token_hex(12)}"
+    given = headers.get("x-request-id", "")
+    retries = headers.get("x-stainless-retry-count", "")
+    return RequestRecord(
+        request_id=given if _REQUEST_ID.fullmatch(given) else job_id,
+        job_id=job_id,
+        arrived_at=asyncio.get_running_loop().time(),
+        method=scope["method"] if scope["method"].isalpha() else "other",
+        retry_count=int(retries) if _RETRY_COUNT.fullmatch(retries) else None,
+        is_body_read=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
+    )

@@ -1,0 +1,324 @@
+"""The API's description: an OpenAPI 3.1 document, and the same as a page that needs no script and no network.
+
+Written here and not derived by FastAPI, because bodies are read by our own reader, and because the limits that the
+document promises are those of the running server. Field lists come from the models of serve/api/schemas.py, so that
+they cannot differ from what is checked.
+"""
+
+import html
+from typing import Any
+
+from pydantic import BaseModel
+
+from serve.api.errors import FAILURES
+from serve.api.schemas import LEAST_TEMPERATURE, EditRequest, GenerationRequest, TokenizeRequest, bounds
+from serve.messages import ModelInfo
+from serve.settings import ServeSettings
+
+Json = dict[str, Any]
+
+_EXAMPLES: Json = {
+    "한국어": {"value": {"prompt": "상의에서 색상은 레드이다. 원피스에서 기장은 미니이다.", "n": 4, "seed": 7}},
+    "English": {"value": {"prompt": "a red top and a mini dress", "n": 1, "candidates": 16, "output_format": "webp"}},
+    "streaming": {"value": {"prompt": "상의에서 소재는 니트이다.", "stream": True, "partial_images": 3}},
+}
+_PICTURES: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
+_WHOLE: Json = {"type": "integer"}
+_TEXT: Json = {"type": "string"}
+_TEXTS: Json = {"type": "array", "items": _TEXT}
+_NUMBER: Json = {"type": "number"}
+_NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
+
+# Which failures a route can answer with, besides the server's own 500.
+_ACCESS = ("missing_api_key", "insufficient_scope")
+_BODY = ("invalid_value", "request_timeout", "request_too_large", "unsupported_media_type")
+_DRAWING = ("model_not_found", "rate_limit_exceeded", "unavailable", "deadline_exceeded")
+
+
+def describe(settings: ServeSettings, info: ModelInfo) -> Json:
+    """The OpenAPI document of a server with these settings."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "KoDALLE",
+            "version": "1",
+            "summary": "Pictures from captions, in the manner of OpenAI's Images API",
+            "description": "Candidates are drawn and ranked, the best n returned. Every error has the same body, with "
+            "its text in English and Korean. Every reply carries `x-request-id`.",
+        },
+        "security": [{"key": []}] if settings.keys_file else [],
+        "paths": _paths(settings, info),
+        "components": {
+            "schemas": _schemas(settings, info),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
+    tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": 14}
+    model_id = {
+        "name": "model_id", "in": "path", "required": True, "schema": _TEXT, "example": info.model_id
+    }  # fmt: skip
+    return {
+        "/v1/images/generations": {
+            "post": _operation(
+                "Draw pictures of a caption",
+                "Images | SSE",
+                _ACCESS + _BODY + _DRAWING,
+                body={"application/json": {"schema": _ref("GenerationRequest"), "examples": _EXAMPLES}},
+            )
+        },
+        "/v1/images/edits": {
+            "post": _operation(
+                "Repaint what a mask marks, or all but a picture's upper rows",
+                "Images | SSE",
+                _ACCESS + _BODY + _DRAWING,
+                body={"multipart/form-data": {"schema": _ref("EditRequest"), "encoding": _PICTURES}},
+            )
+        },
+        "/v1/models": {"get": _operation("The model that is served, as a list", "ModelList", _ACCESS)},
+        "/v1/models/{model_id}": {
+            "get": _operation("A model by its id", "Model", (*_ACCESS, "model_not_found"), parameters=[model_id])
+        },
+        "/v1/tokenize": {
+            "post": _operation(
+                "Count a caption's tokens",
+                "Tokens",
+                _ACCESS + _BODY,
+                body={"application/json": {"schema": _ref("TokenizeRequest"), "example": {"prompt": "빨강 니트"}}},
+                example=tokens,
+            )
+        },
+        "/healthz": {"get": _operation("The server runs", "Status", (), is_open=True)},
+        "/readyz": {"get": _operation("A drawer takes requests", "Status", ("unavailable",), is_open=True)},
+        "/metrics": {"get": _operation("Figures for Prometheus", "text/plain", _ACCESS)},
+    }
+
+
+def _operation(
+    summary: str,
+    answer: str,
+    failures: tuple[str, ...],
+    *,
+    body: Json | None = None,
+    parameters: list[Json] | None = None,
+    example: Json | None = None,
+    is_open: bool = False,
+) -> Json:
+    if answer == "text/plain":
+        content: Json = {"text/plain": {"schema": _TEXT}}
+    else:
+        name = answer.partition(" | ")[0]
+        content = {"application/json": {"schema": _ref(name)} | ({"example": example} if example else {})}
+        if answer.endswith("SSE"):
+            content["text/event-stream"] = {"schema": _ref("Event")}
+    operation: Json = {
+        "summary": summary,
+        "responses": {"200": {"description": "Done", "headers": _HEADERS, "content": content}} | _errors(failures),
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": body}
+    if parameters:
+        operation["parameters"] = parameters
+    if is_open:
+        operation["security"] = []
+    return operation
+
+
+_EVENTS = [
+    f"{route}.{event}"
+    for route in ("image_generation", "image_edit")
+    for event in ("queued", "progress", "partial_image", "candidate", "completed")
+] + ["error"]
+_NO_NUL, _NOT_BLANK = r"^[^\u0000]*$", r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+_HEADERS: Json = {"x-request-id": {"description": "names the request in the server's log", "schema": _TEXT}}
+
+
+def _errors(codes: tuple[str, ...]) -> Json:
+    """One response a status: several codes share it."""
+    by_status: dict[int, list[str]] = {}
+    for code in (*codes, "internal_error"):
+        status = FAILURES[code].status
+        by_status[status] = sorted(name for name, kind in FAILURES.items() if kind.status == status)
+    return {
+        str(status): {
+            "description": ", ".join(names),
+            "headers": _HEADERS,
+            "content": {"application/json": {"schema": _ref("Error")}},
+        }
+        for status, names in sorted(by_status.items())
+    }
+
+
+def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
+    picture = {
+        "b64_json": {"type": ["string", "null"]},
+        "seed": _WHOLE,
+        "candidate": _WHOLE,
+        "rank": _WHOLE,
+        "clip_score": _NUMBER_OR_NULL,
+        "fit": _NUMBER_OR_NULL,
+    }
+    details = _object({"text_tokens": _WHOLE, "image_tokens": _WHOLE})
+    usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
+    images = {
+        "created": _WHOLE,
+        "data": {"type": "array", "items": _ref("Picture")},
+        "background": {"const": "opaque"},
+        "output_format": {"enum": ["png", "webp", "jpeg"]},
+        "quality": {"enum": ["low", "medium", "high", "xhigh", "max"]},
+        "size": _TEXT,
+        "usage": _object(usage | {"input_tokens_details": details, "output_tokens_details": details}),
+        "model": _TEXT,
+        "request_id": _TEXT,
+        "tokens_cut": _WHOLE,
+        "timings_s": {"type": "object", "additionalProperties": _NUMBER},
+    }
+    model = {
+        "id": {"const": info.model_id},
+        "object": {"const": "model"},
+        "owned_by": _TEXT,
+        "digest": _TEXT,
+        "device": _TEXT,
+        "has_ranker": {"type": "boolean"},
+        "limits": {"type": "object", "additionalProperties": _NUMBER},
+        "default_options": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
+        "attributes": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _TEXTS}},
+    }
+    whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
+    error = dict.fromkeys(("message", "message_ko", "type", "code"), _TEXT) | {"param": {"type": ["string", "null"]}}
+    return {
+        "GenerationRequest": _fields(GenerationRequest, settings, info),
+        "EditRequest": _with_files(_fields(EditRequest, settings, info)),
+        "TokenizeRequest": _fields(TokenizeRequest, settings, info),
+        "Picture": _object(picture),
+        "Event": _object({"event": {"enum": _EVENTS}, "data": _TEXT | {"contentMediaType": "application/json"}}),
+        "Images": _object(images, candidates={"type": "array", "items": _ref("Picture")}),
+        "Model": _object(model | dict.fromkeys(whole, _WHOLE)),
+        "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
+        "Tokens": _object({"object": {"const": "tokens"}, "tokens": _WHOLE, "limit": _WHOLE, "characters": _WHOLE}),
+        "Status": _object({"status": _TEXT}),
+        "Error": _object({"error": _object(error)}),
+    }
+
+
+def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> Json:
+    """A request's fields with the running server's limits, and only what it accepts."""
+    schema = kind.model_json_schema()
+    schema.pop("description", None)
+    for name, (least, most) in bounds(settings.limits).items():
+        for choice in schema["properties"].get(name, {}).get("anyOf", []):
+            if choice.get("type") in ("integer", "number"):
+                choice |= {"minimum": least, "maximum": most}
+    properties = schema["properties"]
+    properties["prompt"]["maxLength"] = settings.limits.max_prompt_characters
+    properties["prompt"]["pattern"] = _NO_NUL
+    if kind is TokenizeRequest:
+        return schema
+    properties["prompt"]["pattern"] = _NOT_BLANK
+    properties["temperature"]["anyOf"] = [
+        {"const": 0},
+        {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": bounds(settings.limits)["temperature"][1]},
+        {"type": "null"},
+    ]
+    for name in ("user", "safety_identifier"):
+        properties[name]["anyOf"][0]["pattern"] = _NO_NUL
+    accepted: Json = {
+        "model": info.model_id,
+        "size": ["auto", f"{info.image_size}x{info.image_size}"],
+        "background": ["opaque", "auto"],
+        "response_format": "b64_json",
+    }
+    for name, values in accepted.items():
+        choices = values if isinstance(values, list) else [values]
+        properties[name] = {"enum": [*choices, None], "description": properties[name].get("description", "")}
+    for name in ("complexity", "frame_count", "frame_duration_ms", "svg", "markup"):
+        if name in properties:
+            properties[name] = {"type": "null", "description": properties[name]["description"]}
+    return schema
+
+
+def _with_files(schema: Json) -> Json:
+    """A form: pictures beside the fields, and no nulls, because a form has only text."""
+    for name, field in list(schema["properties"].items()):
+        choices = [choice for choice in field.pop("anyOf", []) if choice.get("type") != "null"]
+        field |= choices[0] if choices else {}
+        if "enum" in field:
+            field["enum"] = [value for value in field["enum"] if value is not None]
+        field.pop("default", None)
+        if field.get("type") == "null":
+            del schema["properties"][name]
+    schema["properties"] |= {
+        "image": {
+            "type": "string",
+            "format": "binary",
+            "description": "the picture to start from: PNG, WebP or JPEG (`image[]` is taken, too, but only one file)",
+        },
+        "mask": {
+            "type": "string",
+            "format": "binary",
+            "description": "as large as the image; its transparent pixels are redrawn, or its white ones where it has no "
+            "transparency. Without a mask a picture's own transparent pixels are redrawn",
+        },
+    }
+    schema["required"] = ["image", "prompt"]
+    return schema
+
+
+def _object(properties: Json, **optional: Json) -> Json:
+    return {"type": "object", "properties": properties | optional, "required": list(properties)}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+# ------------------------------------------------------------------------------------------------------ as a page
+
+
+def described_page(document: Json) -> str:
+    """The document as HTML: no script, no style sheet from elsewhere, so that it works offline and under our policy."""
+    parts = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
+            parts.append(f"<p>{html.escape(operation['summary'])}</p>")
+            for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
+                name = content["schema"]["$ref"].rpartition("/")[2]
+                parts.append(
+                    f"<h3><code>{media_type}</code></h3>{_fields_table(document['components']['schemas'][name])}"
+                )
+            rows = [(status, answer["description"]) for status, answer in operation["responses"].items()]
+            parts.append(_table(("status", "answer or error codes"), rows))
+    title = html.escape(document["info"]["title"])
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} API</title></head><body>'
+        f"<h1>{title} API</h1><p>{html.escape(document['info']['description'])} "
+        f'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>{"".join(parts)}</body></html>'
+    )
+
+
+def _fields_table(schema: Json) -> str:
+    rows = []
+    for name, field in schema["properties"].items():
+        choices = field.get("anyOf", [field])
+        told = " or ".join(filter(None, map(_told, choices)))
+        needed = "required" if name in schema.get("required", ()) else ""
+        rows.append((name, needed, told, field.get("description", "")))
+    return _table(("field", "", "values", ""), rows)
+
+
+def _told(choice: Json) -> str:
+    if "enum" in choice:
+        return ", ".join(str(value) for value in choice["enum"] if value is not None)
+    if "minimum" in choice:
+        return f"{choice['type']} {choice['minimum']:,} to {choice['maximum']:,}"
+    return "" if choice.get("type") == "null" else str(choice.get("format", choice.get("type", "")))
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    def row(cells: tuple[Any, ...], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"

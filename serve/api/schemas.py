@@ -1,0 +1,355 @@
+"""What may be asked for, field by field: OpenAI's names and meanings, this server's additions, and the way to a job.
+
+OpenAI's servers and their imitators pass over what they do not know; here an unknown field is an error that names it,
+because a misspelt `temprature` that is ignored costs an afternoon. What OpenAI's API has and this model has not
+(`background: transparent`, GIF, SVG) is an error too. Fields without effect here are marked so.
+
+The seed is settled here, when none is asked for: from then on the job gives the same pictures wherever it runs. Random
+seeds are below 2**32, because JavaScript loses digits of numbers above 2**53.
+
+No torch, no ray.
+"""
+
+import math
+import re
+import secrets
+import unicodedata
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import InputError
+from engine.sampling_params import SamplingOptions
+from serve.api.errors import Failure, input_failure
+from serve.api.forms import shown
+from serve.messages import DrawJob, ImageFormat, ModelInfo, RankBy
+from serve.settings import Limits, ServeSettings
+
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
+
+# Candidates that are drawn and ranked when `quality` is given and `candidates` is not.
+QUALITIES: dict[Quality, int] = {"low": 4, "medium": 8, "high": 16, "xhigh": 32, "max": 64}
+_OLD_QUALITIES: dict[str, Quality] = {"standard": "medium", "hd": "high"}
+
+_NO_EFFECT = "accepted for OpenAI's clients, without effect here"
+_NOT_HERE = "part of OpenAI's API that this model does not support: leave it out"
+
+
+class DrawRequest(BaseModel):
+    """Fields that generations and edits share."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    prompt: str = Field(description="the caption; what does not fit the model's text is cut and reported as tokens_cut")
+    model: str | None = Field(None, description="an id of /v1/models; the model that is served when left out")
+    n: int | None = Field(None, description="pictures returned: the best of the candidates; 1 when left out")
+    size: str | None = Field(None, description="auto, or the model's own WIDTHxHEIGHT")
+    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = Field(
+        None,
+        description="how many candidates are drawn and ranked when `candidates` is left out: low 4, medium 8, high 16, "
+        "xhigh 32, max 64, at most the server's limit; standard is medium, hd is high; auto is the server's default",
+    )
+    output_format: ImageFormat | None = Field(None, description="png when left out")
+    output_compression: int | None = Field(
+        None, description="quality of webp and jpeg; 100, the default, is lossless webp; not for png"
+    )
+    background: Literal["transparent", "opaque", "auto"] | None = Field(
+        None, description="pictures are opaque: transparent is refused"
+    )
+    stream: bool | None = Field(None, description="answer with server-sent events")
+    partial_images: int | None = Field(
+        None, description="previews of each of the first n candidates, decoded from the rows drawn so far; with stream"
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json; url is refused")
+    user: str | None = Field(None, description=f"{_NO_EFFECT}; never logged")
+    safety_identifier: str | None = Field(None, description=f"{_NO_EFFECT}; never logged")
+    complexity: Any = Field(None, description=_NOT_HERE)
+    frame_count: Any = Field(None, description=_NOT_HERE)
+    frame_duration_ms: Any = Field(None, description=_NOT_HERE)
+    svg: Any = Field(None, description=_NOT_HERE)
+    # ------------------------------------------------------------------------------------------ additions of this server
+    seed: int | None = Field(
+        None, description="candidate i of a seed is always the same picture; drawn at random, and returned, if left out"
+    )
+    candidates: int | None = Field(None, description="pictures drawn and ranked, at least n")
+    num_candidates: int | None = Field(None, description="the same as candidates")
+    temperature: float | None = Field(
+        None,
+        description="1 is what the model learnt; 0 takes the likeliest token; the model's default_options if left out",
+    )
+    top_k: int | None = Field(None, description="draw among the k likeliest tokens")
+    top_p: float | None = Field(None, description="draw among the fewest tokens that reach this probability")
+    guidance: float | None = Field(
+        None, description="guidance scale: 1 is none, which is the fastest; like temperature"
+    )
+    guidance_scale: float | None = Field(None, description="the same as guidance")
+    rank_by: RankBy | None = Field(
+        None,
+        description="koclip: how well a picture fits the caption; fit: how well a repainted hole fits what is kept",
+    )
+    all_candidates: bool | None = Field(None, description="return the candidates beyond the best n, too")
+    progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens drawn")
+
+
+class GenerationRequest(DrawRequest):
+    """POST /v1/images/generations."""
+
+    moderation: Literal["low", "auto"] | None = Field(None, description=_NO_EFFECT)
+    style: Literal["vivid", "natural"] | None = Field(None, description=_NO_EFFECT)
+
+
+class EditRequest(DrawRequest):
+    """POST /v1/images/edits, besides its pictures."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(None, description=_NO_EFFECT)
+    markup: Any = Field(None, description=_NOT_HERE)
+    keep_rows: int | None = Field(
+        None, description="without a mask: rows of tokens that are kept, from the top; 7 of 16 if left out"
+    )
+    paste: bool | None = Field(
+        None, description="true: kept pixels get the original's values; false: all as the codec decodes them"
+    )
+
+
+class TokenizeRequest(BaseModel):
+    """POST /v1/tokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: Annotated[str, Field(description="the text whose tokens are counted; may be empty")]
+
+
+AnyRequest = TypeVar("AnyRequest", GenerationRequest, EditRequest, TokenizeRequest)
+
+_UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")
+# float32 arithmetic overflows or divides by nothing beyond these.
+LEAST_TEMPERATURE, _MOST_TEMPERATURE, _MOST_GUIDANCE, _LEAST_TOP_P = 0.01, 100.0, 100.0, 1e-6
+
+
+def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
+    """The least and the greatest value of each number, as checked and as documented."""
+    candidates = (1, limits.max_candidates)
+    return {
+        "n": (1, limits.max_images),
+        "output_compression": (0, 100),
+        "partial_images": (0, limits.max_partials),
+        "seed": (0, 2**64 - 1),
+        "candidates": candidates,
+        "num_candidates": candidates,
+        "temperature": (0, _MOST_TEMPERATURE),
+        "top_k": (1, 2**31 - 1),
+        "top_p": (_LEAST_TOP_P, 1),
+        "guidance": (0, _MOST_GUIDANCE),
+        "guidance_scale": (0, _MOST_GUIDANCE),
+        "keep_rows": (1, 2**31 - 1),
+    }
+
+
+def read_request(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
+    """`values` of a JSON object as a request; raises Failure naming the first field that does not fit."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        # never include the input: it may be large, and it is the caption as often as not
+        raise _as_failure(error.errors(include_url=False, include_input=False, include_context=False)[0]) from None
+
+
+def read_text_request(kind: type[AnyRequest], fields: Mapping[str, str]) -> AnyRequest:
+    """The same for a form, where numbers and switches arrive as text."""
+    return read_request(kind, {name: _from_text(kind, name, text) for name, text in fields.items()})
+
+
+def draw_job(
+    request: DrawRequest,
+    info: ModelInfo,
+    settings: ServeSettings,
+    *,
+    request_id: str,
+    key_id: str,
+    deadline_s: float,
+    has_picture: bool = False,
+) -> DrawJob:
+    """The job that a request asks for, but for the picture to start from: that is decoded when all else is right.
+
+    Raises:
+        Failure: a value out of its bounds, or one that does not go with another.
+    """
+    _check_support(request, info)
+    _check_bounds(request, settings.limits)
+    num_images = request.n or 1
+    num_candidates = _num_candidates(request, num_images, settings)
+    stream = bool(request.stream)
+    for name in ("partial_images", "progress"):
+        if getattr(request, name) and not stream:
+            raise _clash(name, "goes with `stream`: true only", "`stream`이 true일 때만 쓸 수 있습니다")
+    if request.rank_by == "fit" and not has_picture:
+        raise _clash("rank_by", "`fit` needs a picture with a mask", "`fit`은 마스크가 있는 그림에만 쓸 수 있습니다")
+    image_format: ImageFormat = request.output_format or "png"
+    if request.output_compression is not None and image_format == "png":
+        raise _clash("output_compression", "goes with webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")
+    return DrawJob(
+        request_id=request_id,
+        key_id=key_id,
+        caption=_caption(request.prompt, settings.limits),
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        num_candidates=num_candidates,
+        num_images=num_images,
+        deadline_s=deadline_s,
+        options=_options(request, info.default_options),
+        rank_by=request.rank_by or "koclip",
+        image_format=image_format,
+        compression=100 if request.output_compression is None else request.output_compression,
+        num_partials=request.partial_images or 0,
+        wants_progress=bool(request.progress),
+        wants_all=bool(request.all_candidates),
+    )
+
+
+def checked_prompt(prompt: str, limits: Limits) -> str:
+    """NFC, as tokenizers expect Korean; raises Failure when it is too long."""
+    prompt = unicodedata.normalize("NFC", prompt)
+    if len(prompt) > limits.max_prompt_characters:
+        most = limits.max_prompt_characters
+        raise Failure(
+            "invalid_value",
+            f"`prompt` has {len(prompt)} characters: at most {most} are taken.",
+            f"`prompt`는 {most}자까지 쓸 수 있습니다(지금 {len(prompt)}자).",
+            param="prompt",
+        )
+    return prompt
+
+
+def quality_of(num_candidates: int) -> Quality:
+    """The quality that a number of candidates amounts to, for the answer: the least that draws as many."""
+    return next((name for name, count in QUALITIES.items() if num_candidates <= count), "max")
+
+
+def _caption(prompt: str, limits: Limits) -> str:
+    prompt = checked_prompt(prompt, limits)
+    if not prompt.strip():
+        raise _clash("prompt", "must not be empty", "설명을 입력해 주세요")
+    return prompt
+
+
+def _check_support(request: DrawRequest, info: ModelInfo) -> None:
+    if request.model not in (None, info.model_id):
+        raise model_not_found(info)
+    for name in _UNSUPPORTED:
+        if getattr(request, name, None) is not None:
+            raise Failure("unsupported_parameter", f"Leave out `{name}`.", f"`{name}` 항목을 빼 주세요.", param=name)
+    own = f"{info.image_size}x{info.image_size}"
+    if request.size not in (None, "auto", own):
+        raise _clash("size", f"must be {own}, as this model draws, or auto", f"이 모델의 크기는 {own}입니다")
+    if request.background == "transparent":
+        raise _clash("background", "pictures are opaque", "투명한 배경은 지원하지 않습니다")
+    if request.response_format == "url":
+        raise _clash("response_format", "pictures are sent as b64_json only", "b64_json만 지원합니다")
+
+
+def model_not_found(info: ModelInfo) -> Failure:
+    return Failure(
+        "model_not_found",
+        f"This server draws with `{info.model_id}`.",
+        f"이 서버의 모델은 `{info.model_id}`입니다.",
+        param="model",
+    )
+
+
+def _check_bounds(request: DrawRequest, limits: Limits) -> None:
+    for name, (least, most) in bounds(limits).items():
+        value = getattr(request, name, None)
+        if value is not None and not least <= value <= most:
+            raise _clash(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
+    if request.temperature is not None and 0 < request.temperature < LEAST_TEMPERATURE:
+        told = f"must be 0, or {LEAST_TEMPERATURE} and more"
+        raise _clash("temperature", told, f"0이거나 {LEAST_TEMPERATURE} 이상이어야 합니다")
+
+
+def _num_candidates(request: DrawRequest, num_images: int, settings: ServeSettings) -> int:
+    most = settings.limits.max_candidates
+    if num_images > most:
+        raise _clash("n", f"at most {most} pictures are drawn for a request", f"최대 {most}장입니다")
+    asked = _one_of(request, "candidates", "num_candidates")
+    if asked is None:
+        quality = _OLD_QUALITIES.get(request.quality or "auto", request.quality)
+        count = settings.default_candidates if quality in (None, "auto") else QUALITIES[quality]  # type: ignore[index]
+        return min(max(count, num_images), most)
+    if asked < num_images:
+        raise _clash("candidates", f"must be at least n, {num_images}", f"n({num_images}) 이상이어야 합니다")
+    return int(asked)
+
+
+def _options(request: DrawRequest, defaults: SamplingOptions) -> SamplingOptions:
+    guidance = _one_of(request, "guidance", "guidance_scale")
+    try:
+        return defaults.but(
+            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, guidance_scale=guidance
+        )
+    except InputError as error:
+        raise input_failure(error) from error
+
+
+def _one_of(request: DrawRequest, name: str, alias: str) -> Any:
+    value, other = getattr(request, name), getattr(request, alias)
+    if value is not None and other is not None:
+        raise _clash(alias, f"is the same as `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요")
+    return other if value is None else value
+
+
+def _clash(name: str, told: str, told_ko: str) -> Failure:
+    return Failure("invalid_value", f"`{name}` {told}.", f"`{name}`: {told_ko}.", param=name)
+
+
+# ------------------------------------------------------------------------------------------------ text to values
+
+_WHOLE = re.compile(r"-?[0-9]{1,20}")
+_SWITCHES = {"true": True, "false": False}
+
+
+def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
+    field = kind.model_fields.get(name)
+    wanted = () if field is None else get_args(field.annotation)
+    if int in wanted:
+        if not _WHOLE.fullmatch(text):
+            raise _wrong_type(name, "a whole number", "정수")
+        return int(text)
+    if bool in wanted:
+        if text not in _SWITCHES:
+            raise _wrong_type(name, "true or false", "true 또는 false")
+        return _SWITCHES[text]
+    if float in wanted:
+        try:
+            number = float(text) if len(text) <= 40 and text.isascii() else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise _wrong_type(name, "a finite number", "유한한 숫자")
+        return number
+    return text
+
+
+_TYPES = {
+    "int_type": ("a whole number", "정수"),
+    "float_type": ("a number", "숫자"),
+    "finite_number": ("a finite number", "유한한 숫자"),
+    "string_type": ("a string", "문자열"),
+    "bool_type": ("true or false", "true 또는 false"),
+}
+
+
+def _as_failure(fault: Any) -> Failure:
+    name = shown(".".join(map(str, fault["loc"][:1])))
+    if fault["type"] == "extra_forbidden":
+        return Failure(
+            "unknown_parameter", f"Remove `{name}` or mend its spelling.", f"`{name}` 항목을 확인해 주세요.", param=name
+        )
+    if fault["type"] == "missing":
+        return Failure("missing_required_parameter", f"Add `{name}`.", f"`{name}` 항목을 넣어 주세요.", param=name)
+    if fault["type"] in _TYPES:
+        return _wrong_type(name, *_TYPES[fault["type"]])
+    return _clash(name, fault["msg"][:1].lower() + fault["msg"][1:], f"허용되지 않는 값입니다({fault['msg']})")
+
+
+def _wrong_type(name: str, wanted: str, wanted_ko: str) -> Failure:
+    return Failure("invalid_type", f"`{name}` must be {wanted}.", f"`{name}`: {wanted_ko} 값이어야 합니다.", param=name)

@@ -1,0 +1,265 @@
+"""From tokens to bytes, beside the steps: one thread for pictures (VQGAN, KoCLIP), a few for encoding.
+
+    first    given pictures to encode: rows wait for them in slots
+    second   drawings whose rows are all there: decode, paste, rank, then encode what was asked for
+    last     previews; one that is not decoded before its next is due is left out
+
+On a GPU this thread has a stream of its own: decoding tokens is bound by memory, decoding pictures by arithmetic. On a
+CPU it shares the cores with the steps. Nothing here runs on the event loop: a PNG of 256 x 256 takes 7 ms.
+"""
+
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.errors import InputError
+from engine.pipeline.generation import Candidate, Start, ranked
+from engine.pipeline.image_files import to_uint8
+from engine.pipeline.pipeline import Pipeline, check_kept_after
+from serve.messages import DrawnImage, Finished, GivenPixels, ModelInfo, Partial, RankBy, Refused
+from serve.metrics import DrawerMetrics
+from serve.process import step_behind
+from serve.worker.image_encoding import encode_picture
+from serve.worker.previews import plain_undrawn
+from serve.worker.request_state import Flight
+
+_AT_ONCE = 16  # pictures between two looks at whether the reader is still there
+_ENCODERS = 2
+_WEIGHT = 1 / 8  # of a drawing in the moving average of seconds a picture
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(order=True)
+class _Task:
+    priority: int
+    number: int  # first come, first served among equals
+    flight: Flight | None = field(compare=False)
+    run: Callable[[], None] = field(compare=False)
+
+
+class Finisher:
+    """Owns the pictures thread and the encoding threads."""
+
+    def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: DrawerMetrics) -> None:
+        self._pipeline, self._info, self._metrics = pipeline, info, metrics
+        self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoder")
+        self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
+        self._is_stopping = False
+        self._picture_s = 0.0  # moving average of a candidate's share of decoding and ranking
+        self.num_waiting = 0  # candidates that are drawn and not yet pictures
+        self._counting = threading.Lock()
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def expected_s(self, num_pictures: int) -> float:
+        """Seconds until so many more candidates would be pictures, behind those that wait."""
+        return self._picture_s * (self.num_waiting + num_pictures)
+
+    def stop(self) -> None:
+        """Ends the threads after their current task."""
+        self._is_stopping = True
+        self._put(-1, None, lambda: None)
+        self._thread.join()
+        self._encoders.shutdown(wait=True, cancel_futures=True)
+
+    def encode_given(self, given: GivenPixels, rank_by: RankBy, future: Future[Start]) -> None:
+        """Puts a given picture's tokens into `future`; an InputError when nothing after the hole is kept to rank by."""
+
+        def encode() -> None:
+            try:
+                start = _start(self._pipeline, given)
+                if rank_by == "fit":
+                    check_kept_after(start)
+            except (InputError, RuntimeError, ValueError) as error:
+                future.set_exception(error)
+            else:
+                future.set_result(start)
+
+        self._put(0, None, encode)
+
+    def finish(self, flight: Flight) -> None:
+        self._count(flight.job.num_candidates)
+
+        def finish() -> None:
+            try:
+                if not flight.is_over:
+                    self._finish(flight)
+            finally:
+                self._count(-flight.job.num_candidates)
+
+        self._put(1, flight, finish)
+
+    def preview(self, flight: Flight, candidate: int) -> None:
+        self._put(2, flight, lambda: self._preview(flight, candidate))
+
+    def _count(self, num_pictures: int) -> None:
+        with self._counting:
+            self.num_waiting += num_pictures
+
+    def _put(self, priority: int, flight: Flight | None, run: Callable[[], None]) -> None:
+        self._tasks.put(_Task(priority, next(self._numbers), flight, run))
+
+    def _run(self) -> None:
+        cuda = self._pipeline.device.type == "cuda"
+        if not cuda:
+            step_behind()
+        stream = torch.cuda.stream(torch.cuda.Stream(self._pipeline.device)) if cuda else contextlib.nullcontext()
+        with stream, torch.inference_mode():
+            while not self._is_stopping:
+                task = self._tasks.get()
+                try:
+                    task.run()
+                except Exception as error:  # one drawing's failure is told to its reader and ends there
+                    log.exception("a picture task failed")
+                    if task.flight is not None:
+                        task.flight.emit(Refused("failed", "the picture could not be decoded"))
+                    if cuda and not isinstance(error, ValueError):  # an error of the device is not of one drawing
+                        self.failure = error
+                        return
+
+    def _finish(self, flight: Flight) -> None:
+        job, pipeline = flight.job, self._pipeline
+        start = None if flight.start is None else flight.start.result()
+        tokens = torch.stack([flight.rows[number] for number in range(job.num_candidates)])  # (n, N)
+        begun = time.perf_counter()
+        parts = []
+        for part in tokens.split(_AT_ONCE):
+            if flight.is_over:
+                return
+            parts.append(pipeline.decode_images(part.to(pipeline.device), start=start))
+        images = torch.cat(parts)  # (n, 3, S, S)
+        pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
+        decoded = time.perf_counter()
+        scores = pipeline.rank_scores([job.caption], images[None])
+        fits = None
+        if job.rank_by == "fit" and start is not None:
+            fits = pipeline.fits(flight.text_tokens, tokens, start)[0]
+        candidates = ranked(job.seed, tokens, pixels, None if scores is None else scores[0], fits)
+        ended = time.perf_counter()
+        flight.timings_s |= {"vqgan": decoded - begun, "ranking": ended - decoded}
+        share_s = (ended - begun) / job.num_candidates
+        self._picture_s += _WEIGHT * (share_s - self._picture_s) if self._picture_s else share_s
+        _Encoding(flight, candidates, self).start()
+
+    def _preview(self, flight: Flight, candidate: int) -> None:
+        preview = flight.previews_waiting.pop(candidate, None)
+        if preview is None or flight.is_over:
+            return
+        start, g = None if flight.start is None else flight.start.result(), self._info.grid_size
+        images = self._pipeline.decode_images(preview.image_tokens[None].to(self._pipeline.device), start=start)
+        given = None if start is None else start.tokens
+        images = plain_undrawn(images, rows_drawn=preview.rows_drawn, grid_size=g, given=given)
+        picture = Image.fromarray(to_uint8(images)[0].numpy())
+
+        def encode() -> None:
+            data = self.encoded(flight, candidate, picture)
+            flight.emit(Partial(candidate, preview.index, preview.rows_drawn, g, data))
+
+        self._encoders.submit(_told, flight, encode)
+
+    def encoded(self, flight: Flight, candidate: int, picture: Image.Image) -> bytes:
+        """A picture as the job asks, its making inside."""
+        job = flight.job
+        metadata = {
+            "caption": job.caption,
+            "seed": job.seed,
+            "candidate": candidate,
+            "options": {
+                "temperature": job.options.temperature,
+                "top_k": job.options.top_k,
+                "top_p": job.options.top_p,
+                "guidance_scale": job.options.guidance_scale,
+            },
+            "model": self._info.model_id,
+            "model_digest": self._info.digest,
+            "software": "KoDALLE engine",
+        }
+        return encode_picture(picture, job.image_format, compression=job.compression, metadata=metadata)
+
+    def submit_encoding(self, flight: Flight, run: Callable[[], None]) -> None:
+        self._encoders.submit(_told, flight, run)
+
+    def ended(self, flight: Flight) -> None:
+        """Counts a finished drawing."""
+        self._metrics.finished(images=flight.job.num_candidates, timings_s=flight.timings_s)
+
+
+class _Encoding:
+    """A drawing's last step: its pictures encoded side by side; whoever is last sends `Finished`."""
+
+    def __init__(self, flight: Flight, candidates: tuple[Candidate, ...], finisher: Finisher) -> None:
+        self._flight, self._candidates, self._finisher = flight, candidates, finisher
+        job = flight.job
+        self._wanted = [one for one in candidates if one.rank <= job.num_images or job.wants_all]
+        self._data: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        self._begun = time.perf_counter()
+
+    def start(self) -> None:
+        for one in self._wanted:
+            self._finisher.submit_encoding(self._flight, lambda one=one: self._encode(one))  # type: ignore[misc]
+
+    def _encode(self, one: Candidate) -> None:
+        if self._flight.is_over:
+            return
+        data = self._finisher.encoded(self._flight, one.candidate, one.image)
+        with self._lock:
+            self._data[one.candidate] = data
+            is_last = len(self._data) == len(self._wanted)
+        if is_last:
+            self._send()
+
+    def _send(self) -> None:
+        flight, job = self._flight, self._flight.job
+        flight.timings_s["encoding"] = time.perf_counter() - self._begun
+        flight.timings_s["total"] = time.monotonic() - flight.arrived_s
+        images = tuple(
+            DrawnImage(one.candidate, one.seed, one.rank, one.score, one.fit, self._data.get(one.candidate))
+            for one in self._candidates
+        )
+        num_drawn = len(self._candidates[0].image_tokens)
+        if flight.start is not None:
+            num_drawn = int((flight.start.result().tokens < 0).sum())
+        finished = Finished(
+            images=images,
+            text_tokens=flight.tokens_read,
+            tokens_cut=flight.tokens_cut,
+            image_tokens=job.num_candidates * num_drawn,
+            timings_s=dict(flight.timings_s),
+        )
+        self._finisher.ended(flight)
+        flight.emit(finished)
+
+
+def _told(flight: Flight, run: Callable[[], None]) -> None:
+    """An encoding thread's outermost edge."""
+    try:
+        run()
+    except Exception:
+        log.exception("a picture could not be encoded")
+        flight.emit(Refused("failed", "the picture could not be encoded"))
+
+
+def _start(pipeline: Pipeline, given: GivenPixels) -> Start:
+    size, g = pipeline.vqgan.config.image_size, pipeline.vqgan.config.grid_size
+    return pipeline.start_from(
+        np.frombuffer(given.pixels, np.uint8).reshape(size, size, 3).copy(),
+        redrawn_pixels=np.frombuffer(given.redrawn_pixels, np.uint8).reshape(size, size) > 0,
+        redrawn_tokens=np.frombuffer(given.redrawn_tokens, np.uint8).reshape(g * g) > 0,
+        paste=given.paste,
+    )

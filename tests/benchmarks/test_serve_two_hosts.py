@@ -1,0 +1,81 @@
+"""Two hosts as network namespaces: the cable is one, and a server over both outlives its being pulled."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.paths import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+LISTEN = "import http.server as h; h.ThreadingHTTPServer(('0.0.0.0', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
+ASK = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)"
+
+
+@pytest.fixture(autouse=True)
+def _where_there_can_be_namespaces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        from serving.hosts import why_not
+
+        if reason := why_not():
+            pytest.skip(reason)
+        yield
+
+
+def test_hosts_reach_each_other_until_the_cable_is_pulled_and_nobody_else(tmp_path: Path) -> None:
+    from serving.hosts import two_hosts
+
+    with two_hosts() as (first, second):
+        process = first.start([sys.executable, "-c", LISTEN], log=tmp_path / "log", env=dict(os.environ))
+        ask = [sys.executable, "-c", ASK, f"http://{first.address}:8000/"]
+        _until_it_listens(lambda: second.run(ask, env=dict(os.environ), timeout_s=20))
+        first.cut()
+        with pytest.raises(RuntimeError, match=r"timed out|unreachable"):
+            second.run(ask, env=dict(os.environ), timeout_s=20)
+        first.run(ask, env=dict(os.environ), timeout_s=20)  # it reaches itself
+        first.mend()
+        second.run(ask, env=dict(os.environ), timeout_s=20)
+        assert subprocess.run(ask, capture_output=True, check=False).returncode, "this machine is neither of them"
+        assert process.poll() is None
+    assert process.poll() is not None
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert first.name not in left
+    assert second.name not in left
+
+
+def _until_it_listens(asking: Callable[[], str]) -> None:
+    for _ in range(50):
+        try:
+            asking()
+        except RuntimeError as error:
+            if "refused" not in str(error):
+                raise
+        else:
+            return
+    pytest.fail("nobody listened")
+
+
+@pytest.mark.soak
+def test_a_server_over_two_hosts_outlives_one_that_is_cut_off() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "serve_two_hosts.py"), "--cut-s", "25"],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    phases = json.loads(done.stdout.splitlines()[-1])["phases"]
+    assert len(phases["both"]["pictures_by_drawer"]) == 2
+    assert min(phases["both"]["pictures_by_drawer"]) > 0, "both hosts' drawers drew"
+    assert phases["cut"]["in_flight_at_the_cut"] > 0
+    assert phases["cut"]["lost"] == {}
+    assert phases["cut"]["wrong_pixels"] == phases["cut"]["requests_with_two_files"] == 0
+    assert phases["cut"]["longest_wait_s"] - phases["cut"]["usual_longest_wait_s"] < 20
+    assert phases["healed"]["worker"]["answered"] > 0

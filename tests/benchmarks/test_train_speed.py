@@ -1,0 +1,88 @@
+"""The training benchmark on a tiny model: it trains with the real entry, its figures add up, and failures are told."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.paths import REPOSITORY
+
+SCRIPT = REPOSITORY / "benchmarks" / "train_speed.py"
+
+
+def run(out: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", "--out", str(out), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def last_line(answer: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+    told = json.loads(answer.stdout.splitlines()[-1])
+    assert isinstance(told, dict)
+    return told
+
+
+def test_two_dtypes_learn_the_same_and_are_stored(tmp_path: Path) -> None:
+    answer = run(tmp_path, "--dtype", "fp32,bf16")
+    assert answer.returncode == 0, answer.stderr
+    document = last_line(answer)
+    (stored,) = (tmp_path / "results" / "train_speed").glob("*-quick.json")
+    assert json.loads(stored.read_text(encoding="utf-8")) == document
+    single, half = document["rows"]
+    assert (single["dtype"], half["dtype"]) == ("fp32", "bf16")
+    for row in (single, half):
+        assert row["steps"] == 10
+        assert len(row["losses"]) == 20
+        least, most = row["images_per_s_range"]
+        assert 0 < least <= row["images_per_s"] <= most
+        assert 0 < row["share_of_peak"] < 1
+        assert all(math.isfinite(loss) for loss in row["losses"])
+    # 3.55 = (ln 64 + 7 ln 32) / 8 is what knowing nothing costs; the same first batch costs the same in both.
+    assert single["loss_first"] == pytest.approx(3.55, abs=0.4)
+    assert half["loss_first"] == pytest.approx(single["loss_first"], rel=0.02)
+
+
+def test_a_training_that_ends_early_is_told_and_fails(tmp_path: Path) -> None:
+    answer = run(tmp_path, "--batch", "4", "deepspeed.optimizer.params.lr=1e30")
+    assert answer.returncode == 1
+    document = last_line(answer)
+    assert document["rows"] == []
+    failure = document["failed"]["fp32, 4"]
+    assert failure["steps"] < 20
+    assert "error: training" in failure["output"][-1]
+    assert "lower the learning rate" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dtype", "fp8"], "fp8 is none of bf16, fp16, fp32"),
+        (["--dtype", "fp16"], "DeepSpeed has no fp16 on CPU"),
+        (["--batch", "0"], "batches have 1 picture or more"),
+        (["--steps", "25"], "--steps must be a multiple of 10"),
+        (["--steps", "10"], "--steps must be a multiple of 10, 20 or more"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as when Python runs a script: its neighbours are found
+    from train_speed import main
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,78 @@
+"""Bad command lines: one line on stderr, exit code 2, whoever finds the fault."""
+
+from typing import Annotated
+
+import pytest
+import typer
+
+from engine import cli
+from engine.commands.error_lines import run_app
+from engine.errors import InputError
+from serve import command
+
+
+def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str) -> tuple[object, str]:
+    """Exit code, stderr."""
+    with pytest.raises(SystemExit) as left:
+        run_app(app, list(arguments), prog_name="it")
+    told = capsys.readouterr()
+    return left.value.code, told.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("draw", "x", "y", "--seed", "-1"), "error: --seed: -1: Input should be greater than or equal to 0; see"),
+        (("draw", "x", "y", "--top", "many"), "error: --top: many: Input should be a valid integer"),
+        (("draw", "x"), "error: Missing argument 'caption'; see `it draw --help`"),
+        (("drow",), "error: No such command 'drow'. Did you mean 'draw'?; see `it --help`"),
+        (("draw", "x", "y", "--sed", "1"), "error: No such option: --sed"),
+        (("draw", "x", "y", "z"), "error: Got unexpected extra argument"),
+        (("draw", "x", "y", "--seed"), "error: Option '--seed' requires an argument"),
+        (("data", "prepre"), "error: No such command 'prepre'"),
+        (("draw", "nowhere", "y"), "error: model folder: nowhere: no such folder"),
+    ],
+)
+def test_kodalle_tells_it_in_one_line(
+    arguments: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told = ended(capsys, cli.app, *arguments)
+    assert code == 2
+    assert told.startswith(line)
+    assert told.count("\n") == 1
+
+
+def test_so_does_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = ended(capsys, command.app, "start", "--port", "70000")
+    assert (code, told.count("\n")) == (2, 1)
+    assert told.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it start --help`")
+
+
+def test_exit_codes_stop_signals_and_bugs(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def some(what: Annotated[str, typer.Argument()]) -> None:
+        if what == "exit":
+            raise typer.Exit(3)
+        if what == "interrupt":
+            raise KeyboardInterrupt
+        if what == "bug":
+            raise ZeroDivisionError
+        if what == "input":
+            raise InputError("colour", "rd", "did you mean red?")
+
+    assert ended(capsys, app, "fine") == (0, "")
+    assert ended(capsys, app, "exit") == (3, "")
+    assert ended(capsys, app, "interrupt")[0] == 130
+    assert ended(capsys, app, "input") == (2, "error: colour: rd: did you mean red?\n")
+    with pytest.raises(ZeroDivisionError):
+        run_app(app, ["bug"], prog_name="it")
+
+
+def test_a_group_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_app(cli.app, [], prog_name="it")
+    assert left.value.code == 2
+    told = capsys.readouterr()
+    assert "evaluate" in told.out + told.err

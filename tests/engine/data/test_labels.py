@@ -1,0 +1,315 @@
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.kfashion import labels
+from engine.data.kfashion.labels import (
+    KINDS,
+    Box,
+    LabelFault,
+    find_image,
+    parse_label,
+    read_label,
+    scan,
+    unknown_values,
+)
+from engine.errors import InputError
+
+BOX = {"X좌표": 12.5, "Y좌표": 30.0, "가로": 100, "세로": 200}
+
+
+def tree(identifier: Any = 1092253, boxes: dict[str, Any] | None = None, **labelling: Any) -> dict[str, Any]:
+    absent = {kind: [{}] for kind in KINDS}
+    return {
+        "이미지 정보": {
+            "이미지 식별자": identifier,
+            "이미지 높이": 1066,
+            "이미지 파일명": "shop (3).jpg",
+            "이미지 너비": 800,
+        },
+        "데이터셋 정보": {
+            "파일 생성일자": "2020-11-04 10:20:30",
+            "데이터셋 상세설명": {
+                "렉트좌표": {**absent, **(boxes or {})},
+                "폴리곤좌표": absent,
+                "라벨링": {"스타일": [{}], **absent, **labelling},
+            },
+            "파일 번호": identifier,
+            "파일 이름": "shop (3).jpg",
+        },
+    }
+
+
+def write(path: Path, content: Any, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    return path
+
+
+def image(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # names alone matter here
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def test_reads_a_whole_label(tmp_path: Path) -> None:
+    top = {"색상": "화이트", "카테고리": "티셔츠", "프린트": ["무지", "레터링"]}
+    content = tree(boxes={"상의": [BOX]}, 스타일=[{"스타일": "로맨틱", "서브스타일": "페미닌"}], 상의=[top])
+    label = read_label(write(tmp_path / "1092253.json", content))
+    assert (label.photo, label.image_file_name, label.width, label.height) == ("1092253", "shop (3).jpg", 800, 1066)
+    assert label.styles == ({"스타일": "로맨틱", "서브스타일": "페미닌"},)
+    (garment,) = label.garments
+    assert (garment.kind, garment.index, garment.attributes) == ("상의", 0, top)
+    assert list(garment.attributes) == list(top)  # file order
+    assert garment.box == Box(12.5, 30.0, 100.0, 200.0)
+    assert label.notes == ()
+
+
+def test_absent_garments_and_styles_give_nothing() -> None:
+    label = parse_label(tree(), Path("1.json"))
+    assert label.garments == ()
+    assert label.styles == ()
+
+
+def test_published_incomplete_label() -> None:
+    """Example 1092253: 하의 with a colour only, 상의 with colour and sleeves, no category, no style."""
+    content = tree(
+        boxes={"하의": [BOX], "상의": [BOX]}, 하의=[{"색상": "블랙"}], 상의=[{"색상": "핑크", "소매기장": "긴팔"}]
+    )
+    label = parse_label(content, Path("1092253.json"))
+    assert [(g.kind, g.attributes) for g in label.garments] == [
+        ("하의", {"색상": "블랙"}),
+        ("상의", {"색상": "핑크", "소매기장": "긴팔"}),
+    ]
+
+
+def test_several_garments_and_several_entries_a_kind() -> None:
+    content = tree(
+        boxes={"상의": [BOX, {**BOX, "X좌표": 1}], "아우터": [BOX]},
+        상의=[{"색상": "화이트"}, {"색상": "블랙"}],
+        아우터=[{"색상": "카키"}],
+    )
+    found = [
+        (g.kind, g.index, g.attributes["색상"], g.box and g.box.x) for g in parse_label(content, Path("1")).garments
+    ]
+    assert found == [("아우터", 0, "카키", 12.5), ("상의", 0, "화이트", 12.5), ("상의", 1, "블랙", 1.0)]
+
+
+def test_box_without_labels_and_labels_without_box() -> None:
+    content = tree(boxes={"상의": [BOX]}, 하의=[{"색상": "블랙"}])
+    bottom, top = parse_label(content, Path("1")).garments
+    assert (bottom.kind, bottom.box, bottom.box_fault) == ("하의", None, "")
+    assert (top.kind, top.attributes) == ("상의", {})
+
+
+def test_entry_without_label_keeps_its_index() -> None:
+    content = tree(boxes={"상의": [{}, BOX]}, 상의=[{}, {"색상": "블랙"}])
+    (garment,) = parse_label(content, Path("1")).garments
+    assert garment.name == "상의 1"
+
+
+@pytest.mark.parametrize(
+    ("box", "word"),
+    [
+        ({"X좌표": 1, "Y좌표": 2, "가로": 3}, "세로 is missing"),
+        ({**BOX, "가로": "100"}, "not a number"),
+        ({**BOX, "가로": True}, "not a number"),
+        ({**BOX, "X좌표": float("nan")}, "no position"),
+        ({**BOX, "X좌표": 1e300}, "no position"),
+    ],
+)
+def test_unreadable_boxes_say_why(box: dict[str, Any], word: str) -> None:
+    (garment,) = parse_label(tree(boxes={"상의": [box]}, 상의=[{"색상": "블랙"}]), Path("1")).garments
+    assert garment.box is None
+    assert word in garment.box_fault
+
+
+def test_empty_values_are_nothing_and_strange_ones_are_noted() -> None:
+    entry = {"색상": " ", "카테고리": None, "소재": ["", None, " 면 "], "핏": 3, "디테일": [{"a": 1}]}
+    content = tree(상의=[entry], 하의={"색상": "블랙"}, 신발=[{}])
+    content["이미지 정보"]["이미지 너비"] = "wide"
+    label = parse_label(content, Path("1"))
+    assert [g.attributes for g in label.garments] == [{"색상": "블랙"}, {"소재": ["면"]}]
+    assert label.width is None
+    notes = "\n".join(label.notes)
+    for word in ("핏", "디테일", "하의 is an object", "신발", "이미지 너비"):
+        assert word in notes
+
+
+@pytest.mark.parametrize(
+    ("identifier", "photo"), [(7, "7"), ("A-7", "A-7"), (None, "stem"), (True, "stem"), ("", "stem")]
+)
+def test_photo_id_falls_back_to_the_file_name(identifier: Any, photo: str) -> None:
+    assert parse_label(tree(identifier), Path("some/stem.json")).photo == photo
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_both_sorts_of_utf8(tmp_path: Path, encoding: str) -> None:
+    assert read_label(write(tmp_path / "1.json", tree(상의=[{"색상": "블랙"}]), encoding)).garments
+
+
+def test_decomposed_hangul_is_read(tmp_path: Path) -> None:
+    text = json.dumps(tree(상의=[{"색상": "블랙"}]), ensure_ascii=False)
+    (tmp_path / "1.json").write_text(unicodedata.normalize("NFD", text), encoding="utf-8")
+    assert read_label(tmp_path / "1.json").garments[0].attributes == {"색상": "블랙"}
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "empty_file"),
+        (b" \n", "empty_file"),
+        (json.dumps(tree(), ensure_ascii=False).encode("cp949"), "wrong_encoding"),
+        ('{"a": "\ufffd"}'.encode(), "replacement_characters"),
+        (b'{"a": ', "broken_json"),
+        (b"[" * 100_000, "broken_json"),
+        (b"[]", "wrong_structure"),
+        (b'{"a": 1}', "wrong_structure"),
+        (json.dumps({"데이터셋 정보": {"데이터셋 상세설명": {}}}).encode(), "wrong_structure"),
+    ],
+)
+def test_unreadable_files_are_named_with_their_kind(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "1.json").write_bytes(content)
+    with pytest.raises(LabelFault) as caught:
+        read_label(tmp_path / "1.json")
+    assert caught.value.kind == kind
+    assert isinstance(caught.value, InputError)
+    assert "1.json" in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(LabelFault, match=r"none\.json"):
+        read_label(tmp_path / "none.json")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["스타일", *KINDS, "색상", "소재", "X좌표", "Y좌표", "가로", "세로"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(labelling=_JSON, boxes=_JSON, about=_JSON)
+def test_any_json_gives_a_label_or_an_input_error(labelling: Any, boxes: Any, about: Any) -> None:
+    content = tree()
+    content["데이터셋 정보"]["데이터셋 상세설명"].update({"라벨링": labelling, "렉트좌표": boxes})
+    content["이미지 정보"] = about
+    try:
+        label = parse_label(content, Path("1.json"))
+    except LabelFault:
+        return
+    unknown_values(label)
+    assert all(g.attributes or g.box or g.box_fault for g in label.garments)
+
+
+# ---------------------------------------------------------------------------------------------------- vocabulary
+
+
+def test_table_sizes_are_the_published_ones() -> None:
+    sizes = {name: len(values) for name, values in labels.VOCABULARY.items()}
+    assert sizes["소재"] == 28
+    assert sizes["색상"] == sizes["프린트"] == 21
+    assert sizes["디테일"] == 40
+    assert sizes["스타일"] == 23
+    assert sizes["넥라인"] == 12
+    assert sizes["옷깃"] == 10
+    assert sizes["상의", "카테고리"] == sizes["아우터", "카테고리"] == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute", "value"),
+    [
+        ("아우터", "기장", "노말"),
+        ("상의", "넥라인", "홀터넥"),
+        ("상의", "넥라인", "원숄더"),
+        ("아우터", "옷깃", "테일러드칼라"),
+    ],
+)
+def test_spelling_variants_are_known_but_kept(kind: str, attribute: str, value: str) -> None:
+    label = parse_label(tree(**{kind: [{attribute: value}]}), Path("1"))
+    assert unknown_values(label) == []
+    assert label.garments[0].attributes[attribute] == value
+
+
+def test_unknown_values_are_told_and_nothing_fails() -> None:
+    label = parse_label(tree(상의=[{"카테고리": "코트", "소재": ["면", "종이"], "무게": "1kg"}]), Path("1"))
+    told = "\n".join(unknown_values(label))
+    assert "코트" in told  # a coat is no 상의
+    assert "종이" in told
+    assert "무게" in told
+    assert "면" not in told
+
+
+# --------------------------------------------------------------------------------------------------- folder layouts
+
+
+def found(root: Path, label: Path) -> Path | None:
+    return find_image(scan(root), label, read_label(label))
+
+
+def test_labels_and_images_folders_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        label = write(tmp_path / split / "labels" / "7.json", tree(7))
+        expected = image(tmp_path / split / "images" / "7.jpg")
+        assert found(tmp_path, label) == expected
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".PNG", ".Jpeg"])
+def test_aihub_layout_beside_the_label(tmp_path: Path, suffix: str) -> None:
+    label = write(tmp_path / "Training" / "아우터 01" / "7.json", tree(7))
+    expected = image(tmp_path / "Training" / "아우터 01" / f"7{suffix}")
+    image(tmp_path / "Training" / "아우터 02" / "7.jpg")
+    assert found(tmp_path, label) == expected
+
+
+def test_image_elsewhere_only_if_it_is_the_only_one(tmp_path: Path) -> None:
+    label = write(tmp_path / "Training" / "labels-zip" / "7.json", tree(7))
+    expected = image(tmp_path / "Training" / "photos-zip" / "7.jpg")
+    image(tmp_path / "Validation" / "7.jpg")  # the other side never counts
+    assert found(tmp_path, label) == expected
+    other = write(tmp_path / "labels-zip" / "9.json", tree(9))
+    beside = image(tmp_path / "photos-zip" / "9.jpg")
+    assert found(tmp_path, other) == beside
+    image(tmp_path / "Training" / "more" / "7.jpg")
+    assert found(tmp_path, label) is None
+
+
+def test_stem_first_then_id_then_file_name(tmp_path: Path) -> None:
+    label = write(tmp_path / "a.json", tree(7))
+    by_name = image(tmp_path / "shop (3).jpg")
+    assert found(tmp_path, label) == by_name
+    by_id = image(tmp_path / "7.jpg")
+    assert found(tmp_path, label) == by_id
+    by_stem = image(tmp_path / "a.jpg")
+    assert found(tmp_path, label) == by_stem
+
+
+def test_a_fall_back_never_takes_another_labels_photo(tmp_path: Path) -> None:
+    content = tree(7)
+    content["이미지 정보"]["이미지 파일명"] = "8.jpg"  # the shop's name, by chance the id of another photo
+    label = write(tmp_path / "7.json", content)
+    write(tmp_path / "8.json", tree(8))
+    image(tmp_path / "8.jpg")
+    assert found(tmp_path, label) is None
+
+
+def test_scan_is_sorted_and_passes_hidden_files_over(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}.json", tree())
+    write(tmp_path / "._a.json", tree())
+    image(tmp_path / "__MACOSX" / ".a.jpg")
+    folder = scan(tmp_path)
+    assert [path.name for path in folder.labels] == ["a.json", "b.json", "c.json"]
+    assert folder.images == {}

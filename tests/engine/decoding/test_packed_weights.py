@@ -1,0 +1,162 @@
+"""Packed weights: the same function, rows free of their company; in 8 bits: close, and rows as free."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import TransformerConfig
+from engine.decoding.cpu.packed_weights import (
+    Weights,
+    _Int8Linear,
+    _PackedLinear,
+    can_pack,
+    can_quantise,
+    choose_weights,
+    make_step_model,
+)
+from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.slot_decoder import SlotDecoder
+from engine.errors import InputError
+from engine.models.transformer import KoDalle
+from engine.sampling_params import RowRequest, SamplingOptions
+from kernels import reference
+
+CPU = torch.device("cpu")
+CONFIG = TransformerConfig(
+    dim=128,
+    num_layers=2,
+    num_heads=2,
+    head_dim=48,
+    text_vocab_size=30,
+    text_seq_len=8,
+    text_position_rows=12,
+    image_vocab_size=64,
+    image_grid_size=3,
+)
+TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1]])
+NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
+ROW_COUNTS = [*range(4, 24), 31, 32, 33, 48, 63, 64, 65, 90, 128, 129, 140]
+
+pytestmark = pytest.mark.skipif(
+    not can_quantise(CPU), reason="no packed 8-bit linear layers here (oneDNN, x86 with VNNI)"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> KoDalle:
+    torch.manual_seed(0)
+    model = KoDalle(CONFIG)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(1.0)
+    return model
+
+
+@pytest.fixture(params=[1, 2, 3])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _logits(model: KoDalle, weights: Weights, count: int = 5) -> Tensor:
+    """(steps, count, V) of rows that are fed the same tokens."""
+    sampler = Sampler(model, weights=weights)
+    prefix = sampler.prefill(TEXT)
+    given = torch.arange(CONFIG.image_seq_len)
+    seen = []
+    with evaluating(model):
+        decoder = SlotDecoder(sampler.step_model(), count)
+        for candidate in range(count):
+            decoder.join(prefix, RowRequest(candidate % 2, seed=1, candidate=candidate), given=given)
+        for _ in range(CONFIG.image_seq_len - 1):
+            decoder.step()
+            seen.append(decoder.next_logits().clone())
+    return torch.stack(seen)
+
+
+def test_packed_logits_equal_plain_logits(model: KoDalle) -> None:
+    torch.testing.assert_close(_logits(model, "packed"), _logits(model, "plain"), rtol=0, atol=1e-5)
+
+
+def test_int8_logits_are_close(model: KoDalle) -> None:
+    plain, int8 = _logits(model, "plain"), _logits(model, "int8")
+    error = (int8 - plain).pow(2).mean().sqrt() / plain.pow(2).mean().sqrt()
+    assert 1e-4 < error < 0.03  # 8 bits leave half a percent a product; less than 1e-4 were no 8 bits at all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 320), (1024, 512), (96, 1000)])
+def test_a_packed_row_has_the_same_bits_among_any_others(
+    num_threads: int, dtype: torch.dtype, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs).to(dtype) / 8, torch.randn(outputs).to(dtype)
+    x, other = torch.randn(140, inputs).to(dtype), torch.randn(140, outputs).to(dtype)
+    packed, int8 = _PackedLinear(weight, bias), _Int8Linear(weight, bias)
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "plain": lambda x, _: packed(x),
+        "gelu": lambda x, _: packed.gelu(x),
+        "add": lambda x, other: packed.combined(x, other, "add"),
+        "mul": lambda x, other: packed.combined(x, other, "mul"),
+        "int8": lambda x, _: int8(x),
+        "geglu": lambda x, _: reference.geglu(x),
+    }
+    with torch.inference_mode():
+        for name, function in functions.items():
+            whole = function(x, other)
+            for count in ROW_COUNTS:
+                assert torch.equal(function(x[:count], other[:count]), whole[:count]), (name, count)
+                assert torch.equal(function(x[-count:], other[-count:]), whole[-count:]), (name, count)
+
+
+def test_int8_linear_is_the_rounded_product() -> None:
+    """Against integers in float64."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 256), torch.randn(48), 3 * torch.randn(7, 256)
+    x[3] = 0  # a row without a scale
+    scales, steps = weight.abs().amax(1) / 127, x.abs().amax(1, keepdim=True) / 127
+    rounded_x = (x / steps.clamp(min=1e-30)).round().double()
+    product = rounded_x @ (weight / scales[:, None]).round().double().T
+    expected = (product * steps.double() * scales.double() + bias.double()).float()
+    with torch.inference_mode():
+        torch.testing.assert_close(_Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_candidates_draw_alone_what_they_draw_in_batches(model: KoDalle, weights: Weights) -> None:
+    """Few of them; benchmarks/seed_equality.py does a thousand."""
+    sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
+    prefix = sampler.prefill(TEXT)
+    kinds = [SamplingOptions(), SamplingOptions(top_p=0.9), SamplingOptions(guidance_scale=2.0)]
+    rows = [RowRequest(i % 2, seed=i // 8, candidate=i % 8, options=kinds[i % 3]) for i in range(60)]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()
+    for batch in (order[:1], order[1:4], order[4:21], order[21:]):
+        for number, tokens in zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True):
+            assert torch.equal(sampler.decode(prefix, [rows[number]])[0], tokens), number
+
+
+def test_the_choice_is_packed_here_and_impossible_ones_are_named(model: KoDalle) -> None:
+    assert choose_weights(model) == "packed"
+    assert choose_weights(model, "plain") == "plain"
+    half = KoDalle(CONFIG).half()
+    assert choose_weights(half) == "plain"
+    with pytest.raises(InputError, match=r"packed on cpu, torch\.float16"):
+        choose_weights(half, "packed")
+    away = KoDalle(CONFIG).to("meta")
+    assert not can_pack(torch.float32, torch.device("meta"))
+    with pytest.raises(InputError, match="int8 on meta"):
+        choose_weights(away, "int8")
+
+
+def test_packing_leaves_the_model_as_it_was(model: KoDalle) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    make_step_model(model, "int8")
+    make_step_model(model, "packed")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.requires_grad for parameter in model.parameters())

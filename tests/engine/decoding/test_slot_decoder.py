@@ -1,0 +1,133 @@
+"""Rows that join and leave at any step draw what they draw alone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import TransformerConfig
+from engine.decoding.cpu.packed_weights import Weights
+from engine.decoding.sampler import Sampler, evaluating
+from engine.decoding.slot_decoder import SlotDecoder
+from engine.errors import InputError
+from engine.models.transformer import KoDalle
+from engine.sampling_params import RowRequest, SamplingOptions
+
+CONFIG = TransformerConfig(
+    dim=64,
+    num_layers=2,
+    num_heads=2,
+    head_dim=32,
+    text_vocab_size=30,
+    text_seq_len=8,
+    text_position_rows=12,
+    image_vocab_size=64,
+    image_grid_size=9,  # 81 tokens: more than one split of the cache
+)
+N = CONFIG.image_seq_len
+NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
+TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
+MIXED = [
+    SamplingOptions(),
+    SamplingOptions(guidance_scale=3.0),
+    SamplingOptions(temperature=0.7, top_k=10),
+    SamplingOptions(top_p=0.8, guidance_scale=0.5),
+]
+
+_ROWS = 14
+
+
+@pytest.fixture(scope="module")
+def model() -> KoDalle:
+    torch.manual_seed(0)
+    model = KoDalle(CONFIG)
+    with torch.no_grad():  # a fresh model's tokens depend on hardly anything but their neighbour and the noise
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(1.0)
+            elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
+                parameter *= 3
+    return model
+
+
+def _row(number: int) -> RowRequest:
+    return RowRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 4])
+
+
+def _given(number: int) -> Tensor | None:
+    """Every third row has some of its tokens given, anywhere."""
+    if number % 3:
+        return None
+    generator = np.random.default_rng(number)
+    tokens = generator.integers(CONFIG.image_vocab_size, size=N)
+    return torch.from_numpy(np.where(generator.random(N) < 0.3, tokens, -1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "plain"), (torch.float32, "int8")],
+)
+def test_rows_that_come_and_go_draw_what_they_draw_alone(
+    model: KoDalle, dtype: torch.dtype, weights: Weights | None
+) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
+    prefix = sampler.prefill(TEXT)
+    generator = np.random.default_rng(7)
+    waiting, drawn, abandoned = list(range(_ROWS)), {}, 0
+    with evaluating(model):
+        decoder = SlotDecoder(sampler.step_model(), 10, null_prefix=sampler.null_prefix())
+        slots: dict[int, int] = {}
+        while waiting or slots:
+            while waiting and decoder.num_free >= 2 and generator.random() < 0.3:
+                number = waiting.pop(0)
+                slots[decoder.join(prefix, _row(number), given=_given(number))] = number
+            if slots and generator.random() < 0.02:  # somebody hangs up
+                slot = int(generator.choice(list(slots)))
+                assert len(decoder.leave(slot)) <= N
+                del slots[slot]
+                abandoned += 1
+            for slot in decoder.step():
+                drawn[slots.pop(slot)] = decoder.leave(slot)
+        assert decoder.num_free == 10
+    assert abandoned
+    assert len(drawn) + abandoned == _ROWS
+    for number, tokens in drawn.items():
+        given = _given(number)
+        alone = sampler.decode(prefix, [_row(number)], given=None if given is None else given[None])[0]
+        assert torch.equal(tokens, alone), number
+        if given is not None:
+            assert torch.equal(tokens[given >= 0], given[given >= 0])
+
+
+def test_tokens_so_far_can_be_read(model: KoDalle) -> None:
+    sampler = Sampler(model)
+    prefix = sampler.prefill(TEXT)
+    with evaluating(model):
+        decoder = SlotDecoder(sampler.step_model(), 2)
+        slot = decoder.join(prefix, RowRequest(0, seed=1))
+        for count in range(5):
+            assert len(decoder.tokens(slot)) == count
+            decoder.step()
+        so_far = decoder.leave(slot)
+    assert torch.equal(so_far, sampler.draw(TEXT, [RowRequest(0, seed=1)])[0, :5])
+
+
+def test_what_does_not_fit_is_refused(model: KoDalle) -> None:
+    sampler = Sampler(model, null_text_tokens=NULL)
+    prefix = sampler.prefill(TEXT)
+    guided = RowRequest(0, seed=1, options=SamplingOptions(guidance_scale=2.0))
+    with evaluating(model):
+        decoder = SlotDecoder(model, 1, null_prefix=sampler.null_prefix())
+        with pytest.raises(InputError, match="slots"):
+            decoder.join(prefix, guided)
+        assert decoder.step() == []
+        decoder.join(prefix, RowRequest(0, seed=1))
+        with pytest.raises(InputError, match="slots"):
+            decoder.join(prefix, RowRequest(0, seed=2))
+        with pytest.raises(InputError, match="guidance_scale"):
+            SlotDecoder(model, 2).join(prefix, guided)
+        with pytest.raises(InputError, match="prefix_index"):
+            SlotDecoder(model, 2).join(prefix, RowRequest(3, seed=1))

@@ -1,0 +1,316 @@
+"""A tiny model of every part, evaluated: numbers against plain computations, parts that are missing, faults."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from engine.cli import app
+from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.data.pairs import load_image, load_pairs
+from engine.data.tokenizer import train_tokenizer
+from engine.errors import InputError
+from engine.metrics.colour import lab_palette
+from engine.metrics.evaluate import evaluate, evaluate_to_file, mean_recall, table
+from engine.models.folder import Part, PartName, load_folder_tokenizer, load_part, write_model_folder
+from engine.models.koclip import KoClip
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+from tests.paths import REPOSITORY
+
+COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
+VQGAN = VqganConfig(
+    image_size=32, base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(),
+    latent_channels=16, embed_dim=8, codebook_size=32, norm_groups=4,
+)  # fmt: skip
+KOCLIP = KoclipConfig(
+    image_size=32, image_width=0.1, image_depth=0.1, image_hidden_dim=128, text_vocab_size=64, text_seq_len=8,
+    text_dim=32, text_layers=1, text_heads=2, text_ff_dim=64, text_position_rows=10, embed_dim=16,
+)  # fmt: skip
+TRANSFORMER = TransformerConfig(
+    dim=32, num_layers=1, num_heads=2, head_dim=16, text_vocab_size=64, text_seq_len=8, text_position_rows=10,
+    image_vocab_size=32, image_grid_size=8,
+)  # fmt: skip
+
+
+def write_pairs(folder: Path, *, held_out: int) -> Path:
+    """Squares on a light ground: 16 to train on, `held_out` held out, four of which share a caption with another."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for number in range(16 + held_out):
+        name = list(COLOURS)[number % 4]
+        pixels = np.full((32, 32, 3), 235, np.uint8)
+        size = 4 + number % 3
+        pixels[16 - 2 * size : 16 + 2 * size, 8:24] = COLOURS[name]
+        Image.fromarray(pixels).save(folder / f"images/{number:02d}.png")
+        lines.append({
+            "key": f"{number:02d}", "image": f"images/{number:02d}.png", "photo": f"{number:02d}",
+            "caption": f"{name} 네모 {size}", "split": "train" if number < 16 else "validation",
+            "attributes": {"색상": name},
+        })  # fmt: skip
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("evaluate") / "pairs", held_out=16)
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Callable[..., Path]:
+    """`make_model("vqgan", "koclip")`: a folder with these parts, weights random and always the same."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(*names: PartName) -> Path:
+        kinds: dict[PartName, tuple[Any, Any]] = {
+            "vqgan": (Vqgan, VQGAN), "transformer": (KoDalle, TRANSFORMER), "koclip": (KoClip, KOCLIP),
+        }  # fmt: skip
+        parts: dict[PartName, Part] = {}
+        for name in names:
+            torch.manual_seed(0)
+            kind, config = kinds[name]
+            parts[name] = Part(config, kind(config).state_dict())
+        captions = [pair.captions[0] for pair in load_pairs(pairs).train]
+        path = folder / ("-".join(names) or "none")
+        write_model_folder(path, parts, card="tiny", tokenizer=train_tokenizer(captions, vocab_size=60))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Path]) -> Path:
+    return make_model("vqgan", "transformer", "koclip")
+
+
+@pytest.fixture(scope="module")
+def evaluated(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("out") / "evaluation.json"
+    palette = lab_palette(COLOURS | {"골드": (200, 45, 50)})  # gold: as red as the squares, but no label says so
+    evaluate_to_file(model, pairs, out, drawings=12, candidates=5, seed=3, colour_attribute="색상", palette=palette)
+    return json.loads(out.read_text(encoding="utf-8")), out
+
+
+def test_the_report_says_what_was_measured(evaluated: tuple[dict[str, Any], Path]) -> None:
+    report, _ = evaluated
+    assert set(report["model"]) == {"vqgan", "transformer", "koclip", "tokenizer"}
+    assert report["pairs"] == {
+        "validation": 16, "validation_captions": 12, "train": 16, "set_aside": 0, "split": "prepared",
+    }  # fmt: skip
+    assert report["torch"] == torch.__version__
+    assert report["reconstruction"]["pictures"] == report["kodalle"]["pairs"] == report["koclip"]["pairs"] == 16
+    drawings = report["drawings"]
+    assert (drawings["captions"], drawings["candidates"], drawings["seed"]) == (12, 5, 3)
+    assert {one["seed"] for one in drawings["top_ranked"]} == {3}
+    assert len({one["caption"] for one in drawings["top_ranked"]}) == 12
+    assert set(report["seconds"]) == {"loading", "reconstruction", "kodalle", "koclip", "drawings", "total"}
+    lines = table(report).splitlines()
+    assert "koclip" in lines
+    assert f"  pairs{16:>{lines[1].index('16') - 5}}" in lines  # indented under its section, values in one column
+
+
+def test_losses_equal_those_of_one_batch(evaluated: tuple[dict[str, Any], Path], model: Path, pairs: Path) -> None:
+    held = load_pairs(pairs).validation
+    images = torch.from_numpy(np.stack([load_image(pair, 32) for pair in held])).permute(0, 3, 1, 2).float() / 255
+    text = load_folder_tokenizer(model).encode([pair.captions[0] for pair in held], 8).tokens
+    with torch.no_grad():
+        found = load_part(model, "transformer")(text, load_part(model, "vqgan").encode(images))
+        clip_loss = load_part(model, "koclip")(images, text)
+    report = evaluated[0]
+    assert report["kodalle"]["loss_text"] == pytest.approx(float(found.loss_text), rel=1e-5)
+    assert report["kodalle"]["loss_image"] == pytest.approx(float(found.loss_image), rel=1e-5)
+    assert report["kodalle"]["image_top1"] == pytest.approx(float(found.image_top1), abs=1e-6)
+    assert report["koclip"]["loss_batch"] == 16
+    assert report["koclip"]["loss"] == pytest.approx(float(clip_loss), rel=1e-4)
+    assert report["koclip"]["recall_among"] == 12
+
+
+def test_scores_and_colours_have_their_bounds(evaluated: tuple[dict[str, Any], Path]) -> None:
+    drawings = evaluated[0]["drawings"]
+    assert drawings["koclip_score"]["top_ranked"] >= drawings["koclip_score"]["random"]
+    tops = [one["score"] for one in drawings["top_ranked"]]
+    assert drawings["koclip_score"]["top_ranked"] == pytest.approx(sum(tops) / 12)
+    colour = drawings["colour_agreement"]
+    assert (colour["real"], colour["num_real"], colour["names"], colour["num_captions"]) == (1.0, 16, 4, 12)
+    assert colour["commonest"] == 0.25
+    assert "50 are needed" in drawings["distances"]["left_out"]  # 16 held-out pictures
+
+
+def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Path]) -> None:
+    report, out = evaluated
+    assert report["drawings"]["sheet"] == {"file": "evaluation.png", "columns": 10}
+    with Image.open(out.with_suffix(".png")) as sheet:
+        assert sheet.size == (10 * 36 + 4, 2 * 36 + 4)
+        assert json.loads(sheet.text["captions"]) == report["drawings"]["top_ranked"]  # type: ignore[attr-defined]
+
+
+def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
+    first, again = (evaluate(model, pairs, drawings=2, candidates=2, batch_size=5) for _ in range(2))
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_distances_stand_beside_those_of_training_pictures(model: Path, tmp_path: Path) -> None:
+    many = write_pairs(tmp_path / "many", held_out=50)
+    phases: list[tuple[str, int, int]] = []
+    drawn = evaluate(
+        model, many, drawings=10, candidates=6, on_progress=lambda *told: phases.append(told)
+    )["drawings"]  # fmt: skip
+    assert drawn["distances"]["drawings"]["num_real"] == 50
+    assert drawn["distances"]["drawings"]["num_other"] == 60
+    assert drawn["distances"]["drawings"]["kid_koclip_features"] > 0.0
+    assert drawn["distances"]["drawings"]["fid_koclip_features"] is None
+    assert drawn["distances"]["training_pictures"]["num_other"] == 16
+    assert ("koclip", 50, 50) in phases
+    assert ("drawing", 10, 10) in phases
+
+
+def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], pairs: Path) -> None:
+    codec = evaluate(make_model("vqgan"), pairs)
+    assert "reconstruction" in codec
+    assert not {"kodalle", "koclip", "drawings"} & set(codec)
+    ranker = evaluate(make_model("koclip"), pairs)
+    assert "koclip" in ranker
+    assert not {"kodalle", "reconstruction", "drawings"} & set(ranker)
+    drawer = evaluate(make_model("vqgan", "transformer"), pairs, drawings=2, candidates=2)
+    assert drawer["drawings"]["top_ranked"][0]["score"] is None
+    assert not {"koclip_score", "distances", "colour_agreement"} & set(drawer["drawings"])
+    assert "drawings" not in evaluate(make_model("vqgan", "transformer"), pairs, drawings=0)
+
+
+def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no validation split"):
+        evaluate(make_model("vqgan"), write_pairs(tmp_path / "pairs", held_out=0))
+    with pytest.raises(InputError, match="holds none of vqgan, transformer, koclip"):
+        evaluate(make_model(), pairs)
+    with pytest.raises(InputError, match="has no vqgan"):
+        evaluate(make_model("transformer"), pairs)
+    with pytest.raises(InputError, match="--candidates: 0"):
+        evaluate(make_model("vqgan"), pairs, candidates=0)
+    with pytest.raises(InputError, match="--out"):
+        evaluate_to_file(make_model("vqgan"), pairs, tmp_path / "sheet.png")
+    with pytest.raises(InputError, match="--out"):
+        evaluate_to_file(make_model("vqgan"), pairs, tmp_path)
+
+
+def test_recall_averages_over_choices_of_a_hundred() -> None:
+    koclip = KoClip(KOCLIP)
+    tokens = torch.arange(250)[:, None] % 150  # 150 captions, 100 of them with two pictures
+    own = torch.nn.functional.normalize(torch.randn(150, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    texts = own[tokens[:, 0]]
+    generator = torch.Generator().manual_seed(0)
+    perfect = mean_recall(koclip, texts, texts, tokens, generator)
+    assert perfect == {
+        "recall_at_1": pytest.approx(1), "recall_at_5": pytest.approx(1), "recall_among": 100, "recall_rounds": 20,
+    }  # fmt: skip
+    blind = mean_recall(koclip, texts.roll(50, 0), texts, tokens, generator)
+    # at chance: 0.05 +- sqrt(0.05 * 0.95 / 100), the rounds share pictures
+    assert math.isclose(blind["recall_at_5"], 0.05, abs_tol=0.08)
+    few = mean_recall(koclip, texts[:9], texts[:9], tokens[:9], generator)
+    assert (few["recall_among"], few["recall_rounds"]) == (9, 1)
+
+
+def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here" / "evaluation.json"
+    done = CliRunner().invoke(
+        app, ["evaluate", str(model), str(pairs), "--out", str(out), "--drawings", "3", "--candidates", "2"]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["drawings"]["colour_agreement"]["real"] == 1.0
+    assert out.with_suffix(".png").is_file()
+    assert "  psnr db" in done.output
+
+
+def with_garments(folder: Path) -> Path:
+    """`write_pairs` with captions of the grammar: shirts and trousers in four colours."""
+    file = folder / "pairs.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for number, line in enumerate(lines):
+        garment, category = [("상의", "셔츠"), ("하의", "팬츠")][number // 4 % 2]
+        colour = line["attributes"]["색상"]
+        line["caption"] = f"{garment}에서 색상은 {colour}이다. {garment}에서 카테고리는 {category}이다."
+        line["attributes"] = {"garment": garment, "색상": colour, "카테고리": category}
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_a_judge_that_did_not_rank_names_kinds(model: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=16))
+    with pytest.raises(InputError, match=r"--judge.*find itself right"):
+        evaluate(model, pairs, judge=make_model("koclip"), colour_attribute="색상")
+    with pytest.raises(InputError, match="has no koclip"):
+        evaluate(model, pairs, judge=make_model("vqgan"), colour_attribute="색상")
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    captions = [pair.captions[0] for pair in load_pairs(pairs).train]
+    tokenizer = train_tokenizer(captions, vocab_size=60)
+    write_model_folder(other, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+
+    def draw(**options: Any) -> dict[str, Any]:
+        found = evaluate(
+            model, pairs, drawings=8, candidates=4, judge=other, colour_attribute="색상",
+            palette=lab_palette(COLOURS), **options,
+        )  # fmt: skip
+        return dict(found["drawings"])
+
+    whole = draw()
+    assert whole["partial_captions"] is False
+    found = whole["kind_agreement"]
+    assert (found["kinds"], found["num_real"], found["num_captions"], found["commonest"]) == (2, 16, 8, 0.5)
+    # of random weights: a share of 8 x 4 drawings
+    assert {found[name] * 32 for name in ("real", "top_ranked", "random")} <= set(range(33))
+    partial = draw(partial_captions=True)
+    told = [one["caption"] for one in partial["top_ranked"]]
+    assert partial["partial_captions"] is True
+    assert all(caption.count("이다.") == 1 for caption in told)
+    with_colour = [caption for caption in told if "색상" in caption]
+    assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(told)
+    assert partial["kind_agreement"]["num_captions"] == len(told)  # 상의 alone tells the kind, too
+
+
+def test_settings_are_compared_on_training_captions(
+    model: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """benchmarks/sampling_options.py, whole: no held-out caption is drawn."""
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
+    judge = tmp_path / "judge"
+    torch.manual_seed(1)
+    tokenizer = train_tokenizer([pair.captions[0] for pair in load_pairs(pairs).train], vocab_size=60)
+    write_model_folder(judge, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+    script = REPOSITORY / "benchmarks" / "sampling_options.py"
+    command = [
+        sys.executable, str(script), str(model), str(pairs), "--judge", str(judge), "--out", str(tmp_path / "o.json"),
+        "--temperature", "0.5", "2", "--guidance", "1", "--captions", "3", "--candidates", "2",
+        "--sheets", str(tmp_path / "sheets"),
+    ]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    document = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    assert json.loads(printed.splitlines()[-1]) == document
+    assert document.keys() >= {"commit", "hardware", "versions", "chosen"}
+    cool, hot = document["settings"]
+    assert (cool["temperature"], hot["temperature"], cool["guidance_scale"]) == (0.5, 2, 1)
+    assert 0 <= cool["whole"]["difference"] < hot["whole"]["difference"]
+    trained_on = {pair.captions[0] for pair in load_pairs(pairs).train}
+    with Image.open(tmp_path / "sheets" / "whole-t2-g1.png") as sheet:
+        drawn = json.loads(sheet.text["captions"])  # type: ignore[attr-defined]
+    assert len(drawn) == 3
+    assert {one["caption"] for one in drawn} <= trained_on
+
+
+def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:
+    report, _ = evaluated
+    assert report["hardware"]["device"] == "cpu"
+    assert report["hardware"]["cpu"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["commit"]

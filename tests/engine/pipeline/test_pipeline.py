@@ -1,0 +1,411 @@
+"""Captions to ranked pictures: the same picture whatever else is drawn, and what `kodalle draw` writes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.commands.generate import draw_to_folder
+from engine.decoding.sampler import Sampler
+from engine.device import pick_device
+from engine.errors import InputError
+from engine.models.folder import Part, read_part, write_model_folder
+from engine.pipeline.generation import Candidate, Drawing
+from engine.pipeline.image_files import to_uint8
+from engine.pipeline.init_image import GivenImage
+from engine.pipeline.likelihood import fit_scores
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import RowRequest, SamplingOptions
+
+CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
+LONG = "빨강 바탕에 파랑 네모 " * 6
+
+
+@pytest.fixture(scope="module")
+def pipeline(kodalle_run: Path) -> Pipeline:
+    return Pipeline.from_pretrained(kodalle_run / "model")
+
+
+@pytest.fixture(scope="module")
+def sixteen(pipeline: Pipeline) -> Drawing:
+    return pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
+
+
+def _by_number(drawing: Drawing) -> list[Candidate]:
+    return sorted(drawing.candidates, key=lambda one: one.candidate)
+
+
+def _same(one: Candidate, other: Candidate) -> None:
+    assert (one.candidate, one.seed, one.image_tokens) == (other.candidate, other.seed, other.image_tokens)
+    assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
+    assert one.score == pytest.approx(other.score, abs=1e-6)
+
+
+def test_what_comes_out(pipeline: Pipeline, sixteen: Drawing) -> None:
+    assert sixteen.caption == CAPTIONS[0]
+    assert sixteen.tokens_cut == 0
+    assert [one.rank for one in sixteen.candidates] == list(range(1, 17))
+    assert [one.candidate for one in _by_number(sixteen)] == list(range(16))
+    scores = [one.score for one in sixteen.candidates]
+    assert None not in scores
+    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    assert all(one.image.size == (32, 32) and len(one.image_tokens) == 64 for one in sixteen.candidates)
+    assert len({one.image_tokens for one in sixteen.candidates}) == 16
+    assert sixteen.top(3) == sixteen.candidates[:3]
+    assert sixteen.timings_s.keys() == {"prefill", "decode", "vqgan", "ranking"}
+
+
+def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen: Drawing) -> None:
+    again = pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
+    for one, other in zip(sixteen.candidates, again.candidates, strict=True):
+        _same(one, other)
+    other = pipeline(CAPTIONS[:1], candidates=1, seed=6)[0]
+    assert other.candidates[0].image_tokens not in {one.image_tokens for one in sixteen.candidates}
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 5])
+def test_candidate_is_the_same_however_many_are_asked(pipeline: Pipeline, sixteen: Drawing, candidates: int) -> None:
+    few = pipeline(CAPTIONS[:1], candidates=candidates, seed=5)[0]
+    for one, other in zip(_by_number(few), _by_number(sixteen), strict=False):
+        _same(one, other)
+
+
+def test_captions_together_equal_captions_apart(pipeline: Pipeline) -> None:
+    options = SamplingOptions(temperature=0.9, top_k=20, guidance_scale=2.0)
+    together = pipeline(CAPTIONS, candidates=3, seed=1, options=options)
+    for caption, drawing in zip(CAPTIONS, together, strict=True):
+        alone = pipeline([caption], candidates=3, seed=1, options=options)[0]
+        assert (drawing.caption, drawing.tokens_cut) == (alone.caption, alone.tokens_cut)
+        for one, other in zip(_by_number(drawing), _by_number(alone), strict=True):
+            _same(one, other)
+
+
+def test_global_generator_is_neither_read_nor_moved(pipeline: Pipeline, sixteen: Drawing) -> None:
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    drawing = pipeline(CAPTIONS[:1], candidates=2, seed=5)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    _same(_by_number(drawing)[1], _by_number(sixteen)[1])
+
+
+def test_saved_and_loaded_draws_the_same(pipeline: Pipeline, sixteen: Drawing, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "copy")
+    loaded = Pipeline.from_pretrained(str(tmp_path / "copy"))
+    drawing = loaded(CAPTIONS[:1], candidates=16, seed=5)[0]
+    for one, other in zip(drawing.candidates, sixteen.candidates, strict=True):
+        _same(one, other)
+    loaded.save_pretrained(tmp_path / "copy")  # over itself, the card kept
+    assert "# KoDALLE" in (tmp_path / "copy" / "model_card.md").read_text(encoding="utf-8")
+    loaded.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    sizes = [(tmp_path / name / "transformer.safetensors").stat().st_size for name in ("half", "copy")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert Pipeline.from_pretrained(tmp_path / "half")(CAPTIONS[:1], candidates=1)[0].candidates
+
+
+def test_runs_in_bf16(kodalle_run: Path) -> None:
+    low = Pipeline.from_pretrained(kodalle_run / "model", dtype=torch.bfloat16)
+    drawing = low(CAPTIONS, candidates=2)[1]
+    assert all(one.score is not None and np.isfinite(one.score) for one in drawing.candidates)
+
+
+def test_ranking_is_koclips(pipeline: Pipeline, sixteen: Drawing) -> None:
+    assert pipeline.koclip is not None
+    tokens = pipeline.tokenizer.encode(CAPTIONS[:1], pipeline.koclip.config.text_seq_len).tokens
+    ordered = _by_number(sixteen)
+    images = pipeline.decode_images(torch.tensor([one.image_tokens for one in ordered]))
+    expected = pipeline.koclip.similarity(images, tokens)[0]
+    assert torch.allclose(torch.tensor([one.score for one in ordered]), expected, atol=1e-5)
+
+
+def test_without_a_ranker_the_order_is_the_order_drawn(kodalle_run: Path, sixteen: Drawing, tmp_path: Path) -> None:
+    source = kodalle_run / "model"
+    whole = Pipeline.from_pretrained(source)
+    write_model_folder(
+        tmp_path / "m",
+        {"vqgan": read_part(source, "vqgan"), "transformer": read_part(source, "transformer")},
+        card="",
+        tokenizer=whole.tokenizer,
+    )
+    drawing = Pipeline.from_pretrained(tmp_path / "m")(CAPTIONS[:1], candidates=4, seed=5)[0]
+    assert [(one.candidate, one.rank, one.score) for one in drawing.candidates] == [(n, n + 1, None) for n in range(4)]
+    for one, other in zip(drawing.candidates, _by_number(sixteen), strict=False):
+        assert one.image_tokens == other.image_tokens
+
+
+def test_caption_too_long(pipeline: Pipeline) -> None:
+    whole = int((pipeline.tokenizer.encode([LONG], 200).tokens != 1).sum())
+    drawing = pipeline([LONG, CAPTIONS[0]], candidates=1)
+    assert [one.tokens_cut for one in drawing] == [whole - 12, 0]
+    with pytest.raises(InputError, match=rf"is {whole} tokens, {whole - 12} more than the model's 12"):
+        pipeline([LONG], candidates=1, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"captions": []}, "give a caption"),
+        ({"captions": ["a", "  "]}, "give a caption"),
+        ({"captions": "빨강"}, "give a list of captions"),
+        ({"candidates": 0}, "candidates: 0"),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": 2**64}, "seed: "),
+    ],
+)
+def test_bad_requests(pipeline: Pipeline, arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        pipeline(**({"captions": CAPTIONS, "candidates": 1} | arguments))  # type: ignore[arg-type]
+
+
+def test_progress_counts_image_tokens(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    pipeline(CAPTIONS[:1], candidates=1, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(number, 64) for number in range(1, 65)]
+
+
+def test_parts_of_two_models_are_refused(kodalle_run: Path, tmp_path: Path) -> None:
+    source = kodalle_run / "model"
+    transformer = read_part(source, "transformer")
+    config = transformer.config.model_copy(update={"image_vocab_size": 31})
+    cut = {name: value[:-1] if name in ("head.weight", "head.bias", "image_embedding.tokens") else value
+           for name, value in transformer.weights.items()}  # fmt: skip
+    parts = {"vqgan": read_part(source, "vqgan"), "transformer": Part(config, cut)}
+    write_model_folder(tmp_path / "m", parts, card="")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"transformer draws 8x8 of 31 tokens.*reads 8x8 of 32"):
+        Pipeline.from_pretrained(tmp_path / "m")
+
+
+def test_folder_of_a_codec_alone_is_refused(vqgan_run: Path) -> None:
+    with pytest.raises(InputError, match=r"has no transformer \(it holds: vqgan\)"):
+        Pipeline.from_pretrained(vqgan_run / "model")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "one/two/three"])
+def test_missing_folder(name: str) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        Pipeline.from_pretrained(name)
+
+
+def test_unreachable_hub_name() -> None:
+    with pytest.raises(InputError, match="model: nobody/nothing: no such folder, and the hub gave nothing") as caught:
+        Pipeline.from_pretrained("nobody/nothing", local_files_only=True)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------- a given picture
+
+
+def _photo() -> Image.Image:
+    """32 x 32, as the model's pictures: nothing is resized."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels[8:24, 8:24] = (40, 60, 220)
+    return Image.fromarray(pixels)
+
+
+def _hole() -> Image.Image:
+    """Cells 2 to 4 across and 2 to 5 down, of 8 x 8 cells of 4 pixels; the last column and row marked in part."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:21, 8:18] = 255
+    return Image.fromarray(mask)
+
+
+def _encoded(pipeline: Pipeline, photo: Image.Image) -> torch.Tensor:
+    """(64,)."""
+    return pipeline.vqgan.encode(torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255)[0]
+
+
+@pytest.mark.parametrize("given", [GivenImage(_photo(), keep_rows=3), GivenImage(_photo(), mask_image=_hole())])
+def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: GivenImage) -> None:
+    drawing = pipeline(CAPTIONS[:1], candidates=5, seed=5, given=given)[0]
+    redrawn = torch.from_numpy(given.redrawn_tokens(32, 8))
+    assert redrawn.sum() == (40 if given.mask_image is None else 12)
+    tokens = _encoded(pipeline, given.image).masked_fill(redrawn, -1)
+    assert drawing.given_tokens == tuple(tokens.tolist())
+    drawn = torch.tensor([one.image_tokens for one in _by_number(drawing)])
+    assert torch.equal(drawn[:, ~redrawn], tokens[~redrawn].expand(5, -1))
+    assert len({tuple(row) for row in drawn[:, redrawn].tolist()}) == 5
+    text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
+    rows = [RowRequest(0, seed=5, candidate=number) for number in range(5)]
+    assert torch.equal(Sampler(pipeline.transformer).draw(text, rows, given=tokens.expand(5, -1)), drawn)
+
+
+def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
+    photo, marked = np.asarray(_photo()), np.asarray(_hole()) > 0
+    pasted = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole()))[0]
+    plain = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole(), paste=False))[0]
+    for one, other in zip(_by_number(pasted), _by_number(plain), strict=True):
+        assert one.image_tokens == other.image_tokens
+        picture, decoded = np.asarray(one.image), np.asarray(other.image)
+        assert np.array_equal(picture[~marked], photo[~marked])
+        assert np.array_equal(picture[marked], decoded[marked])
+        tokens = torch.tensor([other.image_tokens])
+        assert np.array_equal(decoded, to_uint8(pipeline.decode_images(tokens))[0].numpy())
+    assert pipeline.koclip is not None  # the ranking is of the pictures as they come out
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(one.image).copy()).permute(2, 0, 1) / 255 for one in pasted.top(3)]
+    )
+    scores = pipeline.rank_scores(CAPTIONS[:1], images[None])
+    assert scores is not None
+    assert scores[0].tolist() == pytest.approx([one.score for one in pasted.top(3)], abs=2e-3)  # 8 bits a pixel
+    rows = pipeline(CAPTIONS[:1], candidates=1, given=GivenImage(_photo(), keep_rows=3))[0].candidates[0]
+    assert np.array_equal(np.asarray(rows.image)[:12], photo[:12])
+
+
+def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+    given = GivenImage(_photo(), mask_image=_hole())
+    options = SamplingOptions(temperature=0.9, guidance_scale=2.0)
+    many = pipeline(CAPTIONS, candidates=3, seed=3, options=options, given=given, rank_by="fit")
+    for caption, drawing in zip(CAPTIONS, many, strict=True):
+        few = pipeline([caption], candidates=1, seed=3, options=options, given=given, rank_by="fit")[0]
+        for one, other in zip(_by_number(few), _by_number(drawing), strict=False):
+            _same(one, other)
+            assert one.fit == other.fit
+
+
+def test_ranked_by_fit(pipeline: Pipeline) -> None:
+    given = GivenImage(_photo(), mask_image=_hole())
+    drawing = pipeline(CAPTIONS[:1], candidates=8, given=given, rank_by="fit")[0]
+    fits = [one.fit for one in drawing.candidates]
+    assert fits == sorted(fits, reverse=True)  # type: ignore[type-var]
+    assert len(set(fits)) > 1
+    tokens = torch.tensor([one.image_tokens for one in drawing.candidates])
+    text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
+    redrawn = torch.tensor(drawing.given_tokens) < 0
+    assert fits == fit_scores(pipeline.transformer, text, tokens, redrawn).tolist()
+    by_koclip = pipeline(CAPTIONS[:1], candidates=8, given=given)[0]
+    assert {one.fit for one in by_koclip.candidates} == {None}
+    for one, other in zip(_by_number(by_koclip), _by_number(drawing), strict=True):
+        _same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("given", "rank_by", "said"),
+    [
+        (GivenImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's pictures have 8 rows"),
+        (None, "fit", "rank_by: fit: needs a mask"),
+        (GivenImage(_photo(), keep_rows=4), "fit", "rank_by: fit: needs a mask"),
+        (None, "beauty", "rank_by: beauty: write one of koclip, fit"),
+    ],
+)
+def test_bad_given_pictures(pipeline: Pipeline, given: GivenImage | None, rank_by: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        pipeline(CAPTIONS[:1], candidates=1, given=given, rank_by=rank_by)  # type: ignore[arg-type]
+
+
+def test_captions_are_continued(pipeline: Pipeline) -> None:
+    lines = pipeline.continue_caption("빨강 바탕에", count=3, seed=1)
+    assert len(lines) == 3
+    assert all(line.text.startswith("빨강 바탕에") for line in lines)
+    assert pipeline.continue_caption("빨강 바탕에", count=1, seed=1) == lines[:1]
+
+
+# ------------------------------------------------------------------------------------------------------ kodalle draw
+
+
+def test_a_model_says_how_it_is_drawn_with(
+    kodalle_run: Path, pipeline: Pipeline, sixteen: Drawing, tmp_path: Path
+) -> None:
+    """Where nothing is asked for its own options count, one by one; they go along when it is saved."""
+    model = tmp_path / "model"
+    shutil.copytree(kodalle_run / "model", model)
+    (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 9}')
+    own = SamplingOptions(temperature=0.5, top_k=9)
+    expected = [one.image_tokens for one in _by_number(pipeline(CAPTIONS[:1], candidates=5, seed=5, options=own)[0])]
+    assert expected != [one.image_tokens for one in _by_number(sixteen)[:5]]
+    Pipeline.from_pretrained(model).save_pretrained(tmp_path / "saved")
+    again = Pipeline.from_pretrained(tmp_path / "saved")
+    assert again.default_options == own
+    drawn = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
+    assert drawn == expected
+    by_command = _draw(model, tmp_path / "out", options={"temperature": None, "top_k": None})
+    assert [one.image_tokens for one in _by_number(by_command)] == expected
+    result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert result["options"] == {"temperature": 0.5, "top_k": 9, "top_p": None, "guidance_scale": 1.0}
+    warmer = _draw(model, tmp_path / "warmer", options={"temperature": 1.5})
+    assert json.loads((tmp_path / "warmer" / "result.json").read_text())["options"]["top_k"] == 9
+    assert [one.image_tokens for one in _by_number(warmer)] != expected
+
+
+def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) -> Drawing:
+    settings = {"candidates": 5, "top": 2, "seed": 5, "options": {}, "strict": False, "device": "cpu"}
+    return draw_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_run: Path, tmp_path: Path) -> None:
+    _draw(kodalle_run / "model", tmp_path)
+    ours = {path.name for path in tmp_path.glob("*-seed5-*.png")}
+    assert len(ours) == 2
+    (tmp_path / "my own.png").write_bytes(b"precious")
+    (tmp_path / "01-seed5-candidate000.png.bak").write_bytes(b"precious")
+    _draw(kodalle_run / "model", tmp_path, seed=6)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & ours
+    assert names >= {"my own.png", "01-seed5-candidate000.png.bak", "sheet.png", "result.json"}
+    assert len([name for name in names if "-seed6-" in name]) == 2
+    # An index of pictures that names others than ours removes nothing.
+    for text in ('{"candidates": [{"file": "my own.png"}, {"file": "../x.png"}, {"file": null}]}', "[", "[1]", "{}"):
+        (tmp_path / "result.json").write_text(text)
+        _draw(kodalle_run / "model", tmp_path, seed=6)
+    assert (tmp_path / "my own.png").read_bytes() == b"precious"
+
+
+def test_draw_writes_pictures_sheet_and_result(
+    kodalle_run: Path, sixteen: Drawing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "그림" / "one"
+    drawing = _draw(kodalle_run / "model", out)
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    files = [one["file"] for one in result["candidates"] if one["file"]]
+    assert {path.name for path in out.iterdir()} == {*files, "sheet.png", "result.json"}
+    assert len(files) == 2
+    assert (result["caption"], result["tokens_cut"]) == (CAPTIONS[0], 0)
+    assert [one["rank"] for one in result["candidates"]] == [1, 2, 3, 4, 5]
+    assert result["timings_s"].keys() == {"loading", "prefill", "decode", "vqgan", "ranking", "encoding"}
+    assert result["options"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+    for one, file in zip(drawing.top(2), files, strict=True):
+        with Image.open(out / file) as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(_by_number(sixteen)[one.candidate].image))
+            text = picture.text  # type: ignore[attr-defined]
+        assert text["caption"] == CAPTIONS[0]
+        told = {name: json.loads(text[name]) for name in ("seed", "candidate", "rank", "score")}
+        assert told == {"seed": 5, "candidate": one.candidate, "rank": one.rank, "score": one.score}
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width == 5 * (128 + 4) + 4  # five in a row, 32 pixels enlarged to 128
+    said = capsys.readouterr().out
+    assert all(str(out / file) in said for file in files)
+
+
+def test_draw_again_over_the_same_folder(kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _draw(kodalle_run / "model", tmp_path)
+    monkeypatch.setattr("engine.commands.generate.contact_sheet", lambda *_, **__: os.abort)
+    with pytest.raises(AttributeError):  # dies before it is done: an old result.json would tell of a mixture
+        _draw(kodalle_run / "model", tmp_path, seed=6)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_draw_says_what_was_cut(kodalle_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawing = _draw(kodalle_run / "model", tmp_path, LONG)
+    assert f"note: the caption is {drawing.tokens_cut} tokens too long" in capsys.readouterr().out
+    with pytest.raises(InputError, match="more than the model's 12"):
+        _draw(kodalle_run / "model", tmp_path / "strict", LONG, strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_draw_refuses_before_it_loads(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--top: 6: is more than --candidates 5"):
+        _draw(tmp_path / "nowhere", tmp_path / "out", top=6)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out: .*is a file"):
+        _draw(tmp_path / "nowhere", tmp_path / "file")
+
+
+def test_pick_device() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:77", "meta", "cpu:x"):
+        with pytest.raises(InputError, match=f"--device: {name}"):
+            pick_device(name)

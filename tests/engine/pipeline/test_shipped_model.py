@@ -1,0 +1,63 @@
+"""The models that come with the repository draw, on a machine that never trained, what their captions say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data.kfashion.colours import K_FASHION_COLOURS
+from engine.data.synthetic.oracle import read
+from engine.metrics.colour import dominant_colour, lab_palette, nearest_colour_name
+from engine.models.folder import read_attributes
+from engine.pipeline.pipeline import Pipeline
+from serve.settings import ServeSettings
+from tests.paths import REPOSITORY
+
+MODELS = REPOSITORY / "models"
+DEMO, PHOTOS = MODELS / "garments", MODELS / "clothing"
+
+CAPTIONS = [
+    ("상의에서 색상은 레드이다. 상의에서 카테고리는 후드티이다. 상의에서 소매기장은 긴팔이다.", "레드", "후드티"),
+    (
+        "원피스에서 색상은 블루이다. 원피스에서 카테고리는 드레스이다. 원피스에서 소매기장은 민소매이다.",
+        "블루",
+        "드레스",
+    ),
+    ("하의에서 색상은 블랙이다. 하의에서 카테고리는 팬츠이다. 하의에서 기장은 발목이다.", "블랙", "팬츠"),
+]
+
+
+def test_one_is_what_is_served_by_default() -> None:
+    assert (MODELS.parent / ServeSettings().model).resolve() == PHOTOS
+    assert ServeSettings().model.startswith("./")  # `models/clothing` is also a name on the hub, somebody else's
+
+
+@pytest.mark.parametrize("model", [DEMO, PHOTOS], ids=lambda model: model.name)
+def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
+    assert sum(path.stat().st_size for path in model.iterdir()) < 40e6
+    card = (model / "model_card.md").read_text(encoding="utf-8")
+    for word in ("Data", "Licence", "Held-out figures", "Limits", "float16"):
+        assert word in card
+
+
+def test_the_demos_model_draws_what_the_captions_say() -> None:
+    drawings = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
+    best = [read(drawing.candidates[0].image) for drawing in drawings]
+    assert [(one.colour, one.category) for one in best] == [tuple(wanted) for _, *wanted in CAPTIONS]
+
+
+def test_the_other_one_draws_clothes_of_the_colours_that_the_captions_say() -> None:
+    """Of unmistakable colours; what else its drawings show is measured in benchmarks/results/clothing."""
+    attributes = read_attributes(PHOTOS)["상의"]
+    assert {"색상", "카테고리", "소매기장"} <= attributes.keys()
+    wanted = ["레드", "블랙", "화이트", "옐로우"]
+    captions = [
+        f"상의에서 색상은 {colour}이다. 상의에서 카테고리는 티셔츠이다. 상의에서 소매기장은 반팔이다."
+        for colour in wanted
+    ]
+    drawings = Pipeline.from_pretrained(PHOTOS)(captions, candidates=8, seed=7)
+    palette = lab_palette({name: rgb for name, rgb in K_FASHION_COLOURS.items() if name in attributes["색상"]})
+    best = [
+        nearest_colour_name(dominant_colour(np.asarray(drawing.candidates[0].image)), palette) for drawing in drawings
+    ]
+    assert best == wanted

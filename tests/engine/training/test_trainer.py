@@ -1,0 +1,466 @@
+"""Training: all three stages run, and a run stopped at any moment goes on to the same numbers, bit by bit."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine.config_files import load_run
+from engine.training import trainer
+from engine.training.checkpoints import complete_checkpoints
+from engine.training.setup import join_world, make_engine
+from tests.paths import REPOSITORY
+
+STAGES = ["vqgan", "koclip", "kodalle"]
+STEPS = 8
+Tree = dict[str, Any]
+Train = Callable[[Tree], Path]
+TreeOf = Callable[..., Tree]
+Losses = Callable[[Path], list[Tree]]
+Same = Callable[[Path, Path], None]
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
+    """SIGTERM arrives while step number `step` is at work."""
+    make = trainer._make_stage
+
+    def with_signal(*arguments: Any) -> Any:
+        made = make(*arguments)
+        assert made.name == stage
+        after_step = made.after_step
+
+        def after(number: int) -> None:
+            after_step(number)
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        made.after_step = after
+        return made
+
+    monkeypatch.setattr(trainer, "_make_stage", with_signal)
+
+
+# --------------------------------------------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_leaves_all_that_is_promised(run_of: dict[str, Path], stage: str, losses: Losses) -> None:
+    run = run_of[stage]
+    names = {path.name for path in run.iterdir()}
+    promised = {"config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoints", "model", "model-best"}
+    assert promised <= names <= promised | {"shards"}
+    assert load_run(run / "config.yaml").run == run
+    lines = losses(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(line.keys() >= {"lr", "grad_norm", "loss_scale", "skipped_steps"} for line in steps)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8]
+    assert all(torch.isfinite(torch.tensor(list(line.values()), dtype=torch.float64)).all() for line in lines)
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000008", "step-00000006"]
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-00000008.png"]
+    with Image.open(run / "samples" / "step-00000008.png") as picture:
+        assert picture.size == (2 * 36 + 4, 2 * 36 + 4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_card_quotes_the_last_validation(run_of: dict[str, Path], stage: str, losses: Losses) -> None:
+    last = [line for line in losses(run_of[stage]) if "validation_loss" in line][-1]
+    card = (run_of[stage] / "model" / "model_card.md").read_text(encoding="utf-8")
+    assert f"- loss: {last['validation_loss']}" in card
+    assert "for 8 steps on the captioned pictures of `squares`" in card
+
+
+def test_best_model_is_the_lowest_validation_loss(kodalle_run: Path, losses: Losses) -> None:
+    validation = {line["step"]: line["validation_loss"] for line in losses(kodalle_run) if "validation_loss" in line}
+    best = min(validation, key=lambda step: validation[step])
+    card = (kodalle_run / "model-best" / "model_card.md").read_text(encoding="utf-8")
+    assert f"for {best} steps" in card
+    assert f"- loss: {validation[best]}" in card
+
+
+def test_vqgan_run_went_through_all_its_phases(vqgan_run: Path, losses: Losses) -> None:
+    lines = {line["step"]: line for line in losses(vqgan_run) if "loss" in line}
+    assert "codebook_usage" not in lines[2]
+    assert "codebook_usage" in lines[3]
+    assert "discriminator" not in lines[3]
+    assert "discriminator" in lines[4]
+
+
+def test_kodalle_learns(kodalle_run: Path, losses: Losses) -> None:
+    lines = [line for line in losses(kodalle_run) if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert abs(lines[0]["loss_image"] - 3.4657) < 0.3  # ln 32: an untrained head knows nothing
+
+
+# -------------------------------------------------------------------------------------------------- stopped and resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_by_sigterm_and_resumed(
+    stage: str,
+    run_of: dict[str, Path],
+    tree_of: TreeOf,
+    train_tree: Train,
+    losses: Losses,
+    same_weights: Same,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tree = tree_of(stage, tmp_path / "run")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        _stop_after(patched, stage, 3)
+        with pytest.raises(SystemExit, match="stopped by a signal after step 3; run the same command to go on"):
+            train_tree(tree)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert not (tmp_path / "run" / "model").exists()
+    torch.manual_seed(99)
+    train_tree(tree)
+    assert "resuming" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(run_of[stage])
+    for name in ("model", "model-best"):
+        same_weights(tmp_path / "run" / name, run_of[stage] / name)
+
+
+# Where SIGKILL strikes: VQGAN inside a checkpoint before its marker, KoCLIP inside the export of the best model,
+# KoDALLE between two checkpoints.
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine.config_files import load_run
+from engine.training import checkpoints, stage_koclip, stage_kodalle, trainer
+
+trainer.matrix_peak = lambda *_: 1e12
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def marker(path, content, write=checkpoints.write_json):
+    kill() if content["step"] == 6 else write(path, content)
+
+run = load_run(Path(sys.argv[1]))
+if run.stage == "vqgan":
+    checkpoints.write_json = marker
+elif run.stage == "koclip":
+    import engine.models.folder
+    engine.models.folder.write_json = kill
+else:
+    stage_kodalle.KodalleStage.after_step = lambda self, step: kill() if step == 5 else None
+trainer.train(run)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    children = []
+    for stage in STAGES:
+        file = write_tree(tree_of(stage, folder / stage), folder / f"{stage}.yaml")
+        command = [sys.executable, "-c", _KILLED, str(file)]
+        children.append(
+            subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    for child in children:
+        _, said = child.communicate(timeout=400)
+        assert child.returncode == -signal.SIGKILL, said
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "newest"), [("vqgan", 4), ("koclip", 2), ("kodalle", 4)])
+def test_killed_and_resumed(
+    stage: str,
+    newest: int,
+    killed: Path,
+    run_of: dict[str, Path],
+    tree_of: TreeOf,
+    train_tree: Train,
+    losses: Losses,
+    same_weights: Same,
+) -> None:
+    run = killed / stage
+    assert complete_checkpoints(run / "checkpoints")[0].name == f"step-{newest:08d}"
+    if stage == "vqgan":
+        assert (run / "checkpoints" / ".partial-step-00000006").is_dir()
+    train_tree(tree_of(stage, run))
+    assert losses(run) == losses(run_of[stage])
+    same_weights(run / "model", run_of[stage] / "model")
+    assert not list(run.rglob(".partial-*"))
+
+
+def test_finished_run_says_so_and_does_nothing(
+    kodalle_run: Path, tree_of: TreeOf, train_tree: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
+    assert train_tree(tree_of("kodalle", kodalle_run)) == kodalle_run / "model"
+    said = capsys.readouterr().out
+    assert "is finished (8 steps): nothing to do" in said
+    assert "written after" not in said
+    after = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
+    assert after.keys() == before.keys()
+    assert all(after[path] == before[path] for path in after if path.is_file())
+
+
+@pytest.mark.parametrize("fault", ["truncated", "no marker"])
+def test_incomplete_checkpoint_is_passed_over(
+    fault: str,
+    kodalle_run: Path,
+    tree_of: TreeOf,
+    train_tree: Train,
+    losses: Losses,
+    same_weights: Same,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kodalle_run, run)
+    shutil.rmtree(run / "model")
+    newest = complete_checkpoints(run / "checkpoints")[0]
+    if fault == "no marker":
+        (newest / "complete.json").unlink()
+    else:
+        largest = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    train_tree(tree_of("kodalle", run))
+    assert "at step 6" in capsys.readouterr().out
+    assert losses(run) == losses(kodalle_run)
+    same_weights(run / "model", kodalle_run / "model")
+
+
+def test_killed_after_the_last_step_exports_without_training(
+    kodalle_run: Path, tree_of: TreeOf, train_tree: Train, losses: Losses, same_weights: Same, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kodalle_run, run)
+    shutil.rmtree(run / "model")
+    train_tree(tree_of("kodalle", run))
+    assert losses(run) == losses(kodalle_run)
+    same_weights(run / "model", kodalle_run / "model")
+
+
+# ------------------------------------------------------------------------------------------- precision, accumulation
+
+
+def _exact(tree: Tree) -> Tree:
+    """Without what depends on the grouping of pictures (dropout), and with an optimiser that forgives roundings."""
+    tree["model"] |= {"attention_dropout": 0.0, "ff_dropout": 0.0}
+    tree["deepspeed"]["optimizer"]["params"]["eps"] = 1e-3
+    tree["loop"] |= {"steps": 4, "validate_every": 4, "sample_every": 4, "checkpoint_every": 4}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def exact_run(tree_of: TreeOf, train_tree: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, batches of four."""
+    run = tmp_path_factory.mktemp("exact") / "run"
+    tree = _exact(tree_of("kodalle", run))
+    tree["deepspeed"]["zero_optimization"] = {"stage": 1}  # with it, DeepSpeed tells the gradient's norm, not we
+    train_tree(tree)
+    return run
+
+
+def _close(model: Path, other: Path, tolerance: float) -> None:
+    ours, theirs = (load_file(folder / "transformer.safetensors") for folder in (model, other))
+    assert ours.keys() == theirs.keys()
+    worst = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    assert max(worst.values()) <= tolerance, max(worst.items(), key=lambda item: item[1])
+
+
+def _same_norms(run: Path, other: Path, losses: Losses) -> None:
+    norms = [[line["grad_norm"] for line in losses(folder) if "loss" in line] for folder in (run, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_accumulated_equals_one_batch(
+    exact_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, losses: Losses
+) -> None:
+    tree = _exact(tree_of("kodalle", tmp_path / "run"))
+    tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    _close(train_tree(tree), exact_run / "model", 1e-5)
+    _same_norms(tmp_path / "run", exact_run, losses)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_bf16_runs_on_cpu(zero: int, exact_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
+    tree = _exact(tree_of("kodalle", tmp_path / "run"))
+    tree["deepspeed"] |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}}
+    model = train_tree(tree)
+    weights = load_file(model / "transformer.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())  # the master copies
+    _close(model, exact_run / "model", 5e-3)
+
+
+@pytest.mark.parametrize(("stage", "zero"), [("vqgan", 2), ("koclip", 1), ("koclip", 3)])
+def test_other_stages_in_bf16_and_sharded(
+    stage: str, zero: int, tree_of: TreeOf, train_tree: Train, tmp_path: Path
+) -> None:
+    tree = tree_of(stage, tmp_path / "run")
+    tree["deepspeed"] |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}}
+    tree["loop"]["steps"] = 5 if stage == "vqgan" else 2  # the discriminator joins after three
+    model = train_tree(tree)
+    assert (model / f"{stage}.safetensors").is_file()
+    assert all(torch.isfinite(value).all() for value in load_file(model / f"{stage}.safetensors").values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_held_out_pictures_it_trains_and_tells_no_validation(
+    stage: str, pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, losses: Losses
+) -> None:
+    """As a prepared folder of a few pictures is: none of them may fall into the validation split."""
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["split"] == "train"]
+    (tmp_path / "pairs" / "pairs.jsonl").write_text("".join(kept), encoding="utf-8")
+    tree = tree_of(stage, tmp_path / "run")
+    tree["data"] |= {"pairs": str(tmp_path / "pairs"), "cache_images": True}
+    tree["loop"] |= {"steps": 2, "sample_every": 2}
+    model = train_tree(tree)
+    assert (model / "config.json").is_file()
+    assert not (tmp_path / "run" / "model-best").exists()
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("stage", ["koclip", "kodalle"])
+def test_partial_captions_reach_the_batches(
+    stage: str, pairs_folder: Path, tree_of: TreeOf, write_tree: Callable[[Tree, Path], Path], tmp_path: Path
+) -> None:
+    """Every second visit or so reads one of a caption's two sentences; held-out captions stay whole."""
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    file = tmp_path / "pairs" / "pairs.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text(
+        "".join(
+            json.dumps(line | {"caption": "가 나. 다 라.", "captions": ["가 나. 다 라."]}) + "\n" for line in lines
+        ),
+        encoding="utf-8",
+    )
+    tree = tree_of(stage, tmp_path / "run", text={"tokenizer": "train", "vocab_size": 60, "partial_captions": 1})
+    tree["data"] |= {"pairs": str(tmp_path / "pairs")}
+    if stage == "kodalle":
+        tree |= {"koclip": None, "caption_dropout": 0.0}
+    run = load_run(write_tree(tree, tmp_path / "run.yaml"))
+    made: Any = trainer._make_stage(run, join_world(torch_threads=None))
+
+    def captions(source: Any) -> set[str]:
+        length = run.model.text_seq_len  # type: ignore[union-attr]
+        known = {
+            text: tuple(made.tokenizer.encode([text], length).tokens[0].tolist())
+            for text in ("가 나. 다 라.", "가 나.", "다 라.")
+        }
+        found = {tuple(row) for number in range(6) for row in source(number)["text_tokens"].tolist()}
+        assert found <= set(known.values())
+        return {text for text, tokens in known.items() if tokens in found}
+
+    assert captions(made.source) == {"가 나. 다 라.", "가 나.", "다 라."}
+    assert captions(made.validation_source) == {"가 나. 다 라."}
+
+
+_SEVERAL = """
+import sys
+from pathlib import Path
+from engine.config_files import load_run
+from engine.training import trainer
+trainer.matrix_peak = lambda *_: 1e12
+for path in sys.argv[1:]:
+    trainer.train(load_run(Path(path)))
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two gloo processes, batches of two, ZeRO 0 to 3 one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    files = []
+    for zero in range(4):
+        tree = _exact(tree_of("kodalle", folder / f"zero{zero}"))
+        tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero}}
+        files.append(str(write_tree(tree, folder / f"zero{zero}.yaml")))
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SEVERAL, *files],
+            env=ENVIRONMENT | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    answers = [child.communicate(timeout=500)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(answers)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_ranks_equal_one_with_twice_the_batch(zero: int, two_ranks: Path, exact_run: Path, losses: Losses) -> None:
+    run = two_ranks / f"zero{zero}"
+    _close(run / "model", exact_run / "model", 1e-5)
+    _same_norms(run, exact_run, losses)
+    logged = [[line["loss"] for line in losses(folder) if "loss" in line] for folder in (run, exact_run)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)  # the whole batch's, not rank 0's half
+    marker = json.loads((complete_checkpoints(run / "checkpoints")[0] / "complete.json").read_text())
+    assert marker["processes"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------- the launcher
+
+
+@pytest.mark.slow
+def test_deepspeed_launcher_trains_the_same(
+    kodalle_run: Path,
+    tree_of: TreeOf,
+    write_tree: Callable[..., Path],
+    losses: Losses,
+    same_weights: Same,
+    tmp_path: Path,
+) -> None:
+    file = write_tree(tree_of("kodalle", tmp_path / "elsewhere"), tmp_path / "run.yaml")
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--master_port", str(_free_port()), "engine/train.py"]
+    answer = subprocess.run(
+        [*command, "--config", str(file), f"run={tmp_path / 'run'}", "loop.log_every=1"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT | {"PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert f"{tmp_path / 'run' / 'model'} written after" in answer.stdout
+    assert losses(tmp_path / "run") == losses(kodalle_run)
+    same_weights(tmp_path / "run" / "model", kodalle_run / "model")
+
+
+def test_engine_takes_the_runs_length_for_auto() -> None:
+    join_world(torch_threads=1)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}},
+    }
+    engine = make_engine(torch.nn.Linear(2, 2), settings, total_steps=77)
+    assert engine.lr_scheduler.total_num_steps == 77
+    assert settings["scheduler"]["params"]["total_num_steps"] == "auto"  # type: ignore[index]

@@ -1,0 +1,227 @@
+import base64
+import io
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from serve.api.application import build_edge
+from serve.local_pool import LocalPool
+from serve.settings import ServeSettings
+from tests.live_server import post_json, request_bytes, serving, wait_until
+
+DRAW = "/v1/images/generations"
+PROMPT = "빨강 바탕에 파랑 네모"
+
+
+@pytest.fixture(scope="module")
+def pool(kodalle_run: Path) -> Iterator[LocalPool]:
+    """A drawer with a tiny trained model: 32 pixels, 8 x 8 tokens."""
+    pool = LocalPool(ServeSettings(model=str(kodalle_run / "model"), model_id="tiny"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def port(pool: LocalPool) -> Iterator[int]:
+    with serving(build_edge(pool, ServeSettings(default_candidates=4, page=False))) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+
+def picture(b64: str | None, form: str = "PNG") -> np.ndarray:
+    assert b64 is not None
+    image = Image.open(io.BytesIO(base64.b64decode(b64)))
+    assert image.format == form
+    return np.asarray(image.convert("RGB"))
+
+
+def given_picture() -> tuple[bytes, bytes, np.ndarray, np.ndarray]:
+    """A picture of the model's size and a mask in OpenAI's manner, as files and as arrays."""
+    pixels = np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    hole = np.zeros((32, 32), bool)
+    hole[8:20, 12:24] = True
+    mask = np.dstack([pixels, np.where(hole, 0, 255).astype(np.uint8)])
+    files = []
+    for array in (pixels, mask):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, "PNG")
+        files.append(file.getvalue())
+    return files[0], files[1], pixels, hole
+
+
+# ----------------------------------------------------------------------------------------------- through OpenAI's client
+
+
+def test_pictures_of_a_caption_come_ranked_with_their_seeds(client: openai.OpenAI) -> None:
+    answer: Any = client.images.generate(
+        prompt=PROMPT, n=2, size="32x32", extra_body={"seed": 2**64 - 1, "candidates": 5, "all_candidates": True}
+    )
+    assert [picture(one.b64_json).shape for one in answer.data] == [(32, 32, 3)] * 2
+    assert [one.rank for one in answer.data] == [1, 2]
+    assert [one["rank"] for one in answer.candidates] == [3, 4, 5]
+    everyone = [(one.candidate, one.clip_score) for one in answer.data]
+    everyone += [(one["candidate"], one["clip_score"]) for one in answer.candidates]
+    assert sorted(number for number, _ in everyone) == [0, 1, 2, 3, 4]
+    assert [score for _, score in everyone] == sorted((score for _, score in everyone), reverse=True)
+    assert {one.seed for one in answer.data} == {2**64 - 1}
+    assert answer.usage.output_tokens == 5 * 64
+    assert {"queue", "prefill", "decode", "vqgan", "ranking", "encoding", "total"} <= answer.timings_s.keys()
+    assert (answer.model, answer.request_id, answer.tokens_cut) == ("tiny", answer._request_id, 0)
+    assert (answer.quality, answer.output_format, answer.size) == ("medium", "png", "32x32")
+
+
+def test_the_same_seed_gives_the_same_bytes_streamed_or_not_alone_or_beside_others(client: openai.OpenAI) -> None:
+    def drawn(seed: int, **more: Any) -> list[str]:
+        return [
+            one.b64_json for one in client.images.generate(prompt=PROMPT, n=3, extra_body={"seed": seed} | more).data
+        ]  # type: ignore[misc, union-attr]
+
+    alone = {seed: drawn(seed) for seed in range(4)}
+    assert len({one for pictures in alone.values() for one in pictures}) == 12
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, range(4))) == [alone[seed] for seed in range(4)]
+    stream = client.images.generate(prompt=PROMPT, n=3, stream=True, partial_images=2, extra_body={"seed": 2})
+    assert [event.b64_json for event in stream if event.type == "image_generation.completed"] == alone[2]
+
+
+def test_a_seed_that_was_not_asked_for_is_told_and_draws_the_same_again(client: openai.OpenAI) -> None:
+    first: Any = client.images.generate(prompt=PROMPT).data
+    again: Any = client.images.generate(prompt=PROMPT, extra_body={"seed": first[0].seed}).data
+    assert again[0].b64_json == first[0].b64_json
+    other: Any = client.images.generate(prompt=PROMPT).data
+    assert other[0].seed != first[0].seed
+
+
+def test_partial_pictures_show_the_rows_drawn_so_far(client: openai.OpenAI) -> None:
+    asked = {"seed": 1, "candidates": 2, "progress": True, "all_candidates": True}
+    events: list[Any] = list(
+        client.images.generate(prompt=PROMPT, stream=True, partial_images=3, n=2, extra_body=asked)
+    )
+    partials = [event for event in events if event.type == "image_generation.partial_image"]
+    assert {event.image_index for event in partials} == {0, 1}
+    for number in (0, 1):
+        own = [event for event in partials if event.image_index == number]
+        assert [event.partial_image_index for event in own] == list(range(len(own)))
+        assert [event.rows_drawn for event in own] == sorted({event.rows_drawn for event in own})
+        assert all(picture(event.b64_json).shape == (32, 32, 3) for event in own)
+        assert all(0 < event.rows_drawn < event.rows_total == 8 for event in own)
+    progress = [event.tokens_drawn for event in events if event.type == "image_generation.progress"]
+    assert progress == sorted(progress)
+    assert [event.type for event in events[-2:]] == ["image_generation.completed"] * 2
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
+def test_each_format_is_what_it_says(client: openai.OpenAI, form: Any) -> None:
+    more = {} if form == "png" else {"output_compression": 80}
+    answer: Any = client.images.generate(prompt=PROMPT, output_format=form, extra_body={"seed": 1} | more)
+    assert picture(answer.data[0].b64_json, form.upper()).shape == (32, 32, 3)
+    assert answer.output_format == form
+
+
+def test_repainting_keeps_what_is_not_masked_to_the_pixel(client: openai.OpenAI) -> None:
+    image, mask, pixels, hole = given_picture()
+    answer: Any = client.images.edit(
+        image=image, mask=mask, prompt=PROMPT, n=2, extra_body={"seed": 3, "candidates": 3}
+    )
+    assert len(answer.data) == 2
+    for one in answer.data:
+        drawn = picture(one.b64_json)
+        assert (drawn[~hole] == pixels[~hole]).all()
+        assert (drawn[hole] != pixels[hole]).any()
+    assert answer.usage.input_tokens_details.image_tokens == 64
+
+
+def test_a_picture_alone_keeps_its_rows_and_streams(client: openai.OpenAI) -> None:
+    image, _, pixels, _ = given_picture()
+    stream = client.images.edit(image=[image], prompt=PROMPT, stream=True, extra_body={"keep_rows": 3, "seed": 3})
+    events: list[Any] = list(stream)
+    assert events[-1].type == "image_edit.completed"
+    assert (picture(events[-1].b64_json)[:12] == pixels[:12]).all()
+    plain: Any = client.images.edit(image=image, prompt=PROMPT, extra_body={"keep_rows": 3, "seed": 3, "paste": False})
+    assert (picture(plain.data[0].b64_json)[:12] != pixels[:12]).any()
+
+
+def test_two_pictures_to_start_from_are_refused_and_say_so(client: openai.OpenAI) -> None:
+    image = given_picture()[0]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.images.edit(image=[image, image], prompt=PROMPT)
+    assert raised.value.param == "image[]"
+
+
+def test_errors_are_openais_own_classes_with_code_and_field(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.images.generate(prompt=PROMPT, n=11)
+    assert (bad.value.code, bad.value.param, bad.value.type) == ("invalid_value", "n", "invalid_request_error")
+    assert bad.value.request_id
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.images.generate(prompt=PROMPT, model="dall-e-3")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.images.create_variation(image=given_picture()[0])
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI, pool: LocalPool) -> None:
+    (model,) = client.models.list().data
+    assert client.models.retrieve("tiny") == model
+    assert (model.id, model.owned_by, model.created) == ("tiny", "kodalle", pool.drawer.info.created)
+    assert model.image_size == 32  # type: ignore[attr-defined]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-image-2")
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def test_counted_tokens_are_those_that_are_read(client: openai.OpenAI, port: int) -> None:
+    counted = post_json(port, "/v1/tokenize", {"prompt": "빨강 네모"}).json()
+    assert counted == {"object": "tokens", "tokens": counted["tokens"], "limit": 12, "characters": 5}
+    answer: Any = client.images.generate(prompt="빨강 네모", extra_body={"candidates": 1})
+    assert answer.usage.input_tokens == counted["tokens"]
+    long = "빨강 " * 50
+    counted = post_json(port, "/v1/tokenize", {"prompt": long}).json()
+    cut: Any = client.images.generate(prompt=long, extra_body={"candidates": 1})
+    assert cut.tokens_cut == counted["tokens"] - 12 > 0
+    assert post_json(port, "/v1/tokenize", {"prompt": ""}).json()["tokens"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hang_up_frees_the_drawers_slots_within_a_second(pool: LocalPool, port: int, stream: bool) -> None:
+    body = f'{{"prompt": "{PROMPT}", "candidates": 60, "stream": {str(stream).lower()}}}'.encode()
+    slowest_s = 0.0
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(request_bytes("POST", DRAW, body=body, port=port))
+            wait_until(lambda: pool.drawer.slots_in_use > 0, within_s=20)
+        slowest_s = max(slowest_s, wait_until(lambda: pool.drawer.num_active == 0))
+        wait_until(lambda: pool.drawer.slots_in_use + pool.drawer.queued_rows == 0)
+    assert slowest_s < 1
+
+
+def test_more_than_the_queue_takes_is_429_with_a_wait(kodalle_run: Path) -> None:
+    settings = ServeSettings(model=str(kodalle_run / "model"), num_slots=2, max_queued_rows=4, page=False)
+    pool = LocalPool(settings)
+    try:
+        with serving(build_edge(pool, settings)) as port, ThreadPoolExecutor(12) as threads:
+            asked = {"prompt": PROMPT, "candidates": 2}
+            replies = list(threads.map(lambda _: post_json(port, DRAW, asked), range(12)))
+    finally:
+        pool.close()
+    assert {reply.status for reply in replies} == {200, 429}
+    for reply in replies:
+        if reply.status == 429:
+            assert reply.error["code"] == "queue_full"
+            assert int(reply.headers["retry-after"]) >= 1

@@ -1,0 +1,90 @@
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from schemathesis.core.failures import FailureGroup
+
+from serve.api import schemas
+from serve.api.application import build_edge
+from serve.api.errors import FAILURES, Failure
+from serve.api.openapi import describe, described_page
+from serve.api.schemas import EditRequest, GenerationRequest
+from serve.local_pool import LocalPool
+from serve.settings import Limits, ServeSettings
+from tests.live_server import INFO, ScriptedPool, ask, serving
+from tests.schema_cases import send_cases
+
+SETTINGS = ServeSettings(limits=Limits(max_candidates=7, max_images=3, max_prompt_characters=77))
+
+
+@pytest.fixture(scope="module")
+def port(kodalle_run: Path) -> Iterator[int]:
+    limits = Limits(max_candidates=3, max_images=2, max_partials=2)
+    settings = ServeSettings(model=str(kodalle_run / "model"), default_candidates=1, page=False, limits=limits)
+    pool = LocalPool(settings)
+    try:
+        with serving(build_edge(pool, settings)) as port:
+            yield port
+    finally:
+        pool.close()
+
+
+def test_generated_requests_are_answered_as_the_document_says(port: int) -> None:
+    outcome = send_cases(f"http://127.0.0.1:{port}", per_operation=26, seed=20261121)
+    assert outcome.sent >= 150
+    assert {200, 400, 404} == set(outcome.statuses)
+    assert outcome.operations["positive POST /v1/images/generations"] >= 15
+    assert outcome.operations["positive POST /v1/images/edits"] >= 15
+
+
+def test_generated_requests_find_errors_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Failure, "body", lambda _: b'{"detail": "as stock FastAPI says it"}')
+    app = build_edge(ScriptedPool(), ServeSettings(page=False))
+    with serving(app) as port, pytest.raises(FailureGroup, match='"error" is a required property'):
+        send_cases(f"http://127.0.0.1:{port}", per_operation=10, seed=1)
+
+
+def test_every_field_is_described_with_the_running_servers_limits() -> None:
+    document = describe(SETTINGS, INFO)["components"]["schemas"]
+    assert set(document["GenerationRequest"]["properties"]) == set(GenerationRequest.model_fields)
+    unsupported = {"complexity", "frame_count", "frame_duration_ms", "svg", "markup"}
+    assert set(document["EditRequest"]["properties"]) == set(EditRequest.model_fields) - unsupported | {"image", "mask"}
+    fields = document["GenerationRequest"]["properties"]
+    assert {"type": "integer", "minimum": 1, "maximum": 7} in fields["candidates"]["anyOf"]
+    assert {"type": "integer", "minimum": 1, "maximum": 3} in fields["n"]["anyOf"]
+    assert fields["prompt"]["maxLength"] == 77
+    assert fields["size"]["enum"] == ["auto", "32x32", None]
+    assert all(field["description"] for field in fields.values())
+
+
+def test_every_route_says_what_it_can_answer() -> None:
+    document = describe(SETTINGS, INFO)
+    drawing = document["paths"]["/v1/images/generations"]["post"]
+    assert set(drawing["responses"]) == {
+        "200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504",
+    }  # fmt: skip
+    told = " ".join(answer["description"] for answer in drawing["responses"].values())
+    elsewhere = {"method_not_allowed", "client_closed_request"}
+    assert set(FAILURES) - elsewhere <= set(re.findall(r"\w+", told))
+    examples = drawing["requestBody"]["content"]["application/json"]["examples"]
+    assert {"한국어", "English"} <= examples.keys()
+    for example in examples.values():
+        schemas.read_request(GenerationRequest, example["value"])
+
+
+def test_the_same_is_a_page_without_scripts_and_without_the_network() -> None:
+    page = described_page(describe(SETTINGS, INFO))
+    assert "POST /v1/images/edits" in page
+    assert "integer 1 to 7" in page
+    assert not re.search(r"<script|<link|https?:|style=", page)
+    hostile = describe(SETTINGS, INFO)
+    hostile["paths"]["/v1/models"]["get"]["summary"] = "<script>"
+    assert "<script>" not in described_page(hostile)
+
+
+def test_both_are_served() -> None:
+    with serving(build_edge(ScriptedPool(), ServeSettings(page=False))) as port:
+        assert ask(port, "GET", "/openapi.json").json()["openapi"] == "3.1.0"
+        docs = ask(port, "GET", "/docs")
+    assert docs.headers["content-type"].startswith("text/html")

@@ -1,0 +1,229 @@
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.sampling_params import SamplingOptions
+from serve.api import schemas
+from serve.api.errors import Failure
+from serve.api.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
+from serve.messages import DrawJob
+from serve.settings import Limits, ServeSettings
+from tests.live_server import INFO
+
+SETTINGS = ServeSettings()
+
+
+def job(*, is_edit: bool = False, settings: ServeSettings = SETTINGS, **fields: Any) -> DrawJob:
+    values = {"prompt": "빨강 니트"} | fields
+    asked = read_request(EditRequest, values) if is_edit else read_request(GenerationRequest, values)
+    return draw_job(asked, INFO, settings, request_id="r", key_id="k", deadline_s=9.0, has_picture=is_edit)
+
+
+def refused(**fields: Any) -> Failure:
+    with pytest.raises(Failure) as raised:
+        job(**fields)
+    return raised.value
+
+
+def test_a_caption_alone_gets_the_servers_defaults() -> None:
+    asked = job()
+    assert 0 <= asked.seed < 2**32
+    assert asked == DrawJob("r", "k", "빨강 니트", asked.seed, 16, 1, 9.0)
+    assert job().seed != job().seed or job().seed != job().seed
+
+
+def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = SamplingOptions(temperature=0.7, top_p=0.9, guidance_scale=2)
+    monkeypatch.setitem(globals(), "INFO", replace(INFO, default_options=own))
+    assert job().options == own
+    assert job(temperature=1, guidance=1).options == SamplingOptions(temperature=1, top_p=0.9)
+
+
+def test_null_means_left_out_for_every_field_but_the_prompt() -> None:
+    nulls = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
+    assert replace(job(**nulls), seed=0) == replace(job(), seed=0)
+
+
+def test_every_field_reaches_the_job() -> None:
+    asked = job(
+        is_edit=True,
+        n=2,
+        model="tiny",
+        size="32x32",
+        output_format="webp",
+        output_compression=80,
+        background="opaque",
+        stream=True,
+        partial_images=3,
+        response_format="b64_json",
+        seed=2**64 - 1,
+        candidates=5,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        guidance=3,
+        rank_by="fit",
+        all_candidates=True,
+        progress=True,
+        user="u",
+        safety_identifier="s",
+        input_fidelity="high",
+    )
+    assert asked == DrawJob(
+        request_id="r",
+        key_id="k",
+        caption="빨강 니트",
+        seed=2**64 - 1,
+        num_candidates=5,
+        num_images=2,
+        deadline_s=9.0,
+        options=SamplingOptions(0.5, 7, 0.9, 3.0),
+        rank_by="fit",
+        image_format="webp",
+        compression=80,
+        num_partials=3,
+        wants_progress=True,
+        wants_all=True,
+    )
+
+
+def test_a_form_says_the_same_as_json() -> None:
+    values: dict[str, Any] = {
+        "prompt": "2", "n": 2, "seed": 7, "candidates": 4, "temperature": 0.5, "top_k": 3, "guidance": 2.0,
+        "stream": True, "progress": False, "all_candidates": True, "partial_images": 2, "quality": "low", "paste": False,
+        "keep_rows": 3, "output_format": "jpeg", "output_compression": 90,
+    }  # fmt: skip
+    text = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
+    assert read_text_request(EditRequest, text) == read_request(EditRequest, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("n", "2.0"), ("n", ""), ("n", "٢"), ("n", "1e2"), ("n", "9" * 30), ("stream", "yes"), ("stream", "True"),
+     ("temperature", "nan"), ("temperature", "inf"), ("temperature", "1e400"), ("temperature", "١"), ("temperature", "x"),
+     ("temperature", "0" * 50)],
+)  # fmt: skip
+def test_text_that_is_no_number_or_switch_is_refused_by_name(name: str, text: str) -> None:
+    with pytest.raises(Failure) as raised:
+        read_text_request(EditRequest, {"prompt": "a", name: text})
+    assert (raised.value.code, raised.value.param) == ("invalid_type", name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"prompt": None}, "invalid_type", "prompt"),
+        ({"prompt": 5}, "invalid_type", "prompt"),
+        ({"prompt": " \n "}, "invalid_value", "prompt"),
+        ({"prompt": "a" * 1001}, "invalid_value", "prompt"),
+        ({"n": 0}, "invalid_value", "n"),
+        ({"n": 11}, "invalid_value", "n"),
+        ({"n": True}, "invalid_type", "n"),
+        ({"n": 2.5}, "invalid_type", "n"),
+        ({"n": "2"}, "invalid_type", "n"),
+        ({"stream": 1}, "invalid_type", "stream"),
+        ({"temperatur": 1}, "unknown_parameter", "temperatur"),
+        ({"negative_prompt": "x"}, "unknown_parameter", "negative_prompt"),
+        ({"keep_rows": 2}, "unknown_parameter", "keep_rows"),
+        ({"model": "dall-e-2"}, "model_not_found", "model"),
+        ({"size": "1024x1024"}, "invalid_value", "size"),
+        ({"quality": "best"}, "invalid_value", "quality"),
+        ({"output_format": "gif"}, "invalid_value", "output_format"),
+        ({"output_format": "svg"}, "invalid_value", "output_format"),
+        ({"output_compression": 50}, "invalid_value", "output_compression"),
+        ({"output_compression": 101, "output_format": "webp"}, "invalid_value", "output_compression"),
+        ({"background": "transparent"}, "invalid_value", "background"),
+        ({"response_format": "url"}, "invalid_value", "response_format"),
+        ({"partial_images": 1}, "invalid_value", "partial_images"),
+        ({"partial_images": 17, "stream": True}, "invalid_value", "partial_images"),
+        ({"progress": True}, "invalid_value", "progress"),
+        ({"complexity": "low"}, "unsupported_parameter", "complexity"),
+        ({"frame_count": 4}, "unsupported_parameter", "frame_count"),
+        ({"frame_duration_ms": 4}, "unsupported_parameter", "frame_duration_ms"),
+        ({"svg": {}}, "unsupported_parameter", "svg"),
+        ({"seed": -1}, "invalid_value", "seed"),
+        ({"seed": 2**64}, "invalid_value", "seed"),
+        ({"candidates": 65}, "invalid_value", "candidates"),
+        ({"candidates": 1, "n": 2}, "invalid_value", "candidates"),
+        ({"candidates": 1, "num_candidates": 1}, "invalid_value", "num_candidates"),
+        ({"temperature": -0.1}, "invalid_value", "temperature"),
+        ({"temperature": 1e-9}, "invalid_value", "temperature"),
+        ({"temperature": 10**30}, "invalid_value", "temperature"),
+        ({"top_k": 0}, "invalid_value", "top_k"),
+        ({"top_k": 10**30}, "invalid_value", "top_k"),
+        ({"top_p": 0}, "invalid_value", "top_p"),
+        ({"top_p": 1.1}, "invalid_value", "top_p"),
+        ({"guidance": 1e30}, "invalid_value", "guidance"),
+        ({"guidance": 2, "guidance_scale": 2}, "invalid_value", "guidance_scale"),
+        ({"rank_by": "fit"}, "invalid_value", "rank_by"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], code: str, param: str) -> None:
+    failure = refused(**fields)
+    assert (failure.code, failure.param) == (code, param)
+    assert f"`{param}`" in failure.message or code == "model_not_found"
+    assert f"`{param}`" in failure.message_ko or code == "model_not_found"
+
+
+def test_a_missing_prompt_is_called_missing() -> None:
+    with pytest.raises(Failure) as raised:
+        read_request(GenerationRequest, {})
+    assert (raised.value.code, raised.value.param) == ("missing_required_parameter", "prompt")
+
+
+def test_no_error_repeats_what_was_sent() -> None:
+    secret = "비밀스러운 설명"
+    for fields in ({"n": secret}, {"quality": secret}, {"prompt": {"a": secret}}, {"svg": secret}, {"size": secret}):
+        failure = refused(**fields)
+        assert secret not in failure.body().decode()
+    name = refused(**{"\x1b[31m" + "x" * 500: 1}).param
+    assert name is not None
+    assert name.isprintable()
+    assert len(name) == 64
+
+
+def test_the_prompt_is_brought_to_nfc_before_it_is_measured() -> None:
+    apart = "\u1100\u1161" * 1000  # NFD: two code points each
+    assert job(prompt=apart).caption == "가" * 1000
+    assert refused(prompt="가" * 1001).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [({}, 16), ({"quality": "low"}, 4), ({"quality": "auto"}, 16), ({"quality": "standard"}, 8), ({"quality": "hd"}, 16),
+     ({"quality": "max"}, 64), ({"quality": "low", "n": 6}, 6), ({"quality": "low", "candidates": 9}, 9),
+     ({"num_candidates": 3}, 3)],
+)  # fmt: skip
+def test_quality_is_the_number_of_candidates_where_none_is_given(fields: dict[str, Any], count: int) -> None:
+    assert job(**fields).num_candidates == count
+
+
+def test_the_servers_limit_bounds_what_quality_asks_for() -> None:
+    settings = ServeSettings(limits=Limits(max_candidates=5))
+    assert job(settings=settings, quality="max").num_candidates == 5
+    with pytest.raises(Failure):
+        job(settings=settings, n=6)
+
+
+def test_an_answers_quality_is_the_least_that_draws_as_many() -> None:
+    assert [quality_of(count) for count in (1, 4, 5, 8, 16, 17, 64, 500)] == [
+        "low", "low", "medium", "medium", "high", "xhigh", "max", "max",
+    ]  # fmt: skip
+
+
+def test_without_the_bounds_a_huge_number_would_reach_the_drawer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(candidates=10**9).status == 400
+    monkeypatch.setattr(schemas, "bounds", lambda _: {})
+    assert job(candidates=10**9).num_candidates == 10**9
+
+
+def test_every_number_of_a_request_has_bounds() -> None:
+    numbers = {
+        name
+        for kind in (GenerationRequest, EditRequest)
+        for name, field in kind.model_fields.items()
+        if re.search(r"\b(int|float)\b", str(field.annotation))
+    }
+    assert numbers == set(schemas.bounds(Limits()))

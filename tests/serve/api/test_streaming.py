@@ -1,0 +1,280 @@
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import openai
+import pytest
+
+from serve.api import streaming
+from serve.api.application import build_edge
+from serve.messages import DrawEvent, DrawJob, Partial, Progress, Queued, Refused
+from serve.settings import ServeSettings
+from tests.live_server import ScriptedPool, finished, post_json, request_bytes, serving, wait_until
+
+DRAW = "/v1/images/generations"
+
+
+async def whole_story(job: DrawJob) -> AsyncIterator[DrawEvent]:
+    """What a drawer tells of a job that had to wait."""
+    if job.wants_progress:
+        yield Queued(2, 1.5)
+        yield Progress(10, 64)
+    for number in range(job.num_images):
+        for index in range(job.num_partials):
+            yield Partial(number, index, index + 1, 8, b"half a picture")
+    yield finished(job)
+
+
+async def never(_: DrawJob) -> AsyncIterator[DrawEvent]:
+    await asyncio.sleep(3600)
+    yield Progress(0, 1)
+
+
+async def progress_forever(_: DrawJob) -> AsyncIterator[DrawEvent]:
+    while True:
+        await asyncio.sleep(0.01)
+        yield Progress(1, 64)
+
+
+async def ends_early(job: DrawJob) -> AsyncIterator[DrawEvent]:
+    if job.wants_progress:
+        yield Progress(1, 64)
+
+
+async def breaks(job: DrawJob) -> AsyncIterator[DrawEvent]:
+    if job.wants_progress:
+        yield Progress(1, 64)
+    raise ZeroDivisionError("빨강 is in no log")
+
+
+def refuses(refused: Refused, *, after_progress: bool = False) -> Callable[[DrawJob], AsyncIterator[DrawEvent]]:
+    async def script(_: DrawJob) -> AsyncIterator[DrawEvent]:
+        if after_progress:
+            yield Progress(1, 64)
+        yield refused
+
+    return script
+
+
+def events_of(body: bytes) -> list[dict[str, Any]]:
+    """The events of a stream; each one's name must be its type."""
+    events = []
+    for block in body.decode().split("\n\n"):
+        if not block or block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        events.append(event)
+    return events
+
+
+def test_a_stream_tells_the_whole_story_in_order() -> None:
+    with serving(build_edge(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
+        asked = {"prompt": "a", "n": 2, "candidates": 3, "stream": True, "partial_images": 2, "progress": True}
+        reply = post_json(port, DRAW, asked | {"all_candidates": True, "seed": 9})
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-store", "no")
+    events = events_of(reply.body)
+    kinds = [event["type"].removeprefix("image_generation.") for event in events]
+    assert kinds == ["queued", "progress", *["partial_image"] * 4, "candidate", "completed", "completed"]
+    assert events[0] == {"type": "image_generation.queued", "position": 2, "wait_s": 1.5}
+    partial, best, second = events[2], events[-2], events[-1]
+    assert (partial["image_index"], partial["partial_image_index"], partial["rows_drawn"], partial["rows_total"]) == (
+        0, 0, 1, 8,
+    )  # fmt: skip
+    assert [best["image_index"], second["image_index"], events[6]["image_index"]] == [0, 1, 2]
+    assert [best["rank"], second["rank"], events[6]["rank"]] == [1, 2, 3]
+    for event in events[2:]:
+        assert {"b64_json", "created_at", "size", "quality", "background", "output_format"} <= event.keys()
+        assert event["seed"] == 9
+    assert best["usage"] == second["usage"]
+    assert best["usage"]["total_tokens"] == 5 + 3 * 64
+    assert best["request_id"] == reply.headers["x-request-id"]
+
+
+def test_openais_client_reads_it() -> None:
+    with serving(build_edge(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        stream = client.images.generate(prompt="a", n=2, stream=True, partial_images=1, extra_body={"seed": 3})
+        events = list(stream)
+    assert [type(event).__name__ for event in events] == ["ImageGenPartialImageEvent"] * 2 + [
+        "ImageGenCompletedEvent"
+    ] * 2
+    assert [event.image_index for event in events] == [0, 1, 0, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [
+        (Refused("queue_full", retry_after_s=3), 429),
+        (Refused("draining", retry_after_s=1), 503),
+        (Refused("deadline"), 504),
+        (Refused("invalid", "no", param="n"), 400),
+        (Refused("failed", "out of memory"), 500),
+    ],
+)
+def test_a_job_that_is_refused_at_once_has_its_own_status_streamed_or_not(
+    refused: Refused, status: int, stream: bool
+) -> None:
+    with serving(build_edge(ScriptedPool(refuses(refused)), ServeSettings(page=False))) as port:
+        reply = post_json(port, DRAW, {"prompt": "a", "stream": stream})
+    assert reply.status == status
+    assert reply.error["param"] == refused.param
+    assert reply.headers.get("retry-after") == (None if refused.retry_after_s is None else str(refused.retry_after_s))
+
+
+@pytest.mark.parametrize("script", [refuses(Refused("failed", "no"), after_progress=True), ends_early, breaks])
+def test_what_fails_after_the_first_byte_ends_the_stream_with_an_error_event(script: Any) -> None:
+    with serving(build_edge(ScriptedPool(script), ServeSettings(page=False))) as port:
+        reply = post_json(port, DRAW, {"prompt": "빨강", "stream": True, "progress": True})
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=2)
+        with pytest.raises(openai.APIError) as raised:
+            list(client.images.generate(prompt="빨강", stream=True, extra_body={"progress": True}))
+    assert reply.status == 200
+    last = events_of(reply.body)[-1]
+    assert last["type"] == "error"
+    assert last["error"]["code"] == raised.value.code
+    assert last["error"]["code"] == ("internal_error" if script is breaks else "drawing_failed")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_pool_that_breaks_is_a_500_without_the_caption_in_reply_or_log(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(build_edge(ScriptedPool(breaks), ServeSettings(page=False))) as port:
+        reply = post_json(port, DRAW, {"prompt": "노랑", "stream": stream})
+    assert (reply.status, reply.error["code"], reply.headers["x-should-retry"]) == (500, "internal_error", "false")
+    assert reply.headers["x-request-id"] in caplog.text
+    assert "노랑" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------- deadlines
+
+
+@pytest.mark.parametrize("script", [never, progress_forever])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_deadline_is_kept_whatever_the_drawer_does_and_the_client_says(script: Any, stream: bool) -> None:
+    pool = ScriptedPool(script)
+    settings = ServeSettings(deadline_s=0.4, page=False)
+    with serving(build_edge(pool, settings)) as port:
+        begun = time.monotonic()
+        powerful = {"x_request_timeout_seconds": "0", "x_request_disconnect_disabled": "?1"}
+        reply = post_json(port, DRAW, {"prompt": "a", "stream": stream}, **powerful)
+        took_s = time.monotonic() - begun
+        wait_until(lambda: not pool.drawing)
+    assert 0.3 < took_s < 2
+    assert pool.jobs[0].deadline_s < 0.401
+    if stream and script is progress_forever:
+        assert events_of(reply.body)[-1]["error"]["code"] == "deadline_exceeded"
+    else:
+        assert (reply.status, reply.error["code"], reply.headers["x-should-retry"]) == (
+            504, "deadline_exceeded", "false",
+        )  # fmt: skip
+
+
+def test_openais_client_does_not_repeat_what_missed_its_deadline_and_repeats_a_full_queue() -> None:
+    for script, error, times in (
+        (never, openai.InternalServerError, 1),
+        (refuses(Refused("queue_full", retry_after_s=0.1)), openai.RateLimitError, 2),
+    ):
+        pool = ScriptedPool(script)
+        with serving(build_edge(pool, ServeSettings(deadline_s=0.3, page=False))) as port:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1)
+            with pytest.raises(error):
+                client.images.generate(prompt="a")
+        assert len(pool.jobs) == times
+
+
+# ----------------------------------------------------------------------------------------------------------- hang-ups
+
+
+def _hang_up(port: int, pool: ScriptedPool, *, stream: bool) -> float:
+    """Seconds from the client's hang-up until its drawing is cancelled."""
+    body = json.dumps({"prompt": "a", "stream": stream, "progress": stream}).encode()
+    headers = {"x-request-disconnect-disabled": "?1"}
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request_bytes("POST", DRAW, body=body, port=port, headers=headers))
+        wait_until(lambda: pool.drawing == 1)
+    return wait_until(lambda: not pool.drawing, within_s=2)
+
+
+@pytest.mark.parametrize("script", [never, progress_forever])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hang_up_cancels_the_drawing_at_once(script: Any, stream: bool) -> None:
+    pool = ScriptedPool(script)
+    app = build_edge(pool, ServeSettings(page=False))
+    with serving(app) as port:
+        assert max(_hang_up(port, pool, stream=stream) for _ in range(20)) < 1
+        count = app.state.metrics.registry.get_sample_value
+        wait_until(lambda: count("kodalle_requests_in_flight") == 0)
+    assert count("kodalle_cancelled_total") == 20
+
+
+def test_without_the_watch_the_drawing_would_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def deaf(_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(streaming, "_hung_up", deaf)
+    pool = ScriptedPool(never)
+    with serving(build_edge(pool, ServeSettings(deadline_s=3, page=False))) as port, pytest.raises(AssertionError):
+        _hang_up(port, pool, stream=False)
+
+
+def test_a_client_that_stops_reading_is_cut_off_at_the_deadline() -> None:
+    async def flood(_: DrawJob) -> AsyncIterator[DrawEvent]:
+        for number in range(100_000):
+            yield Partial(0, number, 1, 8, b"x" * 50_000)
+
+    pool = ScriptedPool(flood)
+    with serving(build_edge(pool, ServeSettings(deadline_s=0.5, page=False))) as port:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+        body = b'{"prompt": "a", "stream": true, "partial_images": 1}'
+        connection.sendall(request_bytes("POST", DRAW, body=body, port=port))
+        wait_until(lambda: len(pool.jobs) == 1)
+        wait_until(lambda: not pool.drawing, within_s=4)
+        connection.close()
+
+
+# --------------------------------------------------------------------------------------------------------- keep-alive
+
+
+def test_a_silent_stream_is_kept_alive_with_comments_and_may_then_end_in_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def late(_: DrawJob) -> AsyncIterator[DrawEvent]:
+        await asyncio.sleep(0.5)
+        yield Refused("failed", "no")
+
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.1)
+    with serving(build_edge(ScriptedPool(late), ServeSettings(page=False))) as port:
+        reply = post_json(port, DRAW, {"prompt": "a", "stream": True})
+    assert reply.status == 200
+    assert 2 <= reply.body.count(b": keep-alive\n\n") <= 5
+    assert [event["type"] for event in events_of(reply.body)] == ["error"]
+
+
+def test_a_plain_answer_waits_for_nobody_else() -> None:
+    """One stuck drawing holds up no other request of the same edge."""
+
+    async def stuck_or_not(job: DrawJob) -> AsyncIterator[DrawEvent]:
+        if job.caption == "stuck":
+            await asyncio.sleep(3600)
+        yield finished(job)
+
+    pool = ScriptedPool(stuck_or_not)
+    with (
+        serving(build_edge(pool, ServeSettings(page=False))) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+    ):
+        connection.sendall(request_bytes("POST", DRAW, body=b'{"prompt": "stuck"}', port=port))
+        wait_until(lambda: pool.drawing == 1)
+        begun = time.monotonic()
+        for _ in range(20):
+            assert post_json(port, DRAW, {"prompt": "a"}).status == 200
+        assert time.monotonic() - begun < 2
+        assert pool.drawing == 1

@@ -1,0 +1,277 @@
+"""`python -m serve`: what it refuses in one line, what it tells, and how it ends."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.errors import InputError
+from serve import command
+from serve.api.keys import KeyRing
+from serve.arguments import AppArguments, read_arguments
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Looks like a model folder from outside."""
+    (tmp_path / "kodalle").mkdir()
+    (tmp_path / "kodalle" / "config.json").write_text("{}")
+    return tmp_path / "kodalle"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code."""
+    monkeypatch.setattr(sys, "argv", ["serve", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on standard error of a start that was refused with code 2."""
+    assert run(monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# -------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "MODEL: ./none" in refusal(monkeypatch, capsys, "./none")
+
+
+def test_a_folder_that_is_no_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "config.json is missing" in refusal(monkeypatch, capsys, str(tmp_path))
+
+
+def test_a_port_that_is_taken_even_by_one_who_would_share_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxy does
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert f"--port: {port}" in refusal(monkeypatch, capsys, str(folder), "--port", str(port))
+        with socket.socket() as second:  # without the check both would serve, every other request each
+            second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            second.bind(("127.0.0.1", port))
+            second.listen()
+    assert command.free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_an_address_that_others_reach_without_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, host: str
+) -> None:
+    line = refusal(monkeypatch, capsys, str(folder), "--host", host)
+    assert f"--host: {host}" in line
+    assert "--keys" in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    command.check_exposure(host, "")
+    command.check_exposure("0.0.0.0", "keys.yaml")
+
+
+@pytest.mark.parametrize("content", [None, "keys: [1]", "keys: {", "- a"])
+def test_a_keys_file_that_is_missing_or_broken(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+    content: str | None,
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    if content is not None:
+        keys.write_text(content)
+    assert str(keys) in refusal(monkeypatch, capsys, str(folder), "--keys", str(keys))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"num_drawer": 2}, "num_drawer"),
+        ({"num_drawers": 0}, "num_drawers"),
+        ({"num_drawers": 3, "max_drawers": 2}, "max_drawers"),
+        ({"deadline_s": -1}, "deadline_s"),
+    ],
+)
+def test_a_config_with_a_wrong_field(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, args: Any, told: str
+) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump({"applications": [{"args": args}]}))
+    line = refusal(monkeypatch, capsys, "--config", str(config))
+    assert told in line
+    assert str(config) in line
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "applications: 3", "applications: [1, 2]", "a: {", "applications: [{args: 1}]"]
+)
+def test_a_config_of_another_kind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str
+) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(content)
+    assert str(config) in refusal(monkeypatch, capsys, "--config", str(config))
+    assert "nowhere.yaml" in refusal(monkeypatch, capsys, "--config", "nowhere.yaml")
+
+
+def test_a_fault_of_the_model_that_ray_tells_is_told_in_one_line() -> None:
+    told = (
+        "Deploying application kodalle failed: The deployment failed to start 3 times in a row. Error:\n"
+        "ray::ServeReplica:kodalle:Drawer.initialize() (pid=1, ip=127.0.0.1)\n"
+        '  File "engine/models/folder.py", line 1, in load_part\n'
+        "engine.errors.InputError: model folder: /models/x: has no transformer: train one\n"
+    )
+    found = command._why_not_started(RuntimeError(told))
+    assert isinstance(found, InputError)
+    assert str(found) == "model folder: /models/x: has no transformer: train one"
+    other = RuntimeError("the raylet died")
+    assert command._why_not_started(other) is other
+
+
+# --------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_command_line_overrides_the_config(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    args = {"model": "elsewhere", "num_drawers": 3, "deadline_s": 9.0}
+    config.write_text(yaml.safe_dump({"applications": [{"args": args}], "http_options": {"port": 0, "host": "::1"}}))
+    seen: dict[str, Any] = {}
+
+    def start(arguments: AppArguments, *, host: str, port: int) -> int:
+        seen.update(arguments=arguments, host=host, port=port)
+        return 0
+
+    monkeypatch.setattr(command, "_run_with_ray", start)
+    assert run(monkeypatch, str(folder), "--config", str(config), "--drawers", "2", "--no-page") == 0
+    arguments = seen["arguments"]
+    assert arguments.model == str(folder.resolve())
+    assert (arguments.num_drawers, arguments.deadline_s, arguments.page) == (2, 9.0, False)
+    assert (seen["host"], seen["port"] > 0) == ("::1", True)
+
+
+def test_drawers_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for args, cores in (
+        ({"num_drawers": 2}, 4.0),
+        ({"num_drawers": 2, "max_drawers": 8}, 1.0),
+        ({"num_drawers": 99}, 1.0),
+        ({"num_drawers": 2, "cpus_per_drawer": 3}, 3.0),
+    ):
+        assert command._with_cores(read_arguments(args, source="test")).cpus_per_drawer == cores
+
+
+def test_a_change_of_numbers_alone_leaves_what_replicas_are_given_as_it_is() -> None:
+    few = read_arguments({"model": "m", "num_drawers": 1}, source="test")
+    many = read_arguments({"model": "m", "num_drawers": 4, "num_edges": 2, "max_drawers": 8}, source="test")
+    assert few.settings() == many.settings()
+    assert few.settings() != read_arguments({"model": "n"}, source="test").settings()
+
+
+def test_rays_token_is_a_file_of_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        os, "environ", os.environ.copy() | {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}
+    )
+    before = os.umask(0o077)
+    try:
+        command._set_environment(AppArguments(), tmp_path)
+    finally:
+        os.umask(before)
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch("[0-9a-f]{64}", token.read_text())
+    assert os.environ["RAY_AUTH_MODE"] == "token", "it cannot be switched off"
+    assert "RAY_ADDRESS" not in os.environ, "it is a Ray of its own"
+
+
+# ------------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_a_key_is_made_printed_once_and_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    monkeypatch.setattr(sys, "argv", ["serve", "key", "shop", "--file", str(file), "--per-minute", "30"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert not ended.value.code
+    secret = capsys.readouterr().out.strip()
+    assert secret not in file.read_text()
+    found = KeyRing(file).find(secret, time.time())
+    assert not isinstance(found, str)
+    assert (found.key_id, found.per_minute) == ("shop", 30)
+    assert "is taken" in refusal(monkeypatch, capsys, "key", "shop", "--file", str(file))
+
+
+# ---------------------------------------------------------------------------------------------------- a server without Ray
+
+
+@pytest.fixture
+def server(kodalle_run: Path, tmp_path: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """`python -m serve --without-ray`, and its address."""
+    log = tmp_path / "log"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "serve", str(kodalle_run / "model"), "--without-ray", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=log.open("w"),
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("{"):
+                break
+        assert lines, log.read_text()
+        assert lines[0].endswith("on CPU\n")
+        address = str(json.loads(lines[-1])["url"])
+        assert lines[1:-1] == [f"page  {address}/\n", f"API   {address}/v1\n"]
+        yield process, address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def request(address: str, method: str, path: str, fields: Any = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    body = None if fields is None else json.dumps(fields)
+    connection.request(method, path, body, {"content-type": "application/json"})
+    reply = connection.getresponse()
+    return reply.status, json.loads(reply.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_where_it_is_once_it_draws_and_ends_with_0_when_told(
+    server: tuple["subprocess.Popen[str]", str], number: signal.Signals
+) -> None:
+    process, address = server
+    assert request(address, "GET", "/readyz")[0] == 200
+    status, told = request(address, "POST", "/v1/images/generations", {"prompt": "빨강", "seed": 1, "candidates": 2})
+    assert (status, len(told["data"])) == (200, 1)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 0

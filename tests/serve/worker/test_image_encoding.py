@@ -1,0 +1,62 @@
+"""Encoded pictures: the pixels that the format promises, the metadata back as it was, the same bytes each time."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.messages import ImageFormat
+from serve.worker.image_encoding import encode_picture, read_metadata
+
+METADATA = {
+    "caption": '상의에서 색상은 레드이다. "인용" & <b>',
+    "seed": 2**63 + 1,
+    "candidate": 3,
+    "options": {"top_k": None, "temperature": 0.7},
+}
+LOSSLESS: list[ImageFormat] = ["png", "webp"]
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    ramp = np.linspace(0, 255, 48, dtype=np.uint8)
+    return Image.fromarray(
+        np.stack([*np.broadcast_arrays(ramp[:, None], ramp[None]), np.full((48, 48), 9, np.uint8)], -1)
+    )
+
+
+@pytest.mark.parametrize("image_format", LOSSLESS)
+def test_lossless_formats_keep_every_pixel(picture: Image.Image, image_format: ImageFormat) -> None:
+    data = encode_picture(picture, image_format, compression=100, metadata=METADATA)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), np.asarray(picture))
+
+
+@pytest.mark.parametrize(("image_format", "compression"), [("webp", 80), ("jpeg", 95), ("jpeg", 0)])
+def test_lossy_formats_are_smaller_and_near(picture: Image.Image, image_format: ImageFormat, compression: int) -> None:
+    data = encode_picture(picture, image_format, compression=compression, metadata={})
+    error = np.abs(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) - np.asarray(picture)).mean()
+    assert error < (5 if compression else 60)
+    assert len(data) < 48 * 48 * 3
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_metadata_comes_back_as_it_was_and_the_bytes_are_the_same_each_time(
+    picture: Image.Image, image_format: ImageFormat
+) -> None:
+    data = encode_picture(picture, image_format, compression=90, metadata=METADATA)
+    assert read_metadata(data) == METADATA
+    assert data == encode_picture(picture, image_format, compression=90, metadata=METADATA)
+
+
+def test_a_picture_without_metadata_has_none(picture: Image.Image) -> None:
+    for name in ("PNG", "JPEG", "WEBP"):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=name)
+        assert read_metadata(buffer.getvalue()) == {}
+
+
+def test_a_caption_that_reads_like_json_stays_text(picture: Image.Image) -> None:
+    for image_format in ("png", "webp"):
+        data = encode_picture(picture, image_format, compression=100, metadata={"caption": "12"})
+        assert read_metadata(data) == {"caption": "12"}
