@@ -21,14 +21,14 @@ from torch import Tensor
 
 from engine.data.pairs import load_pairs
 from engine.decoding.sampler import Sampler, evaluating
-from engine.decoding.sampling_tensors import DrawParameters
+from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.facts import facts
 from engine.files import write_json
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import ProgressBar
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     captions = sorted({caption for pair in load_pairs(arguments.pairs).validation for caption in pair.captions})[
         : arguments.captions
     ]
-    options = SamplingOptions(temperature=arguments.temperature)
+    options = SamplingParams(temperature=arguments.temperature)
     rows: list[dict[str, Any]] = []
     with ProgressBar("int8 effect", total=len(captions)) as bar:
         for number, caption in enumerate(captions):
@@ -75,7 +75,13 @@ def main() -> None:
 
 
 def compare(
-    exact: Pipeline, rough: Pipeline, caption: str, drawn: Drawing, drawn_roughly: Drawing, seed: int, options: Any
+    exact: Pipeline,
+    rough: Pipeline,
+    caption: str,
+    drawn: Generation,
+    drawn_roughly: Generation,
+    seed: int,
+    options: Any,
 ) -> dict[str, Any]:
     """One caption's candidates, by candidate number."""
     candidates, others = (sorted(one.candidates, key=lambda c: c.candidate) for one in (drawn, drawn_roughly))
@@ -83,7 +89,7 @@ def compare(
     other_tokens = torch.tensor([one.image_tokens for one in others])
     pixels = exact.decode_images(tokens) * 255
     errors = (rough.decode_images(tokens) * 255 - pixels).abs()
-    requests = [RowRequest(0, seed, number, options) for number in range(len(tokens))]
+    requests = [SequenceRequest(0, seed, number, options) for number in range(len(tokens))]
     text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
     next_tokens = [
         next_tokens_given(Sampler(exact.transformer, weights=weights), text, requests, tokens)
@@ -101,10 +107,10 @@ def compare(
     }
 
 
-def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[RowRequest], tokens: Tensor) -> Tensor:
+def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[SequenceRequest], tokens: Tensor) -> Tensor:
     """What would be drawn at each position if everything before it were `tokens`: (n, N) -> (n, N)."""
     prefix = sampler.prefill(text)
-    parameters = DrawParameters(requests, torch.device("cpu"))
+    parameters = SamplingTensors(requests, torch.device("cpu"))
     columns = []
     with evaluating(sampler.model):
         decoder = SlotDecoder(sampler.step_model(), len(requests))

@@ -11,7 +11,7 @@ drawing's passes can be counted on any machine. Guesses for cells that no pass h
     mode      the cell's most frequent token in other drawings
     marginal  argmax of the log frequency in other drawings + the cell's noise
     sibling   the token of another drawing of the same caption
-    redrawn   argmax of the logits of the cell above + the cell's own noise
+    regenerated   argmax of the logits of the cell above + the cell's own noise
 
 Cells that a pass has drawn after a wrong guess are guessed to stay what it drew; `fresh` guesses those anew as well.
 Every drawing that is counted is compared with `Sampler.draw`: `wrong` must be 0.
@@ -42,12 +42,12 @@ from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.facts import facts
 from engine.models.folder import load_folder_tokenizer, load_part
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
 
 SETTINGS = ((0.7, None), (0.7, 0.9), (1.0, None), (1.0, 0.9))  # temperature, top_p
-GUESSES = ("left", "noise", "mode", "marginal", "sibling", "redrawn")
-COPYING = ("above", "left", "redrawn")  # made from the drawing itself, the others are tables
+GUESSES = ("left", "noise", "mode", "marginal", "sibling", "regenerated")
+COPYING = ("above", "left", "regenerated")  # made from the drawing itself, the others are tables
 FREE_ROWS = 184  # of an H200 at 16 bit: below, a step takes as long as reading the weights
 
 
@@ -73,7 +73,7 @@ class Count:
 class Rows:
     """Keys and values of all drawings, and the model over a window of each. Plain code: only counts are wanted."""
 
-    def __init__(self, model: KoDalle, prefix: Prefix, requests: list[RowRequest], window: int) -> None:
+    def __init__(self, model: KoDalle, prefix: Prefix, requests: list[SequenceRequest], window: int) -> None:
         config = model.config
         self.model, self.prefix_len, self.options = model, config.prefix_len, requests[0].options
         caption = torch.tensor([row.prefix_index for row in requests])
@@ -118,7 +118,7 @@ class Guesser:
         self._N, self._width = config.image_seq_len, config.image_grid_size
         B = len(rows.seeds)
         self.told = torch.zeros(B, self._N, dtype=torch.int64)
-        self.last_logits = torch.zeros(B, self._N, config.image_vocab_size) if name == "redrawn" else None
+        self.last_logits = torch.zeros(B, self._N, config.image_vocab_size) if name == "regenerated" else None
 
     def inputs(self, rows: Tensor, cells: Tensor, final: Tensor, drawn: Tensor) -> Tensor:
         """(A, w) tokens of cells (A, w), of which `final` (A,) are known and `drawn` (A,) were drawn."""
@@ -175,7 +175,7 @@ def count_passes(
     return Count(options.temperature, options.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
 
 
-def tables(model: KoDalle, requests: list[RowRequest], others: Tensor) -> dict[str, Tensor]:
+def tables(model: KoDalle, requests: list[SequenceRequest], others: Tensor) -> dict[str, Tensor]:
     """Guesses (B, N) that do not follow the drawing. others: (B, N) drawings of the same captions, other seeds."""
     (B, N), V = others.shape, model.config.image_vocab_size
     seeds = torch.tensor([row.seed for row in requests])
@@ -196,13 +196,13 @@ def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> li
     windows = sorted({min(window, N - 1) for window in (*arguments.windows, N - 1)})
     results = []
     for temperature, top_p in SETTINGS:
-        options = SamplingOptions(temperature=temperature, top_p=top_p)
+        options = SamplingParams(temperature=temperature, top_p=top_p)
 
-        def requests(seed: int, options: SamplingOptions = options) -> list[RowRequest]:
+        def requests(seed: int, options: SamplingParams = options) -> list[SequenceRequest]:
             every = range(prefix.num_captions * arguments.candidates)
-            return [RowRequest(i // arguments.candidates, seed, i % arguments.candidates, options) for i in every]
+            return [SequenceRequest(i // arguments.candidates, seed, i % arguments.candidates, options) for i in every]
 
-        sampler = Sampler(model, guess_ahead=False)
+        sampler = Sampler(model, speculative=False)
         expected, others = (sampler.decode(prefix, requests(arguments.seed + number)) for number in (0, 1))
         made = tables(model, requests(arguments.seed), others)
         plans = [("above", window, False) for window in windows]
@@ -260,12 +260,12 @@ def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict
 
     Temperature 0.7, window 16. Then the first 16 of them one at a time, both ways in turns.
     """
-    options, captions = SamplingOptions(temperature=0.7), prefix.num_captions
-    requests = [RowRequest(i % captions, arguments.seed, i // captions, options) for i in range(arguments.check)]
-    sampler = Sampler(model, guess_ahead=False)
+    options, captions = SamplingParams(temperature=0.7), prefix.num_captions
+    requests = [SequenceRequest(i % captions, arguments.seed, i // captions, options) for i in range(arguments.check)]
+    sampler = Sampler(model, speculative=False)
     equal, seconds = 0, {"sampler_16": 0.0, "jacobi_16": 0.0, "sampler_1": 0.0, "jacobi_1": 0.0}
 
-    def draw(name: str, part: list[RowRequest]) -> Tensor:
+    def draw(name: str, part: list[SequenceRequest]) -> Tensor:
         start = time.perf_counter()
         if name.startswith("sampler"):
             drawn = sampler.decode(prefix, part)
@@ -312,7 +312,7 @@ def main() -> None:
     texts = load_folder_tokenizer(arguments.model).encode(
         [captions[index] for index in chosen.tolist()], model.config.text_seq_len
     )
-    prefix = Sampler(model, guess_ahead=False).prefill(texts.tokens)
+    prefix = Sampler(model, speculative=False).prefill(texts.tokens)
     checked = check(model, prefix, arguments)
     counts = measure(model, prefix, arguments)
     told = facts(torch.device("cpu"))

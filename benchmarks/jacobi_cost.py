@@ -8,7 +8,7 @@ elsewhere, on trained models (benchmarks/jacobi_acceptance.py).
 Timed are whole passes of `JacobiDecoder` and whole steps of `SlotDecoder`, attention and draw included.
 
 All tokens are given, so that every guess is right and a drawing passes through all lengths in few passes; the draw is
-made all the same. Kinds are timed in turns, since the machine's speed may change: the least time of each kind and length
+made all the same. GarmentClasses are timed in turns, since the machine's speed may change: the least time of each kind and length
 counts, and `pass_ms` is its mean over lengths. On a shared machine only the ratios mean something.
 """
 
@@ -30,7 +30,7 @@ from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.facts import facts
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 
 STATIONS = 2  # lengths at which decoders are timed
 SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # rows, window
@@ -49,7 +49,7 @@ def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
     decoders: dict[str, tuple[SlotDecoder, int]] = {}
     for kind, make in kinds.items():
         decoder = make()
-        slots = [decoder.join(prefix, RowRequest(0, 7, i), given=given) for i in range(decoder.num_slots)]
+        slots = [decoder.join(prefix, SequenceRequest(0, 7, i), given=given) for i in range(decoder.num_slots)]
         decoder.step()
         decoders[kind] = decoder, slots[0]
     for station in range(STATIONS):

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.listener import listener
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
@@ -45,11 +45,11 @@ def main() -> None:
 
 @contextmanager
 def serving(model: str) -> Iterator[str]:
-    """The real edge and drawer on a free port of this machine; gives the address."""
+    """The real edge and worker on a free port of this machine; gives the address."""
     settings = ServeSettings(model=model, num_slots=_SLOTS)
     pool = LocalPool(settings)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = listener(build_edge(pool, settings), host="127.0.0.1", port=0, drain_s=5)
+        server = listener(build_api(pool, settings), host="127.0.0.1", port=0, drain_s=5)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"

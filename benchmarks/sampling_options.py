@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine.metrics.generations import colour_names, score_generations
 from machine_facts import print_document
 
 from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
@@ -25,7 +26,6 @@ from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.colour import lab_palette
-from engine.metrics.drawings import colour_names, score_drawings
 from engine.metrics.evaluate import load_judge
 from engine.metrics.parts import EvaluationRun
 from engine.pipeline.pipeline import Pipeline
@@ -66,14 +66,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = _asked(pairs, arguments.captions, run.generator())
     ways = {"whole": asked, "partial": with_partial_held_out(asked, _SEED)}
     pipeline = Pipeline.from_pretrained(arguments.model, device=device, dtype=torch.float32)
-    chosen = pipeline.default_options
+    chosen = pipeline.default_sampling_params
     rows = []
     for temperature, guidance in itertools.product(arguments.temperature, arguments.guidance):
-        pipeline.default_options = chosen.but(temperature=temperature, guidance_scale=guidance)
+        pipeline.default_sampling_params = chosen.but(temperature=temperature, guidance_scale=guidance)
         row: dict[str, Any] = {"temperature": temperature, "guidance_scale": guidance}
         for way, some in ways.items():
             sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
-            found = score_drawings(
+            found = score_generations(
                 run, pipeline, some, names, judge,
                 count=arguments.captions, candidates=arguments.candidates, sheet=sheet,
             )  # fmt: skip

@@ -20,14 +20,14 @@ from engine.facts import facts
 from engine.files import write_json
 from engine.models.transformer import KoDalle
 from engine.progress import ProgressBar
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 _OPTIONS = (
-    SamplingOptions(),
-    SamplingOptions(temperature=0.7, top_k=200),
-    SamplingOptions(guidance_scale=3.0),
-    SamplingOptions(top_p=0.9),
-    SamplingOptions(top_k=500, top_p=0.8, guidance_scale=0.5),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=200),
+    SamplingParams(guidance_scale=3.0),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_k=500, top_p=0.8, guidance_scale=0.5),
 )
 _LARGEST_BATCH = 128
 
@@ -82,7 +82,9 @@ def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device:
     text = torch.randint(5, config.text_vocab_size, (5, config.text_seq_len))
     sampler = Sampler(model, null_text_tokens=text[4], weights=weights)
     prefix = sampler.prefill(text[:4])
-    rows = [RowRequest(i % 4, seed=i // 7, candidate=i % 7, options=_OPTIONS[i % len(_OPTIONS)]) for i in range(count)]
+    rows = [
+        SequenceRequest(i % 4, seed=i // 7, candidate=i % 7, options=_OPTIONS[i % len(_OPTIONS)]) for i in range(count)
+    ]
     order = torch.randperm(count).tolist()
     together: dict[int, torch.Tensor] = {}
     while order:

@@ -1,14 +1,14 @@
 """Kills parts of a running server under load, and counts what its clients lost.
 
     python benchmarks/serve_faults.py --model models/garments --out benchmarks/results/serve_faults
-    python benchmarks/serve_faults.py --kills 2 --only drawers,drain
+    python benchmarks/serve_faults.py --kills 2 --only workers,drain
 
-    drawers      SIGKILL of one of two, again and again                      bar: 0 lost, every byte as ever
+    workers      SIGKILL of one of two, again and again                      bar: 0 lost, every byte as ever
     edges        SIGKILL of one of two                                       bar: 0 lost
     controller   SIGKILL of Ray Serve's controller                           bar: 0 lost
     proxy        SIGKILL of the only proxy: seconds until it answers again   bar: 8
     update       every process replaced by one with other settings           bar: 0 lost
-    scaling      two drawers to one; then by the autoscaler to two and back  bar: 0 lost
+    scaling      two workers to one; then by the autoscaler to two and back  bar: 0 lost
     drain        SIGTERM: what was taken on is finished                      bar: 0 lost, exit code 0
 
 Requests come without a pause (closed loop). Each answer's pixels are compared with the pipeline's, and its bytes with
@@ -77,14 +77,14 @@ class Scene:
                     found.append(process)
         return found
 
-    def drawers(self) -> list[psutil.Process]:
-        return self.named("ServeReplica:kodalle:Drawer")
+    def workers(self) -> list[psutil.Process]:
+        return self.named("ServeReplica:kodalle:Worker")
 
-    def ready_drawers(self) -> int:
-        """Drawers that run and have reported: the last part of their names is their process id."""
+    def ready_workers(self) -> int:
+        """Workers that run and have reported: the last part of their names is their process id."""
         text = _get(self.server, "/metrics")
-        reported = {int(pid) for pid in re.findall(r'^kodalle_slots\{replica="drawer-.*-(\d+)"\}', text, re.MULTILINE)}
-        return len(reported & {one.pid for one in self.drawers()})
+        reported = {int(pid) for pid in re.findall(r'^kodalle_slots\{replica="worker-.*-(\d+)"\}', text, re.MULTILINE)}
+        return len(reported & {one.pid for one in self.workers()})
 
     def deploy(self, **changed: Any) -> float:
         """Deploys with other arguments; seconds until it runs so."""
@@ -105,7 +105,7 @@ def main() -> int:
     end_on_sigterm()
     document: Row = {"benchmark": "serve_faults", **facts(torch.device("cpu"))}
     document["config"] = {
-        "drawers": 2,
+        "workers": 2,
         "edges": 2,
         "requests_in_flight": arguments.concurrency,
         "candidates_a_request": arguments.candidates,
@@ -117,7 +117,7 @@ def main() -> int:
             write_random_model(model, tiny=True)
         asked = mixed(_NUM_DIFFERENT, seed=5, sizes=(arguments.candidates,))
         expected = pipeline_pictures(model, asked)
-        served = {"model": str(model), "num_drawers": 2, "num_edges": 2, "num_slots": 32, "cpus_per_drawer": 0.5}
+        served = {"model": str(model), "num_workers": 2, "num_api_servers": 2, "num_slots": 32, "cpus_per_worker": 0.5}
         with serving("ray", served) as server:
             scene = Scene(server, served, asked, expected, arguments.concurrency, random.Random(1))
             document["config"]["model"] = asyncio.run(served_model(server.address))
@@ -133,7 +133,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
-    parser.add_argument("--kills", type=int, default=20, help="of drawers; of everything else a quarter, at least 5")
+    parser.add_argument("--kills", type=int, default=20, help="of workers; of everything else a quarter, at least 5")
     parser.add_argument("--concurrency", type=int, default=6)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--only", default=",".join(PHASES), help="phases, in this order; drain ends the server")
@@ -149,7 +149,7 @@ def _run(scene: Scene, arguments: argparse.Namespace) -> Row:
     rows: Row = {}
     for name in arguments.only.split(","):
         begun = time.monotonic()
-        kills = arguments.kills if name == "drawers" else max(min(5, arguments.kills), arguments.kills // 4)
+        kills = arguments.kills if name == "workers" else max(min(5, arguments.kills), arguments.kills // 4)
         rows[name] = PHASES[name](scene, kills) | {"seconds": time.monotonic() - begun}
         print(
             f"{name:10} {'as wanted' if rows[name]['is_met'] else 'NOT AS WANTED'}  {json.dumps(rows[name])}",
@@ -161,14 +161,14 @@ def _run(scene: Scene, arguments: argparse.Namespace) -> Row:
 # ----------------------------------------------------------------------------------------------------------- the faults
 
 
-def drawers(scene: Scene, kills: int) -> Row:
+def workers(scene: Scene, kills: int) -> Row:
     reruns = scene.server.metric("kodalle_reruns_total")
     back_s = []
     with scene.load() as seen:
         for _ in range(kills):
             time.sleep(scene.chance.uniform(0.5, 1.5))
             back_s.append(
-                _kill_and_wait(scene, scene.chance.choice(scene.drawers()), lambda: scene.ready_drawers() == 2)
+                _kill_and_wait(scene, scene.chance.choice(scene.workers()), lambda: scene.ready_workers() == 2)
             )
     # Edges' counts start anew when they do: none dies here.
     num_reruns = scene.server.metric("kodalle_reruns_total") - reruns
@@ -176,7 +176,7 @@ def drawers(scene: Scene, kills: int) -> Row:
     return row | {"is_met": row["is_met"] and num_reruns > 0}
 
 
-def edges(scene: Scene, kills: int) -> Row:
+def api_servers(scene: Scene, kills: int) -> Row:
     title, back_s = "ServeReplica:kodalle:Edge", []
     with scene.load() as seen:
         for _ in range(kills):
@@ -215,24 +215,24 @@ def update(scene: Scene, _: int) -> Row:
     took_s = []
     with scene.load() as seen:
         for deadline_s in (119.0, 120.0):
-            before = {one.pid for one in scene.drawers()}
+            before = {one.pid for one in scene.workers()}
             took_s.append(scene.deploy(deadline_s=deadline_s))
-            assert not before & {one.pid for one in scene.drawers()}, "every drawer is another process"
+            assert not before & {one.pid for one in scene.workers()}, "every worker is another process"
     return {"updates": len(took_s), "update_s": _spread(took_s)} | _judged(seen)
 
 
 def scaling(scene: Scene, _: int) -> Row:
-    one = {"num_drawers": 1, "max_drawers": 2, "scale_up_after_s": 2.0, "scale_down_after_s": 5.0}
+    one = {"num_workers": 1, "max_workers": 2, "scale_up_after_s": 2.0, "scale_down_after_s": 5.0}
     with scene.load() as seen:
-        scene.deploy(num_drawers=1)
-        fewer_s = _wait(lambda: len(scene.drawers()) == 1)
+        scene.deploy(num_workers=1)
+        fewer_s = _wait(lambda: len(scene.workers()) == 1)
     scene.deploy(**one)
     with scene.load(4 * scene.concurrency) as busy:
-        up_s = _wait(lambda: scene.ready_drawers() == 2)
+        up_s = _wait(lambda: scene.ready_workers() == 2)
     with scene.load(1) as calm:
-        down_s = _wait(lambda: len(scene.drawers()) == 1)
+        down_s = _wait(lambda: len(scene.workers()) == 1)
     scene.deploy()
-    _wait(lambda: scene.ready_drawers() == 2)
+    _wait(lambda: scene.ready_workers() == 2)
     all_seen = Seen(seen.outcomes + busy.outcomes + calm.outcomes, seen.files)
     for other in (busy, calm):
         for number, files in other.files.items():
@@ -257,8 +257,8 @@ def drain(scene: Scene, _: int) -> Row:
 
 
 PHASES: dict[str, Callable[[Scene, int], Row]] = {
-    "drawers": drawers,
-    "edges": edges,
+    "workers": workers,
+    "edges": api_servers,
     "controller": controller,
     "proxy": proxy,
     "update": update,

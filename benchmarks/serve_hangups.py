@@ -6,7 +6,7 @@
 Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, wait in the
 queue, or are drawn; half of them are streams, and half carry the header with which any client can tell Ray Serve not to
 cancel. Bars: no drawing of theirs is finished, and a second after the last one is gone no slot and no place in the queue
-is held, by the drawers' own gauges.
+is held, by the workers' own gauges.
 
 The negative control is a request that nobody gives up: it is finished, and its slots are seen to be held meanwhile.
 The last line is one JSON document.
@@ -40,7 +40,7 @@ _AT_ONCE = 8
 _CANDIDATES = 64  # seconds of drawing
 _FREE_WITHIN_S = 1.0
 _REPORTED_WITHIN_S = 1.5  # Ray: figures of other processes come once a second
-_GAUGES = ("kodalle_slots_in_use", "kodalle_queued_rows", "kodalle_queued_requests", "kodalle_requests_in_flight")
+_GAUGES = ("kodalle_slots_in_use", "kodalle_queued_sequences", "kodalle_queued_requests", "kodalle_requests_in_flight")
 Row = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def main() -> int:
         model = (arguments.model or Path(folder, "model")).resolve()
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        served = {"model": str(model), "num_slots": 32, "max_queued_rows": 1024}
+        served = {"model": str(model), "num_slots": 32, "max_queued_sequences": 1024}
         with serving(arguments.server, served) as server:
             document["config"]["model"] = asyncio.run(served_model(server.address))
             document |= measure(server, arguments.hangups)
@@ -82,7 +82,7 @@ def measure(server: Server, hangups: int) -> Row:
     report_s = 0.0 if server.kind == "direct" else _REPORTED_WITHIN_S
     held_at_most, control_status = _control(server)
     _wait_until_free(server, within_s=60.0)
-    drawn = server.metric("kodalle_pictures_drawn_total")
+    drawn = server.metric("kodalle_images_generated_total")
     stages = _hang_up(server, hangups)
     gone_s = time.monotonic()
     free_after_s = _wait_until_free(server, within_s=60.0)
@@ -92,7 +92,7 @@ def measure(server: Server, hangups: int) -> Row:
         "hung_up_after_ms": {"least": 20, "most": 600},
         "seconds": gone_s - stages["begun_s"],
         "answered_before_they_hung_up": stages["answered"],
-        "pictures_finished_for_them": server.metric("kodalle_pictures_drawn_total") - drawn,
+        "pictures_finished_for_them": server.metric("kodalle_images_generated_total") - drawn,
         "free_after_s": free_after_s,
         "reported_within_s": report_s,
         "gauges_after": {name: server.metric(name) for name in _GAUGES},
@@ -174,7 +174,7 @@ def _body(number: int, *, stream: bool) -> bytes:
 
 
 def _wait_until_free(server: Server, *, within_s: float) -> float:
-    """Seconds until no drawer holds a slot or a place in its queue."""
+    """Seconds until no worker holds a slot or a place in its queue."""
     begun = time.monotonic()
     while any(server.metric(name) for name in _GAUGES[:3]):
         if time.monotonic() - begun > within_s:

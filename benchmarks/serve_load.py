@@ -35,9 +35,9 @@ import torch
 from machine_facts import kept_when_stopped, print_document, store_document
 from sampling.plan import write_random_model
 from serving.client import served_model
-from serving.crowd import fairness, overload, sizes
 from serving.engine import engine
 from serving.goodput import goodput
+from serving.load_generator import fairness, overload, sizes
 from serving.plan import FULL, GREEDY, MODEST, PARTS, QUICK, Bench, Plan, warm_up
 from serving.plot import draw
 from serving.process import Server, ServerKind, end_on_sigterm, serving

@@ -8,7 +8,7 @@ Requests of ten candidates, with captions, seeds and options that differ, are dr
     crowd      over HTTP, eight requests at once: the bytes that all others must have
     alone      one at a time, and only some of the candidates asked for
     streamed   as a stream with previews, four at once
-    drawers    Ray Serve with two drawers, eight at once; both must have drawn
+    workers    Ray Serve with two workers, eight at once; both must have drawn
 
 A candidate counts when every way gave the same bytes of PNG, and these the pipeline's pixels. The last line is one JSON
 document.
@@ -41,7 +41,7 @@ from serving.traffic import captions
 from engine.facts import facts
 from engine.files import write_json
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 
 EACH = 10  # candidates of a request
 _OPTIONS: tuple[dict[str, float], ...] = (
@@ -122,14 +122,14 @@ def main() -> int:
         model = arguments.model or Path(folder, "tiny-random")
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        counts, drawers, told = count_equal(model, asked, with_ray=not arguments.without_ray)
+        counts, workers, told = count_equal(model, asked, with_ray=not arguments.without_ray)
     total = len(asked) * EACH
     document |= {
         "config": {"model": told, "requests": len(asked), "each": EACH},
         "exact": total - len(counts.inexact),
         "of": total,
         "ways": {way: vars(count) for way, count in counts.ways.items()},
-        "pictures_by_drawer": drawers,
+        "pictures_by_worker": workers,
         "seconds": time.perf_counter() - begun,
     }
     if arguments.out is not None:
@@ -142,19 +142,19 @@ def main() -> int:
 
 
 def count_equal(model: Path, asked: Sequence[Request], *, with_ray: bool) -> tuple[Counts, list[float], Json]:
-    """All ways; how many pictures each of two drawers drew, [] without Ray; and what the server says of its model."""
+    """All ways; how many pictures each of two workers drew, [] without Ray; and what the server says of its model."""
     counts = Counts()
     with serving("direct", {"model": str(model)}) as server:
         told = asyncio.run(served_model(server.address))
-        wanted = compare_one_drawer(server, asked, counts)
+        wanted = compare_one_worker(server, asked, counts)
     compare_pipeline(Pipeline.from_pretrained(model), asked, wanted, counts)
     if not with_ray:
         return counts, [], told
-    with serving("ray", {"model": str(model), "num_drawers": 2}) as server:
-        return counts, compare_two_drawers(server, asked, wanted, counts), told
+    with serving("ray", {"model": str(model), "num_workers": 2}) as server:
+        return counts, compare_two_workers(server, asked, wanted, counts), told
 
 
-def compare_one_drawer(server: Server, asked: Sequence[Request], counts: Counts) -> list[Pictures]:
+def compare_one_worker(server: Server, asked: Sequence[Request], counts: Counts) -> list[Pictures]:
     """`alone` and `streamed` against `crowd`, whose pictures are returned."""
     wanted = asyncio.run(_all(server, asked, _drawn, at_once=8, is_whole=True))
     alone = asyncio.run(_all(server, asked, _drawn, at_once=1, is_whole=False))
@@ -171,17 +171,17 @@ def compare_pipeline(pipeline: Pipeline, asked: Sequence[Request], wanted: Seque
         counts.compare("pipeline", number, pixels, _by_pipeline(pipeline, request), EACH)
 
 
-def compare_two_drawers(
+def compare_two_workers(
     server: Server, asked: Sequence[Request], wanted: Sequence[Pictures], counts: Counts
 ) -> list[float]:
     """Raises RuntimeError: one of them drew nothing."""
     found = asyncio.run(_all(server, asked, _drawn, at_once=8, is_whole=True))
-    drawers = asyncio.run(_pictures_by_drawer(server, at_least=len(asked) * EACH))
+    workers = asyncio.run(_pictures_by_worker(server, at_least=len(asked) * EACH))
     for number in range(len(asked)):
-        counts.compare("drawers", number, found[number], wanted[number], EACH)
-    if sum(drawn > 0 for drawn in drawers) < 2:
-        raise RuntimeError(f"one drawer drew everything: {drawers}")
-    return drawers
+        counts.compare("workers", number, found[number], wanted[number], EACH)
+    if sum(drawn > 0 for drawn in workers) < 2:
+        raise RuntimeError(f"one worker drew everything: {workers}")
+    return workers
 
 
 Ask = Callable[[aiohttp.ClientSession, str, Request, int], Awaitable[Pictures]]
@@ -225,14 +225,14 @@ def _pictures(told: Sequence[Json]) -> Pictures:
 def _by_pipeline(pipeline: Pipeline, request: Request) -> Pictures:
     """Pixels, as `pixel_bytes` gives them."""
     told = dict(request.options)
-    options = SamplingOptions(
+    options = SamplingParams(
         temperature=told.get("temperature", 1.0),
         top_k=int(told["top_k"]) if "top_k" in told else None,
         top_p=told.get("top_p"),
         guidance_scale=told.get("guidance", 1.0),
     )
-    drawing = pipeline([request.caption], candidates=EACH, seed=request.seed, options=options)[0]
-    return {one.candidate: np.asarray(one.image).tobytes() for one in drawing.candidates}
+    generation = pipeline([request.caption], candidates=EACH, seed=request.seed, options=options)[0]
+    return {one.candidate: np.asarray(one.image).tobytes() for one in generation.candidates}
 
 
 def pixel_bytes(data: bytes) -> bytes:
@@ -241,15 +241,15 @@ def pixel_bytes(data: bytes) -> bytes:
         return np.asarray(picture.convert("RGB")).tobytes()
 
 
-async def _pictures_by_drawer(server: Server, *, at_least: int) -> list[float]:
-    """What each drawer counted, once the processes have told each other all of it."""
+async def _pictures_by_worker(server: Server, *, at_least: int) -> list[float]:
+    """What each worker counted, once the processes have told each other all of it."""
     for _ in range(50):
         samples = await read_metrics(server.address)
-        drawn = [one.value for one in samples if one.name == "kodalle_pictures_drawn_total"]
+        drawn = [one.value for one in samples if one.name == "kodalle_images_generated_total"]
         if sum(drawn) >= at_least:
             return drawn
         await asyncio.sleep(0.2)
-    raise RuntimeError(f"the drawers counted {drawn} pictures, {at_least} were answered")
+    raise RuntimeError(f"the workers counted {drawn} pictures, {at_least} were answered")
 
 
 if __name__ == "__main__":

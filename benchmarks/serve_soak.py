@@ -38,8 +38,8 @@ _BAR = 0.05
 _SAMPLES = 60
 _CONCURRENCY = 12
 _FIRST = 60  # requests that open what stays open
-_GAUGES = ("kodalle_slots_in_use", "kodalle_queued_rows", "kodalle_queued_requests", "kodalle_requests_in_flight")
-_REST_S = 6.0  # longer than figures of other processes are kept by Ray's ledger of ours
+_GAUGES = ("kodalle_slots_in_use", "kodalle_queued_sequences", "kodalle_queued_requests", "kodalle_requests_in_flight")
+_REST_S = 6.0  # longer than figures of other processes are kept by Ray's coordinator of ours
 Row = dict[str, Any]
 
 

@@ -5,11 +5,11 @@
 The hosts are network namespaces of this machine (benchmarks/serving/hosts.py): real Ray nodes with addresses, ports and a
 cable of their own, on shared cores. So what is measured is what breaks and for how long, not how fast two hosts are.
 
-    both     requests at each host's own address, from a client on that host: both drawers draw, every byte as ever
+    both     requests at each host's own address, from a client on that host: both workers draw, every byte as ever
     cut      the cable is pulled under load; the client is on the host with Ray's head. Bars: 0 lost, nobody waits longer
              than 20 s more than before
     other    what the cut-off host answers meanwhile: without its head it is on its own, and no bar is set
-    healed   the cable is back, the second host's Ray starts anew: seconds until two drawers draw again
+    healed   the cable is back, the second host's Ray starts anew: seconds until two workers draw again
 
 The last line is one JSON document.
 """
@@ -63,13 +63,15 @@ def main() -> int:
         "requests_in_flight": _CONCURRENCY,
         "candidates_a_request": arguments.candidates,
         "cut_for_s": arguments.cut_s,
-        "edges": arguments.edges,
+        "edges": arguments.api_servers,
     }
     with tempfile.TemporaryDirectory(prefix="two-") as folder, two_hosts() as (head, worker):
         model = (arguments.model or Path(folder, "model")).resolve()
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        cluster = _Cluster(head, worker, Path(folder), model, candidates=arguments.candidates, edges=arguments.edges)
+        cluster = _Cluster(
+            head, worker, Path(folder), model, candidates=arguments.candidates, api_servers=arguments.api_servers
+        )
         try:
             document["config"]["model"] = cluster.start()
             document["phases"] = cluster.measure(cut_s=arguments.cut_s)
@@ -79,7 +81,7 @@ def main() -> int:
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row.get("is_met", True) for row in document["phases"].values())
     if arguments.out is not None:
-        write_json(arguments.out / f"{arguments.edges}-edges-{slug(hardware_name(document))}.json", document)
+        write_json(arguments.out / f"{arguments.api_servers}-edges-{slug(hardware_name(document))}.json", document)
     print_document(document)
     return 0 if document["is_met"] else 1
 
@@ -111,7 +113,9 @@ def _deploy(args: Row) -> None:
 class _Cluster:
     """Two Ray nodes and the application on them."""
 
-    def __init__(self, head: Host, worker: Host, folder: Path, model: Path, *, candidates: int, edges: int) -> None:
+    def __init__(
+        self, head: Host, worker: Host, folder: Path, model: Path, *, candidates: int, api_servers: int
+    ) -> None:
         self._head, self._worker, self._folder = head, worker, folder
         self._key = add_key(folder / "keys.yaml", "client", scopes=("draw", "metrics"))
         token = folder / "token"
@@ -125,13 +129,13 @@ class _Cluster:
             "RAY_ADDRESS": f"{head.address}:{_GCS_PORT}",
             "OMP_NUM_THREADS": "1",
         }
-        # A drawer counts as a core and a host has one: no host has two.
+        # A worker counts as a core and a host has one: no host has two.
         self._args = {
             "model": str(model),
-            "num_drawers": 2,
-            "num_edges": edges,
+            "num_workers": 2,
+            "num_api_servers": api_servers,
             "num_slots": 16,
-            "cpus_per_drawer": 1,
+            "cpus_per_worker": 1,
             "keys_file": str(folder / "keys.yaml"),
         }
         self._asked = with_keys(mixed(12, seed=9, sizes=(candidates,)), [self._key])
@@ -143,7 +147,7 @@ class _Cluster:
         self._start_worker()
         deploying = [sys.executable, str(Path(__file__).resolve()), "--deploy", json.dumps(self._args)]
         self._head.run(deploying, env=self._environment, timeout_s=_UP_WITHIN_S)
-        _wait(lambda: len(self._drawers(self._head)) == 2 and len(self._drawers(self._worker)) == 2)
+        _wait(lambda: len(self._workers(self._head)) == 2 and len(self._workers(self._worker)) == 2)
         told = json.loads(self._read(self._head, "/v1/models"))["data"][0]
         return {name: told[name] for name in MODEL_FACTS}
 
@@ -163,7 +167,7 @@ class _Cluster:
         seen = self._load_from(self._head, self._worker, seconds=8.0)
         row: Row = {name: one.row() for name, one in zip(("head", "worker"), seen, strict=True)}
         drawn = self._pictures_drawn()
-        row["pictures_by_drawer"] = sorted(drawn.values())
+        row["pictures_by_worker"] = sorted(drawn.values())
         row["is_met"] = len(drawn) == 2 and min(drawn.values()) > 0 and all(_is_right(one) for one in seen)
         return row
 
@@ -202,11 +206,11 @@ class _Cluster:
         self._head.mend()
         self._worker.kill_all()  # what the host's service manager does with a Ray that lost its head
         self._start_worker()
-        _wait(lambda: len(self._drawers(self._head)) == 2)
+        _wait(lambda: len(self._workers(self._head)) == 2)
         back_s = time.monotonic() - begun
         seen = self._load_from(self._head, self._worker, seconds=5.0)
         row: Row = {name: one.row() for name, one in zip(("head", "worker"), seen, strict=True)}
-        return row | {"two_drawers_after_s": back_s, "is_met": all(_is_right(one) for one in seen)}
+        return row | {"two_workers_after_s": back_s, "is_met": all(_is_right(one) for one in seen)}
 
     # -------------------------------------------------------------------------------------------------------- its parts
 
@@ -267,8 +271,8 @@ class _Cluster:
         except (RuntimeError, subprocess.TimeoutExpired):
             return ""
 
-    def _drawers(self, host: Host) -> list[str]:
-        return re.findall(r'^kodalle_slots\{replica="(drawer-[^"]+)"\}', self._read(host, "/metrics"), re.MULTILINE)
+    def _workers(self, host: Host) -> list[str]:
+        return re.findall(r'^kodalle_slots\{replica="(worker-[^"]+)"\}', self._read(host, "/metrics"), re.MULTILINE)
 
     def _edges_on(self, host: Host) -> int:
         """The last part of a replica's name is its process id."""
@@ -278,7 +282,7 @@ class _Cluster:
         return len(set(host.left_over()) & {int(pid) for pid in names})
 
     def _pictures_drawn(self) -> dict[str, float]:
-        pattern = r'^kodalle_pictures_drawn_total\{replica="(drawer-[^"]+)"\} (\S+)'
+        pattern = r'^kodalle_images_generated_total\{replica="(worker-[^"]+)"\} (\S+)'
         return {
             name: float(count) for name, count in re.findall(pattern, self._read(self._head, "/metrics"), re.MULTILINE)
         }

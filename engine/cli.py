@@ -60,7 +60,7 @@ def draw(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Draws a caption, ranks the candidates, writes the best."""
-    from engine.sampling_params import SamplingOptions
+    from engine.sampling_params import SamplingParams
 
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     if image is None:
@@ -68,10 +68,10 @@ def draw(
         for name, value in needs_image.items():
             if value is not None:
                 raise InputError(name, value, "give the picture too: --image FILE")
-    SamplingOptions().but(**options)  # a value out of range is told before torch is imported, which takes seconds
-    from engine.commands.generate import GivenFiles, draw_to_folder
+    SamplingParams().but(**options)  # a value out of range is told before torch is imported, which takes seconds
+    from engine.commands.generate import InitImageFiles, generate_to_folder
 
-    draw_to_folder(
+    generate_to_folder(
         model,
         caption,
         out,
@@ -82,7 +82,7 @@ def draw(
         strict=strict,
         device=device,
         int8=int8,
-        given=None if image is None else GivenFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
+        given=None if image is None else InitImageFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
         rank_by=rank_by,
     )
 
@@ -100,9 +100,9 @@ def continue_(
 ) -> None:
     """Writes a caption on, as the model's training captions went; one a line."""
     from engine.commands.generate import print_continuations
-    from engine.sampling_params import SamplingOptions
+    from engine.sampling_params import SamplingParams
 
-    options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    options = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     print_continuations(model, beginning, count=count, seed=seed, options=options, device=device)
 
 
@@ -113,7 +113,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="where the JSON goes; a sheet of drawings is put beside it")] = Path(
         "evaluation.json"
     ),
-    drawings: Annotated[int, typer.Option(min=0, help="held-out captions to draw; 0: none")] = 40,
+    generations: Annotated[int, typer.Option(min=0, help="held-out captions to draw; 0: none")] = 40,
     candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn of each")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="same seed, same captions, same pictures")] = 7,
     judge: Annotated[
@@ -133,7 +133,7 @@ def evaluate(
         model,
         pairs,
         out,
-        drawings=drawings,
+        generations=generations,
         candidates=candidates,
         seed=seed,
         device=device,

@@ -149,7 +149,7 @@ class TextConfig(Section):
 class GenerationConfig(Section):
     """How a model's pictures are drawn when nobody says otherwise; the file of this name in its folder, as Hugging Face's.
 
-    Fields as `engine.sampling_params.SamplingOptions`.
+    Fields as `engine.sampling_params.SamplingParams`.
     """
 
     temperature: float = Field(1.0, ge=0)
@@ -172,7 +172,7 @@ class VqganLossConfig(Section):
     disc_layers: int = Field(3, gt=0)
 
 
-class CodebookCare(Section):
+class CodebookResetConfig(Section):
     """Optional help for small data: taming's plain codebook collapses on a few thousand pictures."""
 
     start_step: int = Field(
@@ -218,7 +218,7 @@ class VqganRun(Run):
     stage: Literal["vqgan"]
     model: VqganConfig = VqganConfig()
     loss: VqganLossConfig = VqganLossConfig()
-    codebook: CodebookCare = CodebookCare()
+    codebook: CodebookResetConfig = CodebookResetConfig()
     init: Literal["published", "residual"] = Field(
         "published",
         description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster here",
@@ -249,7 +249,9 @@ class KodalleRun(Run):
     model: TransformerConfig = TransformerConfig()
     text: TextConfig = TextConfig()
     vqgan: Path = Field(description="model folder with the trained VQGAN")
-    koclip: Path | None = Field(None, description="model folder with the trained KoCLIP, exported beside the drawer")
+    koclip: Path | None = Field(
+        None, description="model folder with the trained KoCLIP, exported beside the transformer"
+    )
     pretrained_text_embeddings: str | None = Field(
         None, description="Hugging Face RoBERTa or GPT whose token and position tables start ours (klue/roberta-large)"
     )
@@ -264,13 +266,13 @@ class KodalleRun(Run):
     caption_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)"
     )
-    image_token_noise: float = Field(
+    input_token_noise: float = Field(
         0.0, ge=0, le=1, description="largest share of a picture's input tokens replaced by random ones (targets stay)"
     )
     generation: GenerationConfig = Field(
         GenerationConfig(), description="exported with the model: how it is drawn with"
     )
-    moved_views: int = Field(
+    augmented_views: int = Field(
         0, ge=0, le=64, description="versions of each training picture encoded beside itself, moved by augment_shift"
     )
     augment_shift: int = Field(0, ge=0, description="largest random translation of these, in pixels")
@@ -279,9 +281,9 @@ class KodalleRun(Run):
 
     @model_validator(mode="after")
     def _moved_by_something(self) -> "KodalleRun":
-        if (self.moved_views > 0) != (self.augment_shift > 0):
+        if (self.augmented_views > 0) != (self.augment_shift > 0):
             raise ValueError(
-                f"moved_views {self.moved_views} and augment_shift {self.augment_shift} go together: "
+                f"augmented_views {self.augmented_views} and augment_shift {self.augment_shift} go together: "
                 "give both a number above 0, or neither"
             )
         return self

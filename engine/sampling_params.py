@@ -9,7 +9,7 @@ from engine.errors import InputError
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingParams:
     """How one row is drawn. Filters act on the image vocabulary, in this order; see `reference.filter_logits`.
 
     temperature: 0 takes the likeliest token.
@@ -33,19 +33,19 @@ class SamplingOptions:
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError("guidance_scale", self.guidance_scale, "must be 0 or more; 1 is no guidance")
 
-    def but(self, **asked: float | None) -> "SamplingOptions":
+    def but(self, **asked: float | None) -> "SamplingParams":
         """The same with what is asked for; None asks for nothing."""
         return replace(self, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class RowRequest:
+class SequenceRequest:
     """One picture: candidate number `candidate` of seed `seed` for caption `prefix_index`."""
 
     prefix_index: int
     seed: int
     candidate: int = 0
-    options: SamplingOptions = SamplingOptions()
+    options: SamplingParams = SamplingParams()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:

@@ -1,17 +1,17 @@
-"""The Ray Serve application: HTTP edges, drawers, and the ledger that all of them share.
+"""The Ray Serve application: HTTP edges, workers, and the coordinator that all of them share.
 
-    client ─► proxy, one a node ─► Edge (serve/api/application.py) ─► Drawer (serve/worker/worker.py), one an accelerator
+    client ─► proxy, one a node ─► Edge (serve/api/application.py) ─► Worker (serve/worker/worker.py), one an accelerator
               serve/cluster/gate.py          │                                           │
-                                             └──► Ledger (serve/cluster/coordinator.py) ◄─────┘  rates, figures
+                                             └──► Coordinator (serve/cluster/coordinator.py) ◄─────┘  rates, figures
 
     serve run configs/serve.yaml        on this machine
     serve deploy configs/serve.yaml     on a cluster
     python -m serve                     a Ray of its own, see serve/local_ray.py
 
-A drawer's scheduler owns the only queue: it knows rows, slots and deadlines, Ray Serve knows numbers of requests. So
+A worker's scheduler owns the only queue: it knows rows, slots and deadlines, Ray Serve knows numbers of requests. So
 Ray's own limit of requests a replica is set above what the scheduler admits, and never reached.
 
-An edge sends a job and reads its events (serve/cluster/rerun.py sends it again where a drawer dies). Everything is passed by
+An edge sends a job and reads its events (serve/cluster/rerun.py sends it again where a worker dies). Everything is passed by
 value; nothing here computes.
 
 Besides serve/local_ray.py the only file that imports ray.
@@ -39,22 +39,22 @@ from serve.api.errors import Failure
 from serve.api.rate_limits import RateLimiter
 from serve.arguments import AppArguments, read_arguments
 from serve.cluster.autoscaling import ROWS, SLOTS
-from serve.cluster.coordinator import REPORT_EVERY_S, Ledger
+from serve.cluster.coordinator import REPORT_EVERY_S, Coordinator
 from serve.cluster.open_requests import OpenRequests
-from serve.cluster.rerun import DrawerLost, draw_with_reruns, with_beats
-from serve.cluster.saturated_workers import LatelyFull
-from serve.messages import DrawEvent, DrawJob, ModelInfo
+from serve.cluster.rerun import WorkerLost, generate_with_reruns, with_beats
+from serve.cluster.saturated_workers import SaturatedWorkers
+from serve.messages import GenerationEvent, GenerationJob, ModelInfo
 from serve.metrics import merge_expositions
 from serve.process import log_to_stderr, process_name
 from serve.settings import ServeSettings
 
 APP_NAME = "kodalle"
-EDGE, DRAWER, LEDGER = "Edge", "Drawer", "Ledger"
+API_SERVER, WORKER, COORDINATOR = "Edge", "Worker", "Coordinator"
 
-# What a drawer refuses is a request of it for as long as that takes: room for a burst of so many beside the jobs that it
+# What a worker refuses is a request of it for as long as that takes: room for a burst of so many beside the jobs that it
 # took on, each of which has at least one row.
 _REFUSED_AT_ONCE = 1024
-_MAX_SLOTS = 256  # of a drawer that chooses its number itself
+_MAX_SLOTS = 256  # of a worker that chooses its number itself
 _MAX_REQUESTS_AN_EDGE = 4096  # a connection each; beyond them 429
 ASK_TIMEOUT_S = 2.0
 _INFO_KEPT_S = 10.0
@@ -68,62 +68,64 @@ _log = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------ the replicas
 
 
-class DrawerReplica:
-    """One accelerator. `ledger` is the handle of the Ledger deployment."""
+class WorkerReplica:
+    """One accelerator. `coordinator` is the handle of the Coordinator deployment."""
 
-    def __init__(self, settings: ServeSettings, ledger: DeploymentHandle) -> None:
-        from serve.worker.worker import Drawer  # with torch, which no edge needs
+    def __init__(self, settings: ServeSettings, coordinator: DeploymentHandle) -> None:
+        from serve.worker.worker import Worker  # with torch, which no edge needs
 
         _keep_to_node_address()
         log_to_stderr()
-        self._drawer = Drawer(settings)
-        self._reports = _report_forever(ledger, process_name("drawer"), self._drawer.metrics_text)
+        self._worker = Worker(settings)
+        self._reports = _report_forever(coordinator, process_name("worker"), self._worker.metrics_text)
 
-    async def draw(self, job: DrawJob) -> AsyncGenerator[DrawEvent | None, None]:
-        async for event in with_beats(self._drawer.draw(job)):
+    async def draw(self, job: GenerationJob) -> AsyncGenerator[GenerationEvent | None, None]:
+        async for event in with_beats(self._worker.draw(job)):
             yield event
 
     async def info(self) -> ModelInfo:
-        return self._drawer.info
+        return self._worker.info
 
     async def is_ready(self) -> bool:
-        self._drawer.check_health()
-        return not self._drawer.is_draining
+        self._worker.check_health()
+        return not self._worker.is_draining
 
     async def take_no_more(self) -> None:
         """What was taken on is drawn; what is new is refused."""
-        self._drawer.is_draining = True
+        self._worker.is_draining = True
 
     def check_health(self) -> None:
         """Ray replaces a replica where this raises."""
-        self._drawer.check_health()
+        self._worker.check_health()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For serve/cluster/autoscaling.py."""
-        return {ROWS: self._drawer.slots_in_use + self._drawer.queued_rows, SLOTS: self._drawer.num_slots}
+        return {ROWS: self._worker.slots_in_use + self._worker.queued_sequences, SLOTS: self._worker.num_slots}
 
     def __del__(self) -> None:
-        if hasattr(self, "_drawer"):  # not where the model could not be loaded
-            self._drawer.close()
+        if hasattr(self, "_worker"):  # not where the model could not be loaded
+            self._worker.close()
 
 
 @ray_serve.ingress()
-class EdgeReplica:
+class ApiServerReplica:
     """One HTTP application: Ray asks for it after the constructor."""
 
-    def __init__(self, settings: ServeSettings, drawers: DeploymentHandle, ledger: DeploymentHandle) -> None:
+    def __init__(self, settings: ServeSettings, workers: DeploymentHandle, coordinator: DeploymentHandle) -> None:
         _keep_to_node_address()
         log_to_stderr()
-        self._settings, self._ledger = settings, ledger
-        self._pool = RayPool(drawers, ledger, edge_name=process_name("edge"))
+        self._settings, self._ledger = settings, coordinator
+        self._pool = RayPool(workers, coordinator, api_server_name=process_name("edge"))
         self._requests: OpenRequests | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve.api.application import build_edge
+        from serve.api.application import build_api
 
-        app = build_edge(self._pool, self._settings, replica=self._pool.edge_name)
+        app = build_api(self._pool, self._settings, replica=self._pool.api_server_name)
         texts = (app.state.metrics.text, self._pool.own_metrics_text)
-        self._reports = _report_forever(self._ledger, self._pool.edge_name, lambda: "".join(text() for text in texts))
+        self._reports = _report_forever(
+            self._ledger, self._pool.api_server_name, lambda: "".join(text() for text in texts)
+        )
         self._requests = OpenRequests(app)
         return self._requests
 
@@ -133,13 +135,13 @@ class EdgeReplica:
             await self._requests.finish()
 
 
-class LedgerReplica:
+class CoordinatorReplica:
     """Of which there is one."""
 
     def __init__(self) -> None:
         _keep_to_node_address()
         log_to_stderr()
-        self._ledger = Ledger()
+        self._ledger = Coordinator()
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
         return self._ledger.take(key_id, per_minute, cost)
@@ -153,33 +155,33 @@ class LedgerReplica:
 
 # ---------------------------------------------------------------------------------------------- an edge's way to them
 
-# What a call raises when the process at its other end, or the way there, is gone. Errors of the drawer's own code come
+# What a call raises when the process at its other end, or the way there, is gone. Errors of the worker's own code come
 # as their own types.
 LOST = (RayError, RayServeException, grpc.RpcError)
 
 
 class RayPool:
-    """The drawers of a Ray Serve application, as an edge sees them: see serve/pool.py."""
+    """The workers of a Ray Serve application, as an edge sees them: see serve/pool.py."""
 
-    def __init__(self, drawers: DeploymentHandle, ledger: DeploymentHandle, *, edge_name: str) -> None:
-        self._drawers, self._ledger = drawers, ledger
-        self._draw = drawers.options(method_name="draw", stream=True)
-        self.edge_name = edge_name
+    def __init__(self, workers: DeploymentHandle, coordinator: DeploymentHandle, *, api_server_name: str) -> None:
+        self._workers, self._ledger = workers, coordinator
+        self._draw = workers.options(method_name="draw", stream=True)
+        self.api_server_name = api_server_name
         self._info: ModelInfo | None = None
         self._info_until_s = 0.0
         self._own_limiter = RateLimiter()
-        self._lately_full = LatelyFull()
+        self._saturated_workers = SaturatedWorkers()
         self._registry = CollectorRegistry()
-        self._reruns = Counter("kodalle_reruns", "Drawings sent again: their drawer died.", registry=self._registry)
+        self._reruns = Counter("kodalle_reruns", "Drawings sent again: their worker died.", registry=self._registry)
 
     async def model_info(self) -> ModelInfo:
-        """Kept for 10 s, so that an edge that met a drawer of the last version finds the new one out.
+        """Kept for 10 s, so that an edge that met a worker of the last version finds the new one out.
 
-        A drawer on a host that was cut off never answers. What is known serves on until another one does; meanwhile one
+        A worker on a host that was cut off never answers. What is known serves on until another one does; meanwhile one
         request at a time asks, and the others do not wait.
 
         Raises:
-            Failure: nothing is known and no drawer answers.
+            Failure: nothing is known and no worker answers.
         """
         if self._info is not None and time.monotonic() <= self._info_until_s:
             return self._info
@@ -187,9 +189,9 @@ class RayPool:
         for _ in range(1 if self._info is not None else _FIRST_ASKS):
             try:
                 async with asyncio.timeout(ASK_TIMEOUT_S):
-                    self._info = await self._drawers.info.remote()
+                    self._info = await self._workers.info.remote()
             except (*LOST, TimeoutError) as error:
-                _log.warning("a drawer does not tell its model: %s", brief(error))
+                _log.warning("a worker does not tell its model: %s", brief(error))
                 continue
             self._info_until_s = time.monotonic() + _INFO_KEPT_S
             break
@@ -197,52 +199,54 @@ class RayPool:
             raise Failure("unavailable", retry_after_s=1.0)
         return self._info
 
-    def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
-        return draw_with_reruns(self._send, job, on_rerun=self._reruns.inc, lately_full=self._lately_full)
+    def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+        return generate_with_reruns(
+            self._send, job, on_rerun=self._reruns.inc, saturated_workers=self._saturated_workers
+        )
 
     async def metrics_text(self) -> str:
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 reports = await self._ledger.reports.remote()
         except (*LOST, TimeoutError) as error:
-            _log.warning("the ledger does not answer, figures of other processes are missing: %s", brief(error))
+            _log.warning("the coordinator does not answer, figures of other processes are missing: %s", brief(error))
             return self.own_metrics_text()
-        reports.pop(self.edge_name, None)  # the edge adds its own, which are newer
-        reports[self.edge_name] = self.own_metrics_text()
+        reports.pop(self.api_server_name, None)  # the edge adds its own, which are newer
+        reports[self.api_server_name] = self.own_metrics_text()
         return await asyncio.to_thread(merge_expositions, reports)
 
     def own_metrics_text(self) -> str:
         return generate_latest(self._registry).decode()
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
-        """While the ledger is being replaced each edge counts for itself, so that nobody is locked out or let loose."""
+        """While the coordinator is being replaced each edge counts for itself, so that nobody is locked out or let loose."""
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 return float(await self._ledger.take.remote(key_id, per_minute, cost))
         except (*LOST, TimeoutError) as error:
-            _log.warning("the ledger does not answer, this edge counts rates alone: %s", brief(error))
+            _log.warning("the coordinator does not answer, this edge counts rates alone: %s", brief(error))
             return self._own_limiter.take(key_id, per_minute, cost, time.monotonic())
 
     async def ready(self) -> bool:
         for _ in range(2):  # the first may have asked one that is being replaced
             with suppress(*LOST, TimeoutError):
                 async with asyncio.timeout(ASK_TIMEOUT_S):
-                    if await self._drawers.is_ready.remote():
+                    if await self._workers.is_ready.remote():
                         return True
         return False
 
-    async def _send(self, job: DrawJob) -> AsyncGenerator[DrawEvent | None, None]:
-        response = cast(DeploymentResponseGenerator[DrawEvent | None], self._draw.remote(job))
+    async def _send(self, job: GenerationJob) -> AsyncGenerator[GenerationEvent | None, None]:
+        response = cast(DeploymentResponseGenerator[GenerationEvent | None], self._draw.remote(job))
         try:
             async for event in response:
                 yield event
         except LOST as error:
-            raise DrawerLost(brief(error)) from error
+            raise WorkerLost(brief(error)) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            raise DrawerLost("its replica cancelled it") from None  # one that Ray is killing
+            raise WorkerLost("its replica cancelled it") from None  # one that Ray is killing
         finally:
             response.cancel()
 
@@ -253,14 +257,14 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _report_forever(ledger: DeploymentHandle, name: str, text: Callable[[], str]) -> "asyncio.Task[None]":
-    """Sends a process's figures to the ledger; call it where an event loop runs."""
+def _report_forever(coordinator: DeploymentHandle, name: str, text: Callable[[], str]) -> "asyncio.Task[None]":
+    """Sends a process's figures to the coordinator; call it where an event loop runs."""
 
     async def report() -> None:
         while True:
-            with suppress(*LOST, TimeoutError):  # a ledger that is being replaced gets the next one
+            with suppress(*LOST, TimeoutError):  # a coordinator that is being replaced gets the next one
                 async with asyncio.timeout(ASK_TIMEOUT_S):
-                    await ledger.report.remote(name, text())
+                    await coordinator.report.remote(name, text())
             await asyncio.sleep(REPORT_EVERY_S)
 
     return asyncio.get_running_loop().create_task(report())
@@ -299,10 +303,12 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     arguments = read_arguments(args, source="the application's args")
     settings = arguments.settings()
     deployment = cast(Callable[..., Any], ray_serve.deployment)
-    ledger = deployment(LedgerReplica, name=LEDGER, **_small(1)).bind()
-    drawers = deployment(DrawerReplica, name=DRAWER, **_drawer_options(arguments)).bind(settings, ledger)
-    edges = deployment(EdgeReplica, name=EDGE, **_edge_options(arguments)).bind(settings, drawers, ledger)
-    return cast(ray_serve.Application, edges)
+    coordinator = deployment(CoordinatorReplica, name=COORDINATOR, **_small(1)).bind()
+    workers = deployment(WorkerReplica, name=WORKER, **_worker_options(arguments)).bind(settings, coordinator)
+    api_servers = deployment(ApiServerReplica, name=API_SERVER, **_edge_options(arguments)).bind(
+        settings, workers, coordinator
+    )
+    return cast(ray_serve.Application, api_servers)
 
 
 def _small(num_replicas: int) -> dict[str, Any]:
@@ -319,34 +325,34 @@ def _small(num_replicas: int) -> dict[str, Any]:
 
 
 def _edge_options(arguments: AppArguments) -> dict[str, Any]:
-    return _small(arguments.num_edges) | {
+    return _small(arguments.num_api_servers) | {
         "max_queued_requests": _MAX_REQUESTS_AN_EDGE,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1.0),
-        # An edge's last request ends after its drawer's last drawing.
+        # An edge's last request ends after its worker's last drawing.
         "graceful_shutdown_timeout_s": arguments.drain_s + 10.0,
     }
 
 
-def _drawer_options(arguments: AppArguments) -> dict[str, Any]:
-    rows = (arguments.num_slots or _MAX_SLOTS) + arguments.max_queued_rows
+def _worker_options(arguments: AppArguments) -> dict[str, Any]:
+    rows = (arguments.num_slots or _MAX_SLOTS) + arguments.max_queued_sequences
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": arguments.cpus_per_drawer, "num_gpus": _gpus_per_drawer(arguments)},
+        "ray_actor_options": {"num_cpus": arguments.cpus_per_worker, "num_gpus": _gpus_per_worker(arguments)},
         "max_ongoing_requests": rows + _REFUSED_AT_ONCE,
         "health_check_period_s": 2.0,
         "graceful_shutdown_wait_loop_s": 0.25,
         "graceful_shutdown_timeout_s": arguments.drain_s + 5.0,
         "logging_config": LOGGING,
     }
-    if not arguments.max_drawers:
-        return options | {"num_replicas": arguments.num_drawers}
+    if not arguments.max_workers:
+        return options | {"num_replicas": arguments.num_workers}
     return options | {"autoscaling_config": autoscaling(arguments)}
 
 
 def autoscaling(arguments: AppArguments) -> AutoscalingConfig:
-    """Drawers by slots in use, between `num_drawers` and `max_drawers`."""
+    """Workers by slots in use, between `num_workers` and `max_workers`."""
     return AutoscalingConfig(
-        min_replicas=arguments.num_drawers,
-        max_replicas=arguments.max_drawers,
+        min_replicas=arguments.num_workers,
+        max_replicas=arguments.max_workers,
         upscale_delay_s=arguments.scale_up_after_s,
         downscale_delay_s=arguments.scale_down_after_s,
         look_back_period_s=max(2.0, min(30.0, arguments.scale_up_after_s)),
@@ -357,9 +363,9 @@ def autoscaling(arguments: AppArguments) -> AutoscalingConfig:
     )
 
 
-def _gpus_per_drawer(arguments: AppArguments) -> float:
-    if arguments.gpus_per_drawer is not None:
-        return arguments.gpus_per_drawer
+def _gpus_per_worker(arguments: AppArguments) -> float:
+    if arguments.gpus_per_worker is not None:
+        return arguments.gpus_per_worker
     if arguments.device == "cpu":
         return 0.0
     return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0

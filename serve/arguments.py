@@ -19,21 +19,21 @@ from serve.settings import ServeSettings
 class AppArguments(ServeSettings):
     """A server on Ray Serve."""
 
-    num_drawers: int = Field(1, ge=1, description="processes that draw, each with its copy of the model")
-    max_drawers: int = Field(0, ge=0, description="more are started under load, up to so many; 0: none")
+    num_workers: int = Field(1, ge=1, description="processes that draw, each with its copy of the model")
+    max_workers: int = Field(0, ge=0, description="more are started under load, up to so many; 0: none")
     target_share: float = Field(0.75, gt=0, le=1, description="of all slots that the autoscaler wants in use")
-    scale_up_after_s: float = Field(10.0, ge=0, description="of a load that wants more drawers")
+    scale_up_after_s: float = Field(10.0, ge=0, description="of a load that wants more workers")
     scale_down_after_s: float = Field(300.0, ge=0, description="of a load that wants fewer")
-    num_edges: int = Field(1, ge=1, description="processes that speak HTTP; one feeds several drawers")
-    cpus_per_drawer: float = Field(1.0, gt=0, description="cores that Ray counts for one, and threads it computes with")
-    gpus_per_drawer: float | None = Field(
+    num_api_servers: int = Field(1, ge=1, description="processes that speak HTTP; one feeds several workers")
+    cpus_per_worker: float = Field(1.0, gt=0, description="cores that Ray counts for one, and threads it computes with")
+    gpus_per_worker: float | None = Field(
         None, ge=0, description="1/2: two share a card; null: one where the cluster has GPUs and device is not cpu"
     )
 
     @model_validator(mode="after")
-    def _range_of_drawers(self) -> "AppArguments":
-        if 0 < self.max_drawers < self.num_drawers:
-            raise ValueError("max_drawers must be 0, or num_drawers and more")
+    def _range_of_workers(self) -> "AppArguments":
+        if 0 < self.max_workers < self.num_workers:
+            raise ValueError("max_workers must be 0, or num_workers and more")
         return self
 
     def settings(self) -> ServeSettings:

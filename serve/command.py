@@ -1,9 +1,9 @@
 """`python -m serve`: one command, one port, the page and the API.
 
-    python -m serve [MODEL] [--host 127.0.0.1] [--port 8000] [--drawers N] [--keys FILE] [--config FILE] [--without-ray]
+    python -m serve [MODEL] [--host 127.0.0.1] [--port 8000] [--workers N] [--keys FILE] [--config FILE] [--without-ray]
     python -m serve key NAME --file keys.yaml
 
-Starts a Ray of its own, or with --without-ray one drawer in this process; says where it listens and with what it draws
+Starts a Ray of its own, or with --without-ray one worker in this process; says where it listens and with what it draws
 once it does. SIGTERM and SIGINT: refuses what is new, finishes what is being drawn, exits with 0.
 
 Exit codes: 0 stopped as told, 1 drawings were cut off or Ray died, 2 bad input: one line on stderr naming field, value
@@ -52,18 +52,18 @@ def start(
     model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: models/clothing")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default 8000")] = None,
-    drawers: Annotated[int | None, typer.Option(min=1, help="processes that draw; default 1")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that draw; default 1")] = None,
     keys: Annotated[Path | None, typer.Option(help="API keys, see `python -m serve key --help`")] = None,
     config: Annotated[Path | None, typer.Option(help="a Ray Serve config, e.g. configs/serve.yaml")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly other")] = False,
     no_page: Annotated[bool, typer.Option("--no-page", help="the API alone")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="write captions into the log")] = False,
-    without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one drawer")] = False,
+    without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one worker")] = False,
 ) -> None:
     """Serves a model: the designers' page and an API in the manner of OpenAI's. `key NAME`: makes an API key."""
     values, http_options = ({}, {}) if config is None else read_serve_config(config)
-    given = {"model": model, "num_drawers": drawers, "keys_file": None if keys is None else str(keys), "device": device}
+    given = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys), "device": device}
     given |= {"int8": int8 or None, "log_prompts": log_prompts or None, "page": False if no_page else None}
     values |= {name: value for name, value in given.items() if value is not None}
     arguments = read_arguments(values, source="the command line" if config is None else str(config))
@@ -162,7 +162,7 @@ def _run_with_ray(arguments: AppArguments, *, host: str, port: int) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
             signal.signal(number, lambda *_: told.set())
         _wait_until_ready(host, port)
-        _announce(served_model(), host=host, port=port, page=arguments.page, drawers=arguments.num_drawers)
+        _announce(served_model(), host=host, port=port, page=arguments.page, workers=arguments.num_workers)
         return 0 if _wait_for(told, is_alive) and drain(within_s=arguments.drain_s) else 1
     finally:
         end_local()
@@ -194,15 +194,15 @@ def _set_environment(arguments: AppArguments, folder: Path) -> None:
 
 
 def _with_cores(arguments: AppArguments) -> AppArguments:
-    """All cores for the drawers, where nobody said how many: Ray gives a process so many threads as it counts cores."""
-    if "cpus_per_drawer" in arguments.model_fields_set:
+    """All cores for the workers, where nobody said how many: Ray gives a process so many threads as it counts cores."""
+    if "cpus_per_worker" in arguments.model_fields_set:
         return arguments
-    most_drawers = max(arguments.num_drawers, arguments.max_drawers)
-    return arguments.model_copy(update={"cpus_per_drawer": float(max(1, (os.cpu_count() or 1) // most_drawers))})
+    most_workers = max(arguments.num_workers, arguments.max_workers)
+    return arguments.model_copy(update={"cpus_per_worker": float(max(1, (os.cpu_count() or 1) // most_workers))})
 
 
 def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
-    from serve.api.application import build_edge
+    from serve.api.application import build_api
     from serve.api.listener import listener
     from serve.local_pool import LocalPool
 
@@ -210,8 +210,8 @@ def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
     settings = arguments.settings()
     pool = LocalPool(settings)
     try:
-        server = listener(build_edge(pool, settings), host=host, port=port, drain_s=settings.drain_s)
-        announcing = threading.Thread(target=_announce_when_ready, args=(pool.drawer.info, host, port, settings.page))
+        server = listener(build_api(pool, settings), host=host, port=port, drain_s=settings.drain_s)
+        announcing = threading.Thread(target=_announce_when_ready, args=(pool.worker.info, host, port, settings.page))
         announcing.daemon = True
         announcing.start()
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops, and then raises the signal once more
@@ -224,7 +224,7 @@ def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
 
 def _announce_when_ready(info: ModelInfo, host: str, port: int, page: bool) -> None:
     _wait_until_ready(host, port)
-    _announce(info, host=host, port=port, page=page, drawers=1)
+    _announce(info, host=host, port=port, page=page, workers=1)
 
 
 def _wait_until_ready(host: str, port: int) -> None:
@@ -241,11 +241,11 @@ def _wait_until_ready(host: str, port: int) -> None:
     raise InputError("server", f"{host}:{port}", f"did not become ready within {_READY_WITHIN_S:g} s")
 
 
-def _announce(info: ModelInfo, *, host: str, port: int, page: bool, drawers: int) -> None:
+def _announce(info: ModelInfo, *, host: str, port: int, page: bool, workers: int) -> None:
     address = _own_address(host)
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     where = "CPU" if info.device == "cpu" else f"GPU {info.device}"
-    many = f", {drawers} drawers" if drawers > 1 else ""
+    many = f", {workers} workers" if workers > 1 else ""
     print(f"KoDALLE draws {info.model_id} ({info.num_parameters / 1e6:.1f} M, {info.image_size} px) on {where}{many}")
     if page:
         print(f"page  {url}/")

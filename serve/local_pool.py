@@ -1,40 +1,40 @@
-"""One drawer in the same process as the HTTP server: serving without Ray."""
+"""One worker in the same process as the HTTP server: serving without Ray."""
 
 import time
 from collections.abc import AsyncIterator
 
 from serve.api.rate_limits import RateLimiter
-from serve.messages import DrawEvent, DrawJob, ModelInfo
+from serve.messages import GenerationEvent, GenerationJob, ModelInfo
 from serve.settings import ServeSettings
-from serve.worker.worker import Drawer
+from serve.worker.worker import Worker
 
 
 class LocalPool:
-    """What the edge draws with (serve/pool.py); `close` ends the drawer.
+    """What the edge draws with (serve/pool.py); `close` ends the worker.
 
     Raises:
         InputError: the settings name no model that can be drawn with.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
-        self.drawer = Drawer(settings)
+        self.worker = Worker(settings)
         self._limiter = RateLimiter()
 
     async def model_info(self) -> ModelInfo:
-        return self.drawer.info
+        return self.worker.info
 
-    def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
-        return self.drawer.draw(job)
+    def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+        return self.worker.draw(job)
 
     async def metrics_text(self) -> str:
-        return self.drawer.metrics_text()
+        return self.worker.metrics_text()
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
         return self._limiter.take(key_id, per_minute, cost, time.monotonic())
 
     async def ready(self) -> bool:
-        self.drawer.check_health()
-        return not self.drawer.is_draining
+        self.worker.check_health()
+        return not self.worker.is_draining
 
     def close(self) -> None:
-        self.drawer.close()
+        self.worker.close()

@@ -12,7 +12,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.app import APP_NAME, ASK_TIMEOUT_S, DRAWER, EDGE, LOGGING, LOST, brief, build
+from serve.app import API_SERVER, APP_NAME, ASK_TIMEOUT_S, LOGGING, LOST, WORKER, brief, build
 from serve.arguments import AppArguments
 from serve.messages import ModelInfo
 
@@ -62,8 +62,8 @@ def drain(*, within_s: float) -> bool:
         False where something was still being drawn after `within_s` seconds.
     """
     try:
-        _handle(DRAWER).broadcast("take_no_more").results(timeout_s=ASK_TIMEOUT_S)
-        _handle(EDGE).broadcast("finish").results(timeout_s=within_s)
+        _handle(WORKER).broadcast("take_no_more").results(timeout_s=ASK_TIMEOUT_S)
+        _handle(API_SERVER).broadcast("finish").results(timeout_s=within_s)
     except TimeoutError:
         return False
     except LOST as error:
@@ -88,7 +88,7 @@ def is_alive() -> bool:
 
 def served_model() -> ModelInfo:
     """The model of the running application."""
-    info: ModelInfo = _handle(DRAWER).info.remote().result(timeout_s=30)
+    info: ModelInfo = _handle(WORKER).info.remote().result(timeout_s=30)
     return info
 
 

@@ -1,10 +1,10 @@
-"""What passes between the edge and a drawer: one job in, events out until `Finished` or `Refused`.
+"""What passes between the edge and a worker: one job in, events out until `Finished` or `Refused`.
 
-    edge (HTTP, limits, keys)  ── DrawJob ──►  drawer (slots, pictures, ranking)
+    edge (HTTP, limits, keys)  ── GenerationJob ──►  worker (slots, pictures, ranking)
                                ◄── Queued, Progress, Partial …, Finished | Refused ──
 
 Plain frozen values, so that they travel as they are: in one process, or pickled between Ray Serve replicas. Everything
-that decides the pictures (seed, settings, given pixels) is fixed before a job is sent, so that a job whose drawer died
+that decides the pictures (seed, settings, given pixels) is fixed before a job is sent, so that a job whose worker died
 is sent again and gives the same bytes.
 
 No torch, no ray. S pixels of the model's square pictures, g x g grid of tokens, N = g * g.
@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 RankBy = Literal["koclip", "fit"]
-# Why a drawer did not draw: the edge has a status and texts in two languages for each (serve/api/errors.py).
+# Why a worker did not draw: the edge has a status and texts in two languages for each (serve/api/errors.py).
 RefusalReason = Literal["queue_full", "deadline", "draining", "invalid", "failed"]
 
 
@@ -36,23 +36,23 @@ class ModelInfo:
     has_ranker: bool
     device: str  # "cpu", or the GPU's name
     tokenizer_json: str  # for `tokenizers.Tokenizer.from_str`: counts tokens without torch
-    default_options: SamplingOptions = field(default_factory=SamplingOptions)  # where a request says nothing
+    default_sampling_params: SamplingParams = field(default_factory=SamplingParams)  # where a request says nothing
     # What its captions told of, garment to attribute to values, commonest first; {}: not known.
     attributes: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
-class GivenPixels:
-    """A picture to start from, already at the model's size: what `engine.pipeline.init_image.GivenImage` works out."""
+class InitImagePixels:
+    """A picture to start from, already at the model's size: what `engine.pipeline.init_image.InitImage` works out."""
 
     pixels: bytes  # (S, S, 3) uint8
-    redrawn_pixels: bytes  # (S, S) uint8, 1 where the picture may change
-    redrawn_tokens: bytes  # (N,) uint8, 1 where a token is drawn
+    regenerated_pixels: bytes  # (S, S) uint8, 1 where the picture may change
+    regenerated_tokens: bytes  # (N,) uint8, 1 where a token is drawn
     paste: bool = True  # kept pixels get the original's values
 
 
 @dataclass(frozen=True)
-class DrawJob:
+class GenerationJob:
     """One request, checked: `num_candidates` pictures of a caption are drawn, the best `num_images` returned."""
 
     request_id: str
@@ -62,9 +62,9 @@ class DrawJob:
     num_candidates: int
     num_images: int
     deadline_s: float  # seconds that are left; clocks of two machines are not compared
-    options: SamplingOptions = field(default_factory=SamplingOptions)
+    options: SamplingParams = field(default_factory=SamplingParams)
     rank_by: RankBy = "koclip"
-    given: GivenPixels | None = None
+    given: InitImagePixels | None = None
     image_format: ImageFormat = "png"
     compression: int = 100  # 0-100: quality of webp and jpeg; 100 is lossless webp
     num_partials: int = 0  # previews of each of the first `num_images` candidates
@@ -84,7 +84,7 @@ class Queued:
 class Progress:
     """How far the drawing is; at most about ten a second."""
 
-    tokens_drawn: int  # of all its rows together
+    tokens_generated: int  # of all its rows together
     tokens_total: int
 
 
@@ -94,13 +94,13 @@ class Partial:
 
     candidate: int
     partial_index: int  # 0-based, of this candidate
-    rows_drawn: int
+    rows_generated: int
     rows_total: int
     data: bytes  # encoded as the job asks
 
 
 @dataclass(frozen=True)
-class DrawnImage:
+class GeneratedImage:
     """A finished picture, encoded as the job asks, its making in its metadata."""
 
     candidate: int
@@ -115,7 +115,7 @@ class DrawnImage:
 class Finished:
     """All candidates, best first; the first `num_images` have their pictures, the rest where `wants_all`."""
 
-    images: tuple[DrawnImage, ...]
+    images: tuple[GeneratedImage, ...]
     text_tokens: int  # read of the caption, [CLS] and [SEP] included
     tokens_cut: int  # that did not fit the model and were left out
     image_tokens: int  # drawn, all candidates together
@@ -132,4 +132,4 @@ class Refused:
     retry_after_s: float | None = None  # for `queue_full` and `draining`
 
 
-DrawEvent = Queued | Progress | Partial | Finished | Refused
+GenerationEvent = Queued | Progress | Partial | Finished | Refused

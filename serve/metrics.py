@@ -1,6 +1,6 @@
-"""Figures for Prometheus: what an edge counts, what a drawer counts, and how the texts of many become one.
+"""Figures for Prometheus: what an edge counts, what a worker counts, and how the texts of many become one.
 
-Each process has a registry of its own, never the library's global one: several drawers and edges live in one process in
+Each process has a registry of its own, never the library's global one: several workers and edges live in one process in
 tests and on small machines. Replicas are told apart by a `replica` label, which `merge_expositions` adds.
 """
 
@@ -19,7 +19,7 @@ _PHASE_SECONDS = (0.001, 0.0025, 0.005, *_SECONDS)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
-class EdgeMetrics:
+class ApiMetrics:
     """What one HTTP edge counts."""
 
     def __init__(self) -> None:
@@ -55,15 +55,15 @@ class EdgeMetrics:
         return generate_latest(self.registry).decode()
 
 
-class DrawerMetrics:
-    """What one drawer counts; called from its threads."""
+class WorkerMetrics:
+    """What one worker counts; called from its threads."""
 
     def __init__(self, *, num_slots: int) -> None:
         self.registry = registry = CollectorRegistry()
         slots = Gauge("kodalle_slots", "Rows that fit into a step.", registry=registry)
         slots.set(num_slots)
         self._slots_in_use = Gauge("kodalle_slots_in_use", "Rows being drawn.", registry=registry)
-        self._queued_rows = Gauge("kodalle_queued_rows", "Rows that wait for a slot.", registry=registry)
+        self._queued_sequences = Gauge("kodalle_queued_sequences", "Rows that wait for a slot.", registry=registry)
         self._queued_requests = Gauge(
             "kodalle_queued_requests", "Requests with no row in a slot yet.", registry=registry
         )
@@ -74,20 +74,20 @@ class DrawerMetrics:
         self._step_seconds = Histogram(
             "kodalle_step_seconds", "Seconds of a step.", buckets=_STEP_SECONDS, registry=registry
         )
-        self._drawn = Counter("kodalle_pictures_drawn", "Pictures drawn, all candidates.", registry=registry)
-        self._cancelled = Counter("kodalle_drawer_cancelled", "Drawings given up by their client.", registry=registry)
-        self._rejected = Counter("kodalle_drawer_rejected", "Jobs refused, by reason.", ["reason"], registry=registry)
+        self._drawn = Counter("kodalle_images_generated", "Pictures drawn, all candidates.", registry=registry)
+        self._cancelled = Counter("kodalle_worker_cancelled", "Drawings given up by their client.", registry=registry)
+        self._rejected = Counter("kodalle_worker_rejected", "Jobs refused, by reason.", ["reason"], registry=registry)
         self._phase_seconds = Histogram(
-            "kodalle_drawer_phase_seconds",
+            "kodalle_worker_phase_seconds",
             "Seconds of finished drawings, by phase.",
             ["phase"],
             buckets=_PHASE_SECONDS,
             registry=registry,
         )
 
-    def occupied(self, *, slots_in_use: int, queued_rows: int, queued_requests: int) -> None:
+    def occupied(self, *, slots_in_use: int, queued_sequences: int, queued_requests: int) -> None:
         self._slots_in_use.set(slots_in_use)
-        self._queued_rows.set(queued_rows)
+        self._queued_sequences.set(queued_sequences)
         self._queued_requests.set(queued_requests)
 
     def stepped(self, *, seconds: float) -> None:

@@ -1,23 +1,23 @@
-"""What the edge asks of the drawers, wherever they run: in this process, or as Ray Serve replicas.
+"""What the edge asks of the workers, wherever they run: in this process, or as Ray Serve replicas.
 
-One protocol, so that the same HTTP application is tested against a drawer in its own process, serves from one without
+One protocol, so that the same HTTP application is tested against a worker in its own process, serves from one without
 Ray, and serves a cluster. No torch, no ray.
 """
 
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from serve.messages import DrawEvent, DrawJob, ModelInfo
+from serve.messages import GenerationEvent, GenerationJob, ModelInfo
 
 
-class DrawerPool(Protocol):
-    """All drawers of one model, as the edge sees them. Every method may be called at the same time by many requests."""
+class WorkerPool(Protocol):
+    """All workers of one model, as the edge sees them. Every method may be called at the same time by many requests."""
 
     async def model_info(self) -> ModelInfo:
         """The model that is served. Asked for by each request, so it must be cheap: the pool keeps it."""
         ...
 
-    def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
+    def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         """The job's events; the last is `Finished` or `Refused`.
 
         An asynchronous generator: closing it (`aclose`), or cancelling the task that waits for its next event, cancels
@@ -26,7 +26,7 @@ class DrawerPool(Protocol):
         ...
 
     async def metrics_text(self) -> str:
-        """Prometheus text of all drawers and of the other edges, each sample with a `replica` label."""
+        """Prometheus text of all workers and of the other edges, each sample with a `replica` label."""
         ...
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
@@ -38,5 +38,5 @@ class DrawerPool(Protocol):
         ...
 
     async def ready(self) -> bool:
-        """True when a drawer is up and takes jobs."""
+        """True when a worker is up and takes jobs."""
         ...

@@ -39,14 +39,14 @@ class ServeSettings(Section):
     )
     device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda where there is one")
     int8: bool = Field(False, description="8-bit arithmetic on a CPU: faster, slightly other pictures")
-    num_slots: int = Field(0, ge=0, description="rows in flight in a drawer; 0: 32 on a CPU, 256 on a GPU")
-    max_queued_rows: int = Field(
+    num_slots: int = Field(0, ge=0, description="rows in flight in a worker; 0: 32 on a CPU, 256 on a GPU")
+    max_queued_sequences: int = Field(
         256,
         ge=0,
-        description="waiting in a drawer, besides the slots; more is 429, unless the key holds less than its equal part",
+        description="waiting in a worker, besides the slots; more is 429, unless the key holds less than its equal part",
     )
     deadline_s: float = Field(120.0, gt=0, description="from arrival to the last byte; what cannot be met is 429")
-    drain_s: float = Field(60.0, gt=0, description="how long a stopping drawer may finish what it took on")
+    drain_s: float = Field(60.0, gt=0, description="how long a stopping worker may finish what it took on")
     default_candidates: int = Field(16, gt=0, description="drawn and ranked when a request names no number")
     keys_file: str = Field("", description="API keys (serve/api/keys.py); empty: none, and only loopback is answered")
     log_prompts: bool = Field(False, description="write captions into the log")

@@ -1,4 +1,4 @@
-"""The designers' page in real headless Chromium, served by the real edge and drawer: what the page's tests share."""
+"""The designers' page in real headless Chromium, served by the real edge and worker: what the page's tests share."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.listener import listener
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
@@ -86,10 +86,10 @@ class Site:
 
 @contextmanager
 def model_site(model: Path, **changes: Any) -> Iterator[tuple[Site, LocalPool]]:
-    """A model folder under the real edge and drawer; `changes` to the settings."""
+    """A model folder under the real edge and worker; `changes` to the settings."""
     settings = ServeSettings(model=str(model)).model_copy(update={"num_slots": 8} | changes)
     pool = LocalPool(settings)
-    site = Site(lambda: build_edge(pool, settings))
+    site = Site(lambda: build_api(pool, settings))
     try:
         yield site, pool
     finally:

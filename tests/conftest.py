@@ -150,7 +150,7 @@ def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
             tree["deepspeed"]["zero_optimization"] = {"stage": 1}
         else:
             tree |= {"model": dict(TRANSFORMER), "embedding_std": 0.02, "caption_dropout": 0.2}
-            tree |= {"image_token_noise": 0.5, "codebook_init": True}
+            tree |= {"input_token_noise": 0.5, "codebook_init": True}
             tree["text"] = {"tokenizer": "train", "vocab_size": 60}
         return tree | more
 

@@ -1,4 +1,4 @@
-"""An HTTP edge under the real listener on a free port, raw requests to it, and a pool whose drawer follows a script."""
+"""An HTTP edge under the real listener on a free port, raw requests to it, and a pool whose worker follows a script."""
 
 import asyncio
 import json
@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from serve.api.listener import listener
-from serve.messages import DrawEvent, DrawJob, DrawnImage, Finished, ModelInfo
+from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, ModelInfo
 
-Script = Callable[[DrawJob], AsyncIterator[DrawEvent]]
+Script = Callable[[GenerationJob], AsyncIterator[GenerationEvent]]
 
 
 @contextmanager
@@ -142,47 +142,49 @@ INFO = ModelInfo(
 )
 
 
-def finished(job: DrawJob, *, data: bytes = b"a picture") -> Finished:
-    """An answer as a drawer would give it, without a drawer."""
+def finished(job: GenerationJob, *, data: bytes = b"a picture") -> Finished:
+    """An answer as a worker would give it, without a worker."""
     images = tuple(
-        DrawnImage(number, job.seed, number + 1, 0.5, None, data if number < job.num_images or job.wants_all else None)
+        GeneratedImage(
+            number, job.seed, number + 1, 0.5, None, data if number < job.num_images or job.wants_all else None
+        )
         for number in range(job.num_candidates)
     )
     return Finished(images, 5, 0, 64 * job.num_candidates, {"decode": 0.1, "total": 0.2})
 
 
-async def at_once(job: DrawJob) -> AsyncIterator[DrawEvent]:
+async def at_once(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
     yield finished(job)
 
 
 @dataclass
 class ScriptedPool:
-    """Plays `script` for each job, and keeps count of what becomes of it: for faults that no real drawer shows."""
+    """Plays `script` for each job, and keeps count of what becomes of it: for faults that no real worker shows."""
 
     script: Script = at_once
     info: ModelInfo = INFO
     wait_s: float = 0.0  # of take
     is_ready: bool = True
-    jobs: list[DrawJob] = field(default_factory=list)
+    jobs: list[GenerationJob] = field(default_factory=list)
     taken: list[tuple[str, float, float]] = field(default_factory=list)
-    drawing: int = 0
+    generation: int = 0
     ended_at: list[float] = field(default_factory=list)
 
     async def model_info(self) -> ModelInfo:
         return replace(self.info)
 
-    async def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         self.jobs.append(job)
-        self.drawing += 1
+        self.generation += 1
         try:
             async for event in self.script(job):
                 yield event
         finally:
-            self.drawing -= 1
+            self.generation -= 1
             self.ended_at.append(asyncio.get_running_loop().time())
 
     async def metrics_text(self) -> str:
-        return '# TYPE kodalle_slots gauge\nkodalle_slots{replica="drawer-1"} 4.0\n'
+        return '# TYPE kodalle_slots gauge\nkodalle_slots{replica="worker-1"} 4.0\n'
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
         self.taken.append((key_id, per_minute, cost))

@@ -30,10 +30,10 @@ from engine.measure import (
     time_runs,
 )
 from engine.models.vqgan import Vqgan
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from engine.pipeline.image_files import png_bytes
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from sampling.plan import CAPTION, Plan, Variant
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")
@@ -56,14 +56,14 @@ def machine_rates(plan: Plan, variant: Variant) -> dict[str, float]:
 def load_pipeline(plan: Plan, variant: Variant) -> Pipeline:
     """One token a step: what guessing ahead wins depends on what the weights say, and these are random."""
     return Pipeline.from_pretrained(
-        Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8, guess_ahead=False
+        Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8, speculative=False
     )
 
 
 # ------------------------------------------------------------------------------------------------------ whole drawings
 
 
-def drawing_row(pipeline: Pipeline, plan: Plan, variant: Variant, images: int) -> tuple[Row, Drawing]:
+def drawing_row(pipeline: Pipeline, plan: Plan, variant: Variant, images: int) -> tuple[Row, Generation]:
     """`images` candidates of one caption, ranked and encoded as PNG; the phases are those of the median run.
 
     Returns:
@@ -74,11 +74,11 @@ def drawing_row(pipeline: Pipeline, plan: Plan, variant: Variant, images: int) -
         torch.cuda.reset_peak_memory_stats(device)
     first_s = sum(_draw(pipeline, images, FIRST_SEED)[0].values()) if _needs_warming(device, images) else None
     runs: list[dict[str, float]] = []
-    kept: Drawing | None = None
+    kept: Generation | None = None
     begun = time.perf_counter()
     while len(runs) < plan.repeat and (len(runs) < 2 or time.perf_counter() - begun < plan.row_budget_s):
-        phases, drawing = _draw(pipeline, images, FIRST_SEED + len(runs))
-        kept = kept or drawing
+        phases, generation = _draw(pipeline, images, FIRST_SEED + len(runs))
+        kept = kept or generation
         runs.append(phases)
     assert kept is not None
     runs.sort(key=lambda phases: phases["total"])
@@ -110,23 +110,23 @@ def _needs_warming(device: torch.device, images: int) -> bool:
     return device.type == "cuda" or images == 1
 
 
-def _draw(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float], Drawing]:
+def _draw(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float], Generation]:
     """Seconds of each phase and `total`, by a clock around all of it."""
     synchronize(pipeline.device)
     start = time.perf_counter()
-    drawing = pipeline([CAPTION], candidates=images, seed=seed)[0]
+    generation = pipeline([CAPTION], candidates=images, seed=seed)[0]
     encoding = time.perf_counter()
-    for candidate in drawing.candidates:
-        png_bytes(candidate.image, metadata(drawing, candidate))
+    for candidate in generation.candidates:
+        png_bytes(candidate.image, metadata(generation, candidate))
     end = time.perf_counter()
-    return {**drawing.timings_s, "encoding": end - encoding, "total": end - start}, drawing
+    return {**generation.timings_s, "encoding": end - encoding, "total": end - start}, generation
 
 
-def _jpeg_s(drawing: Drawing, plan: Plan) -> float:
+def _jpeg_s(generation: Generation, plan: Plan) -> float:
     """The same pictures as JPEG."""
 
     def encode() -> None:
-        for candidate in drawing.candidates:
+        for candidate in generation.candidates:
             candidate.image.save(io.BytesIO(), format="JPEG", quality=JPEG_QUALITY)
 
     return statistics.median(time_runs(encode, torch.device("cpu"), repeat=min(plan.repeat, 5)))
@@ -200,7 +200,10 @@ def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Vari
     device = pipeline.device
     prefix = sampler.prefill(text_tokens(pipeline, 1))
     plain, guided = (
-        [RowRequest(0, FIRST_SEED, number, SamplingOptions(guidance_scale=scale)) for number in range(plan.candidates)]
+        [
+            SequenceRequest(0, FIRST_SEED, number, SamplingParams(guidance_scale=scale))
+            for number in range(plan.candidates)
+        ]
         for scale in (1.0, GUIDANCE_SCALE)
     )
     # packs weights, reads the empty caption; on a GPU captures the graphs of both, the larger decoder's first

@@ -14,7 +14,7 @@ import torch
 from engine.device import fit_threads
 from engine.models.folder import load_part
 from engine.models.transformer import KoDalle
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from sampling.baseline_rows import cached_row, dalle_pytorch_row, uncached_row
 from sampling.baselines import draw_uncached
 from sampling.plan import VARIANTS, Plan, Variant
@@ -41,10 +41,10 @@ def measure(plan: Plan) -> dict[str, Any]:
     pipeline = load_pipeline(plan, variant)
     sizes = sorted({1, plan.candidates})
     ours: list[Row] = []
-    drawing: Drawing | None = None
+    generation: Generation | None = None
     for images in sizes:
         _say(f"{variant.name}: drawing {images}")
-        row, drawing = drawing_row(pipeline, plan, variant, images)
+        row, generation = drawing_row(pipeline, plan, variant, images)
         ours.append(row)
     # A neighbour's load can only lower what is measured: the better of before and after.
     rates = {name: max(rate, rates[name]) for name, rate in machine_rates(plan, variant).items()}
@@ -60,8 +60,8 @@ def measure(plan: Plan) -> dict[str, Any]:
         del pipeline, sampler
         gc.collect()
         model = load_part(Path(plan.model), "transformer").to(caption.device, variant.torch_dtype).eval()
-        assert drawing is not None
-        answer["equal_tokens"] = equal_tokens(model, caption, plan, variant, drawing)
+        assert generation is not None
+        answer["equal_tokens"] = equal_tokens(model, caption, plan, variant, generation)
         rows += _baselines(model, caption, plan, variant, sizes)
     return answer | {"rows": rows}
 
@@ -81,7 +81,7 @@ def _baselines(model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Varia
 
 
 def equal_tokens(
-    model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Variant, drawing: Drawing
+    model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Variant, generation: Generation
 ) -> dict[str, int]:
     """How many of our first tokens the ancestors' algorithm draws too, with the same noise at temperature 1.
 
@@ -91,7 +91,7 @@ def equal_tokens(
     """
     whole = plan.lengths_one == 0
     num_tokens = model.config.image_seq_len if whole else _COMPARED_TOKENS
-    by_number = {candidate.candidate: candidate.image_tokens for candidate in drawing.candidates}
+    by_number = {candidate.candidate: candidate.image_tokens for candidate in generation.candidates}
     candidates = sorted(by_number) if whole else [0]
     theirs = draw_uncached(model, caption, seed=FIRST_SEED, candidates=candidates, num_tokens=num_tokens)
     ours = torch.tensor([by_number[candidate][:num_tokens] for candidate in candidates], device=theirs.device)

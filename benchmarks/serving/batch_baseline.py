@@ -34,7 +34,7 @@ from engine.device import fit_threads, pick_device
 from engine.pipeline.generation import ranked
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from serve.worker.image_encoding import encode_picture
 
 _MAX_ONGOING = 1024
@@ -49,7 +49,7 @@ def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
         pipeline.tokenizer.encode(captions, pipeline.transformer.config.text_seq_len).tokens
     )
     rows = [
-        RowRequest(prefix_index=number, seed=one["seed"], candidate=candidate, options=SamplingOptions())
+        SequenceRequest(prefix_index=number, seed=one["seed"], candidate=candidate, options=SamplingParams())
         for number, one in enumerate(requests)
         for candidate in range(counts[number])
     ]
@@ -74,7 +74,7 @@ def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
     return [answer | {"timings_s": {"total": drawn_s}} for answer in answers]
 
 
-class BatchedDrawer:
+class BatchedWorker:
     """The deployment; importing this module imports no Ray."""
 
     def __init__(self, model: str, max_batch_size: int, batch_wait_timeout_s: float) -> None:
@@ -127,7 +127,7 @@ def _serve_from(folder: str, arguments: tuple[str, int, float]) -> None:
         max_ongoing_requests=_MAX_ONGOING,
         # All cores: Ray gives a process so many threads as it counts cores.
         ray_actor_options={"num_cpus": os.cpu_count() or 1, "num_gpus": int(torch.cuda.is_available())},
-    )(BatchedDrawer)
+    )(BatchedWorker)
     ray_serve.run(deployment.bind(*arguments), route_prefix="/")
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself

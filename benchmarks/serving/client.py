@@ -40,7 +40,7 @@ class Answer:
     status: int  # 0: no HTTP answer
     code: str = ""  # the error's code, or the name of the exception
     retry_after_s: float | None = None
-    timings_s: dict[str, float] = field(default_factory=dict)  # the drawer's own
+    timings_s: dict[str, float] = field(default_factory=dict)  # the worker's own
     body: bytes = b""
 
     @property

@@ -1,6 +1,6 @@
 """An operator's hand on a running `python -m serve`: deploys its application once more, with other arguments.
 
-    python -m serving.deployer '{"model": …, "num_drawers": 1}'
+    python -m serving.deployer '{"model": …, "num_workers": 1}'
 
 Attaches to the Ray whose address and token file the environment names (see `operator_environment`), as `serve deploy`
 would over the dashboard, which such a server does not have. Returns when the application runs as asked.

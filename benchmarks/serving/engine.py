@@ -1,9 +1,9 @@
-"""The engine alone, to compare a server with: a drawer in a process without HTTP, jobs given directly.
+"""The engine alone, to compare a server with: a worker in a process without HTTP, jobs given directly.
 
 The process is told what to draw by lines of JSON on its standard input, and answers each with one, so that it stays
 loaded while servers take turns with it:
 
-    {"way": "drawer", "concurrency": 24, "asked": [...]}     jobs in turn, so many at a time
+    {"way": "worker", "concurrency": 24, "asked": [...]}     jobs in turn, so many at a time
     {"way": "pipeline", "asked": [...]}                      one after the other through engine.pipeline.Pipeline
 """
 
@@ -23,7 +23,7 @@ from machine_facts import child_environment
 
 from serving.traffic import Asked
 
-Way = Literal["drawer", "pipeline"]
+Way = Literal["worker", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Engine:
         times = psutil.Process(self._process.pid).cpu_times()
         return float(times.user + times.system)
 
-    def run(self, asked: Sequence[Asked], *, way: Way = "drawer", concurrency: int = 1) -> EngineRun:
+    def run(self, asked: Sequence[Asked], *, way: Way = "worker", concurrency: int = 1) -> EngineRun:
         """Raises RuntimeError: the process ended; its own words are on stderr."""
         told = {"way": way, "concurrency": concurrency, "asked": [asdict(one) for one in asked]}
         assert self._process.stdin is not None
@@ -102,24 +102,24 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
 
 def main() -> None:
     from serve.settings import read_settings
-    from serve.worker.worker import Drawer
+    from serve.worker.worker import Worker
 
-    drawer = Drawer(read_settings(json.loads(sys.argv[1]), source="the command line"))
-    pipeline = _own_pipeline(drawer.pipeline)
+    worker = Worker(read_settings(json.loads(sys.argv[1]), source="the command line"))
+    pipeline = _own_pipeline(worker.pipeline)
     try:
         for number, line in enumerate(sys.stdin):
             told = json.loads(line)
             asked = [Asked(**one) for one in told["asked"]]
-            if told["way"] == "drawer":
-                run = asyncio.run(_draw(drawer, asked, told["concurrency"], name=f"run{number}"))
+            if told["way"] == "worker":
+                run = asyncio.run(_draw(worker, asked, told["concurrency"], name=f"run{number}"))
             else:
                 run = _draw_by_pipeline(pipeline, asked)
             print(json.dumps(asdict(run)), flush=True)
     finally:
-        drawer.close()
+        worker.close()
 
 
-async def _draw(drawer: Any, asked: Sequence[Asked], concurrency: int, *, name: str) -> EngineRun:
+async def _draw(worker: Any, asked: Sequence[Asked], concurrency: int, *, name: str) -> EngineRun:
     from serve.messages import Finished
 
     coming, drawn = iter(asked), list[Drawn]()
@@ -127,7 +127,7 @@ async def _draw(drawer: Any, asked: Sequence[Asked], concurrency: int, *, name: 
     async def draw_in_turn() -> None:
         for one in coming:
             begun = time.perf_counter()
-            async for event in drawer.draw(one.job(name)):
+            async for event in worker.draw(one.job(name)):
                 last = event
             took_s = time.perf_counter() - begun
             timings_s = last.timings_s if isinstance(last, Finished) else {}
@@ -139,7 +139,7 @@ async def _draw(drawer: Any, asked: Sequence[Asked], concurrency: int, *, name: 
 
 
 def _own_pipeline(theirs: Any) -> Any:
-    """The drawer's pipeline with a sampler of its own: the decoder of the drawer's is lent to the drawer for good."""
+    """The worker's pipeline with a sampler of its own: the decoder of the worker's is lent to the worker for good."""
     from engine.decoding.sampler import Sampler
 
     pipeline = copy.copy(theirs)
@@ -161,8 +161,8 @@ def _draw_by_pipeline(pipeline: Any, asked: Sequence[Asked]) -> EngineRun:
     drawn, begun = [], time.perf_counter()
     for one in asked:
         started = time.perf_counter()
-        drawing = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
-        drawn.append(Drawn(one.number, time.perf_counter() - started, dict(drawing.timings_s), True))
+        generation = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
+        drawn.append(Drawn(one.number, time.perf_counter() - started, dict(generation.timings_s), True))
     return EngineRun(drawn, time.perf_counter() - begun)
 
 

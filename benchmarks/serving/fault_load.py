@@ -70,8 +70,8 @@ def pipeline_pictures(model: Path, asked: Sequence[Asked]) -> dict[int, str]:
     pipeline = Pipeline.from_pretrained(model)
     pictures = {}
     for one in asked:
-        (drawing,) = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)
-        pictures[one.number] = _pixels(drawing.top(1)[0].image)
+        (generation,) = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)
+        pictures[one.number] = _pixels(generation.top(1)[0].image)
     return pictures
 
 

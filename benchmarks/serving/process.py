@@ -1,7 +1,7 @@
 """Starts and stops the servers under test, each a tree of processes of its own, and reads what the tree uses.
 
     direct   python -m serve --without-ray      one process
-    ray      python -m serve                    Ray's processes, a proxy, an edge, drawers
+    ray      python -m serve                    Ray's processes, a proxy, an edge, workers
     stock    serving/batch_baseline.py            Ray's processes, a proxy, one replica with @serve.batch
 
 A server says that it is ready, and where, as the last line of its standard output: {"ready": true, "url": …}. Processes

@@ -112,18 +112,18 @@ def _concurrency_one(row: Row) -> str:
         one = row["servers"].get(way)
         cells = [_NO_VALUE] * 5
         if one is not None:
-            low, high = one["drawer_against_alone_ms"]["quartiles"]
+            low, high = one["worker_against_alone_ms"]["quartiles"]
             cells = [
                 f"{one['added_ms']['median']:.2f}",
                 f"{one['added_ms']['p95']:.2f}",
                 f"{one['mean_ms']['client_to_edge']:.2f}",
-                f"{one['mean_ms']['edge_to_drawer']:.2f}",
-                f"{one['drawer_against_alone_ms']['median']:+.1f} ({low:+.1f} to {high:+.1f})",
+                f"{one['mean_ms']['edge_to_worker']:.2f}",
+                f"{one['worker_against_alone_ms']['median']:+.1f} ({low:+.1f} to {high:+.1f})",
             ]
         rows.append([_NAMES[way], seconds_text(total["p50"]), seconds_text(total["p95"]), *cells])
     header = [
-        "one at a time", "p50", "p95", "added ms, median", "p95", "client to edge, mean", "edge to drawer, mean",
-        "drawer inside less alone, ms (middle half)",
+        "one at a time", "p50", "p95", "added ms, median", "p95", "client to edge, mean", "edge to worker, mean",
+        "worker inside less alone, ms (middle half)",
     ]  # fmt: skip
     return table("A single request", header, rows)
 

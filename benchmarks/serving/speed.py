@@ -81,16 +81,16 @@ def _cpu_s(bench: Bench, way: str) -> float:
 def _engine_seconds(bench: Bench, asked: Sequence[Asked]) -> float:
     run = bench.engine.run(asked, concurrency=bench.plan.concurrency)
     if not all(one.is_finished for one in run.drawn):
-        raise RuntimeError("the drawer refused a job")
+        raise RuntimeError("the worker refused a job")
     return run.seconds
 
 
 def concurrency_one(bench: Bench) -> Row:
     """One request at a time, of all sizes, each way in turn.
 
-    `added_ms`: what lies outside the drawer, whose own time each answer tells: from the client's sending to the drawer's
-    taking on, and from its last byte to the client's. Encoding the picture is the drawer's, so it is apart.
-    `drawer_against_alone_ms`: the drawer's own time inside the server less that of the drawer without a server, for
+    `added_ms`: what lies outside the worker, whose own time each answer tells: from the client's sending to the worker's
+    taking on, and from its last byte to the client's. Encoding the picture is the worker's, so it is apart.
+    `worker_against_alone_ms`: the worker's own time inside the server less that of the worker without a server, for
     the same request; it holds the machine's noise twice, so its middle half is told, too.
     """
     asked = mixed(bench.plan.single_requests, seed=3)
@@ -102,7 +102,7 @@ def concurrency_one(bench: Bench) -> Row:
         group = asked[first : first + len(SIZES)]
         for way in in_turn(ways, first // len(SIZES)):
             if way in ("engine", "pipeline"):
-                run = bench.engine.run(group, way="drawer" if way == "engine" else "pipeline")
+                run = bench.engine.run(group, way="worker" if way == "engine" else "pipeline")
                 took_s[way] |= {one.number: one.took_s for one in run.drawn}
             else:
                 answers[way] += load_fully(bench.servers[way], group, concurrency=1).answers
@@ -133,9 +133,9 @@ def _hops(answers: Sequence[Answer], before: tuple[float, int], after: tuple[flo
     if after[1] - before[1] != len(answers):
         raise RuntimeError(f"the edge counted {after[1] - before[1]} requests, {len(answers)} were answered")
     edge_s = (after[0] - before[0]) / len(answers)
-    drawer_s = statistics.mean(one.timings_s["total"] for one in answers)
+    worker_s = statistics.mean(one.timings_s["total"] for one in answers)
     client_s = statistics.mean(one.latency_s for one in answers)
-    return {"mean_ms": {"client_to_edge": 1e3 * (client_s - edge_s), "edge_to_drawer": 1e3 * (edge_s - drawer_s)}}
+    return {"mean_ms": {"client_to_edge": 1e3 * (client_s - edge_s), "edge_to_worker": 1e3 * (edge_s - worker_s)}}
 
 
 def _added(answers: Sequence[Answer], alone_s: dict[int, float]) -> Row:
@@ -144,11 +144,11 @@ def _added(answers: Sequence[Answer], alone_s: dict[int, float]) -> Row:
     phases = {name for one in answers for name in one.timings_s}
     return {
         "added_ms": {"median": statistics.median(added_ms), "p95": percentile(added_ms, 0.95), "least": min(added_ms)},
-        "drawer_against_alone_ms": {
+        "worker_against_alone_ms": {
             "median": statistics.median(against_ms),
             "quartiles": [percentile(against_ms, 0.25), percentile(against_ms, 0.75)],
         },
-        "drawer_phases_ms": {
+        "worker_phases_ms": {
             name: 1e3 * statistics.median(one.timings_s[name] for one in answers) for name in sorted(phases)
         },
     }

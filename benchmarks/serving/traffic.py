@@ -15,7 +15,7 @@ from engine.data.kfashion.captions import caption
 from engine.data.kfashion.labels import Garment, Label
 from engine.data.synthetic.drawing import COLOURS
 from engine.data.synthetic.garments import KINDS, all_choices
-from serve.messages import DrawJob
+from serve.messages import GenerationJob
 
 SIZES = (1, 4, 16)  # candidates
 
@@ -34,9 +34,9 @@ class Asked:
         """The JSON of POST /v1/images/generations."""
         return {"prompt": self.caption, "seed": self.seed, "candidates": self.num_candidates}
 
-    def job(self, name: str) -> DrawJob:
-        """The same for a drawer that is asked directly; `name` tells one run's jobs from another's."""
-        return DrawJob(
+    def job(self, name: str) -> GenerationJob:
+        """The same for a worker that is asked directly; `name` tells one run's jobs from another's."""
+        return GenerationJob(
             request_id=f"{name}-{self.number}",
             key_id=self.key or "local",
             caption=self.caption,

@@ -3,7 +3,7 @@
 Three things make it faster than running the modules, each of which leaves the cache and waits for all threads:
 
 - Rows go through normalisation, SiLU, convolution and the next normalisation's sums a few at a time
-  (engine.codec.vqgan_bands).
+  (engine.codec.vqgan_row_tiles).
 - 3x3 convolutions are Winograd's, a quarter of the products (kernels.winograd), or take bytes (kernels.int8_conv).
 - No operation is split among threads: each thread has a picture, or bands of one (engine.codec.threads).
 
@@ -23,7 +23,7 @@ from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBloc
 from torch import Tensor, nn
 
 from engine.codec.threads import single_threads
-from engine.codec.vqgan_bands import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
+from engine.codec.vqgan_row_tiles import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
 from kernels.int8_conv import Int8Conv
 
 

@@ -2,7 +2,7 @@
 
     <out>/photos/            drawn garments with K-Fashion labels (engine/data/synthetic/garments.py)
     <out>/pairs/             prepared pairs: one crop and caption a garment
-    <out>/vqgan|koclip|kodalle/   training runs; kodalle/model is the finished drawer
+    <out>/vqgan|koclip|kodalle/   training runs; kodalle/model is the finished transformer
     <out>/drawings/1…3/      sixteen candidates for three held-out captions
     <out>/evaluation.png     the top-ranked drawing of every held-out caption, not hand-picked
     <out>/report.json        share of drawings with the right colour, category, sleeve
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from engine.commands.generate import draw_to_folder
+from engine.commands.generate import generate_to_folder
 from engine.config import VqganRun
 from engine.config_files import load_run
 from engine.data.pairs import Pair, load_pairs
@@ -35,7 +35,7 @@ from engine.device import pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.models.folder import read_generation
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from engine.pipeline.image_files import paste_grid
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import ProgressBar, seconds_text
@@ -176,7 +176,7 @@ def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: i
     for pair in held:
         chosen.setdefault(str(pair.attributes.get("카테고리")), pair)
     for number, pair in enumerate(list(chosen.values())[:SHOWN_CAPTIONS], start=1):
-        draw_to_folder(
+        generate_to_folder(
             str(model), pair.captions[0], out / "drawings" / str(number), candidates=candidates,
             top=min(4, candidates), seed=seed, options={}, strict=False, device="",
         )  # fmt: skip
@@ -186,20 +186,20 @@ def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, see
     """Shares of right drawings: of all candidates (what a random one would be), of the top-ranked ones, and of
     captions with at least one right candidate (what a perfect ranker would reach)."""
     pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
-    drawings: list[Drawing] = []
+    generations: list[Generation] = []
     with ProgressBar("drawing", total=len(held)) as bar:
         for start in range(0, len(held), _CAPTIONS_AT_ONCE):
             captions = [pair.captions[0] for pair in held[start : start + _CAPTIONS_AT_ONCE]]
-            drawings += pipeline(captions, candidates=candidates, seed=seed)
-            bar.update(len(drawings))
+            generations += pipeline(captions, candidates=candidates, seed=seed)
+            bar.update(len(generations))
     shares: dict[str, list[dict[str, bool]]] = {"random": [], "top_ranked": [], "any": []}
-    for pair, drawing in zip(held, drawings, strict=True):
-        readings: list[Reading] = [read(one.image) for one in drawing.candidates]
+    for pair, generation in zip(held, generations, strict=True):
+        readings: list[Reading] = [read(one.image) for one in generation.candidates]
         right = score(readings, [pair.attributes] * len(readings))
         shares["random"] += right
         shares["top_ranked"].append(right[0])
         shares["any"].append({measure: any(one[measure] for one in right) for measure in MEASURES})
-    best = [drawing.candidates[0].image for drawing in drawings]
+    best = [generation.candidates[0].image for generation in generations]
     with atomic_file(out / "evaluation.png") as temporary:
         paste_grid(best, columns=12).save(temporary, format="PNG")
     return {

@@ -16,34 +16,34 @@ from engine.data.crops import FORMATS, open_image
 from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
-from engine.pipeline.generation import Candidate, Drawing
+from engine.pipeline.generation import Candidate, Generation
 from engine.pipeline.image_files import contact_sheet, save_png
-from engine.pipeline.init_image import GivenImage
+from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline, RankBy
 from engine.progress import ProgressBar, seconds_text
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 
 _FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
 
 
 @dataclass(frozen=True)
-class GivenFiles:
-    """A picture to start from, as files; the fields are those of `GivenImage`."""
+class InitImageFiles:
+    """A picture to start from, as files; the fields are those of `InitImage`."""
 
     image: Path
     keep_rows: int | None = None
     mask: Path | None = None
     paste: bool = True
 
-    def read(self) -> GivenImage:
-        """Raises InputError: a file that cannot be read, a mask that does not fit, as `GivenImage`."""
+    def read(self) -> InitImage:
+        """Raises InputError: a file that cannot be read, a mask that does not fit, as `InitImage`."""
         image, mask = open_image(self.image), None
         if self.mask is not None:
             open_image(self.mask)  # the guard; it lays transparency on white, which a mask must not have
             with Image.open(self.mask, formats=FORMATS) as opened:
                 opened.load()
                 mask = opened
-        return GivenImage(image, keep_rows=self.keep_rows, mask_image=mask, paste=self.paste)
+        return InitImage(image, keep_rows=self.keep_rows, mask_image=mask, paste=self.paste)
 
     def describe(self) -> dict[str, Any]:
         """Names, digests (SHA-256 of the files) and choices: enough to give the same again."""
@@ -57,7 +57,7 @@ class GivenFiles:
         }
 
 
-def draw_to_folder(
+def generate_to_folder(
     model: str,
     caption: str,
     folder: Path,
@@ -69,13 +69,13 @@ def draw_to_folder(
     strict: bool,
     device: str,
     int8: bool = False,
-    given: GivenFiles | None = None,
+    given: InitImageFiles | None = None,
     rank_by: str = "koclip",
-) -> Drawing:
+) -> Generation:
     """Draws and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
-        options: what was asked for of `SamplingOptions`; where nothing was, the model's own value stands.
+        options: what was asked for of `SamplingParams`; where nothing was, the model's own value stands.
 
     Raises:
         InputError: bad options, files, model or caption; nothing is written then.
@@ -88,43 +88,45 @@ def draw_to_folder(
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
     if rank_by == "fit" and (given is None or given.mask is None):
         raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
-    SamplingOptions().but(**options)  # before the model is loaded
-    given_image = None if given is None else given.read()
+    SamplingParams().but(**options)  # before the model is loaded
+    init_image = None if given is None else given.read()
     fit_threads()
     begun = time.perf_counter()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
     loading_s = time.perf_counter() - begun
-    settled = pipeline.default_options.but(**options)
+    settled = pipeline.default_sampling_params.but(**options)
     with ProgressBar("drawing", total=pipeline.transformer.config.image_seq_len) as bar:
-        drawing = pipeline(
+        generation = pipeline(
             [caption],
             candidates=candidates,
             seed=seed,
             options=settled,
-            given=given_image,
+            given=init_image,
             rank_by=cast(RankBy, rank_by),
             strict=strict,
             on_progress=lambda done, _: bar.update(done),
         )[0]
-    if drawing.tokens_cut:
-        print(f"note: the caption is {drawing.tokens_cut} tokens too long; its end was cut (--strict refuses instead)")
+    if generation.tokens_cut:
+        print(
+            f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
+        )
     begun = time.perf_counter()
-    made = describe_making(settled, given, rank_by, int8=int8)
-    write_drawing(folder, drawing, made, top=top)
+    made = describe_request(settled, given, rank_by, int8=int8)
+    write_generation(folder, generation, made, top=top)
     encoding_s = time.perf_counter() - begun
-    result = describe(drawing, made, top=top)
+    result = describe(generation, made, top=top)
     result["timings_s"] |= {"loading": loading_s, "encoding": encoding_s}
     write_json(folder / "result.json", result)
-    for kept in drawing.top(top):
+    for kept in generation.top(top):
         score = "" if kept.score is None else f"  score {kept.score:.3f}"
         score += "" if kept.fit is None else f"  fit {kept.fit:.2f}"
         print(f"{folder / file_name(kept)}{score}")
-    print(f"{folder / 'sheet.png'}  ({candidates} drawn in {seconds_text(sum(drawing.timings_s.values()))})")
-    return drawing
+    print(f"{folder / 'sheet.png'}  ({candidates} drawn in {seconds_text(sum(generation.timings_s.values()))})")
+    return generation
 
 
 def print_continuations(
-    model: str, beginning: str, *, count: int, seed: int, options: SamplingOptions, device: str
+    model: str, beginning: str, *, count: int, seed: int, options: SamplingParams, device: str
 ) -> None:
     """One caption a line on stdout.
 
@@ -139,20 +141,20 @@ def print_continuations(
             print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
 
 
-def write_drawing(folder: Path, drawing: Drawing, made: dict[str, Any], *, top: int) -> None:
+def write_generation(folder: Path, generation: Generation, made: dict[str, Any], *, top: int) -> None:
     """The best `top` pictures with their making in the metadata, and the sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
-    for kept in drawing.top(top):
-        save_png(folder / file_name(kept), kept.image, metadata(drawing, kept) | made)
-    pictures = [one.image for one in drawing.candidates]
+    for kept in generation.top(top):
+        save_png(folder / file_name(kept), kept.image, metadata(generation, kept) | made)
+    pictures = [one.image for one in generation.candidates]
     labels = [
         f"#{one.rank} c{one.candidate}" + ("" if told is None else f" {told:.2f}")
-        for one in drawing.candidates
+        for one in generation.candidates
         for told in [one.score if one.fit is None else one.fit]
     ]
     scale = max(1, 128 // pictures[0].width)
-    sheet = contact_sheet(drawing.caption, pictures, labels, columns=min(8, len(pictures)), scale=scale)
+    sheet = contact_sheet(generation.caption, pictures, labels, columns=min(8, len(pictures)), scale=scale)
     with atomic_file(folder / "sheet.png") as temporary:
         sheet.save(temporary, format="PNG")
 
@@ -176,10 +178,10 @@ def file_name(one: Candidate) -> str:
     return f"{one.rank:02d}-seed{one.seed}-candidate{one.candidate:03d}.png"
 
 
-def metadata(drawing: Drawing, one: Candidate) -> dict[str, Any]:
-    """What a PNG carries of its candidate; with `describe_making`, enough to draw it again."""
+def metadata(generation: Generation, one: Candidate) -> dict[str, Any]:
+    """What a PNG carries of its candidate; with `describe_request`, enough to draw it again."""
     return {
-        "caption": drawing.caption,
+        "caption": generation.caption,
         "seed": one.seed,
         "candidate": one.candidate,
         "rank": one.rank,
@@ -188,8 +190,8 @@ def metadata(drawing: Drawing, one: Candidate) -> dict[str, Any]:
     }
 
 
-def describe_making(
-    options: SamplingOptions, given: GivenFiles | None, rank_by: str, *, int8: bool = False
+def describe_request(
+    options: SamplingParams, given: InitImageFiles | None, rank_by: str, *, int8: bool = False
 ) -> dict[str, Any]:
     """What was asked for, beside caption and seed; in result.json and in every PNG."""
     return {
@@ -205,12 +207,12 @@ def describe_making(
     }
 
 
-def describe(drawing: Drawing, made: dict[str, Any], *, top: int) -> dict[str, Any]:
+def describe(generation: Generation, made: dict[str, Any], *, top: int) -> dict[str, Any]:
     """result.json."""
-    kept = None if drawing.given_tokens is None else sum(token >= 0 for token in drawing.given_tokens)
+    kept = None if generation.init_tokens is None else sum(token >= 0 for token in generation.init_tokens)
     return {
-        "caption": drawing.caption,
-        "tokens_cut": drawing.tokens_cut,
+        "caption": generation.caption,
+        "tokens_cut": generation.tokens_cut,
         **made,
         "tokens_given": kept or 0,
         "candidates": [
@@ -222,9 +224,9 @@ def describe(drawing: Drawing, made: dict[str, Any], *, top: int) -> dict[str, A
                 "fit": one.fit,
                 "file": file_name(one) if one.rank <= top else None,
             }
-            for one in drawing.candidates
+            for one in generation.candidates
         ],
-        "timings_s": dict(drawing.timings_s),
+        "timings_s": dict(generation.timings_s),
     }
 
 

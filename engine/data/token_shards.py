@@ -10,7 +10,7 @@ image is 512 bytes. Layout of a shard folder, one sub-folder a split:
 
 N pairs, S image tokens, T text positions. Held-out pictures have view 0 alone.
 
-Moved views are for small sets: a picture moved by half a token's width is other tokens, and a drawer that has seen a
+Moved views are for small sets: a picture moved by half a token's width is other tokens, and a transformer that has seen a
 few thousand pictures only ever as they are soon knows them by heart.
 """
 

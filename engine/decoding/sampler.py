@@ -3,7 +3,7 @@
 G captions, B rows, N image tokens, C model dim.
 
     sampler = Sampler(model, null_text_tokens=ids_of_empty_caption)
-    rows = [RowRequest(prefix_index=0, seed=7, candidate=i) for i in range(16)]
+    rows = [SequenceRequest(prefix_index=0, seed=7, candidate=i) for i in range(16)]
     image_tokens = sampler.draw(text_tokens, rows)  # (16, 256)
 
 A row's tokens are a function of its caption, seed, candidate, options and given tokens alone: see
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from engine.decoding.cpu.packed_weights import Weights, choose_weights, make_step_model
-from engine.decoding.decoders import Decoder, DecoderKeeper
+from engine.decoding.decoders import Decoder, DecoderCache
 from engine.decoding.kv_cache import Prefix, empty_prefix
 from engine.decoding.step_model import StepModel
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -36,8 +36,8 @@ class Sampler:
     Args:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
-        row_invariant: see engine/decoding/slot_decoder.py.
-        guess_ahead: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
+        batch_invariant: see engine/decoding/slot_decoder.py.
+        speculative: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
         weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed" and "int8" are copies for a CPU, made by
             the first drawing; "plain" calls the model's modules, step by step on a GPU too, which is what a model in
             training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same function.
@@ -48,23 +48,23 @@ class Sampler:
         model: KoDalle,
         *,
         null_text_tokens: Tensor | None = None,
-        row_invariant: bool = True,
-        guess_ahead: bool = True,
+        batch_invariant: bool = True,
+        speculative: bool = True,
         weights: Weights | None = None,
     ) -> None:
         self.model = model
-        self.row_invariant = row_invariant
+        self.batch_invariant = batch_invariant
         self.weights = choose_weights(model, weights)
         # Not a method: the keeper would hold the sampler, and only Python's collector would free a GPU's graphs then.
         self.step_model: Callable[[], StepModel] = functools.cache(
             functools.partial(make_step_model, model, self.weights)
         )
         """The model as decoding reads it, packed once."""
-        self._decoders = DecoderKeeper(
+        self._decoders = DecoderCache(
             model,
             step_model=self.step_model,
-            row_invariant=row_invariant,
-            guess_ahead=guess_ahead,
+            batch_invariant=batch_invariant,
+            speculative=speculative,
             graphed=False if weights == "plain" else None,
         )
         self._null_text_tokens = null_text_tokens
@@ -73,7 +73,7 @@ class Sampler:
     def draw(
         self,
         text_tokens: Tensor,
-        rows: list[RowRequest],
+        rows: list[SequenceRequest],
         *,
         given: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -110,7 +110,7 @@ class Sampler:
     def decode(
         self,
         prefix: Prefix,
-        rows: list[RowRequest],
+        rows: list[SequenceRequest],
         *,
         given: Tensor | None = None,
         on_step: OnStep | None = None,
@@ -153,14 +153,14 @@ class Sampler:
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
 
     @contextlib.contextmanager
-    def lend_decoder(self, num_slots: int) -> Iterator[Decoder]:
+    def borrow_decoder(self, num_slots: int) -> Iterator[Decoder]:
         """A decoder for rows that come and go, guided ones too, for as long as the block lasts: what a server steps.
 
         Its thread is in inference mode inside.
         """
         with evaluating(self.model):
             null_prefix = None if self._null_text_tokens is None else self.null_prefix()
-            with self._decoders.lend(num_slots, null_prefix=null_prefix, rows_come_and_go=True) as decoder:
+            with self._decoders.lend(num_slots, null_prefix=null_prefix, continuous_batching=True) as decoder:
                 yield decoder
 
     def null_prefix(self) -> Prefix:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 from kernels import reference
 
 
-class DrawParameters:
+class SamplingTensors:
     """The rows' seeds and options as tensors, made once."""
 
-    def __init__(self, rows: Sequence[RowRequest], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[SequenceRequest], device: torch.device) -> None:
         def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 

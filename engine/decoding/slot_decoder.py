@@ -3,7 +3,7 @@
 R rows computed, C model dim, N image tokens, V image vocabulary, P prefix positions.
 
     decoder = SlotDecoder(model, num_slots=64)
-    slot = decoder.join(prefix, RowRequest(prefix_index=0, seed=7))   # between any two steps
+    slot = decoder.join(prefix, SequenceRequest(prefix_index=0, seed=7))   # between any two steps
     while decoder.num_joined:
         for slot in decoder.step():                                   # one token for every joined row
             image_tokens = decoder.leave(slot)                        # finished: (N,)
@@ -13,8 +13,8 @@ R rows computed, C model dim, N image tokens, V image vocabulary, P prefix posit
 A guided row takes two slots: its partner reads the empty caption and is fed the same tokens. Which slot a row has, and
 who else is there, changes nothing in its tokens. Noise is keyed by (seed, candidate, position, token id), see
 kernels/reference.py; what remains is arithmetic that must not change with the number of rows. So as many rows are
-computed as the step model's arithmetic needs (its `row_rule`: packed weights at least 4, plain ones multiples of 4, at
-least 16). `row_invariant=False` drops that: tokens may then differ with the company.
+computed as the step model's arithmetic needs (its `padding_rule`: packed weights at least 4, plain ones multiples of 4, at
+least 16). `batch_invariant=False` drops that: tokens may then differ with the company.
 On CUDA library matrix products promise no such thing: see engine/decoding/cuda/graph_decoder.py for those.
 """
 
@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 
 from engine.decoding.kv_cache import Caption, KVCache, Prefix
-from engine.decoding.sampling_tensors import DrawParameters
-from engine.decoding.step_model import ANY_ROWS, RowRule, StepModel, plain_step_model
+from engine.decoding.sampling_tensors import SamplingTensors
+from engine.decoding.step_model import NO_PADDING, PaddingRule, StepModel, plain_step_model
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 
 
 @dataclass
 class Row:
     """A drawn row. `partner` is the slot that reads the empty caption for it."""
 
-    request: RowRequest
+    request: SequenceRequest
     partner: int | None
     position: int  # of the token that is drawn next
     is_given: bool  # some tokens are given instead of drawn
@@ -49,7 +49,7 @@ class SlotDecoder:
             (engine.decoding.cpu.packed_weights.make_step_model).
         num_slots: how many rows fit, partners of guided rows included.
         null_prefix: the empty caption, read; needed for guidance.
-        row_invariant: see the module's docstring.
+        batch_invariant: see the module's docstring.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class SlotDecoder:
         num_slots: int,
         *,
         null_prefix: Prefix | None = None,
-        row_invariant: bool = True,
+        batch_invariant: bool = True,
     ) -> None:
         self.model = plain_step_model(model) if isinstance(model, KoDalle) else model
         config, self._dtype, self._device = self.model.config, self.model.dtype, self.model.device
         self.num_slots = num_slots
         self._null_prefix = null_prefix
-        self._rule = self.model.row_rule if row_invariant else ANY_ROWS
+        self._rule = self.model.padding_rule if batch_invariant else NO_PADDING
         room = self._rule.padded(num_slots)
         prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
         self._cache = KVCache(room, config.image_seq_len - 1, prefix_shape, dtype=self._dtype, device=self._device)
@@ -85,7 +85,7 @@ class SlotDecoder:
         """Free slots; a guided row needs two."""
         return self.num_slots - len(self._captions)
 
-    def join(self, prefix: Prefix, request: RowRequest, *, given: Tensor | None = None) -> int:
+    def join(self, prefix: Prefix, request: SequenceRequest, *, given: Tensor | None = None) -> int:
         """Seats a row; it draws from the next step on.
 
         Args:
@@ -226,7 +226,7 @@ class Plan:
         self,
         rows: dict[int, Row],
         captions: dict[int, Caption],
-        rule: RowRule,
+        rule: PaddingRule,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -254,7 +254,7 @@ class Plan:
             lengths[partner] = rows[slot].position
         self.lengths = column(lengths)  # (R,)
         self.longest = max(lengths)
-        self.parameters = DrawParameters([rows[slot].request for slot in self.slots], device)
+        self.parameters = SamplingTensors([rows[slot].request for slot in self.slots], device)
 
     def advance(self) -> None:
         """One position on, for every row."""

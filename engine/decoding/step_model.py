@@ -27,7 +27,7 @@ class StepLayer(Protocol):
         """x (R, C) and the attention's result (R, H, D) -> the next layer's x (R, C)."""
 
 
-class RowRule(NamedTuple):
+class PaddingRule(NamedTuple):
     """How many rows to compute together, so that each row's bits agree whatever the number that is wanted."""
 
     multiple: int
@@ -48,7 +48,7 @@ class RowRule(NamedTuple):
         return torch.cat([function(*tile) for tile in tiles])
 
 
-ANY_ROWS = RowRule(multiple=1, minimum=1, tile=None)
+NO_PADDING = PaddingRule(multiple=1, minimum=1, tile=None)
 
 
 class StepModel:
@@ -58,7 +58,7 @@ class StepModel:
         model: gives the embeddings and the norm before the head.
         layers: first to last.
         image_logits: (R, C), normed -> (R, V).
-        row_rule: what its arithmetic needs for a row's bits to be free of its company.
+        padding_rule: what its arithmetic needs for a row's bits to be free of its company.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class StepModel:
         model: KoDalle,
         layers: Sequence[StepLayer],
         image_logits: Callable[[Tensor], Tensor],
-        row_rule: RowRule,
+        padding_rule: PaddingRule,
     ) -> None:
         self.config: TransformerConfig = model.config
         self.dtype, self.device = model.head.weight.dtype, model.head.weight.device
-        self.layers, self.image_logits, self.row_rule = tuple(layers), image_logits, row_rule
+        self.layers, self.image_logits, self.padding_rule = tuple(layers), image_logits, padding_rule
         self.head_norm: Callable[[Tensor], Tensor] = model.head.norm
         self._tokens = model.image_embedding.tokens
         self._positions = model.image_embedding.position_table().detach()  # (N, C)
@@ -89,7 +89,7 @@ def plain_step_model(model: KoDalle) -> StepModel:
     """
     minimum = 4 if model.head.weight.dtype == torch.bfloat16 else 16
     layers = [_PlainLayer(layer) for layer in cast(list[Layer], list(model.layers))]
-    return StepModel(model, layers, model.head.image_logits, RowRule(multiple=4, minimum=minimum, tile=64))
+    return StepModel(model, layers, model.head.image_logits, PaddingRule(multiple=4, minimum=minimum, tile=64))
 
 
 class _PlainLayer:

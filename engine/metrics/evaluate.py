@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.kfashion.garment_classes import find_kinds
+from engine.data.kfashion.garment_classes import find_garment_classes
 from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
 from engine.data.tokenizer import CaptionTokenizer
 from engine.device import fit_threads, pick_device
@@ -29,7 +29,7 @@ from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.colour import Lab
-from engine.metrics.drawings import colour_names, score_drawings
+from engine.metrics.generations import colour_names, score_generations
 from engine.metrics.independent_classifier import IndependentClassifier
 from engine.metrics.parts import PARTS, EvaluationRun, OnProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
@@ -51,7 +51,7 @@ def evaluate(
     model_folder: Path,
     pairs_folder: Path,
     *,
-    drawings: int = 40,
+    generations: int = 40,
     candidates: int = 16,
     seed: int = 7,
     batch_size: int = 16,
@@ -86,7 +86,7 @@ def evaluate(
         InputError: no validation split, a model without parts, a part that cannot be read, options out of range, a
             judge that is the model's own KoCLIP.
     """
-    for option, value, least in (("--drawings", drawings, 0), ("--candidates", candidates, 1), ("--seed", seed, 0)):
+    for option, value, least in (("--generations", generations, 0), ("--candidates", candidates, 1), ("--seed", seed, 0)):
         if value < least:
             raise InputError(option, value, f"give {least} or more")
     begun = time.perf_counter()
@@ -115,11 +115,11 @@ def evaluate(
         phase("kodalle", lambda: _likelihood(run, pipeline, held))
     if koclip is not None and tokenizer is not None:
         phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
-    if pipeline is not None and drawings:
+    if pipeline is not None and generations:
         names = colour_names(pairs, colour_attribute, palette or {})
         asked = with_partial_held_out(pairs, seed) if partial_captions else pairs
-        phase("drawings", lambda: {"partial_captions": partial_captions} | score_drawings(
-            run, pipeline, asked, names, chosen_judge, count=drawings, candidates=candidates, sheet=sheet
+        phase("drawings", lambda: {"partial_captions": partial_captions} | score_generations(
+            run, pipeline, asked, names, chosen_judge, count=generations, candidates=candidates, sheet=sheet
         ))  # fmt: skip
     seconds["total"] = time.perf_counter() - begun
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -131,7 +131,7 @@ def evaluate_to_file(
     pairs: Path,
     out: Path,
     *,
-    drawings: int = 40,
+    generations: int = 40,
     candidates: int = 16,
     seed: int = 7,
     device: str = "",
@@ -152,7 +152,7 @@ def evaluate_to_file(
     told = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with _Bars() as bars:
         report = evaluate(
-            model, pairs, drawings=drawings, candidates=candidates, seed=seed, device=device,
+            model, pairs, generations=generations, candidates=candidates, seed=seed, device=device,
             colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions,
             sheet=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
@@ -197,7 +197,7 @@ def load_judge(
         raise InputError(
             "--judge", folder, "is the KoCLIP that ranks, which would find itself right: train one from another seed"
         )
-    kinds = find_kinds(pairs, colour_attribute)
+    kinds = find_garment_classes(pairs, colour_attribute)
     return None if kinds is None else IndependentClassifier(koclip, load_folder_tokenizer(folder), kinds)
 
 

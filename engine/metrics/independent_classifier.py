@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engine.data.kfashion.garment_classes import Kinds
+from engine.data.kfashion.garment_classes import GarmentClasses
 from engine.data.tokenizer import CaptionTokenizer
 from engine.models.koclip import KoClip
 
@@ -24,7 +24,7 @@ class IndependentClassifier:
         koclip: in eval mode, on the device where the pictures are.
     """
 
-    def __init__(self, koclip: KoClip, tokenizer: CaptionTokenizer, kinds: Kinds) -> None:
+    def __init__(self, koclip: KoClip, tokenizer: CaptionTokenizer, kinds: GarmentClasses) -> None:
         self.kinds = kinds
         self._koclip = koclip
         tokens = tokenizer.encode(kinds.captions, koclip.config.text_seq_len).tokens

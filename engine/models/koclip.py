@@ -1,4 +1,4 @@
-"""KoCLIP: how well a picture fits a caption. Ranks the drawer's candidates and serves as a metric.
+"""KoCLIP: how well a picture fits a caption. Ranks the transformer's candidates and serves as a metric.
 
 EfficientNet (pooled features) and RoBERTa ([CLS] hidden state), both from transformers, each projected to a shared
 space. Two similarities:

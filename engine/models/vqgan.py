@@ -70,7 +70,7 @@ class Vqgan(nn.Module):
 
         Args:
             images: (B, 3, S, S) float in [0, 1].
-            quantised: False lets the latents through as they are (`CodebookCare.start_step`): loss 0, no tokens.
+            quantised: False lets the latents through as they are (`CodebookResetConfig.start_step`): loss 0, no tokens.
 
         Returns:
             reconstruction (B, 3, S, S), unclamped around [-1, 1]; quantiser loss, scalar float32;

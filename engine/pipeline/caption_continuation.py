@@ -27,11 +27,11 @@ from torch import Tensor
 
 from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import evaluating
-from engine.decoding.sampling_tensors import DrawParameters
+from engine.decoding.sampling_tensors import SamplingTensors
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 _ROWS_AT_ONCE = 16
 _FIRST_POSITION = 2**31
@@ -55,7 +55,7 @@ def continue_caption(
     *,
     count: int = 4,
     seed: int = 0,
-    options: SamplingOptions | None = None,
+    options: SamplingParams | None = None,
 ) -> list[Continuation]:
     """Writes `count` continuations; candidate i of a seed is the same whatever `count` is.
 
@@ -67,7 +67,7 @@ def continue_caption(
     Raises:
         InputError: the beginning fills the model's text; guidance, which is for pictures; count or seed out of range.
     """
-    options = options or SamplingOptions()
+    options = options or SamplingParams()
     if options.guidance_scale != 1:
         raise InputError("guidance_scale", options.guidance_scale, "guides pictures, not captions: leave it out")
     if count < 1:
@@ -75,7 +75,7 @@ def continue_caption(
     first, room = tokenizer.encode_beginning(beginning), model.config.text_seq_len
     if len(first) >= room:
         raise InputError("caption", beginning, f"is {len(first)} tokens and the model's text {room}: shorten it")
-    rows = [RowRequest(prefix_index=0, seed=seed, candidate=number, options=options) for number in range(count)]
+    rows = [SequenceRequest(prefix_index=0, seed=seed, candidate=number, options=options) for number in range(count)]
     drawn = continue_tokens(model, first, rows, allowed=allowed_tokens(tokenizer), end_ids=tokenizer.end_ids)
     before = tokenizer.decode(first)
     lines = []
@@ -100,7 +100,7 @@ def allowed_tokens(tokenizer: CaptionTokenizer) -> Tensor:
 def continue_tokens(
     model: KoDalle,
     beginning: Sequence[int],
-    rows: Sequence[RowRequest],
+    rows: Sequence[SequenceRequest],
     *,
     allowed: Tensor,
     end_ids: frozenset[int],
@@ -127,7 +127,7 @@ def _continue_part(
     model: KoDalle,
     cache: "_TextCache",
     hidden: Tensor,
-    rows: Sequence[RowRequest],
+    rows: Sequence[SequenceRequest],
     allowed: Tensor,
     end_ids: frozenset[int],
 ) -> list[list[int]]:
@@ -137,7 +137,7 @@ def _continue_part(
     forbidden = ~allowed.to(device)
     weight, bias = model.head.weight[:V], model.head.bias[:V]
     hidden = hidden.expand(_ROWS_AT_ONCE, -1)  # (R, C)
-    parameters = DrawParameters(filled, device)
+    parameters = SamplingTensors(filled, device)
     drawn: list[list[int]] = [[] for _ in rows]
     for position in range(cache.beginning_length, model.config.text_seq_len + 1):
         logits = F.linear(model.head.norm(hidden), weight, bias).masked_fill(forbidden, -torch.inf)  # (R, V)

@@ -23,14 +23,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """All pictures of a caption, best first."""
 
     caption: str
     tokens_cut: int  # text tokens that did not fit the model and were left out
     candidates: tuple[Candidate, ...]
     timings_s: dict[str, float]  # of the whole call: prefill (a given picture's encoding too), decode, vqgan, ranking
-    given_tokens: tuple[int, ...] | None = None  # N, -1 where drawn: what a given picture fixed in every candidate
+    init_tokens: tuple[int, ...] | None = None  # N, -1 where drawn: what a given picture fixed in every candidate
 
     def top(self, count: int) -> tuple[Candidate, ...]:
         return self.candidates[:count]

@@ -1,13 +1,13 @@
 """A picture to start from: its first rows are completed, or what a mask marks is repainted.
 
-    pipeline([caption], given=GivenImage(photo, keep_rows=7))               # the first 7 of 16 rows of tokens stay
-    pipeline([caption], given=GivenImage(photo, mask_image=mask))           # white is repainted
+    pipeline([caption], given=InitImage(photo, keep_rows=7))               # the first 7 of 16 rows of tokens stay
+    pipeline([caption], given=InitImage(photo, mask_image=mask))           # white is repainted
 
-    photo ─► square ─► image_size ─► VQGAN encoder ─► tokens, kept or redrawn ─► VQGAN decoder ─► paste ─► ranking
+    photo ─► square ─► image_size ─► VQGAN encoder ─► tokens, kept or regenerated ─► VQGAN decoder ─► paste ─► ranking
 
 Any size and mode is taken: upright, transparency on white, the square in its middle, resized with LANCZOS as training
 pictures are. The codec is coarse: a token stands for a cell of 16 x 16 pixels (f16), so a cell that the mask touches
-at all is redrawn, and decoding changes every pixel a little, kept cells too. `paste` puts the original's pixels back,
+at all is regenerated, and decoding changes every pixel a little, kept cells too. `paste` puts the original's pixels back,
 bit for bit, wherever the mask is black (or the rows were kept), inside touched cells too.
 
 Tokens are drawn in raster order and each sees only those before it. A hole's tokens follow what is above and left of
@@ -33,7 +33,7 @@ _MARKED_FROM = 128  # grey levels of a mask from here on count as white
 
 
 @dataclass(frozen=True, eq=False)
-class GivenImage:
+class InitImage:
     """What is known of the picture before it is drawn.
 
     image: any size, any mode.
@@ -58,7 +58,7 @@ class GivenImage:
         if self.keep_rows is not None:
             raise InputError("keep_rows", self.keep_rows, "goes with no mask: give one of the two")
         if self.mask_image.has_transparency_data and np.asarray(self.mask_image.convert("RGBA"))[..., 3].min() < 255:
-            # Some programs erase what is to be redrawn, others paint it on a clear layer: no way to tell which it was.
+            # Some programs erase what is to be regenerated, others paint it on a clear layer: no way to tell which it was.
             raise InputError("mask_image", "has transparent pixels", "make it black and white, white where to redraw")
         size, mask_size = upright_rgb(self.image).size, upright_rgb(self.mask_image).size
         if mask_size != size:
@@ -77,20 +77,20 @@ class GivenImage:
         image = upright_rgb(self.image)
         return np.array(crop_and_resize(image, _middle_square(image), image_size))
 
-    def redrawn_pixels(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
+    def regenerated_pixels(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
         """(S, S): True where the picture may change, before it widens to whole cells."""
         if self.mask_image is not None:
             return _shrunk(_marked(self.mask_image), image_size)
         kept = self._kept_rows(grid_size) * image_size // grid_size
         return np.repeat(np.arange(image_size)[:, None] >= kept, image_size, axis=1)
 
-    def redrawn_tokens(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
+    def regenerated_tokens(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
         """(N,): True where a token is drawn, because at least one pixel of its cell may change.
 
         Raises:
             InputError: `keep_rows` leaves nothing to draw; the mask touches every cell.
         """
-        tokens = _shrunk(self.redrawn_pixels(image_size, grid_size), grid_size)
+        tokens = _shrunk(self.regenerated_pixels(image_size, grid_size), grid_size)
         if tokens.all():
             told = f"touches each of the {grid_size} x {grid_size} cells, so nothing is kept: mark less"
             raise InputError("mask_image", "white", told)

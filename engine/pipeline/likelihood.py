@@ -31,19 +31,19 @@ from engine.decoding.sampler import evaluating
 from engine.models.transformer import KoDalle
 
 
-def fit_scores(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, redrawn: Tensor) -> Tensor:
-    """Log-likelihood, in nats, of the tokens that were kept after the first redrawn one; without guidance.
+def log_likelihoods(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, regenerated: Tensor) -> Tensor:
+    """Log-likelihood, in nats, of the tokens that were kept after the first regenerated one; without guidance.
 
     Args:
         text_tokens: (G, T).
         image_tokens: (B, N), the n rows of each caption together.
-        redrawn: (N,) bool.
+        regenerated: (N,) bool.
 
     Returns:
         (B,) float64 on the CPU; 0 where nothing is kept after the hole.
     """
     device = model.head.weight.device
-    after = (redrawn.to(device).cumsum(0) > 0) & ~redrawn.to(device)  # (N,)
+    after = (regenerated.to(device).cumsum(0) > 0) & ~regenerated.to(device)  # (N,)
     rows_per_caption = len(image_tokens) // len(text_tokens)
     scores = []
     with evaluating(model):

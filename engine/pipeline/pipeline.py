@@ -45,11 +45,11 @@ from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.caption_continuation import Continuation, continue_caption
-from engine.pipeline.generation import Drawing, Start, ranked
+from engine.pipeline.generation import Generation, Start, ranked
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.init_image import GivenImage
-from engine.pipeline.likelihood import fit_scores
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.pipeline.init_image import InitImage
+from engine.pipeline.likelihood import log_likelihoods
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ RankBy = Literal["koclip", "fit"]
 
 
 class Pipeline:
-    """A drawer, its codec, its ranker (or None) and their tokenizer, on one device."""
+    """A transformer, its codec, its ranker (or None) and their tokenizer, on one device."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Pipeline:
         generation: GenerationConfig | None = None,
         attributes: Attributes | None = None,
         int8: bool = False,
-        guess_ahead: bool = True,
+        speculative: bool = True,
     ) -> None:
         self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
         self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
@@ -81,13 +81,13 @@ class Pipeline:
         self._card = card
         self._generation = generation or GenerationConfig()
         self.attributes: Attributes = attributes or {}
-        self.default_options = SamplingOptions(**self._generation.model_dump())
+        self.default_sampling_params = SamplingParams(**self._generation.model_dump())
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
         self.sampler = Sampler(
             transformer,
             null_text_tokens=null.to(self.device),
             weights="int8" if int8 else None,
-            guess_ahead=guess_ahead,
+            speculative=speculative,
         )
 
     @classmethod
@@ -98,7 +98,7 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         int8: bool = False,
-        guess_ahead: bool = True,
+        speculative: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
         codec_backend: CodecBackend = "auto",
@@ -109,7 +109,7 @@ class Pipeline:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
             int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
-            guess_ahead: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
+            speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
             codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
                 left in the folder and is torch without one. Never timed here: see engine.codec.onnx_record.
@@ -143,7 +143,7 @@ class Pipeline:
             generation=read_generation(folder),
             attributes=read_attributes(folder),
             int8=int8,
-            guess_ahead=guess_ahead,
+            speculative=speculative,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -169,16 +169,16 @@ class Pipeline:
         *,
         candidates: int = 16,
         seed: int = 0,
-        options: SamplingOptions | None = None,
-        given: GivenImage | None = None,
+        options: SamplingParams | None = None,
+        given: InitImage | None = None,
         rank_by: RankBy = "koclip",
         strict: bool = False,
         on_progress: OnProgress | None = None,
-    ) -> list[Drawing]:
+    ) -> list[Generation]:
         """Draws `candidates` pictures of each caption and ranks them.
 
         Args:
-            options: None: the model's own, `default_options`.
+            options: None: the model's own, `default_sampling_params`.
             given: a picture whose first rows, or all but what a mask marks, every candidate keeps.
             rank_by: KoCLIP's score of the finished picture; or, for a repainted hole, how well it fits what was kept
                 after it.
@@ -194,12 +194,14 @@ class Pipeline:
         G = len(captions)
         timings_s: dict[str, float] = {}
         with _timed(timings_s, "prefill"):
-            start = None if given is None else self.encode_given(given)
+            start = None if given is None else self.encode_init_image(given)
             if rank_by == "fit":
                 check_kept_after(start)
             prefix = self.sampler.prefill(encoded.tokens)
         rows = [
-            RowRequest(prefix_index=caption, seed=seed, candidate=number, options=options or self.default_options)
+            SequenceRequest(
+                prefix_index=caption, seed=seed, candidate=number, options=options or self.default_sampling_params
+            )
             for caption in range(G)
             for number in range(candidates)
         ]
@@ -216,31 +218,31 @@ class Pipeline:
         pixels = to_uint8(images).unflatten(0, (G, candidates))  # (G, n, S, S, 3)
         tokens = image_tokens.cpu().unflatten(0, (G, candidates))  # (G, n, N)
         return [
-            Drawing(
+            Generation(
                 caption=caption,
                 tokens_cut=encoded.cut[g],
                 candidates=ranked(
                     seed, tokens[g], pixels[g], None if scores is None else scores[g], None if fits is None else fits[g]
                 ),
                 timings_s=timings_s,
-                given_tokens=None if start is None else tuple(start.tokens.tolist()),
+                init_tokens=None if start is None else tuple(start.tokens.tolist()),
             )
             for g, caption in enumerate(captions)
         ]
 
     def continue_caption(
-        self, beginning: str, *, count: int = 4, seed: int = 0, options: SamplingOptions | None = None
+        self, beginning: str, *, count: int = 4, seed: int = 0, options: SamplingParams | None = None
     ) -> list[Continuation]:
         """Writes the rest of a caption, `count` times: see engine/pipeline/caption_continuation.py."""
         return continue_caption(self.transformer, self.tokenizer, beginning, count=count, seed=seed, options=options)
 
-    def encode_given(self, given: GivenImage) -> Start:
+    def encode_init_image(self, given: InitImage) -> Start:
         """Raises InputError: a mask or rows that leave nothing to draw, or nothing kept."""
         image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
         return self.start_from(
             given.pixels(image_size),
-            redrawn_pixels=given.redrawn_pixels(image_size, grid_size),
-            redrawn_tokens=given.redrawn_tokens(image_size, grid_size),
+            regenerated_pixels=given.regenerated_pixels(image_size, grid_size),
+            regenerated_tokens=given.regenerated_tokens(image_size, grid_size),
             paste=given.paste,
         )
 
@@ -249,21 +251,21 @@ class Pipeline:
         self,
         pixels: NDArray[np.uint8],
         *,
-        redrawn_pixels: NDArray[np.bool_],
-        redrawn_tokens: NDArray[np.bool_],
+        regenerated_pixels: NDArray[np.bool_],
+        regenerated_tokens: NDArray[np.bool_],
         paste: bool,
     ) -> Start:
-        """A given picture's tokens and pixels from what `GivenImage` works out of it.
+        """A given picture's tokens and pixels from what `InitImage` works out of it.
 
         Args:
             pixels: (S, S, 3).
-            redrawn_pixels: (S, S), True where the picture may change.
-            redrawn_tokens: (N,), True where a token is drawn.
+            regenerated_pixels: (S, S), True where the picture may change.
+            regenerated_tokens: (N,), True where a token is drawn.
         """
         image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1).float() / 255
-        tokens = self.vqgan.encode(image[None])[0].masked_fill(torch.from_numpy(redrawn_tokens).to(self.device), -1)
-        redrawn = torch.from_numpy(redrawn_pixels).to(self.device)
-        return Start(tokens, image, ~redrawn if paste else torch.zeros_like(redrawn))
+        tokens = self.vqgan.encode(image[None])[0].masked_fill(torch.from_numpy(regenerated_tokens).to(self.device), -1)
+        regenerated = torch.from_numpy(regenerated_pixels).to(self.device)
+        return Start(tokens, image, ~regenerated if paste else torch.zeros_like(regenerated))
 
     @torch.inference_mode()
     def decode_images(self, image_tokens: Tensor, *, start: Start | None = None) -> Tensor:
@@ -273,7 +275,7 @@ class Pipeline:
 
     def fits(self, text_tokens: Tensor, image_tokens: Tensor, start: Start) -> Tensor:
         """How well each repainted hole fits what is kept after it: (G, T), (B, N) -> (G, n) nats."""
-        fits = fit_scores(self.transformer, text_tokens, image_tokens, start.tokens < 0)
+        fits = log_likelihoods(self.transformer, text_tokens, image_tokens, start.tokens < 0)
         return fits.unflatten(0, (len(text_tokens), -1))
 
     @torch.inference_mode()
@@ -309,8 +311,8 @@ def _check_request(captions: Sequence[str], candidates: int, rank_by: str) -> No
 
 
 def check_kept_after(start: Start | None) -> None:
-    redrawn = torch.zeros(1, dtype=torch.bool) if start is None else start.tokens < 0
-    if not bool((redrawn.cumsum(0) > 0)[~redrawn].any()):
+    regenerated = torch.zeros(1, dtype=torch.bool) if start is None else start.tokens < 0
+    if not bool((regenerated.cumsum(0) > 0)[~regenerated].any()):
         raise InputError("rank_by", "fit", "needs a mask with something kept right of it or below: rank by koclip")
 
 

@@ -147,19 +147,19 @@ def token_source(
     *,
     empty: Tensor,
     caption_dropout: float = 0.0,
-    image_token_noise: float = 0.0,
+    input_token_noise: float = 0.0,
     image_vocab_size: int = 0,
 ) -> BatchSource:
     """`text_tokens` (B, T), `image_tokens` (B, N) and, with noise, `noisy_image_tokens` (B, N); int64.
 
     Args:
         empty: (1, T) tokens of the empty caption, which takes the place of a share `caption_dropout` of the captions.
-        image_token_noise: a picture's share of random tokens is uniform from 0 to this. A model that sees only right
+        input_token_noise: a picture's share of random tokens is uniform from 0 to this. A model that sees only right
             tokens learns to go on from its neighbours instead of listening to the caption, and then follows its own
             mistakes when it draws.
         image_vocab_size: random tokens are below it.
     """
-    assert image_token_noise == 0 or image_vocab_size > 0, (image_token_noise, image_vocab_size)
+    assert input_token_noise == 0 or image_vocab_size > 0, (input_token_noise, image_vocab_size)
 
     def make(number: int) -> Batch:
         texts, pictures, noisy = [], [], []
@@ -169,8 +169,8 @@ def token_source(
             dropped = caption_dropout > 0 and generator.random() < caption_dropout
             texts.append(empty[0].numpy() if dropped else text)
             pictures.append(picture)
-            if image_token_noise:
-                is_replaced = generator.random(picture.shape) < generator.uniform(0, image_token_noise)
+            if input_token_noise:
+                is_replaced = generator.random(picture.shape) < generator.uniform(0, input_token_noise)
                 noisy.append(np.where(is_replaced, generator.integers(image_vocab_size, size=picture.shape), picture))
         columns = {"text_tokens": texts, "image_tokens": pictures, "noisy_image_tokens": noisy}
         return {name: torch.from_numpy(np.stack(rows).astype(np.int64)) for name, rows in columns.items() if rows}

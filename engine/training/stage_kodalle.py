@@ -35,7 +35,7 @@ from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
 from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
 
@@ -65,7 +65,7 @@ class KodalleStage:
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
         self.source: BatchSource = token_source(
             train, order, empty=self._empty, caption_dropout=run.caption_dropout,
-            image_token_noise=run.image_token_noise, image_vocab_size=run.model.image_vocab_size,
+            input_token_noise=run.input_token_noise, image_vocab_size=run.model.image_vocab_size,
         )  # fmt: skip
         self.validation_source: BatchSource | None = None
         if held_out is not None:
@@ -111,20 +111,20 @@ class KodalleStage:
         """Two rows: the VQGAN's version of held-out pictures, and drawings for their captions, seed 0."""
         batch = (self.validation_source or self.source)(0)
         text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
-        options = SamplingOptions(**self.run.generation.model_dump()).but(guidance_scale=1)  # no empty caption here
+        options = SamplingParams(**self.run.generation.model_dump()).but(guidance_scale=1)  # no empty caption here
         with whole_parameters(self.engine):
             rows = [
-                RowRequest(prefix_index=index, seed=0, candidate=index, options=options)
+                SequenceRequest(prefix_index=index, seed=0, candidate=index, options=options)
                 for index in range(len(text_tokens))
             ]
             # Guessing ahead takes as many passes as the guesses allow, and ranks of ZeRO-3 must take the same number.
-            drawn = Sampler(self.engine.module, weights="plain", guess_ahead=False).draw(text_tokens, rows)
+            drawn = Sampler(self.engine.module, weights="plain", speculative=False).draw(text_tokens, rows)
         return image_grid(
             torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(drawn)]), columns=len(text_tokens)
         )
 
     def export(self, folder: Path, card: str) -> None:
-        """The whole drawer: transformer, the VQGAN it was trained on, the KoCLIP if there is one, the tokenizer."""
+        """The whole transformer: transformer, the VQGAN it was trained on, the KoCLIP if there is one, the tokenizer."""
         weights = full_weights(self.engine)
         if self.world.is_main:
             run = self.run
@@ -157,7 +157,7 @@ class KodalleStage:
         """Opens the token shards, making them first (rank 0) when they are missing or of other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
-        views = Views(run.data.flip, run.moved_views, run.augment_shift)
+        views = Views(run.data.flip, run.augmented_views, run.augment_shift)
         identity = shard_identity(
             pairs,
             self.tokenizer,
@@ -212,7 +212,7 @@ def _check_vqgan(run: KodalleRun, vqgan: Vqgan) -> None:
 
 
 def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:
-    """One model folder has one tokenizer: drawer and ranker must read captions alike."""
+    """One model folder has one tokenizer: transformer and ranker must read captions alike."""
     if load_folder_tokenizer(koclip).digest != tokenizer.digest:
         raise InputError(
             "text.tokenizer", koclip, f"this KoCLIP was trained with another tokenizer: write text.tokenizer={koclip}"

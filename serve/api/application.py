@@ -1,8 +1,8 @@
-"""The HTTP application: its routes, and the way of a request from its bytes to a drawer and back.
+"""The HTTP application: its routes, and the way of a request from its bytes to a worker and back.
 
-    bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► DrawJob ─► pool ─► answers | streaming ─► bytes
+    bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► GenerationJob ─► pool ─► answers | streaming ─► bytes
 
-The same application runs under plain uvicorn and inside a Ray Serve ingress; what it draws with is a `DrawerPool`.
+The same application runs under plain uvicorn and inside a Ray Serve ingress; what it draws with is a `WorkerPool`.
 Bodies are read by serve/api/body.py and not by FastAPI, whose own reader has no limits and whose own validation answers in
 another shape; FastAPI routes, and publishes what serve/api/openapi.py says.
 
@@ -32,12 +32,12 @@ from serve.api.middleware import Guard, RequestRecord
 from serve.api.openapi import describe, described_page
 from serve.api.page_files import add_page
 from serve.api.responses import AnswerStyle, Route, answer_body
-from serve.api.schemas import DrawRequest, EditRequest, GenerationRequest, TokenizeRequest
+from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, finished_job
 from serve.api.uploads import UploadReader
-from serve.messages import DrawJob, Finished, ModelInfo
-from serve.metrics import CONTENT_TYPE, EdgeMetrics, merge_expositions
-from serve.pool import DrawerPool
+from serve.messages import Finished, GenerationJob, ModelInfo
+from serve.metrics import CONTENT_TYPE, ApiMetrics, merge_expositions
+from serve.pool import WorkerPool
 from serve.settings import ServeSettings
 
 _NO_STORE = {"cache-control": "no-store"}
@@ -45,7 +45,7 @@ _NO_STORE = {"cache-control": "no-store"}
 _IN_A_THREAD_BYTES = 256 * 1024
 
 
-def build_edge(pool: DrawerPool, settings: ServeSettings, *, replica: str = "edge") -> FastAPI:
+def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "edge") -> FastAPI:
     """The application, its counts in `app.state.metrics`.
 
     Args:
@@ -55,34 +55,34 @@ def build_edge(pool: DrawerPool, settings: ServeSettings, *, replica: str = "edg
         InputError: the keys file cannot be read.
     """
     keys = KeyRing.read(Path(settings.keys_file)) if settings.keys_file else None
-    edge = _Edge(pool, settings, replica)
+    api_server = _Edge(pool, settings, replica)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form, at anybody's bidding
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with edge.uploads:
+        with api_server.uploads:
             yield
 
     app = FastAPI(
         title="KoDALLE", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.state.metrics = edge.metrics
-    for path, method, endpoint in edge.routes():
+    app.state.metrics = api_server.metrics
+    for path, method, endpoint in api_server.routes():
         methods = [method, "HEAD"] if method == "GET" else [method]
         app.add_api_route(path, endpoint, methods=methods, response_model=None, include_in_schema=False)
     if settings.page:
         add_page(app)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(Guard, metrics=edge.metrics, keys=keys)
+    app.add_middleware(Guard, metrics=api_server.metrics, keys=keys)
     return app
 
 
 class _Edge:
     """What the handlers share."""
 
-    def __init__(self, pool: DrawerPool, settings: ServeSettings, replica: str) -> None:
-        self.metrics = EdgeMetrics()
+    def __init__(self, pool: WorkerPool, settings: ServeSettings, replica: str) -> None:
+        self.metrics = ApiMetrics()
         self.uploads = UploadReader(settings.limits)
         self._pool, self._settings, self._replica = pool, settings, replica
 
@@ -122,7 +122,9 @@ class _Edge:
         job = replace(job, given=given, deadline_s=self._left_s(request))
         return await self._draw(request, job, asked, _style(request, info, "image_edit"))
 
-    def _job(self, request: Request, asked: DrawRequest, info: ModelInfo, *, has_picture: bool = False) -> DrawJob:
+    def _job(
+        self, request: Request, asked: ImageRequest, info: ModelInfo, *, has_picture: bool = False
+    ) -> GenerationJob:
         record: RequestRecord = request.state.record
         job = schemas.draw_job(
             asked,
@@ -138,7 +140,7 @@ class _Edge:
             record.noted["prompt"] = job.caption
         return job
 
-    async def _draw(self, request: Request, job: DrawJob, asked: DrawRequest, style: AnswerStyle) -> Response:
+    async def _draw(self, request: Request, job: GenerationJob, asked: ImageRequest, style: AnswerStyle) -> Response:
         record: RequestRecord = request.state.record
         await self._take(record, cost=job.num_candidates)
         ends_at = self._ends_at(request)
@@ -175,7 +177,7 @@ class _Edge:
             told_ko = f"이 키는 분당 {key.per_minute:g}장까지 그릴 수 있습니다(후보 포함)."
             raise Failure("rate_limit_exceeded", told, told_ko, retry_after_s=wait_s)
 
-    def _count(self, job: DrawJob, finished: Finished) -> None:
+    def _count(self, job: GenerationJob, finished: Finished) -> None:
         self.metrics.count_drawing(job.num_images, finished.timings_s)
 
     # ---------------------------------------------------------------------------------------------------- the model
@@ -209,7 +211,7 @@ class _Edge:
         return JSONResponse({"status": "ready"}, headers=_NO_STORE)
 
     async def merged_metrics(self, _: Request) -> Response:
-        texts = {self._replica: self.metrics.text(), "drawer": await self._pool.metrics_text()}
+        texts = {self._replica: self.metrics.text(), "worker": await self._pool.metrics_text()}
         text = await asyncio.to_thread(merge_expositions, texts)
         return Response(text, headers=_NO_STORE | {"content-type": CONTENT_TYPE})
 
@@ -231,7 +233,7 @@ def _style(request: Request, info: ModelInfo, route: Route) -> AnswerStyle:
     )
 
 
-async def _encoded(job: DrawJob, finished: Finished, style: AnswerStyle) -> bytes:
+async def _encoded(job: GenerationJob, finished: Finished, style: AnswerStyle) -> bytes:
     size_bytes = sum(len(image.data or b"") for image in finished.images)
     if size_bytes < _IN_A_THREAD_BYTES:
         return answer_body(job, finished, style)
@@ -254,7 +256,7 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "device": info.device,
         "digest": info.digest,
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
-        "default_options": asdict(info.default_options),
+        "default_sampling_params": asdict(info.default_sampling_params),
         "attributes": info.attributes,
         "limits": {
             "prompt_characters": limits.max_prompt_characters,

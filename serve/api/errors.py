@@ -118,7 +118,7 @@ FAILURES: dict[str, FailureKind] = {
     "unavailable": FailureKind(
         503,
         "server_error",
-        "No drawer takes requests at the moment: try again soon.",
+        "No worker takes requests at the moment: try again soon.",
         "지금은 그림을 그릴 수 있는 서버가 없습니다. 잠시 후 다시 시도해 주세요.",
     ),
     "deadline_exceeded": FailureKind(
@@ -148,7 +148,7 @@ REFUSALS = {
     "failed": "drawing_failed",
 }
 
-# Where a drawer does not say how long to wait.
+# Where a worker does not say how long to wait.
 _WAIT_S = {"queue_full": 1.0, "draining": 1.0}
 
 
@@ -212,7 +212,7 @@ class Failure(Exception):
 
 
 def refusal(refused: Refused) -> Failure:
-    """A drawer's refusal as the client is told it."""
+    """A worker's refusal as the client is told it."""
     detail_ko = f"({refused.message})" if refused.message else ""
     return Failure(
         REFUSALS[refused.reason],

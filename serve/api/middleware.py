@@ -23,7 +23,7 @@ from serve.api.access import NOBODY, Caller, admit
 from serve.api.body import ClientGone
 from serve.api.errors import Failure
 from serve.api.keys import KeyRing
-from serve.metrics import EdgeMetrics
+from serve.metrics import ApiMetrics
 
 # The page's own files, pictures that it holds in memory, this server's API; nothing from elsewhere, nothing inline.
 CONTENT_SECURITY_POLICY = (
@@ -69,7 +69,7 @@ class RequestRecord:
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, metrics: EdgeMetrics, keys: KeyRing | None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, keys: KeyRing | None) -> None:
         self._app, self._metrics, self._keys = app, metrics, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -91,7 +91,7 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
             )
         },
         "/healthz": {"get": _operation("The server runs", "Status", (), is_open=True)},
-        "/readyz": {"get": _operation("A drawer takes requests", "Status", ("unavailable",), is_open=True)},
+        "/readyz": {"get": _operation("A worker takes requests", "Status", ("unavailable",), is_open=True)},
         "/metrics": {"get": _operation("Figures for Prometheus", "text/plain", _ACCESS)},
     }
 
@@ -183,7 +183,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "device": _TEXT,
         "has_ranker": {"type": "boolean"},
         "limits": {"type": "object", "additionalProperties": _NUMBER},
-        "default_options": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
+        "default_sampling_params": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
         "attributes": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _TEXTS}},
     }
     whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
@@ -258,8 +258,8 @@ def _with_files(schema: Json) -> Json:
         "mask": {
             "type": "string",
             "format": "binary",
-            "description": "as large as the image; its transparent pixels are redrawn, or its white ones where it has no "
-            "transparency. Without a mask a picture's own transparent pixels are redrawn",
+            "description": "as large as the image; its transparent pixels are regenerated, or its white ones where it has no "
+            "transparency. Without a mask a picture's own transparent pixels are regenerated",
         },
     }
     schema["required"] = ["image", "prompt"]

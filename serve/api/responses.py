@@ -1,4 +1,4 @@
-"""Answers and events in OpenAI's shape: what a drawer's events become on the wire.
+"""Answers and events in OpenAI's shape: what a worker's events become on the wire.
 
 An answer holds OpenAI's fields and ours beside them: of each picture its seed, candidate, rank and score, of the
 request its timings and how much of the caption was cut. OpenAI's client keeps unknown fields as attributes.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve.api.schemas import quality_of
-from serve.messages import DrawJob, DrawnImage, Finished, Partial, Progress, Queued
+from serve.messages import Finished, GeneratedImage, GenerationJob, Partial, Progress, Queued
 
 Route = Literal["image_generation", "image_edit"]
 
@@ -35,7 +35,7 @@ class AnswerStyle:
         return f"{self.image_size}x{self.image_size}"
 
 
-def answer_body(job: DrawJob, finished: Finished, style: AnswerStyle) -> bytes:
+def answer_body(job: GenerationJob, finished: Finished, style: AnswerStyle) -> bytes:
     """The JSON of a plain answer. Call it in a thread where there are megabytes of pictures."""
     best, rest = finished.images[: job.num_images], finished.images[job.num_images :]
     told = {
@@ -75,11 +75,11 @@ def queued_event(queued: Queued, style: AnswerStyle) -> bytes:
 
 
 def progress_event(progress: Progress, style: AnswerStyle) -> bytes:
-    told = {"tokens_drawn": progress.tokens_drawn, "tokens_total": progress.tokens_total}
+    told = {"tokens_generated": progress.tokens_generated, "tokens_total": progress.tokens_total}
     return sse(f"{style.route}.progress", told)
 
 
-def partial_event(partial: Partial, job: DrawJob, style: AnswerStyle) -> bytes:
+def partial_event(partial: Partial, job: GenerationJob, style: AnswerStyle) -> bytes:
     event = f"{style.route}.partial_image"
     fields = {
         "type": event,
@@ -87,13 +87,13 @@ def partial_event(partial: Partial, job: DrawJob, style: AnswerStyle) -> bytes:
         "image_index": partial.candidate,
         "candidate": partial.candidate,
         "seed": job.seed,
-        "rows_drawn": partial.rows_drawn,
+        "rows_generated": partial.rows_generated,
         "rows_total": partial.rows_total,
     }
     return _line(event, _with_picture(fields | _common(job, style), partial.data))
 
 
-def finished_events(finished: Finished, job: DrawJob, style: AnswerStyle) -> Iterator[bytes]:
+def finished_events(finished: Finished, job: GenerationJob, style: AnswerStyle) -> Iterator[bytes]:
     """One event a picture: first the candidates that are not among the best, where asked for, then the best."""
     for image in finished.images[job.num_images :]:
         if image.data is not None and job.wants_all:
@@ -114,7 +114,9 @@ def sse(event: str, fields: dict[str, Any]) -> bytes:
     return _line(event, _json({"type": event} | fields))
 
 
-def _final_event(event: str, image: DrawnImage, job: DrawJob, style: AnswerStyle, more: dict[str, Any]) -> bytes:
+def _final_event(
+    event: str, image: GeneratedImage, job: GenerationJob, style: AnswerStyle, more: dict[str, Any]
+) -> bytes:
     fields = {"type": event, "image_index": image.rank - 1} | _about(image) | _common(job, style) | more
     return _line(event, _with_picture(fields, image.data))
 
@@ -123,7 +125,7 @@ def _line(event: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (event.encode(), data)
 
 
-def _common(job: DrawJob, style: AnswerStyle) -> dict[str, Any]:
+def _common(job: GenerationJob, style: AnswerStyle) -> dict[str, Any]:
     return {
         "created_at": int(time.time()),
         "size": style.size,
@@ -133,7 +135,7 @@ def _common(job: DrawJob, style: AnswerStyle) -> dict[str, Any]:
     }
 
 
-def _about(image: DrawnImage) -> dict[str, Any]:
+def _about(image: GeneratedImage) -> dict[str, Any]:
     return {
         "seed": image.seed,
         "candidate": image.candidate,

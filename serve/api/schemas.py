@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import InputError
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import shown
-from serve.messages import DrawJob, ImageFormat, ModelInfo, RankBy
+from serve.messages import GenerationJob, ImageFormat, ModelInfo, RankBy
 from serve.settings import Limits, ServeSettings
 
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
@@ -36,7 +36,7 @@ _NO_EFFECT = "accepted for OpenAI's clients, without effect here"
 _NOT_HERE = "part of OpenAI's API that this model does not support: leave it out"
 
 
-class DrawRequest(BaseModel):
+class ImageRequest(BaseModel):
     """Fields that generations and edits share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -76,7 +76,7 @@ class DrawRequest(BaseModel):
     num_candidates: int | None = Field(None, description="the same as candidates")
     temperature: float | None = Field(
         None,
-        description="1 is what the model learnt; 0 takes the likeliest token; the model's default_options if left out",
+        description="1 is what the model learnt; 0 takes the likeliest token; the model's default_sampling_params if left out",
     )
     top_k: int | None = Field(None, description="draw among the k likeliest tokens")
     top_p: float | None = Field(None, description="draw among the fewest tokens that reach this probability")
@@ -92,14 +92,14 @@ class DrawRequest(BaseModel):
     progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens drawn")
 
 
-class GenerationRequest(DrawRequest):
+class GenerationRequest(ImageRequest):
     """POST /v1/images/generations."""
 
     moderation: Literal["low", "auto"] | None = Field(None, description=_NO_EFFECT)
     style: Literal["vivid", "natural"] | None = Field(None, description=_NO_EFFECT)
 
 
-class EditRequest(DrawRequest):
+class EditRequest(ImageRequest):
     """POST /v1/images/edits, besides its pictures."""
 
     input_fidelity: Literal["high", "low"] | None = Field(None, description=_NO_EFFECT)
@@ -161,7 +161,7 @@ def read_text_request(kind: type[AnyRequest], fields: Mapping[str, str]) -> AnyR
 
 
 def draw_job(
-    request: DrawRequest,
+    request: ImageRequest,
     info: ModelInfo,
     settings: ServeSettings,
     *,
@@ -169,7 +169,7 @@ def draw_job(
     key_id: str,
     deadline_s: float,
     has_picture: bool = False,
-) -> DrawJob:
+) -> GenerationJob:
     """The job that a request asks for, but for the picture to start from: that is decoded when all else is right.
 
     Raises:
@@ -188,7 +188,7 @@ def draw_job(
     image_format: ImageFormat = request.output_format or "png"
     if request.output_compression is not None and image_format == "png":
         raise _clash("output_compression", "goes with webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")
-    return DrawJob(
+    return GenerationJob(
         request_id=request_id,
         key_id=key_id,
         caption=_caption(request.prompt, settings.limits),
@@ -196,7 +196,7 @@ def draw_job(
         num_candidates=num_candidates,
         num_images=num_images,
         deadline_s=deadline_s,
-        options=_options(request, info.default_options),
+        options=_options(request, info.default_sampling_params),
         rank_by=request.rank_by or "koclip",
         image_format=image_format,
         compression=100 if request.output_compression is None else request.output_compression,
@@ -232,7 +232,7 @@ def _caption(prompt: str, limits: Limits) -> str:
     return prompt
 
 
-def _check_support(request: DrawRequest, info: ModelInfo) -> None:
+def _check_support(request: ImageRequest, info: ModelInfo) -> None:
     if request.model not in (None, info.model_id):
         raise model_not_found(info)
     for name in _UNSUPPORTED:
@@ -256,7 +256,7 @@ def model_not_found(info: ModelInfo) -> Failure:
     )
 
 
-def _check_bounds(request: DrawRequest, limits: Limits) -> None:
+def _check_bounds(request: ImageRequest, limits: Limits) -> None:
     for name, (least, most) in bounds(limits).items():
         value = getattr(request, name, None)
         if value is not None and not least <= value <= most:
@@ -266,7 +266,7 @@ def _check_bounds(request: DrawRequest, limits: Limits) -> None:
         raise _clash("temperature", told, f"0이거나 {LEAST_TEMPERATURE} 이상이어야 합니다")
 
 
-def _num_candidates(request: DrawRequest, num_images: int, settings: ServeSettings) -> int:
+def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSettings) -> int:
     most = settings.limits.max_candidates
     if num_images > most:
         raise _clash("n", f"at most {most} pictures are drawn for a request", f"최대 {most}장입니다")
@@ -280,7 +280,7 @@ def _num_candidates(request: DrawRequest, num_images: int, settings: ServeSettin
     return int(asked)
 
 
-def _options(request: DrawRequest, defaults: SamplingOptions) -> SamplingOptions:
+def _options(request: ImageRequest, defaults: SamplingParams) -> SamplingParams:
     guidance = _one_of(request, "guidance", "guidance_scale")
     try:
         return defaults.but(
@@ -290,7 +290,7 @@ def _options(request: DrawRequest, defaults: SamplingOptions) -> SamplingOptions
         raise input_failure(error) from error
 
 
-def _one_of(request: DrawRequest, name: str, alias: str) -> Any:
+def _one_of(request: ImageRequest, name: str, alias: str) -> Any:
     value, other = getattr(request, name), getattr(request, alias)
     if value is not None and other is not None:
         raise _clash(alias, f"is the same as `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요")

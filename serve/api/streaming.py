@@ -1,6 +1,6 @@
-"""Listens to a drawer and to the client at the same time, and writes server-sent events.
+"""Listens to a worker and to the client at the same time, and writes server-sent events.
 
-A client that hangs up is noticed here, by waiting for `http.disconnect` beside the drawer's next event, and its drawing
+A client that hangs up is noticed here, by waiting for `http.disconnect` beside the worker's next event, and its drawing
 is cancelled. The server underneath is not relied on for that: under Ray Serve the header
 `x-request-disconnect-disabled` of any client switches its own cancelling off. The deadline is kept here for the same
 reason.
@@ -22,8 +22,8 @@ from serve.api import responses as answers
 from serve.api.body import ClientGone, Receive
 from serve.api.errors import Failure, refusal
 from serve.api.responses import AnswerStyle
-from serve.messages import DrawEvent, DrawJob, Finished, Partial, Progress, Queued, Refused
-from serve.pool import DrawerPool
+from serve.messages import Finished, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
+from serve.pool import WorkerPool
 
 KEEP_ALIVE_S = 10.0
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -39,8 +39,8 @@ OnFailure = Callable[[Failure], None]
 
 
 async def drawn_events(
-    pool: DrawerPool, job: DrawJob, *, receive: Receive, ends_at: float, keep_alive_s: float | None = None
-) -> AsyncGenerator[DrawEvent | None, None]:
+    pool: WorkerPool, job: GenerationJob, *, receive: Receive, ends_at: float, keep_alive_s: float | None = None
+) -> AsyncGenerator[GenerationEvent | None, None]:
     """The job's events up to `Finished`; None whenever `keep_alive_s` seconds went by without one.
 
     However it ends, the drawing is cancelled or over when the generator is closed: use it inside
@@ -51,13 +51,13 @@ async def drawn_events(
         ends_at: the event loop's time by which the last byte must be out.
 
     Raises:
-        Failure: the drawer refused, or the time is over.
+        Failure: the worker refused, or the time is over.
         ClientGone: the client hung up.
     """
     loop = asyncio.get_running_loop()
     events = aiter(pool.draw(job))
     gone = asyncio.create_task(_hung_up(receive))
-    coming: asyncio.Future[DrawEvent] | None = None
+    coming: asyncio.Future[GenerationEvent] | None = None
     try:
         while True:
             left_s = ends_at - loop.time()
@@ -86,13 +86,13 @@ async def drawn_events(
             await events.aclose()
 
 
-async def finished_job(pool: DrawerPool, job: DrawJob, *, receive: Receive, ends_at: float) -> Finished:
+async def finished_job(pool: WorkerPool, job: GenerationJob, *, receive: Receive, ends_at: float) -> Finished:
     """The job's pictures; raises as `drawn_events` does."""
     async with contextlib.aclosing(drawn_events(pool, job, receive=receive, ends_at=ends_at)) as events:
         async for event in events:
             if isinstance(event, Finished):
                 return event
-    raise Failure("drawing_failed", "The drawer stopped without a picture.", "그림 없이 끝났습니다.")
+    raise Failure("drawing_failed", "The worker stopped without a picture.", "그림 없이 끝났습니다.")
 
 
 class EventStream(Response):
@@ -100,8 +100,8 @@ class EventStream(Response):
 
     def __init__(
         self,
-        pool: DrawerPool,
-        job: DrawJob,
+        pool: WorkerPool,
+        job: GenerationJob,
         style: AnswerStyle,
         *,
         ends_at: float,
@@ -159,7 +159,7 @@ def error_event(failure: Failure) -> bytes:
     return answers.sse("error", {"error": failure.as_object()})
 
 
-def _as_chunks(event: DrawEvent | None, job: DrawJob, style: AnswerStyle) -> Iterator[bytes]:
+def _as_chunks(event: GenerationEvent | None, job: GenerationJob, style: AnswerStyle) -> Iterator[bytes]:
     if event is None:
         yield _KEEP_ALIVE
     elif isinstance(event, Queued):
@@ -172,11 +172,11 @@ def _as_chunks(event: DrawEvent | None, job: DrawJob, style: AnswerStyle) -> Ite
         yield from answers.finished_events(event, job, style)
 
 
-def _next_of(coming: "asyncio.Future[DrawEvent]") -> DrawEvent:
+def _next_of(coming: "asyncio.Future[GenerationEvent]") -> GenerationEvent:
     try:
         event = coming.result()
     except StopAsyncIteration:
-        raise Failure("drawing_failed", "The drawer stopped without a picture.", "그림 없이 끝났습니다.") from None
+        raise Failure("drawing_failed", "The worker stopped without a picture.", "그림 없이 끝났습니다.") from None
     if isinstance(event, Refused):
         raise refusal(event)
     return event

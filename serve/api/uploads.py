@@ -3,7 +3,7 @@
 A PNG of 21 KB can hold 13,300 x 13,300 pixels, of which Pillow only warns and which cost about 860 MB as RGB. Here the
 size is read from the header first; more than `limits.max_pixels` is refused. Two pictures at most are decoded at a time.
 
-Masks come in two kinds. OpenAI's has transparent pixels, and those are redrawn; ours has none, and its white is redrawn
+Masks come in two kinds. OpenAI's has transparent pixels, and those are regenerated; ours has none, and its white is regenerated
 (engine/pipeline/init_image.py). A picture that has transparent pixels itself and comes without a mask is its own mask, as
 with OpenAI.
 
@@ -22,11 +22,11 @@ from PIL import Image, ImageOps
 
 from engine.data.crops import DECODE_ERRORS
 from engine.errors import InputError
-from engine.pipeline.init_image import GivenImage
+from engine.pipeline.init_image import InitImage
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import shown
 from serve.api.schemas import EditRequest
-from serve.messages import GivenPixels, ModelInfo
+from serve.messages import InitImagePixels, ModelInfo
 from serve.settings import Limits
 
 FORMATS = ("PNG", "WEBP", "JPEG")
@@ -53,7 +53,7 @@ class UploadReader:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    async def read(self, files: Mapping[str, IO[bytes]], asked: EditRequest, info: ModelInfo) -> GivenPixels:
+    async def read(self, files: Mapping[str, IO[bytes]], asked: EditRequest, info: ModelInfo) -> InitImagePixels:
         """The picture that an edit starts from.
 
         Raises:
@@ -63,26 +63,26 @@ class UploadReader:
         image_file, mask_file = _parts(files)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, given_pixels, image_file, mask_file, asked, info, self._limits.max_pixels
+            self._threads, init_image_pixels, image_file, mask_file, asked, info, self._limits.max_pixels
         )
 
 
-def given_pixels(
+def init_image_pixels(
     image_file: IO[bytes], mask_file: IO[bytes] | None, asked: EditRequest, info: ModelInfo, max_pixels: int
-) -> GivenPixels:
+) -> InitImagePixels:
     """Decodes and fits; raises Failure as `UploadReader.read`."""
     image = open_upload(image_file, "image", max_pixels=max_pixels)
     mask, mask_param = _mask(image, mask_file, asked, max_pixels)
     paste = True if asked.paste is None else asked.paste
     _check_rows(asked.keep_rows, info.grid_size)
     try:
-        given = GivenImage(image, keep_rows=asked.keep_rows, mask_image=mask, paste=paste)
-        redrawn_tokens = given.redrawn_tokens(info.image_size, info.grid_size)
-        _check_fit(asked, redrawn_tokens)
-        return GivenPixels(
+        given = InitImage(image, keep_rows=asked.keep_rows, mask_image=mask, paste=paste)
+        regenerated_tokens = given.regenerated_tokens(info.image_size, info.grid_size)
+        _check_fit(asked, regenerated_tokens)
+        return InitImagePixels(
             pixels=given.pixels(info.image_size).tobytes(),
-            redrawn_pixels=given.redrawn_pixels(info.image_size, info.grid_size).astype(np.uint8).tobytes(),
-            redrawn_tokens=redrawn_tokens.astype(np.uint8).tobytes(),
+            regenerated_pixels=given.regenerated_pixels(info.image_size, info.grid_size).astype(np.uint8).tobytes(),
+            regenerated_tokens=regenerated_tokens.astype(np.uint8).tobytes(),
             paste=paste,
         )
     except InputError as error:
@@ -153,10 +153,10 @@ def _check_rows(keep_rows: int | None, grid_size: int) -> None:
         raise Failure("invalid_value", told, told_ko, param="keep_rows")
 
 
-def _check_fit(asked: EditRequest, redrawn_tokens: NDArray[np.bool_]) -> None:
+def _check_fit(asked: EditRequest, regenerated_tokens: NDArray[np.bool_]) -> None:
     """How a hole fits can be told from what comes after it only: tokens are drawn in raster order."""
-    kept = np.flatnonzero(~redrawn_tokens)
-    if asked.rank_by == "fit" and (not len(kept) or kept[-1] < np.flatnonzero(redrawn_tokens)[0]):
+    kept = np.flatnonzero(~regenerated_tokens)
+    if asked.rank_by == "fit" and (not len(kept) or kept[-1] < np.flatnonzero(regenerated_tokens)[0]):
         told = "`rank_by`: `fit` needs something kept right of the hole or below it: rank by koclip."
         told_ko = "`rank_by`: 다시 그릴 부분의 오른쪽이나 아래에 남는 부분이 있어야 `fit`을 쓸 수 있습니다."
         raise Failure("invalid_value", told, told_ko, param="rank_by")
@@ -172,7 +172,7 @@ def _black_and_white(mask: Image.Image) -> Image.Image:
     if alpha.min() > 0:
         raise _bad_image(
             "mask",
-            "has half transparent pixels but no fully transparent one, which is what is redrawn",
+            "has half transparent pixels but no fully transparent one, which is what is regenerated",
             "완전히 투명한 픽셀이 없습니다",
         )
     return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))

@@ -1,10 +1,10 @@
-"""How many drawers are wanted: so many that the rows in flight and in the queues fill a share of all slots.
+"""How many workers are wanted: so many that the rows in flight and in the queues fill a share of all slots.
 
-Requests are a poor measure of a drawer's work: one asks for one picture, another for 64. Rows in slots and rows that
+Requests are a poor measure of a worker's work: one asks for one picture, another for 64. Rows in slots and rows that
 wait are what a step costs and what a queue holds. At a share of 0.75 a quarter of the slots is free, so that a new
-request starts at the next step while a further drawer is being started (on a laptop 10 s, with a large model a minute).
+request starts at the next step while a further worker is being started (on a laptop 10 s, with a large model a minute).
 
-Ray Serve calls the policy with the drawers' latest `record_autoscaling_stats` and applies delays and bounds itself. It
+Ray Serve calls the policy with the workers' latest `record_autoscaling_stats` and applies delays and bounds itself. It
 pickles this module by value into its controller: nothing is imported here, ray included.
 """
 
@@ -35,9 +35,9 @@ class SlotsPolicy:
         self._target_share = target_share
 
     def __call__(self, context: Context) -> tuple[float, dict[str, Any]]:
-        """Drawers wanted, not rounded and not bounded, and no state.
+        """Workers wanted, not rounded and not bounded, and no state.
 
-        Drawers that have not reported (they are being started) count neither as rows nor as slots. While none has,
+        Workers that have not reported (they are being started) count neither as rows nor as slots. While none has,
         the number stays as it is.
         """
         metrics = context.aggregated_metrics or {}

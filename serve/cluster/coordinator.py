@@ -1,4 +1,4 @@
-"""What all edges and drawers of a server share: the keys' rates, and everybody's figures for Prometheus.
+"""What all edges and workers of a server share: the keys' rates, and everybody's figures for Prometheus.
 
 One small process holds both, so that a key's limit is one limit however many edges count against it, and so that a
 scrape of any edge shows the whole server. It keeps nothing worth saving: after a restart each key's bucket is full
@@ -17,7 +17,7 @@ REPORT_EVERY_S = 1.0
 _STALE_AFTER_S = 5.0
 
 
-class Ledger:
+class Coordinator:
     """Called from one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

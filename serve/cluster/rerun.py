@@ -1,17 +1,17 @@
-"""Draws a job although its drawer dies: the same job is sent again, and what was already told is not told twice.
+"""Draws a job although its worker dies: the same job is sent again, and what was already told is not told twice.
 
-A job decides its pictures before it is sent (seed, settings, given pixels), so another drawer makes the same bytes and
+A job decides its pictures before it is sent (seed, settings, given pixels), so another worker makes the same bytes and
 a client sees nothing but a pause. Ray Serve itself never repeats a request that was sent.
 
 How a death is noticed:
 
     the call fails       a killed process: within milliseconds
-    silence              a host that was cut off closes no connection. A drawer says something every `BEAT_S`, be it only
+    silence              a host that was cut off closes no connection. A worker says something every `BEAT_S`, be it only
                          that it lives; after `SILENCE_S` without a word its job is drawn elsewhere. Ray's own health
                          check of a node takes up to a minute.
 
-A job that kills every drawer that takes it on is given up after `MAX_DEATHS` of them. What a drawer refused stays
-refused, but for a drawer that is stopping or full: one other is asked. And where a drawer that had taken the job on died,
+A job that kills every worker that takes it on is given up after `MAX_DEATHS` of them. What a worker refused stays
+refused, but for a worker that is stopping or full: one other is asked. And where a worker that had taken the job on died,
 the others' queues being full is no refusal any more: it is sent until one of them has room, or its time is over.
 
 No torch, no ray.
@@ -23,8 +23,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from serve.cluster.saturated_workers import LatelyFull
-from serve.messages import DrawEvent, DrawJob, Finished, Partial, Progress, Refused
+from serve.cluster.saturated_workers import SaturatedWorkers
+from serve.messages import Finished, GenerationEvent, GenerationJob, Partial, Progress, Refused
 
 BEAT_S = 1.0
 SILENCE_S = 5.0
@@ -34,29 +34,29 @@ _ASK_ANOTHER = ("draining", "queue_full")
 
 _log = logging.getLogger(__name__)
 
-# Sends a job to some drawer. Its first item, None, says that the job was taken on; later ones, that the drawer lives.
-Send = Callable[[DrawJob], AsyncGenerator[DrawEvent | None, None]]
+# Sends a job to some worker. Its first item, None, says that the job was taken on; later ones, that the worker lives.
+Send = Callable[[GenerationJob], AsyncGenerator[GenerationEvent | None, None]]
 
 
-class DrawerLost(Exception):
-    """The drawer of a job died, or is out of reach; raised by `Send`."""
+class WorkerLost(Exception):
+    """The worker of a job died, or is out of reach; raised by `Send`."""
 
 
-async def draw_with_reruns(
+async def generate_with_reruns(
     send: Send,
-    job: DrawJob,
+    job: GenerationJob,
     *,
     on_rerun: Callable[[], None],
-    lately_full: LatelyFull | None = None,
+    saturated_workers: SaturatedWorkers | None = None,
     silence_s: float = SILENCE_S,
-) -> AsyncIterator[DrawEvent]:
-    """The job's events, each once, whichever drawers they come from; the last is `Finished` or `Refused`.
+) -> AsyncIterator[GenerationEvent]:
+    """The job's events, each once, whichever workers they come from; the last is `Finished` or `Refused`.
 
     Args:
-        on_rerun: called whenever a job that a drawer had taken on is sent again.
-        lately_full: what the edge remembers of refusals; None: every drawer is asked about every job.
+        on_rerun: called whenever a job that a worker had taken on is sent again.
+        saturated_workers: what the edge remembers of refusals; None: every worker is asked about every job.
     """
-    if lately_full is not None and (refusal := lately_full.refusal(job)) is not None:
+    if saturated_workers is not None and (refusal := saturated_workers.refusal(job)) is not None:
         yield refusal
         return
     loop = asyncio.get_running_loop()
@@ -82,19 +82,19 @@ async def draw_with_reruns(
                             asked_another.add(event.reason)
                             pause_s = 0.0
                             break
-                        if event.reason == "queue_full" and lately_full is not None:
-                            lately_full.note(job, event)
+                        if event.reason == "queue_full" and saturated_workers is not None:
+                            saturated_workers.note(job, event)
                     if event is not None and told.is_news(event):
                         yield event
                     if isinstance(event, Finished | Refused):
                         return
                 else:
-                    raise DrawerLost("its events stopped")
-        except DrawerLost as lost:
-            _log.warning("job %s lost its drawer: %s", job.request_id, lost)
+                    raise WorkerLost("its events stopped")
+        except WorkerLost as lost:
+            _log.warning("job %s lost its worker: %s", job.request_id, lost)
             num_deaths += was_taken_on
             if num_deaths >= MAX_DEATHS:
-                yield Refused("failed", f"{num_deaths} drawers died of it")
+                yield Refused("failed", f"{num_deaths} workers died of it")
                 return
             if was_taken_on:
                 on_rerun()
@@ -106,24 +106,24 @@ class _Told:
     """What the client has been told already."""
 
     partials: set[tuple[int, int]] = field(default_factory=set)  # candidate, partial_index
-    tokens_drawn: int = -1
+    tokens_generated: int = -1
 
-    def is_news(self, event: DrawEvent) -> bool:
+    def is_news(self, event: GenerationEvent) -> bool:
         if isinstance(event, Partial):
             number = (event.candidate, event.partial_index)
             is_new = number not in self.partials
             self.partials.add(number)
             return is_new
         if isinstance(event, Progress):
-            is_new = event.tokens_drawn > self.tokens_drawn
-            self.tokens_drawn = max(self.tokens_drawn, event.tokens_drawn)
+            is_new = event.tokens_generated > self.tokens_generated
+            self.tokens_generated = max(self.tokens_generated, event.tokens_generated)
             return is_new
         return True
 
 
 async def _heard(
-    events: AsyncGenerator[DrawEvent | None, None], silence_s: float
-) -> AsyncGenerator[DrawEvent | None, None]:
+    events: AsyncGenerator[GenerationEvent | None, None], silence_s: float
+) -> AsyncGenerator[GenerationEvent | None, None]:
     async with aclosing(events):
         while True:
             try:
@@ -132,16 +132,16 @@ async def _heard(
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise DrawerLost(f"not a word for {silence_s:g} s") from None
+                raise WorkerLost(f"not a word for {silence_s:g} s") from None
             yield event
 
 
 async def with_beats(
-    events: AsyncIterator[DrawEvent], *, beat_s: float = BEAT_S
-) -> AsyncGenerator[DrawEvent | None, None]:
-    """A drawer's events as `Send` gives them: None at once, and whenever `beat_s` seconds went by without one."""
+    events: AsyncIterator[GenerationEvent], *, beat_s: float = BEAT_S
+) -> AsyncGenerator[GenerationEvent | None, None]:
+    """A worker's events as `Send` gives them: None at once, and whenever `beat_s` seconds went by without one."""
     yield None
-    coming: asyncio.Future[DrawEvent] | None = None
+    coming: asyncio.Future[GenerationEvent] | None = None
     try:
         while True:
             if coming is None:

@@ -10,8 +10,8 @@ import { language, t } from "./texts.js";
 
 /**
  * Everything that decides the pictures.
- * @typedef {object} DrawRequest
- * @property {"new"|"rows"|"mask"} kind from nothing; from a picture's top rows; from a picture, a marked part redrawn
+ * @typedef {object} ImageRequest
+ * @property {"new"|"rows"|"mask"} kind from nothing; from a picture's top rows; from a picture, a marked part regenerated
  * @property {string} caption
  * @property {number} n pictures shown
  * @property {number} candidates pictures drawn and ranked
@@ -34,7 +34,7 @@ import { language, t } from "./texts.js";
  * @property {number} default_candidates
  * @property {Record<string, Record<string, string[]>>} attributes what its captions told of: part to attribute to values,
  *   the commonest first; {} when it does not say
- * @property {{temperature: number, top_k: number|null, top_p: number|null, guidance_scale: number}} default_options
+ * @property {{temperature: number, top_k: number|null, top_p: number|null, guidance_scale: number}} default_sampling_params
  * @property {{images: number, candidates: number, partial_images: number}} limits
  */
 
@@ -132,7 +132,7 @@ export async function countTokens(prompt, signal) {
 
 /**
  * Draws, telling what happens as it happens.
- * @param {DrawRequest} request
+ * @param {ImageRequest} request
  * @param {number} numPreviews of each picture, while it is drawn
  * @param {AbortSignal} signal aborting hangs up, which cancels the drawing on the server
  * @returns {AsyncGenerator<Record<string, any>>} the events' data, each with a `type`
@@ -163,7 +163,7 @@ export async function* draw(request, numPreviews, signal) {
 }
 
 /**
- * @param {DrawRequest} request
+ * @param {ImageRequest} request
  * @param {number} numPreviews
  * @param {AbortSignal} signal
  * @returns {Promise<Response>}
@@ -195,7 +195,7 @@ function send(request, numPreviews, signal) {
 }
 
 /**
- * @param {DrawRequest} request
+ * @param {ImageRequest} request
  * @returns {Record<string, string|number>} what decides the pictures, by the API's names; the seed is left out
  */
 export function settingsOf(request) {

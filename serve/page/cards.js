@@ -13,9 +13,9 @@ import { formatScore, formatTime, formatWait, onLanguage, t } from "./texts.js";
  * @typedef {object} Actions
  * @property {(job: Job) => void} cancel
  * @property {(job: Job) => void} tryAgain
- * @property {(request: import("./api.js").DrawRequest) => void} useSeed
- * @property {(request: import("./api.js").DrawRequest) => void} useSettings
- * @property {(request: import("./api.js").DrawRequest) => void} another the same with a new seed
+ * @property {(request: import("./api.js").ImageRequest) => void} useSeed
+ * @property {(request: import("./api.js").ImageRequest) => void} useSettings
+ * @property {(request: import("./api.js").ImageRequest) => void} another the same with a new seed
  * @property {(drawing: Drawing, index: number) => void} open
  * @property {(drawing: Drawing, index: number, isFavourite: boolean) => void} favour
  * @property {(drawing: Drawing, index: number) => void} download
@@ -203,7 +203,7 @@ function showProgress(card, job) {
   const bar = /** @type {HTMLProgressElement|null} */ (card.querySelector("progress"));
   if (!bar) return;
   // Without a value it shows that something goes on, without saying how much.
-  if (job.state === "drawing" && job.tokensTotal) bar.value = job.tokensDrawn / job.tokensTotal;
+  if (job.state === "drawing" && job.tokensTotal) bar.value = job.tokensGenerated / job.tokensTotal;
   else if (job.state !== "drawing") bar.value = 0;
 }
 
@@ -211,14 +211,14 @@ function showProgress(card, job) {
 function showPreviews(card, job) {
   for (const [candidate, preview] of job.previews) {
     const tile = card.querySelector(`[data-candidate="${candidate}"]`);
-    if (!tile || tile.getAttribute("data-rows") === String(preview.rowsDrawn)) continue;
-    tile.setAttribute("data-rows", String(preview.rowsDrawn));
-    /** @type {HTMLElement} */ (tile).style.setProperty("--drawn", String(preview.rowsDrawn / preview.rowsTotal));
+    if (!tile || tile.getAttribute("data-rows") === String(preview.rowsGenerated)) continue;
+    tile.setAttribute("data-rows", String(preview.rowsGenerated));
+    /** @type {HTMLElement} */ (tile).style.setProperty("--drawn", String(preview.rowsGenerated / preview.rowsTotal));
     const image = picture(preview.blob, t("card.preview", { n: candidate + 1 }));
     image.decode().then(
       () => {
         const frame = tile.querySelector(".picture");
-        if (tile.getAttribute("data-rows") !== String(preview.rowsDrawn)) return URL.revokeObjectURL(image.src);
+        if (tile.getAttribute("data-rows") !== String(preview.rowsGenerated)) return URL.revokeObjectURL(image.src);
         removePictures(frame);
         frame.append(image);
         tile.classList.remove("blank");

@@ -17,7 +17,7 @@ const KEPT_SHARE = 0.4375;
  * @param {"rows"|"mask"} kind what to begin with
  * @param {import("./settings.js").Settings & {caption: string}} base caption and settings to draw with; its seed is not used
  * @param {number} grid rows of tokens of the model's pictures
- * @returns {Promise<import("./api.js").DrawRequest|null>} null when nothing is to be drawn
+ * @returns {Promise<import("./api.js").ImageRequest|null>} null when nothing is to be drawn
  */
 export async function editPicture(image, kind, base, grid) {
   const bitmap = await createImageBitmap(image);
@@ -95,7 +95,7 @@ export async function editPicture(image, kind, base, grid) {
   return wanted;
 }
 
-/** @returns {Promise<import("./api.js").DrawRequest>} */
+/** @returns {Promise<import("./api.js").ImageRequest>} */
 async function requestOf(work, image, caption, base) {
   const { n, candidates, temperature, guidance, topK, topP } = base;
   const isMask = work.kind === "mask";

@@ -1,5 +1,5 @@
 /**
- * What of a picture is to be redrawn: one bit a pixel, with undo. Plain values, no element but for making the PNG.
+ * What of a picture is to be regenerated: one bit a pixel, with undo. Plain values, no element but for making the PNG.
  *
  * The model redraws whole cells of its token grid: every cell that a marked pixel touches, which is what `touchedCells`
  * tells, by the same rule as engine/pipeline/init_image.py. The server puts the kept pixels back.

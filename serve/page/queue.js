@@ -23,13 +23,13 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @typedef {object} Job
  * @property {string} id
  * @property {number} createdMs
- * @property {import("./api.js").DrawRequest} request
+ * @property {import("./api.js").ImageRequest} request
  * @property {State} state
  * @property {number} position at the server, 1 is next; 0 unless queued
  * @property {number|null} waitS estimated, of "queued" and "busy"
- * @property {number} tokensDrawn
+ * @property {number} tokensGenerated
  * @property {number} tokensTotal
- * @property {Map<number, {blob: Blob, rowsDrawn: number, rowsTotal: number}>} previews by candidate
+ * @property {Map<number, {blob: Blob, rowsGenerated: number, rowsTotal: number}>} previews by candidate
  * @property {import("./store.js").Picture[]} pictures
  * @property {number} tokensCut
  * @property {number|null} totalS
@@ -38,7 +38,7 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {AbortController} hangUp
  *
  * @typedef {object} Queue
- * @property {(request: import("./api.js").DrawRequest) => Job} add
+ * @property {(request: import("./api.js").ImageRequest) => Job} add
  * @property {(job: Job) => void} cancel
  * @property {() => void} cancelAll
  * @property {(job: Job) => void} again a job that failed or was cancelled
@@ -112,7 +112,7 @@ export function createQueue({ numPreviews, onChange }) {
 }
 
 /**
- * @param {import("./api.js").DrawRequest} request
+ * @param {import("./api.js").ImageRequest} request
  * @returns {Job}
  */
 function newJob(request) {
@@ -130,9 +130,9 @@ function newJob(request) {
   };
 }
 
-/** @returns {Pick<Job, "tokensDrawn"|"tokensTotal"|"previews"|"pictures"|"tokensCut"|"totalS">} */
+/** @returns {Pick<Job, "tokensGenerated"|"tokensTotal"|"previews"|"pictures"|"tokensCut"|"totalS">} */
 function noResults() {
-  return { tokensDrawn: 0, tokensTotal: 0, previews: new Map(), pictures: [], tokensCut: 0, totalS: null };
+  return { tokensGenerated: 0, tokensTotal: 0, previews: new Map(), pictures: [], tokensCut: 0, totalS: null };
 }
 
 /**
@@ -179,11 +179,11 @@ function take(job, event, change, onChange) {
   }
   if (job.state !== "drawing") change(job, "drawing");
   if (what === "progress") {
-    Object.assign(job, { tokensDrawn: event.tokens_drawn, tokensTotal: event.tokens_total });
+    Object.assign(job, { tokensGenerated: event.tokens_generated, tokensTotal: event.tokens_total });
     onChange(job, "progress");
   } else if (what === "partial_image") {
     const blob = blobOf(event.b64_json, event.output_format);
-    job.previews.set(event.image_index, { blob, rowsDrawn: event.rows_drawn, rowsTotal: event.rows_total });
+    job.previews.set(event.image_index, { blob, rowsGenerated: event.rows_generated, rowsTotal: event.rows_total });
     onChange(job, "preview");
   } else if (what === "candidate" || what === "completed") {
     job.pictures.push({

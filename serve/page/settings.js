@@ -134,12 +134,12 @@ export function startSettings() {
  * What the server draws at most, and how when nobody says.
  * @param {import("./api.js").Model} model
  */
-export function limitSettings({ limits, default_candidates, default_options }) {
+export function limitSettings({ limits, default_candidates, default_sampling_params }) {
   LIMITS.n[1] = limits.images;
   LIMITS.candidates[1] = limits.candidates;
   input("n").max = String(limits.images);
   input("candidates").max = String(limits.candidates);
-  const { temperature, guidance_scale, top_k, top_p } = default_options;
+  const { temperature, guidance_scale, top_k, top_p } = default_sampling_params;
   const told = { candidates: default_candidates, temperature, guidance: guidance_scale, topK: top_k, topP: top_p };
   // As they came with the page: nobody has chosen them.
   const untouched = Object.keys(told).filter((name) => input(name).value === textOf(FIRST[name]) && !(name in draft()));

@@ -17,7 +17,7 @@
  * @typedef {object} Drawing
  * @property {string} id sorts by time
  * @property {number} createdMs
- * @property {import("./api.js").DrawRequest} request
+ * @property {import("./api.js").ImageRequest} request
  * @property {string} modelId
  * @property {string} modelDigest
  * @property {number} gridSize rows of tokens in a picture: what can be kept of it

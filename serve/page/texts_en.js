@@ -96,7 +96,7 @@ export const english = {
   "told.settings_used": "Caption and settings are set.",
 
   "kind.rows": "Upper rows kept",
-  "kind.mask": "Part redrawn",
+  "kind.mask": "Part regenerated",
   "card.no_caption": "(no caption)",
   "card.seed": "Seed {seed}",
   "card.candidates": "{n|candidate|candidates}",
@@ -162,7 +162,7 @@ export const english = {
     "Keyboard: on the picture, arrows move between cells and space marks or clears one. Ctrl+Z undoes.",
   "editor.stage_mask": "Picture to paint on. Arrows move between cells, space marks or clears one.",
   "editor.stage_rows": "Picture of which the upper {n|row is|rows are} kept",
-  "editor.cell_marked": "Row {row}, column {column}, redrawn",
+  "editor.cell_marked": "Row {row}, column {column}, regenerated",
   "editor.cell_kept": "Row {row}, column {column}, kept",
   "editor.settings": "Shows the best {n} of {candidates|candidate|candidates}, drawn with a new seed.",
   "editor.nothing": "Paint over what to redraw.",

@@ -14,8 +14,8 @@ const MARGIN = 16; // pixels round the picture
  * @typedef {object} ViewerActions
  * @property {(drawing: Drawing, index: number, isFavourite: boolean) => Promise<Drawing>} favour
  * @property {(drawing: Drawing, index: number) => void} download
- * @property {(request: import("./api.js").DrawRequest) => void} useSeed
- * @property {(request: import("./api.js").DrawRequest) => void} useSettings
+ * @property {(request: import("./api.js").ImageRequest) => void} useSeed
+ * @property {(request: import("./api.js").ImageRequest) => void} useSettings
  * @property {(drawing: Drawing, index: number, kind: "rows"|"mask") => void} startFrom
  * @property {(drawing: Drawing, index: number) => Promise<boolean>} remove whether it was
  */

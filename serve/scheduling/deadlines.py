@@ -22,8 +22,8 @@ class Waiting:
 
     request_id: str
     num_rows: int
-    slots_per_row: int
-    steps_per_row: int
+    slots_per_sequence: int
+    steps_per_sequence: int
     is_first: bool  # no row of it has a slot yet
 
 
@@ -84,7 +84,7 @@ def latest_end_s(
 
 def first_rows(
     keys: Sequence[tuple[float, float, Sequence[tuple[float, float, Waiting]]]],
-    flights: Sequence[tuple[int, int]],
+    states: Sequence[tuple[int, int]],
     *,
     num_free: int,
 ) -> dict[str, tuple[int, int]]:
@@ -97,7 +97,7 @@ def first_rows(
     Returns:
         For each request without a row: its place, from 1, and the steps until its first row.
     """
-    releases = sorted((left, slots) for left, slots in flights)  # a sorted list is a heap, and so are the two below
+    releases = sorted((left, slots) for left, slots in states)  # a sorted list is a heap, and so are the two below
     lanes = [(tag, arrival, [(*turn, turn[2].num_rows) for turn in requests]) for tag, arrival, requests in keys]
     num_unplaced = sum(waiting.is_first for _, _, requests in keys for _, _, waiting in requests)
     places: dict[str, tuple[int, int]] = {}
@@ -105,14 +105,14 @@ def first_rows(
     while len(places) < num_unplaced:
         key_tag, key_arrival, requests_left = lanes[0]
         tag, arrival, waiting, rows_left = requests_left[0]
-        while num_free < waiting.slots_per_row:
+        while num_free < waiting.slots_per_sequence:
             now, slots = heapq.heappop(releases)
             num_free += slots
-        num_free -= waiting.slots_per_row
-        heapq.heappush(releases, (now + waiting.steps_per_row, waiting.slots_per_row))
+        num_free -= waiting.slots_per_sequence
+        heapq.heappush(releases, (now + waiting.steps_per_sequence, waiting.slots_per_sequence))
         if waiting.is_first and waiting.request_id not in places:
             places[waiting.request_id] = (len(places) + 1, now)
-        cost = waiting.slots_per_row * waiting.steps_per_row
+        cost = waiting.slots_per_sequence * waiting.steps_per_sequence
         if rows_left > 1:
             heapq.heapreplace(requests_left, (tag + cost, arrival, waiting, rows_left - 1))
         else:

@@ -4,29 +4,29 @@ Plain Python: no torch, no ray, no threads and no clock of its own. One thread c
 that never goes back. It knows numbers, not slots by name: the decoder seats the rows that `grant` hands out.
 
 Order. Rows are handed out by start-time fair queueing (serve/scheduling/fair_queue.py) in two levels: between keys, then between a
-key's requests; a row costs slots_per_row * steps_per_row. A key with a hundred requests holds up another by one row,
+key's requests; a row costs slots_per_sequence * steps_per_sequence. A key with a hundred requests holds up another by one row,
 and so does a request of 64 rows one of a single row. A request keeps its place until its last row is handed out.
 
 Wide rows. A guided row takes two slots. When the next row in order does not fit, nothing behind it is handed out: it
 keeps the free slot until there is a second. Narrow rows that overtook it could do so for ever, one for each slot that
 comes free; as it is, nobody who comes later gets before it, since newcomers stand behind everyone's next turn. The
-price is at most slots_per_row - 1 idle slots while a wide row is next: 1 of 32.
+price is at most slots_per_sequence - 1 idle slots while a wide row is next: 1 of 32.
 
 Admission. Two bounds, both checked before anything is promised.
-- Rows: what cannot be seated at once counts as queued, and no more than `max_queued_rows` may be. A key that holds less
-  than its equal part of that (max_queued_rows / keys that wait) is let in all the same: else one key that floods the
+- Rows: what cannot be seated at once counts as queued, and no more than `max_queued_sequences` may be. A key that holds less
+  than its equal part of that (max_queued_sequences / keys that wait) is let in all the same: else one key that floods the
   queue would shut out the others, and the order would be fair among its own requests only. With K keys waiting this
-  adds up to at most max_queued_rows * (1 + 1/2 + ... + 1/K).
+  adds up to at most max_queued_sequences * (1 + 1/2 + ... + 1/K).
 - Deadlines: with the newcomer in, every key that has waiting rows must still be through before the earliest deadline of
   its own waiting requests:
 
-      now + SAFETY * step_s * (steps_until_granted(slots_j) + steps_per_row) <= deadline_j
-      slots_j = (work_j + sum over other keys i of min(work_i, work_j + 2 rows)) / steps_per_row
+      now + SAFETY * step_s * (steps_until_granted(slots_j) + steps_per_sequence) <= deadline_j
+      slots_j = (work_j + sum over other keys i of min(work_i, work_j + 2 rows)) / steps_per_sequence
 
   work: slot-steps that wait; slots_j: what fair sharing hands out until key j has all (serve/scheduling/deadlines.py). It holds for
   any order inside a key, so requests that come later cannot make an earlier one miss. A key that waits already is
   counted once more, as a neighbour with as much work: so it leaves room for another key to come, which must not be
-  refused because the first one filled all the time there is. An idle drawer takes anything: what it knows of its speed
+  refused because the first one filled all the time there is. An idle worker takes anything: what it knows of its speed
   may be out of date, and only a step can teach it better.
 """
 
@@ -50,8 +50,8 @@ class Ticket:
     request_id: str
     key_id: str
     num_rows: int
-    slots_per_row: int  # 2 when guided
-    steps_per_row: int
+    slots_per_sequence: int  # 2 when guided
+    steps_per_sequence: int
     deadline: float  # on the caller's clock: when its last row must be drawn
 
 
@@ -92,7 +92,11 @@ class _Request:
     def as_waiting(self) -> Waiting:
         ticket = self.ticket
         return Waiting(
-            ticket.request_id, self.num_waiting, ticket.slots_per_row, ticket.steps_per_row, self.num_granted == 0
+            ticket.request_id,
+            self.num_waiting,
+            ticket.slots_per_sequence,
+            ticket.steps_per_sequence,
+            self.num_granted == 0,
         )
 
 
@@ -116,14 +120,16 @@ class Scheduler:
 
     Args:
         num_slots: the decoder's.
-        max_queued_rows: rows that may wait besides those that free slots can take.
+        max_queued_sequences: rows that may wait besides those that free slots can take.
     """
 
-    def __init__(self, *, num_slots: int, max_queued_rows: int) -> None:
-        if num_slots < 1 or max_queued_rows < 0:
-            raise ValueError(f"num_slots {num_slots} must be at least 1, max_queued_rows {max_queued_rows} at least 0")
+    def __init__(self, *, num_slots: int, max_queued_sequences: int) -> None:
+        if num_slots < 1 or max_queued_sequences < 0:
+            raise ValueError(
+                f"num_slots {num_slots} must be at least 1, max_queued_sequences {max_queued_sequences} at least 0"
+            )
         self.num_slots = num_slots
-        self.max_queued_rows = max_queued_rows
+        self.max_queued_sequences = max_queued_sequences
         self._requests: dict[str, _Request] = {}
         self._deadlines = KeyedHeap()  # of all requests
         self._keys: FairQueue[_Key] = FairQueue()  # those with waiting rows
@@ -141,7 +147,7 @@ class Scheduler:
         return self.num_slots - self._num_free
 
     @property
-    def queued_rows(self) -> int:
+    def queued_sequences(self) -> int:
         """Rows that are not granted."""
         return self._num_waiting_rows
 
@@ -162,10 +168,10 @@ class Scheduler:
             QueueFull, DeadlineTooShort: see the module's docstring; nothing has changed.
             ValueError: a ticket that can never run, or an id that is here already.
         """
-        if min(ticket.num_rows, ticket.slots_per_row, ticket.steps_per_row) < 1:
+        if min(ticket.num_rows, ticket.slots_per_sequence, ticket.steps_per_sequence) < 1:
             raise ValueError(f"a ticket needs rows, slots and steps: {ticket}")
-        if ticket.slots_per_row > self.num_slots:
-            raise ValueError(f"a row of {ticket.slots_per_row} slots never fits {self.num_slots}")
+        if ticket.slots_per_sequence > self.num_slots:
+            raise ValueError(f"a row of {ticket.slots_per_sequence} slots never fits {self.num_slots}")
         if ticket.request_id in self._requests:
             raise ValueError(f"request {ticket.request_id} is here already")
         self._check_room(ticket)
@@ -185,7 +191,7 @@ class Scheduler:
             if ticket.deadline < now:
                 self._withdraw(request)
                 continue
-            if ticket.slots_per_row > self._num_free:
+            if ticket.slots_per_sequence > self._num_free:
                 break
             grants.append(RowGrant(ticket.request_id, request.num_granted))
             self._seat(key, request)
@@ -202,7 +208,7 @@ class Scheduler:
         """
         request = self._requests[request_id]
         del request.seated[row]
-        self._num_free += request.ticket.slots_per_row
+        self._num_free += request.ticket.slots_per_sequence
         self._places = None
         if request.num_waiting or request.seated:
             return False
@@ -219,7 +225,7 @@ class Scheduler:
         if request is None:
             return []
         self._withdraw(request)
-        self._num_free += len(request.seated) * request.ticket.slots_per_row
+        self._num_free += len(request.seated) * request.ticket.slots_per_sequence
         self._forget(request)
         return list(request.seated)
 
@@ -259,7 +265,7 @@ class Scheduler:
 
     def _check_room(self, ticket: Ticket) -> None:
         """Raises QueueFull."""
-        slots = ticket.num_rows * ticket.slots_per_row
+        slots = ticket.num_rows * ticket.slots_per_sequence
         if self._num_waiting_slots + slots <= self._num_free:
             return  # all can be seated at once, none is queued
         key = self._keys.get(ticket.key_id)
@@ -268,9 +274,9 @@ class Scheduler:
         left_over = Fraction(all_slots - self._num_free, all_slots)  # the part that free slots will not take
         queued = math.ceil(left_over * (self._num_waiting_rows + ticket.num_rows))
         own = math.ceil(left_over * (own_rows + ticket.num_rows))
-        if queued <= self.max_queued_rows or own * num_keys <= self.max_queued_rows:
+        if queued <= self.max_queued_sequences or own * num_keys <= self.max_queued_sequences:
             return
-        excess_slots = min(queued - self.max_queued_rows, self._num_waiting_rows) * self._widest_row
+        excess_slots = min(queued - self.max_queued_sequences, self._num_waiting_rows) * self._widest_row
         steps = steps_until_granted(
             self._releases(), excess_slots, row_steps=self._longest_row_steps, widest_row=self._widest_row
         )
@@ -278,27 +284,27 @@ class Scheduler:
 
     def _check_deadlines(self, ticket: Ticket, *, now: float) -> None:
         """Raises DeadlineTooShort."""
-        slots = ticket.num_rows * ticket.slots_per_row
+        slots = ticket.num_rows * ticket.slots_per_sequence
         at_once = self._num_waiting_slots + slots <= self._num_free
         step_s = self._step_times.seconds(self.slots_in_use + slots if at_once else self.num_slots)
         if step_s is None or len(self._requests) == 0:
             return
         if at_once:
-            late_s = now + SAFETY * step_s * ticket.steps_per_row - ticket.deadline
+            late_s = now + SAFETY * step_s * ticket.steps_per_sequence - ticket.deadline
         else:
             late_s = now + latest_end_s(
                 self._loads(ticket),
                 self._releases(),
                 step_s=SAFETY * step_s,
-                row_steps=max(self._longest_row_steps, ticket.steps_per_row),
-                widest_row=max(self._widest_row, ticket.slots_per_row),
+                row_steps=max(self._longest_row_steps, ticket.steps_per_sequence),
+                widest_row=max(self._widest_row, ticket.slots_per_sequence),
             )
         if late_s > 0:
             raise DeadlineTooShort(_retry_s(late_s))
 
     def _loads(self, ticket: Ticket) -> list[KeyLoad]:
         """What waits for each key once the newcomer is in."""
-        newcomer = ticket.num_rows * ticket.slots_per_row * ticket.steps_per_row
+        newcomer = ticket.num_rows * ticket.slots_per_sequence * ticket.steps_per_sequence
         loads = [
             KeyLoad(work=key.work, deadline=key.earliest_deadline())
             for key_id, key in self._keys.items()
@@ -314,14 +320,14 @@ class Scheduler:
     def _releases(self) -> list[int]:
         """(num_slots) steps until each slot is free, ascending."""
         steps = [0] * self._num_free
-        for left, slots in self._flights():
+        for left, slots in self._states():
             steps += [left] * slots
         return sorted(steps)
 
-    def _flights(self) -> list[tuple[int, int]]:
+    def _states(self) -> list[tuple[int, int]]:
         """(steps left, slots) of each row that has slots."""
         return [
-            (max(0, leaves - self._steps), request.ticket.slots_per_row)
+            (max(0, leaves - self._steps), request.ticket.slots_per_sequence)
             for request in self._active.values()
             for leaves in request.seated.values()
         ]
@@ -333,7 +339,7 @@ class Scheduler:
                 (tag, arrival, [(own, since, request.as_waiting()) for own, since, request in key.requests.in_turn()])
                 for tag, arrival, key in self._keys.in_turn()
             ]
-            ahead = first_rows(keys, self._flights(), num_free=self._num_free)
+            ahead = first_rows(keys, self._states(), num_free=self._num_free)
             self._places = {name: (place, self._steps + steps) for name, (place, steps) in ahead.items()}
         return self._places
 
@@ -347,18 +353,18 @@ class Scheduler:
             self._keys.join(ticket.key_id, key)
         key.requests.join(ticket.request_id, request)
         key.deadlines.put(ticket.request_id, (ticket.deadline,))
-        self._longest_row_steps = max(self._longest_row_steps, ticket.steps_per_row)
-        self._widest_row = max(self._widest_row, ticket.slots_per_row)
+        self._longest_row_steps = max(self._longest_row_steps, ticket.steps_per_sequence)
+        self._widest_row = max(self._widest_row, ticket.slots_per_sequence)
         self._count_waiting(key, ticket, ticket.num_rows)
 
     def _seat(self, key: _Key, request: _Request) -> None:
         """Hands the request's next row its slots."""
         ticket = request.ticket
-        cost = ticket.slots_per_row * ticket.steps_per_row
-        request.seated[request.num_granted] = self._steps + ticket.steps_per_row
+        cost = ticket.slots_per_sequence * ticket.steps_per_sequence
+        request.seated[request.num_granted] = self._steps + ticket.steps_per_sequence
         self._active[ticket.request_id] = request
         request.num_granted += 1
-        self._num_free -= ticket.slots_per_row
+        self._num_free -= ticket.slots_per_sequence
         self._keys.charge(ticket.key_id, cost)
         key.requests.charge(ticket.request_id, cost)
         self._count_waiting(key, ticket, -1)
@@ -382,9 +388,9 @@ class Scheduler:
 
     def _count_waiting(self, key: _Key, ticket: Ticket, num_rows: int) -> None:
         key.num_rows += num_rows
-        key.work += num_rows * ticket.slots_per_row * ticket.steps_per_row
+        key.work += num_rows * ticket.slots_per_sequence * ticket.steps_per_sequence
         self._num_waiting_rows += num_rows
-        self._num_waiting_slots += num_rows * ticket.slots_per_row
+        self._num_waiting_slots += num_rows * ticket.slots_per_sequence
         self._places = None
 
     def _forget(self, request: _Request) -> None:

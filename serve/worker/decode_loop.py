@@ -21,14 +21,14 @@ from engine.decoding.decoders import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.errors import InputError
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 from serve.messages import Progress, Queued, Refused
-from serve.metrics import DrawerMetrics
+from serve.metrics import WorkerMetrics
 from serve.process import step_behind
 from serve.scheduling.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
-from serve.worker.postprocessing import Finisher
+from serve.worker.postprocessing import Postprocessor
 from serve.worker.previews import fill_rows, preview_rows
-from serve.worker.request_state import Flight, Preview
+from serve.worker.request_state import Preview, RequestState
 from serve.worker.warm_up import warm_up
 
 _CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
@@ -39,7 +39,7 @@ _STEPS_AHEAD = 2  # a GPU works on one step while the host issues the next; more
 log = logging.getLogger(__name__)
 
 
-class Stepper:
+class DecodeLoop:
     """Owns the decoder and the scheduler; flights whose rows are all there, and previews, go to the finisher."""
 
     def __init__(
@@ -47,21 +47,23 @@ class Stepper:
         pipeline: Pipeline,
         *,
         num_slots: int,
-        max_queued_rows: int,
-        metrics: DrawerMetrics,
-        finisher: Finisher,
+        max_queued_sequences: int,
+        metrics: WorkerMetrics,
+        postprocessor: Postprocessor,
     ) -> None:
-        self._pipeline, self._finisher = pipeline, finisher
-        self.scheduler = Scheduler(num_slots=num_slots, max_queued_rows=max_queued_rows)
+        self._pipeline, self._postprocessor = pipeline, postprocessor
+        self.scheduler = Scheduler(num_slots=num_slots, max_queued_sequences=max_queued_sequences)
         self._num_slots = num_slots
         self._metrics = metrics
         self._grid_size = pipeline.vqgan.config.grid_size
         self._changed = threading.Condition()  # guards the scheduler and the fields below
-        self._flights: dict[str, Flight] = {}
+        self._states: dict[str, RequestState] = {}
         self._leaving: list[int] = []  # slots of cancelled rows
         self._is_stopping = False
-        self._granted: deque[tuple[Flight, int]] = deque()  # rows to seat; the stepping thread's own, as the following
-        self._seats: dict[int, tuple[Flight, int]] = {}  # slot -> flight and candidate
+        self._granted: deque[tuple[RequestState, int]] = (
+            deque()
+        )  # rows to seat; the stepping thread's own, as the following
+        self._seats: dict[int, tuple[RequestState, int]] = {}  # slot -> flight and candidate
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._issued: deque[torch.cuda.Event] = deque()
         self._stepped_s: float | None = None  # when the last step ended; None after a pause
@@ -88,7 +90,7 @@ class Stepper:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, flight: Flight) -> Queued | None:
+    def submit(self, state: RequestState) -> Queued | None:
         """Takes a flight on.
 
         Returns:
@@ -97,24 +99,24 @@ class Stepper:
         Raises:
             QueueFull, DeadlineTooShort: see serve/scheduling/scheduler.py.
         """
-        job, now = flight.job, time.monotonic()
+        job, now = state.job, time.monotonic()
         is_guided = job.options.guidance_scale != 1
         ticket = Ticket(
             request_id=job.request_id,
             key_id=job.key_id,
             num_rows=job.num_candidates,
-            slots_per_row=1 + is_guided,
-            steps_per_row=self._grid_size**2,
-            deadline=flight.arrived_s + job.deadline_s - self._finisher.expected_s(job.num_candidates),
+            slots_per_sequence=1 + is_guided,
+            steps_per_sequence=self._grid_size**2,
+            deadline=state.arrived_s + job.deadline_s - self._postprocessor.expected_s(job.num_candidates),
         )
         with self._changed:
-            self._check_pictures(job.num_candidates, until_s=flight.arrived_s + job.deadline_s, now=now)
+            self._check_pictures(job.num_candidates, until_s=state.arrived_s + job.deadline_s, now=now)
             self.scheduler.submit(ticket, now=now)
-            self._flights[job.request_id] = flight
-            must_wait = self.scheduler.queued_rows > job.num_candidates or (
-                self.scheduler.slots_in_use + ticket.slots_per_row > self._num_slots
+            self._states[job.request_id] = state
+            must_wait = self.scheduler.queued_sequences > job.num_candidates or (
+                self.scheduler.slots_in_use + ticket.slots_per_sequence > self._num_slots
             )
-            place = self._place(flight, now) if must_wait else None
+            place = self._place(state, now) if must_wait else None
             self._changed.notify()
         return place
 
@@ -124,35 +126,35 @@ class Stepper:
         The scheduler knows steps only. Where decoding and ranking a picture takes longer than its share of the steps,
         as it does on a CPU, they are what everybody waits for.
         """
-        rows_ahead = self.scheduler.slots_in_use + self.scheduler.queued_rows
-        if not self._flights and not self._finisher.num_waiting:
-            return  # an idle drawer takes anything: only drawing teaches it better
-        late_s = now + SAFETY * self._finisher.expected_s(rows_ahead + num_rows) - until_s
+        rows_ahead = self.scheduler.slots_in_use + self.scheduler.queued_sequences
+        if not self._states and not self._postprocessor.num_waiting:
+            return  # an idle worker takes anything: only drawing teaches it better
+        late_s = now + SAFETY * self._postprocessor.expected_s(rows_ahead + num_rows) - until_s
         if late_s > 0:
             raise DeadlineTooShort(max(MIN_RETRY_S, min(late_s, MAX_RETRY_S)))
 
-    def cancel(self, flight: Flight) -> bool:
+    def cancel(self, state: RequestState) -> bool:
         """Takes a flight out at any stage; its slots are free before the next step. False: it was over already."""
         with self._changed:
-            if self._flights.pop(flight.job.request_id, None) is None:
+            if self._states.pop(state.job.request_id, None) is None:
                 return False
-            flight.is_over = True
-            rows = self.scheduler.cancel(flight.job.request_id)
+            state.is_over = True
+            rows = self.scheduler.cancel(state.job.request_id)
             # A row that was granted and has not joined holds no slot of the decoder yet.
-            self._leaving += [flight.slots.pop(row) for row in rows if row in flight.slots]
+            self._leaving += [state.slots.pop(row) for row in rows if row in state.slots]
             self._changed.notify()
         return True
 
     @property
     def num_flights(self) -> int:
         """Requests waiting or being drawn."""
-        return len(self._flights)
+        return len(self._states)
 
     def _run(self) -> None:
         if self._pipeline.device.type == "cpu":
             step_behind()
         try:
-            with self._pipeline.sampler.lend_decoder(self._num_slots) as decoder:
+            with self._pipeline.sampler.borrow_decoder(self._num_slots) as decoder:
                 self._warm_up(decoder)
                 self._is_warm.set()
                 while not self._is_stopping:
@@ -161,14 +163,14 @@ class Stepper:
                         with self._changed:
                             if not self._is_stopping and not self._has_news():
                                 self._changed.wait(_IDLE_WAIT_S)
-        except Exception as error:  # the thread's outermost edge: the drawer is unhealthy from here on
+        except Exception as error:  # the thread's outermost edge: the worker is unhealthy from here on
             self.failure = error
             log.exception("the stepping thread died")
             self._is_warm.set()
         with self._changed:
-            flights, self._flights = list(self._flights.values()), {}
-        for flight in flights:
-            flight.emit(Refused("failed", "the drawer stopped" if self.failure is None else "the drawer failed"))
+            states, self._states = list(self._states.values()), {}
+        for state in states:
+            state.emit(Refused("failed", "the worker stopped" if self.failure is None else "the worker failed"))
 
     def _warm_up(self, decoder: Decoder) -> None:
         warm_up(
@@ -190,14 +192,14 @@ class Stepper:
                 self._metrics.drew(tokens=len(decoder.leave(slot)))
                 del self._seats[slot]
             self._leaving.clear()
-            is_held = self._finisher.num_waiting > self._num_slots
+            is_held = self._postprocessor.num_waiting > self._num_slots
             if not is_held:
                 grants = self.scheduler.grant(now=begun)
-                self._granted += [(self._flights[one.request_id], one.row) for one in grants]
+                self._granted += [(self._states[one.request_id], one.row) for one in grants]
         is_seated = self._seat(decoder)
         self._metrics.occupied(
             slots_in_use=self.scheduler.slots_in_use,
-            queued_rows=self.scheduler.queued_rows,
+            queued_sequences=self.scheduler.queued_sequences,
             queued_requests=self.scheduler.num_waiting,
         )
         if not self._seats:
@@ -217,10 +219,10 @@ class Stepper:
 
     def _refuse_overdue(self, now: float) -> None:
         with self._changed:
-            overdue = [self._flights[request_id] for request_id in self.scheduler.overdue(now=now)]
-        for flight in overdue:
-            flight.emit(Refused("deadline"))
-            self.cancel(flight)
+            overdue = [self._states[request_id] for request_id in self.scheduler.overdue(now=now)]
+        for state in overdue:
+            state.emit(Refused("deadline"))
+            self.cancel(state)
             self._metrics.rejected("deadline")
 
     def _count_step(self, begun_s: float) -> None:
@@ -244,116 +246,116 @@ class Stepper:
 
     def _seat(self, decoder: Decoder) -> bool:
         """Joins granted rows whose caption and picture are read; reads one caption more where that is what lacks."""
-        waiting, may_read, seated = deque[tuple[Flight, int]](), True, False
-        for flight, candidate in self._granted:
-            if flight.is_over:
+        waiting, may_read, seated = deque[tuple[RequestState, int]](), True, False
+        for state, candidate in self._granted:
+            if state.is_over:
                 continue  # cancelled; the scheduler has its slots back
-            if flight.start is not None and not flight.start.done():
-                waiting.append((flight, candidate))
+            if state.start is not None and not state.start.done():
+                waiting.append((state, candidate))
                 continue
-            if flight.start is not None and (error := flight.start.exception()) is not None:
-                self._refuse_start(flight, error)
+            if state.start is not None and (error := state.start.exception()) is not None:
+                self._refuse_start(state, error)
                 continue
-            key = tuple(flight.text_tokens[0].tolist())
+            key = tuple(state.text_tokens[0].tolist())
             if key not in self._prefixes and not may_read:
-                waiting.append((flight, candidate))
+                waiting.append((state, candidate))
                 continue
             may_read &= key in self._prefixes
-            self._join(decoder, flight, candidate, self._prefix(flight, key))
+            self._join(decoder, state, candidate, self._prefix(state, key))
             seated = True
         self._granted = waiting
         return seated
 
-    def _refuse_start(self, flight: Flight, error: BaseException) -> None:
+    def _refuse_start(self, state: RequestState, error: BaseException) -> None:
         if isinstance(error, InputError):
-            flight.emit(Refused("invalid", f"{error.value}: {error.remedy}", param=error.field))
+            state.emit(Refused("invalid", f"{error.value}: {error.remedy}", param=error.field))
         else:
-            log.error("request %s: its picture could not be encoded", flight.job.request_id, exc_info=error)
-            flight.emit(Refused("failed", "the given picture could not be encoded"))
-        self.cancel(flight)
+            log.error("request %s: its picture could not be encoded", state.job.request_id, exc_info=error)
+            state.emit(Refused("failed", "the given picture could not be encoded"))
+        self.cancel(state)
 
-    def _prefix(self, flight: Flight, key: tuple[int, ...]) -> Prefix:
+    def _prefix(self, state: RequestState, key: tuple[int, ...]) -> Prefix:
         begun = time.perf_counter()
         prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = self._pipeline.sampler.prefill(flight.text_tokens)
+            prefix = self._pipeline.sampler.prefill(state.text_tokens)
             self._prefixes[key] = prefix
             while len(self._prefixes) > _CAPTIONS_KEPT:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
-        flight.timings_s.setdefault("prefill", time.perf_counter() - begun)
+        state.timings_s.setdefault("prefill", time.perf_counter() - begun)
         return prefix
 
-    def _join(self, decoder: Decoder, flight: Flight, candidate: int, prefix: Prefix) -> None:
-        job, now = flight.job, time.monotonic()
-        request = RowRequest(prefix_index=0, seed=job.seed, candidate=candidate, options=job.options)
-        given = None if flight.start is None else flight.start.result().tokens
+    def _join(self, decoder: Decoder, state: RequestState, candidate: int, prefix: Prefix) -> None:
+        job, now = state.job, time.monotonic()
+        request = SequenceRequest(prefix_index=0, seed=job.seed, candidate=candidate, options=job.options)
+        given = None if state.start is None else state.start.result().tokens
         with self._changed:
-            if flight.is_over:
+            if state.is_over:
                 return
             slot = decoder.join(prefix, request, given=given)
-            flight.slots[candidate] = slot
-            self._seats[slot] = flight, candidate
-        if flight.joined_s is None:
-            flight.joined_s = now
-            flight.timings_s["queue"] = max(0.0, now - flight.arrived_s - flight.timings_s["prefill"])
+            state.slots[candidate] = slot
+            self._seats[slot] = state, candidate
+        if state.joined_s is None:
+            state.joined_s = now
+            state.timings_s["queue"] = max(0.0, now - state.arrived_s - state.timings_s["prefill"])
 
     def _finish_row(self, decoder: Decoder, slot: int) -> None:
         with self._changed:
             if slot in self._leaving:  # cancelled while it was drawn
                 return
-            flight, candidate = self._seats.pop(slot)
-            flight.rows[candidate] = decoder.leave(slot).cpu()
-            self._metrics.drew(tokens=len(flight.rows[candidate]))
-            del flight.slots[candidate]
-            is_last = self.scheduler.row_finished(flight.job.request_id, candidate)
+            state, candidate = self._seats.pop(slot)
+            state.rows[candidate] = decoder.leave(slot).cpu()
+            self._metrics.drew(tokens=len(state.rows[candidate]))
+            del state.slots[candidate]
+            is_last = self.scheduler.row_finished(state.job.request_id, candidate)
             if is_last:
-                del self._flights[flight.job.request_id]
+                del self._states[state.job.request_id]
         if is_last:
-            assert flight.joined_s is not None
-            flight.timings_s["decode"] = time.monotonic() - flight.joined_s
-            self._finisher.finish(flight)
+            assert state.joined_s is not None
+            state.timings_s["decode"] = time.monotonic() - state.joined_s
+            self._postprocessor.finish(state)
 
     def _look(self, decoder: Decoder) -> None:
         """Previews that are due, and word to those who want to know how far they are."""
         now, g = time.monotonic(), self._grid_size
-        for slot, (flight, candidate) in list(self._seats.items()):
-            if flight.job.num_partials == 0 or candidate >= flight.job.num_images or slot in self._leaving:
+        for slot, (state, candidate) in list(self._seats.items()):
+            if state.job.num_partials == 0 or candidate >= state.job.num_images or slot in self._leaving:
                 continue
-            rows = preview_rows(flight.job.num_partials, g)
-            index, tokens = flight.previews_due.get(candidate, 0), decoder.tokens(slot)
+            rows = preview_rows(state.job.num_partials, g)
+            index, tokens = state.previews_due.get(candidate, 0), decoder.tokens(slot)
             due = sum(len(tokens) >= row * g for row in rows)
             if due <= index or len(tokens) == g * g:
                 continue
-            flight.previews_due[candidate] = due
-            given = None if flight.start is None else flight.start.result().tokens
-            filled = fill_rows(tokens, rows_drawn=rows[due - 1], grid_size=g, given=given).clone()
-            is_new = candidate not in flight.previews_waiting
+            state.previews_due[candidate] = due
+            given = None if state.start is None else state.start.result().tokens
+            filled = fill_rows(tokens, rows_generated=rows[due - 1], grid_size=g, given=given).clone()
+            is_new = candidate not in state.previews_waiting
             # On the CPU: the pictures' thread has a stream of its own, which does not wait for this one.
-            flight.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled.cpu())
+            state.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled.cpu())
             if is_new:
-                self._finisher.preview(flight, candidate)
+                self._postprocessor.preview(state, candidate)
         with self._changed:
-            listeners = [one for one in self._flights.values() if one.job.wants_progress]
-        for flight in listeners:
-            if now - flight.told_s >= _TELL_EVERY_S:
-                self._tell(flight, decoder, now)
+            listeners = [one for one in self._states.values() if one.job.wants_progress]
+        for state in listeners:
+            if now - state.told_s >= _TELL_EVERY_S:
+                self._tell(state, decoder, now)
 
-    def _tell(self, flight: Flight, decoder: Decoder, now: float) -> None:
-        if flight.joined_s is None:
+    def _tell(self, state: RequestState, decoder: Decoder, now: float) -> None:
+        if state.joined_s is None:
             with self._changed:
-                place = self._place(flight, now)
-            if place is not None and place.position != flight.told_position:
-                flight.told_s, flight.told_position = now, place.position
-                flight.emit(place)
+                place = self._place(state, now)
+            if place is not None and place.position != state.told_position:
+                state.told_s, state.told_position = now, place.position
+                state.emit(place)
             return
-        flight.told_s = now
-        drawn = self._grid_size**2 * len(flight.rows)
-        drawn += sum(len(decoder.tokens(slot)) for slot in list(flight.slots.values()) if slot in self._seats)
-        flight.emit(Progress(drawn, self._grid_size**2 * flight.job.num_candidates))
+        state.told_s = now
+        drawn = self._grid_size**2 * len(state.rows)
+        drawn += sum(len(decoder.tokens(slot)) for slot in list(state.slots.values()) if slot in self._seats)
+        state.emit(Progress(drawn, self._grid_size**2 * state.job.num_candidates))
 
-    def _place(self, flight: Flight, now: float) -> Queued | None:
-        position = self.scheduler.position(flight.job.request_id)
+    def _place(self, state: RequestState, now: float) -> Queued | None:
+        position = self.scheduler.position(state.job.request_id)
         if position is None:
             return None
-        return Queued(position, self.scheduler.estimated_wait_s(flight.job.request_id, now=now))
+        return Queued(position, self.scheduler.estimated_wait_s(state.job.request_id, now=now))

@@ -26,12 +26,12 @@ from engine.errors import InputError
 from engine.pipeline.generation import Candidate, Start, ranked
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.pipeline import Pipeline, check_kept_after
-from serve.messages import DrawnImage, Finished, GivenPixels, ModelInfo, Partial, RankBy, Refused
-from serve.metrics import DrawerMetrics
+from serve.messages import Finished, GeneratedImage, InitImagePixels, ModelInfo, Partial, RankBy, Refused
+from serve.metrics import WorkerMetrics
 from serve.process import step_behind
 from serve.worker.image_encoding import encode_picture
 from serve.worker.previews import plain_undrawn
-from serve.worker.request_state import Flight
+from serve.worker.request_state import RequestState
 
 _AT_ONCE = 16  # pictures between two looks at whether the reader is still there
 _ENCODERS = 2
@@ -44,14 +44,14 @@ log = logging.getLogger(__name__)
 class _Task:
     priority: int
     number: int  # first come, first served among equals
-    flight: Flight | None = field(compare=False)
+    state: RequestState | None = field(compare=False)
     run: Callable[[], None] = field(compare=False)
 
 
-class Finisher:
+class Postprocessor:
     """Owns the pictures thread and the encoding threads."""
 
-    def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: DrawerMetrics) -> None:
+    def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: WorkerMetrics) -> None:
         self._pipeline, self._info, self._metrics = pipeline, info, metrics
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -77,7 +77,7 @@ class Finisher:
         self._thread.join()
         self._encoders.shutdown(wait=True, cancel_futures=True)
 
-    def encode_given(self, given: GivenPixels, rank_by: RankBy, future: Future[Start]) -> None:
+    def encode_init_image(self, given: InitImagePixels, rank_by: RankBy, future: Future[Start]) -> None:
         """Puts a given picture's tokens into `future`; an InputError when nothing after the hole is kept to rank by."""
 
         def encode() -> None:
@@ -92,27 +92,27 @@ class Finisher:
 
         self._put(0, None, encode)
 
-    def finish(self, flight: Flight) -> None:
-        self._count(flight.job.num_candidates)
+    def finish(self, state: RequestState) -> None:
+        self._count(state.job.num_candidates)
 
         def finish() -> None:
             try:
-                if not flight.is_over:
-                    self._finish(flight)
+                if not state.is_over:
+                    self._finish(state)
             finally:
-                self._count(-flight.job.num_candidates)
+                self._count(-state.job.num_candidates)
 
-        self._put(1, flight, finish)
+        self._put(1, state, finish)
 
-    def preview(self, flight: Flight, candidate: int) -> None:
-        self._put(2, flight, lambda: self._preview(flight, candidate))
+    def preview(self, state: RequestState, candidate: int) -> None:
+        self._put(2, state, lambda: self._preview(state, candidate))
 
     def _count(self, num_pictures: int) -> None:
         with self._counting:
             self.num_waiting += num_pictures
 
-    def _put(self, priority: int, flight: Flight | None, run: Callable[[], None]) -> None:
-        self._tasks.put(_Task(priority, next(self._numbers), flight, run))
+    def _put(self, priority: int, state: RequestState | None, run: Callable[[], None]) -> None:
+        self._tasks.put(_Task(priority, next(self._numbers), state, run))
 
     def _run(self) -> None:
         cuda = self._pipeline.device.type == "cuda"
@@ -126,20 +126,20 @@ class Finisher:
                     task.run()
                 except Exception as error:  # one drawing's failure is told to its reader and ends there
                     log.exception("a picture task failed")
-                    if task.flight is not None:
-                        task.flight.emit(Refused("failed", "the picture could not be decoded"))
+                    if task.state is not None:
+                        task.state.emit(Refused("failed", "the picture could not be decoded"))
                     if cuda and not isinstance(error, ValueError):  # an error of the device is not of one drawing
                         self.failure = error
                         return
 
-    def _finish(self, flight: Flight) -> None:
-        job, pipeline = flight.job, self._pipeline
-        start = None if flight.start is None else flight.start.result()
-        tokens = torch.stack([flight.rows[number] for number in range(job.num_candidates)])  # (n, N)
+    def _finish(self, state: RequestState) -> None:
+        job, pipeline = state.job, self._pipeline
+        start = None if state.start is None else state.start.result()
+        tokens = torch.stack([state.rows[number] for number in range(job.num_candidates)])  # (n, N)
         begun = time.perf_counter()
         parts = []
         for part in tokens.split(_AT_ONCE):
-            if flight.is_over:
+            if state.is_over:
                 return
             parts.append(pipeline.decode_images(part.to(pipeline.device), start=start))
         images = torch.cat(parts)  # (n, 3, S, S)
@@ -148,33 +148,33 @@ class Finisher:
         scores = pipeline.rank_scores([job.caption], images[None])
         fits = None
         if job.rank_by == "fit" and start is not None:
-            fits = pipeline.fits(flight.text_tokens, tokens, start)[0]
+            fits = pipeline.fits(state.text_tokens, tokens, start)[0]
         candidates = ranked(job.seed, tokens, pixels, None if scores is None else scores[0], fits)
         ended = time.perf_counter()
-        flight.timings_s |= {"vqgan": decoded - begun, "ranking": ended - decoded}
+        state.timings_s |= {"vqgan": decoded - begun, "ranking": ended - decoded}
         share_s = (ended - begun) / job.num_candidates
         self._picture_s += _WEIGHT * (share_s - self._picture_s) if self._picture_s else share_s
-        _Encoding(flight, candidates, self).start()
+        _Encoding(state, candidates, self).start()
 
-    def _preview(self, flight: Flight, candidate: int) -> None:
-        preview = flight.previews_waiting.pop(candidate, None)
-        if preview is None or flight.is_over:
+    def _preview(self, state: RequestState, candidate: int) -> None:
+        preview = state.previews_waiting.pop(candidate, None)
+        if preview is None or state.is_over:
             return
-        start, g = None if flight.start is None else flight.start.result(), self._info.grid_size
+        start, g = None if state.start is None else state.start.result(), self._info.grid_size
         images = self._pipeline.decode_images(preview.image_tokens[None].to(self._pipeline.device), start=start)
         given = None if start is None else start.tokens
-        images = plain_undrawn(images, rows_drawn=preview.rows_drawn, grid_size=g, given=given)
+        images = plain_undrawn(images, rows_generated=preview.rows_generated, grid_size=g, given=given)
         picture = Image.fromarray(to_uint8(images)[0].numpy())
 
         def encode() -> None:
-            data = self.encoded(flight, candidate, picture)
-            flight.emit(Partial(candidate, preview.index, preview.rows_drawn, g, data))
+            data = self.encoded(state, candidate, picture)
+            state.emit(Partial(candidate, preview.index, preview.rows_generated, g, data))
 
-        self._encoders.submit(_told, flight, encode)
+        self._encoders.submit(_told, state, encode)
 
-    def encoded(self, flight: Flight, candidate: int, picture: Image.Image) -> bytes:
+    def encoded(self, state: RequestState, candidate: int, picture: Image.Image) -> bytes:
         """A picture as the job asks, its making inside."""
-        job = flight.job
+        job = state.job
         metadata = {
             "caption": job.caption,
             "seed": job.seed,
@@ -191,20 +191,20 @@ class Finisher:
         }
         return encode_picture(picture, job.image_format, compression=job.compression, metadata=metadata)
 
-    def submit_encoding(self, flight: Flight, run: Callable[[], None]) -> None:
-        self._encoders.submit(_told, flight, run)
+    def submit_encoding(self, state: RequestState, run: Callable[[], None]) -> None:
+        self._encoders.submit(_told, state, run)
 
-    def ended(self, flight: Flight) -> None:
+    def ended(self, state: RequestState) -> None:
         """Counts a finished drawing."""
-        self._metrics.finished(images=flight.job.num_candidates, timings_s=flight.timings_s)
+        self._metrics.finished(images=state.job.num_candidates, timings_s=state.timings_s)
 
 
 class _Encoding:
     """A drawing's last step: its pictures encoded side by side; whoever is last sends `Finished`."""
 
-    def __init__(self, flight: Flight, candidates: tuple[Candidate, ...], finisher: Finisher) -> None:
-        self._flight, self._candidates, self._finisher = flight, candidates, finisher
-        job = flight.job
+    def __init__(self, state: RequestState, candidates: tuple[Candidate, ...], postprocessor: Postprocessor) -> None:
+        self._state, self._candidates, self._postprocessor = state, candidates, postprocessor
+        job = state.job
         self._wanted = [one for one in candidates if one.rank <= job.num_images or job.wants_all]
         self._data: dict[int, bytes] = {}
         self._lock = threading.Lock()
@@ -212,12 +212,12 @@ class _Encoding:
 
     def start(self) -> None:
         for one in self._wanted:
-            self._finisher.submit_encoding(self._flight, lambda one=one: self._encode(one))  # type: ignore[misc]
+            self._postprocessor.submit_encoding(self._state, lambda one=one: self._encode(one))  # type: ignore[misc]
 
     def _encode(self, one: Candidate) -> None:
-        if self._flight.is_over:
+        if self._state.is_over:
             return
-        data = self._finisher.encoded(self._flight, one.candidate, one.image)
+        data = self._postprocessor.encoded(self._state, one.candidate, one.image)
         with self._lock:
             self._data[one.candidate] = data
             is_last = len(self._data) == len(self._wanted)
@@ -225,41 +225,41 @@ class _Encoding:
             self._send()
 
     def _send(self) -> None:
-        flight, job = self._flight, self._flight.job
-        flight.timings_s["encoding"] = time.perf_counter() - self._begun
-        flight.timings_s["total"] = time.monotonic() - flight.arrived_s
+        state, job = self._state, self._state.job
+        state.timings_s["encoding"] = time.perf_counter() - self._begun
+        state.timings_s["total"] = time.monotonic() - state.arrived_s
         images = tuple(
-            DrawnImage(one.candidate, one.seed, one.rank, one.score, one.fit, self._data.get(one.candidate))
+            GeneratedImage(one.candidate, one.seed, one.rank, one.score, one.fit, self._data.get(one.candidate))
             for one in self._candidates
         )
         num_drawn = len(self._candidates[0].image_tokens)
-        if flight.start is not None:
-            num_drawn = int((flight.start.result().tokens < 0).sum())
+        if state.start is not None:
+            num_drawn = int((state.start.result().tokens < 0).sum())
         finished = Finished(
             images=images,
-            text_tokens=flight.tokens_read,
-            tokens_cut=flight.tokens_cut,
+            text_tokens=state.tokens_read,
+            tokens_cut=state.tokens_cut,
             image_tokens=job.num_candidates * num_drawn,
-            timings_s=dict(flight.timings_s),
+            timings_s=dict(state.timings_s),
         )
-        self._finisher.ended(flight)
-        flight.emit(finished)
+        self._postprocessor.ended(state)
+        state.emit(finished)
 
 
-def _told(flight: Flight, run: Callable[[], None]) -> None:
+def _told(state: RequestState, run: Callable[[], None]) -> None:
     """An encoding thread's outermost edge."""
     try:
         run()
     except Exception:
         log.exception("a picture could not be encoded")
-        flight.emit(Refused("failed", "the picture could not be encoded"))
+        state.emit(Refused("failed", "the picture could not be encoded"))
 
 
-def _start(pipeline: Pipeline, given: GivenPixels) -> Start:
+def _start(pipeline: Pipeline, given: InitImagePixels) -> Start:
     size, g = pipeline.vqgan.config.image_size, pipeline.vqgan.config.grid_size
     return pipeline.start_from(
         np.frombuffer(given.pixels, np.uint8).reshape(size, size, 3).copy(),
-        redrawn_pixels=np.frombuffer(given.redrawn_pixels, np.uint8).reshape(size, size) > 0,
-        redrawn_tokens=np.frombuffer(given.redrawn_tokens, np.uint8).reshape(g * g) > 0,
+        regenerated_pixels=np.frombuffer(given.regenerated_pixels, np.uint8).reshape(size, size) > 0,
+        regenerated_tokens=np.frombuffer(given.regenerated_tokens, np.uint8).reshape(g * g) > 0,
         paste=given.paste,
     )

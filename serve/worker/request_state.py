@@ -1,6 +1,6 @@
-"""A job between its admission and its last event: what the drawer's threads share about it.
+"""A job between its admission and its last event: what the worker's threads share about it.
 
-    event loop   Flight(job) ──► stepping thread ──► pictures thread ──► encoding threads
+    event loop   RequestState(job) ──► stepping thread ──► pictures thread ──► encoding threads
                    events ◄─────────┴──────────────────┴──────────────────┘
 
 Each field is written by one thread at a time, in that order; `is_over` alone is set by whoever ends it.
@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.pipeline.generation import Start
-from serve.messages import DrawEvent, DrawJob, Finished, Refused
+from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
 
 
 @dataclass(eq=False)
-class Flight:
-    """One job in a drawer.
+class RequestState:
+    """One job in a worker.
 
     text_tokens: (1, T).
     start: the given picture's tokens and pixels, when they are ready; None without a given picture.
     """
 
-    job: DrawJob
+    job: GenerationJob
     text_tokens: Tensor
     tokens_read: int
     tokens_cut: int
     loop: asyncio.AbstractEventLoop
     arrived_s: float  # time.monotonic
     start: Future[Start] | None = None
-    events: asyncio.Queue[DrawEvent] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[GenerationEvent] = field(default_factory=asyncio.Queue)
     rows: dict[int, Tensor] = field(default_factory=dict)  # candidate -> (N,) tokens on the CPU, when finished
     slots: dict[int, int] = field(default_factory=dict)  # candidate -> slot, while it is drawn
     previews_due: dict[int, int] = field(default_factory=dict)  # candidate -> index of its next preview
@@ -42,7 +42,7 @@ class Flight:
     told_position: int | None = None
     is_over: bool = False  # cancelled, refused or finished: nothing more is done for it
 
-    def emit(self, event: DrawEvent) -> None:
+    def emit(self, event: GenerationEvent) -> None:
         """Hands an event to the job's reader, from any thread; the last one ends the flight."""
         if self.is_over:
             return
@@ -57,5 +57,5 @@ class Preview:
     """A candidate's tokens so far, to be decoded."""
 
     index: int
-    rows_drawn: int
+    rows_generated: int
     image_tokens: Tensor  # (N,), those that are not drawn yet filled in

@@ -1,6 +1,6 @@
 """Steps before the first request: graphs captured, caches filled, and the scheduler told how long a step takes.
 
-A drawer that has never stepped with all slots taken knows nothing of how long that takes, and would promise the first
+A worker that has never stepped with all slots taken knows nothing of how long that takes, and would promise the first
 crowd too much. On a GPU a graph is captured for each power of two of rows, without and with the sampling filters: half a
 second each, which no request should wait for.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.decoding.decoders import Decoder
 from engine.decoding.sampler import Sampler
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 _STEPS = 3  # the first pays for what is made once; the others are counted
 ObserveStep = Callable[[float, int], None]
@@ -29,11 +29,11 @@ def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, obs
     room = decoder.num_free
     counts = sorted({1 << power for power in range(room.bit_length()) if 1 << power < room} | {room})
     is_cuda = sampler.model.head.weight.device.type == "cuda"
-    kinds = [SamplingOptions(), SamplingOptions(top_k=2)] if is_cuda else [SamplingOptions()]
+    kinds = [SamplingParams(), SamplingParams(top_k=2)] if is_cuda else [SamplingParams()]
     for options in kinds:
         for count in counts:
             slots = [
-                decoder.join(prefix, RowRequest(0, seed=0, candidate=row, options=options)) for row in range(count)
+                decoder.join(prefix, SequenceRequest(0, seed=0, candidate=row, options=options)) for row in range(count)
             ]
             for number in range(_STEPS):
                 begun = time.perf_counter()

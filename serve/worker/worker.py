@@ -1,14 +1,14 @@
-"""A drawer: one accelerator, one copy of the model, and the threads that draw with it.
+"""A worker: one accelerator, one copy of the model, and the threads that draw with it.
 
-    async for event in drawer.draw(job): ...     many at once; closing the iterator cancels the drawing
+    async for event in worker.draw(job): ...     many at once; closing the iterator cancels the drawing
 
     event loop    admission, events                  never computes
     stepper       steps the decoder (serve/worker/decode_loop.py)
     pictures      VQGAN, KoCLIP (serve/worker/postprocessing.py)
     encoders      PNG, WebP, JPEG
 
-The same drawer works in one process with the HTTP server (serve/local_pool.py) and as a Ray Serve replica (serve/app.py).
-What a job returns is a function of the job and the model alone: which drawer drew it, and beside whom, changes no byte
+The same worker works in one process with the HTTP server (serve/local_pool.py) and as a Ray Serve replica (serve/app.py).
+What a job returns is a function of the job and the model alone: which worker drew it, and beside whom, changes no byte
 (on a CPU in float32 and 8 bits; see engine/decoding/slot_decoder.py).
 """
 
@@ -28,13 +28,13 @@ from engine.files import is_hub_name
 from engine.models.folder import PartName, has_part, weights_digest
 from engine.pipeline.generation import Start
 from engine.pipeline.pipeline import Pipeline, local_folder
-from serve.messages import DrawEvent, DrawJob, Finished, ModelInfo, Refused
-from serve.metrics import DrawerMetrics
+from serve.messages import Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
+from serve.metrics import WorkerMetrics
 from serve.scheduling.scheduler import DeadlineTooShort, QueueFull
 from serve.settings import ServeSettings
-from serve.worker.decode_loop import Stepper
-from serve.worker.postprocessing import Finisher
-from serve.worker.request_state import Flight
+from serve.worker.decode_loop import DecodeLoop
+from serve.worker.postprocessing import Postprocessor
+from serve.worker.request_state import RequestState
 
 _SLOTS_CPU, _SLOTS_CUDA = 32, 256
 # A turn of the stepper is a step and at most one prefill; one that takes longer hangs.
@@ -44,11 +44,11 @@ _DRAIN_POLL_S = 0.05
 log = logging.getLogger(__name__)
 
 
-class DrawerFailed(RuntimeError):
-    """The drawer cannot draw any more and must be started anew."""
+class WorkerFailed(RuntimeError):
+    """The worker cannot draw any more and must be started anew."""
 
 
-class Drawer:
+class Worker:
     """Loads the model, starts the threads and warms them up; `close` ends them.
 
     Raises:
@@ -62,21 +62,21 @@ class Drawer:
         self.info = model_info(self.pipeline, folder, name=settings.model_id or _name(settings.model))
         is_cuda = self.pipeline.device.type == "cuda"
         self.num_slots = settings.num_slots or (_SLOTS_CUDA if is_cuda else _SLOTS_CPU)
-        self._metrics = DrawerMetrics(num_slots=self.num_slots)
-        self._finisher = Finisher(self.pipeline, self.info, self._metrics)
-        self._stepper = Stepper(
+        self._metrics = WorkerMetrics(num_slots=self.num_slots)
+        self._postprocessor = Postprocessor(self.pipeline, self.info, self._metrics)
+        self._decode_loop = DecodeLoop(
             self.pipeline,
             num_slots=self.num_slots,
-            max_queued_rows=settings.max_queued_rows,
+            max_queued_sequences=settings.max_queued_sequences,
             metrics=self._metrics,
-            finisher=self._finisher,
+            postprocessor=self._postprocessor,
         )
         if is_cuda:
             self._capture_codec()
-        self._flights: set[Flight] = set()
+        self._states: set[RequestState] = set()
         self.is_draining = False
-        self._finisher.start()
-        self._stepper.start()
+        self._postprocessor.start()
+        self._decode_loop.start()
 
     def _capture_codec(self) -> None:
         """Graphs of the codec and the ranker, while there is one thread; else the first request would pay for them."""
@@ -85,7 +85,7 @@ class Drawer:
             tokens = torch.zeros(1, self.info.grid_size**2, dtype=torch.int64, device=pipeline.device)
             pipeline.rank_scores(["."], pipeline.decode_images(tokens)[None])
 
-    async def draw(self, job: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         """Draws a job; the last event is `Finished` or `Refused`. Closing the iterator frees its slots at once."""
         arrived_s = time.monotonic()
         if self.is_draining:
@@ -95,41 +95,41 @@ class Drawer:
         if refused is not None:
             yield refused
             return
-        flight = self._flight(job, arrived_s)
+        state = self._state(job, arrived_s)
         try:
-            place = self._stepper.submit(flight)
+            place = self._decode_loop.submit(state)
         except (QueueFull, DeadlineTooShort) as full:
             reason = "queue_full" if isinstance(full, QueueFull) else "deadline_unreachable"
             self._metrics.rejected(reason)
             yield Refused("queue_full", retry_after_s=full.retry_after_s)
             return
-        self._flights.add(flight)
+        self._states.add(state)
         try:
-            if job.given is not None and flight.start is not None:
-                self._finisher.encode_given(job.given, job.rank_by, flight.start)
+            if job.given is not None and state.start is not None:
+                self._postprocessor.encode_init_image(job.given, job.rank_by, state.start)
             if place is not None and job.wants_progress:
                 yield place
             while True:
-                event = await flight.events.get()
+                event = await state.events.get()
                 yield event
                 if isinstance(event, Finished | Refused):
                     return
         finally:
-            self._flights.discard(flight)
-            if not flight.is_over:
-                flight.is_over = True
+            self._states.discard(state)
+            if not state.is_over:
+                state.is_over = True
                 self._metrics.cancelled()
-            self._stepper.cancel(flight)
+            self._decode_loop.cancel(state)
 
-    def _flight(self, job: DrawJob, arrived_s: float) -> Flight:
+    def _state(self, job: GenerationJob, arrived_s: float) -> RequestState:
         text_seq_len = self.pipeline.transformer.config.text_seq_len
         encoded = self.pipeline.tokenizer.encode([job.caption], text_seq_len)
         tokens = encoded.tokens
         read = int((tokens != self.pipeline.tokenizer.pad_id).sum())
         start: Future[Start] | None = None if job.given is None else Future()  # filled once the job is taken on
-        return Flight(job, tokens, read, encoded.cut[0], asyncio.get_running_loop(), arrived_s, start)
+        return RequestState(job, tokens, read, encoded.cut[0], asyncio.get_running_loop(), arrived_s, start)
 
-    def _unfit(self, job: DrawJob) -> Refused | None:
+    def _unfit(self, job: GenerationJob) -> Refused | None:
         """What no queue can mend: the edge checks the same before, so this tells of an edge of another version."""
         if job.num_candidates < 1 or not 1 <= job.num_images <= job.num_candidates:
             return Refused("invalid", f"{job.num_images} of {job.num_candidates} candidates", param="n")
@@ -139,43 +139,43 @@ class Drawer:
 
     @property
     def slots_in_use(self) -> int:
-        return self._stepper.scheduler.slots_in_use
+        return self._decode_loop.scheduler.slots_in_use
 
     @property
-    def queued_rows(self) -> int:
-        return self._stepper.scheduler.queued_rows
+    def queued_sequences(self) -> int:
+        return self._decode_loop.scheduler.queued_sequences
 
     @property
     def num_active(self) -> int:
         """Drawings that have not ended."""
-        return len(self._flights)
+        return len(self._states)
 
     def metrics_text(self) -> str:
-        """Prometheus exposition of this drawer."""
+        """Prometheus exposition of this worker."""
         return self._metrics.text()
 
     def check_health(self) -> None:
-        """Raises DrawerFailed: a thread died or hangs."""
-        failure = self._stepper.failure or self._finisher.failure
+        """Raises WorkerFailed: a thread died or hangs."""
+        failure = self._decode_loop.failure or self._postprocessor.failure
         if failure is not None:
-            raise DrawerFailed(f"a drawing thread died: {type(failure).__name__}") from failure
-        silent_s = time.monotonic() - self._stepper.last_turn_s
+            raise WorkerFailed(f"a drawing thread died: {type(failure).__name__}") from failure
+        silent_s = time.monotonic() - self._decode_loop.last_turn_s
         if silent_s > _STUCK_AFTER_S:
-            raise DrawerFailed(f"the stepping thread has not turned for {silent_s:.0f} s")
+            raise WorkerFailed(f"the stepping thread has not turned for {silent_s:.0f} s")
 
     async def drain(self) -> None:
         """Takes on nothing more and waits until what was taken on is drawn."""
         self.is_draining = True
-        while self._flights:
+        while self._states:
             await asyncio.sleep(_DRAIN_POLL_S)
 
     def close(self) -> None:
         """Ends the threads; drawings that have not ended are refused."""
         self.is_draining = True
-        self._stepper.stop()
-        self._finisher.stop()
-        for flight in list(self._flights):
-            flight.emit(Refused("failed", "the drawer stopped"))
+        self._decode_loop.stop()
+        self._postprocessor.stop()
+        for state in list(self._states):
+            state.emit(Refused("failed", "the worker stopped"))
 
 
 def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
@@ -193,7 +193,7 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
         has_ranker=pipeline.koclip is not None,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         tokenizer_json=pipeline.tokenizer.to_json(),
-        default_options=pipeline.default_options,
+        default_sampling_params=pipeline.default_sampling_params,
         attributes=pipeline.attributes,
     )
 

@@ -225,8 +225,8 @@ def test_stocks_pictures_are_ours(pipeline: Pipeline) -> None:
     asked = mixed(6, seed=8)
     answers = draw_batch(pipeline, [one.body() for one in asked])
     for one, answer in zip(asked, answers, strict=True):
-        drawing = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
-        best = drawing.candidates[0]
+        generation = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
+        best = generation.candidates[0]
         assert answer["data"][0]["candidate"] == best.candidate
         file = io.BytesIO()
         best.image.save(file, "PNG")
@@ -281,7 +281,7 @@ def test_the_figures_add_up(document: dict[str, Any]) -> None:
     assert 0 < single["servers"]["direct"]["added_ms"]["least"] <= single["servers"]["direct"]["added_ms"]["median"]
     hops = single["servers"]["direct"]["mean_ms"]
     assert hops["client_to_edge"] > 0
-    assert hops["edge_to_drawer"] > 0
+    assert hops["edge_to_worker"] > 0
     assert all(row["median"] > 0 for row in document["saturation"]["cpu_s_per_request"].values())
     goodput = document["goodput"]
     assert goodput["bound_s"] == pytest.approx(3 * document["calibration"]["servers"]["direct"]["unloaded_s"]["p95"])
@@ -348,10 +348,10 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_every_way_gives_the_same_pictures(server: Any, pipeline: Pipeline) -> None:
-    from serve_seeds import EACH, Counts, compare_one_drawer, compare_pipeline, requests
+    from serve_seeds import EACH, Counts, compare_one_worker, compare_pipeline, requests
 
     asked, counts = requests(2, seed=2), Counts()
-    wanted = compare_one_drawer(server, asked, counts)
+    wanted = compare_one_worker(server, asked, counts)
     compare_pipeline(pipeline, asked, wanted, counts)
     assert counts.inexact == set()
     assert counts.ways["alone"].compared == sum(request.num_alone for request in asked)
@@ -365,7 +365,7 @@ def test_one_other_bit_in_one_way_is_counted() -> None:
     counts = Counts()
     counts.compare("streamed", 0, wanted, wanted, 10)
     counts.compare("alone", 1, wanted | {7: b"other"}, wanted, 10)
-    counts.compare("drawers", 2, {number: wanted[number] for number in range(9)}, wanted, 10)
+    counts.compare("workers", 2, {number: wanted[number] for number in range(9)}, wanted, 10)
     assert counts.inexact == {(1, 7), (2, 9)}
     assert vars(counts.ways["alone"]) == {"compared": 10, "equal": 9}
 

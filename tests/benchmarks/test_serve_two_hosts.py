@@ -72,8 +72,8 @@ def test_a_server_over_two_hosts_outlives_one_that_is_cut_off() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     phases = json.loads(done.stdout.splitlines()[-1])["phases"]
-    assert len(phases["both"]["pictures_by_drawer"]) == 2
-    assert min(phases["both"]["pictures_by_drawer"]) > 0, "both hosts' drawers drew"
+    assert len(phases["both"]["pictures_by_worker"]) == 2
+    assert min(phases["both"]["pictures_by_worker"]) > 0, "both hosts' workers drew"
     assert phases["cut"]["in_flight_at_the_cut"] > 0
     assert phases["cut"]["lost"] == {}
     assert phases["cut"]["wrong_pixels"] == phases["cut"]["requests_with_two_files"] == 0

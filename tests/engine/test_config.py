@@ -57,9 +57,9 @@ def test_defaults_are_the_published_sizes(write: Write) -> None:
     run = load_run(write())
     assert isinstance(run, VqganRun)
     assert (run.model.grid_size, run.model.image_seq_len, run.model.codebook_size) == (16, 256, 16384)
-    drawer = load_run(write(stage="kodalle", vqgan="v"))
-    assert isinstance(drawer, KodalleRun)
-    assert (drawer.model.prefix_len, drawer.model.joint_vocab_size) == (129, 32000 + 128 + 16384)
+    transformer = load_run(write(stage="kodalle", vqgan="v"))
+    assert isinstance(transformer, KodalleRun)
+    assert (transformer.model.prefix_len, transformer.model.joint_vocab_size) == (129, 32000 + 128 + 16384)
 
 
 def test_round_trip_keeps_every_kind_of_value(write: Write, tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_deepspeed_keeps_its_own_word_none(write: Write) -> None:
 
 def test_moved_views_and_their_shift_go_together(write: Write) -> None:
     kodalle = {"stage": "kodalle", "vqgan": "v"}
-    for half in ({"moved_views": 4}, {"augment_shift": 2}):
+    for half in ({"augmented_views": 4}, {"augment_shift": 2}):
         assert "go together" in str(_fault(write(**kodalle, **half)))
-    assert load_run(write(**kodalle, moved_views=4, augment_shift=2)).moved_views == 4  # type: ignore[union-attr]
+    assert load_run(write(**kodalle, augmented_views=4, augment_shift=2)).augmented_views == 4  # type: ignore[union-attr]
 
 
 def test_null_means_nothing(write: Write) -> None:

@@ -36,15 +36,20 @@ SLOW = {"n": 1, "candidates": 48}  # more rows than slots: seconds on two cores
 
 @pytest.fixture(scope="module")
 def server(kodalle_run: Path) -> Iterator[Any]:
-    """Two drawers, two edges."""
+    """Two workers, two edges."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY / "benchmarks")
         from serving.process import serving
 
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Room and time for all of it in one drawer, on the busiest machine: what is refused is tested elsewhere.
-        room = {"max_queued_rows": 1024, "deadline_s": 600.0}
-        arguments = {"model": str(kodalle_run / "model"), "num_drawers": 2, "num_edges": 2, "num_slots": 16} | room
+        # Room and time for all of it in one worker, on the busiest machine: what is refused is tested elsewhere.
+        room = {"max_queued_sequences": 1024, "deadline_s": 600.0}
+        arguments = {
+            "model": str(kodalle_run / "model"),
+            "num_workers": 2,
+            "num_api_servers": 2,
+            "num_slots": 16,
+        } | room
         with serving("ray", arguments) as running:
             yield running
 
@@ -104,10 +109,10 @@ def pixels(b64: str | None) -> np.ndarray[Any, Any]:
 
 def test_openais_client_draws_what_the_pipeline_draws(client: openai.OpenAI, pipeline: Pipeline) -> None:
     answer = client.images.generate(prompt=CAPTION, n=2, extra_body={"seed": 7, "candidates": 4})
-    drawing = pipeline([CAPTION], candidates=4, seed=7)[0]
+    generation = pipeline([CAPTION], candidates=4, seed=7)[0]
     assert answer.data is not None
-    assert [image.candidate for image in answer.data] == [best.candidate for best in drawing.top(2)]  # type: ignore[attr-defined]
-    for image, best in zip(answer.data, drawing.top(2), strict=True):
+    assert [image.candidate for image in answer.data] == [best.candidate for best in generation.top(2)]  # type: ignore[attr-defined]
+    for image, best in zip(answer.data, generation.top(2), strict=True):
         assert np.array_equal(pixels(image.b64_json), np.asarray(best.image))
 
 
@@ -139,7 +144,7 @@ def test_every_replica_reports_and_an_edge_shows_all(server: Any) -> None:
 
 
 def draw_while(server: Any, seeds: list[int], fault: Callable[[], None], **fields: Any) -> dict[int, tuple[int, Any]]:
-    """Requests all at once, and a fault when the drawers are busy with them -> status and answer by seed."""
+    """Requests all at once, and a fault when the workers are busy with them -> status and answer by seed."""
     with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
         sent = {seed: pool.submit(post, server, SLOW | fields | {"seed": seed}) for seed in seeds}
         time.sleep(0.7)
@@ -157,14 +162,14 @@ def undisturbed(server: Any) -> dict[int, list[str]]:
     return pictures(draw_while(server, list(range(8)), lambda: None))
 
 
-def test_a_killed_drawer_loses_no_request_and_changes_no_byte(server: Any, undisturbed: dict[int, list[str]]) -> None:
+def test_a_killed_worker_loses_no_request_and_changes_no_byte(server: Any, undisturbed: dict[int, list[str]]) -> None:
     before = metric(server, "kodalle_reruns_total")
-    victim = replicas(server, "Drawer")[0]
+    victim = replicas(server, "Worker")[0]
     answers = draw_while(server, list(range(8)), victim.kill)
     assert pictures(answers) == undisturbed
     assert not victim.is_running()
     wait_until(lambda: metric(server, "kodalle_reruns_total") > before, within_s=5)
-    wait_until(lambda: len(replicas(server, "Drawer")) == 2, within_s=60)
+    wait_until(lambda: len(replicas(server, "Worker")) == 2, within_s=60)
 
 
 def test_a_killed_edge_loses_no_request_and_changes_no_byte(server: Any, undisturbed: dict[int, list[str]]) -> None:
@@ -184,7 +189,7 @@ def test_each_request_is_a_line_of_the_servers_log_without_its_caption(server: A
 
 
 def test_a_killed_ledger_stops_nobody_and_comes_back(server: Any) -> None:
-    replicas(server, "Ledger")[0].kill()
+    replicas(server, "Coordinator")[0].kill()
     # The scrape itself: the edge that answers may be one that has just replaced another and answered nothing else yet.
     assert metric(server, "kodalle_requests_in_flight") > 0, "an edge shows at least its own figures"
     assert post(server, {"seed": 1, "candidates": 1})[0] == 200
@@ -225,7 +230,7 @@ def test_a_hang_up_frees_its_slots_whatever_the_client_says(server: Any, headers
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(f"POST /v1/images/generations HTTP/1.1\r\n{head}\r\n".encode() + body)
         wait_until(lambda: metric(server, "kodalle_slots_in_use") > 0, within_s=10)
-    # a second for the drawer, and one until its next report
+    # a second for the worker, and one until its next report
     wait_until(lambda: metric(server, "kodalle_slots_in_use") == 0, within_s=2.5)
 
 
@@ -271,9 +276,9 @@ def test_the_list_of_listeners_would_show_one_on_all_interfaces() -> None:
 
 
 def test_a_replica_answers_nobody_without_the_clusters_token(server: Any) -> None:
-    (drawer, *_) = replicas(server, "Drawer")
+    (worker, *_) = replicas(server, "Worker")
     codes = []
-    for address, port in listeners([drawer]):
+    for address, port in listeners([worker]):
         with grpc.insecure_channel(f"{address.removeprefix('::ffff:')}:{port}") as channel:
             stub = ASGIServiceStub(channel)
             with pytest.raises(grpc.RpcError) as refused:

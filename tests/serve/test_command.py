@@ -110,9 +110,9 @@ def test_a_keys_file_that_is_missing_or_broken(
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ({"num_drawer": 2}, "num_drawer"),
-        ({"num_drawers": 0}, "num_drawers"),
-        ({"num_drawers": 3, "max_drawers": 2}, "max_drawers"),
+        ({"num_worker": 2}, "num_worker"),
+        ({"num_workers": 0}, "num_workers"),
+        ({"num_workers": 3, "max_workers": 2}, "max_workers"),
         ({"deadline_s": -1}, "deadline_s"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_config_of_another_kind(
 def test_a_fault_of_the_model_that_ray_tells_is_told_in_one_line() -> None:
     told = (
         "Deploying application kodalle failed: The deployment failed to start 3 times in a row. Error:\n"
-        "ray::ServeReplica:kodalle:Drawer.initialize() (pid=1, ip=127.0.0.1)\n"
+        "ray::ServeReplica:kodalle:Worker.initialize() (pid=1, ip=127.0.0.1)\n"
         '  File "engine/models/folder.py", line 1, in load_part\n'
         "engine.errors.InputError: model folder: /models/x: has no transformer: train one\n"
     )
@@ -157,7 +157,7 @@ def test_a_fault_of_the_model_that_ray_tells_is_told_in_one_line() -> None:
 
 def test_the_command_line_overrides_the_config(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
-    args = {"model": "elsewhere", "num_drawers": 3, "deadline_s": 9.0}
+    args = {"model": "elsewhere", "num_workers": 3, "deadline_s": 9.0}
     config.write_text(yaml.safe_dump({"applications": [{"args": args}], "http_options": {"port": 0, "host": "::1"}}))
     seen: dict[str, Any] = {}
 
@@ -166,27 +166,27 @@ def test_the_command_line_overrides_the_config(monkeypatch: pytest.MonkeyPatch, 
         return 0
 
     monkeypatch.setattr(command, "_run_with_ray", start)
-    assert run(monkeypatch, str(folder), "--config", str(config), "--drawers", "2", "--no-page") == 0
+    assert run(monkeypatch, str(folder), "--config", str(config), "--workers", "2", "--no-page") == 0
     arguments = seen["arguments"]
     assert arguments.model == str(folder.resolve())
-    assert (arguments.num_drawers, arguments.deadline_s, arguments.page) == (2, 9.0, False)
+    assert (arguments.num_workers, arguments.deadline_s, arguments.page) == (2, 9.0, False)
     assert (seen["host"], seen["port"] > 0) == ("::1", True)
 
 
-def test_drawers_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for args, cores in (
-        ({"num_drawers": 2}, 4.0),
-        ({"num_drawers": 2, "max_drawers": 8}, 1.0),
-        ({"num_drawers": 99}, 1.0),
-        ({"num_drawers": 2, "cpus_per_drawer": 3}, 3.0),
+        ({"num_workers": 2}, 4.0),
+        ({"num_workers": 2, "max_workers": 8}, 1.0),
+        ({"num_workers": 99}, 1.0),
+        ({"num_workers": 2, "cpus_per_worker": 3}, 3.0),
     ):
-        assert command._with_cores(read_arguments(args, source="test")).cpus_per_drawer == cores
+        assert command._with_cores(read_arguments(args, source="test")).cpus_per_worker == cores
 
 
 def test_a_change_of_numbers_alone_leaves_what_replicas_are_given_as_it_is() -> None:
-    few = read_arguments({"model": "m", "num_drawers": 1}, source="test")
-    many = read_arguments({"model": "m", "num_drawers": 4, "num_edges": 2, "max_drawers": 8}, source="test")
+    few = read_arguments({"model": "m", "num_workers": 1}, source="test")
+    many = read_arguments({"model": "m", "num_workers": 4, "num_api_servers": 2, "max_workers": 8}, source="test")
     assert few.settings() == many.settings()
     assert few.settings() != read_arguments({"model": "n"}, source="test").settings()
 

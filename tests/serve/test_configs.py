@@ -133,15 +133,15 @@ def test_every_container_has_the_environment_that_the_code_relies_on(service: Tr
         assert {entry["name"]: entry["value"] for entry in container["env"]} | given_by_kuberay == wanted
 
 
-def test_a_pod_has_time_to_finish_and_room_for_its_drawer(service: Tree) -> None:
+def test_a_pod_has_time_to_finish_and_room_for_its_worker(service: Tree) -> None:
     arguments = read_arguments(serve_configs(service)["kuberay.yaml"]["applications"][0]["args"], source="kuberay.yaml")
-    (drawer,) = [pod for pod in pods(service) if pod["metadata"]["labels"]["kodalle.example.com/part"] == "drawer"]
-    assert drawer["spec"]["terminationGracePeriodSeconds"] > arguments.drain_s
-    limits = drawer["spec"]["containers"][0]["resources"]["limits"]
-    assert float(limits["cpu"]) >= arguments.cpus_per_drawer
-    assert float(limits["nvidia.com/gpu"]) >= (arguments.gpus_per_drawer or 0)
+    (worker,) = [pod for pod in pods(service) if pod["metadata"]["labels"]["kodalle.example.com/part"] == "worker"]
+    assert worker["spec"]["terminationGracePeriodSeconds"] > arguments.drain_s
+    limits = worker["spec"]["containers"][0]["resources"]["limits"]
+    assert float(limits["cpu"]) >= arguments.cpus_per_worker
+    assert float(limits["nvidia.com/gpu"]) >= (arguments.gpus_per_worker or 0)
     group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
-    assert (group["minReplicas"], group["maxReplicas"]) == (arguments.num_drawers, arguments.max_drawers)
+    assert (group["minReplicas"], group["maxReplicas"]) == (arguments.num_workers, arguments.max_workers)
 
 
 def test_the_policies_let_in_the_declared_port_and_no_other_from_outside(documents: list[Tree], service: Tree) -> None:

@@ -1,8 +1,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.api.application import build_edge
-from serve.metrics import PHASES, DrawerMetrics, EdgeMetrics, merge_expositions
+from serve.api.application import build_api
+from serve.metrics import PHASES, ApiMetrics, WorkerMetrics, merge_expositions
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, serving
 
@@ -15,9 +15,9 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     }
 
 
-def drawer(slots: int) -> DrawerMetrics:
-    metrics = DrawerMetrics(num_slots=slots)
-    metrics.occupied(slots_in_use=slots - 1, queued_rows=5, queued_requests=2)
+def worker(slots: int) -> WorkerMetrics:
+    metrics = WorkerMetrics(num_slots=slots)
+    metrics.occupied(slots_in_use=slots - 1, queued_sequences=5, queued_requests=2)
     metrics.stepped(seconds=0.01)
     metrics.drew(tokens=slots - 1)
     metrics.finished(images=4, timings_s=dict.fromkeys(PHASES, 0.1) | {"something else": 1.0})
@@ -26,29 +26,29 @@ def drawer(slots: int) -> DrawerMetrics:
     return metrics
 
 
-def test_a_drawer_tells_what_it_is_told() -> None:
-    told = samples(drawer(8).text())
+def test_a_worker_tells_what_it_is_told() -> None:
+    told = samples(worker(8).text())
     expected = {
-        "kodalle_slots": 8, "kodalle_slots_in_use": 7, "kodalle_queued_rows": 5, "kodalle_queued_requests": 2,
-        "kodalle_tokens_total": 7, "kodalle_steps_total": 1, "kodalle_pictures_drawn_total": 4,
-        "kodalle_drawer_cancelled_total": 1, "kodalle_step_seconds_count": 1,
+        "kodalle_slots": 8, "kodalle_slots_in_use": 7, "kodalle_queued_sequences": 5, "kodalle_queued_requests": 2,
+        "kodalle_tokens_total": 7, "kodalle_steps_total": 1, "kodalle_images_generated_total": 4,
+        "kodalle_worker_cancelled_total": 1, "kodalle_step_seconds_count": 1,
     }  # fmt: skip
     assert {name: told[name, ()] for name in expected} == expected
-    assert told["kodalle_drawer_rejected_total", (("reason", "queue_full"),)] == 1
-    phases = {labels[0][1] for name, labels in told if name == "kodalle_drawer_phase_seconds_count"}
+    assert told["kodalle_worker_rejected_total", (("reason", "queue_full"),)] == 1
+    phases = {labels[0][1] for name, labels in told if name == "kodalle_worker_phase_seconds_count"}
     assert phases == set(PHASES)
 
 
-def test_two_drawers_in_a_process_do_not_share_figures() -> None:
-    one, other = DrawerMetrics(num_slots=1), DrawerMetrics(num_slots=1)
+def test_two_workers_in_a_process_do_not_share_figures() -> None:
+    one, other = WorkerMetrics(num_slots=1), WorkerMetrics(num_slots=1)
     one.cancelled()
-    assert samples(other.text())["kodalle_drawer_cancelled_total", ()] == 0
+    assert samples(other.text())["kodalle_worker_cancelled_total", ()] == 0
 
 
 def test_merged_texts_have_each_family_once_and_each_sample_with_its_replica() -> None:
-    edge = EdgeMetrics()
-    edge.requests.labels("/v1/models", "200").inc(3)
-    texts = {"a": drawer(4).text(), 'b"\\\n': drawer(9).text(), "edge": edge.text()}
+    api_server = ApiMetrics()
+    api_server.requests.labels("/v1/models", "200").inc(3)
+    texts = {"a": worker(4).text(), 'b"\\\n': worker(9).text(), "edge": api_server.text()}
     merged = merge_expositions(texts)
     families = [line for line in merged.splitlines() if line.startswith("# TYPE")]
     assert len(families) == len(set(families))
@@ -61,7 +61,7 @@ def test_merged_texts_have_each_family_once_and_each_sample_with_its_replica() -
 
 
 def test_merging_again_keeps_the_replicas_that_are_there() -> None:
-    once = merge_expositions({"a": drawer(4).text()})
+    once = merge_expositions({"a": worker(4).text()})
     assert samples(merge_expositions({"other": once})) == samples(once)
 
 
@@ -72,12 +72,12 @@ def test_a_family_of_two_types_or_broken_text_is_an_error() -> None:
         merge_expositions({"a": "x{ 1"})
 
 
-def test_the_route_gives_the_edges_and_the_drawers_figures() -> None:
-    with serving(build_edge(ScriptedPool(), ServeSettings(page=False), replica="edge-1")) as port:
+def test_the_route_gives_the_edges_and_the_workers_figures() -> None:
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False), replica="edge-1")) as port:
         ask(port, "GET", "/healthz")
         reply = ask(port, "GET", "/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     told = samples(reply.body.decode())
-    assert told["kodalle_slots", (("replica", "drawer-1"),)] == 4
+    assert told["kodalle_slots", (("replica", "worker-1"),)] == 4
     labels = (("replica", "edge-1"), ("route", "/healthz"), ("status", "200"))
     assert told["kodalle_requests_total", labels] == 1

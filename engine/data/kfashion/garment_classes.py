@@ -17,7 +17,7 @@ Triple = tuple[str, str, str]  # garment, attribute, value
 
 
 @dataclass(frozen=True)
-class Kinds:
+class GarmentClasses:
     """The commonest kinds of the training captions, K of them, as what each one tells."""
 
     told: tuple[tuple[Triple, ...], ...]
@@ -45,12 +45,12 @@ class Kinds:
         )
 
 
-def find_kinds(pairs: Pairs, colour_attribute: str) -> Kinds | None:
+def find_garment_classes(pairs: Pairs, colour_attribute: str) -> GarmentClasses | None:
     """None where the training captions are of another grammar than `engine.data.kfashion.captions`, or tell of one kind only."""
     counts = Counter(_without_colours(parse(pair.captions[0]), colour_attribute) for pair in pairs.train)
     del counts[()]
     commonest = sorted(counts, key=lambda kind: (-counts[kind], kind))[:_MOST_KINDS]
-    return Kinds(tuple(commonest), colour_attribute) if len(commonest) > 1 else None
+    return GarmentClasses(tuple(commonest), colour_attribute) if len(commonest) > 1 else None
 
 
 def commonest_share(fitting: Sequence[frozenset[int]]) -> float | None:

@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.decoding.step_model import RowRule, StepLayer, StepModel, plain_step_model
+from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_step_model
 from engine.errors import InputError
 from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).
-_ROW_RULE = RowRule(multiple=1, minimum=4, tile=None)
+_ROW_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
 _ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
 _ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
 _TINY = torch.finfo(torch.float32).tiny

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from engine.cuda_graphs import capturing
 from engine.decoding.cuda.prefix_pool import PrefixPool
-from engine.decoding.cuda.sequence_table import RowTable
+from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.decoding.cuda.step_program import StepProgram
 from engine.decoding.kv_cache import Caption, Prefix
 from engine.errors import InputError
 from engine.measure import synchronize
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 
 @dataclass
@@ -49,7 +49,7 @@ class _Plan:
     filters: bool
 
 
-class GraphedDecoder:
+class GraphDecoder:
     """Rows in flight, as `SlotDecoder`. Call it in eval mode, under `torch.inference_mode`, from one thread and stream.
 
     Args:
@@ -90,7 +90,7 @@ class GraphedDecoder:
             (config.num_layers, config.prefix_len, config.num_heads, config.head_dim),
             null_prefix=null_prefix, dtype=dtype, device=device,
         )  # fmt: skip
-        self._table = RowTable(num_slots, parked=config.image_seq_len, device=device)
+        self._table = SequenceTable(num_slots, parked=config.image_seq_len, device=device)
         self._program = StepProgram(model, num_slots, self._table, self._pool, attention=attention)
         self.attention = self._program.attention  # by name; "auto" has become one
         self._rows: dict[int, _Row] = {}
@@ -114,7 +114,7 @@ class GraphedDecoder:
         """Whether it has the empty caption."""
         return self._null_prefix is not None
 
-    def join(self, prefix: Prefix, request: RowRequest, *, given: Tensor | None = None) -> int:
+    def join(self, prefix: Prefix, request: SequenceRequest, *, given: Tensor | None = None) -> int:
         """Seats a row; it draws from the next step on. The host does not wait for the device.
 
         Args:
@@ -270,7 +270,7 @@ class GraphedDecoder:
         return (slot,) if partner is None else (slot, partner)
 
 
-def _filters(options: SamplingOptions, vocabulary: int) -> bool:
+def _filters(options: SamplingParams, vocabulary: int) -> bool:
     """Whether the draw depends on top-k or top-p."""
     by_k = options.top_k is not None and options.top_k < vocabulary
     by_p = options.top_p is not None and options.top_p < 1

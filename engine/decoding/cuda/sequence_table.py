@@ -11,13 +11,13 @@ gives a block out again only when the copies that read it are done, so the host 
 import numpy as np
 import torch
 
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 
 _INTEGERS = ("seeds", "candidates", "positions", "top_k", "partner", "source", "captions", "filters")
 _FLOATS = ("temperature", "top_p", "guidance")
 
 
-class RowTable:
+class SequenceTable:
     """Columns of every slot, each (S,), contiguous, at one address for the table's life.
 
     seeds, candidates, positions, top_k: int64, as `kernels.reference.sample` takes them. positions: of the token drawn
@@ -52,7 +52,7 @@ class RowTable:
             self.park(slot)
         self.upload()
 
-    def seat(self, slot: int, request: RowRequest, *, caption: int, partner: int | None, filters: bool) -> None:
+    def seat(self, slot: int, request: SequenceRequest, *, caption: int, partner: int | None, filters: bool) -> None:
         """A drawn row, on the host; `upload` tells the device."""
         options = request.options
         self._set(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from engine.decoding.cuda.attention_choice import LayerCache, decode_attention_by, fastest_attention
 from engine.decoding.cuda.prefix_pool import PrefixPool
-from engine.decoding.cuda.sequence_table import RowTable
+from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.models.transformer import KoDalle, Layer
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
@@ -53,7 +53,9 @@ class StepProgram:
         attention: a name of engine/decoding/cuda/attention_choice.py, or "auto".
     """
 
-    def __init__(self, model: KoDalle, num_slots: int, table: RowTable, pool: PrefixPool, *, attention: str) -> None:
+    def __init__(
+        self, model: KoDalle, num_slots: int, table: SequenceTable, pool: PrefixPool, *, attention: str
+    ) -> None:
         config, weight = model.config, model.head.weight
         L, H, D, N = config.num_layers, config.num_heads, config.head_dim, config.image_seq_len
         dtype, device = weight.dtype, weight.device

@@ -25,19 +25,19 @@ import torch
 from torch import Tensor
 
 from engine.decoding.kv_cache import KVCache, Prefix
-from engine.decoding.sampling_tensors import DrawParameters
+from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.slot_decoder import Plan, Row, SlotDecoder
 from engine.decoding.speculative.window_cache import WindowCache
 from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest
+from engine.sampling_params import SequenceRequest
 
 
 class JacobiDecoder(SlotDecoder):
     """`SlotDecoder` with windows: a step gives every unfinished row 1 to `window` tokens, the same ones.
 
     Args:
-        model, num_slots, null_prefix, row_invariant: see `SlotDecoder`.
+        model, num_slots, null_prefix, batch_invariant: see `SlotDecoder`.
         window: w, 2 or more. Linear layers are computed for w times as many rows.
     """
 
@@ -48,10 +48,10 @@ class JacobiDecoder(SlotDecoder):
         *,
         window: int,
         null_prefix: Prefix | None = None,
-        row_invariant: bool = True,
+        batch_invariant: bool = True,
     ) -> None:
         assert window >= 2, window
-        super().__init__(model, num_slots, null_prefix=null_prefix, row_invariant=row_invariant)
+        super().__init__(model, num_slots, null_prefix=null_prefix, batch_invariant=batch_invariant)
         config = self.model.config
         assert config.image_seq_len >= 2, config.image_seq_len
         self.window = window
@@ -129,8 +129,8 @@ class JacobiDecoder(SlotDecoder):
             self._draw_first(new)
         self._plan = Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
         self._windows.seat({slot: self._captions[slot] for slot in self._plan.seated})
-        requests: list[RowRequest] = [unfinished[slot].request for slot in self._plan.slots]
-        self._window_parameters = DrawParameters([r for r in requests for _ in range(self.window)], self._device)
+        requests: list[SequenceRequest] = [unfinished[slot].request for slot in self._plan.slots]
+        self._window_parameters = SamplingTensors([r for r in requests for _ in range(self.window)], self._device)
         return True
 
     def _draw_first(self, new: dict[int, Row]) -> None:

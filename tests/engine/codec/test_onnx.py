@@ -29,7 +29,7 @@ from engine.models.koclip import KoClip
 from engine.models.onnx_export import NETWORKS, onnx_file
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
 from kernels.int8_conv import int8_supported
 
@@ -88,9 +88,9 @@ def _record(folder: Path, *, device: str = "cpu", **backends: str) -> None:
     (folder / RECORD_FILE).write_text(json.dumps(tree), encoding="utf-8")
 
 
-def _pixels(drawing: Drawing) -> np.ndarray:
+def _pixels(generation: Generation) -> np.ndarray:
     """(n, S, S, 3), in the order drawn."""
-    ordered = sorted(drawing.candidates, key=lambda one: one.candidate)
+    ordered = sorted(generation.candidates, key=lambda one: one.candidate)
     return np.stack([np.asarray(one.image) for one in ordered])
 
 
@@ -406,7 +406,7 @@ def test_same_pictures_as_torch_and_however_many_are_asked(exported: Path) -> No
         difference = np.abs(_pixels(one).astype(int) - _pixels(other).astype(int))
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.01
-        scores = [{c.candidate: c.score for c in drawing.candidates} for drawing in (one, other)]
+        scores = [{c.candidate: c.score for c in generation.candidates} for generation in (one, other)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     few = pipeline(CAPTIONS[1:], candidates=2, seed=3)[0]
     assert np.array_equal(_pixels(few), _pixels(onnxs[1])[:2])
@@ -434,8 +434,8 @@ def test_same_pictures_in_another_process(copied: Path) -> None:
         check=True,
     )
     assert "VQGAN decoder by ONNX Runtime" in answer.stderr
-    drawing = Pipeline.from_pretrained(copied)(CAPTIONS[:1], candidates=3, seed=4)[0]
-    pictures = [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in drawing.candidates]
+    generation = Pipeline.from_pretrained(copied)(CAPTIONS[:1], candidates=3, seed=4)[0]
+    pictures = [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates]
     assert answer.stdout.splitlines() == [str(pictures)]
 
 

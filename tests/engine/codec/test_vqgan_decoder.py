@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.codec import vqgan_bands, vqgan_decoder
-from engine.codec.vqgan_bands import convolve, float_conv
+from engine.codec import vqgan_decoder, vqgan_row_tiles
 from engine.codec.vqgan_cpu import Crew
 from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastVqganDecoder, latent_table
+from engine.codec.vqgan_row_tiles import convolve, float_conv
 from engine.config import VqganConfig
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan
@@ -52,8 +52,8 @@ BANDS = pytest.mark.parametrize("bands", [True, False], ids=["in bands", "by the
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of 32 x 32 pixels in eight steps, as published ones in many."""
-    monkeypatch.setattr(vqgan_bands, "_TILES_AT_ONCE", 8)
-    monkeypatch.setattr(vqgan_bands, "_PIXELS_AT_ONCE", 128)
+    monkeypatch.setattr(vqgan_row_tiles, "_TILES_AT_ONCE", 8)
+    monkeypatch.setattr(vqgan_row_tiles, "_PIXELS_AT_ONCE", 128)
 
 
 def _tokens(vqgan: Vqgan, count: int) -> Tensor:

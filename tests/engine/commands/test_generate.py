@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from engine import cli
-from engine.pipeline.init_image import GivenImage
+from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 
 CAPTION = "빨강 바탕에 파랑 네모"
 
@@ -69,18 +69,18 @@ def test_draw_from_a_picture(
     assert result["given"] == expected
     assert result["rank_by"] == ("fit" if "fit" in options else "koclip")
     with Image.open(files / "사진.png") as photo, Image.open(files / "mask.png") as mask:
-        again = GivenImage(
+        again = InitImage(
             photo,
             keep_rows=expected["keep_rows"],
             mask_image=mask if expected["mask"] else None,
             paste=expected["paste"],
         )  # type: ignore[arg-type]
-        drawing = Pipeline.from_pretrained(model)(
+        generation = Pipeline.from_pretrained(model)(
             [CAPTION], candidates=3, seed=7, given=again, rank_by=result["rank_by"]
         )[0]
-    assert drawing.given_tokens is not None
-    assert result["tokens_given"] == sum(token >= 0 for token in drawing.given_tokens) > 0
-    for one, told in zip(drawing.candidates, result["candidates"], strict=True):
+    assert generation.init_tokens is not None
+    assert result["tokens_given"] == sum(token >= 0 for token in generation.init_tokens) > 0
+    for one, told in zip(generation.candidates, result["candidates"], strict=True):
         assert (told["candidate"], told["fit"]) == (one.candidate, one.fit)
         if told["file"]:
             with Image.open(files / "drawings" / told["file"]) as picture:
@@ -132,7 +132,7 @@ def test_continue_prints_one_caption_a_line(
     assert _kodalle(monkeypatch, tmp_path, "continue", str(model), beginning, *options) == 0
     assert capsys.readouterr().out == answer.out
     lines = Pipeline.from_pretrained(model).continue_caption(
-        beginning, count=5, seed=7, options=SamplingOptions(top_k=30)
+        beginning, count=5, seed=7, options=SamplingParams(top_k=30)
     )
     assert answer.out.splitlines() == [line.text for line in lines]
     notes = [line for line in answer.err.splitlines() if "has no end" in line]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.decoding.decoders import DecoderKeeper
+from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler
 from engine.decoding.slot_decoder import SlotDecoder
@@ -148,10 +148,10 @@ def test_the_published_depth_of_cache_moves_whole() -> None:
 
 
 def test_a_server_is_lent_the_adaptive_one_and_a_batch_is_not() -> None:
-    keeper = DecoderKeeper(_model(7))
-    with keeper.lend(8, null_prefix=None, rows_come_and_go=True) as decoder:
+    keeper = DecoderCache(_model(7))
+    with keeper.lend(8, null_prefix=None, continuous_batching=True) as decoder:
         assert isinstance(decoder, AdaptiveDecoder)
     with keeper.lend(8, null_prefix=None) as decoder:
         assert type(decoder) is SlotDecoder
-    with DecoderKeeper(_model(7), guess_ahead=False).lend(8, null_prefix=None, rows_come_and_go=True) as decoder:
+    with DecoderCache(_model(7), speculative=False).lend(8, null_prefix=None, continuous_batching=True) as decoder:
         assert type(decoder) is SlotDecoder

@@ -5,14 +5,14 @@ import torch
 
 from engine.config import TransformerConfig
 from engine.decoding import decoders
-from engine.decoding.cuda.graph_decoder import GraphedDecoder
-from engine.decoding.decoders import DecoderKeeper, can_graph
+from engine.decoding.cuda.graph_decoder import GraphDecoder
+from engine.decoding.decoders import DecoderCache, can_graph
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 HAS_CUDA = torch.cuda.is_available()
 CONFIG = TransformerConfig(
@@ -27,8 +27,8 @@ CONFIG = TransformerConfig(
     image_vocab_size=64,
     image_grid_size=2,
 )
-ROW = RowRequest(0, seed=1)
-GUIDED_ROW = RowRequest(0, seed=1, options=SamplingOptions(guidance_scale=3.0))
+ROW = SequenceRequest(0, seed=1)
+GUIDED_ROW = SequenceRequest(0, seed=1, options=SamplingParams(guidance_scale=3.0))
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,15 @@ def prefix(sampler: Sampler) -> Prefix:
     return sampler.prefill(torch.tensor([[0, 5, 6, 2]]))
 
 
-def _fail_within(keeper: DecoderKeeper, prefix: Prefix) -> None:
+def _fail_within(keeper: DecoderCache, prefix: Prefix) -> None:
     with keeper.lend(4, null_prefix=None) as decoder:
         decoder.join(prefix, ROW)
-        decoder.join(prefix, RowRequest(9, seed=1))
+        decoder.join(prefix, SequenceRequest(9, seed=1))
 
 
 def test_a_kept_decoder_is_lent_again_grows_and_is_left_empty(sampler: Sampler, prefix: Prefix) -> None:
     """Graphed even without CUDA: the decoder is the same, its steps run launch by launch."""
-    keeper = DecoderKeeper(sampler.model, graphed=True)
+    keeper = DecoderCache(sampler.model, graphed=True)
     with evaluating(sampler.model):
         with keeper.lend(3, null_prefix=None) as first:
             first.join(prefix, ROW)
@@ -79,8 +79,8 @@ def test_a_kept_decoder_is_lent_again_grows_and_is_left_empty(sampler: Sampler, 
 def test_graphs_are_for_cuda_with_triton(
     model: KoDalle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with evaluating(model), DecoderKeeper(model).lend(1, null_prefix=None) as decoder:
-        assert isinstance(decoder, GraphedDecoder if HAS_CUDA else SlotDecoder)
+    with evaluating(model), DecoderCache(model).lend(1, null_prefix=None) as decoder:
+        assert isinstance(decoder, GraphDecoder if HAS_CUDA else SlotDecoder)
         assert decoder.num_free == 1
     assert not can_graph(torch.device("cpu"))
     assert can_graph(torch.device("cuda"))
@@ -91,7 +91,7 @@ def test_graphs_are_for_cuda_with_triton(
 
 
 def test_without_graphs_each_drawing_gets_a_decoder_of_the_packed_model(sampler: Sampler) -> None:
-    keeper = DecoderKeeper(sampler.model, step_model=sampler.step_model, graphed=False)
+    keeper = DecoderCache(sampler.model, step_model=sampler.step_model, graphed=False)
     with evaluating(sampler.model), keeper.lend(3, null_prefix=None) as one, keeper.lend(3, null_prefix=None) as other:
         assert one is not other
         for decoder in (one, other):

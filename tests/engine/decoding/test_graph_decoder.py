@@ -14,13 +14,13 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.decoding.cuda.attention_choice import runnable
-from engine.decoding.cuda.graph_decoder import GraphedDecoder
+from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 HAS_CUDA = torch.cuda.is_available()
 CUDA = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
@@ -39,14 +39,14 @@ CONFIG = TransformerConfig(
 N = CONFIG.image_seq_len
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
-GUIDED = SamplingOptions(guidance_scale=3.0)
+GUIDED = SamplingParams(guidance_scale=3.0)
 # Filters are drawn by the slowest kernel to interpret: some 50 ms a row.
 MIXED = [
-    SamplingOptions(),
+    SamplingParams(),
     GUIDED,
-    SamplingOptions(temperature=0),
-    SamplingOptions(temperature=0.7),
-    SamplingOptions(guidance_scale=0.5, top_k=10, top_p=0.8),
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=0.7),
+    SamplingParams(guidance_scale=0.5, top_k=10, top_p=0.8),
 ]
 _ROWS = 8
 _SLOTS = 5
@@ -91,14 +91,14 @@ def prefix(sampler: Sampler) -> Prefix:
 
 
 @contextmanager
-def _decoder(sampler: Sampler, num_slots: int, **options: int | str) -> Iterator[GraphedDecoder]:
+def _decoder(sampler: Sampler, num_slots: int, **options: int | str) -> Iterator[GraphDecoder]:
     null_prefix = sampler.null_prefix()
     with evaluating(sampler.model):
-        yield GraphedDecoder(sampler.model, num_slots, null_prefix=null_prefix, **options)  # type: ignore[arg-type]
+        yield GraphDecoder(sampler.model, num_slots, null_prefix=null_prefix, **options)  # type: ignore[arg-type]
 
 
-def _row(number: int) -> RowRequest:
-    return RowRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 5])
+def _row(number: int) -> SequenceRequest:
+    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 5])
 
 
 def _given(number: int) -> Tensor | None:
@@ -110,7 +110,7 @@ def _given(number: int) -> Tensor | None:
     return torch.from_numpy(np.where(generator.random(N) < 0.3, tokens, -1))
 
 
-def _hidden(decoder: GraphedDecoder, slot: int) -> Tensor:
+def _hidden(decoder: GraphDecoder, slot: int) -> Tensor:
     return decoder._program.hidden[slot].clone()
 
 
@@ -196,11 +196,11 @@ def test_a_neighbours_filter_does_not_decide_how_a_rows_logits_are_rounded(devic
         model.head.weight *= 4
     sampler = Sampler(model, null_text_tokens=NULL.to(device))
     prefix, drawn = sampler.prefill(TEXT), []
-    likeliest, filtering = SamplingOptions(temperature=0), SamplingOptions(top_k=2)
+    likeliest, filtering = SamplingParams(temperature=0), SamplingParams(top_k=2)
     with _decoder(sampler, 12) as decoder:
         for _ in range(11):
-            decoder.join(prefix, RowRequest(0, seed=1, options=likeliest))
-        decoder.join(prefix, RowRequest(0, seed=1, options=filtering))
+            decoder.join(prefix, SequenceRequest(0, seed=1, options=likeliest))
+        decoder.join(prefix, SequenceRequest(0, seed=1, options=filtering))
         decoder._program.hidden.copy_(torch.randn(12, CONFIG.dim))
         for filters in (False, True):
             decoder._look_around()  # back to the first position
@@ -259,29 +259,29 @@ def test_one_token_pictures(device: str) -> None:
 def test_what_does_not_fit_is_refused_and_changes_nothing(sampler: Sampler, prefix: Prefix) -> None:
     with _decoder(sampler, 2, num_captions=1) as decoder:
         with pytest.raises(InputError, match="prefix_index"):
-            decoder.join(prefix, RowRequest(3, seed=1))
-        first = decoder.join(prefix, RowRequest(0, seed=1))
+            decoder.join(prefix, SequenceRequest(3, seed=1))
+        first = decoder.join(prefix, SequenceRequest(0, seed=1))
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, RowRequest(0, seed=1, options=GUIDED))
+            decoder.join(prefix, SequenceRequest(0, seed=1, options=GUIDED))
         with pytest.raises(InputError, match="captions"):
-            decoder.join(prefix, RowRequest(1, seed=1))
+            decoder.join(prefix, SequenceRequest(1, seed=1))
         assert (decoder.num_joined, decoder.num_free) == (1, 1)
         with pytest.raises(InputError, match="warm_up"):
             decoder.warm_up()
-        decoder.join(prefix, RowRequest(0, seed=2))  # shares the place
+        decoder.join(prefix, SequenceRequest(0, seed=2))  # shares the place
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, RowRequest(0, seed=3))
+            decoder.join(prefix, SequenceRequest(0, seed=3))
         decoder.leave(first)
         decoder.clear()
         assert decoder.num_free == 2
-        decoder.join(prefix, RowRequest(2, seed=1))
+        decoder.join(prefix, SequenceRequest(2, seed=1))
     with evaluating(sampler.model):
         with pytest.raises(InputError, match="guidance_scale"):
-            GraphedDecoder(sampler.model, 2).join(prefix, RowRequest(0, seed=1, options=GUIDED))
+            GraphDecoder(sampler.model, 2).join(prefix, SequenceRequest(0, seed=1, options=GUIDED))
         with pytest.raises(InputError, match="slots"):
-            GraphedDecoder(sampler.model, 0)
+            GraphDecoder(sampler.model, 0)
         with pytest.raises(InputError, match="attention"):
-            GraphedDecoder(sampler.model, 1, attention="flash")
+            GraphDecoder(sampler.model, 1, attention="flash")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "auto"])
@@ -296,7 +296,7 @@ def test_other_attentions_draw_the_same(sampler: Sampler, prefix: Prefix, attent
 
 def test_graphs_need_cuda() -> None:
     with pytest.raises(InputError, match="graphs"):
-        GraphedDecoder(_model(), 1, graphs=True)
+        GraphDecoder(_model(), 1, graphs=True)
 
 
 def test_buckets_are_powers_of_two_and_all_slots(sampler: Sampler) -> None:
@@ -334,11 +334,11 @@ def _wide_sampler(dtype: torch.dtype, device: str = "cuda") -> Sampler:
     return Sampler(_model(WIDE).to(device, dtype), null_text_tokens=NULL.to(device))
 
 
-def _wide_rows(count: int) -> list[RowRequest]:
-    return [RowRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % 5]) for i in range(count)]
+def _wide_rows(count: int) -> list[SequenceRequest]:
+    return [SequenceRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % 5]) for i in range(count)]
 
 
-def _draw_all(decoder: GraphedDecoder, prefix: Prefix, rows: list[RowRequest]) -> Tensor:
+def _draw_all(decoder: GraphDecoder, prefix: Prefix, rows: list[SequenceRequest]) -> Tensor:
     slots = [decoder.join(prefix, row) for row in rows]
     for _ in range(WIDE.image_seq_len):
         decoder.step()
@@ -414,13 +414,13 @@ def test_on_a_gpu_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> 
     }.items():
         prefix, null_prefix = sampler.prefill(TEXT), sampler.null_prefix()
         with evaluating(sampler.model):
-            kind = GraphedDecoder if name == "ours" else SlotDecoder
+            kind = GraphDecoder if name == "ours" else SlotDecoder
             decoder = kind(sampler.model, 4, null_prefix=null_prefix)
             for row in rows:
                 decoder.join(prefix, row, given=given)
             for _ in range(WIDE.image_seq_len - 1):
                 decoder.step()
-            last = decoder._program.hidden if isinstance(decoder, GraphedDecoder) else decoder._hidden[:4]
+            last = decoder._program.hidden if isinstance(decoder, GraphDecoder) else decoder._hidden[:4]
             hidden[name] = last.float().cpu()
     error = (hidden["ours"] - hidden["exact"]).abs().max()
     assert error <= 2 * (hidden["plain"] - hidden["exact"]).abs().max()

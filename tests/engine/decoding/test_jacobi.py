@@ -15,7 +15,7 @@ from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.speculative.window_cache import WindowCache
 from engine.decoding.step_model import StepModel, plain_step_model
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 CPU = torch.device("cpu")
 # 49 tokens and 81: the cache has no room to spare behind the last position, and more than one split.
@@ -23,11 +23,11 @@ SIZES = (7, 9)
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
 MIXED = [
-    SamplingOptions(),
-    SamplingOptions(temperature=0.7, top_k=10),
-    SamplingOptions(guidance_scale=3.0),
-    SamplingOptions(temperature=0),
-    SamplingOptions(top_p=0.8, guidance_scale=0.5),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=10),
+    SamplingParams(guidance_scale=3.0),
+    SamplingParams(temperature=0),
+    SamplingParams(top_p=0.8, guidance_scale=0.5),
 ]
 NUMBERS = list(range(10))
 MODES = ["plain", pytest.param("packed", marks=pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="x86 only"))]
@@ -50,8 +50,8 @@ def _model(grid_size: int) -> KoDalle:
     return model.eval()
 
 
-def _row(number: int) -> RowRequest:
-    return RowRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % len(MIXED)])
+def _row(number: int) -> SequenceRequest:
+    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % len(MIXED)])
 
 
 def _given(number: int, N: int) -> Tensor | None:
@@ -140,7 +140,7 @@ def test_given_tokens_are_guessed_right_so_that_a_whole_picture_takes_few_passes
     given = torch.randint(0, 64, (81,), generator=torch.Generator().manual_seed(0))
     with evaluating(model):
         decoder = JacobiDecoder(model, 1, window=16)
-        slot = decoder.join(Sampler(model).prefill(TEXT), RowRequest(0, 7), given=given)
+        slot = decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, 7), given=given)
         counts = [1]
         while not decoder.step():
             counts.append(len(decoder.tokens(slot)))
@@ -154,7 +154,7 @@ def test_a_model_that_hardly_reads_the_picture_takes_few_passes() -> None:
     model = KoDalle(_model(9).config)
     with evaluating(model):
         decoder = JacobiDecoder(model, 1, window=16)
-        decoder.join(Sampler(model).prefill(TEXT), RowRequest(0, 7))
+        decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, 7))
         passes = 1
         while not decoder.step():
             passes += 1

@@ -12,7 +12,7 @@ from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
 
 CONFIG = TransformerConfig(
@@ -30,12 +30,12 @@ N = CONFIG.image_seq_len
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
 MIXED = [
-    SamplingOptions(),
-    SamplingOptions(temperature=0.7, top_k=10),
-    SamplingOptions(guidance_scale=3.0),
-    SamplingOptions(temperature=0),
-    SamplingOptions(top_p=0.8, guidance_scale=0.5),
-    SamplingOptions(top_k=20, top_p=0.9),
+    SamplingParams(),
+    SamplingParams(temperature=0.7, top_k=10),
+    SamplingParams(guidance_scale=3.0),
+    SamplingParams(temperature=0),
+    SamplingParams(top_p=0.8, guidance_scale=0.5),
+    SamplingParams(top_k=20, top_p=0.9),
 ]
 
 
@@ -51,8 +51,8 @@ def _model(config: TransformerConfig = CONFIG) -> KoDalle:
     return model
 
 
-def _mixed_rows(count: int) -> list[RowRequest]:
-    return [RowRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % len(MIXED)]) for i in range(count)]
+def _mixed_rows(count: int) -> list[SequenceRequest]:
+    return [SequenceRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % len(MIXED)]) for i in range(count)]
 
 
 def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float) -> Tensor:
@@ -64,7 +64,7 @@ def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float)
 
 
 @torch.no_grad()
-def _uncached_draw(model: KoDalle, row: RowRequest) -> Tensor:
+def _uncached_draw(model: KoDalle, row: SequenceRequest) -> Tensor:
     tokens = torch.zeros(N, dtype=torch.int64)
     option = row.options
     for position in range(N):
@@ -131,7 +131,7 @@ def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype
     prefix = Sampler(model).prefill(TEXT)
     logits = {}
     for count in (1, 3, 16, 21, 64, 90):
-        rows = [RowRequest(0, seed=1, candidate=i) for i in range(count)]
+        rows = [SequenceRequest(0, seed=1, candidate=i) for i in range(count)]
         given = torch.tensor([7, 8, 9] + [-1] * (N - 3))
         with evaluating(model):
             decoder = SlotDecoder(model, count)
@@ -153,12 +153,18 @@ def test_prefix_is_the_same_alone_and_with_others() -> None:
 
 def test_seeds_and_candidates() -> None:
     sampler = Sampler(_model())
-    rows = [RowRequest(0, 5, 0), RowRequest(0, 5, 0), RowRequest(0, 5, 1), RowRequest(0, 6, 0), RowRequest(1, 5, 0)]
+    rows = [
+        SequenceRequest(0, 5, 0),
+        SequenceRequest(0, 5, 0),
+        SequenceRequest(0, 5, 1),
+        SequenceRequest(0, 6, 0),
+        SequenceRequest(1, 5, 0),
+    ]
     drawn = sampler.draw(TEXT, rows)
     assert torch.equal(drawn[0], drawn[1])
     for other in (2, 3, 4):
         assert not torch.equal(drawn[0], drawn[other])
-    largest = RowRequest(0, 2**64 - 1, 2**32 - 1)
+    largest = SequenceRequest(0, 2**64 - 1, 2**32 - 1)
     assert torch.equal(sampler.draw(TEXT, [largest]), sampler.draw(TEXT, [largest]))
 
 
@@ -167,7 +173,7 @@ def test_first_tokens_follow_the_models_softmax() -> None:
     config = CONFIG.model_copy(update={"image_grid_size": 1, "image_vocab_size": 30})
     model = _model(config)
     sampler = Sampler(model)
-    drawn = sampler.draw(TEXT[:1], [RowRequest(0, 1, candidate) for candidate in range(4000)])[:, 0]
+    drawn = sampler.draw(TEXT[:1], [SequenceRequest(0, 1, candidate) for candidate in range(4000)])[:, 0]
     probabilities = model.eval().logits(TEXT[:1], torch.zeros(1, 1, dtype=torch.int64))[1][0, 0].softmax(0).detach()
     expected = probabilities.double() * 4000
     likely = expected >= 5
@@ -181,12 +187,12 @@ def test_first_tokens_follow_the_models_softmax() -> None:
 
 def test_guidance_1_is_none_and_0_is_the_null_caption() -> None:
     sampler = Sampler(_model(), null_text_tokens=NULL)
-    plain = sampler.draw(TEXT, [RowRequest(0, 3)])
-    one = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=1.0))])
+    plain = sampler.draw(TEXT, [SequenceRequest(0, 3)])
+    one = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=1.0))])
     assert torch.equal(plain, one)
-    zero = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=0.0))])
-    assert torch.equal(zero, sampler.draw(NULL[None], [RowRequest(0, 3)]))
-    three = sampler.draw(TEXT, [RowRequest(0, 3, options=SamplingOptions(guidance_scale=3.0))])
+    zero = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=0.0))])
+    assert torch.equal(zero, sampler.draw(NULL[None], [SequenceRequest(0, 3)]))
+    three = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=3.0))])
     assert not torch.equal(plain, three)
 
 
@@ -205,7 +211,9 @@ def test_given_first_tokens_are_kept_and_continued() -> None:
 def test_on_step_reports_and_cancels() -> None:
     sampler = Sampler(_model())
     seen: list[tuple[int, Tensor]] = []
-    drawn = sampler.draw(TEXT, [RowRequest(0, 1), RowRequest(2, 1)], on_step=lambda p, t: seen.append((p, t.clone())))
+    drawn = sampler.draw(
+        TEXT, [SequenceRequest(0, 1), SequenceRequest(2, 1)], on_step=lambda p, t: seen.append((p, t.clone()))
+    )
     assert [position for position, _ in seen] == list(range(N))
     assert torch.equal(torch.stack([tokens for _, tokens in seen], dim=1), drawn)
 
@@ -214,21 +222,21 @@ def test_on_step_reports_and_cancels() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sampler.draw(TEXT, [RowRequest(0, 1)], on_step=stop)
-    assert torch.equal(sampler.draw(TEXT, [RowRequest(0, 1)])[0], drawn[0])
+        sampler.draw(TEXT, [SequenceRequest(0, 1)], on_step=stop)
+    assert torch.equal(sampler.draw(TEXT, [SequenceRequest(0, 1)])[0], drawn[0])
 
 
 def test_models_mode_is_put_back_and_dropout_is_off() -> None:
     model = _model(CONFIG.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})).train()
-    drawn = Sampler(model).draw(TEXT, [RowRequest(0, 1)])
+    drawn = Sampler(model).draw(TEXT, [SequenceRequest(0, 1)])
     assert model.training
-    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [RowRequest(0, 1)]))
+    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [SequenceRequest(0, 1)]))
     assert not drawn.is_inference()
 
 
 def test_without_padding_the_tokens_are_drawn_too() -> None:
     rows = _mixed_rows(5)
-    drawn = Sampler(_model(), null_text_tokens=NULL, row_invariant=False).draw(TEXT, rows)
+    drawn = Sampler(_model(), null_text_tokens=NULL, batch_invariant=False).draw(TEXT, rows)
     assert torch.equal(drawn, Sampler(_model(), null_text_tokens=NULL).draw(TEXT, rows))
 
 
@@ -284,32 +292,32 @@ def test_cached_attention_equals_plain_attention_in_any_row_order(lengths: list[
 )
 def test_bad_options_are_named(field: str, value: float) -> None:
     with pytest.raises(InputError, match=field):
-        SamplingOptions(**{field: value})  # type: ignore[arg-type]
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
 
 
 def test_bad_requests_are_named() -> None:
     sampler = Sampler(_model())
     with pytest.raises(InputError, match="seed"):
-        RowRequest(0, -1)
+        SequenceRequest(0, -1)
     with pytest.raises(InputError, match="candidate"):
-        RowRequest(0, 1, 2**32)
+        SequenceRequest(0, 1, 2**32)
     with pytest.raises(InputError, match="null_text_tokens"):
-        sampler.draw(TEXT, [RowRequest(0, 1, options=SamplingOptions(guidance_scale=2.0))])
+        sampler.draw(TEXT, [SequenceRequest(0, 1, options=SamplingParams(guidance_scale=2.0))])
     with pytest.raises(InputError, match="text_tokens"):
         sampler.prefill(TEXT[:, :5])
     with pytest.raises(InputError, match="prefix_index"):
-        sampler.draw(TEXT, [RowRequest(3, 1)])
+        sampler.draw(TEXT, [SequenceRequest(3, 1)])
     with pytest.raises(InputError, match="at least one row"):
         sampler.draw(TEXT, [])
     for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
         with pytest.raises(InputError, match="given"):
-            sampler.draw(TEXT, [RowRequest(0, 1)], given=given)
+            sampler.draw(TEXT, [SequenceRequest(0, 1)], given=given)
 
 
 def test_rows_that_come_and_go_draw_what_draw_draws() -> None:
     sampler, rows = Sampler(_model(), null_text_tokens=NULL), _mixed_rows(6)
     expected = sampler.draw(TEXT, rows)
-    with sampler.lend_decoder(4) as decoder:  # two of the six rows are guided and want two slots: they take turns
+    with sampler.borrow_decoder(4) as decoder:  # two of the six rows are guided and want two slots: they take turns
         prefix, waiting = sampler.prefill(TEXT), list(enumerate(rows))
         joined: dict[int, int] = {}
         drawn: dict[int, Tensor] = {}

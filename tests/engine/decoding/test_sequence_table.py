@@ -2,17 +2,17 @@
 
 import torch
 
-from engine.decoding.cuda.sequence_table import RowTable
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.decoding.cuda.sequence_table import SequenceTable
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 COLUMNS = ("seeds", "candidates", "positions", "top_k", "partner", "source", "captions", "filters")
 
 
-def _table(num_slots: int = 5) -> RowTable:
-    return RowTable(num_slots, parked=9, device=torch.device("cpu"))
+def _table(num_slots: int = 5) -> SequenceTable:
+    return SequenceTable(num_slots, parked=9, device=torch.device("cpu"))
 
 
-def _row(table: RowTable, slot: int) -> dict[str, float]:
+def _row(table: SequenceTable, slot: int) -> dict[str, float]:
     names = (*COLUMNS, "temperature", "top_p", "guidance")
     return {name: getattr(table, name)[slot].item() for name in names}
 
@@ -32,9 +32,9 @@ def test_columns_are_what_kernels_take() -> None:
 def test_a_seated_row_arrives_with_the_upload() -> None:
     table = _table()
     parked = _row(table, 2)
-    options = SamplingOptions(temperature=0.75, top_k=12, top_p=0.5, guidance_scale=3.0)
+    options = SamplingParams(temperature=0.75, top_k=12, top_p=0.5, guidance_scale=3.0)
     table.seat(
-        2, RowRequest(0, seed=2**63 + 5, candidate=2**32 - 1, options=options), caption=4, partner=3, filters=True
+        2, SequenceRequest(0, seed=2**63 + 5, candidate=2**32 - 1, options=options), caption=4, partner=3, filters=True
     )
     table.seat_partner(3, drawn=2, caption=1)
     table.place(2, 6)
@@ -53,7 +53,7 @@ def test_a_seated_row_arrives_with_the_upload() -> None:
 
 def test_parked_slots_ask_for_nothing() -> None:
     table = _table()
-    table.seat(1, RowRequest(0, seed=3), caption=2, partner=None, filters=False)
+    table.seat(1, SequenceRequest(0, seed=3), caption=2, partner=None, filters=False)
     table.upload()
     table.park(1)
     table.upload()
@@ -67,6 +67,6 @@ def test_parked_slots_ask_for_nothing() -> None:
 def test_columns_keep_their_address() -> None:
     table = _table()
     addresses = [getattr(table, name).data_ptr() for name in COLUMNS]
-    table.seat(0, RowRequest(0, seed=3), caption=2, partner=None, filters=False)
+    table.seat(0, SequenceRequest(0, seed=3), caption=2, partner=None, filters=False)
     table.upload()
     assert [getattr(table, name).data_ptr() for name in COLUMNS] == addresses

@@ -13,7 +13,7 @@ from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 CONFIG = TransformerConfig(
     dim=64,
@@ -30,10 +30,10 @@ N = CONFIG.image_seq_len
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
 MIXED = [
-    SamplingOptions(),
-    SamplingOptions(guidance_scale=3.0),
-    SamplingOptions(temperature=0.7, top_k=10),
-    SamplingOptions(top_p=0.8, guidance_scale=0.5),
+    SamplingParams(),
+    SamplingParams(guidance_scale=3.0),
+    SamplingParams(temperature=0.7, top_k=10),
+    SamplingParams(top_p=0.8, guidance_scale=0.5),
 ]
 
 _ROWS = 14
@@ -52,8 +52,8 @@ def model() -> KoDalle:
     return model
 
 
-def _row(number: int) -> RowRequest:
-    return RowRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 4])
+def _row(number: int) -> SequenceRequest:
+    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 4])
 
 
 def _given(number: int) -> Tensor | None:
@@ -107,27 +107,27 @@ def test_tokens_so_far_can_be_read(model: KoDalle) -> None:
     prefix = sampler.prefill(TEXT)
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), 2)
-        slot = decoder.join(prefix, RowRequest(0, seed=1))
+        slot = decoder.join(prefix, SequenceRequest(0, seed=1))
         for count in range(5):
             assert len(decoder.tokens(slot)) == count
             decoder.step()
         so_far = decoder.leave(slot)
-    assert torch.equal(so_far, sampler.draw(TEXT, [RowRequest(0, seed=1)])[0, :5])
+    assert torch.equal(so_far, sampler.draw(TEXT, [SequenceRequest(0, seed=1)])[0, :5])
 
 
 def test_what_does_not_fit_is_refused(model: KoDalle) -> None:
     sampler = Sampler(model, null_text_tokens=NULL)
     prefix = sampler.prefill(TEXT)
-    guided = RowRequest(0, seed=1, options=SamplingOptions(guidance_scale=2.0))
+    guided = SequenceRequest(0, seed=1, options=SamplingParams(guidance_scale=2.0))
     with evaluating(model):
         decoder = SlotDecoder(model, 1, null_prefix=sampler.null_prefix())
         with pytest.raises(InputError, match="slots"):
             decoder.join(prefix, guided)
         assert decoder.step() == []
-        decoder.join(prefix, RowRequest(0, seed=1))
+        decoder.join(prefix, SequenceRequest(0, seed=1))
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, RowRequest(0, seed=2))
+            decoder.join(prefix, SequenceRequest(0, seed=2))
         with pytest.raises(InputError, match="guidance_scale"):
             SlotDecoder(model, 2).join(prefix, guided)
         with pytest.raises(InputError, match="prefix_index"):
-            SlotDecoder(model, 2).join(prefix, RowRequest(3, seed=1))
+            SlotDecoder(model, 2).join(prefix, SequenceRequest(3, seed=1))

@@ -98,7 +98,7 @@ def model(make_model: Callable[..., Path]) -> Path:
 def evaluated(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("out") / "evaluation.json"
     palette = lab_palette(COLOURS | {"골드": (200, 45, 50)})  # gold: as red as the squares, but no label says so
-    evaluate_to_file(model, pairs, out, drawings=12, candidates=5, seed=3, colour_attribute="색상", palette=palette)
+    evaluate_to_file(model, pairs, out, generations=12, candidates=5, seed=3, colour_attribute="색상", palette=palette)
     return json.loads(out.read_text(encoding="utf-8")), out
 
 
@@ -110,10 +110,10 @@ def test_the_report_says_what_was_measured(evaluated: tuple[dict[str, Any], Path
     }  # fmt: skip
     assert report["torch"] == torch.__version__
     assert report["reconstruction"]["pictures"] == report["kodalle"]["pairs"] == report["koclip"]["pairs"] == 16
-    drawings = report["drawings"]
-    assert (drawings["captions"], drawings["candidates"], drawings["seed"]) == (12, 5, 3)
-    assert {one["seed"] for one in drawings["top_ranked"]} == {3}
-    assert len({one["caption"] for one in drawings["top_ranked"]}) == 12
+    generations = report["drawings"]
+    assert (generations["captions"], generations["candidates"], generations["seed"]) == (12, 5, 3)
+    assert {one["seed"] for one in generations["top_ranked"]} == {3}
+    assert len({one["caption"] for one in generations["top_ranked"]}) == 12
     assert set(report["seconds"]) == {"loading", "reconstruction", "kodalle", "koclip", "drawings", "total"}
     lines = table(report).splitlines()
     assert "koclip" in lines
@@ -137,14 +137,14 @@ def test_losses_equal_those_of_one_batch(evaluated: tuple[dict[str, Any], Path],
 
 
 def test_scores_and_colours_have_their_bounds(evaluated: tuple[dict[str, Any], Path]) -> None:
-    drawings = evaluated[0]["drawings"]
-    assert drawings["koclip_score"]["top_ranked"] >= drawings["koclip_score"]["random"]
-    tops = [one["score"] for one in drawings["top_ranked"]]
-    assert drawings["koclip_score"]["top_ranked"] == pytest.approx(sum(tops) / 12)
-    colour = drawings["colour_agreement"]
+    generations = evaluated[0]["drawings"]
+    assert generations["koclip_score"]["top_ranked"] >= generations["koclip_score"]["random"]
+    tops = [one["score"] for one in generations["top_ranked"]]
+    assert generations["koclip_score"]["top_ranked"] == pytest.approx(sum(tops) / 12)
+    colour = generations["colour_agreement"]
     assert (colour["real"], colour["num_real"], colour["names"], colour["num_captions"]) == (1.0, 16, 4, 12)
     assert colour["commonest"] == 0.25
-    assert "50 are needed" in drawings["distances"]["left_out"]  # 16 held-out pictures
+    assert "50 are needed" in generations["distances"]["left_out"]  # 16 held-out pictures
 
 
 def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Path]) -> None:
@@ -156,7 +156,7 @@ def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Pat
 
 
 def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
-    first, again = (evaluate(model, pairs, drawings=2, candidates=2, batch_size=5) for _ in range(2))
+    first, again = (evaluate(model, pairs, generations=2, candidates=2, batch_size=5) for _ in range(2))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
@@ -164,7 +164,7 @@ def test_distances_stand_beside_those_of_training_pictures(model: Path, tmp_path
     many = write_pairs(tmp_path / "many", held_out=50)
     phases: list[tuple[str, int, int]] = []
     drawn = evaluate(
-        model, many, drawings=10, candidates=6, on_progress=lambda *told: phases.append(told)
+        model, many, generations=10, candidates=6, on_progress=lambda *told: phases.append(told)
     )["drawings"]  # fmt: skip
     assert drawn["distances"]["drawings"]["num_real"] == 50
     assert drawn["distances"]["drawings"]["num_other"] == 60
@@ -182,10 +182,10 @@ def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], p
     ranker = evaluate(make_model("koclip"), pairs)
     assert "koclip" in ranker
     assert not {"kodalle", "reconstruction", "drawings"} & set(ranker)
-    drawer = evaluate(make_model("vqgan", "transformer"), pairs, drawings=2, candidates=2)
-    assert drawer["drawings"]["top_ranked"][0]["score"] is None
-    assert not {"koclip_score", "distances", "colour_agreement"} & set(drawer["drawings"])
-    assert "drawings" not in evaluate(make_model("vqgan", "transformer"), pairs, drawings=0)
+    transformer = evaluate(make_model("vqgan", "transformer"), pairs, generations=2, candidates=2)
+    assert transformer["drawings"]["top_ranked"][0]["score"] is None
+    assert not {"koclip_score", "distances", "colour_agreement"} & set(transformer["drawings"])
+    assert "drawings" not in evaluate(make_model("vqgan", "transformer"), pairs, generations=0)
 
 
 def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_recall_averages_over_choices_of_a_hundred() -> None:
 def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "here" / "evaluation.json"
     done = CliRunner().invoke(
-        app, ["evaluate", str(model), str(pairs), "--out", str(out), "--drawings", "3", "--candidates", "2"]
+        app, ["evaluate", str(model), str(pairs), "--out", str(out), "--generations", "3", "--candidates", "2"]
     )
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text(encoding="utf-8"))
@@ -259,7 +259,7 @@ def test_a_judge_that_did_not_rank_names_kinds(model: Path, make_model: Callable
 
     def draw(**options: Any) -> dict[str, Any]:
         found = evaluate(
-            model, pairs, drawings=8, candidates=4, judge=other, colour_attribute="색상",
+            model, pairs, generations=8, candidates=4, judge=other, colour_attribute="색상",
             palette=lab_palette(COLOURS), **options,
         )  # fmt: skip
         return dict(found["drawings"])

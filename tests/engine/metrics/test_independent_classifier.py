@@ -1,4 +1,4 @@
-"""Kinds of garments: what captions may mean, and a judge that must know them apart."""
+"""GarmentClasses of garments: what captions may mean, and a judge that must know them apart."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import KoclipConfig
-from engine.data.kfashion.garment_classes import commonest_share, find_kinds
+from engine.data.kfashion.garment_classes import commonest_share, find_garment_classes
 from engine.data.pairs import Pair, Pairs
 from engine.data.tokenizer import train_tokenizer
 from engine.metrics.independent_classifier import IndependentClassifier
@@ -25,7 +25,7 @@ PAIRS = pairs_of(*(text.format(c) for text in (LONG, SHORT, SHIRT, SHIRT) for c 
 
 
 def test_a_kind_is_a_caption_without_colours_the_commonest_first() -> None:
-    kinds = find_kinds(PAIRS, "색상")
+    kinds = find_garment_classes(PAIRS, "색상")
     assert kinds is not None
     assert kinds.captions == [
         "상의에서 카테고리는 셔츠이다.",
@@ -49,14 +49,14 @@ def test_a_kind_is_a_caption_without_colours_the_commonest_first() -> None:
     ],
 )
 def test_what_a_caption_may_mean(caption: str, fitting: set[int]) -> None:
-    kinds = find_kinds(PAIRS, "색상")
+    kinds = find_garment_classes(PAIRS, "색상")
     assert kinds is not None
     assert kinds.fitting(caption) == fitting
 
 
 def test_no_kinds_to_tell_apart() -> None:
-    assert find_kinds(pairs_of("a red dress", "a blue shirt"), "색상") is None
-    assert find_kinds(pairs_of(SHIRT.format("레드"), SHIRT.format("블루")), "색상") is None
+    assert find_garment_classes(pairs_of("a red dress", "a blue shirt"), "색상") is None
+    assert find_garment_classes(pairs_of(SHIRT.format("레드"), SHIRT.format("블루")), "색상") is None
 
 
 def test_the_share_of_naming_all_alike() -> None:
@@ -65,7 +65,7 @@ def test_the_share_of_naming_all_alike() -> None:
 
 
 def test_the_judge_names_the_kind_whose_caption_it_likes_best() -> None:
-    kinds = find_kinds(PAIRS, "색상")
+    kinds = find_garment_classes(PAIRS, "색상")
     assert kinds is not None
     config = KoclipConfig(
         image_size=32, image_width=0.1, image_depth=0.1, image_hidden_dim=128, text_vocab_size=64, text_seq_len=16,

@@ -97,7 +97,7 @@ def test_no_pickles_and_no_code_inside(kodalle_run: Path) -> None:
 
 
 def test_others_may_read_it(model: Path) -> None:
-    """A cluster's drawers often run as another user than the training did."""
+    """A cluster's transformers often run as another user than the training did."""
     assert {path.name: path.stat().st_mode & 0o777 for path in model.iterdir()} == dict.fromkeys(
         ("config.json", FILE, "model_card.md"), 0o644
     )

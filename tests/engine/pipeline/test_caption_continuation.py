@@ -9,7 +9,7 @@ from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import allowed_tokens, continue_caption, continue_tokens
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
 
 CAPTIONS = [
@@ -29,8 +29,8 @@ CONFIG = TransformerConfig(
     image_grid_size=2,
 )
 BEGINNING = "상의에서 색상은"
-GREEDY = SamplingOptions(temperature=0)
-MIXED = [SamplingOptions(), SamplingOptions(temperature=0.7, top_k=12), GREEDY, SamplingOptions(top_k=30, top_p=0.8)]
+GREEDY = SamplingParams(temperature=0)
+MIXED = [SamplingParams(), SamplingParams(temperature=0.7, top_k=12), GREEDY, SamplingParams(top_k=30, top_p=0.8)]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,14 @@ def _model(**sizes: int) -> KoDalle:
     return model
 
 
-def _rows(count: int) -> list[RowRequest]:
-    return [RowRequest(0, seed=9 + i // 8, candidate=i % 8, options=MIXED[i % len(MIXED)]) for i in range(count)]
+def _rows(count: int) -> list[SequenceRequest]:
+    return [SequenceRequest(0, seed=9 + i // 8, candidate=i % 8, options=MIXED[i % len(MIXED)]) for i in range(count)]
 
 
 @torch.no_grad()
-def _uncached(model: KoDalle, first: list[int], row: RowRequest, allowed: Tensor, end_ids: frozenset[int]) -> list[int]:
+def _uncached(
+    model: KoDalle, first: list[int], row: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
+) -> list[int]:
     """Whole forward passes over the caption so far, [PAD] after it."""
     length, drawn, option = model.config.text_seq_len, [], row.options
     while len(first) + len(drawn) < length and not end_ids & set(drawn):
@@ -98,7 +100,7 @@ def test_a_row_alone_equals_the_row_in_company(dtype: torch.dtype, tokenizer: Ca
     model = _model(dim=1024, num_layers=1, num_heads=8, head_dim=64).to(dtype)
     first, rows, seen = tokenizer.encode_beginning(BEGINNING), _rows(21), []
 
-    def run(some: list[RowRequest]) -> tuple[list[list[int]], list[Tensor]]:
+    def run(some: list[SequenceRequest]) -> tuple[list[list[int]], list[Tensor]]:
         seen.clear()
         handle = model.head.norm.register_forward_hook(lambda *call: seen.append(call[2].clone()))
         tokens = continue_tokens(
@@ -214,7 +216,7 @@ def test_bad_requests(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
     with pytest.raises(InputError, match=r"caption: .*tokens and the model's text 14: shorten it"):
         continue_caption(model, tokenizer, BEGINNING * 5)
     with pytest.raises(InputError, match=r"guidance_scale: 2.0: guides pictures, not captions"):
-        continue_caption(model, tokenizer, BEGINNING, options=SamplingOptions(guidance_scale=2.0))
+        continue_caption(model, tokenizer, BEGINNING, options=SamplingParams(guidance_scale=2.0))
     with pytest.raises(InputError, match="count: 0"):
         continue_caption(model, tokenizer, BEGINNING, count=0)
     with pytest.raises(InputError, match="seed: -1"):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from engine.data.crops import crop_and_resize
 from engine.errors import InputError
-from engine.pipeline.init_image import GivenImage, _shrunk
+from engine.pipeline.init_image import InitImage, _shrunk
 
 S, GRID = 32, 8  # cells of 4 x 4 pixels
 
@@ -25,9 +25,9 @@ def _mask(width: int, height: int, *marked: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def _cells(given: GivenImage) -> set[tuple[int, int]]:
-    """(row, column) of the redrawn tokens."""
-    tokens = given.redrawn_tokens(S, GRID)
+def _cells(given: InitImage) -> set[tuple[int, int]]:
+    """(row, column) of the regenerated tokens."""
+    tokens = given.regenerated_tokens(S, GRID)
     assert tokens.shape == (GRID * GRID,)
     return {(int(place) // GRID, int(place) % GRID) for place in tokens.nonzero()[0]}
 
@@ -37,7 +37,7 @@ def test_middle_square_resized_as_training_pictures_are(width: int, height: int)
     photo, side = _photo(width, height), min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     square = photo.crop((left, top, left + side, top + side))
-    pixels = GivenImage(photo).pixels(S)
+    pixels = InitImage(photo).pixels(S)
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, np.asarray(crop_and_resize(square, None, S)))
 
@@ -47,40 +47,40 @@ def test_any_mode_and_upright() -> None:
     clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     deep = Image.fromarray(np.full((40, 40), 51 * 257, np.uint16))
     for image, level in ((grey, 51), (clear, 255), (deep, 51), (grey.convert("P"), 51), (grey.convert("1"), None)):
-        pixels = GivenImage(image).pixels(S)
+        pixels = InitImage(image).pixels(S)
         assert pixels.shape == (S, S, 3)
         assert level is None or (pixels == level).all()
     sideways = _photo(40, 40)
     turned = sideways.copy()
     turned.getexif()[0x0112] = 6  # to be turned by a quarter for display
-    expected = GivenImage(sideways.transpose(Image.Transpose.ROTATE_270)).pixels(S)
-    assert np.array_equal(GivenImage(turned).pixels(S), expected)
+    expected = InitImage(sideways.transpose(Image.Transpose.ROTATE_270)).pixels(S)
+    assert np.array_equal(InitImage(turned).pixels(S), expected)
 
 
 def test_first_rows_are_kept() -> None:
     for rows in range(1, GRID):
-        given = GivenImage(_photo(50, 40), keep_rows=rows)
+        given = InitImage(_photo(50, 40), keep_rows=rows)
         assert _cells(given) == {(row, column) for row in range(rows, GRID) for column in range(GRID)}
-        redrawn = given.redrawn_pixels(S, GRID)
-        assert not redrawn[: 4 * rows].any()
-        assert redrawn[4 * rows :].all()
+        regenerated = given.regenerated_pixels(S, GRID)
+        assert not regenerated[: 4 * rows].any()
+        assert regenerated[4 * rows :].all()
 
 
 @pytest.mark.parametrize(("grid", "rows"), [(32, 14), (16, 7), (6, 2), (2, 1)])
 def test_default_rows_are_dalles(grid: int, rows: int) -> None:
-    assert (~GivenImage(_photo(32, 32)).redrawn_tokens(2 * grid, grid)).sum() == rows * grid
+    assert (~InitImage(_photo(32, 32)).regenerated_tokens(2 * grid, grid)).sum() == rows * grid
 
 
 def test_a_cell_is_redrawn_when_one_pixel_of_it_is_marked() -> None:
-    assert _cells(GivenImage(_photo(S, S), mask_image=_mask(S, S, (0, 0)))) == {(0, 0)}
-    assert _cells(GivenImage(_photo(S, S), mask_image=_mask(S, S, (3, 4)))) == {(1, 0)}
-    assert _cells(GivenImage(_photo(S, S), mask_image=_mask(S, S, (4, 3), (31, 31)))) == {(0, 1), (7, 7)}
+    assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (0, 0)))) == {(0, 0)}
+    assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (3, 4)))) == {(1, 0)}
+    assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (4, 3), (31, 31)))) == {(0, 1), (7, 7)}
     # One pixel of a large mask, of which an image filter would leave nothing: 800 x 800 in the middle of 1000 x 800.
-    large = GivenImage(_photo(1000, 800), mask_image=_mask(1000, 800, (100 + 399, 799)))
+    large = InitImage(_photo(1000, 800), mask_image=_mask(1000, 800, (100 + 399, 799)))
     assert _cells(large) == {(7, 3)}
-    assert large.redrawn_pixels(S, GRID).sum() == 1
+    assert large.regenerated_pixels(S, GRID).sum() == 1
     # One pixel of a small mask covers several of the picture: 16 x 16 to 32 x 32.
-    assert GivenImage(_photo(16, 16), mask_image=_mask(16, 16, (5, 0))).redrawn_pixels(S, GRID).sum() == 4
+    assert InitImage(_photo(16, 16), mask_image=_mask(16, 16, (5, 0))).regenerated_pixels(S, GRID).sum() == 4
 
 
 def test_grey_counts_as_white_from_the_middle_on() -> None:
@@ -88,7 +88,7 @@ def test_grey_counts_as_white_from_the_middle_on() -> None:
     mask.putpixel((0, 0), 127)
     mask.putpixel((9, 0), 128)
     for one in (mask, mask.convert("RGB"), mask.convert("RGBA")):
-        assert _cells(GivenImage(_photo(S, S), mask_image=one)) == {(0, 2)}
+        assert _cells(InitImage(_photo(S, S), mask_image=one)) == {(0, 2)}
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 8), (33, 8), (100, 32), (7, 32), (32, 32), (1, 5)])
@@ -115,21 +115,21 @@ def test_bad_masks() -> None:
         (clear, "mask_image: has transparent pixels"),
     ):
         with pytest.raises(InputError, match=said):
-            GivenImage(photo, mask_image=mask)
+            InitImage(photo, mask_image=mask)
     with pytest.raises(InputError, match="keep_rows: 3: goes with no mask"):
-        GivenImage(photo, keep_rows=3, mask_image=_mask(60, 40, (20, 20)))
+        InitImage(photo, keep_rows=3, mask_image=_mask(60, 40, (20, 20)))
     every_cell = _mask(S, S, *((x, y) for x in range(0, S, 4) for y in range(0, S, 4)))
     with pytest.raises(InputError, match="touches each of the 8 x 8 cells"):
-        GivenImage(_photo(S, S), mask_image=every_cell).redrawn_tokens(S, GRID)
+        InitImage(_photo(S, S), mask_image=every_cell).regenerated_tokens(S, GRID)
 
 
 @pytest.mark.parametrize("rows", [-1, 0])
 def test_too_few_rows(rows: int) -> None:
     with pytest.raises(InputError, match=f"keep_rows: {rows}: must be 1 or more"):
-        GivenImage(_photo(S, S), keep_rows=rows)
+        InitImage(_photo(S, S), keep_rows=rows)
 
 
 def test_too_many_rows_for_the_model() -> None:
-    given = GivenImage(_photo(S, S), keep_rows=GRID)
+    given = InitImage(_photo(S, S), keep_rows=GRID)
     with pytest.raises(InputError, match="keep_rows: 8: this model's pictures have 8 rows of tokens: keep 1 to 7"):
-        given.redrawn_tokens(S, GRID)
+        given.regenerated_tokens(S, GRID)

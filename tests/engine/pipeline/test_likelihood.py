@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.models.transformer import KoDalle
-from engine.pipeline.likelihood import fit_scores
+from engine.pipeline.likelihood import log_likelihoods
 
 CONFIG = TransformerConfig(
     dim=32,
@@ -44,20 +44,20 @@ def test_is_the_sum_over_what_is_kept_after_the_hole(model: KoDalle, tokens: Ten
             )
             for row in range(6)
         ]  # fmt: skip
-    scores = fit_scores(model, TEXT, tokens, REDRAWN)
+    scores = log_likelihoods(model, TEXT, tokens, REDRAWN)
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     assert len(set(scores.tolist())) == 6
 
 
 def test_a_row_scores_the_same_in_any_company(model: KoDalle, tokens: Tensor) -> None:
-    whole = fit_scores(model, TEXT, tokens, REDRAWN)
-    assert torch.equal(fit_scores(model, TEXT[1:], tokens[4:5], REDRAWN), whole[4:5])
+    whole = log_likelihoods(model, TEXT, tokens, REDRAWN)
+    assert torch.equal(log_likelihoods(model, TEXT[1:], tokens[4:5], REDRAWN), whole[4:5])
 
 
 def test_nothing_after_the_hole_is_zero_and_the_mode_stays(model: KoDalle, tokens: Tensor) -> None:
     model.train()
     last_row = torch.arange(9) >= 6
-    assert fit_scores(model, TEXT, tokens, last_row).tolist() == [0] * 6
+    assert log_likelihoods(model, TEXT, tokens, last_row).tolist() == [0] * 6
     assert model.training
     model.eval()

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.commands.generate import draw_to_folder
+from engine.commands.generate import generate_to_folder
 from engine.decoding.sampler import Sampler
 from engine.device import pick_device
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
-from engine.pipeline.generation import Candidate, Drawing
+from engine.pipeline.generation import Candidate, Generation
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.init_image import GivenImage
-from engine.pipeline.likelihood import fit_scores
+from engine.pipeline.init_image import InitImage
+from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import RowRequest, SamplingOptions
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 LONG = "빨강 바탕에 파랑 네모 " * 6
@@ -32,12 +32,12 @@ def pipeline(kodalle_run: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def sixteen(pipeline: Pipeline) -> Drawing:
+def sixteen(pipeline: Pipeline) -> Generation:
     return pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
 
 
-def _by_number(drawing: Drawing) -> list[Candidate]:
-    return sorted(drawing.candidates, key=lambda one: one.candidate)
+def _by_number(generation: Generation) -> list[Candidate]:
+    return sorted(generation.candidates, key=lambda one: one.candidate)
 
 
 def _same(one: Candidate, other: Candidate) -> None:
@@ -46,7 +46,7 @@ def _same(one: Candidate, other: Candidate) -> None:
     assert one.score == pytest.approx(other.score, abs=1e-6)
 
 
-def test_what_comes_out(pipeline: Pipeline, sixteen: Drawing) -> None:
+def test_what_comes_out(pipeline: Pipeline, sixteen: Generation) -> None:
     assert sixteen.caption == CAPTIONS[0]
     assert sixteen.tokens_cut == 0
     assert [one.rank for one in sixteen.candidates] == list(range(1, 17))
@@ -60,7 +60,7 @@ def test_what_comes_out(pipeline: Pipeline, sixteen: Drawing) -> None:
     assert sixteen.timings_s.keys() == {"prefill", "decode", "vqgan", "ranking"}
 
 
-def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen: Drawing) -> None:
+def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen: Generation) -> None:
     again = pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
     for one, other in zip(sixteen.candidates, again.candidates, strict=True):
         _same(one, other)
@@ -69,35 +69,35 @@ def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 5])
-def test_candidate_is_the_same_however_many_are_asked(pipeline: Pipeline, sixteen: Drawing, candidates: int) -> None:
+def test_candidate_is_the_same_however_many_are_asked(pipeline: Pipeline, sixteen: Generation, candidates: int) -> None:
     few = pipeline(CAPTIONS[:1], candidates=candidates, seed=5)[0]
     for one, other in zip(_by_number(few), _by_number(sixteen), strict=False):
         _same(one, other)
 
 
 def test_captions_together_equal_captions_apart(pipeline: Pipeline) -> None:
-    options = SamplingOptions(temperature=0.9, top_k=20, guidance_scale=2.0)
+    options = SamplingParams(temperature=0.9, top_k=20, guidance_scale=2.0)
     together = pipeline(CAPTIONS, candidates=3, seed=1, options=options)
-    for caption, drawing in zip(CAPTIONS, together, strict=True):
+    for caption, generation in zip(CAPTIONS, together, strict=True):
         alone = pipeline([caption], candidates=3, seed=1, options=options)[0]
-        assert (drawing.caption, drawing.tokens_cut) == (alone.caption, alone.tokens_cut)
-        for one, other in zip(_by_number(drawing), _by_number(alone), strict=True):
+        assert (generation.caption, generation.tokens_cut) == (alone.caption, alone.tokens_cut)
+        for one, other in zip(_by_number(generation), _by_number(alone), strict=True):
             _same(one, other)
 
 
-def test_global_generator_is_neither_read_nor_moved(pipeline: Pipeline, sixteen: Drawing) -> None:
+def test_global_generator_is_neither_read_nor_moved(pipeline: Pipeline, sixteen: Generation) -> None:
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    drawing = pipeline(CAPTIONS[:1], candidates=2, seed=5)[0]
+    generation = pipeline(CAPTIONS[:1], candidates=2, seed=5)[0]
     assert torch.equal(torch.get_rng_state(), state)
-    _same(_by_number(drawing)[1], _by_number(sixteen)[1])
+    _same(_by_number(generation)[1], _by_number(sixteen)[1])
 
 
-def test_saved_and_loaded_draws_the_same(pipeline: Pipeline, sixteen: Drawing, tmp_path: Path) -> None:
+def test_saved_and_loaded_draws_the_same(pipeline: Pipeline, sixteen: Generation, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "copy")
     loaded = Pipeline.from_pretrained(str(tmp_path / "copy"))
-    drawing = loaded(CAPTIONS[:1], candidates=16, seed=5)[0]
-    for one, other in zip(drawing.candidates, sixteen.candidates, strict=True):
+    generation = loaded(CAPTIONS[:1], candidates=16, seed=5)[0]
+    for one, other in zip(generation.candidates, sixteen.candidates, strict=True):
         _same(one, other)
     loaded.save_pretrained(tmp_path / "copy")  # over itself, the card kept
     assert "# KoDALLE" in (tmp_path / "copy" / "model_card.md").read_text(encoding="utf-8")
@@ -109,11 +109,11 @@ def test_saved_and_loaded_draws_the_same(pipeline: Pipeline, sixteen: Drawing, t
 
 def test_runs_in_bf16(kodalle_run: Path) -> None:
     low = Pipeline.from_pretrained(kodalle_run / "model", dtype=torch.bfloat16)
-    drawing = low(CAPTIONS, candidates=2)[1]
-    assert all(one.score is not None and np.isfinite(one.score) for one in drawing.candidates)
+    generation = low(CAPTIONS, candidates=2)[1]
+    assert all(one.score is not None and np.isfinite(one.score) for one in generation.candidates)
 
 
-def test_ranking_is_koclips(pipeline: Pipeline, sixteen: Drawing) -> None:
+def test_ranking_is_koclips(pipeline: Pipeline, sixteen: Generation) -> None:
     assert pipeline.koclip is not None
     tokens = pipeline.tokenizer.encode(CAPTIONS[:1], pipeline.koclip.config.text_seq_len).tokens
     ordered = _by_number(sixteen)
@@ -122,7 +122,7 @@ def test_ranking_is_koclips(pipeline: Pipeline, sixteen: Drawing) -> None:
     assert torch.allclose(torch.tensor([one.score for one in ordered]), expected, atol=1e-5)
 
 
-def test_without_a_ranker_the_order_is_the_order_drawn(kodalle_run: Path, sixteen: Drawing, tmp_path: Path) -> None:
+def test_without_a_ranker_the_order_is_the_order_drawn(kodalle_run: Path, sixteen: Generation, tmp_path: Path) -> None:
     source = kodalle_run / "model"
     whole = Pipeline.from_pretrained(source)
     write_model_folder(
@@ -131,16 +131,18 @@ def test_without_a_ranker_the_order_is_the_order_drawn(kodalle_run: Path, sixtee
         card="",
         tokenizer=whole.tokenizer,
     )
-    drawing = Pipeline.from_pretrained(tmp_path / "m")(CAPTIONS[:1], candidates=4, seed=5)[0]
-    assert [(one.candidate, one.rank, one.score) for one in drawing.candidates] == [(n, n + 1, None) for n in range(4)]
-    for one, other in zip(drawing.candidates, _by_number(sixteen), strict=False):
+    generation = Pipeline.from_pretrained(tmp_path / "m")(CAPTIONS[:1], candidates=4, seed=5)[0]
+    assert [(one.candidate, one.rank, one.score) for one in generation.candidates] == [
+        (n, n + 1, None) for n in range(4)
+    ]
+    for one, other in zip(generation.candidates, _by_number(sixteen), strict=False):
         assert one.image_tokens == other.image_tokens
 
 
 def test_caption_too_long(pipeline: Pipeline) -> None:
     whole = int((pipeline.tokenizer.encode([LONG], 200).tokens != 1).sum())
-    drawing = pipeline([LONG, CAPTIONS[0]], candidates=1)
-    assert [one.tokens_cut for one in drawing] == [whole - 12, 0]
+    generation = pipeline([LONG, CAPTIONS[0]], candidates=1)
+    assert [one.tokens_cut for one in generation] == [whole - 12, 0]
     with pytest.raises(InputError, match=rf"is {whole} tokens, {whole - 12} more than the model's 12"):
         pipeline([LONG], candidates=1, strict=True)
 
@@ -218,25 +220,25 @@ def _encoded(pipeline: Pipeline, photo: Image.Image) -> torch.Tensor:
     return pipeline.vqgan.encode(torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255)[0]
 
 
-@pytest.mark.parametrize("given", [GivenImage(_photo(), keep_rows=3), GivenImage(_photo(), mask_image=_hole())])
-def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: GivenImage) -> None:
-    drawing = pipeline(CAPTIONS[:1], candidates=5, seed=5, given=given)[0]
-    redrawn = torch.from_numpy(given.redrawn_tokens(32, 8))
-    assert redrawn.sum() == (40 if given.mask_image is None else 12)
-    tokens = _encoded(pipeline, given.image).masked_fill(redrawn, -1)
-    assert drawing.given_tokens == tuple(tokens.tolist())
-    drawn = torch.tensor([one.image_tokens for one in _by_number(drawing)])
-    assert torch.equal(drawn[:, ~redrawn], tokens[~redrawn].expand(5, -1))
-    assert len({tuple(row) for row in drawn[:, redrawn].tolist()}) == 5
+@pytest.mark.parametrize("given", [InitImage(_photo(), keep_rows=3), InitImage(_photo(), mask_image=_hole())])
+def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: InitImage) -> None:
+    generation = pipeline(CAPTIONS[:1], candidates=5, seed=5, given=given)[0]
+    regenerated = torch.from_numpy(given.regenerated_tokens(32, 8))
+    assert regenerated.sum() == (40 if given.mask_image is None else 12)
+    tokens = _encoded(pipeline, given.image).masked_fill(regenerated, -1)
+    assert generation.init_tokens == tuple(tokens.tolist())
+    drawn = torch.tensor([one.image_tokens for one in _by_number(generation)])
+    assert torch.equal(drawn[:, ~regenerated], tokens[~regenerated].expand(5, -1))
+    assert len({tuple(row) for row in drawn[:, regenerated].tolist()}) == 5
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
-    rows = [RowRequest(0, seed=5, candidate=number) for number in range(5)]
+    rows = [SequenceRequest(0, seed=5, candidate=number) for number in range(5)]
     assert torch.equal(Sampler(pipeline.transformer).draw(text, rows, given=tokens.expand(5, -1)), drawn)
 
 
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     photo, marked = np.asarray(_photo()), np.asarray(_hole()) > 0
-    pasted = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole()))[0]
-    plain = pipeline(CAPTIONS[:1], candidates=3, given=GivenImage(_photo(), mask_image=_hole(), paste=False))[0]
+    pasted = pipeline(CAPTIONS[:1], candidates=3, given=InitImage(_photo(), mask_image=_hole()))[0]
+    plain = pipeline(CAPTIONS[:1], candidates=3, given=InitImage(_photo(), mask_image=_hole(), paste=False))[0]
     for one, other in zip(_by_number(pasted), _by_number(plain), strict=True):
         assert one.image_tokens == other.image_tokens
         picture, decoded = np.asarray(one.image), np.asarray(other.image)
@@ -251,47 +253,47 @@ def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     scores = pipeline.rank_scores(CAPTIONS[:1], images[None])
     assert scores is not None
     assert scores[0].tolist() == pytest.approx([one.score for one in pasted.top(3)], abs=2e-3)  # 8 bits a pixel
-    rows = pipeline(CAPTIONS[:1], candidates=1, given=GivenImage(_photo(), keep_rows=3))[0].candidates[0]
+    rows = pipeline(CAPTIONS[:1], candidates=1, given=InitImage(_photo(), keep_rows=3))[0].candidates[0]
     assert np.array_equal(np.asarray(rows.image)[:12], photo[:12])
 
 
 def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
-    given = GivenImage(_photo(), mask_image=_hole())
-    options = SamplingOptions(temperature=0.9, guidance_scale=2.0)
+    given = InitImage(_photo(), mask_image=_hole())
+    options = SamplingParams(temperature=0.9, guidance_scale=2.0)
     many = pipeline(CAPTIONS, candidates=3, seed=3, options=options, given=given, rank_by="fit")
-    for caption, drawing in zip(CAPTIONS, many, strict=True):
+    for caption, generation in zip(CAPTIONS, many, strict=True):
         few = pipeline([caption], candidates=1, seed=3, options=options, given=given, rank_by="fit")[0]
-        for one, other in zip(_by_number(few), _by_number(drawing), strict=False):
+        for one, other in zip(_by_number(few), _by_number(generation), strict=False):
             _same(one, other)
             assert one.fit == other.fit
 
 
 def test_ranked_by_fit(pipeline: Pipeline) -> None:
-    given = GivenImage(_photo(), mask_image=_hole())
-    drawing = pipeline(CAPTIONS[:1], candidates=8, given=given, rank_by="fit")[0]
-    fits = [one.fit for one in drawing.candidates]
+    given = InitImage(_photo(), mask_image=_hole())
+    generation = pipeline(CAPTIONS[:1], candidates=8, given=given, rank_by="fit")[0]
+    fits = [one.fit for one in generation.candidates]
     assert fits == sorted(fits, reverse=True)  # type: ignore[type-var]
     assert len(set(fits)) > 1
-    tokens = torch.tensor([one.image_tokens for one in drawing.candidates])
+    tokens = torch.tensor([one.image_tokens for one in generation.candidates])
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
-    redrawn = torch.tensor(drawing.given_tokens) < 0
-    assert fits == fit_scores(pipeline.transformer, text, tokens, redrawn).tolist()
+    regenerated = torch.tensor(generation.init_tokens) < 0
+    assert fits == log_likelihoods(pipeline.transformer, text, tokens, regenerated).tolist()
     by_koclip = pipeline(CAPTIONS[:1], candidates=8, given=given)[0]
     assert {one.fit for one in by_koclip.candidates} == {None}
-    for one, other in zip(_by_number(by_koclip), _by_number(drawing), strict=True):
+    for one, other in zip(_by_number(by_koclip), _by_number(generation), strict=True):
         _same(one, other)
 
 
 @pytest.mark.parametrize(
     ("given", "rank_by", "said"),
     [
-        (GivenImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's pictures have 8 rows"),
+        (InitImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's pictures have 8 rows"),
         (None, "fit", "rank_by: fit: needs a mask"),
-        (GivenImage(_photo(), keep_rows=4), "fit", "rank_by: fit: needs a mask"),
+        (InitImage(_photo(), keep_rows=4), "fit", "rank_by: fit: needs a mask"),
         (None, "beauty", "rank_by: beauty: write one of koclip, fit"),
     ],
 )
-def test_bad_given_pictures(pipeline: Pipeline, given: GivenImage | None, rank_by: str, said: str) -> None:
+def test_bad_given_pictures(pipeline: Pipeline, given: InitImage | None, rank_by: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         pipeline(CAPTIONS[:1], candidates=1, given=given, rank_by=rank_by)  # type: ignore[arg-type]
 
@@ -307,18 +309,18 @@ def test_captions_are_continued(pipeline: Pipeline) -> None:
 
 
 def test_a_model_says_how_it_is_drawn_with(
-    kodalle_run: Path, pipeline: Pipeline, sixteen: Drawing, tmp_path: Path
+    kodalle_run: Path, pipeline: Pipeline, sixteen: Generation, tmp_path: Path
 ) -> None:
     """Where nothing is asked for its own options count, one by one; they go along when it is saved."""
     model = tmp_path / "model"
     shutil.copytree(kodalle_run / "model", model)
     (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 9}')
-    own = SamplingOptions(temperature=0.5, top_k=9)
+    own = SamplingParams(temperature=0.5, top_k=9)
     expected = [one.image_tokens for one in _by_number(pipeline(CAPTIONS[:1], candidates=5, seed=5, options=own)[0])]
     assert expected != [one.image_tokens for one in _by_number(sixteen)[:5]]
     Pipeline.from_pretrained(model).save_pretrained(tmp_path / "saved")
     again = Pipeline.from_pretrained(tmp_path / "saved")
-    assert again.default_options == own
+    assert again.default_sampling_params == own
     drawn = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
     assert drawn == expected
     by_command = _draw(model, tmp_path / "out", options={"temperature": None, "top_k": None})
@@ -330,9 +332,9 @@ def test_a_model_says_how_it_is_drawn_with(
     assert [one.image_tokens for one in _by_number(warmer)] != expected
 
 
-def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) -> Drawing:
+def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) -> Generation:
     settings = {"candidates": 5, "top": 2, "seed": 5, "options": {}, "strict": False, "device": "cpu"}
-    return draw_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
+    return generate_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
 
 
 def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_run: Path, tmp_path: Path) -> None:
@@ -354,10 +356,10 @@ def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_r
 
 
 def test_draw_writes_pictures_sheet_and_result(
-    kodalle_run: Path, sixteen: Drawing, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kodalle_run: Path, sixteen: Generation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "그림" / "one"
-    drawing = _draw(kodalle_run / "model", out)
+    generation = _draw(kodalle_run / "model", out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     files = [one["file"] for one in result["candidates"] if one["file"]]
     assert {path.name for path in out.iterdir()} == {*files, "sheet.png", "result.json"}
@@ -366,7 +368,7 @@ def test_draw_writes_pictures_sheet_and_result(
     assert [one["rank"] for one in result["candidates"]] == [1, 2, 3, 4, 5]
     assert result["timings_s"].keys() == {"loading", "prefill", "decode", "vqgan", "ranking", "encoding"}
     assert result["options"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
-    for one, file in zip(drawing.top(2), files, strict=True):
+    for one, file in zip(generation.top(2), files, strict=True):
         with Image.open(out / file) as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(_by_number(sixteen)[one.candidate].image))
             text = picture.text  # type: ignore[attr-defined]
@@ -388,8 +390,8 @@ def test_draw_again_over_the_same_folder(kodalle_run: Path, tmp_path: Path, monk
 
 
 def test_draw_says_what_was_cut(kodalle_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawing = _draw(kodalle_run / "model", tmp_path, LONG)
-    assert f"note: the caption is {drawing.tokens_cut} tokens too long" in capsys.readouterr().out
+    generation = _draw(kodalle_run / "model", tmp_path, LONG)
+    assert f"note: the caption is {generation.tokens_cut} tokens too long" in capsys.readouterr().out
     with pytest.raises(InputError, match="more than the model's 12"):
         _draw(kodalle_run / "model", tmp_path / "strict", LONG, strict=True)
     assert not (tmp_path / "strict").exists()

@@ -41,8 +41,8 @@ def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
 
 
 def test_the_demos_model_draws_what_the_captions_say() -> None:
-    drawings = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
-    best = [read(drawing.candidates[0].image) for drawing in drawings]
+    generations = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
+    best = [read(generation.candidates[0].image) for generation in generations]
     assert [(one.colour, one.category) for one in best] == [tuple(wanted) for _, *wanted in CAPTIONS]
 
 
@@ -55,9 +55,10 @@ def test_the_other_one_draws_clothes_of_the_colours_that_the_captions_say() -> N
         f"상의에서 색상은 {colour}이다. 상의에서 카테고리는 티셔츠이다. 상의에서 소매기장은 반팔이다."
         for colour in wanted
     ]
-    drawings = Pipeline.from_pretrained(PHOTOS)(captions, candidates=8, seed=7)
+    generations = Pipeline.from_pretrained(PHOTOS)(captions, candidates=8, seed=7)
     palette = lab_palette({name: rgb for name, rgb in K_FASHION_COLOURS.items() if name in attributes["색상"]})
     best = [
-        nearest_colour_name(dominant_colour(np.asarray(drawing.candidates[0].image)), palette) for drawing in drawings
+        nearest_colour_name(dominant_colour(np.asarray(generation.candidates[0].image)), palette)
+        for generation in generations
     ]
     assert best == wanted

@@ -130,7 +130,7 @@ def test_noise_falls_on_what_is_seen_and_not_on_the_targets() -> None:
     picture = np.arange(100, dtype=np.uint16)
     shard = TokenShard(picture.reshape(1, 1, 100), np.full((1, 3), 9, np.int32), np.array([0, 1]))
     order, empty = BatchOrder(1, 300, seed=0), torch.tensor([[0, 2, 1]])
-    source = token_source(shard, order, empty=empty, image_token_noise=0.6, image_vocab_size=1000)
+    source = token_source(shard, order, empty=empty, input_token_noise=0.6, image_vocab_size=1000)
     batch = source(0)
     assert torch.equal(batch["image_tokens"], torch.arange(100).expand(300, -1))
     shares = (batch["noisy_image_tokens"] != batch["image_tokens"]).double().mean(dim=1)

@@ -203,12 +203,12 @@ def test_what_is_written_when_may_change(begun: Path, tree_of: TreeOf, train_tre
 
 def test_a_run_begun_before_a_field_was_there_goes_on(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
     config = yaml.safe_load((begun / "config.yaml").read_text())
-    del config["text"]["partial_captions"], config["image_token_noise"], config["moved_views"]
+    del config["text"]["partial_captions"], config["input_token_noise"], config["augmented_views"]
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
     tree = tree_of("kodalle", begun)
-    with pytest.raises(InputError, match=r"image_token_noise: 0.5: .*was begun with 0.0"):  # it is drawn with noise now
+    with pytest.raises(InputError, match=r"input_token_noise: 0.5: .*was begun with 0.0"):  # it is drawn with noise now
         train_tree(tree)
-    config["image_token_noise"] = tree["image_token_noise"]
+    config["input_token_noise"] = tree["input_token_noise"]
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
     train_tree(tree)
     assert complete_checkpoints(begun / "checkpoints")[0].name == "step-00000008"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from serve.api import access
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.errors import Failure
 from serve.api.keys import make_key
 from serve.settings import ServeSettings
@@ -54,7 +54,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 @pytest.fixture(scope="module")
 def guarded(keys: tuple[Path, dict[str, str]]) -> Iterator[tuple[int, ScriptedPool]]:
     pool = ScriptedPool()
-    with serving(build_edge(pool, ServeSettings(keys_file=str(keys[0])))) as port:
+    with serving(build_api(pool, ServeSettings(keys_file=str(keys[0])))) as port:
         yield port, pool
 
 
@@ -94,7 +94,7 @@ def test_health_and_the_page_are_open(guarded: tuple[int, ScriptedPool], method:
 
 def test_without_the_check_the_same_addresses_answer_anybody(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
     monkeypatch.setattr(access, "_holder", lambda *_: access.LOCAL)
-    with serving(build_edge(ScriptedPool(), ServeSettings(keys_file=str(keys[0]), page=False))) as port:
+    with serving(build_api(ScriptedPool(), ServeSettings(keys_file=str(keys[0]), page=False))) as port:
         assert {_status(port, method, path)[0] for method, path in CLOSED[3:8]} == {200}
 
 
@@ -167,7 +167,7 @@ def test_a_keys_rate_counts_candidates_and_is_told_with_the_wait(
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[int]:
-    with serving(build_edge(ScriptedPool(), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
         yield port
 
 

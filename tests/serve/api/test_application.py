@@ -11,7 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.local_pool import LocalPool
 from serve.settings import ServeSettings
 from tests.live_server import post_json, request_bytes, serving, wait_until
@@ -22,7 +22,7 @@ PROMPT = "빨강 바탕에 파랑 네모"
 
 @pytest.fixture(scope="module")
 def pool(kodalle_run: Path) -> Iterator[LocalPool]:
-    """A drawer with a tiny trained model: 32 pixels, 8 x 8 tokens."""
+    """A worker with a tiny trained model: 32 pixels, 8 x 8 tokens."""
     pool = LocalPool(ServeSettings(model=str(kodalle_run / "model"), model_id="tiny"))
     yield pool
     pool.close()
@@ -30,7 +30,7 @@ def pool(kodalle_run: Path) -> Iterator[LocalPool]:
 
 @pytest.fixture(scope="module")
 def port(pool: LocalPool) -> Iterator[int]:
-    with serving(build_edge(pool, ServeSettings(default_candidates=4, page=False))) as port:
+    with serving(build_api(pool, ServeSettings(default_candidates=4, page=False))) as port:
         yield port
 
 
@@ -46,7 +46,7 @@ def picture(b64: str | None, form: str = "PNG") -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def given_picture() -> tuple[bytes, bytes, np.ndarray, np.ndarray]:
+def init_image() -> tuple[bytes, bytes, np.ndarray, np.ndarray]:
     """A picture of the model's size and a mask in OpenAI's manner, as files and as arrays."""
     pixels = np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     hole = np.zeros((32, 32), bool)
@@ -113,10 +113,10 @@ def test_partial_pictures_show_the_rows_drawn_so_far(client: openai.OpenAI) -> N
     for number in (0, 1):
         own = [event for event in partials if event.image_index == number]
         assert [event.partial_image_index for event in own] == list(range(len(own)))
-        assert [event.rows_drawn for event in own] == sorted({event.rows_drawn for event in own})
+        assert [event.rows_generated for event in own] == sorted({event.rows_generated for event in own})
         assert all(picture(event.b64_json).shape == (32, 32, 3) for event in own)
-        assert all(0 < event.rows_drawn < event.rows_total == 8 for event in own)
-    progress = [event.tokens_drawn for event in events if event.type == "image_generation.progress"]
+        assert all(0 < event.rows_generated < event.rows_total == 8 for event in own)
+    progress = [event.tokens_generated for event in events if event.type == "image_generation.progress"]
     assert progress == sorted(progress)
     assert [event.type for event in events[-2:]] == ["image_generation.completed"] * 2
 
@@ -130,7 +130,7 @@ def test_each_format_is_what_it_says(client: openai.OpenAI, form: Any) -> None:
 
 
 def test_repainting_keeps_what_is_not_masked_to_the_pixel(client: openai.OpenAI) -> None:
-    image, mask, pixels, hole = given_picture()
+    image, mask, pixels, hole = init_image()
     answer: Any = client.images.edit(
         image=image, mask=mask, prompt=PROMPT, n=2, extra_body={"seed": 3, "candidates": 3}
     )
@@ -143,7 +143,7 @@ def test_repainting_keeps_what_is_not_masked_to_the_pixel(client: openai.OpenAI)
 
 
 def test_a_picture_alone_keeps_its_rows_and_streams(client: openai.OpenAI) -> None:
-    image, _, pixels, _ = given_picture()
+    image, _, pixels, _ = init_image()
     stream = client.images.edit(image=[image], prompt=PROMPT, stream=True, extra_body={"keep_rows": 3, "seed": 3})
     events: list[Any] = list(stream)
     assert events[-1].type == "image_edit.completed"
@@ -153,7 +153,7 @@ def test_a_picture_alone_keeps_its_rows_and_streams(client: openai.OpenAI) -> No
 
 
 def test_two_pictures_to_start_from_are_refused_and_say_so(client: openai.OpenAI) -> None:
-    image = given_picture()[0]
+    image = init_image()[0]
     with pytest.raises(openai.BadRequestError) as raised:
         client.images.edit(image=[image, image], prompt=PROMPT)
     assert raised.value.param == "image[]"
@@ -168,13 +168,13 @@ def test_errors_are_openais_own_classes_with_code_and_field(client: openai.OpenA
         client.images.generate(prompt=PROMPT, model="dall-e-3")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
-        client.images.create_variation(image=given_picture()[0])
+        client.images.create_variation(image=init_image()[0])
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI, pool: LocalPool) -> None:
     (model,) = client.models.list().data
     assert client.models.retrieve("tiny") == model
-    assert (model.id, model.owned_by, model.created) == ("tiny", "kodalle", pool.drawer.info.created)
+    assert (model.id, model.owned_by, model.created) == ("tiny", "kodalle", pool.worker.info.created)
     assert model.image_size == 32  # type: ignore[attr-defined]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-image-2")
@@ -199,23 +199,23 @@ def test_counted_tokens_are_those_that_are_read(client: openai.OpenAI, port: int
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_hang_up_frees_the_drawers_slots_within_a_second(pool: LocalPool, port: int, stream: bool) -> None:
+def test_a_hang_up_frees_the_workers_slots_within_a_second(pool: LocalPool, port: int, stream: bool) -> None:
     body = f'{{"prompt": "{PROMPT}", "candidates": 60, "stream": {str(stream).lower()}}}'.encode()
     slowest_s = 0.0
     for _ in range(10):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(request_bytes("POST", DRAW, body=body, port=port))
-            wait_until(lambda: pool.drawer.slots_in_use > 0, within_s=20)
-        slowest_s = max(slowest_s, wait_until(lambda: pool.drawer.num_active == 0))
-        wait_until(lambda: pool.drawer.slots_in_use + pool.drawer.queued_rows == 0)
+            wait_until(lambda: pool.worker.slots_in_use > 0, within_s=20)
+        slowest_s = max(slowest_s, wait_until(lambda: pool.worker.num_active == 0))
+        wait_until(lambda: pool.worker.slots_in_use + pool.worker.queued_sequences == 0)
     assert slowest_s < 1
 
 
 def test_more_than_the_queue_takes_is_429_with_a_wait(kodalle_run: Path) -> None:
-    settings = ServeSettings(model=str(kodalle_run / "model"), num_slots=2, max_queued_rows=4, page=False)
+    settings = ServeSettings(model=str(kodalle_run / "model"), num_slots=2, max_queued_sequences=4, page=False)
     pool = LocalPool(settings)
     try:
-        with serving(build_edge(pool, settings)) as port, ThreadPoolExecutor(12) as threads:
+        with serving(build_api(pool, settings)) as port, ThreadPoolExecutor(12) as threads:
             asked = {"prompt": PROMPT, "candidates": 2}
             replies = list(threads.map(lambda _: post_json(port, DRAW, asked), range(12)))
     finally:

@@ -9,7 +9,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from serve.api import body
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.body import body_chunks, content_type, parse_object
 from serve.api.errors import Failure
 from serve.settings import Limits, ServeSettings
@@ -163,7 +163,7 @@ def test_counted_bytes_above_the_limit_are_refused_whatever_was_declared() -> No
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     limits = Limits(max_json_bytes=2000, max_edit_bytes=4000, body_timeout_s=0.5)
-    with serving(build_edge(ScriptedPool(), ServeSettings(limits=limits, page=False))) as port:
+    with serving(build_api(ScriptedPool(), ServeSettings(limits=limits, page=False))) as port:
         yield port
 
 

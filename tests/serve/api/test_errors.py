@@ -40,7 +40,7 @@ def test_waits_are_whole_seconds_and_never_none() -> None:
 @pytest.mark.parametrize(
     ("reason", "status"), [("queue_full", 429), ("deadline", 504), ("draining", 503), ("invalid", 400), ("failed", 500)]
 )
-def test_a_drawers_refusal_has_a_status(reason: str, status: int) -> None:
+def test_a_workers_refusal_has_a_status(reason: str, status: int) -> None:
     failure = refusal(Refused(reason, "why", param="n", retry_after_s=4))  # type: ignore[arg-type]
     assert (failure.status, failure.param, failure.headers["retry-after"]) == (status, "n", "4")
     assert "why" in failure.message

@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from serve.api import listener
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, finished, post_json, read_reply, request_bytes, serving
 
@@ -19,7 +19,7 @@ DRAW = "/v1/images/generations"
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.5)
-    with serving(build_edge(ScriptedPool(), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
         yield port
 
 
@@ -131,10 +131,10 @@ def test_a_stopping_server_finishes_what_it_answers() -> None:
 
     pool = ScriptedPool(slow)
     replies = []
-    with serving(build_edge(pool, ServeSettings(page=False))) as port:
+    with serving(build_api(pool, ServeSettings(page=False))) as port:
         asking = threading.Thread(target=lambda: replies.append(post_json(port, DRAW, {"prompt": "a"})))
         asking.start()
-        while not pool.drawing:
+        while not pool.generation:
             time.sleep(0.01)
     asking.join()
     assert [reply.status for reply in replies] == [200]

@@ -10,8 +10,8 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import middleware as guard
-from serve.api.application import build_edge
-from serve.messages import DrawEvent, DrawJob
+from serve.api.application import build_api
+from serve.messages import GenerationEvent, GenerationJob
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving, wait_until
 from tests.paths import REPOSITORY
@@ -21,7 +21,7 @@ DRAW = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    return build_edge(ScriptedPool(), ServeSettings(page=False))
+    return build_api(ScriptedPool(), ServeSettings(page=False))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_clients_request_id_is_kept_only_if_short_and_plain(port: int) -> None
 
 def test_two_requests_with_one_id_are_two_jobs() -> None:
     pool = ScriptedPool()
-    with serving(build_edge(pool, ServeSettings(page=False))) as port:
+    with serving(build_api(pool, ServeSettings(page=False))) as port:
         replies = [post_json(port, DRAW, {"prompt": "a"}, x_request_id="same") for _ in range(2)]
     assert {reply.json()["request_id"] for reply in replies} == {"same"}
     assert len({job.request_id for job in pool.jobs}) == 2
@@ -145,7 +145,7 @@ def test_one_line_a_request_without_the_caption_and_without_the_user(
 
 def test_captions_are_logged_where_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     settings = ServeSettings(page=False, log_prompts=True)
-    with caplog.at_level(logging.INFO, logger="serve.requests"), serving(build_edge(ScriptedPool(), settings)) as port:
+    with caplog.at_level(logging.INFO, logger="serve.requests"), serving(build_api(ScriptedPool(), settings)) as port:
         post_json(port, DRAW, {"prompt": "비밀 니트", "user": "홍길동"})
         wait_until(lambda: len(_lines(caplog)) == 1)
     assert _lines(caplog)[0]["prompt"] == "비밀 니트"
@@ -178,7 +178,7 @@ def test_a_fault_of_the_server_itself_is_a_500_of_the_same_shape(monkeypatch: py
 
     pool = ScriptedPool()
     monkeypatch.setattr(pool, "ready", broken)
-    with serving(build_edge(pool, ServeSettings(page=False))) as port:
+    with serving(build_api(pool, ServeSettings(page=False))) as port:
         reply = ask(port, "GET", "/readyz")
     assert (reply.status, reply.error["code"]) == (500, "internal_error")
     assert "비밀" not in reply.body.decode()
@@ -188,12 +188,12 @@ def test_without_the_guard_a_fault_has_another_shape(monkeypatch: pytest.MonkeyP
     async def through(self: guard.Guard, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
-    async def broken(_: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def broken(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         raise KeyError
         yield finished(_)
 
     monkeypatch.setattr(guard.Guard, "__call__", through)
-    with serving(build_edge(ScriptedPool(broken), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(broken), ServeSettings(page=False))) as port:
         reply = ask(port, "GET", "/healthz")
         assert "x-request-id" not in reply.headers
         assert post_json(port, DRAW, {"prompt": "a"}).headers["content-type"].startswith("text/plain")

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel
 
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.local_pool import LocalPool
 from serve.settings import Limits, ServeSettings
 from tests.byte_mutants import Template, attack, mutants
@@ -39,12 +39,12 @@ def templates() -> list[Template]:
 
 @pytest.fixture(scope="module")
 def port(kodalle_run: Path) -> Iterator[int]:
-    """The whole server: edge, drawer, a tiny trained model."""
+    """The whole server: edge, worker, a tiny trained model."""
     limits = Limits(max_candidates=4, body_timeout_s=1)
     settings = ServeSettings(model=str(kodalle_run / "model"), default_candidates=1, page=False, limits=limits)
     pool = LocalPool(settings)
     try:
-        with serving(build_edge(pool, settings)) as port:
+        with serving(build_api(pool, settings)) as port:
             yield port
     finally:
         pool.close()

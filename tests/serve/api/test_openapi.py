@@ -6,7 +6,7 @@ import pytest
 from schemathesis.core.failures import FailureGroup
 
 from serve.api import schemas
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.errors import FAILURES, Failure
 from serve.api.openapi import describe, described_page
 from serve.api.schemas import EditRequest, GenerationRequest
@@ -24,7 +24,7 @@ def port(kodalle_run: Path) -> Iterator[int]:
     settings = ServeSettings(model=str(kodalle_run / "model"), default_candidates=1, page=False, limits=limits)
     pool = LocalPool(settings)
     try:
-        with serving(build_edge(pool, settings)) as port:
+        with serving(build_api(pool, settings)) as port:
             yield port
     finally:
         pool.close()
@@ -40,7 +40,7 @@ def test_generated_requests_are_answered_as_the_document_says(port: int) -> None
 
 def test_generated_requests_find_errors_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Failure, "body", lambda _: b'{"detail": "as stock FastAPI says it"}')
-    app = build_edge(ScriptedPool(), ServeSettings(page=False))
+    app = build_api(ScriptedPool(), ServeSettings(page=False))
     with serving(app) as port, pytest.raises(FailureGroup, match='"error" is a required property'):
         send_cases(f"http://127.0.0.1:{port}", per_operation=10, seed=1)
 
@@ -60,14 +60,14 @@ def test_every_field_is_described_with_the_running_servers_limits() -> None:
 
 def test_every_route_says_what_it_can_answer() -> None:
     document = describe(SETTINGS, INFO)
-    drawing = document["paths"]["/v1/images/generations"]["post"]
-    assert set(drawing["responses"]) == {
+    generation = document["paths"]["/v1/images/generations"]["post"]
+    assert set(generation["responses"]) == {
         "200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504",
     }  # fmt: skip
-    told = " ".join(answer["description"] for answer in drawing["responses"].values())
+    told = " ".join(answer["description"] for answer in generation["responses"].values())
     elsewhere = {"method_not_allowed", "client_closed_request"}
     assert set(FAILURES) - elsewhere <= set(re.findall(r"\w+", told))
-    examples = drawing["requestBody"]["content"]["application/json"]["examples"]
+    examples = generation["requestBody"]["content"]["application/json"]["examples"]
     assert {"한국어", "English"} <= examples.keys()
     for example in examples.values():
         schemas.read_request(GenerationRequest, example["value"])
@@ -84,7 +84,7 @@ def test_the_same_is_a_page_without_scripts_and_without_the_network() -> None:
 
 
 def test_both_are_served() -> None:
-    with serving(build_edge(ScriptedPool(), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
         assert ask(port, "GET", "/openapi.json").json()["openapi"] == "3.1.0"
         docs = ask(port, "GET", "/docs")
     assert docs.headers["content-type"].startswith("text/html")

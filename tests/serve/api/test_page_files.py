@@ -4,7 +4,7 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import page_files
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.page_files import add_page
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, serving
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def app(folder: Path) -> FastAPI:
-    app = build_edge(ScriptedPool(), ServeSettings(page=False))
+    app = build_api(ScriptedPool(), ServeSettings(page=False))
     add_page(app, folder)
     return app
 
@@ -71,7 +71,7 @@ def test_files_are_read_only(app: FastAPI) -> None:
 
 
 def test_without_its_folder_the_api_works(tmp_path: Path) -> None:
-    app = build_edge(ScriptedPool(), ServeSettings(page=False))
+    app = build_api(ScriptedPool(), ServeSettings(page=False))
     add_page(app, tmp_path / "missing")
     with serving(app) as port:
         assert ask(port, "GET", "/").error["code"] == "not_found"
@@ -80,5 +80,5 @@ def test_without_its_folder_the_api_works(tmp_path: Path) -> None:
 
 def test_the_real_page_is_served_unless_switched_off() -> None:
     for page, status in ((True, 200), (False, 404)):
-        with serving(build_edge(ScriptedPool(), ServeSettings(page=page))) as port:
+        with serving(build_api(ScriptedPool(), ServeSettings(page=page))) as port:
             assert ask(port, "GET", "/").status == status

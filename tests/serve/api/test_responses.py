@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from serve.api import application as edge
-from serve.api.application import build_edge
+from serve.api import application as api_server
+from serve.api.application import build_api
 from serve.api.responses import AnswerStyle, answer_body, finished_events, partial_event, usage
-from serve.messages import DrawEvent, DrawJob, Partial
+from serve.messages import GenerationEvent, GenerationJob, Partial
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving
 
 STYLE = AnswerStyle("image_edit", "req_1", 'a "model"', 32, 64)
-JOB = DrawJob("r", "k", "c", 2**64 - 1, num_candidates=3, num_images=2, deadline_s=9.0, wants_all=True)
+JOB = GenerationJob("r", "k", "c", 2**64 - 1, num_candidates=3, num_images=2, deadline_s=9.0, wants_all=True)
 
 
 def test_an_answer_is_json_with_each_picture_whole() -> None:
@@ -59,12 +59,12 @@ def test_a_score_that_is_no_number_is_never_sent() -> None:
 def _slowest_other_request_s(monkeypatch: pytest.MonkeyPatch, in_a_thread_bytes: int) -> float:
     """How long another request waits while two large answers are made, each in half a second."""
 
-    async def large(job: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def large(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         yield finished(job, data=b"x" * 100_000)
 
-    monkeypatch.setattr(edge, "_IN_A_THREAD_BYTES", in_a_thread_bytes)
-    monkeypatch.setattr(edge, "answer_body", lambda *_: time.sleep(0.5) or b"{}")
-    app = build_edge(ScriptedPool(large), ServeSettings(page=False))
+    monkeypatch.setattr(api_server, "_IN_A_THREAD_BYTES", in_a_thread_bytes)
+    monkeypatch.setattr(api_server, "answer_body", lambda *_: time.sleep(0.5) or b"{}")
+    app = build_api(ScriptedPool(large), ServeSettings(page=False))
     with serving(app) as port, ThreadPoolExecutor(2) as threads:
         answers = [
             threads.submit(post_json, port, "/v1/images/generations", {"prompt": "a", "n": 10}) for _ in range(2)

@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 
-from engine.sampling_params import SamplingOptions
+from engine.sampling_params import SamplingParams
 from serve.api import schemas
 from serve.api.errors import Failure
 from serve.api.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
-from serve.messages import DrawJob
+from serve.messages import GenerationJob
 from serve.settings import Limits, ServeSettings
 from tests.live_server import INFO
 
 SETTINGS = ServeSettings()
 
 
-def job(*, is_edit: bool = False, settings: ServeSettings = SETTINGS, **fields: Any) -> DrawJob:
+def job(*, is_edit: bool = False, settings: ServeSettings = SETTINGS, **fields: Any) -> GenerationJob:
     values = {"prompt": "빨강 니트"} | fields
     asked = read_request(EditRequest, values) if is_edit else read_request(GenerationRequest, values)
     return draw_job(asked, INFO, settings, request_id="r", key_id="k", deadline_s=9.0, has_picture=is_edit)
@@ -30,15 +30,15 @@ def refused(**fields: Any) -> Failure:
 def test_a_caption_alone_gets_the_servers_defaults() -> None:
     asked = job()
     assert 0 <= asked.seed < 2**32
-    assert asked == DrawJob("r", "k", "빨강 니트", asked.seed, 16, 1, 9.0)
+    assert asked == GenerationJob("r", "k", "빨강 니트", asked.seed, 16, 1, 9.0)
     assert job().seed != job().seed or job().seed != job().seed
 
 
 def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = SamplingOptions(temperature=0.7, top_p=0.9, guidance_scale=2)
-    monkeypatch.setitem(globals(), "INFO", replace(INFO, default_options=own))
+    own = SamplingParams(temperature=0.7, top_p=0.9, guidance_scale=2)
+    monkeypatch.setitem(globals(), "INFO", replace(INFO, default_sampling_params=own))
     assert job().options == own
-    assert job(temperature=1, guidance=1).options == SamplingOptions(temperature=1, top_p=0.9)
+    assert job(temperature=1, guidance=1).options == SamplingParams(temperature=1, top_p=0.9)
 
 
 def test_null_means_left_out_for_every_field_but_the_prompt() -> None:
@@ -71,7 +71,7 @@ def test_every_field_reaches_the_job() -> None:
         safety_identifier="s",
         input_fidelity="high",
     )
-    assert asked == DrawJob(
+    assert asked == GenerationJob(
         request_id="r",
         key_id="k",
         caption="빨강 니트",
@@ -79,7 +79,7 @@ def test_every_field_reaches_the_job() -> None:
         num_candidates=5,
         num_images=2,
         deadline_s=9.0,
-        options=SamplingOptions(0.5, 7, 0.9, 3.0),
+        options=SamplingParams(0.5, 7, 0.9, 3.0),
         rank_by="fit",
         image_format="webp",
         compression=80,
@@ -213,7 +213,7 @@ def test_an_answers_quality_is_the_least_that_draws_as_many() -> None:
     ]  # fmt: skip
 
 
-def test_without_the_bounds_a_huge_number_would_reach_the_drawer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_bounds_a_huge_number_would_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(candidates=10**9).status == 400
     monkeypatch.setattr(schemas, "bounds", lambda _: {})
     assert job(candidates=10**9).num_candidates == 10**9

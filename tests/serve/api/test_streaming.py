@@ -9,16 +9,16 @@ import openai
 import pytest
 
 from serve.api import streaming
-from serve.api.application import build_edge
-from serve.messages import DrawEvent, DrawJob, Partial, Progress, Queued, Refused
+from serve.api.application import build_api
+from serve.messages import GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, finished, post_json, request_bytes, serving, wait_until
 
 DRAW = "/v1/images/generations"
 
 
-async def whole_story(job: DrawJob) -> AsyncIterator[DrawEvent]:
-    """What a drawer tells of a job that had to wait."""
+async def whole_story(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+    """What a worker tells of a job that had to wait."""
     if job.wants_progress:
         yield Queued(2, 1.5)
         yield Progress(10, 64)
@@ -28,30 +28,32 @@ async def whole_story(job: DrawJob) -> AsyncIterator[DrawEvent]:
     yield finished(job)
 
 
-async def never(_: DrawJob) -> AsyncIterator[DrawEvent]:
+async def never(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
     await asyncio.sleep(3600)
     yield Progress(0, 1)
 
 
-async def progress_forever(_: DrawJob) -> AsyncIterator[DrawEvent]:
+async def progress_forever(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
     while True:
         await asyncio.sleep(0.01)
         yield Progress(1, 64)
 
 
-async def ends_early(job: DrawJob) -> AsyncIterator[DrawEvent]:
+async def ends_early(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
     if job.wants_progress:
         yield Progress(1, 64)
 
 
-async def breaks(job: DrawJob) -> AsyncIterator[DrawEvent]:
+async def breaks(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
     if job.wants_progress:
         yield Progress(1, 64)
     raise ZeroDivisionError("빨강 is in no log")
 
 
-def refuses(refused: Refused, *, after_progress: bool = False) -> Callable[[DrawJob], AsyncIterator[DrawEvent]]:
-    async def script(_: DrawJob) -> AsyncIterator[DrawEvent]:
+def refuses(
+    refused: Refused, *, after_progress: bool = False
+) -> Callable[[GenerationJob], AsyncIterator[GenerationEvent]]:
+    async def script(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         if after_progress:
             yield Progress(1, 64)
         yield refused
@@ -73,7 +75,7 @@ def events_of(body: bytes) -> list[dict[str, Any]]:
 
 
 def test_a_stream_tells_the_whole_story_in_order() -> None:
-    with serving(build_edge(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
         asked = {"prompt": "a", "n": 2, "candidates": 3, "stream": True, "partial_images": 2, "progress": True}
         reply = post_json(port, DRAW, asked | {"all_candidates": True, "seed": 9})
     assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -83,7 +85,7 @@ def test_a_stream_tells_the_whole_story_in_order() -> None:
     assert kinds == ["queued", "progress", *["partial_image"] * 4, "candidate", "completed", "completed"]
     assert events[0] == {"type": "image_generation.queued", "position": 2, "wait_s": 1.5}
     partial, best, second = events[2], events[-2], events[-1]
-    assert (partial["image_index"], partial["partial_image_index"], partial["rows_drawn"], partial["rows_total"]) == (
+    assert (partial["image_index"], partial["partial_image_index"], partial["rows_generated"], partial["rows_total"]) == (
         0, 0, 1, 8,
     )  # fmt: skip
     assert [best["image_index"], second["image_index"], events[6]["image_index"]] == [0, 1, 2]
@@ -97,7 +99,7 @@ def test_a_stream_tells_the_whole_story_in_order() -> None:
 
 
 def test_openais_client_reads_it() -> None:
-    with serving(build_edge(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(whole_story), ServeSettings(page=False))) as port:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         stream = client.images.generate(prompt="a", n=2, stream=True, partial_images=1, extra_body={"seed": 3})
         events = list(stream)
@@ -121,7 +123,7 @@ def test_openais_client_reads_it() -> None:
 def test_a_job_that_is_refused_at_once_has_its_own_status_streamed_or_not(
     refused: Refused, status: int, stream: bool
 ) -> None:
-    with serving(build_edge(ScriptedPool(refuses(refused)), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(refuses(refused)), ServeSettings(page=False))) as port:
         reply = post_json(port, DRAW, {"prompt": "a", "stream": stream})
     assert reply.status == status
     assert reply.error["param"] == refused.param
@@ -130,7 +132,7 @@ def test_a_job_that_is_refused_at_once_has_its_own_status_streamed_or_not(
 
 @pytest.mark.parametrize("script", [refuses(Refused("failed", "no"), after_progress=True), ends_early, breaks])
 def test_what_fails_after_the_first_byte_ends_the_stream_with_an_error_event(script: Any) -> None:
-    with serving(build_edge(ScriptedPool(script), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(script), ServeSettings(page=False))) as port:
         reply = post_json(port, DRAW, {"prompt": "빨강", "stream": True, "progress": True})
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=2)
         with pytest.raises(openai.APIError) as raised:
@@ -146,7 +148,7 @@ def test_what_fails_after_the_first_byte_ends_the_stream_with_an_error_event(scr
 def test_a_pool_that_breaks_is_a_500_without_the_caption_in_reply_or_log(
     stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(build_edge(ScriptedPool(breaks), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(breaks), ServeSettings(page=False))) as port:
         reply = post_json(port, DRAW, {"prompt": "노랑", "stream": stream})
     assert (reply.status, reply.error["code"], reply.headers["x-should-retry"]) == (500, "internal_error", "false")
     assert reply.headers["x-request-id"] in caplog.text
@@ -158,15 +160,15 @@ def test_a_pool_that_breaks_is_a_500_without_the_caption_in_reply_or_log(
 
 @pytest.mark.parametrize("script", [never, progress_forever])
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_deadline_is_kept_whatever_the_drawer_does_and_the_client_says(script: Any, stream: bool) -> None:
+def test_the_deadline_is_kept_whatever_the_worker_does_and_the_client_says(script: Any, stream: bool) -> None:
     pool = ScriptedPool(script)
     settings = ServeSettings(deadline_s=0.4, page=False)
-    with serving(build_edge(pool, settings)) as port:
+    with serving(build_api(pool, settings)) as port:
         begun = time.monotonic()
         powerful = {"x_request_timeout_seconds": "0", "x_request_disconnect_disabled": "?1"}
         reply = post_json(port, DRAW, {"prompt": "a", "stream": stream}, **powerful)
         took_s = time.monotonic() - begun
-        wait_until(lambda: not pool.drawing)
+        wait_until(lambda: not pool.generation)
     assert 0.3 < took_s < 2
     assert pool.jobs[0].deadline_s < 0.401
     if stream and script is progress_forever:
@@ -183,7 +185,7 @@ def test_openais_client_does_not_repeat_what_missed_its_deadline_and_repeats_a_f
         (refuses(Refused("queue_full", retry_after_s=0.1)), openai.RateLimitError, 2),
     ):
         pool = ScriptedPool(script)
-        with serving(build_edge(pool, ServeSettings(deadline_s=0.3, page=False))) as port:
+        with serving(build_api(pool, ServeSettings(deadline_s=0.3, page=False))) as port:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1)
             with pytest.raises(error):
                 client.images.generate(prompt="a")
@@ -199,15 +201,15 @@ def _hang_up(port: int, pool: ScriptedPool, *, stream: bool) -> float:
     headers = {"x-request-disconnect-disabled": "?1"}
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(request_bytes("POST", DRAW, body=body, port=port, headers=headers))
-        wait_until(lambda: pool.drawing == 1)
-    return wait_until(lambda: not pool.drawing, within_s=2)
+        wait_until(lambda: pool.generation == 1)
+    return wait_until(lambda: not pool.generation, within_s=2)
 
 
 @pytest.mark.parametrize("script", [never, progress_forever])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_hang_up_cancels_the_drawing_at_once(script: Any, stream: bool) -> None:
     pool = ScriptedPool(script)
-    app = build_edge(pool, ServeSettings(page=False))
+    app = build_api(pool, ServeSettings(page=False))
     with serving(app) as port:
         assert max(_hang_up(port, pool, stream=stream) for _ in range(20)) < 1
         count = app.state.metrics.registry.get_sample_value
@@ -221,22 +223,22 @@ def test_without_the_watch_the_drawing_would_go_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(streaming, "_hung_up", deaf)
     pool = ScriptedPool(never)
-    with serving(build_edge(pool, ServeSettings(deadline_s=3, page=False))) as port, pytest.raises(AssertionError):
+    with serving(build_api(pool, ServeSettings(deadline_s=3, page=False))) as port, pytest.raises(AssertionError):
         _hang_up(port, pool, stream=False)
 
 
 def test_a_client_that_stops_reading_is_cut_off_at_the_deadline() -> None:
-    async def flood(_: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def flood(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         for number in range(100_000):
             yield Partial(0, number, 1, 8, b"x" * 50_000)
 
     pool = ScriptedPool(flood)
-    with serving(build_edge(pool, ServeSettings(deadline_s=0.5, page=False))) as port:
+    with serving(build_api(pool, ServeSettings(deadline_s=0.5, page=False))) as port:
         connection = socket.create_connection(("127.0.0.1", port), timeout=10)
         body = b'{"prompt": "a", "stream": true, "partial_images": 1}'
         connection.sendall(request_bytes("POST", DRAW, body=body, port=port))
         wait_until(lambda: len(pool.jobs) == 1)
-        wait_until(lambda: not pool.drawing, within_s=4)
+        wait_until(lambda: not pool.generation, within_s=4)
         connection.close()
 
 
@@ -246,12 +248,12 @@ def test_a_client_that_stops_reading_is_cut_off_at_the_deadline() -> None:
 def test_a_silent_stream_is_kept_alive_with_comments_and_may_then_end_in_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def late(_: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def late(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         await asyncio.sleep(0.5)
         yield Refused("failed", "no")
 
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.1)
-    with serving(build_edge(ScriptedPool(late), ServeSettings(page=False))) as port:
+    with serving(build_api(ScriptedPool(late), ServeSettings(page=False))) as port:
         reply = post_json(port, DRAW, {"prompt": "a", "stream": True})
     assert reply.status == 200
     assert 2 <= reply.body.count(b": keep-alive\n\n") <= 5
@@ -261,20 +263,20 @@ def test_a_silent_stream_is_kept_alive_with_comments_and_may_then_end_in_an_erro
 def test_a_plain_answer_waits_for_nobody_else() -> None:
     """One stuck drawing holds up no other request of the same edge."""
 
-    async def stuck_or_not(job: DrawJob) -> AsyncIterator[DrawEvent]:
+    async def stuck_or_not(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         if job.caption == "stuck":
             await asyncio.sleep(3600)
         yield finished(job)
 
     pool = ScriptedPool(stuck_or_not)
     with (
-        serving(build_edge(pool, ServeSettings(page=False))) as port,
+        serving(build_api(pool, ServeSettings(page=False))) as port,
         socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
     ):
         connection.sendall(request_bytes("POST", DRAW, body=b'{"prompt": "stuck"}', port=port))
-        wait_until(lambda: pool.drawing == 1)
+        wait_until(lambda: pool.generation == 1)
         begun = time.monotonic()
         for _ in range(20):
             assert post_json(port, DRAW, {"prompt": "a"}).status == 200
         assert time.monotonic() - begun < 2
-        assert pool.drawing == 1
+        assert pool.generation == 1

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.pipeline.init_image import GivenImage
+from engine.pipeline.init_image import InitImage
 from serve.api import uploads
 from serve.api.errors import Failure
 from serve.api.schemas import EditRequest
-from serve.api.uploads import given_pixels, open_upload
-from serve.messages import GivenPixels
+from serve.api.uploads import init_image_pixels, open_upload
+from serve.messages import InitImagePixels
 from tests.live_server import INFO
 from tests.paths import REPOSITORY
 
@@ -35,16 +35,16 @@ def photo(size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def read(image: io.BytesIO, mask: io.BytesIO | None = None, **fields: Any) -> GivenPixels:
+def read(image: io.BytesIO, mask: io.BytesIO | None = None, **fields: Any) -> InitImagePixels:
     asked = EditRequest.model_validate({"prompt": "a"} | fields)
-    return given_pixels(image, mask, asked, INFO, MAX_PIXELS)
+    return init_image_pixels(image, mask, asked, INFO, MAX_PIXELS)
 
 
-def expected(given: GivenImage) -> GivenPixels:
-    return GivenPixels(
+def expected(given: InitImage) -> InitImagePixels:
+    return InitImagePixels(
         given.pixels(32).tobytes(),
-        given.redrawn_pixels(32, 8).astype(np.uint8).tobytes(),
-        given.redrawn_tokens(32, 8).astype(np.uint8).tobytes(),
+        given.regenerated_pixels(32, 8).astype(np.uint8).tobytes(),
+        given.regenerated_tokens(32, 8).astype(np.uint8).tobytes(),
         given.paste,
     )
 
@@ -66,7 +66,7 @@ def white_square() -> Image.Image:
 
 def test_a_black_and_white_mask_means_what_it_means_to_the_pipeline() -> None:
     image = photo()
-    assert read(encoded(image), encoded(white_square())) == expected(GivenImage(image, mask_image=white_square()))
+    assert read(encoded(image), encoded(white_square())) == expected(InitImage(image, mask_image=white_square()))
 
 
 def test_openais_mask_marks_what_is_transparent() -> None:
@@ -82,14 +82,14 @@ def test_openais_mask_marks_what_is_transparent() -> None:
 
 def test_a_picture_with_transparent_pixels_is_its_own_mask() -> None:
     own = read(encoded(holed(photo())))
-    assert own.redrawn_tokens == read(encoded(photo()), encoded(white_square())).redrawn_tokens
+    assert own.regenerated_tokens == read(encoded(photo()), encoded(white_square())).regenerated_tokens
     rows = read(encoded(holed(photo())), keep_rows=2)
-    assert np.frombuffer(rows.redrawn_tokens, np.uint8).tolist() == [0] * 16 + [1] * 48
+    assert np.frombuffer(rows.regenerated_tokens, np.uint8).tolist() == [0] * 16 + [1] * 48
 
 
 def test_without_a_mask_rows_are_kept() -> None:
-    assert read(encoded(photo()), keep_rows=3) == expected(GivenImage(photo(), keep_rows=3))
-    assert read(encoded(photo()), paste=False) == expected(GivenImage(photo(), paste=False))
+    assert read(encoded(photo()), keep_rows=3) == expected(InitImage(photo(), keep_rows=3))
+    assert read(encoded(photo()), paste=False) == expected(InitImage(photo(), paste=False))
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
@@ -101,7 +101,7 @@ def test_pictures_of_all_formats_and_modes_are_read(form: str, mode: str) -> Non
     if form == "PNG" and mode == "CMYK":
         image = image.convert("RGB")
     file = encoded(image, form)
-    assert read(file).pixels == expected(GivenImage(Image.open(io.BytesIO(file.getvalue())))).pixels
+    assert read(file).pixels == expected(InitImage(Image.open(io.BytesIO(file.getvalue())))).pixels
 
 
 def test_a_photo_that_lies_on_its_side_is_turned_with_its_mask() -> None:

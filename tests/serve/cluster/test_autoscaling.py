@@ -11,7 +11,7 @@ from serve.app import autoscaling
 from serve.arguments import read_arguments
 from serve.cluster.autoscaling import ROWS, SLOTS, SlotsPolicy
 
-DEPLOYMENT = DeploymentID(name="Drawer", app_name="kodalle")
+DEPLOYMENT = DeploymentID(name="Worker", app_name="kodalle")
 
 
 def replicas(count: int) -> list[ReplicaID]:
@@ -21,14 +21,14 @@ def replicas(count: int) -> list[ReplicaID]:
 def context(
     rows: list[float], *, slots: float = 32, starting: int = 0, gone: int = 0, config: AutoscalingConfig | None = None
 ) -> AutoscalingContext:
-    """`rows` of each drawer that has reported; `gone` more have reported and died since."""
+    """`rows` of each worker that has reported; `gone` more have reported and died since."""
     known = replicas(len(rows) + gone + starting)
     reported = known[: len(rows) + gone]
     values = rows + [1000.0] * gone
     running = known[: len(rows)] + known[len(rows) + gone :]
     return AutoscalingContext(
         deployment_id=DEPLOYMENT,
-        deployment_name="Drawer",
+        deployment_name="Worker",
         app_name="kodalle",
         current_num_replicas=len(running),
         target_num_replicas=len(running),
@@ -65,7 +65,7 @@ def test_rows_in_slots_and_in_queues_fill_three_quarters_of_the_slots(rows: list
     assert SlotsPolicy(0.75)(context(rows))[0] == pytest.approx(wanted)
 
 
-def test_drawers_that_start_or_are_gone_count_neither_way() -> None:
+def test_workers_that_start_or_are_gone_count_neither_way() -> None:
     assert SlotsPolicy(0.75)(context([24.0, 24.0], starting=2, gone=1))[0] == pytest.approx(2.0)
 
 
@@ -74,13 +74,13 @@ def test_nothing_reported_changes_nothing() -> None:
 
 
 def test_ray_pickles_the_policy_and_bounds_and_delays_it() -> None:
-    arguments = read_arguments({"num_drawers": 1, "max_drawers": 4, "scale_up_after_s": 0}, source="test")
+    arguments = read_arguments({"num_workers": 1, "max_workers": 4, "scale_up_after_s": 0}, source="test")
     config = autoscaling(arguments)
     policy: Any = config.policy.get_policy()(**config.policy.policy_kwargs)
     assert policy(context([96.0]))[0] == pytest.approx(4.0)
     wrapped = _apply_autoscaling_config(policy)
     assert wrapped(context([96.0], config=config))[0] == 4
     now, _ = wrapped(context([0.0, 0.0], config=config))
-    assert now == 2, "a drawer is only stopped after scale_down_after_s seconds of too little work"
+    assert now == 2, "a worker is only stopped after scale_down_after_s seconds of too little work"
     patient = config.model_copy(update={"upscale_delay_s": 60.0})
     assert _apply_autoscaling_config(policy)(context([96.0], config=patient))[0] == 1

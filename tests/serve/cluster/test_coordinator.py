@@ -1,6 +1,6 @@
-"""One ledger for all: rates and figures."""
+"""One coordinator for all: rates and figures."""
 
-from serve.cluster.coordinator import Ledger
+from serve.cluster.coordinator import Coordinator
 
 
 class Clock:
@@ -12,24 +12,24 @@ class Clock:
 
 def test_a_key_has_one_rate_whoever_counts() -> None:
     clock = Clock()
-    ledger = Ledger(clock)
-    assert ledger.take("shop", 60, 60) == 0.0
-    wait_s = ledger.take("shop", 60, 30)
+    coordinator = Coordinator(clock)
+    assert coordinator.take("shop", 60, 60) == 0.0
+    wait_s = coordinator.take("shop", 60, 30)
     assert 29 < wait_s <= 30
-    assert ledger.take("other", 60, 30) == 0.0
+    assert coordinator.take("other", 60, 30) == 0.0
     clock.now = wait_s
-    assert ledger.take("shop", 60, 30) == 0.0
+    assert coordinator.take("shop", 60, 30) == 0.0
 
 
 def test_the_latest_report_counts_and_the_dead_are_forgotten() -> None:
     clock = Clock()
-    ledger = Ledger(clock)
-    ledger.report("drawer-b", "old")
-    ledger.report("drawer-a", "a")
+    coordinator = Coordinator(clock)
+    coordinator.report("worker-b", "old")
+    coordinator.report("worker-a", "a")
     clock.now = 3.0
-    ledger.report("drawer-b", "new")
-    assert ledger.reports() == {"drawer-a": "a", "drawer-b": "new"}
+    coordinator.report("worker-b", "new")
+    assert coordinator.reports() == {"worker-a": "a", "worker-b": "new"}
     clock.now = 6.0
-    assert ledger.reports() == {"drawer-b": "new"}
+    assert coordinator.reports() == {"worker-b": "new"}
     clock.now = 60.0
-    assert ledger.reports() == {}
+    assert coordinator.reports() == {}

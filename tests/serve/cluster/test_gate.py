@@ -186,7 +186,7 @@ def test_what_is_deployed_is_nobodys_business_and_probes_still_work() -> None:
 
 def dying(times: int, *, seen: list[Any], with_reply: bool = False) -> Inner:
     """Ray's proxy, whose edge dies `times` times: it says nothing at all, or, with_reply, in the middle of an answer."""
-    edge = replying(seen=seen)
+    api_server = replying(seen=seen)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if len(seen) < times:
@@ -195,7 +195,7 @@ def dying(times: int, *, seen: list[Any], with_reply: bool = False) -> Inner:
                 await send({"type": "http.response.start", "status": 200, "headers": OURS})
                 await send({"type": "http.response.body", "body": b"half", "more_body": True})
             return
-        await edge(scope, receive, send)
+        await api_server(scope, receive, send)
 
     return app
 

@@ -1,4 +1,4 @@
-"""An edge's way to the drawers where some of them never answer: no host is needed to be cut off for that."""
+"""An edge's way to the workers where some of them never answer: no host is needed to be cut off for that."""
 
 import asyncio
 import time
@@ -40,7 +40,7 @@ async def _is_silent() -> ModelInfo:
 
 
 def _pool(handle: _Handle) -> RayPool:
-    return RayPool(handle, handle, edge_name="edge-test")  # type: ignore[arg-type]
+    return RayPool(handle, handle, api_server_name="edge-test")  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "_INFO_KEPT_S", 0.05)
 
 
-def test_a_drawer_that_was_cut_off_holds_nobody_up() -> None:
+def test_a_worker_that_was_cut_off_holds_nobody_up() -> None:
     async def ask() -> tuple[list[ModelInfo], float, int]:
         handle = _Handle(_answers)
         pool = _pool(handle)

@@ -1,4 +1,4 @@
-"""A job outlives its drawer: same events, each once, whatever dies when."""
+"""A job outlives its worker: same events, each once, whatever dies when."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -6,13 +6,13 @@ from contextlib import aclosing
 
 import pytest
 
-from serve.cluster.rerun import MAX_DEATHS, DrawerLost, draw_with_reruns, with_beats
-from serve.cluster.saturated_workers import LatelyFull
-from serve.messages import DrawEvent, DrawJob, DrawnImage, Finished, Partial, Progress, Queued, Refused
+from serve.cluster.rerun import MAX_DEATHS, WorkerLost, generate_with_reruns, with_beats
+from serve.cluster.saturated_workers import SaturatedWorkers
+from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 
-JOB = DrawJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=30.0)
-DONE = Finished((DrawnImage(0, 7, 1, None, None, b"png"),), 3, 0, 64)
-WHOLE: list[DrawEvent] = [
+JOB = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=30.0)
+DONE = Finished((GeneratedImage(0, 7, 1, None, None, b"png"),), 3, 0, 64)
+WHOLE: list[GenerationEvent] = [
     Queued(1, None),
     Progress(16, 64),
     Partial(0, 0, 2, 8, b"first"),
@@ -22,19 +22,19 @@ WHOLE: list[DrawEvent] = [
     DONE,
 ]
 
-Step = DrawEvent | None | BaseException | float  # an event, a beat, a fault, or so many seconds of silence
+Step = GenerationEvent | None | BaseException | float  # an event, a beat, a fault, or so many seconds of silence
 Attempts = list[list[Step]]
 
 
-class Drawers:
+class Workers:
     """Plays one list of steps for each time that a job is sent; the last is played for all further ones."""
 
     def __init__(self, *attempts: list[Step]) -> None:
         self.attempts = list(attempts)
-        self.jobs: list[DrawJob] = []
+        self.jobs: list[GenerationJob] = []
         self.num_closed = 0
 
-    async def send(self, job: DrawJob) -> AsyncGenerator[DrawEvent | None, None]:
+    async def send(self, job: GenerationJob) -> AsyncGenerator[GenerationEvent | None, None]:
         steps = self.attempts[min(len(self.jobs), len(self.attempts) - 1)]
         self.jobs.append(job)
         try:
@@ -50,18 +50,22 @@ class Drawers:
 
 
 def events_of(
-    drawers: Drawers, job: DrawJob = JOB, *, silence_s: float = 5.0, lately_full: LatelyFull | None = None
-) -> tuple[list[DrawEvent], int]:
+    workers: Workers,
+    job: GenerationJob = JOB,
+    *,
+    silence_s: float = 5.0,
+    saturated_workers: SaturatedWorkers | None = None,
+) -> tuple[list[GenerationEvent], int]:
     reruns: list[int] = []
 
-    async def collect() -> list[DrawEvent]:
+    async def collect() -> list[GenerationEvent]:
         return [
             event
-            async for event in draw_with_reruns(
-                drawers.send,
+            async for event in generate_with_reruns(
+                workers.send,
                 job,
                 on_rerun=lambda: reruns.append(1),
-                lately_full=lately_full,
+                saturated_workers=saturated_workers,
                 silence_s=silence_s,
             )
         ]
@@ -70,101 +74,101 @@ def events_of(
 
 
 @pytest.mark.parametrize("died_after", range(len(WHOLE)))
-def test_a_drawer_that_dies_after_any_event_changes_nothing_that_is_told(died_after: int) -> None:
-    begun: list[Step] = [None, *WHOLE[:died_after], DrawerLost("killed")]
-    drawers = Drawers(begun, [None, *WHOLE])
-    told, num_reruns = events_of(drawers)
+def test_a_worker_that_dies_after_any_event_changes_nothing_that_is_told(died_after: int) -> None:
+    begun: list[Step] = [None, *WHOLE[:died_after], WorkerLost("killed")]
+    workers = Workers(begun, [None, *WHOLE])
+    told, num_reruns = events_of(workers)
     assert [event for event in told if not isinstance(event, Queued)] == WHOLE[1:]
     assert num_reruns == 1
-    assert drawers.num_closed == 2
+    assert workers.num_closed == 2
 
 
 def test_a_rerun_is_the_same_job_with_what_is_left_of_its_time() -> None:
-    drawers = Drawers([None, 0.3, DrawerLost("killed")], [None, DONE])
-    events_of(drawers)
-    first, second = drawers.jobs
+    workers = Workers([None, 0.3, WorkerLost("killed")], [None, DONE])
+    events_of(workers)
+    first, second = workers.jobs
     assert 29.0 < second.deadline_s < first.deadline_s - 0.3
     assert {**vars(second), "deadline_s": 0} == {**vars(first), "deadline_s": 0}
 
 
-def test_a_silent_drawer_is_given_up_and_its_call_is_closed() -> None:
-    drawers = Drawers([None, Progress(16, 64), 60.0], [None, DONE])
-    told, num_reruns = events_of(drawers, silence_s=0.05)
+def test_a_silent_worker_is_given_up_and_its_call_is_closed() -> None:
+    workers = Workers([None, Progress(16, 64), 60.0], [None, DONE])
+    told, num_reruns = events_of(workers, silence_s=0.05)
     assert told == [Progress(16, 64), DONE]
     assert num_reruns == 1
-    assert drawers.num_closed == 2
+    assert workers.num_closed == 2
 
 
-def test_a_drawer_that_beats_is_waited_for() -> None:
+def test_a_worker_that_beats_is_waited_for() -> None:
     steps: list[Step] = [None, *[0.3, None] * 4, DONE]
-    drawers = Drawers(steps)
-    assert events_of(drawers, silence_s=1.0) == ([DONE], 0)
-    assert len(drawers.jobs) == 1
+    workers = Workers(steps)
+    assert events_of(workers, silence_s=1.0) == ([DONE], 0)
+    assert len(workers.jobs) == 1
 
 
-def test_a_job_that_kills_its_drawers_is_given_up() -> None:
-    drawers = Drawers([None, DrawerLost("killed")])
-    told, num_reruns = events_of(drawers)
+def test_a_job_that_kills_its_workers_is_given_up() -> None:
+    workers = Workers([None, WorkerLost("killed")])
+    told, num_reruns = events_of(workers)
     assert [event.reason for event in told if isinstance(event, Refused)] == ["failed"]
-    assert len(drawers.jobs) == MAX_DEATHS
+    assert len(workers.jobs) == MAX_DEATHS
     assert num_reruns == MAX_DEATHS - 1
 
 
-def test_drawers_that_never_took_the_job_on_do_not_count_as_its_victims() -> None:
-    drawers = Drawers(*[[DrawerLost("no connection")] for _ in range(MAX_DEATHS + 2)], [None, DONE])
-    assert events_of(drawers) == ([DONE], 0)
+def test_workers_that_never_took_the_job_on_do_not_count_as_its_victims() -> None:
+    workers = Workers(*[[WorkerLost("no connection")] for _ in range(MAX_DEATHS + 2)], [None, DONE])
+    assert events_of(workers) == ([DONE], 0)
 
 
-def test_no_drawer_in_time_is_a_deadline() -> None:
-    drawers = Drawers([60.0])
-    job = DrawJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.3)
-    told, _ = events_of(drawers, job, silence_s=0.1)
+def test_no_worker_in_time_is_a_deadline() -> None:
+    workers = Workers([60.0])
+    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.3)
+    told, _ = events_of(workers, job, silence_s=0.1)
     assert [event.reason for event in told if isinstance(event, Refused)] == ["deadline"]
 
 
 @pytest.mark.parametrize("reason", ["draining", "queue_full"])
-def test_a_drawer_that_has_no_room_sends_the_job_to_one_other(reason: str) -> None:
+def test_a_worker_that_has_no_room_sends_the_job_to_one_other(reason: str) -> None:
     refused = Refused(reason, retry_after_s=3.0)  # type: ignore[arg-type]
-    assert events_of(Drawers([None, refused], [None, DONE]))[0] == [DONE]
-    both = Drawers([None, refused])
+    assert events_of(Workers([None, refused], [None, DONE]))[0] == [DONE]
+    both = Workers([None, refused])
     assert events_of(both)[0] == [refused]
     assert len(both.jobs) == 2
 
 
 @pytest.mark.parametrize("reason", ["draining", "queue_full"])
-def test_a_job_that_was_taken_on_waits_for_room_when_its_drawer_died(reason: str) -> None:
+def test_a_job_that_was_taken_on_waits_for_room_when_its_worker_died(reason: str) -> None:
     full: list[Step] = [None, Refused(reason, retry_after_s=3.0)]  # type: ignore[arg-type]
-    drawers = Drawers([None, Progress(16, 64), DrawerLost("killed")], full, full, full, [None, DONE])
-    assert events_of(drawers) == ([Progress(16, 64), DONE], 1)
-    never = Drawers([None, DrawerLost("killed")], full)
-    job = DrawJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.5)
+    workers = Workers([None, Progress(16, 64), WorkerLost("killed")], full, full, full, [None, DONE])
+    assert events_of(workers) == ([Progress(16, 64), DONE], 1)
+    never = Workers([None, WorkerLost("killed")], full)
+    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.5)
     assert [event.reason for event in events_of(never, job)[0] if isinstance(event, Refused)] == ["deadline"]
 
 
 @pytest.mark.parametrize("reason", ["deadline", "invalid", "failed"])
 def test_any_other_refusal_is_final(reason: str) -> None:
     refused = Refused(reason)  # type: ignore[arg-type]
-    drawers = Drawers([None, refused], [None, DONE])
-    assert events_of(drawers)[0] == [refused]
+    workers = Workers([None, refused], [None, DONE])
+    assert events_of(workers)[0] == [refused]
 
 
 def test_events_that_stop_without_an_end_are_a_death() -> None:
-    assert events_of(Drawers([None, Progress(16, 64)], [None, DONE])) == ([Progress(16, 64), DONE], 1)
+    assert events_of(Workers([None, Progress(16, 64)], [None, DONE])) == ([Progress(16, 64), DONE], 1)
 
 
-def test_an_error_of_the_drawers_own_code_is_not_drawn_again() -> None:
-    drawers = Drawers([None, ZeroDivisionError("a bug")], [None, DONE])
+def test_an_error_of_the_workers_own_code_is_not_drawn_again() -> None:
+    workers = Workers([None, ZeroDivisionError("a bug")], [None, DONE])
     with pytest.raises(ZeroDivisionError):
-        events_of(drawers)
-    assert len(drawers.jobs) == 1
+        events_of(workers)
+    assert len(workers.jobs) == 1
 
 
 @pytest.mark.parametrize("how", ["closed", "cancelled"])
 def test_a_client_that_leaves_closes_the_call(how: str) -> None:
-    drawers = Drawers([None, Progress(16, 64), 60.0])
+    workers = Workers([None, Progress(16, 64), 60.0])
 
     async def leave() -> None:
-        events = draw_with_reruns(drawers.send, JOB, on_rerun=lambda: None)
+        events = generate_with_reruns(workers.send, JOB, on_rerun=lambda: None)
         assert isinstance(events, AsyncGenerator)
         async with aclosing(events):
             assert await anext(events) == Progress(16, 64)
@@ -173,23 +177,25 @@ def test_a_client_that_leaves_closes_the_call(how: str) -> None:
                 await asyncio.sleep(0.01)
                 coming.cancel()
                 await asyncio.wait({coming})
-        assert drawers.num_closed == 1
+        assert workers.num_closed == 1
 
     asyncio.run(leave())
 
 
-# ------------------------------------------------------------------------------------------------- the drawer's side
+# ------------------------------------------------------------------------------------------------- the worker's side
 
 
-def beats_of(source: Callable[[], AsyncGenerator[DrawEvent, None]], *, beat_s: float) -> list[DrawEvent | None]:
-    async def collect() -> list[DrawEvent | None]:
+def beats_of(
+    source: Callable[[], AsyncGenerator[GenerationEvent, None]], *, beat_s: float
+) -> list[GenerationEvent | None]:
+    async def collect() -> list[GenerationEvent | None]:
         return [event async for event in with_beats(source(), beat_s=beat_s)]
 
     return asyncio.run(collect())
 
 
-def test_a_drawer_says_at_once_that_it_took_the_job_on_and_then_that_it_lives() -> None:
-    async def slow() -> AsyncGenerator[DrawEvent, None]:
+def test_a_worker_says_at_once_that_it_took_the_job_on_and_then_that_it_lives() -> None:
+    async def slow() -> AsyncGenerator[GenerationEvent, None]:
         await asyncio.sleep(0.5)
         yield DONE
 
@@ -199,7 +205,7 @@ def test_a_drawer_says_at_once_that_it_took_the_job_on_and_then_that_it_lives() 
 
 
 def test_beats_do_not_disturb_the_events() -> None:
-    async def quick() -> AsyncGenerator[DrawEvent, None]:
+    async def quick() -> AsyncGenerator[GenerationEvent, None]:
         for event in WHOLE:
             yield event
 
@@ -209,7 +215,7 @@ def test_beats_do_not_disturb_the_events() -> None:
 def test_closing_the_beats_closes_the_drawing() -> None:
     closed: list[str] = []
 
-    async def endless() -> AsyncGenerator[DrawEvent, None]:
+    async def endless() -> AsyncGenerator[GenerationEvent, None]:
         try:
             await asyncio.sleep(60)
             yield DONE
@@ -227,13 +233,13 @@ def test_closing_the_beats_closes_the_drawing() -> None:
 
 def test_without_the_memory_of_what_was_told_a_client_would_hear_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.cluster.rerun._Told.is_news", lambda self, event: True)
-    told, _ = events_of(Drawers([None, *WHOLE[:3], DrawerLost("killed")], [None, *WHOLE]))
+    told, _ = events_of(Workers([None, *WHOLE[:3], WorkerLost("killed")], [None, *WHOLE]))
     assert sum(event == WHOLE[2] for event in told) == 2
 
 
-def test_without_the_watch_for_silence_a_cut_off_drawer_would_take_the_whole_deadline() -> None:
-    drawers = Drawers([None, 0.5, DrawerLost("found out at last")], [None, DONE])
-    job = DrawJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.4)
-    assert [event.reason for event in events_of(drawers, job)[0] if isinstance(event, Refused)] == ["deadline"]
-    drawers = Drawers([None, 0.5, DrawerLost("found out at last")], [None, DONE])
-    assert events_of(drawers, job, silence_s=0.1)[0] == [DONE]
+def test_without_the_watch_for_silence_a_cut_off_worker_would_take_the_whole_deadline() -> None:
+    workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
+    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.4)
+    assert [event.reason for event in events_of(workers, job)[0] if isinstance(event, Refused)] == ["deadline"]
+    workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
+    assert events_of(workers, job, silence_s=0.1)[0] == [DONE]

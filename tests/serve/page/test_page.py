@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.api.keys import add_key
 from serve.local_pool import LocalPool
 from serve.settings import Limits, ServeSettings
-from serve.worker.decode_loop import Stepper
+from serve.worker.decode_loop import DecodeLoop
 from serve.worker.image_encoding import read_metadata
 from tests.browser_page import (
     Complaints,
@@ -75,19 +75,19 @@ def page(open_in: Open, site: Site) -> Iterator[Page]:
 
 @pytest.fixture
 def slow_site(kodalle_run: Path) -> Iterator[Callable[..., tuple[Site, LocalPool]]]:
-    """`slow_site(max_queued_rows=…)`: one slot, so that drawings take seconds and what comes later waits."""
+    """`slow_site(max_queued_sequences=…)`: one slot, so that drawings take seconds and what comes later waits."""
     with contextlib.ExitStack() as stack:
         yield lambda **changes: stack.enter_context(model_site(kodalle_run / "model", num_slots=1, **changes))
 
 
 @pytest.fixture
 def site_with(kodalle_run: Path, served: tuple[Site, LocalPool]) -> Iterator[Callable[..., Site]]:
-    """`site_with(keys_file=…)`: the same drawer behind an edge with other settings."""
+    """`site_with(keys_file=…)`: the same worker behind an edge with other settings."""
     with contextlib.ExitStack() as stack:
 
         def make(**changes: Any) -> Site:
             settings = ServeSettings(model=str(kodalle_run / "model")).model_copy(update=changes)
-            site = Site(lambda: build_edge(served[1], settings))
+            site = Site(lambda: build_api(served[1], settings))
             stack.callback(site.stop)
             return site
 
@@ -157,13 +157,13 @@ def test_the_best_are_ranked_with_scores_and_named_for_those_who_cannot_see(page
 
 
 def test_pictures_appear_row_by_row(open_in: Open, slow_site: MakeSlow, monkeypatch: pytest.MonkeyPatch) -> None:
-    count_step = Stepper._count_step
+    count_step = DecodeLoop._count_step
 
-    def slowly(stepper: Stepper, begun_s: float) -> None:
+    def slowly(decode_loop: DecodeLoop, begun_s: float) -> None:
         time.sleep(0.05)  # a model of this size is drawn faster than a busy browser paints
-        count_step(stepper, begun_s)
+        count_step(decode_loop, begun_s)
 
-    monkeypatch.setattr(Stepper, "_count_step", slowly)
+    monkeypatch.setattr(DecodeLoop, "_count_step", slowly)
     with open_in(slow_site()[0]) as (page, _):
         rows = _recorded(page, "rows")
         draw(page, CAPTION, n=1, candidates=2)
@@ -274,18 +274,18 @@ def test_several_are_queued_and_each_can_be_cancelled(open_in: Open, slow_site: 
         expect(cards.nth(0).locator(".state")).not_to_have_text("앞 작업을 기다리는 중")
         page.locator("#cancel-all").click()
         expect(page.locator(".card.cancelled")).to_have_count(3)
-        wait_until(lambda: pool.drawer.slots_in_use == pool.drawer.queued_rows == 0, seconds=1.0)
+        wait_until(lambda: pool.worker.slots_in_use == pool.worker.queued_sequences == 0, seconds=1.0)
         cards.nth(0).locator("[data-action=again]").click()
         expect(cards.nth(0).locator(".state")).to_have_text("그리는 중")
 
 
 def test_a_busy_server_is_asked_again(open_in: Open, slow_site: MakeSlow) -> None:
-    site, pool = slow_site(max_queued_rows=12)
+    site, pool = slow_site(max_queued_sequences=12)
     with open_in(site) as (page, complaints), open_in(site) as (other, _):
         complaints.may_fail = True
         fill(page, CAPTION, n=1, candidates=8)
         draw(other, CAPTION, n=1, candidates=12)
-        wait_until(lambda: pool.drawer.queued_rows > 4)
+        wait_until(lambda: pool.worker.queued_sequences > 4)
         page.locator("#draw").click()  # more than the queue has room for beside the first
         expect(page.locator(".state")).to_contain_text("서버가 바빠")
         expect(other.locator(".state")).to_have_text("그리는 중")
@@ -314,7 +314,7 @@ def test_a_server_that_goes_away_costs_no_text_and_no_drawing(open_in: Open, slo
         expect(page.locator("#notice")).to_contain_text("연결이 끊겼거나")
         expect(page.locator(".state")).to_have_text("연결을 기다리는 중")
         expect(page.locator("#caption")).to_have_value("초록 네모")
-        wait_until(lambda: pool.drawer.slots_in_use == 0)  # the drawing of a connection that is gone
+        wait_until(lambda: pool.worker.slots_in_use == 0)  # the drawing of a connection that is gone
         site.start()
         expect(page.locator("#notice")).to_be_hidden()
         wait_done(page)

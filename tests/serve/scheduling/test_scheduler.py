@@ -20,8 +20,8 @@ def ticket(name: str, num_rows: int = 1, *, key: str = "key", width: int = 1, de
     return Ticket(name, key, num_rows, width, STEPS, deadline)
 
 
-def scheduler(*, num_slots: int = 4, max_queued_rows: int = 1000) -> Scheduler:
-    return Scheduler(num_slots=num_slots, max_queued_rows=max_queued_rows)
+def scheduler(*, num_slots: int = 4, max_queued_sequences: int = 1000) -> Scheduler:
+    return Scheduler(num_slots=num_slots, max_queued_sequences=max_queued_sequences)
 
 
 def drain(subject: Scheduler) -> list[tuple[str, int]]:
@@ -54,7 +54,7 @@ class SchedulerModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.subject = Scheduler(num_slots=5, max_queued_rows=12)
+        self.subject = Scheduler(num_slots=5, max_queued_sequences=12)
         self.model: dict[str, Modelled] = {}
         self.num_submitted = 0
 
@@ -62,7 +62,7 @@ class SchedulerModel(RuleBasedStateMachine):
     def submit(self, key: str, num_rows: int, width: int) -> str:
         self.num_submitted += 1
         new = Ticket(f"r{self.num_submitted}", key, num_rows, width, STEPS, FAR)
-        fits_at_once = self.subject.queued_rows == 0 and num_rows * width <= 5 - self.subject.slots_in_use
+        fits_at_once = self.subject.queued_sequences == 0 and num_rows * width <= 5 - self.subject.slots_in_use
         try:
             self.subject.submit(new, now=0)
         except QueueFull:
@@ -104,12 +104,14 @@ class SchedulerModel(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         requests = self.model.values()
-        in_use = sum(len(request.seated) * request.ticket.slots_per_row for request in requests)
+        in_use = sum(len(request.seated) * request.ticket.slots_per_sequence for request in requests)
         assert self.subject.slots_in_use == in_use <= 5
-        assert self.subject.queued_rows == sum(request.ticket.num_rows - request.granted for request in requests)
+        assert self.subject.queued_sequences == sum(request.ticket.num_rows - request.granted for request in requests)
         assert self.subject.num_active == sum(request.granted > 0 for request in requests)
         assert self.subject.num_waiting == sum(request.granted == 0 for request in requests)
-        assert self.subject.queued_rows <= 5 + 12 * (1 + 1 / 2 + 1 / 3)  # rows for free slots, and three keys' parts
+        assert self.subject.queued_sequences <= 5 + 12 * (
+            1 + 1 / 2 + 1 / 3
+        )  # rows for free slots, and three keys' parts
 
     @invariant()
     def places_are_numbered_without_gaps(self) -> None:
@@ -125,7 +127,7 @@ class SchedulerModel(RuleBasedStateMachine):
             for row in request.seated:
                 self.subject.row_finished(name, row)
         assert sorted(drain(self.subject)) == sorted(left)
-        assert (self.subject.slots_in_use, self.subject.queued_rows) == (0, 0)
+        assert (self.subject.slots_in_use, self.subject.queued_sequences) == (0, 0)
         assert (self.subject.num_waiting, self.subject.num_active) == (0, 0)
         assert self.subject.overdue(now=math.inf) == []
 
@@ -203,7 +205,7 @@ def test_a_row_that_does_not_fit_keeps_its_turn() -> None:
 
 
 def test_what_free_slots_can_take_is_not_queued() -> None:
-    subject = scheduler(num_slots=4, max_queued_rows=0)
+    subject = scheduler(num_slots=4, max_queued_sequences=0)
     with pytest.raises(QueueFull):
         subject.submit(ticket("too many", 5), now=0)
     subject.submit(ticket("a", 1), now=0)
@@ -220,17 +222,17 @@ def test_what_free_slots_can_take_is_not_queued() -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_bound_counts_rows_whatever_their_width(width: int) -> None:
-    subject = scheduler(num_slots=4, max_queued_rows=6)
+    subject = scheduler(num_slots=4, max_queued_sequences=6)
     subject.submit(ticket("a", 4 // width + 5, width=width), now=0)
     with pytest.raises(QueueFull):
         subject.submit(ticket("b", 2, width=width), now=0)
     subject.submit(ticket("c", 1, width=width), now=0)
     subject.grant(now=0)
-    assert subject.queued_rows == 6
+    assert subject.queued_sequences == 6
 
 
 def test_a_key_that_fills_the_queue_does_not_shut_out_the_others() -> None:
-    subject = scheduler(num_slots=4, max_queued_rows=12)
+    subject = scheduler(num_slots=4, max_queued_sequences=12)
     subject.submit(ticket("greedy", 16, key="greedy"), now=0)
     subject.grant(now=0)
     with pytest.raises(QueueFull):
@@ -239,11 +241,11 @@ def test_a_key_that_fills_the_queue_does_not_shut_out_the_others() -> None:
     with pytest.raises(QueueFull):
         subject.submit(ticket("modest too", 1, key="modest"), now=0)
     subject.submit(ticket("third", 4, key="third"), now=0)
-    assert subject.queued_rows == 12 + 6 + 4
+    assert subject.queued_sequences == 12 + 6 + 4
 
 
 def test_retry_after_a_full_queue_is_when_there_is_room() -> None:
-    subject = scheduler(num_slots=4, max_queued_rows=4)
+    subject = scheduler(num_slots=4, max_queued_sequences=4)
     subject.submit(ticket("a", 8), now=0)
     subject.grant(now=0)
     with pytest.raises(QueueFull) as unmeasured:
@@ -289,7 +291,7 @@ def test_the_longest_and_widest_waiting_rows_count_until_nothing_waits() -> None
     subject.submit(ticket("short", 4, key="b", deadline=SAFETY * (STEPS + STEPS)), now=0)
 
 
-def test_nothing_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_drawer() -> None:
+def test_nothing_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_worker() -> None:
     subject = scheduler(num_slots=4)
     subject.submit(ticket("a", 60, deadline=0.001), now=0)
     subject.submit(ticket("b", 60, deadline=0.001), now=0)
@@ -303,11 +305,11 @@ def test_nothing_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_
 
 
 def test_refusals_change_nothing_and_survive_pickling() -> None:
-    subject = scheduler(num_slots=4, max_queued_rows=1)
+    subject = scheduler(num_slots=4, max_queued_sequences=1)
     subject.submit(ticket("a", 5), now=0)
     with pytest.raises(QueueFull) as refused:
         subject.submit(ticket("b"), now=0)
-    assert (subject.queued_rows, subject.num_waiting, subject.position("b")) == (5, 1, None)
+    assert (subject.queued_sequences, subject.num_waiting, subject.position("b")) == (5, 1, None)
     assert pickle.loads(pickle.dumps(refused.value)).retry_after_s == MIN_RETRY_S
 
 
@@ -403,7 +405,7 @@ def test_cancelling_frees_everything_at_each_stage(stage: str) -> None:
         expected = []
     assert subject.cancel("a") == expected
     assert subject.cancel("a") == []
-    assert (subject.slots_in_use, subject.queued_rows, subject.num_waiting, subject.num_active) == (0, 0, 0, 0)
+    assert (subject.slots_in_use, subject.queued_sequences, subject.num_waiting, subject.num_active) == (0, 0, 0, 0)
     assert subject.grant(now=0) == []
     assert subject.overdue(now=math.inf) == []
     with pytest.raises(KeyError):
@@ -421,7 +423,7 @@ def test_requests_past_their_deadline_are_named_until_cancelled_and_get_no_more_
     assert sorted(subject.overdue(now=12)) == sorted(subject.overdue(now=12)) == ["drawn", "waits"]
     subject.row_finished("drawn", 0)
     assert [grant.request_id for grant in subject.grant(now=12)] == ["in time"]  # the last that was to come
-    assert subject.queued_rows == 1  # its second row; the rows that are too late wait no more
+    assert subject.queued_sequences == 1  # its second row; the rows that are too late wait no more
     assert sorted(subject.cancel(name) for name in subject.overdue(now=12)) == [[], [0]]
     assert subject.overdue(now=12) == []
     assert {grant.request_id for grant in subject.grant(now=12)} == {"in time"}
@@ -432,7 +434,7 @@ def test_requests_past_their_deadline_are_named_until_cancelled_and_get_no_more_
 
 def test_thousands_of_waiting_requests_cost_milliseconds() -> None:
     """A refusal has 100 ms, all else included; measured: 0.7 ms for the scheduler's part, and 100 ms for all places."""
-    subject = Scheduler(num_slots=256, max_queued_rows=10**9)
+    subject = Scheduler(num_slots=256, max_queued_sequences=10**9)
     for index in range(6000):
         subject.submit(ticket(f"r{index}", 4, key=f"key {index % 50}", deadline=1e6), now=0)
     subject.grant(now=0)

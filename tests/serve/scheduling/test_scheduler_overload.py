@@ -26,7 +26,7 @@ def play_overload(seed: int, *, by_deadline: bool, load: float = 10.0, until_s: 
     minutes. `by_deadline=False` hides the deadlines from the scheduler.
     """
     num_slots, steps, deadline_s, draw, outcome = 32, 64, 30.0, random.Random(seed), Outcome()
-    subject = Scheduler(num_slots=num_slots, max_queued_rows=100_000)
+    subject = Scheduler(num_slots=num_slots, max_queued_sequences=100_000)
     full_step_s, sizes = 0.004 + 0.001 * num_slots, (1, 4, 16, 48)
     rate = load * num_slots / (steps * full_step_s) / (1.2 * sum(sizes) / len(sizes))  # a fifth is guided
     now, next_s, index, slot_s, used_s = 0.0, draw.expovariate(rate), 0, 0.0, 0.0
@@ -65,7 +65,7 @@ def play_overload(seed: int, *, by_deadline: bool, load: float = 10.0, until_s: 
             del due[name]
             outcome.late += 1
     outcome.busy = used_s / slot_s
-    assert (subject.slots_in_use, subject.queued_rows, subject.num_waiting, due) == (0, 0, 0, {})
+    assert (subject.slots_in_use, subject.queued_sequences, subject.num_waiting, due) == (0, 0, 0, {})
     return outcome
 
 

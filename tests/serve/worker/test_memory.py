@@ -24,12 +24,12 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 _SERVER = """
 import sys
-from serve.api.application import build_edge
+from serve.api.application import build_api
 from serve.settings import Limits, ServeSettings
 from tests.live_server import ScriptedPool, serving
 from tests.paths import REPOSITORY
 limits = Limits(max_json_bytes=int(sys.argv[1]), max_pixels=int(sys.argv[2]))
-with serving(build_edge(ScriptedPool(), ServeSettings(page=False, limits=limits))) as port:
+with serving(build_api(ScriptedPool(), ServeSettings(page=False, limits=limits))) as port:
     print(port, flush=True)
     sys.stdin.read()
 """
@@ -57,7 +57,7 @@ def server(limits: Limits) -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def edge() -> Iterator[tuple[int, int]]:
+def api_server() -> Iterator[tuple[int, int]]:
     with server(Limits()) as told:
         yield told
 
@@ -91,16 +91,18 @@ def _send_large(port: int, path: str, *, is_chunked: bool, mebibytes: int = 100)
 
 @pytest.mark.parametrize("path", [DRAW, EDIT])
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_of_100_mb_is_413_and_costs_no_memory(edge: tuple[int, int], path: str, is_chunked: bool) -> None:
-    port, pid = edge
+def test_a_body_of_100_mb_is_413_and_costs_no_memory(api_server: tuple[int, int], path: str, is_chunked: bool) -> None:
+    port, pid = api_server
     before = _peak_mb(pid)
     reply = _send_large(port, path, is_chunked=is_chunked)
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
     assert _peak_mb(pid) - before < 10
 
 
-def test_a_picture_of_21_kb_that_holds_177_million_pixels_is_400_and_costs_no_memory(edge: tuple[int, int]) -> None:
-    port, pid = edge
+def test_a_picture_of_21_kb_that_holds_177_million_pixels_is_400_and_costs_no_memory(
+    api_server: tuple[int, int],
+) -> None:
+    port, pid = api_server
     before = _peak_mb(pid)
     for name in ("image", "mask"):
         parts = [part("prompt", b"a"), part(name, bomb(13_300), filename="a.png")]

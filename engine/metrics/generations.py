@@ -25,7 +25,7 @@ from engine.metrics.fid import LEAST_FOR_FID, LEAST_FOR_KID, feature_distances, 
 from engine.metrics.independent_classifier import IndependentClassifier
 from engine.metrics.parts import EvaluationRun
 from engine.models.koclip import KoClip
-from engine.pipeline.generation import Drawing
+from engine.pipeline.generation import Generation
 from engine.pipeline.image_files import paste_grid, save_png
 from engine.pipeline.pipeline import Pipeline
 
@@ -61,17 +61,17 @@ class _Tally:
     differences: list[float] = field(default_factory=list)
     named: list[list[int]] = field(default_factory=list)  # of each caption the judge's kinds of its candidates
 
-    def add(self, drawing: Drawing, asked_for: str | None, names: ColourNames | None) -> None:
-        top = drawing.candidates[0]
+    def add(self, generation: Generation, asked_for: str | None, names: ColourNames | None) -> None:
+        top = generation.candidates[0]
         self.best.append(top.image)
         self.listed.append(
-            {"caption": drawing.caption, "seed": top.seed, "candidate": top.candidate, "score": top.score}
+            {"caption": generation.caption, "seed": top.seed, "candidate": top.candidate, "score": top.score}
         )
-        scores = [one.score for one in drawing.candidates if one.score is not None]
+        scores = [one.score for one in generation.candidates if one.score is not None]
         self.top_scores += scores[:1]
         self.all_scores += scores
         if names is not None and asked_for is not None:
-            right = [names.of(np.asarray(one.image)) == asked_for for one in drawing.candidates]
+            right = [names.of(np.asarray(one.image)) == asked_for for one in generation.candidates]
             self.top_colours.append(right[0])
             self.all_colours += right
 
@@ -83,7 +83,7 @@ def colour_names(pairs: Pairs, attribute: str | None, palette: Mapping[str, Lab]
     return ColourNames(attribute, kept) if attribute is not None and kept else None
 
 
-def score_drawings(
+def score_generations(
     run: EvaluationRun,
     pipeline: Pipeline,
     pairs: Pairs,
@@ -117,12 +117,12 @@ def score_drawings(
     run.on_progress("drawing", 0, len(chosen))
     for start in range(0, len(chosen), captions_at_once):
         part = chosen[start : start + captions_at_once]
-        for pair, drawing in zip(
+        for pair, generation in zip(
             part, pipeline([pair.captions[0] for pair in part], candidates=candidates, seed=run.seed), strict=True
         ):
-            tally.add(drawing, names.asked_for(pair) if names is not None else None, names)
-            captions_cut += drawing.tokens_cut > 0
-            images = torch.stack([_as_floats(one.image) for one in drawing.candidates])  # (n, 3, S, S)
+            tally.add(generation, names.asked_for(pair) if names is not None else None, names)
+            captions_cut += generation.tokens_cut > 0
+            images = torch.stack([_as_floats(one.image) for one in generation.candidates])  # (n, 3, S, S)
             batches = [batch.to(run.device) for batch in images.split(run.batch_size)]
             if candidates > 1:
                 tally.differences.append(float(images.std(dim=0).mean()))
@@ -133,7 +133,7 @@ def score_drawings(
         run.on_progress("drawing", start + len(part), len(chosen))
     found: dict[str, Any] = {
         "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
-        "options": asdict(pipeline.default_options),
+        "options": asdict(pipeline.default_sampling_params),
         "difference": sum(tally.differences) / len(tally.differences) if tally.differences else None,
     }  # fmt: skip
     if pipeline.koclip is not None:

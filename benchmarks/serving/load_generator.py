@@ -105,7 +105,7 @@ def overload(server: Server, *, rate: float, duration_s: float, deadline_s: floa
         "refused_from_sending_s": percentiles([one.ended_s - one.sent_s for one in refused]),
         "not_drawn_though_taken_on": len(others),
         "others": dict(Counter(f"{one.status} {one.code}" for one in others)),
-        # Between the phases that a drawer times: mostly tokens that wait for the thread that makes pictures of them.
+        # Between the phases that a worker times: mostly tokens that wait for the thread that makes pictures of them.
         "between_phases_s": percentiles([_between_phases_s(one) for one in run.answers if one.status == 200]),
         "usage_before": before,
         "usage_after": usage_row(server),
