@@ -43,7 +43,7 @@ def main() -> int:
         kinds = [(torch.float16, None), (torch.bfloat16, None)]
     else:
         kinds = [(torch.float32, None)]
-        kinds += [(torch.float32, "int8")] if can_quantise(device) else []
+        kinds += [(torch.float32, "int8")] if can_quantise(torch.float32, device) else []
     rows = []
     for dtype, weights in kinds:
         begun = time.perf_counter()

@@ -3,13 +3,14 @@
 import datetime
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from engine.device import cpu_capabilities
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "triton", "xformers", "onnxruntime-gpu", "transformers", "numpy", "pillow")
@@ -23,7 +24,8 @@ def facts(device: torch.device) -> dict[str, Any]:
         "hardware": {
             "device": device.type,
             "gpu": _gpu(device),
-            "cpu": _cpu(),
+            "cpu": cpu_capabilities().name,
+            "cpu_isa": cpu_capabilities().isa,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gib": round(_memory_bytes() / 2**30, 1),
             "load_before": round(os.getloadavg()[0], 2),
@@ -65,15 +67,6 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "processors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
     }
-
-
-def _cpu() -> str:
-    """The processor's name as the system gives it."""
-    file = Path("/proc/cpuinfo")
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    name = found[1] if found else platform.processor() or platform.machine()
-    return " ".join(name.split())
 
 
 def _memory_bytes() -> int:

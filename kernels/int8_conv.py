@@ -1,10 +1,11 @@
-"""3x3 convolutions of one picture in eight bits, for CPUs that multiply bytes (AVX512-VNNI, AMX).
+"""3x3 convolutions of one picture in eight bits, for CPUs that multiply bytes (VNNI, AMX).
 
     out = x_scale * w_scale[k] * sum (q_x - zero_point) q_w + bias
 
 Weights are signed and symmetric, one scale an output channel, activations unsigned with a zero point: the pair that the
 instruction takes. oneDNN runs it at 420 to 630 GFLOP/s on two cores where float32 has 150 to 165 (signed activations
-fall back to something far slower). The zero point's share is a constant of each output channel and goes into the bias,
+fall back to something far slower). Without VNNI oneDNN's sums of two products saturate, and the result is wrong: the
+caller asks first (engine.device). The zero point's share is a constant of each output channel and goes into the bias,
 so that the convolution itself knows of none; the picture's border is filled with the zero point for that.
 
 H x W pixels, C channels in, K out.
@@ -62,11 +63,6 @@ class Int8Conv:
         else:
             made = torch.ops.onednn.qconv_pointwise(pixels, x_scale, 0, *weight, bias, *layout, "none", [], "")
             target.copy_(made)
-
-
-def int8_supported() -> bool:
-    """Whether this processor multiplies bytes exactly. Without VNNI oneDNN's sums of two products saturate."""
-    return bool(torch.cpu._is_vnni_supported())
 
 
 def byte_scale(lowest: float, highest: float) -> tuple[float, int]:

@@ -279,9 +279,33 @@ _HAS_CUDA = torch.cuda.is_available()
         pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _HAS_CUDA, reason="no CUDA device")]),
     ]
 )
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a kernel runs: interpreted on the CPU, or compiled on a GPU."""
+    if request.param == "cpu" and importlib.util.find_spec("triton") is not None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot_in_a_fixed_order)
     return str(request.param)
+
+
+def _dot_in_a_fixed_order(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+    """`tl.dot` of Triton's interpreter as a matrix unit computes it: each cell sums over K in one order.
+
+    The interpreter calls numpy's matrix product, whose BLAS may take the last columns of a matrix by another kernel, in
+    another order (OpenBLAS on AVX2: the last eight). A column's bits then follow the number of columns, and a kernel
+    that promises bits free of the batch seems to break its promise.
+
+    Args:
+        a, b, d: (M, K), (K, N) and the accumulator (M, N), not of 8 bits.
+    """
+    from triton.runtime.interpreter import TensorHandle
+
+    dtype = d.data.dtype
+    left, right = a.data.astype(dtype), b.data.astype(dtype)
+    product = np.zeros(d.data.shape, dtype)
+    for k in range(left.shape[1]):
+        product += left[:, k, None] * right[None, k]
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def default_variants(device: torch.device) -> list[str]:
     usual = str(default_dtype(device, _PUBLISHED_PARAMETERS)).removeprefix("torch.")
     if device.type == "cuda":
         return list(dict.fromkeys([usual, "float16"]))
-    return [usual] + (["int8"] if can_quantise(device) else [])
+    return [usual] + (["int8"] if can_quantise(torch.float32, device) else [])
 
 
 @dataclass(frozen=True)

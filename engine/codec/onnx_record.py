@@ -17,6 +17,7 @@ B pictures, N image tokens, S pixels, M captions, T text tokens.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -36,9 +37,10 @@ from engine.codec.onnx_runtime import (
     open_koclip,
     open_vqgan,
 )
-from engine.codec.vqgan_decoder import FastVqganDecoder, Precision
+from engine.codec.vqgan_decoder import FastVqganDecoder, Precision, decodes_int8
 from engine.config import Section
 from engine.config_files import parse_section
+from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.files import atomic_file, read_json, write_json
 from engine.measure import synchronize
@@ -69,10 +71,10 @@ class Codec(NamedTuple):
         """torch's, of the models' type; weights are repacked, so train the models on and make a new one.
 
         Args:
-            int8: the VQGAN decodes in bytes.
+            int8: 8-bit convolutions in the VQGAN; on a CPU without VNNI the models' type, which one line on stderr says.
 
         Raises:
-            InputError: int8 where the machine cannot.
+            InputError: int8 on a GPU.
         """
         return cls(_torch_decoder(vqgan, int8=int8), None if koclip is None else KoclipEncoder(koclip))
 
@@ -136,10 +138,10 @@ def choose_codec(
     Args:
         backend: `torch`; `onnx` (float32 whatever `dtype`); or `auto`, what `onnx.json` recorded for this kind of
             device, and torch where it says nothing: no record, another kind of device, another type than float32.
-        int8: the VQGAN decodes in bytes, by torch, whatever the record says.
+        int8: 8-bit convolutions in the VQGAN, by torch, whatever the record says; see `Codec.of`.
 
     Raises:
-        InputError: unknown backend; a record that is broken; int8 by ONNX or where it cannot run; or, where ONNX is to
+        InputError: unknown backend; a record that is broken; int8 by ONNX or on a GPU; or, where ONNX is to
             be used, what `OnnxNetwork` refuses.
     """
     if backend not in ("auto", "torch", "onnx"):
@@ -157,10 +159,20 @@ def choose_codec(
 
 
 def _torch_decoder(vqgan: Vqgan, *, int8: bool = False) -> FastVqganDecoder:
-    """In the type that the VQGAN has, or in bytes."""
+    """In the VQGAN's dtype, or with 8-bit convolutions where the processor gains by them."""
+    weight = vqgan.post_quant_conv.weight
     dtypes: dict[torch.dtype, Precision] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    precision = dtypes.get(vqgan.post_quant_conv.weight.dtype, "float32")
+    precision = dtypes.get(weight.dtype, "float32")
+    if int8 and weight.device.type == "cpu" and not decodes_int8(weight.device):
+        _report_no_int8(precision)
+        return FastVqganDecoder(vqgan, precision=precision)
     return FastVqganDecoder(vqgan, precision="int8" if int8 else precision)
+
+
+@functools.cache
+def _report_no_int8(precision: Precision) -> None:
+    isa = cpu_capabilities().isa
+    print(f"codec: {precision} instead of int8, which is slower on a processor without VNNI ({isa})", file=sys.stderr)
 
 
 def read_record(folder: Path) -> OnnxRecord:

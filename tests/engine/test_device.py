@@ -1,13 +1,18 @@
-"""Threads that the container may use, and the number type that the processor multiplies."""
+"""What the processor offers, in every instruction class; threads that the container may use; the default dtype."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from engine.device import default_dtype, fit_threads
+from engine import device as device_module
+from engine.device import CpuCapabilities, cpu_capabilities, default_dtype, fit_threads, instruction_set
+from tests.paths import REPOSITORY
 
 
 @pytest.fixture
@@ -47,18 +52,130 @@ def test_threads_are_never_added(tmp_path: Path, threads: int) -> None:
     assert fit_threads(tmp_path) == 1
 
 
+# -------------------------------------------------------------------------------------------------------- instructions
+
+AVX2 = {"avx2"}
+AVX512 = AVX2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
+VNNI = AVX512 | {"avx512_vnni"}
+BFLOAT16 = VNNI | {"avx512_bf16"}
+AMX = BFLOAT16 | {"amx_tile", "amx_int8", "amx_bf16"}
+
+
 @pytest.mark.parametrize(
-    ("capabilities", "num_parameters", "expected"),
+    ("flags", "aten", "limit", "expected"),
     [
-        ({"avx512_bf16": True}, 335_000_000, torch.bfloat16),
-        ({"amx_bf16": True}, 335_000_000, torch.bfloat16),
-        ({"avx512_bf16": True}, 5_000_000, torch.float32),
-        ({"avx512_vnni": True}, 335_000_000, torch.float32),
+        (AMX, "AVX512", None, "amx"),
+        (BFLOAT16, "AVX512", None, "avx512_bf16"),
+        (VNNI, "AVX512", None, "avx512_vnni"),
+        (AVX512, "AVX512", None, "avx512"),
+        (AVX512 - {"avx512_dq"}, "AVX2", None, "avx2"),
+        (AVX2 | {"avx_vnni"}, "AVX2", None, "avx2_vnni"),
+        (AVX2, "AVX2", None, "avx2"),
+        (set[str](), "DEFAULT", None, "baseline"),
+        (AMX, "AVX512", "AVX512_CORE_BF16", "avx512_bf16"),
+        (AMX, "AVX512", "avx512_core_vnni", "avx512_vnni"),
+        (AMX, "AVX512", "AVX512_CORE", "avx512"),
+        (AMX, "AVX512", "AVX2", "avx2"),
+        (AMX, "AVX512", "SSE41", "baseline"),
+        (AMX, "AVX512", "ALL", "amx"),
+        (AMX, "AVX2", None, "avx2"),
+        (AMX, "DEFAULT", None, "baseline"),
+        (AVX2, "AVX2", "AVX512_CORE", "avx2"),
+    ],
+)
+def test_the_class_is_the_best_that_processor_pytorch_and_onednn_all_use(
+    flags: set[str], aten: str, limit: str | None, expected: str
+) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        environment = {} if limit is None else {name: limit}
+        assert instruction_set(flags, aten=aten, environment=environment) == expected
+
+
+def _capabilities(**offered: bool) -> CpuCapabilities:
+    nothing = dict.fromkeys(
+        ("multiplies_bfloat16", "sums_bytes_exactly", "packs_float32", "packs_bfloat16", "packs_int8"), False
+    )
+    return CpuCapabilities("a processor", "avx2", **(nothing | offered))
+
+
+@pytest.mark.parametrize(
+    ("offered", "num_parameters", "expected"),
+    [
+        ({"multiplies_bfloat16": True, "packs_bfloat16": True}, 335_000_000, torch.bfloat16),
+        ({"multiplies_bfloat16": True, "packs_bfloat16": True}, 5_000_000, torch.float32),
+        ({"multiplies_bfloat16": True}, 335_000_000, torch.float32),
+        ({"packs_bfloat16": True, "sums_bytes_exactly": True}, 335_000_000, torch.float32),
         ({}, 335_000_000, torch.float32),
     ],
 )
 def test_bfloat16_only_where_it_is_fast(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], num_parameters: int, expected: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, offered: dict[str, bool], num_parameters: int, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(device_module, "cpu_capabilities", lambda: _capabilities(**offered))
     assert default_dtype(torch.device("cpu"), num_parameters) == expected
+
+
+def test_what_packs_by_dtype() -> None:
+    cpu = _capabilities(packs_float32=True, packs_int8=True)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    assert [cpu.packs(dtype) for dtype in dtypes] == [True, False, False, False]
+
+
+@pytest.mark.skipif(not cpu_capabilities().packs_float32, reason="oneDNN's packed layers are on x86 alone")
+def test_pytorch_still_has_the_private_operators_that_packing_calls() -> None:
+    """Without them decoding would fall back to unpacked weights and say that the processor is at fault."""
+    for space, name in (
+        ("mkldnn", "_reorder_linear_weight"), ("mkldnn", "_linear_pointwise"), ("onednn", "qlinear_prepack"),
+        ("onednn", "qlinear_pointwise"), ("onednn", "qconv_prepack"), ("onednn", "qconv_pointwise"),
+    ):  # fmt: skip
+        assert hasattr(getattr(torch.ops, space), name), f"torch.ops.{space}.{name} is gone: PyTorch changed"
+
+
+# What PyTorch and oneDNN are limited to, to compute as a processor of that class does.
+SIMULATED = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx512_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
+HELD_BY = {  # which processors have the instructions of a class
+    "avx2": {"avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"},
+    "avx512": {"avx512", "avx512_vnni", "avx512_bf16", "amx"},
+    "avx512_vnni": {"avx512_vnni", "avx512_bf16", "amx"},
+    "avx512_bf16": {"avx512_bf16", "amx"},
+}
+
+
+@pytest.mark.parametrize("isa", SIMULATED)
+def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
+    """In a process that is limited to the class: what it offers, bits free of the batch, and 8-bit products exact."""
+    ours = cpu_capabilities().isa
+    if ours not in HELD_BY[isa]:
+        pytest.skip(f"this processor ({ours}) has no {isa}: nothing can simulate what it lacks")
+    report = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tests" / "instruction_set_report.py")],
+        env=os.environ | SIMULATED[isa] | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.returncode == 0, report.stderr
+    found = json.loads(report.stdout.splitlines()[-1])
+    cpu, has_avx512 = found["cpu"], isa != "avx2"
+    assert cpu["isa"] == isa
+    assert (cpu["packs_float32"], cpu["packs_bfloat16"], cpu["packs_int8"]) == (True, has_avx512, True)
+    assert cpu["sums_bytes_exactly"] == (isa in ("avx512_vnni", "avx512_bf16"))
+    assert found["default_dtype_of_a_large_model"] == ("bfloat16" if isa == "avx512_bf16" else "float32")
+    assert found["int8_equals_integers"] == {"as the processor needs": True, "in halves": True}
+    assert found["weights"] == {
+        "float32": "packed", "float32 plain": "plain", "float32 int8": "int8",
+        "bfloat16": "packed" if has_avx512 else "plain",
+    }  # fmt: skip
+    alone = found["equal_alone_and_in_a_batch"]
+    # PyTorch asks the processor itself whether it multiplies bfloat16, so a limit alone may leave it no product at all.
+    if found["multiplies_plain_bfloat16"] or ours == isa:
+        assert alone.pop("bfloat16") is True
+    assert alone == {"float32": True, "float32 plain": True, "float32 int8": True}
+    said = "weights: bfloat16 cannot be packed on this processor (avx2): decoding uses them unpacked"
+    assert report.stderr.count("cannot be packed") == (0 if has_avx512 else 1), report.stderr
+    assert (said in report.stderr) == (not has_avx512)

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.int8_conv import Int8Conv, byte_scale, int8_supported, quantise
+from engine.device import cpu_capabilities
+from kernels.int8_conv import Int8Conv, byte_scale, quantise
 
-needs_vnni = pytest.mark.skipif(not int8_supported(), reason="this processor has no AVX512-VNNI")
+needs_vnni = pytest.mark.skipif(
+    not cpu_capabilities().sums_bytes_exactly, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
+)
 
 
 @needs_vnni

@@ -18,9 +18,16 @@ published model (252 M weights), milliseconds a step:
 inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so here too a row does
 not depend on its company. What it does to drawings is measured by benchmarks/int8_effect.py.
 
+A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There each weight is stored as two
+halves of at most 64 and the inputs are repeated, which gives the same integers, and so the same bits, from twice the
+bytes and products: still half the bytes of float32, at about its speed (two cores with AVX2: 1.9 ms instead of 2.1 for
+32 rows and 4 M weights).
+
 Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first.
 """
 
+import functools
+import sys
 from typing import Literal, cast
 
 import torch
@@ -28,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_step_model
+from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
 
@@ -40,38 +48,42 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this build of PyTorch has oneDNN's packed linear layers (x86) for `dtype`."""
-    return (
-        device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and torch.cpu.get_capabilities().get("architecture") == "x86_64"
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+    """Whether this machine has oneDNN's packed linear layers for `dtype`."""
+    return device.type == "cpu" and cpu_capabilities().packs(dtype)
 
 
-def can_quantise(device: torch.device) -> bool:
-    """Whether this build of PyTorch has oneDNN's 8-bit linear layers, and this processor sums bytes exactly (VNNI)."""
-    has_layers = can_pack(torch.float32, device) and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    return has_layers and bool(torch.cpu._is_vnni_supported())
+def can_quantise(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has oneDNN's 8-bit linear layers, and packed ones for what stays in the model's `dtype`."""
+    return can_pack(dtype, device) and cpu_capabilities().packs_int8
 
 
 def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
-    """`wanted`, or without a wish what is fastest without changing the function.
+    """`wanted`, or by default what is fastest without changing the function.
+
+    A model on a CPU whose dtype cannot be packed there is used as it is; one line on stderr says so, once a process.
 
     Raises:
-        InputError: it cannot be had here.
+        InputError: `wanted` is not possible on this machine.
     """
     weight = model.head.weight
     packable = can_pack(weight.dtype, weight.device)
     if wanted is None:
+        if not packable and weight.device.type == "cpu":
+            _report_plain(weight.dtype)
         return "packed" if packable else "plain"
-    where = f"{wanted} on {weight.device}, {weight.dtype}, torch {torch.__version__}"
+    isa = f" ({cpu_capabilities().isa})" if weight.device.type == "cpu" else ""
+    where = f"{wanted} on {weight.device}{isa}, {weight.dtype}, torch {torch.__version__}"
     if wanted == "packed" and not packable:
-        raise InputError("weights", where, "packed weights are for float32 and bfloat16 on x86: use plain")
-    if wanted == "int8" and not can_quantise(weight.device):
-        raise InputError("weights", where, "8-bit weights are for x86 processors with VNNI: leave them out")
+        raise InputError("weights", where, "not packed here: use plain, or float32 on an x86 processor")
+    if wanted == "int8" and not can_quantise(weight.dtype, weight.device):
+        raise InputError("weights", where, "8-bit weights need an x86 processor and a dtype that it packs: use float32")
     return wanted
+
+
+@functools.cache
+def _report_plain(dtype: torch.dtype) -> None:
+    isa, name = cpu_capabilities().isa, str(dtype).removeprefix("torch.")
+    print(f"weights: {name} cannot be packed on this processor ({isa}): decoding uses them unpacked", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -153,15 +165,26 @@ class _PackedLayer:
 
 
 class _Int8Linear:
-    """x ~ scale_x * q_x a row, weight ~ scale_w * q_w an output: y = scale_x * scale_w * (q_x . q_w) + bias."""
+    """x ~ scale_x * q_x a row, weight ~ scale_w * q_w an output: y = scale_x * scale_w * (q_x . q_w) + bias.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    Args:
+        weight: (N, K) of any floating-point type.
+        bias: (N,) or None.
+        in_halves: store q_w as two halves of at most 64, (N, 2 K), and repeat q_x: the same integers, where pairs of
+            products are added in 16 bits (2 * 255 * 64 < 2^15). None: where the processor needs it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, in_halves: bool | None = None) -> None:
+        self._in_halves = not cpu_capabilities().sums_bytes_exactly if in_halves is None else in_halves
         self._bias = None if bias is None else bias.detach().float()
         weight = weight.detach().float()
         self._scales = weight.abs().amax(1).clamp_(min=_TINY).div_(127)  # (N,)
         self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
         quantised = (weight / self._scales[:, None]).round_().to(torch.int8)  # (N, K)
-        self._packed = torch.ops.onednn.qlinear_prepack(quantised, [_ROWS_HINT, weight.shape[1]])
+        if self._in_halves:
+            half = torch.div(quantised, 2, rounding_mode="floor")  # -64..63
+            quantised = torch.cat([half, quantised - half], dim=1)  # (N, 2 K)
+        self._packed = torch.ops.onednn.qlinear_prepack(quantised, [_ROWS_HINT, quantised.shape[1]])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, K) -> (R, N) in x's dtype."""
@@ -169,6 +192,8 @@ class _Int8Linear:
 
     def multiply(self, quantised: Tensor, scale: Tensor) -> Tensor:
         """(R, K) uint8, (R, 1) -> (R, N) float32."""
+        if self._in_halves:
+            quantised = torch.cat([quantised, quantised], dim=1)  # (R, 2 K)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             quantised, 1.0, _ZERO_POINT, self._packed, self._scales, self._zero_points, None,
             1.0, 0, torch.float32, "none", [], "",

@@ -1,5 +1,6 @@
 """The fast decoder draws the VQGAN's pictures, each as if it were alone; what it refuses, and what bytes cost."""
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -14,12 +15,14 @@ from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastVqganDecoder, latent_table
 from engine.codec.vqgan_row_tiles import convolve, float_conv
 from engine.config import VqganConfig
+from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan
-from kernels.int8_conv import int8_supported
 
 HAS_CUDA = torch.cuda.is_available()
-needs_vnni = pytest.mark.skipif(not int8_supported(), reason="this processor has no AVX512-VNNI")
+needs_vnni = pytest.mark.skipif(
+    not cpu_capabilities().sums_bytes_exactly, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
+)
 
 _COMMON: dict[str, Any] = {"base_channels": 32, "latent_channels": 16, "embed_dim": 12, "codebook_size": 40}
 CONFIGS = {
@@ -208,8 +211,9 @@ def test_bytes_cost_little_on_a_trained_codec() -> None:
 
 
 def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vqgan_decoder, "int8_supported", lambda: False)
-    with pytest.raises(InputError, match="precision: int8: is not made for a processor without AVX512-VNNI"):
+    lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", sums_bytes_exactly=False)
+    monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: lesser)
+    with pytest.raises(InputError, match=r"precision: int8: is not made for a processor without VNNI \(avx2\)"):
         FastVqganDecoder(vqgan, precision="int8")
 
 

@@ -1,12 +1,16 @@
 """Packed weights: the same function, rows free of their company; in 8 bits: close, and rows as free."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
+from engine.decoding.cpu import packed_weights
 from engine.decoding.cpu.packed_weights import (
     Weights,
     _Int8Linear,
@@ -18,6 +22,7 @@ from engine.decoding.cpu.packed_weights import (
 )
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
+from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
@@ -40,7 +45,10 @@ NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 ROW_COUNTS = [*range(4, 24), 31, 32, 33, 48, 63, 64, 65, 90, 128, 129, 140]
 
 pytestmark = pytest.mark.skipif(
-    not can_quantise(CPU), reason="no packed 8-bit linear layers here (oneDNN, x86 with VNNI)"
+    not can_quantise(torch.float32, CPU), reason="no packed linear layers here (oneDNN, x86)"
+)
+packs_bfloat16 = pytest.mark.skipif(
+    not can_pack(torch.bfloat16, CPU), reason=f"this processor ({cpu_capabilities().isa}) cannot pack bfloat16"
 )
 
 
@@ -89,7 +97,7 @@ def test_int8_logits_are_close(model: KoDalle) -> None:
     assert 1e-4 < error < 0.03  # 8 bits leave half a percent a product; less than 1e-4 were no 8 bits at all
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bfloat16)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 320), (1024, 512), (96, 1000)])
 def test_a_packed_row_has_the_same_bits_among_any_others(
     num_threads: int, dtype: torch.dtype, inputs: int, outputs: int
@@ -97,13 +105,16 @@ def test_a_packed_row_has_the_same_bits_among_any_others(
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, inputs).to(dtype) / 8, torch.randn(outputs).to(dtype)
     x, other = torch.randn(140, inputs).to(dtype), torch.randn(140, outputs).to(dtype)
-    packed, int8 = _PackedLinear(weight, bias), _Int8Linear(weight, bias)
+    packed, int8, halves = (
+        _PackedLinear(weight, bias), _Int8Linear(weight, bias), _Int8Linear(weight, bias, in_halves=True)
+    )  # fmt: skip
     functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "plain": lambda x, _: packed(x),
         "gelu": lambda x, _: packed.gelu(x),
         "add": lambda x, other: packed.combined(x, other, "add"),
         "mul": lambda x, other: packed.combined(x, other, "mul"),
         "int8": lambda x, _: int8(x),
+        "int8 in halves": lambda x, _: halves(x),
         "geglu": lambda x, _: reference.geglu(x),
     }
     with torch.inference_mode():
@@ -114,8 +125,9 @@ def test_a_packed_row_has_the_same_bits_among_any_others(
                 assert torch.equal(function(x[-count:], other[-count:]), whole[-count:]), (name, count)
 
 
-def test_int8_linear_is_the_rounded_product() -> None:
-    """Against integers in float64."""
+@pytest.mark.parametrize("in_halves", [None, True])
+def test_int8_linear_is_the_rounded_product(in_halves: bool | None) -> None:
+    """Against integers in float64; bit for bit in tests/engine/test_device.py, by instruction set."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(48, 256), torch.randn(48), 3 * torch.randn(7, 256)
     x[3] = 0  # a row without a scale
@@ -124,7 +136,8 @@ def test_int8_linear_is_the_rounded_product() -> None:
     product = rounded_x @ (weight / scales[:, None]).round().double().T
     expected = (product * steps.double() * scales.double() + bias.double()).float()
     with torch.inference_mode():
-        torch.testing.assert_close(_Int8Linear(weight, bias)(x), expected, rtol=1e-5, atol=1e-5)
+        found = _Int8Linear(weight, bias, in_halves=in_halves)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
@@ -145,12 +158,29 @@ def test_the_choice_is_packed_here_and_impossible_ones_are_named(model: KoDalle)
     assert choose_weights(model, "plain") == "plain"
     half = KoDalle(CONFIG).half()
     assert choose_weights(half) == "plain"
-    with pytest.raises(InputError, match=r"packed on cpu, torch\.float16"):
-        choose_weights(half, "packed")
+    for weights in ("packed", "int8"):
+        with pytest.raises(InputError, match=rf"{weights} on cpu \(\w+\), torch\.float16.* float32"):
+            choose_weights(half, cast(Weights, weights))
     away = KoDalle(CONFIG).to("meta")
     assert not can_pack(torch.float32, torch.device("meta"))
     with pytest.raises(InputError, match="int8 on meta"):
         choose_weights(away, "int8")
+
+
+def test_a_dtype_that_cannot_be_packed_is_used_as_it_is_and_that_is_reported_once(
+    model: KoDalle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", packs_bfloat16=False)
+    monkeypatch.setattr(packed_weights, "cpu_capabilities", lambda: lesser)
+    packed_weights._report_plain.cache_clear()
+    brief = copy.deepcopy(model).to(torch.bfloat16)
+    assert [Sampler(brief).weights for _ in range(2)] == ["plain", "plain"]
+    assert Sampler(model).weights == "packed"
+    assert capsys.readouterr().err == (
+        "weights: bfloat16 cannot be packed on this processor (avx2): decoding uses them unpacked\n"
+    )
+    with pytest.raises(InputError, match=r"int8 on cpu \(avx2\), torch\.bfloat16.*: use float32"):
+        Sampler(brief, weights="int8")
 
 
 def test_packing_leaves_the_model_as_it_was(model: KoDalle) -> None:

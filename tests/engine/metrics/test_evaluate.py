@@ -312,5 +312,6 @@ def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[s
     report, _ = evaluated
     assert report["hardware"]["device"] == "cpu"
     assert report["hardware"]["cpu"]
+    assert report["hardware"]["cpu_isa"]
     assert report["versions"]["torch"] == torch.__version__
     assert report["commit"]

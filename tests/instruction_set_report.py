@@ -1,0 +1,93 @@
+"""A program for tests: decodes in the instruction set that the environment leaves, and prints what it found as JSON."""
+
+import dataclasses
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import TransformerConfig
+from engine.decoding.cpu.packed_weights import Weights, _Int8Linear, _quantise_rows
+from engine.decoding.sampler import Sampler
+from engine.device import cpu_capabilities, default_dtype
+from engine.models.transformer import KoDalle
+from engine.sampling_params import SequenceRequest
+
+CONFIG = TransformerConfig(
+    dim=64, num_layers=2, num_heads=2, head_dim=32, text_vocab_size=30, text_seq_len=8, text_position_rows=12,
+    image_vocab_size=64, image_grid_size=3,
+)  # fmt: skip
+TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1]])
+CASES: dict[str, tuple[torch.dtype, Weights | None]] = {
+    "float32": (torch.float32, None),
+    "float32 plain": (torch.float32, "plain"),
+    "float32 int8": (torch.float32, "int8"),
+    "bfloat16": (torch.bfloat16, None),
+}
+
+
+def main() -> None:
+    weights, equal = {}, {}
+    for name, (dtype, wanted) in CASES.items():
+        torch.manual_seed(0)
+        model = KoDalle(CONFIG).to(dtype)
+        sampler = Sampler(model, weights=wanted)
+        weights[name] = sampler.weights
+        if dtype == torch.float32 or multiplies(dtype):
+            equal[name] = draws_alone_what_it_draws_in_a_batch(sampler)
+    print(
+        json.dumps(
+            {
+                "cpu": dataclasses.asdict(cpu_capabilities()),
+                "default_dtype_of_a_large_model": str(default_dtype(torch.device("cpu"), 335_000_000))[6:],
+                "multiplies_plain_bfloat16": multiplies(torch.bfloat16),
+                "weights": weights,
+                "equal_alone_and_in_a_batch": equal,
+                "int8_equals_integers": {
+                    "as the processor needs": int8_equals_integers(in_halves=None),
+                    "in halves": int8_equals_integers(in_halves=True),
+                },
+            }
+        )
+    )
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    try:
+        F.linear(torch.ones(4, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
+
+def draws_alone_what_it_draws_in_a_batch(sampler: Sampler) -> bool:
+    prefix = sampler.prefill(TEXT)
+    rows = [SequenceRequest(i % 2, seed=i // 8, candidate=i % 8) for i in range(21)]
+    together = sampler.decode(prefix, rows)
+    return all(
+        torch.equal(sampler.decode(prefix, [row])[0], tokens) for row, tokens in zip(rows, together, strict=True)
+    )
+
+
+def int8_equals_integers(*, in_halves: bool | None) -> bool:
+    """The 8-bit layer's bits against integers and one rounding an operation, at random and at the largest numbers."""
+    torch.manual_seed(0)
+    cases: list[tuple[Tensor, Tensor]] = [(torch.randn(300, 520), torch.randn(40, 520)), (ones(5, 64), ones(64, 64))]
+    for weight, x in cases:
+        bias = torch.randn(len(weight))
+        scales = weight.abs().amax(1) / 127
+        quantised, steps = _quantise_rows(x)
+        product = (quantised.double() - 128) @ (weight / scales[:, None]).round().double().T
+        expected = (product.float() * scales * steps) + bias
+        if not torch.equal(_Int8Linear(weight, bias, in_halves=in_halves).multiply(quantised, steps), expected):
+            return False
+    return True
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(*shape)
+
+
+if __name__ == "__main__":
+    main()
