@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.metrics.generations import colour_names, score_generations
 from machine_facts import print_document
 
 from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
@@ -27,6 +26,7 @@ from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.colour import lab_palette
 from engine.metrics.evaluate import load_judge
+from engine.metrics.generations import colour_names, score_generations
 from engine.metrics.parts import EvaluationRun
 from engine.pipeline.pipeline import Pipeline
 

@@ -11,23 +11,23 @@ def export(
     model: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(help="folder for the files; default: MODEL itself, where drawing finds them", show_default=False),
+        typer.Option(help='folder for the files; default: MODEL itself, for codec_backend="onnx"', show_default=False),
     ] = None,
 ) -> None:
-    """Writes the VQGAN decoder and KoCLIP as ONNX, compares them with torch, and records which of the two is faster."""
-    from engine.codec.onnx_record import RECORD_FILE, export_model
-    from engine.models.onnx_export import onnx_file
+    """Writes the VQGAN decoder and KoCLIP as ONNX files, compares them with torch, and prints the time of each."""
+    from engine.codec.onnx_backend import onnx_file
+    from engine.codec.onnx_export import export_model
 
     folder = model if out is None else out
-    record = export_model(model, folder, progress=True)
-    for name, file in record.files.items():
+    report = export_model(model, folder, progress=True)
+    for name, file in report.files.items():
         print(f"{onnx_file(folder, name)}  {file.bytes:,} bytes  max abs error against torch {file.max_abs_error:.1e}")
-    for device, measured in record.measured.items():
-        print(f"{folder / RECORD_FILE}  {device}, {measured.threads} threads: {measured}")
+    for device, measured in report.measured.items():
+        print(f"{device}, {measured.threads} threads: {measured}")
 
 
 class WeightType(enum.StrEnum):
-    """Forms of stored weights; drawing computes in what suits the machine, whatever they are stored in."""
+    """Number types of stored weights; the pipeline computes in what suits the machine, whatever they are stored in."""
 
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
@@ -39,7 +39,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="folder for the new one", show_default=False)],
     dtype: Annotated[WeightType, typer.Option(help="what weights are stored in")] = WeightType.FLOAT16,
 ) -> None:
-    """Writes the model once more with weights of another type: half the bytes in 16 bits, pictures that differ a little."""
+    """Writes a copy of the model with weights of another type: half the bytes in 16 bits, slightly different images."""
     import torch
 
     from engine.models.folder import convert_model_folder

@@ -86,7 +86,11 @@ def evaluate(
         InputError: no validation split, a model without parts, a part that cannot be read, options out of range, a
             judge that is the model's own KoCLIP.
     """
-    for option, value, least in (("--generations", generations, 0), ("--candidates", candidates, 1), ("--seed", seed, 0)):
+    for option, value, least in (
+        ("--generations", generations, 0),
+        ("--candidates", candidates, 1),
+        ("--seed", seed, 0),
+    ):
         if value < least:
             raise InputError(option, value, f"give {least} or more")
     begun = time.perf_counter()

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.codec.onnx_record import Codec, CodecBackend, choose_codec
+from engine.codec.codec import Codec, CodecBackend, open_codec
 from engine.config import GenerationConfig
 from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import Sampler
@@ -101,7 +101,7 @@ class Pipeline:
         speculative: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
-        codec_backend: CodecBackend = "auto",
+        codec_backend: CodecBackend = "torch",
     ) -> "Pipeline":
         """Loads a model folder, or fetches one from the Hugging Face hub by `owner/name`.
 
@@ -111,8 +111,8 @@ class Pipeline:
             int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
-            codec_backend: what decodes and embeds: torch, onnx, or auto, which follows the record that `kodalle export`
-                left in the folder and is torch without one. Never timed here: see engine.codec.onnx_record.
+            codec_backend: what decodes images and embeds: torch, or onnx, the files that `kodalle export` wrote into the
+                folder (engine.codec.codec).
 
         Raises:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
@@ -130,9 +130,7 @@ class Pipeline:
         for module in (vqgan, koclip):
             if module is not None:
                 module.to(device=device, dtype=pictures_dtype)
-        codec = choose_codec(
-            folder, vqgan, koclip, backend=codec_backend, device=device, dtype=pictures_dtype, int8=int8
-        )
+        codec = open_codec(folder, vqgan, koclip, backend=codec_backend, device=device, int8=int8)
         return cls(
             transformer,
             vqgan,

@@ -1,4 +1,4 @@
-"""ONNX export and ONNX Runtime: the same answers as torch, the recorded choice followed, stale files refused."""
+"""ONNX export and ONNX Runtime: the same outputs as torch, the explicit choice of backend, stale files refused."""
 
 import hashlib
 import json
@@ -16,18 +16,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import cli
-from engine.codec import onnx_record
+from engine.codec import codec, onnx_export
+from engine.codec.codec import open_codec
 from engine.codec.koclip_encoder import KoclipEncoder
-from engine.codec.onnx_record import RECORD_FILE, Codec, choose_codec, export_model, read_record
-from engine.codec.onnx_runtime import OnnxKoClip, OnnxNetwork, OnnxVqgan, open_koclip, open_vqgan
-from engine.codec.vqgan_decoder import FastVqganDecoder
+from engine.codec.onnx_backend import (
+    NETWORKS,
+    OnnxKoClip,
+    OnnxNetwork,
+    OnnxVqgan,
+    onnx_file,
+    open_koclip,
+    open_vqgan,
+)
+from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
+from engine.codec.vqgan_decoder import FastVqganDecoder, decodes_int8
 from engine.config import KoclipConfig, TransformerConfig, VqganConfig
 from engine.data.tokenizer import train_tokenizer
-from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.folder import Part, load_part, read_part, weights_digest, write_model_folder
 from engine.models.koclip import KoClip
-from engine.models.onnx_export import NETWORKS, onnx_file
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.generation import Generation
@@ -35,12 +42,12 @@ from engine.pipeline.pipeline import Pipeline
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 CPU = torch.device("cpu")
-FILES = {f"{name}.onnx" for name in NETWORKS} | {RECORD_FILE}
+FILES = {f"{name}.onnx" for name in NETWORKS} | {MEASUREMENT_FILE}
 
 
 @pytest.fixture(scope="module")
 def model(run_tree: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with random weights, an attention block in its decoder and pictures that are not flat."""
+    """A tiny model folder with random weights, an attention block in its decoder and images that are not flat."""
     folder = tmp_path_factory.mktemp("onnx") / "model"
     tree = {stage: run_tree(stage, folder)["model"] for stage in ("vqgan", "koclip", "kodalle")}
     with torch.random.fork_rng():
@@ -60,7 +67,7 @@ def model(run_tree: Callable[..., dict[str, Any]], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with its ONNX files and the record. Read it, never write there."""
+    """The folder with its ONNX files. Read it, never write there."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     folder = shutil.copytree(model, tmp_path_factory.mktemp("exported") / "model")
@@ -70,7 +77,7 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_record, "_MOST_ROUNDS", 1)
+    monkeypatch.setattr(onnx_export, "_MOST_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -78,18 +85,8 @@ def copied(exported: Path, tmp_path: Path) -> Path:
     return shutil.copytree(exported, tmp_path / "copied")
 
 
-def _record(folder: Path, *, device: str = "cpu", **backends: str) -> None:
-    """Writes another choice into a folder's record, as if the times had been others."""
-    tree = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    measured = tree["measured"].pop("cpu")
-    for part, backend in backends.items():
-        measured[part]["backend"] = backend
-    tree["measured"] = {device: measured}
-    (folder / RECORD_FILE).write_text(json.dumps(tree), encoding="utf-8")
-
-
 def _pixels(generation: Generation) -> np.ndarray:
-    """(n, S, S, 3), in the order drawn."""
+    """(n, S, S, 3), in the order of candidates."""
     ordered = sorted(generation.candidates, key=lambda one: one.candidate)
     return np.stack([np.asarray(one.image) for one in ordered])
 
@@ -109,7 +106,7 @@ def test_decoder_is_torchs(exported: Path, rows: int) -> None:
     expected = vqgan.decode(tokens)
     images = open_vqgan(exported, vqgan.config, CPU).decode(tokens)
     assert (images.shape, images.dtype) == ((rows, 3, 32, 32), torch.float32)
-    assert expected.std() > 0.05  # pictures, not a flat grey that any decoder would get right
+    assert expected.std() > 0.05  # images, not a flat grey that any decoder would get right
     assert (images - expected).abs().max() <= 1e-4
 
 
@@ -123,13 +120,13 @@ def test_encoders_are_torchs(exported: Path, rows: int, size: int, positions: in
     texts = torch.randint(2, 64, (rows, positions), generator=generator)
     texts[1:, positions // 2 :] = 1  # a row without padding, the others with
     assert (onnx.embed_images(images) - koclip.embed_images(images)).abs().max() <= 1e-5
-    full = slice(0, 1) if positions == 1 else slice(None)  # nothing but padding has no answer in either
+    full = slice(0, 1) if positions == 1 else slice(None)  # a caption of padding alone has no embedding in either
     assert (onnx.embed_texts(texts[full]) - koclip.embed_texts(texts[full])).abs().max() <= 1e-5
     assert onnx.embed_images(images).shape == (rows, 16)
 
 
 @torch.inference_mode()
-def test_picture_does_not_depend_on_its_company(exported: Path) -> None:
+def test_images_are_batch_invariant(exported: Path) -> None:
     config = read_part(exported, "vqgan").config
     tokens = _tokens(5)
     onnx = open_vqgan(exported, config, CPU)  # type: ignore[arg-type]
@@ -168,17 +165,18 @@ def test_refuses_what_torch_refuses(exported: Path) -> None:
 
 def test_what_is_written(model: Path, exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {path.name for path in model.iterdir()} | FILES
-    record = read_record(exported)
-    assert record.files.keys() == NETWORKS.keys()
-    for name, file in record.files.items():
-        assert file.bytes == onnx_file(exported, name).stat().st_size
-        assert file.source == weights_digest(exported, NETWORKS[name].part)
-        assert 0 <= file.max_abs_error <= 1e-4
-    measured = record.measured["cpu"]
-    assert (measured.threads, measured.provider) == (torch.get_num_threads(), "CPUExecutionProvider")
-    for timing in (measured.vqgan, measured.koclip):
-        assert timing is not None
-        assert timing.backend == ("onnx" if timing.onnx_ms < 0.9 * timing.torch_ms else "torch")
+    report = json.loads((exported / MEASUREMENT_FILE).read_text(encoding="utf-8"))
+    assert report["files"].keys() == NETWORKS.keys()
+    for name, file in report["files"].items():
+        assert file["bytes"] == onnx_file(exported, name).stat().st_size
+        assert file["source"] == weights_digest(exported, NETWORKS[name].part)
+        assert 0 <= file["max_abs_error"] <= 1e-4
+    measured = report["measured"]["cpu"]
+    assert (measured["threads"], measured["provider"]) == (torch.get_num_threads(), "CPUExecutionProvider")
+    for part in ("vqgan", "koclip"):
+        assert measured[part]["torch_ms"] > 0
+        assert measured[part]["onnx_ms"] > 0
+    assert report["facts"]["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.usefixtures("quick", "exported")
@@ -193,24 +191,24 @@ def test_export_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert caught.value.code == 0
     assert {path.name for path in out.iterdir()} == FILES
     assert sorted(model.iterdir()) == before
-    said = capsys.readouterr()
-    assert said.err == ""
-    lines = said.out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
     progress = [line for line in lines if line.startswith("export ")]  # a slow machine prints more than the last
     assert progress[-1].startswith("export 4/4")
     lines = lines[len(progress) :]
     for name, line in zip(NETWORKS, lines[:3], strict=True):
         assert line.startswith(f"{onnx_file(out, name)}  {onnx_file(out, name).stat().st_size:,} bytes  max abs error")
-    assert "VQGAN decoder by" in lines[3]
-    assert "KoCLIP by" in lines[3]
+    assert lines[3].startswith(f"cpu, {torch.get_num_threads()} threads: VQGAN decoder: torch ")
+    assert "; KoCLIP images: torch " in lines[3]
 
 
 @pytest.mark.usefixtures("quick", "exported")
 def test_folder_of_a_codec_alone(model: Path, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "m", {"vqgan": read_part(model, "vqgan")}, card="")
-    record = export_model(tmp_path / "m", tmp_path / "m")
-    assert record.files.keys() == {"vqgan_decoder"}
-    assert record.measured["cpu"].koclip is None
+    report = export_model(tmp_path / "m", tmp_path / "m")
+    assert report.files.keys() == {"vqgan_decoder"}
+    assert report.measured["cpu"].koclip is None
     assert not onnx_file(tmp_path / "m", "koclip_text").exists()
     write_model_folder(tmp_path / "t", {"transformer": read_part(model, "transformer")}, card="")
     with pytest.raises(InputError, match="has neither a vqgan nor a koclip"):
@@ -220,8 +218,8 @@ def test_folder_of_a_codec_alone(model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_export_that_fails_changes_nothing(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    monkeypatch.setattr(onnx_record, "_WORST_ERROR", -1.0)
-    with pytest.raises(RuntimeError, match=r"vqgan_decoder exported to ONNX is .* from torch's answer"):
+    monkeypatch.setattr(onnx_export, "_WORST_ERROR", -1.0)
+    with pytest.raises(RuntimeError, match=r"vqgan_decoder exported to ONNX is .* from torch's output"):
         export_model(copied, copied)
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
     (tmp_path / "file").write_text("")
@@ -261,19 +259,15 @@ def _change_weights(folder: Path, part: str, name: str) -> None:
     [("vqgan", "decoder.conv_out.weight", "vqgan_decoder"), ("koclip", "text_projection.fc.bias", "koclip_image")],
 )
 def test_stale_export_is_refused(copied: Path, part: str, tensor: str, file: str) -> None:
-    _record(copied, vqgan="onnx", koclip="onnx")
     _change_weights(copied, part, tensor)
-    for backend in ("auto", "onnx"):
-        with pytest.raises(
-            InputError, match=rf"{file}\.onnx: is stale, made from another {part} .*run `kodalle export`"
-        ):
-            Pipeline.from_pretrained(copied, codec_backend=backend)
+    with pytest.raises(InputError, match=rf"{file}\.onnx: is stale, made from another {part} .*run `kodalle export`"):
+        Pipeline.from_pretrained(copied, codec_backend="onnx")
     assert Pipeline.from_pretrained(copied, codec_backend="torch")(CAPTIONS[:1], candidates=1)
 
 
 def test_weights_are_the_same_but_the_config_is_not(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text(encoding="utf-8"))
-    config["vqgan"]["norm_groups"] = 16  # no tensor changes with it, all pictures do
+    config["vqgan"]["norm_groups"] = 16  # no tensor changes with it, all images do
     (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match=r"vqgan_decoder\.onnx: is stale"):
         Pipeline.from_pretrained(copied, codec_backend="onnx")
@@ -282,7 +276,7 @@ def test_weights_are_the_same_but_the_config_is_not(copied: Path) -> None:
 def test_missing_broken_and_foreign_files(copied: Path) -> None:
     file = onnx_file(copied, "vqgan_decoder")
     whole = file.read_bytes()
-    for content, said in [
+    for content, message in [
         (None, "is missing: run `kodalle export`"),
         (b"", "cannot be read"),
         (whole[: len(whole) // 2], "cannot be read"),
@@ -292,33 +286,19 @@ def test_missing_broken_and_foreign_files(copied: Path) -> None:
         file.unlink(missing_ok=True)
         if content is not None:
             file.write_bytes(content)
-        with pytest.raises(InputError, match=rf"ONNX file: .*vqgan_decoder\.onnx: {said}") as caught:
+        with pytest.raises(InputError, match=rf"ONNX file: .*vqgan_decoder\.onnx: {message}") as caught:
             Pipeline.from_pretrained(copied, codec_backend="onnx")
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["file", "package"])
-def test_drawing_with_something_missing_is_exit_code_2(
-    missing: str, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _record(copied, vqgan="onnx")
-    if missing == "file":
-        onnx_file(copied, "vqgan_decoder").unlink()
-    else:
-        monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    options = ["--out", str(tmp_path / "out"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["kodalle", "draw", str(copied), CAPTIONS[0], *options])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ONNX file: " if missing == "file" else "error: package onnxruntime: needed for")
-    assert "codec_backend=torch" in last
-    assert not (tmp_path / "out").exists()
+def test_missing_package_names_the_remedy(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"package onnxruntime: needed for .*install .*or use codec_backend=torch"):
+        Pipeline.from_pretrained(exported, codec_backend="onnx")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
-def test_no_cuda_is_said(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_cuda_is_reported(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = weights_digest(exported, "vqgan")
     path = onnx_file(exported, "vqgan_decoder")
     network = OnnxNetwork(path, "vqgan_decoder", source=source, device=torch.device("cuda:0"))
@@ -329,80 +309,43 @@ def test_no_cuda_is_said(exported: Path, capfd: pytest.CaptureFixture[str]) -> N
 # ------------------------------------------------------------------------------------------------------- pipeline
 
 
-def test_recorded_choice_is_followed(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(onnx_record, "_timing", lambda *_: pytest.fail("measured while drawing"))
-    kinds = {"torch": (FastVqganDecoder, KoclipEncoder), "onnx": (OnnxVqgan, OnnxKoClip)}
-    for vqgan, koclip in (("onnx", "torch"), ("torch", "onnx"), ("onnx", "onnx"), ("torch", "torch")):
-        _record(copied, vqgan=vqgan, koclip=koclip)
-        codec = Pipeline.from_pretrained(copied)._codec
-        assert isinstance(codec.decoder, kinds[vqgan][0])
-        assert isinstance(codec.embedder, kinds[koclip][1])
-        (line,) = capsys.readouterr().err.splitlines()
-        names = {"torch": "torch", "onnx": "ONNX Runtime"}
-        assert line.startswith(f"codec: VQGAN decoder by {names[vqgan]} (torch ")
-        assert f"KoCLIP by {names[koclip]} (torch " in line
-    codec = Pipeline.from_pretrained(copied, codec_backend="onnx")._codec
-    assert (type(codec.decoder), type(codec.embedder)) == kinds["onnx"]
-    assert capsys.readouterr().err == ""
+def test_backend_is_an_explicit_choice(exported: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for folder in (model, exported):  # torch, whether there are ONNX files or not
+        torchs = Pipeline.from_pretrained(folder)._codec
+        assert (type(torchs.decoder), type(torchs.embedder)) == (FastVqganDecoder, KoclipEncoder)
+    onnxs = Pipeline.from_pretrained(exported, codec_backend="onnx")._codec
+    assert (type(onnxs.decoder), type(onnxs.embedder)) == (OnnxVqgan, OnnxKoClip)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(InputError, match="codec_backend: tensorrt: write torch or onnx"):
+        Pipeline.from_pretrained(exported, codec_backend="tensorrt")  # type: ignore[arg-type]
 
 
-def test_torch_where_the_record_says_nothing(model: Path, copied: Path, capsys: Any) -> None:
-    def chosen(folder: Path, **more: Any) -> tuple[type, str]:
-        codec = Pipeline.from_pretrained(folder, **more)._codec
-        return type(codec.decoder), capsys.readouterr().err
-
-    assert chosen(model) == (FastVqganDecoder, "")
-    _record(copied, vqgan="onnx", koclip="onnx")
-    assert chosen(copied, codec_backend="torch") == (FastVqganDecoder, "")
-    vqgan = load_part(copied, "vqgan").bfloat16()
-    codec = choose_codec(copied, vqgan, None, backend="auto", device=CPU, dtype=torch.bfloat16)
-    assert isinstance(codec.decoder, FastVqganDecoder)
-    assert codec.decoder.precision == "bfloat16"
-    assert capsys.readouterr().err == "codec: torch; onnx.json speaks of float32, this is torch.bfloat16\n"
-    _record(copied, device="cuda")
-    assert chosen(copied) == (
-        FastVqganDecoder,
-        "codec: torch; onnx.json says nothing of cpu, export there to compare\n",
-    )
-    (copied / RECORD_FILE).unlink()  # an export that was cut short
-    assert chosen(copied) == (FastVqganDecoder, "")
-
-
-def test_int8_is_torchs_whatever_the_record_says(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx_record._report_no_int8.cache_clear()
-    _record(copied, vqgan="onnx", koclip="onnx")
-    vqgan, koclip = load_part(copied, "vqgan"), load_part(copied, "koclip")
-    codec = choose_codec(copied, vqgan, koclip, backend="auto", device=CPU, dtype=torch.float32, int8=True)
-    assert isinstance(codec.decoder, FastVqganDecoder)
-    gains = cpu_capabilities().sums_bytes_exactly
-    expected = "int8" if gains else "float32"
-    assert codec.decoder.precision == Codec.of(vqgan, koclip, int8=True).decoder.precision == expected
-    reported = capsys.readouterr().err.count("codec: float32 instead of int8")
-    assert reported == (0 if gains else 1)
-    assert isinstance(codec.embedder, OnnxKoClip)
+def test_onnx_has_no_int8(exported: Path) -> None:
+    vqgan = load_part(exported, "vqgan")
     with pytest.raises(InputError, match="codec_backend: onnx: has no int8"):
-        choose_codec(copied, vqgan, koclip, backend="onnx", device=CPU, dtype=torch.float32, int8=True)
+        open_codec(exported, vqgan, None, backend="onnx", device=CPU, int8=True)
 
 
-def test_record_of_an_older_comparison_is_refused(copied: Path) -> None:
-    tree = json.loads((copied / RECORD_FILE).read_text(encoding="utf-8"))
-    (copied / RECORD_FILE).write_text(json.dumps(tree | {"format": 1}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"format: .*onnx\.json"):
-        read_record(copied)
+def test_int8_where_the_processor_gains_by_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codec._report_no_int8.cache_clear()
+    vqgan = load_part(model, "vqgan")
+    decoders = [open_codec(model, vqgan, None, backend="torch", device=CPU, int8=True).decoder for _ in range(2)]
+    assert isinstance(decoders[0], FastVqganDecoder)
+    has_int8 = decodes_int8(CPU)
+    assert decoders[0].precision == ("int8" if has_int8 else "float32")
+    assert [line[:22] for line in capsys.readouterr().err.splitlines()] == (
+        [] if has_int8 else ["codec: float32 instead"]
+    )
 
 
-def test_bad_records_and_bad_names(copied: Path) -> None:
-    with pytest.raises(InputError, match="codec_backend: tensorrt: write auto, torch or onnx"):
-        Pipeline.from_pretrained(copied, codec_backend="tensorrt")  # type: ignore[arg-type]
-    _record(copied, vqgan="fast")
-    with pytest.raises(InputError, match=r"measured\.cpu\.vqgan\.backend: 'fast'.*onnx\.json"):
-        Pipeline.from_pretrained(copied)
-    (copied / RECORD_FILE).write_text("{")
-    with pytest.raises(InputError, match=r"ONNX record: .*onnx\.json: is not JSON"):
-        Pipeline.from_pretrained(copied)
+def test_torch_decodes_in_the_models_dtype(model: Path) -> None:
+    vqgan = load_part(model, "vqgan").bfloat16()
+    decoder, embedder = open_codec(model, vqgan, None, backend="torch", device=CPU)
+    assert isinstance(decoder, FastVqganDecoder)
+    assert (decoder.precision, embedder) == ("bfloat16", None)
 
 
-def test_same_pictures_as_torch_and_however_many_are_asked(exported: Path) -> None:
+def test_same_images_as_torch_for_any_number_of_candidates(exported: Path) -> None:
     torchs = Pipeline.from_pretrained(exported, codec_backend="torch")(CAPTIONS, candidates=5, seed=3)
     pipeline = Pipeline.from_pretrained(exported, codec_backend="onnx")
     onnxs = pipeline(CAPTIONS, candidates=5, seed=3)
@@ -418,32 +361,30 @@ def test_same_pictures_as_torch_and_however_many_are_asked(exported: Path) -> No
     assert low(CAPTIONS[:1], candidates=1)[0].candidates[0].score is not None
 
 
-_DRAW = """
+_GENERATE = """
 import sys, hashlib
 from engine.pipeline.pipeline import Pipeline
-drawing = Pipeline.from_pretrained(sys.argv[1])([sys.argv[2]], candidates=3, seed=4)[0]
-print([(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in drawing.candidates])
+generation = Pipeline.from_pretrained(sys.argv[1], codec_backend="onnx")([sys.argv[2]], candidates=3, seed=4)[0]
+print([(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates])
 """
 
 
 @pytest.mark.slow
-def test_same_pictures_in_another_process(copied: Path) -> None:
-    _record(copied, vqgan="onnx", koclip="onnx")
+def test_same_images_in_another_process(exported: Path) -> None:
     answer = subprocess.run(
-        [sys.executable, "-c", _DRAW, str(copied), CAPTIONS[0]],
+        [sys.executable, "-c", _GENERATE, str(exported), CAPTIONS[0]],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
         check=True,
     )
-    assert "VQGAN decoder by ONNX Runtime" in answer.stderr
-    generation = Pipeline.from_pretrained(copied)(CAPTIONS[:1], candidates=3, seed=4)[0]
-    pictures = [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates]
-    assert answer.stdout.splitlines() == [str(pictures)]
+    generation = Pipeline.from_pretrained(exported, codec_backend="onnx")(CAPTIONS[:1], candidates=3, seed=4)[0]
+    images = [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates]
+    assert answer.stdout.splitlines() == [str(images)]
 
 
 def test_retrained_folder_has_no_export_left(copied: Path) -> None:
-    """`write_model_folder` replaces a folder as a whole, so nothing of an older model's export stays in it."""
+    """`write_model_folder` replaces a folder as a whole, so no file of an older model's export stays in it."""
     Pipeline.from_pretrained(copied, codec_backend="torch").save_pretrained(copied)
     assert not FILES & {path.name for path in copied.iterdir()}
