@@ -1,1 +1,1 @@
-"""Pictures from tokens, and embeddings of both, at the speed of the machine: VQGAN decoders, KoCLIP encoder, ONNX."""
+"""Images from image tokens, and embeddings of images and captions, at the machine's speed: VQGAN decoders, KoCLIP, ONNX."""

@@ -1,16 +1,16 @@
 """KoCLIP's two encoders for ranking: the same embeddings as `KoClip`'s up to rounding, at less cost.
 
-    pictures, CPU    BatchNorm folded into the convolutions, channels last, a picture a thread (engine.codec.threads)
-    pictures, GPU    the same as one CUDA graph of 16 pictures, filled up with zeros
-    captions         each alone, without its padding, and only once: embeddings are kept by their tokens
+    images, CPU      BatchNorm folded into the convolutions, channels last, an image a thread (engine.codec.threads)
+    images, GPU      the same as one CUDA graph of 16 images, padded with zeros
+    captions         one at a time, without padding, and only once: embeddings are cached by their tokens
     captions, GPU    one CUDA graph of a padded caption
 
-Sixteen pictures of 256 x 256 through EfficientNet-B0, two busy cores: KoClip.embed_images 5.0 s, folded and channels last
-3.7 s, a picture a thread 1.5 s. A caption of 40 tokens in a row of 128: 0.8 s with its padding, 0.2 s without.
+Sixteen images of 256 x 256 through EfficientNet-B0, two busy cores: KoClip.embed_images 5.0 s, folded and channels last
+3.7 s, an image a thread 1.5 s. A caption of 40 tokens padded to 128: 0.8 s with its padding, 0.2 s without.
 
-An embedding depends on its picture or caption alone, bit for bit, whatever is embedded beside it.
+Embeddings are batch-invariant: they depend on the image or the caption alone, bit for bit.
 
-B pictures, M captions, T text tokens, E width of the shared space, S pixels.
+B images, M captions, T text tokens, E width of the shared space, S pixels.
 """
 
 import copy
@@ -24,8 +24,8 @@ from engine.codec.captured import Captured
 from engine.codec.threads import single_threads
 from engine.models.koclip import PAD_TOKEN, KoClip
 
-_PICTURES_AT_ONCE = 16  # on a GPU; what a drawing has
-_CAPTIONS_KEPT = 4096  # 2 KB each
+_GRAPH_IMAGES = 16  # batch of the CUDA graph; the default number of candidates
+_CACHED_CAPTIONS = 4096  # embeddings of 2 KB each
 # transformers' names in an EfficientNet: each convolution with the BatchNorm that follows it.
 _FOLDED = {
     "convolution": "batchnorm",
@@ -37,11 +37,11 @@ _FOLDED = {
 
 
 class KoclipEncoder:
-    """Embeds as the KoCLIP that it was made of was, in eval mode.
+    """The encoders of a KoCLIP in eval mode.
 
     Args:
-        koclip: on a CPU or a GPU, of any type. Its image encoder is copied, its text encoder shared.
-        graphed: on a GPU, False runs the same operations one by one.
+        koclip: on a CPU or a GPU, of any dtype. Its image encoder is copied, its text encoder shared.
+        graphed: on a GPU, False runs the same operations without a CUDA graph.
     """
 
     def __init__(self, koclip: KoClip, *, graphed: bool = True) -> None:
@@ -52,13 +52,15 @@ class KoclipEncoder:
         self._koclip.image_encoder.to(memory_format=torch.channels_last)
         self._device = koclip.image_projection.projection.weight.device
         self._graphed = graphed and self._device.type == "cuda"
-        self._image_graph: Captured | None = None  # each captured when it is first needed
+        self._image_graph: Captured | None = None  # each captured on first use
         self._text_graph: Captured | None = None
-        self._texts: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()  # embeddings (E,), the last used at the end
+        self._texts: OrderedDict[tuple[int, ...], Tensor] = (
+            OrderedDict()
+        )  # embeddings (E,), the most recently used last
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Pictures to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32. As `KoClip.embed_images`.
+        """Images to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32. As `KoClip.embed_images`.
 
         Raises:
             ValueError: wrong shape or type.
@@ -66,12 +68,12 @@ class KoclipEncoder:
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, S, S) float in [0, 1], got {tuple(images.shape)} {images.dtype}")
         if len(images) == 0:
-            return torch.empty(0, self._koclip.config.embed_dim, device=images.device)
+            return torch.empty(0, self._koclip.config.embed_dim, dtype=torch.float32, device=images.device)
         if self._device.type == "cpu":
-            alone = torch.no_grad()(self._koclip.embed_images)
+            embed_image = torch.no_grad()(self._koclip.embed_images)
             with single_threads() as (pool, _):
-                return torch.cat(list(pool.map(alone, images.split(1))))
-        return torch.cat([self._embed_filled(part) for part in images.split(_PICTURES_AT_ONCE)])
+                return torch.cat(list(pool.map(embed_image, images.split(1))))
+        return torch.cat([self._embed_padded(part) for part in images.split(_GRAPH_IMAGES)])
 
     @torch.no_grad()
     def embed_texts(self, text_tokens: Tensor) -> Tensor:
@@ -86,56 +88,56 @@ class KoclipEncoder:
         if text_tokens.shape[1] > longest:
             raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP takes {longest}")
         if len(text_tokens) == 0:
-            return torch.empty(0, self._koclip.config.embed_dim, device=text_tokens.device)
-        return torch.stack([self._text(row) for row in text_tokens.tolist()]).to(text_tokens.device)
+            return torch.empty(0, self._koclip.config.embed_dim, dtype=torch.float32, device=text_tokens.device)
+        return torch.stack([self._text_embedding(tokens) for tokens in text_tokens.tolist()]).to(text_tokens.device)
 
-    def _text(self, row: list[int]) -> Tensor:
-        """(E,) of one caption."""
-        while len(row) > 1 and row[-1] == PAD_TOKEN:
-            row.pop()
-        key = tuple(row)
+    def _text_embedding(self, tokens: list[int]) -> Tensor:
+        """(E,) of one caption, from the cache or the encoder."""
+        while len(tokens) > 1 and tokens[-1] == PAD_TOKEN:
+            tokens.pop()
+        key = tuple(tokens)
         if key not in self._texts:
-            self._texts[key] = self._embed_caption(row)
-            if len(self._texts) > _CAPTIONS_KEPT:
+            self._texts[key] = self._embed_caption(tokens)
+            if len(self._texts) > _CACHED_CAPTIONS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)
         return self._texts[key]
 
-    def _embed_caption(self, row: list[int]) -> Tensor:
+    def _embed_caption(self, text_tokens: list[int]) -> Tensor:
+        padding = self._koclip.config.text_seq_len - len(text_tokens) if self._graphed else 0
+        tokens = torch.tensor([text_tokens + [PAD_TOKEN] * padding], dtype=torch.int64, device=self._device)
         if not self._graphed:
-            return self._koclip.embed_texts(torch.tensor([row], device=self._device))[0]
-        row = row + [PAD_TOKEN] * (self._koclip.config.text_seq_len - len(row))
-        tokens = torch.tensor([row], device=self._device)
+            return self._koclip.embed_texts(tokens)[0]
         if self._text_graph is None:
-            # Warmed with padding: without any, transformers would go another way than the capture does.
+            # Warmed up with padding: without any, transformers takes another branch than the capture.
             padded = torch.full_like(tokens, PAD_TOKEN)
             padded[:, 0] = tokens[:, 0]
             self._text_graph = Captured(self._koclip.embed_texts, padded)
         return self._text_graph(tokens)[0]
 
-    def _embed_filled(self, images: Tensor) -> Tensor:
-        """Up to `_PICTURES_AT_ONCE` pictures, always as many: cuDNN picks its arithmetic by their number."""
-        filled = images.new_zeros(_PICTURES_AT_ONCE, *images.shape[1:])
-        filled[: len(images)] = images
+    def _embed_padded(self, images: Tensor) -> Tensor:
+        """Up to `_GRAPH_IMAGES` images, padded to as many: cuDNN picks its algorithm by the batch size."""
+        padded = images.new_zeros(_GRAPH_IMAGES, *images.shape[1:])
+        padded[: len(images)] = images
         if not self._graphed:
-            return self._koclip.embed_images(filled)[: len(images)]
-        pixels = self._koclip.prepare(filled)  # outside the graph: it makes small tensors from the host's numbers
+            return self._koclip.embed_images(padded)[: len(images)]
+        pixels = self._koclip.prepare(padded)  # outside the graph: it copies small tensors from the host
         if self._image_graph is None:
             self._image_graph = Captured(self._koclip.embed_pixels, pixels)
         return self._image_graph(pixels)[: len(images)]
 
 
 def fold_batch_norms(encoder: nn.Module) -> None:
-    """Puts each BatchNorm of an EfficientNet in eval mode into the convolution before it, in place.
+    """Folds each BatchNorm of an EfficientNet in eval mode into the convolution before it, in place.
 
     Raises:
-        ValueError: a BatchNorm that has none: transformers calls its layers by other names than these.
+        ValueError: a BatchNorm without one: transformers uses other layer names than these.
     """
     for module in list(encoder.modules()):
         for convolution, norm in _FOLDED.items():
             if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
                 setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
                 setattr(module, norm, nn.Identity())
-    left = [name for name, module in encoder.named_modules() if isinstance(module, nn.BatchNorm2d)]
-    if left:
-        raise ValueError(f"image encoder: {left[0]} follows no convolution that is known")
+    unfolded = [name for name, module in encoder.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    if unfolded:
+        raise ValueError(f"image encoder: {unfolded[0]} follows no convolution that is known")

@@ -1,10 +1,10 @@
-"""One picture a thread: torch's operations run whole on the thread that calls them, and threads share out the pictures.
+"""One image a thread: each torch operation runs on the thread that calls it, and a pool distributes the images.
 
-torch splits every operation among its threads and waits for the last after each. A decoder or an encoder of pictures has
-hundreds of short operations; giving each thread a picture of its own instead needs no waiting and keeps the picture in
-one core's cache. Sixteen pictures through EfficientNet-B0 on two busy cores: 3.7 s, and 1.5 s so.
+torch splits every operation among its threads and waits for the last after each. A decoder or an encoder of images has
+hundreds of short operations; an image per thread needs no waiting and stays in one core's cache. Sixteen images through
+EfficientNet-B0 on two busy cores: 3.7 s, and 1.5 s with an image a thread.
 
-What a thread computes alone has the same bits whatever the number of threads, and whatever the others do.
+A single thread's results have the same bits whatever the number of threads, and whatever the other threads compute.
 """
 
 import threading
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 
 import torch
 
-_ONE_AT_A_TIME = threading.Lock()  # torch's number of threads is the process's
+_ONE_AT_A_TIME = threading.Lock()  # torch's number of threads is a setting of the process
 
 
 @contextmanager
 def single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """A pool of as many threads as torch has, and their number; each of them, and the caller, computes alone.
+    """A pool of as many threads as torch has, and their number; in each of them, and in the caller, torch uses one thread.
 
-    For the whole process: what other threads compute meanwhile is slower. Torch's number is as before afterwards. Grad
-    mode is each thread's own: what runs in the pool switches gradients off itself.
+    This holds for the whole process: other threads compute more slowly meanwhile. torch's number of threads is restored
+    afterwards. Grad mode is a thread's own: work in the pool switches gradients off itself.
     """
     with _ONE_AT_A_TIME:
         threads = torch.get_num_threads()

@@ -1,16 +1,16 @@
-"""The VQGAN decoder on a CPU, in float32 or with eight-bit convolutions: a picture is decoded band by band.
+"""The VQGAN decoder on a CPU, in float32 or with 8-bit convolutions: an image is decoded in tiles of rows.
 
-Three things make it faster than running the modules, each of which leaves the cache and waits for all threads:
+Three things make it faster than the modules, each of which leaves the cache and waits for all threads:
 
-- Rows go through normalisation, SiLU, convolution and the next normalisation's sums a few at a time
+- A tile of rows passes normalisation, SiLU, convolution and the next normalisation's sums while it is in the cache
   (engine.codec.vqgan_row_tiles).
-- 3x3 convolutions are Winograd's, a quarter of the products (kernels.winograd), or take bytes (kernels.int8_conv).
-- No operation is split among threads: each thread has a picture, or bands of one (engine.codec.threads).
+- 3x3 convolutions are Winograd's, with a quarter of the products (kernels.winograd), or 8-bit (kernels.int8_conv).
+- No operation is split among threads: each thread has an image, or row tiles of one (engine.codec.threads).
 
-A picture's pixels depend on its tokens alone: not on the pictures beside it, nor on the number of threads, since the
-steps are the same and every operation runs on one thread.
+An image's pixels depend on its tokens alone: not on the rest of the batch, nor on the number of threads, since the steps
+are the same and every operation runs on one thread.
 
-H x W pixels, C channels in, K out, Z latent channels, S the picture's pixels on a side.
+H x W pixels, C channels in, K out, Z latent channels, S the image's pixels on a side.
 Source of the network: CompVis/taming-transformers `Decoder`.
 """
 
@@ -23,20 +23,29 @@ from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBloc
 from torch import Tensor, nn
 
 from engine.codec.threads import single_threads
-from engine.codec.vqgan_row_tiles import Activation, Crew, FloatConv, Moments, Norm, bias_of, convolve, float_conv
+from engine.codec.vqgan_row_tiles import (
+    Activation,
+    FloatConv,
+    GroupNormAffine,
+    Moments,
+    ThreadPool,
+    bias_of,
+    convolve,
+    float_conv,
+)
 from kernels.int8_conv import Int8Conv
 
 
 class CpuDecoder:
-    """taming's decoder, repacked: it shares nothing with the module that it was made of.
+    """taming's decoder with repacked weights; it shares no memory with the module.
 
-    Its weights take 609 MB for the published decoder (Winograd's are four times the size of the module's), 111 MB with
+    The weights take 609 MB for the published decoder (Winograd's are four times the size of the module's), 111 MB with
     `int8`.
 
     Args:
         decoder: taming's, on the CPU.
-        int8: the residual blocks' convolutions take bytes. What enlarges, the first and the last convolution and the
-            attention stay in float32: they write to the residual stream itself, whose range no activation bounds.
+        int8: 8-bit convolutions in the residual blocks. The upsampling, the first and the last convolution and the
+            attention stay in float32: their input is the residual stream itself, whose range no activation bounds.
     """
 
     def __init__(self, decoder: Decoder, *, int8: bool) -> None:
@@ -56,85 +65,88 @@ class CpuDecoder:
             if hasattr(level, "upsample"):
                 self._steps.append(float_conv(level.upsample.conv, size, doubled=True))
                 size *= 2
-        self._last_norm = Norm(decoder.norm_out)
+        self._last_norm = GroupNormAffine(decoder.norm_out)
         self._last = float_conv(decoder.conv_out, size)
 
     @torch.no_grad()
     def decode(self, latents: Callable[[int], Tensor], count: int) -> list[Tensor]:
-        """`count` pictures, each (S, S, 3) float32 around [-1, 1].
+        """`count` images, each (S, S, 3) float32 around [-1, 1].
 
         Args:
-            latents: of picture i, (h, w, Z) float32; called by the thread that decodes it.
+            latents: of image i, (h, w, Z) float32; called by the thread that decodes it.
         """
         local = threading.local()
 
         @torch.no_grad()
-        def alone(number: int) -> Tensor:
-            return self._picture(latents(number), Crew(local))
+        def on_one_thread(number: int) -> Tensor:
+            return self._decode_image(latents(number), ThreadPool(local))
 
-        # Inference mode is each thread's own, and its tensors may not be written outside it.
+        # Inference mode is a thread's own, and its tensors may not be written outside it.
         with torch.inference_mode(False), single_threads() as (pool, threads):
             whole = count - count % threads
-            pictures = list(pool.map(alone, range(whole)))
-            # What is left over has all threads for each picture in turn.
-            pictures += [self._picture(latents(number), Crew(local, pool, threads)) for number in range(whole, count)]
-        return pictures
+            images = list(pool.map(on_one_thread, range(whole)))
+            # The remaining images are decoded in turn, each by all threads.
+            shared = ThreadPool(local, pool, threads)
+            images += [self._decode_image(latents(number), shared) for number in range(whole, count)]
+        return images
 
-    def _picture(self, latents: Tensor, crew: Crew) -> Tensor:
-        stream = crew.buffer("stream 0", *latents.shape[:2], self._first.channels_out)
-        moments = convolve(self._first, latents, stream, crew, spans=self._int8)
+    def _decode_image(self, latents: Tensor, threads: ThreadPool) -> Tensor:
+        stream = threads.buffer("stream 0", *latents.shape[:2], self._first.channels_out)
+        moments = convolve(self._first, latents, stream, threads, spans=self._int8)
         for number, step in enumerate(self._steps, start=1):
             if isinstance(step, _Block | _Attention):
                 assert moments is not None
-                stream, moments = step(stream, moments, crew, name=f"stream {number}")
+                stream, moments = step(stream, moments, threads, name=f"stream {number}")
                 continue
             H, W, _ = stream.shape
-            larger = crew.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
-            moments = convolve(step, stream, larger, crew, spans=self._int8)
+            larger = threads.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
+            moments = convolve(step, stream, larger, threads, spans=self._int8)
             stream = larger
         assert moments is not None
-        picture = torch.empty(*stream.shape[:2], self._last.channels_out)
+        image = torch.empty(*stream.shape[:2], self._last.channels_out, dtype=torch.float32, device="cpu")
         activation = Activation.after(self._last_norm, moments)
-        convolve(self._last, stream, picture, crew, activation=activation, measured=False)
-        return picture
+        convolve(self._last, stream, image, threads, activation=activation, measured=False)
+        return image
 
 
 class _Block:
     """Residual block: stream + conv2(silu(norm2(conv1(silu(norm1(stream)))))), a 1x1 convolution where C changes."""
 
     def __init__(self, block: ResnetBlock, size: int, *, int8: bool) -> None:
-        self._norm1, self._norm2 = Norm(block.norm1), Norm(block.norm2)
+        self._norm1, self._norm2 = GroupNormAffine(block.norm1), GroupNormAffine(block.norm2)
         self._conv1, self._conv2 = (
             Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size)
             for conv in (block.conv1, block.conv2)
         )
         self._shortcut = _Linear(block.nin_shortcut) if block.in_channels != block.out_channels else None
 
-    def __call__(self, stream: Tensor, moments: Moments, crew: Crew, *, name: str) -> tuple[Tensor, Moments]:
+    def __call__(self, stream: Tensor, moments: Moments, threads: ThreadPool, *, name: str) -> tuple[Tensor, Moments]:
         """Adds to the stream (H, W, C) in place, or to a new one called `name`; also its moments."""
         H, W, _ = stream.shape
         K = self._conv1.channels_out
-        branch = crew.buffer("branch", H, W, K)
-        between = self._convolve(self._conv1, self._norm1, stream, moments, branch, crew)
+        branch = threads.buffer("branch", H, W, K)
+        between = self._convolve(self._conv1, self._norm1, stream, moments, branch, threads)
         if self._shortcut is not None:
-            stream = self._shortcut(stream, out=crew.buffer(name, H, W, K))
-        return stream, self._convolve(self._conv2, self._norm2, branch, between, stream, crew, add=True)
+            stream = self._shortcut(stream, out=threads.buffer(name, H, W, K))
+        return stream, self._convolve(self._conv2, self._norm2, branch, between, stream, threads, add=True)
 
     @staticmethod
     def _convolve(
         conv: FloatConv | Int8Conv,
-        norm: Norm,
+        norm: GroupNormAffine,
         source: Tensor,
         moments: Moments,
         target: Tensor,
-        crew: Crew,
+        threads: ThreadPool,
         *,
         add: bool = False,
     ) -> Moments:
         activation = Activation.after(norm, moments)
         int8 = isinstance(conv, Int8Conv)
         byte_scale = activation.byte_scale(moments) if int8 else (1.0, 0)
-        after = convolve(conv, source, target, crew, activation=activation, byte_scale=byte_scale, add=add, spans=int8)
+        after = convolve(
+            conv, source, target, threads, activation=activation, byte_scale=byte_scale, add=add, spans=int8
+        )
         assert after is not None
         return after
 
@@ -143,20 +155,20 @@ class _Attention:
     """stream + proj(softmax(q k^T / sqrt(C)) v), one head over all pixels: at 16 x 16 pixels 1 % of the work."""
 
     def __init__(self, block: AttnBlock, *, int8: bool) -> None:
-        self._norm = Norm(block.norm)
+        self._norm = GroupNormAffine(block.norm)
         convs = (block.q, block.k, block.v)
         self._weight = torch.cat([_matrix(conv) for conv in convs], dim=1)  # (C, 3 C)
         self._bias = torch.cat([bias_of(conv) for conv in convs])
         self._project = _Linear(block.proj_out)
         self._spans = int8
 
-    def __call__(self, stream: Tensor, moments: Moments, crew: Crew, *, name: str) -> tuple[Tensor, Moments]:
+    def __call__(self, stream: Tensor, moments: Moments, threads: ThreadPool, *, name: str) -> tuple[Tensor, Moments]:
         C = stream.shape[2]
         rows = stream.view(-1, C)  # (H W, C)
         scale, shift = self._norm.affine(moments)
         q, k, v = torch.addmm(self._bias, torch.addcmul(shift, rows, scale), self._weight).split(C, dim=1)
         seen = torch.softmax((q @ k.T) / math.sqrt(C), dim=1) @ v
-        rows.add_(self._project(seen, out=crew.buffer("branch", *rows.shape)))
+        rows.add_(self._project(seen, out=threads.buffer("branch", *rows.shape)))
         return stream, Moments.of(stream, spans=self._spans)
 
 

@@ -1,19 +1,19 @@
 """The VQGAN decoder on a GPU: channels last, GroupNorm and SiLU in one kernel, all of it one CUDA graph.
 
 A decoder is some 180 launches, many of them shorter than the launch: the graph makes them one. It is captured once, for
-`pictures_at_once`, and always runs so many: cuDNN picks a convolution's arithmetic by the number of pictures, so a graph
-for each number would give a picture other bits in other company. Where a picture stands among them changes nothing.
+`graph_images`, and always runs so many: cuDNN picks a convolution's algorithm by the batch size, so a graph for each size
+would not be batch-invariant. An image's place in the batch changes nothing.
 
-The graph runs on a stream of its own. Decoding tokens is bound by memory, decoding pictures by arithmetic: whoever does
-not wait for `enqueue` at once has both at the same time.
+The graph runs on a stream of its own. Decoding tokens is bound by memory, decoding images by arithmetic: a caller that
+does not wait for `enqueue` at once overlaps the two.
 
     images, done = decoder.enqueue(image_tokens)    # returns at once
-    ...                                             # the next drawing's tokens, on the caller's stream
+    ...                                             # the next request's tokens, on the caller's stream
     done.wait()                                     # the caller's stream waits; done.synchronize(): the host does
 
 Not measured on a GPU: captured and checked by the tests marked `gpu`.
 
-B pictures, N image tokens, h = w side of the token grid, Z latent channels, S pixels, C channels.
+B images, N image tokens, h = w side of the token grid, Z latent channels, S pixels, C channels.
 Source of the network: CompVis/taming-transformers `Decoder`.
 """
 
@@ -36,27 +36,27 @@ class CudaDecoder:
     Args:
         decoder: taming's, on a GPU; copied.
         table: (K, Z), the latent vector of each code.
-        dtype: float32, float16 or bfloat16, of weights and maps; a normalisation's sums are float32.
-        pictures_at_once: what the graph decodes; fewer are filled up, more are decoded in turn.
-        graphed: False runs the same operations one by one.
+        dtype: float32, float16 or bfloat16, of weights and feature maps; normalisation sums are float32.
+        graph_images: batch of the graph; fewer images are padded, more are decoded in turn.
+        graphed: False runs the same operations without a CUDA graph.
     """
 
     def __init__(
-        self, decoder: Decoder, table: Tensor, *, dtype: torch.dtype, pictures_at_once: int = 4, graphed: bool = True
+        self, decoder: Decoder, table: Tensor, *, dtype: torch.dtype, graph_images: int = 4, graphed: bool = True
     ) -> None:
         self._decoder = copy.deepcopy(decoder).eval().to(dtype=dtype, memory_format=torch.channels_last)
         self._decoder.requires_grad_(False)
         self._table = table.to(dtype)
         self._grid: int = decoder.z_shape[2]
         self._device = table.device
-        self._pictures_at_once = pictures_at_once
+        self._graph_images = graph_images
         self._stream = torch.cuda.Stream(self._device)
-        nothing = torch.zeros(pictures_at_once, self._grid**2, dtype=torch.int64, device=self._device)
-        self._run = Captured(self._pictures, nothing, stream=self._stream) if graphed else self._pictures
+        example = torch.zeros(graph_images, self._grid**2, dtype=torch.int64, device=self._device)
+        self._run = Captured(self._images, example, stream=self._stream) if graphed else self._images
 
     @torch.no_grad()
     def enqueue(self, image_tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """Starts decoding (B, N) int64 tokens of the codebook, unchecked; waits for what made them, not for itself.
+        """Starts decoding (B, N) int64 tokens of the codebook, unchecked, after the caller's stream; returns at once.
 
         Returns:
             images (B, 3, S, S) float32 in [0, 1], not to be read before the event; and the event.
@@ -64,20 +64,22 @@ class CudaDecoder:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         parts = []
         with torch.cuda.stream(self._stream):
-            for part in image_tokens.split(self._pictures_at_once):
-                filled = part.new_zeros(self._pictures_at_once, part.shape[1])
-                filled[: len(part)] = part
-                parts.append(self._run(filled)[: len(part)])
+            for part in image_tokens.split(self._graph_images):
+                padded = part.new_zeros(self._graph_images, part.shape[1])
+                padded[: len(part)] = part
+                parts.append(self._run(padded)[: len(part)])
             size = self._grid * 2 ** (self._decoder.num_resolutions - 1)
-            images = torch.cat(parts) if parts else torch.empty(0, 3, size, size, device=self._device)
+            images = (
+                torch.cat(parts) if parts else torch.empty(0, 3, size, size, dtype=torch.float32, device=self._device)
+            )
             done = torch.cuda.Event()
             done.record(self._stream)
         image_tokens.record_stream(self._stream)
         images.record_stream(torch.cuda.current_stream(self._device))
         return images, done
 
-    def _pictures(self, image_tokens: Tensor) -> Tensor:
-        # The same algorithm in each process: no stopwatch; and float32 is float32.
+    def _images(self, image_tokens: Tensor) -> Tensor:
+        # The same algorithm in each process, not chosen by timing; and no TF32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             latents = F.embedding(image_tokens, self._table)  # (B, N, Z)
             latents = latents.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)  # (B, Z, h, w), channels last
@@ -85,7 +87,7 @@ class CudaDecoder:
 
 
 def decode_channels_last(decoder: Decoder, latents: Tensor) -> Tensor:
-    """taming's `Decoder.forward` with the kernel in it: (B, Z, h, w) channels last -> (B, 3, S, S)."""
+    """taming's `Decoder.forward` with the GroupNorm kernel: (B, Z, h, w) channels last -> (B, 3, S, S)."""
     stream = decoder.conv_in(latents)
     stream = _block(decoder.mid.block_1, stream)
     stream = _attention(decoder.mid.attn_1, stream)
@@ -107,7 +109,7 @@ def _block(block: ResnetBlock, stream: Tensor) -> Tensor:
 
 
 def _attention(block: AttnBlock, stream: Tensor) -> Tensor:
-    """Products in the maps' type, softmax in float32; written out, so that nothing is chosen by the number of rows."""
+    """Products in the maps' dtype, softmax in float32; written out, so that no algorithm is chosen by the batch size."""
     B, C, H, W = stream.shape
     normed = _normalised(block.norm, stream, silu=False)
     q, k, v = (conv(normed).permute(0, 2, 3, 1).reshape(B, H * W, C) for conv in (block.q, block.k, block.v))

@@ -1,19 +1,20 @@
-"""The fast decoder of a VQGAN: `Vqgan.decode`, the same pictures up to rounding, in the time that the machine allows.
+"""The fast decoder of a VQGAN: the images of `Vqgan.decode` up to rounding, at the machine's speed.
 
-    CPU, float32 and int8    engine.codec.vqgan_cpu: bands, Winograd or bytes, a picture a thread
-    CPU, 16 bit or narrow    the modules, a picture a thread
+    CPU, float32 and int8    engine.codec.vqgan_cpu: row tiles, Winograd or 8-bit convolutions, an image a thread
+    CPU, 16 bit or narrow    the modules, an image a thread
     GPU                      engine.codec.vqgan_cuda: channels last, one CUDA graph
 
-Codebook and 1x1 convolution behind it are one table of 16,384 x 256 (`latent_table`): a code's latent vector is looked up.
+The codebook and the 1x1 convolution after it are one table (`latent_table`, 16,384 x 256 as published): a code's latent
+vector is looked up.
 
-Seconds of processor time a picture, published size, two cores with other work on them, best of alternated runs: the
-modules as they are 3.5, ONNX Runtime 3.1, float32 here 2.0, int8 1.2. Bands cost some thousand small operations: a decoder
-of 32 channels, whose maps fit the cache whole, is 2.7 times faster without (48 pixels, eight pictures on two cores:
-191 ms in bands, 71 ms so; at 64 channels and 64 pixels 321 and 351 ms).
+Seconds of processor time an image, published size, two cores with other work on them, best of alternated runs: the
+modules as they are 3.5, ONNX Runtime 3.1, float32 here 2.0, int8 1.2. Row tiles cost some thousand small operations: a
+decoder of 32 channels, whose maps fit the cache whole, is 2.7 times faster without (48 pixels, eight images on two cores:
+191 ms with row tiles, 71 ms without; at 64 channels and 64 pixels 321 and 351 ms).
 
-A picture depends on its tokens alone, bit for bit, whatever is decoded beside it.
+Decoding is batch-invariant: an image depends on its tokens alone, bit for bit.
 
-B pictures, N image tokens, K codes, E width of an entry, Z latent channels, S pixels.
+B images, N image tokens, K codes, E width of an entry, Z latent channels, S pixels.
 """
 
 import copy
@@ -30,25 +31,25 @@ from engine.errors import InputError
 from engine.models.vqgan import Vqgan, to_unit_range
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
-_WIDE_CHANNELS = 64
+_WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 class FastVqganDecoder:
-    """Decodes like the VQGAN that it was made of, from weights of its own, where that one was.
+    """An image decoder with copies of a VQGAN's weights, on the VQGAN's device.
 
     Args:
-        vqgan: stays as it is; on a CPU or a GPU, of any type.
-        precision: of weights and maps. `int8`: bytes in the residual blocks' convolutions, float32 elsewhere, CPU only:
-            about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR from its pictures for the
+        vqgan: on a CPU or a GPU, of any dtype; not changed.
+        precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
+            only: about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR to its images for the
             demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect).
-        bands: float32 on a CPU: decode in bands; None: where the decoder is wide enough for it to pay.
+        row_tiles: float32 on a CPU: decode in row tiles; None: where the decoder is wide enough for it to pay.
 
     Raises:
-        InputError: unknown precision, or int8 where the machine cannot.
+        InputError: unknown precision, or int8 on a machine without it.
     """
 
-    def __init__(self, vqgan: Vqgan, *, precision: Precision = "float32", bands: bool | None = None) -> None:
+    def __init__(self, vqgan: Vqgan, *, precision: Precision = "float32", row_tiles: bool | None = None) -> None:
         if precision not in _DTYPES:
             raise InputError("precision", precision, f"write one of {', '.join(_DTYPES)}")
         self.config, self.precision = vqgan.config, precision
@@ -62,7 +63,7 @@ class FastVqganDecoder:
         dtype = _DTYPES[precision]
         if self._device.type == "cuda":
             self._cuda = CudaDecoder(vqgan.decoder, self._table, dtype=dtype)
-        elif precision == "int8" or (precision == "float32" and _in_bands(vqgan, bands)):
+        elif precision == "int8" or (precision == "float32" and _uses_row_tiles(vqgan, row_tiles)):
             self._cpu = CpuDecoder(vqgan.decoder, int8=precision == "int8")
         else:
             module = copy.deepcopy(vqgan.decoder).eval().requires_grad_(False)
@@ -73,7 +74,7 @@ class FastVqganDecoder:
 
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:
-        """Tokens to pictures: (B, N) integers -> (B, 3, S, S) float32 in [0, 1].
+        """Image tokens to images: (B, N) integers -> (B, 3, S, S) float32 in [0, 1].
 
         Raises:
             ValueError: wrong shape or type, or a token outside the codebook.
@@ -85,25 +86,25 @@ class FastVqganDecoder:
             return images
         grid, size = self.config.grid_size, self.config.image_size
         if len(image_tokens) == 0:
-            return torch.empty(0, 3, size, size)
+            return torch.empty(0, 3, size, size, dtype=torch.float32, device=self._device)
         if self._cpu is not None:
-            pictures = self._cpu.decode(
+            decoded = self._cpu.decode(
                 lambda number: self._table[image_tokens[number]].view(grid, grid, -1), len(image_tokens)
-            )  # each (S, S, 3)
-            return to_unit_range(torch.stack(pictures).permute(0, 3, 1, 2)).contiguous()
+            )  # (S, S, 3) each
+            return to_unit_range(torch.stack(decoded).permute(0, 3, 1, 2)).contiguous()
         latents = self._table[image_tokens].view(-1, grid, grid, self._table.shape[1]).permute(0, 3, 1, 2)
         with single_threads() as (pool, _):
-            return torch.cat(list(pool.map(self._decode_alone, latents))).contiguous()
+            return torch.cat(list(pool.map(self._decode_image, latents))).contiguous()
 
     @torch.inference_mode()
-    def _decode_alone(self, latent: Tensor) -> Tensor:
-        """(Z, h, w) -> (1, 3, S, S), by the modules, on a thread of its own."""
+    def _decode_image(self, latent: Tensor) -> Tensor:
+        """(Z, h, w) -> (1, 3, S, S), by the modules, on one thread."""
         return to_unit_range(self._module(latent[None].contiguous(memory_format=self._layout)))
 
     def decode_async(self, image_tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """On a GPU: starts decoding and returns pictures that may be read after the event (`CudaDecoder.enqueue`).
+        """On a GPU: starts decoding and returns images that may be read after the event (`CudaDecoder.enqueue`).
 
-        The tokens' values are not checked, which would wait for the GPU: give what the sampler drew.
+        The tokens' values are not checked, which would wait for the GPU: pass what the sampler returned.
 
         Raises:
             ValueError: wrong shape, or a decoder on the CPU.
@@ -141,13 +142,13 @@ def decodes_int8(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_capabilities().sums_bytes_exactly
 
 
-def _in_bands(vqgan: Vqgan, bands: bool | None) -> bool:
-    return vqgan.config.base_channels >= _WIDE_CHANNELS if bands is None else bands
+def _uses_row_tiles(vqgan: Vqgan, row_tiles: bool | None) -> bool:
+    return vqgan.config.base_channels >= _WIDE_CHANNELS if row_tiles is None else row_tiles
 
 
 @torch.no_grad()
 def latent_table(vqgan: Vqgan) -> Tensor:
-    """Each code's latent vector, codebook and `post_quant_conv` in one: (K, Z) float32, worked out in float64."""
+    """Latent vectors of all codes, codebook and `post_quant_conv` in one: (K, Z) float32, computed in float64."""
     matrix = vqgan.post_quant_conv.weight.double()[:, :, 0, 0]  # (Z, E)
     bias = vqgan.post_quant_conv.bias
     assert bias is not None, "a Conv2d has one by default"

@@ -1,15 +1,15 @@
-"""One convolution of one picture on a CPU, a few rows at a time, with what comes before it and after it.
+"""One convolution of one image on a CPU, tile by tile of rows, with the operations before and after it.
 
     source rows -> scale * x + shift -> SiLU -> (bytes) -> 3x3 convolution -> target rows (+=) -> sums by channel
      (H, W, C)      the normalisation                        kernels.*         (H, W, K)          the next normalisation
 
-Rows stay in the cache from the first arrow to the last: apart, each arrow reads and writes 33 MB for 128 channels of
+Rows stay in the cache from the first arrow to the last. Separately, each arrow reads and writes 33 MB for 128 channels of
 256 x 256 pixels (GroupNorm and SiLU of one such map then take longer than its convolution: 300 and 200 ms on one core).
 
-For bytes the lowest and highest value of each channel are kept beside the sums. SiLU(scale * x + shift) spans
--0.2785 .. SiLU(largest of scale * x + shift), so the rounding's scale is known before anything is computed.
+For 8-bit convolutions the lowest and highest value of each channel are kept beside the sums. SiLU(scale * x + shift) spans
+-0.2785 .. SiLU(largest of scale * x + shift), so the scale of the quantisation is known before the activation is computed.
 
-The steps of a map, and the order in which their sums are added, are the same for any number of threads.
+The tiles of a map, and the order in which their sums are added, are the same for any number of threads.
 
 H x W pixels, C channels in, K out.
 """
@@ -26,24 +26,24 @@ from torch import Tensor, nn
 from kernels.int8_conv import Int8Conv, byte_scale, quantise
 from kernels.winograd import TILE, Scratch, WinogradConv
 
-_TILES_AT_ONCE = 64  # fewer, and the products' weights are read too often; more leaves the cache
-_PIXELS_AT_ONCE = 4096
+_WINOGRAD_TILES = 64  # in a row tile; fewer read the weights too often, more leave the cache
+_TILE_PIXELS = 4096  # of a row tile without Winograd
 _LOWEST_SILU = -0.27846455  # at -1.2785
 
 
-class Crew:
-    """Who works on a picture: the calling thread alone, or a pool's threads, and the buffers of each.
+class ThreadPool:
+    """The threads that work on one image, and the buffers of each.
 
     Args:
-        local: where each thread keeps its buffers from picture to picture.
-        pool, threads: none for the calling thread alone.
+        local: where each thread keeps its buffers from image to image.
+        pool, threads: None and 1: the calling thread only.
     """
 
     def __init__(self, local: threading.local, pool: ThreadPoolExecutor | None = None, threads: int = 1) -> None:
         self._local, self._pool, self._threads = local, pool, threads
 
-    def share(self, count: int, work: Callable[[int, int], None]) -> None:
-        """Calls work(first, last) for parts of range(count), one part a thread, and waits for all."""
+    def split(self, count: int, work: Callable[[int, int], None]) -> None:
+        """Calls work(first, last) on parts of range(count), one part a thread, and waits for all."""
         if self._pool is None:
             work(0, count)
             return
@@ -52,14 +52,14 @@ class Crew:
         list(self._pool.map(torch.no_grad()(work), ends[:-1], ends[1:]))
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The calling thread's buffer of that name, contents undefined; valid until it is asked for again."""
+        """The calling thread's buffer of that name on the CPU, contents undefined; valid until the name is used again."""
         held: dict[tuple[str, torch.dtype], Tensor] = self._local.__dict__.setdefault("held", {})
         size = 1
         for length in shape:
             size *= length
         found = held.get((name, dtype))
         if found is None or len(found) < size:
-            found = held[name, dtype] = torch.empty(size, dtype=dtype)
+            found = held[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return found[:size].view(shape)
 
 
@@ -67,29 +67,29 @@ class Crew:
 
 
 class Moments(NamedTuple):
-    """What a GroupNorm, and the rounding after it, must know of a map, by channel."""
+    """Statistics of a feature map by channel, for a GroupNorm and the quantisation after it."""
 
     mean: Tensor  # (C,) float64
     variance: Tensor  # (C,) float64
-    lowest: Tensor  # (C,) float32; 0 where nobody asked for it
+    lowest: Tensor  # (C,) float32; 0 without `spans`
     highest: Tensor  # (C,) float32
 
     @classmethod
     def of(cls, values: Tensor, *, spans: bool) -> "Moments":
         """Of a whole map (H, W, C); `spans`: with lowest and highest."""
-        parts = torch.zeros(1, 4, values.shape[2])
+        parts = torch.zeros(1, 4, values.shape[2], dtype=torch.float32, device="cpu")
         _measure(values, parts[0], spans=spans)
         return cls.merged(parts)
 
     @classmethod
     def merged(cls, parts: Tensor) -> "Moments":
-        """Of (steps, 4, C) as `_measure` writes them, of equally many pixels each."""
+        """Of (tiles, 4, C) as `_measure` writes them, of equally many pixels each."""
         mean, variance = _merged(parts[:, 0].double(), parts[:, 1].double(), dim=0)
         return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
 
 
 def _merged(means: Tensor, variances: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of equally large parts together (Chan et al.)."""
+    """Pooled mean and variance of parts of equal size (Chan et al.)."""
     mean = means.mean(dim, keepdim=True)
     return mean.squeeze(dim), (variances + (means - mean).square()).mean(dim)
 
@@ -105,7 +105,7 @@ def _measure(values: Tensor, part: Tensor, *, spans: bool) -> None:
         torch.amax(flat, 0, out=part[3])
 
 
-class Norm:
+class GroupNormAffine:
     """GroupNorm as a scale and a shift a channel."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -128,11 +128,11 @@ class Activation(NamedTuple):
     shift: Tensor
 
     @classmethod
-    def after(cls, norm: Norm, moments: Moments) -> "Activation":
+    def after(cls, norm: GroupNormAffine, moments: Moments) -> "Activation":
         return cls(*norm.affine(moments))
 
     def byte_scale(self, moments: Moments) -> tuple[float, int]:
-        """Scale and zero point of bytes that hold every value of it."""
+        """Scale and zero point of uint8 values that cover the activation's range."""
         ends = torch.stack([moments.lowest, moments.highest]) * self.scale + self.shift  # (2, C)
         return byte_scale(_LOWEST_SILU, float(F.silu(ends.max())))
 
@@ -144,7 +144,7 @@ class Activation(NamedTuple):
 
 
 class FloatConv(Protocol):
-    """A 3x3 convolution of rows that have their neighbours around them: see `WinogradConv`."""
+    """A 3x3 convolution of rows padded with their neighbours: see `WinogradConv`."""
 
     scale: int
     channels_out: int
@@ -170,7 +170,7 @@ class DirectConv:
         self.scale, self.channels_out = 2 if doubled else 1, conv.out_channels
 
     def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None:
-        if self.scale == 2:  # each neighbour row and column has become two, the outer of which nobody reads
+        if self.scale == 2:  # each neighbour row and column has become two, of which the outer is not read
             padded = padded.repeat_interleave(2, 0).repeat_interleave(2, 1)[1:-1, 1:-1]
         made = F.conv2d(padded.permute(2, 0, 1)[None], self._weight, self._bias)[0].permute(1, 2, 0)  # (H, W, K)
         if add:
@@ -213,7 +213,7 @@ def convolve(
     conv: FloatConv | Int8Conv,
     source: Tensor,
     target: Tensor,
-    crew: Crew,
+    threads: ThreadPool,
     *,
     activation: Activation | None = None,
     byte_scale: tuple[float, int] = (1.0, 0),
@@ -227,70 +227,70 @@ def convolve(
         source: (H, W, C) float32, contiguous.
         target: (conv.scale * H, conv.scale * W, K) float32, contiguous; written.
         activation: None: the source as it is.
-        byte_scale: scale and zero point of the bytes that an `Int8Conv` takes.
-        measured: whether anyone wants the target's moments; `spans`, with its lowest and highest values.
+        byte_scale: scale and zero point of an `Int8Conv`'s input.
+        measured: whether to compute the target's moments; `spans`: with its lowest and highest values.
 
     Returns:
-        the target's moments, None without `measured`.
+        The target's moments, None without `measured`.
     """
     H, W, C = source.shape
-    rows = _rows_at_once(conv, H, W)
+    rows = _tile_rows(conv, H, W)
     steps, out_rows = H // rows, rows * conv.scale
-    parts = torch.zeros(steps, 4, target.shape[2])
-    in_bytes = isinstance(conv, Int8Conv)
+    parts = torch.zeros(steps, 4, target.shape[2], dtype=torch.float32, device="cpu")
+    is_int8 = isinstance(conv, Int8Conv)
 
-    def band(first: int, last: int) -> None:
-        padded = crew.buffer("padded", rows + 2, W + 2, C, dtype=torch.uint8 if in_bytes else torch.float32)
-        nothing = byte_scale[1] if in_bytes else 0
-        padded[:, 0] = nothing
-        padded[:, -1] = nothing
+    def convolve_tiles(first: int, last: int) -> None:
+        padded = threads.buffer("padded", rows + 2, W + 2, C, dtype=torch.uint8 if is_int8 else torch.float32)
+        zero = byte_scale[1] if is_int8 else 0
+        padded[:, 0] = zero
+        padded[:, -1] = zero
         for step in range(first, last):
             top = step * rows  # padded[0] is row top - 1
             ready = 0
             if step == 0:
-                padded[0] = nothing
+                padded[0] = zero
                 ready = 1
             elif step > first and rows >= 2:
                 padded[:2] = padded[rows:]
                 ready = 2
             end = min(rows + 2, H + 1 - top)
             fresh, place = source[top - 1 + ready : top - 1 + end], padded[ready:end, 1:-1]
-            _fill(fresh, place, activation, byte_scale, crew)
-            padded[end:] = nothing
+            _fill(fresh, place, activation, byte_scale, threads)
+            padded[end:] = zero
             part = target[step * out_rows : (step + 1) * out_rows]
             if isinstance(conv, Int8Conv):
                 conv(padded, part, x_scale=byte_scale[0], zero_point=byte_scale[1], add=add)
             else:
-                conv(padded, part, add=add, scratch=crew.buffer)
+                conv(padded, part, add=add, scratch=threads.buffer)
             if measured:
                 _measure(part, parts[step], spans=spans)
 
-    crew.share(steps, band)
+    threads.split(steps, convolve_tiles)
     return Moments.merged(parts) if measured else None
 
 
 def _fill(
-    rows: Tensor, place: Tensor, activation: Activation | None, byte_scale: tuple[float, int], crew: Crew
+    rows: Tensor, place: Tensor, activation: Activation | None, byte_scale: tuple[float, int], threads: ThreadPool
 ) -> None:
-    """Writes rows (n, W, C), activated, to their place, as floats or bytes."""
-    in_bytes = place.dtype == torch.uint8
+    """Writes rows (n, W, C), activated, to `place`, as float32 or uint8."""
+    is_int8 = place.dtype == torch.uint8
     if activation is None:
-        assert not in_bytes, "only activations are rounded to bytes: their range is known"
+        assert not is_int8, "only activations are quantised: their range is known"
         place.copy_(rows)
-    elif in_bytes:
-        values = crew.buffer("activated", *rows.shape)
+    elif is_int8:
+        values = threads.buffer("activated", *rows.shape)
         activation(rows, values)
         quantise(values, place, x_scale=byte_scale[0], zero_point=byte_scale[1])
     else:
         activation(rows, place)
 
 
-def _rows_at_once(conv: FloatConv | Int8Conv, height: int, width: int) -> int:
-    """Source rows of a step: a divisor of the height, whole tiles where the convolution has tiles."""
+def _tile_rows(conv: FloatConv | Int8Conv, height: int, width: int) -> int:
+    """Source rows of a row tile: a divisor of the height, whole Winograd tiles where the convolution has tiles."""
     if isinstance(conv, WinogradConv):
         tile = TILE // conv.scale
-        return tile * _divisor(height // tile, _TILES_AT_ONCE * tile // width)
-    return _divisor(height, _PIXELS_AT_ONCE // width)
+        return tile * _divisor(height // tile, _WINOGRAD_TILES * tile // width)
+    return _divisor(height, _TILE_PIXELS // width)
 
 
 def _divisor(number: int, most: int) -> int:

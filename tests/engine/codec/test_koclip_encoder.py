@@ -1,4 +1,4 @@
-"""The ranking encoders embed as KoCLIP does, each picture and caption as if it were alone."""
+"""The ranking encoders: the embeddings of KoCLIP, batch invariance, the cache of captions."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _koclip(**changes: object) -> KoClip:
         "text_heads": 2, "text_ff_dim": 32,
     }  # fmt: skip
     koclip = KoClip(KoclipConfig(**(sizes | changes))).train()
-    # As if it had been trained: folding must use each of a BatchNorm's four, and pictures must not all look alike.
+    # As if trained: folding must use all four tensors of a BatchNorm, and images must not have equal embeddings.
     for module in koclip.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -51,11 +51,11 @@ def test_embeds_as_koclip(similarity: str, size: int) -> None:
         images, texts = koclip.embed_images(_images(3, size)), koclip.embed_texts(_texts())
     torch.testing.assert_close(encoder.embed_images(_images(3, size)), images, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(encoder.embed_texts(_texts()), texts, atol=1e-5, rtol=1e-4)
-    assert images.std(0).max() > 1e-4  # pictures are told apart
+    assert images.std(0).max() > 1e-4  # images have different embeddings
     assert all(torch.equal(tensor, before[name]) for name, tensor in koclip.state_dict().items())
 
 
-def test_alone_as_among_others_to_the_bit() -> None:
+def test_batch_invariance() -> None:
     encoder = KoclipEncoder(_koclip())
     images, texts = _images(5), _texts()
     together = encoder.embed_images(images)
@@ -68,12 +68,12 @@ def test_alone_as_among_others_to_the_bit() -> None:
     assert encoder.embed_texts(texts[:0]).shape == (0, 16)
 
 
-def test_a_caption_is_encoded_once_and_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_cached_and_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, texts = KoclipEncoder(_koclip()), _texts()
     encoded: list[list[int]] = []
     plain = encoder._embed_caption
-    monkeypatch.setattr(encoder, "_embed_caption", lambda row: encoded.append(row) or plain(row))
-    monkeypatch.setattr(koclip_encoder, "_CAPTIONS_KEPT", 2)
+    monkeypatch.setattr(encoder, "_embed_caption", lambda tokens: encoded.append(tokens) or plain(tokens))
+    monkeypatch.setattr(koclip_encoder, "_CACHED_CAPTIONS", 2)
     first = encoder.embed_texts(texts[:2])
     assert torch.equal(encoder.embed_texts(texts[:2]), first)
     assert torch.equal(encoder.embed_texts(texts[1:2, :7]), first[1:])  # less padding is the same caption
@@ -98,14 +98,14 @@ def test_refuses_what_koclip_refuses() -> None:
                 embedder.embed_texts(texts)
 
 
-def test_a_batch_norm_with_no_known_convolution_is_no_silent_mistake() -> None:
+def test_a_batch_norm_without_a_known_convolution_is_refused() -> None:
     with pytest.raises(ValueError, match="image encoder: 1 follows no convolution that is known"):
         fold_batch_norms(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
-def test_on_a_gpu_graphed_equals_eager_and_company_does_not_matter() -> None:
+def test_on_a_gpu_graphed_equals_eager_and_is_batch_invariant() -> None:
     koclip = _koclip().cuda()
     encoder, eager = KoclipEncoder(koclip), KoclipEncoder(koclip, graphed=False)
     images, texts = _images(18).cuda(), _texts().cuda()

@@ -1,4 +1,4 @@
-"""The fast decoder draws the VQGAN's pictures, each as if it were alone; what it refuses, and what bytes cost."""
+"""The fast decoder: the VQGAN's images, batch invariance, refused inputs, the error of 8-bit convolutions."""
 
 import dataclasses
 import threading
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.codec import vqgan_decoder, vqgan_row_tiles
-from engine.codec.vqgan_cpu import Crew
+from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastVqganDecoder, latent_table
 from engine.codec.vqgan_row_tiles import convolve, float_conv
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def _vqgan(name: str) -> Vqgan:
-    """Random weights with every bias and gain of its own, and pictures that are not flat."""
+    """Random weights with every bias and gain of its own, and images that are not flat."""
     torch.manual_seed(0)
     vqgan = Vqgan(VqganConfig(**(_COMMON | CONFIGS[name]))).eval()
     with torch.no_grad():
@@ -49,14 +49,14 @@ def vqgan() -> Vqgan:
     return _vqgan("attention")
 
 
-BANDS = pytest.mark.parametrize("bands", [True, False], ids=["in bands", "by the modules"])
+ROW_TILES = pytest.mark.parametrize("row_tiles", [True, False], ids=["row tiles", "modules"])
 
 
 @pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps of 32 x 32 pixels in eight steps, as published ones in many."""
-    monkeypatch.setattr(vqgan_row_tiles, "_TILES_AT_ONCE", 8)
-    monkeypatch.setattr(vqgan_row_tiles, "_PIXELS_AT_ONCE", 128)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of 32 x 32 pixels in eight row tiles, as published ones in many."""
+    monkeypatch.setattr(vqgan_row_tiles, "_WINOGRAD_TILES", 8)
+    monkeypatch.setattr(vqgan_row_tiles, "_TILE_PIXELS", 128)
 
 
 def _tokens(vqgan: Vqgan, count: int) -> Tensor:
@@ -67,32 +67,32 @@ def _tokens(vqgan: Vqgan, count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the same
 
 
-@BANDS
+@ROW_TILES
 @pytest.mark.parametrize(("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("odd maps", 2)])
-def test_equals_the_vqgan(name: str, count: int, bands: bool) -> None:
+def test_equals_the_vqgan(name: str, count: int, row_tiles: bool) -> None:
     vqgan = _vqgan(name)
     tokens = _tokens(vqgan, count)
     expected = vqgan.decode(tokens)
-    found = FastVqganDecoder(vqgan, bands=bands).decode(tokens)
+    found = FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens)
     assert (found.shape, found.dtype) == (expected.shape, torch.float32)
     assert expected.std() > 0.05  # no flat grey that any decoder would get right
     assert (found - expected).abs().max() <= 1e-5
-    assert torch.equal(vqgan.decode(tokens), expected)  # the VQGAN is as it was
+    assert torch.equal(vqgan.decode(tokens), expected)  # the VQGAN has not changed
 
 
-@BANDS
+@ROW_TILES
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, bands: bool) -> None:
+def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, row_tiles: bool) -> None:
     """Tensors of that mode may not be written by other threads, which are not in it."""
     tokens = _tokens(vqgan, count)
     with torch.inference_mode():
-        found = FastVqganDecoder(vqgan, bands=bands).decode(tokens.clone())
-    assert torch.equal(found, FastVqganDecoder(vqgan, bands=bands).decode(tokens))
+        found = FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens.clone())
+    assert torch.equal(found, FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens))
 
 
-def test_equals_the_vqgan_where_a_map_takes_many_steps(vqgan: Vqgan, small_steps: None) -> None:
+def test_equals_the_vqgan_with_many_row_tiles(vqgan: Vqgan, small_tiles: None) -> None:
     tokens = _tokens(vqgan, 3)
-    assert (FastVqganDecoder(vqgan, bands=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
+    assert (FastVqganDecoder(vqgan, row_tiles=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.05), ("float16", 0.01)])
@@ -118,7 +118,7 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     conv = float_conv(module, size, doubled=doubled)
     target = torch.ones(conv.scale * size, conv.scale * size, channels[1])
     with torch.no_grad():
-        moments = convolve(conv, x, target, Crew(threading.local()), add=add, spans=True)
+        moments = convolve(conv, x, target, ThreadPool(threading.local()), add=add, spans=True)
         images = x.permute(2, 0, 1)[None]
         images = F.interpolate(images, scale_factor=2.0) if doubled else images
         expected = module(images)[0].permute(1, 2, 0) + add
@@ -133,34 +133,32 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
 
 @pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")
 @torch.no_grad()
-def test_the_gpus_way_through_the_network_is_tamings(vqgan: Vqgan) -> None:
+def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
     latents = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(
         decode_channels_last(vqgan.decoder, latents), vqgan.decoder(latents), atol=1e-4, rtol=1e-4
     )
 
 
-# -------------------------------------------------------------------------------------------------------- company
+# ------------------------------------------------------------------------------------------------ batch invariance
 
 
-@BANDS
+@ROW_TILES
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
-def test_a_picture_is_the_same_bits_alone_and_among_others(
-    vqgan: Vqgan, precision: vqgan_decoder.Precision, bands: bool
-) -> None:
-    decoder = FastVqganDecoder(vqgan, precision=precision, bands=bands)
+def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool) -> None:
+    decoder = FastVqganDecoder(vqgan, precision=precision, row_tiles=row_tiles)
     tokens = _tokens(vqgan, 5)
     together = decoder.decode(tokens)
     for rows in ([0], [4], [3, 0], [4, 1, 2, 0]):
         assert torch.equal(decoder.decode(tokens[rows]), together[rows])
 
 
-@BANDS
+@ROW_TILES
 @pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=needs_vnni)])
-def test_nor_does_the_number_of_threads_matter(
-    vqgan: Vqgan, precision: vqgan_decoder.Precision, bands: bool, small_steps: None
+def test_the_number_of_threads_changes_nothing(
+    vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool, small_tiles: None
 ) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, precision=precision, bands=bands), _tokens(vqgan, 2)
+    decoder, tokens = FastVqganDecoder(vqgan, precision=precision, row_tiles=row_tiles), _tokens(vqgan, 2)
     before = torch.get_num_threads()
     found = []
     try:
@@ -174,9 +172,9 @@ def test_nor_does_the_number_of_threads_matter(
     assert torch.equal(found[0], found[2])
 
 
-@BANDS
-def test_two_decoders_in_two_threads(vqgan: Vqgan, bands: bool) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, bands=bands), _tokens(vqgan, 3)
+@ROW_TILES
+def test_two_decoders_in_two_threads(vqgan: Vqgan, row_tiles: bool) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 3)
     expected, before = decoder.decode(tokens), torch.get_num_threads()
     found: list[Tensor] = []
     workers = [threading.Thread(target=lambda: found.append(decoder.decode(tokens))) for _ in range(3)]
@@ -192,8 +190,8 @@ def test_two_decoders_in_two_threads(vqgan: Vqgan, bands: bool) -> None:
 
 
 @needs_vnni
-def test_bytes_cost_little_on_a_trained_codec() -> None:
-    """A codec taught for a moment to draw blots: 40 dB is 2.5 grey levels in the root mean square."""
+def test_int8_costs_little_on_a_trained_codec() -> None:
+    """A codec trained for a moment on blots: 40 dB is 2.5 grey levels in the root mean square."""
     vqgan = _vqgan("attention")
     vqgan.residual_init()
     images = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=32, mode="bilinear")
@@ -204,7 +202,7 @@ def test_bytes_cost_little_on_a_trained_codec() -> None:
         optimiser.zero_grad()
         (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
         optimiser.step()
-    expected = FastVqganDecoder(vqgan, bands=True).decode(tokens)
+    expected = FastVqganDecoder(vqgan, row_tiles=True).decode(tokens)
     error = FastVqganDecoder(vqgan, precision="int8").decode(tokens) - expected
     assert error.abs().max() > 0
     assert -10 * torch.log10(error.square().mean()) >= 40
@@ -220,15 +218,15 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
 # --------------------------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize(("channels", "is_banded"), [(32, False), (64, True)])
-def test_narrow_decoders_go_without_bands(channels: int, is_banded: bool) -> None:
+@pytest.mark.parametrize(("channels", "uses_row_tiles"), [(32, False), (64, True)])
+def test_narrow_decoders_use_no_row_tiles(channels: int, uses_row_tiles: bool) -> None:
     config = VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels}))
-    assert (FastVqganDecoder(Vqgan(config))._cpu is not None) == is_banded
+    assert (FastVqganDecoder(Vqgan(config))._cpu is not None) == uses_row_tiles
 
 
-@BANDS
-def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, bands: bool) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, bands=bands), _tokens(vqgan, 2)
+@ROW_TILES
+def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, row_tiles: bool) -> None:
+    decoder, tokens = FastVqganDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 2)
     outside = tokens.clone()
     outside[1, 3] = 40
     for bad in (tokens[:, :5], tokens[0], tokens.float(), tokens > 3, outside, tokens - 41):
@@ -255,7 +253,7 @@ def test_other_faults(vqgan: Vqgan) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_on_a_gpu_graphed_equals_eager_and_company_does_not_matter(precision: vqgan_decoder.Precision) -> None:
+def test_on_a_gpu_graphed_equals_eager_and_is_batch_invariant(precision: vqgan_decoder.Precision) -> None:
     from engine.codec.vqgan_cuda import CudaDecoder
 
     vqgan = _vqgan("attention").cuda()

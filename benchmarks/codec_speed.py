@@ -1,0 +1,172 @@
+"""How fast each way of decoding images is on this CPU, and how fast images are embedded for ranking.
+
+    python benchmarks/codec_speed.py                     models/clothing and the published size (random weights)
+    python benchmarks/codec_speed.py --models models/clothing --images 16 --repeat 9
+
+    modules        `Vqgan.decode` in float32, one batch: the baseline
+    image threads  the same modules, one image a thread (engine.codec.threads)
+    row tiles      Winograd convolutions on tiles of rows, one image a thread (engine.codec.vqgan_cpu)
+    int8           row tiles with 8-bit convolutions; only on processors with VNNI
+    onnx           the exported decoder in ONNX Runtime
+
+The ways are timed in turns, one run each a round, so that other load on the machine meets all of them. Prints a table and,
+as the last line, one JSON document, also stored in <out>/results/codec_speed/<hardware>.json.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine_facts import REPOSITORY, kept_when_stopped, print_document, store_document
+from sampling.plan import published_sizes
+from text_table import NOT_MEASURED, seconds_text, table
+from torch import Tensor
+
+from engine.codec.koclip_encoder import KoclipEncoder
+from engine.codec.onnx_backend import open_koclip, open_vqgan
+from engine.codec.onnx_export import export_model
+from engine.codec.vqgan_decoder import FastVqganDecoder, decodes_int8
+from engine.device import fit_threads
+from engine.facts import facts
+from engine.measure import count_flops, time_runs
+from engine.models.folder import Part, load_part, write_model_folder
+from engine.models.koclip import KoClip
+from engine.models.vqgan import Vqgan
+
+_PUBLISHED = "published"
+_CPU = torch.device("cpu")
+
+Row = dict[str, Any]
+Work = Callable[[Tensor], Tensor]
+
+
+def main() -> int:
+    arguments = _arguments()
+    fit_threads()
+    document: dict[str, Any] = {
+        "benchmark": "codec_speed",
+        **facts(_CPU),
+        "config": {"models": arguments.models, "images": arguments.images, "repeat": arguments.repeat},
+        "rows": [],
+    }
+    with kept_when_stopped(document):
+        for model in arguments.models:
+            with tempfile.TemporaryDirectory(prefix="codec-speed-") as scratch:
+                document["rows"] += _model_rows(model, Path(scratch), arguments)
+    if not decodes_int8(_CPU):
+        document["int8"] = f"{NOT_MEASURED}: this processor has no VNNI"
+    store_document(document, arguments.out, quick=False)
+    print(_table(document["rows"]), end="\n\n")
+    print_document(document)
+    return 1 if "stopped" in document else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = [str(REPOSITORY / "models" / "clothing"), _PUBLISHED]
+    parser.add_argument("--models", nargs="+", default=default, help=f"model folders, or {_PUBLISHED} (random weights)")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="images in a batch")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--out", type=Path, help="folder for results/ (default: benchmarks/)")
+    return parser.parse_args()
+
+
+def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> list[Row]:
+    folder = scratch / "model" if model == _PUBLISHED else Path(model)
+    if model == _PUBLISHED:
+        _write_published(folder)
+    vqgan: Vqgan = load_part(folder, "vqgan")
+    koclip: KoClip = load_part(folder, "koclip")
+    onnx = scratch / "onnx"
+    print(f"{model}: exporting to ONNX", file=sys.stderr, flush=True)
+    export_model(folder, onnx)
+    for name in ("vqgan.safetensors", "koclip.safetensors", "config.json"):  # what the exported files belong to
+        (onnx / name).symlink_to((folder / name).resolve())
+    decoders: dict[str, Work] = {
+        "modules": vqgan.decode,
+        "image threads": FastVqganDecoder(vqgan, row_tiles=False).decode,
+        "row tiles": FastVqganDecoder(vqgan, row_tiles=True).decode,
+        "onnx": open_vqgan(onnx, vqgan.config, _CPU).decode,
+    }
+    if decodes_int8(_CPU):
+        decoders["int8"] = FastVqganDecoder(vqgan, precision="int8").decode
+    embedders: dict[str, Work] = {
+        "modules": koclip.embed_images,
+        "image threads": KoclipEncoder(koclip).embed_images,
+        "onnx": open_koclip(onnx, koclip.config, _CPU).embed_images,
+    }
+    rows = []
+    generator = torch.Generator("cpu").manual_seed(0)
+    for count in arguments.images:
+        shape = (count, vqgan.config.image_seq_len)
+        tokens = torch.randint(vqgan.config.codebook_size, shape, generator=generator, dtype=torch.int64, device=_CPU)
+        rows += _compare(f"{Path(model).name}: decode", decoders, tokens, arguments.repeat)
+        size = koclip.config.image_size
+        images = torch.rand(count, 3, size, size, generator=generator, dtype=torch.float32, device=_CPU)
+        rows += _compare(f"{Path(model).name}: embed images", embedders, images, arguments.repeat)
+    return rows
+
+
+@torch.inference_mode()
+def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> list[Row]:
+    """One row a way; `share of baseline` above 1 is faster than the modules."""
+    print(f"{what}, {len(batch)} images", file=sys.stderr, flush=True)
+    baseline = next(iter(works))
+    expected, flops = count_flops(lambda: works[baseline](batch))
+    errors = {name: float((work(batch) - expected).abs().max()) for name, work in works.items()}  # also the warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeat):
+        for name, work in works.items():
+            seconds[name] += time_runs(lambda work=work: work(batch), _CPU, repeat=1)  # type: ignore[misc]
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    return [
+        {
+            "what": what,
+            "images": len(batch),
+            "way": name,
+            "seconds": medians[name],
+            "seconds_range": [min(seconds[name]), max(seconds[name])],
+            "times_faster": medians[baseline] / medians[name],
+            "gflop_per_s": flops / medians[name] / 1e9,  # of the modules' arithmetic, which Winograd needs a quarter of
+            "max_abs_error": errors[name],
+        }
+        for name in works
+    ]
+
+
+def _write_published(folder: Path) -> None:
+    """The codec and the ranker of configs/kodalle with random weights."""
+    _, vqgan_config, koclip_config = published_sizes()
+    torch.manual_seed(0)
+    vqgan, koclip = Vqgan(vqgan_config), KoClip(koclip_config)
+    parts: dict[Any, Part] = {
+        "vqgan": Part(vqgan.config, vqgan.state_dict()),
+        "koclip": Part(koclip.config, koclip.state_dict()),
+    }
+    write_model_folder(folder, parts, card="Random weights, for timing.\n")
+
+
+def _table(rows: list[Row]) -> str:
+    cells = [
+        [
+            f"{row['what']}, {row['images']}",
+            row["way"],
+            seconds_text(row["seconds"]),
+            "-".join(seconds_text(each) for each in row["seconds_range"]),
+            f"{row['times_faster']:.2f}x",
+            f"{row['gflop_per_s']:.0f}",
+            f"{row['max_abs_error']:.1e}",
+        ]
+        for row in rows
+    ]
+    header = ["what", "way", "median", "range", "vs modules", "GFLOP/s", "max abs error"]
+    return table("Images on a CPU, float32", header, cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
