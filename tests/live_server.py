@@ -111,12 +111,12 @@ def post_json(port: int, path: str, value: Any, **headers: str) -> Reply:
     return ask(port, "POST", path, json_body=value, headers=named)
 
 
-def wait_until(holds: Callable[[], bool], *, within_s: float = 5.0) -> float:
-    begun = time.monotonic()
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Waits for it. The minute ends a test that fails; no test passes or fails by a machine's speed."""
+    ends = time.monotonic() + 60
     while not holds():
-        assert time.monotonic() - begun < within_s
+        assert time.monotonic() < ends
         time.sleep(0.005)
-    return time.monotonic() - begun
 
 
 # ------------------------------------------------------------------------------------------------------------ the pool

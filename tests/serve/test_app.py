@@ -90,13 +90,12 @@ def replicas(server: Any, deployment: str) -> list[psutil.Process]:
     return [one for one in server.processes() if f"ServeReplica:kodalle:{deployment}" in "".join(one.cmdline())]
 
 
-def wait_until(is_true: Callable[[], bool], *, within_s: float) -> float:
-    """Seconds that it took."""
-    begun = time.monotonic()
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Waits for it. The two minutes end a test that fails; no test passes or fails by a machine's speed."""
+    ends = time.monotonic() + 120
     while not is_true():
-        assert time.monotonic() - begun < within_s
+        assert time.monotonic() < ends
         time.sleep(0.05)
-    return time.monotonic() - begun
 
 
 def pixels(b64: str | None) -> np.ndarray[Any, Any]:
@@ -137,7 +136,7 @@ def test_a_picture_is_completed_as_the_pipeline_completes_it(client: openai.Open
 
 
 def test_every_replica_reports_and_an_edge_shows_all(server: Any) -> None:
-    wait_until(lambda: metric(server, "kodalle_slots") == 32, within_s=5)
+    wait_until(lambda: metric(server, "kodalle_slots") == 32)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -168,21 +167,21 @@ def test_a_killed_worker_loses_no_request_and_changes_no_byte(server: Any, undis
     answers = draw_while(server, list(range(8)), victim.kill)
     assert pictures(answers) == undisturbed
     assert not victim.is_running()
-    wait_until(lambda: metric(server, "kodalle_reruns_total") > before, within_s=5)
-    wait_until(lambda: len(replicas(server, "Worker")) == 2, within_s=60)
+    wait_until(lambda: metric(server, "kodalle_reruns_total") > before)
+    wait_until(lambda: len(replicas(server, "Worker")) == 2)
 
 
 def test_a_killed_edge_loses_no_request_and_changes_no_byte(server: Any, undisturbed: dict[int, list[str]]) -> None:
     answers = draw_while(server, list(range(8)), replicas(server, "Edge")[0].kill)
     assert pictures(answers) == undisturbed
-    wait_until(lambda: len(replicas(server, "Edge")) == 2, within_s=60)
+    wait_until(lambda: len(replicas(server, "Edge")) == 2)
 
 
 def test_each_request_is_a_line_of_the_servers_log_without_its_caption(server: Any) -> None:
     """Ray Serve hides what a replica writes to `sys.stderr`."""
     secret = "비밀 원피스"
     assert post(server, {"prompt": secret, "seed": 1, "candidates": 1}, {"x-request-id": "test-log-line"})[0] == 200
-    wait_until(lambda: "test-log-line" in server.errors(), within_s=20)
+    wait_until(lambda: "test-log-line" in server.errors())
     (line,) = [line for line in server.errors().splitlines() if "test-log-line" in line]
     assert '"route": "/v1/images/generations", "status": 200' in line
     assert secret not in server.errors()
@@ -193,7 +192,7 @@ def test_a_killed_ledger_stops_nobody_and_comes_back(server: Any) -> None:
     # The scrape itself: the edge that answers may be one that has just replaced another and answered nothing else yet.
     assert metric(server, "kodalle_requests_in_flight") > 0, "an edge shows at least its own figures"
     assert post(server, {"seed": 1, "candidates": 1})[0] == 200
-    wait_until(lambda: metric(server, "kodalle_slots") == 32, within_s=60)
+    wait_until(lambda: metric(server, "kodalle_slots") == 32)
 
 
 # --------------------------------------------------------------------------------------------------- the way through Ray
@@ -222,16 +221,17 @@ def test_a_client_cannot_set_rays_timeout(server: Any) -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "?1"}])
 def test_a_hang_up_frees_its_slots_whatever_the_client_says(server: Any, headers: dict[str, str]) -> None:
-    wait_until(lambda: metric(server, "kodalle_slots_in_use") == 0, within_s=10)
+    wait_until(lambda: metric(server, "kodalle_slots_in_use") == 0)
+    before = metric(server, "kodalle_cancelled_total")
     body = json.dumps({"prompt": CAPTION, "seed": 1, "candidates": 64}).encode()
     lines = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))} | headers
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     address = urlsplit(server.address)
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(f"POST /v1/images/generations HTTP/1.1\r\n{head}\r\n".encode() + body)
-        wait_until(lambda: metric(server, "kodalle_slots_in_use") > 0, within_s=10)
-    # a second for the worker, and one until its next report
-    wait_until(lambda: metric(server, "kodalle_slots_in_use") == 0, within_s=2.5)
+        wait_until(lambda: metric(server, "kodalle_slots_in_use") > 0)
+    wait_until(lambda: metric(server, "kodalle_slots_in_use") == 0)
+    wait_until(lambda: metric(server, "kodalle_cancelled_total") == before + 1)  # not drawn to its end
 
 
 # ------------------------------------------------------------------------------------------------------------ listeners

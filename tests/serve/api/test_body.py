@@ -1,7 +1,7 @@
 import asyncio
 import json
+import select
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -182,24 +182,22 @@ def test_a_large_body_is_413_whether_declared_or_chunked(port: int, path: str) -
 def test_a_body_that_trickles_in_is_408_and_is_not_to_be_repeated(port: int) -> None:
     whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}', port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        begun = time.monotonic()
         connection.sendall(whole[:-5])
-        connection.settimeout(5)
         reply = read_reply(connection)
     assert (reply.status, reply.error["code"], reply.headers["x-should-retry"]) == (408, "request_timeout", "false")
-    assert 0.4 < time.monotonic() - begun < 5
 
 
 def test_a_client_that_sends_a_byte_now_and_then_gains_no_time(port: int) -> None:
-    whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}' + b" " * 40, port=port)
+    """Five bytes in each time-out: where each byte began it anew, the body would arrive whole, ten time-outs late."""
+    whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}' + b" " * 50, port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        begun = time.monotonic()
-        connection.sendall(whole[:-30])
-        for byte in whole[-30:-26]:
-            time.sleep(0.1)
+        connection.sendall(whole[:-50])
+        for byte in whole[-50:]:
+            is_answered, _, _ = select.select([connection], [], [], 0.1)
+            if is_answered:
+                break
             connection.sendall(bytes([byte]))
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
-        assert time.monotonic() - begun < 0.85  # 0.5 from the beginning, not from the last byte
 
 
 def test_a_client_that_hangs_up_while_sending_leaves_nothing_behind(port: int) -> None:

@@ -1,7 +1,6 @@
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -164,12 +163,9 @@ def test_the_deadline_is_kept_whatever_the_worker_does_and_the_client_says(scrip
     pool = ScriptedPool(script)
     settings = ServeSettings(deadline_s=0.4, page=False)
     with serving(build_api(pool, settings)) as port:
-        begun = time.monotonic()
         powerful = {"x_request_timeout_seconds": "0", "x_request_disconnect_disabled": "?1"}
         reply = post_json(port, DRAW, {"prompt": "a", "stream": stream}, **powerful)
-        took_s = time.monotonic() - begun
         wait_until(lambda: not pool.generation)
-    assert 0.3 < took_s < 2
     assert pool.jobs[0].deadline_s < 0.401
     if stream and script is progress_forever:
         assert events_of(reply.body)[-1]["error"]["code"] == "deadline_exceeded"
@@ -195,14 +191,14 @@ def test_openais_client_does_not_repeat_what_missed_its_deadline_and_repeats_a_f
 # ----------------------------------------------------------------------------------------------------------- hang-ups
 
 
-def _hang_up(port: int, pool: ScriptedPool, *, stream: bool) -> float:
-    """Seconds from the client's hang-up until its drawing is cancelled."""
+def _hang_up(port: int, pool: ScriptedPool, *, stream: bool) -> None:
+    """A client that hangs up while its drawing is under way; returns when the drawing has ended."""
     body = json.dumps({"prompt": "a", "stream": stream, "progress": stream}).encode()
     headers = {"x-request-disconnect-disabled": "?1"}
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(request_bytes("POST", DRAW, body=body, port=port, headers=headers))
         wait_until(lambda: pool.generation == 1)
-    return wait_until(lambda: not pool.generation, within_s=2)
+    wait_until(lambda: not pool.generation)
 
 
 @pytest.mark.parametrize("script", [never, progress_forever])
@@ -211,20 +207,25 @@ def test_a_hang_up_cancels_the_drawing_at_once(script: Any, stream: bool) -> Non
     pool = ScriptedPool(script)
     app = build_api(pool, ServeSettings(page=False))
     with serving(app) as port:
-        assert max(_hang_up(port, pool, stream=stream) for _ in range(20)) < 1
+        for _ in range(20):
+            _hang_up(port, pool, stream=stream)  # without end, and the deadline is minutes away
         count = app.state.metrics.registry.get_sample_value
         wait_until(lambda: count("kodalle_requests_in_flight") == 0)
     assert count("kodalle_cancelled_total") == 20
 
 
-def test_without_the_watch_the_drawing_would_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_watch_the_drawing_would_go_on_to_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async def deaf(_: Any) -> None:
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(streaming, "_hung_up", deaf)
     pool = ScriptedPool(never)
-    with serving(build_api(pool, ServeSettings(deadline_s=3, page=False))) as port, pytest.raises(AssertionError):
+    app = build_api(pool, ServeSettings(deadline_s=0.5, page=False))
+    with serving(app) as port:
         _hang_up(port, pool, stream=False)
+        count = app.state.metrics.registry.get_sample_value
+        wait_until(lambda: count("kodalle_requests_in_flight") == 0)
+    assert count("kodalle_cancelled_total") == 0
 
 
 def test_a_client_that_stops_reading_is_cut_off_at_the_deadline() -> None:
@@ -238,7 +239,7 @@ def test_a_client_that_stops_reading_is_cut_off_at_the_deadline() -> None:
         body = b'{"prompt": "a", "stream": true, "partial_images": 1}'
         connection.sendall(request_bytes("POST", DRAW, body=body, port=port))
         wait_until(lambda: len(pool.jobs) == 1)
-        wait_until(lambda: not pool.generation, within_s=4)
+        wait_until(lambda: not pool.generation)
         connection.close()
 
 
@@ -275,8 +276,6 @@ def test_a_plain_answer_waits_for_nobody_else() -> None:
     ):
         connection.sendall(request_bytes("POST", DRAW, body=b'{"prompt": "stuck"}', port=port))
         wait_until(lambda: pool.generation == 1)
-        begun = time.monotonic()
         for _ in range(20):
             assert post_json(port, DRAW, {"prompt": "a"}).status == 200
-        assert time.monotonic() - begun < 2
         assert pool.generation == 1

@@ -274,7 +274,7 @@ def test_several_are_queued_and_each_can_be_cancelled(open_in: Open, slow_site: 
         expect(cards.nth(0).locator(".state")).not_to_have_text("앞 작업을 기다리는 중")
         page.locator("#cancel-all").click()
         expect(page.locator(".card.cancelled")).to_have_count(3)
-        wait_until(lambda: pool.worker.slots_in_use == pool.worker.queued_sequences == 0, seconds=1.0)
+        wait_until(lambda: pool.worker.slots_in_use == pool.worker.queued_sequences == 0)
         cards.nth(0).locator("[data-action=again]").click()
         expect(cards.nth(0).locator(".state")).to_have_text("그리는 중")
 
