@@ -94,6 +94,17 @@ def site_with(kodalle_run: Path, served: tuple[Site, LocalPool]) -> Iterator[Cal
         yield make
 
 
+def _slow_steps_down(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    """A model of this size is drawn faster than a busy browser paints: each step of it takes so much longer."""
+    count_step = DecodeLoop._count_step
+
+    def slowly(decode_loop: DecodeLoop, begun_s: float) -> None:
+        time.sleep(seconds)
+        count_step(decode_loop, begun_s)
+
+    monkeypatch.setattr(DecodeLoop, "_count_step", slowly)
+
+
 def _recorded(page: Page, what: str) -> Callable[[], list[str]]:
     """From now on, every state text ("textContent") or number of drawn rows ("rows") that the board shows, in order."""
     page.evaluate(
@@ -157,13 +168,7 @@ def test_the_best_are_ranked_with_scores_and_named_for_those_who_cannot_see(page
 
 
 def test_pictures_appear_row_by_row(open_in: Open, slow_site: MakeSlow, monkeypatch: pytest.MonkeyPatch) -> None:
-    count_step = DecodeLoop._count_step
-
-    def slowly(decode_loop: DecodeLoop, begun_s: float) -> None:
-        time.sleep(0.05)  # a model of this size is drawn faster than a busy browser paints
-        count_step(decode_loop, begun_s)
-
-    monkeypatch.setattr(DecodeLoop, "_count_step", slowly)
+    _slow_steps_down(monkeypatch, seconds=0.05)
     with open_in(slow_site()[0]) as (page, _):
         rows = _recorded(page, "rows")
         draw(page, CAPTION, n=1, candidates=2)
@@ -259,11 +264,14 @@ def test_the_watch_over_the_page_notices_foreign_requests_and_errors(open_in: Op
 # --------------------------------------------------------------------------------------------- queue, cancel, errors
 
 
-def test_several_are_queued_and_each_can_be_cancelled(open_in: Open, slow_site: MakeSlow) -> None:
+def test_several_are_queued_and_each_can_be_cancelled(
+    open_in: Open, slow_site: MakeSlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _slow_steps_down(monkeypatch, seconds=0.02)
     site, pool = slow_site(deadline_s=3600)  # step times of a first drawing are no promise
     with open_in(site) as (page, _):
         states = _recorded(page, "textContent")
-        for candidates in (64, 2, 2):  # one slot: seconds, on a fast machine too
+        for candidates in (64, 2, 2):  # one slot and 64 steps each: more than a minute
             draw(page, CAPTION, n=1, candidates=candidates)
         cards = page.locator(".card")  # newest first
         expect(cards.nth(2).locator(".state")).to_have_text("그리는 중")
@@ -279,7 +287,8 @@ def test_several_are_queued_and_each_can_be_cancelled(open_in: Open, slow_site: 
         expect(cards.nth(0).locator(".state")).to_have_text("그리는 중")
 
 
-def test_a_busy_server_is_asked_again(open_in: Open, slow_site: MakeSlow) -> None:
+def test_a_busy_server_is_asked_again(open_in: Open, slow_site: MakeSlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    _slow_steps_down(monkeypatch, seconds=0.01)
     site, pool = slow_site(max_queued_sequences=12)
     with open_in(site) as (page, complaints), open_in(site) as (other, _):
         complaints.may_fail = True
