@@ -8,8 +8,9 @@
     kodalle export MODEL --out DIR
     kodalle convert MODEL DIR --dtype float16
     kodalle demo
+    kodalle doctor
 
-Exit codes: 0 done, 1 faults found (`data check`), 2 bad input: one line on stderr naming field, value and remedy.
+Exit codes: 0 done, 1 faults found (`data check`, `doctor`), 2 bad input: one line on stderr naming field, value and remedy.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated
 import typer
 
 from engine.commands import data as data_commands
+from engine.commands import doctor as doctor_command
 from engine.commands import export as export_commands
 from engine.commands.error_lines import run_app
 from engine.errors import InputError
@@ -26,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
+app.command("doctor")(doctor_command.doctor)
 
 
 @app.command("draw")
@@ -55,7 +58,7 @@ def draw(
     ] = "koclip",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: twice as fast, nearly the same")
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: twice as fast, nearly the same")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
