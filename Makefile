@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo draw serve test soak system-packages lint format bench clean
+.PHONY: env demo generate serve test soak system-packages lint format bench clean
 
 # What comes with the repository: trained on photographs of clothes (configs/clothing), in 16 bits.
 MODEL ?= models/clothing
@@ -28,8 +28,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/kodalle demo --out runs/demo
 
-draw: $(READY)
-	$(BIN)/kodalle draw $(MODEL) "$(CAPTION)" --seed 7 --out drawings
+generate: $(READY)
+	$(BIN)/kodalle generate $(MODEL) "$(CAPTION)" --seed 7 --out generations
 
 serve: $(READY)
 	$(BIN)/python -m serve $(MODEL)

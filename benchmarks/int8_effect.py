@@ -51,7 +51,7 @@ def main() -> None:
     with ProgressBar("int8 effect", total=len(captions)) as bar:
         for number, caption in enumerate(captions):
             both = [
-                pipeline([caption], candidates=arguments.candidates, seed=arguments.seed, options=options)[0]
+                pipeline([caption], candidates=arguments.candidates, seed=arguments.seed, sampling_params=options)[0]
                 for pipeline in (exact, rough)
             ]
             rows.append(compare(exact, rough, caption, both[0], both[1], arguments.seed, options))
@@ -89,7 +89,7 @@ def compare(
     other_tokens = torch.tensor([one.image_tokens for one in others])
     pixels = exact.decode_images(tokens) * 255
     errors = (rough.decode_images(tokens) * 255 - pixels).abs()
-    requests = [SequenceRequest(0, seed, number, options) for number in range(len(tokens))]
+    requests = [SequenceRequest(0, options.updated(seed=seed), candidate=number) for number in range(len(tokens))]
     text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
     next_tokens = [
         next_tokens_given(Sampler(exact.transformer, weights=weights), text, requests, tokens)

@@ -75,7 +75,7 @@ class Rows:
 
     def __init__(self, model: KoDalle, prefix: Prefix, requests: list[SequenceRequest], window: int) -> None:
         config = model.config
-        self.model, self.prefix_len, self.options = model, config.prefix_len, requests[0].options
+        self.model, self.prefix_len, self.options = model, config.prefix_len, requests[0].sampling_params
         caption = torch.tensor([row.prefix_index for row in requests])
         self.seeds = torch.tensor([row.seed for row in requests])
         self.candidates = torch.tensor([row.candidate for row in requests])
@@ -200,7 +200,12 @@ def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> li
 
         def requests(seed: int, options: SamplingParams = options) -> list[SequenceRequest]:
             every = range(prefix.num_captions * arguments.candidates)
-            return [SequenceRequest(i // arguments.candidates, seed, i % arguments.candidates, options) for i in every]
+            return [
+                SequenceRequest(
+                    i // arguments.candidates, options.updated(seed=seed), candidate=i % arguments.candidates
+                )
+                for i in every
+            ]
 
         sampler = Sampler(model, speculative=False)
         expected, others = (sampler.decode(prefix, requests(arguments.seed + number)) for number in (0, 1))
@@ -261,7 +266,10 @@ def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict
     Temperature 0.7, window 16. Then the first 16 of them one at a time, both ways in turns.
     """
     options, captions = SamplingParams(temperature=0.7), prefix.num_captions
-    requests = [SequenceRequest(i % captions, arguments.seed, i // captions, options) for i in range(arguments.check)]
+    requests = [
+        SequenceRequest(i % captions, options.updated(seed=arguments.seed), candidate=i // captions)
+        for i in range(arguments.check)
+    ]
     sampler = Sampler(model, speculative=False)
     equal, seconds = 0, {"sampler_16": 0.0, "jacobi_16": 0.0, "sampler_1": 0.0, "jacobi_1": 0.0}
 

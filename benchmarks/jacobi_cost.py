@@ -30,7 +30,7 @@ from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.facts import facts
 from engine.models.transformer import KoDalle
-from engine.sampling_params import SequenceRequest
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 STATIONS = 2  # lengths at which decoders are timed
 SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # rows, window
@@ -49,7 +49,10 @@ def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
     decoders: dict[str, tuple[SlotDecoder, int]] = {}
     for kind, make in kinds.items():
         decoder = make()
-        slots = [decoder.join(prefix, SequenceRequest(0, 7, i), given=given) for i in range(decoder.num_slots)]
+        slots = [
+            decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=7), candidate=i), given=given)
+            for i in range(decoder.num_slots)
+        ]
         decoder.step()
         decoders[kind] = decoder, slots[0]
     for station in range(STATIONS):

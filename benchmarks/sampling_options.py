@@ -69,7 +69,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = pipeline.default_sampling_params
     rows = []
     for temperature, guidance in itertools.product(arguments.temperature, arguments.guidance):
-        pipeline.default_sampling_params = chosen.but(temperature=temperature, guidance_scale=guidance)
+        pipeline.default_sampling_params = chosen.updated(temperature=temperature, guidance_scale=guidance)
         row: dict[str, Any] = {"temperature": temperature, "guidance_scale": guidance}
         for way, some in ways.items():
             sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
@@ -84,7 +84,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "sampling_options",
         **told,
         "model": str(arguments.model),
-        "chosen": dataclasses.asdict(chosen),
+        "chosen": chosen.generation_values(),
         "captions": arguments.captions,
         "candidates": arguments.candidates,
         "seed": _SEED,

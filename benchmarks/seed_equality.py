@@ -83,7 +83,7 @@ def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device:
     sampler = Sampler(model, null_text_tokens=text[4], weights=weights)
     prefix = sampler.prefill(text[:4])
     rows = [
-        SequenceRequest(i % 4, seed=i // 7, candidate=i % 7, options=_OPTIONS[i % len(_OPTIONS)]) for i in range(count)
+        SequenceRequest(i % 4, _OPTIONS[i % len(_OPTIONS)].updated(seed=i // 7), candidate=i % 7) for i in range(count)
     ]
     order = torch.randperm(count).tolist()
     together: dict[int, torch.Tensor] = {}

@@ -231,7 +231,7 @@ def _by_pipeline(pipeline: Pipeline, request: Request) -> Pictures:
         top_p=told.get("top_p"),
         guidance_scale=told.get("guidance", 1.0),
     )
-    generation = pipeline([request.caption], candidates=EACH, seed=request.seed, options=options)[0]
+    generation = pipeline([request.caption], candidates=EACH, seed=request.seed, sampling_params=options)[0]
     return {one.candidate: np.asarray(one.image).tobytes() for one in generation.candidates}
 
 

@@ -1,8 +1,8 @@
 """The `kodalle` command.
 
     kodalle data captions|prepare|check|make-demo …
-    kodalle draw MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
-    kodalle draw MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
+    kodalle generate MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
+    kodalle generate MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
     kodalle export MODEL --out DIR
@@ -14,7 +14,7 @@ Exit codes: 0 done, 1 faults found (`data check`, `doctor`), 2 bad input: one li
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ from engine.commands import doctor as doctor_command
 from engine.commands import export as export_commands
 from engine.commands.error_lines import run_app
 from engine.errors import InputError
+from engine.sampling_params import FIELDS, SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
@@ -31,27 +32,33 @@ app.command("convert")(export_commands.convert)
 app.command("doctor")(doctor_command.doctor)
 
 
-@app.command("draw")
-def draw(
+_MAX_CANDIDATES = 1024  # of one command: their pixels are in memory together
+
+
+def _parameter(name: str, default: str = "", *, most: int | None = None) -> Any:
+    """An option whose help and bounds are those of a sampling parameter, which checks the value."""
+    spec = FIELDS[name]
+    bounds = spec.range_text if most is None else f"{spec.least} to {most}"
+    return typer.Option(help=f"{spec.description}; {bounds}{default and f'; default: {default}'}", max=most)
+
+
+@app.command("generate")
+def generate(
     model: Annotated[str, typer.Argument(help="model folder, or owner/name on the Hugging Face hub")],
-    caption: Annotated[str, typer.Argument(help="what to draw")],
-    candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn")] = 16,
-    top: Annotated[int, typer.Option(min=1, help="pictures kept, best first")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="same seed, same pictures")] = 0,
-    out: Annotated[Path, typer.Option(help="folder for the pictures, sheet.png and result.json")] = Path("drawings"),
-    temperature: Annotated[
-        float | None, typer.Option(help="1: what was learnt; 0: always the likeliest; default: the model's choice")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens; default: as the model says")] = None,
-    top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1: none; above: closer to the caption; default: the model's choice")
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="picture to start from: its middle square")] = None,
+    caption: Annotated[str, typer.Argument(help="what the images shall show")],
+    candidates: Annotated[int, _parameter("candidates", most=_MAX_CANDIDATES)] = SamplingParams.candidates,
+    top: Annotated[int | None, _parameter("top", "4, or all where there are fewer")] = None,
+    seed: Annotated[int, _parameter("seed")] = SamplingParams.seed,
+    out: Annotated[Path, typer.Option(help="folder for the images, sheet.png and result.json")] = Path("generations"),
+    temperature: Annotated[float | None, _parameter("temperature", "the model's")] = None,
+    top_k: Annotated[int | None, _parameter("top_k", "the model's")] = None,
+    top_p: Annotated[float | None, _parameter("top_p", "the model's")] = None,
+    guidance_scale: Annotated[float | None, _parameter("guidance_scale", "the model's")] = None,
+    image: Annotated[Path | None, typer.Option(help="init image: its middle square is used")] = None,
     keep_rows: Annotated[
-        int | None, typer.Option(help="complete --image from so many rows of tokens; default 7 of 16")
+        int | None, typer.Option(help="rows of tokens of --image that are kept, from the top; default: 7 of 16")
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="repaint --image where this picture is white")] = None,
+    mask: Annotated[Path | None, typer.Option(help="regenerate --image where this image is white")] = None,
     paste: Annotated[bool, typer.Option(help="kept pixels: the original's, or as the model decodes them")] = True,
     rank_by: Annotated[
         str, typer.Option(help="koclip; or, with --mask, fit: to what is kept after the hole")
@@ -62,30 +69,26 @@ def draw(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
-    """Draws a caption, ranks the candidates, writes the best."""
-    from engine.sampling_params import SamplingParams
-
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    """Generates candidates for a caption, ranks them, writes the best."""
+    params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    params |= {"candidates": candidates, "seed": seed, "top": min(4, candidates) if top is None else top}
     if image is None:
-        needs_image = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": None if paste else "without a picture"}
+        needs_image = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": None if paste else "without an image"}
         for name, value in needs_image.items():
             if value is not None:
-                raise InputError(name, value, "give the picture too: --image FILE")
-    SamplingParams().but(**options)  # a value out of range is told before torch is imported, which takes seconds
+                raise InputError(name, value, "give the image too: --image FILE")
+    SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
     from engine.commands.generate import InitImageFiles, generate_to_folder
 
     generate_to_folder(
         model,
         caption,
         out,
-        candidates=candidates,
-        top=top,
-        seed=seed,
-        options=options,
+        sampling_params=params,
         strict=strict,
         device=device,
         int8=int8,
-        given=None if image is None else InitImageFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
+        init_image=None if image is None else InitImageFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
         rank_by=rank_by,
     )
 
@@ -94,19 +97,18 @@ def draw(
 def continue_(
     model: Annotated[str, typer.Argument(help="model folder, or owner/name on the Hugging Face hub")],
     beginning: Annotated[str, typer.Argument(help="first words of a caption; may be empty")],
-    count: Annotated[int, typer.Option(min=1, max=1024, help="captions written")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="same seed, same captions")] = 0,
-    temperature: Annotated[float, typer.Option(help="1: the model's own distribution; 0: always the likeliest")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
-    top_p: Annotated[float | None, typer.Option(help="of those, the fewest that reach this probability")] = None,
+    count: Annotated[int, typer.Option(min=1, max=_MAX_CANDIDATES, help="captions written")] = 4,
+    seed: Annotated[int, typer.Option(help=f"same seed, same captions; {FIELDS['seed'].range_text}")] = 0,
+    temperature: Annotated[float, _parameter("temperature")] = SamplingParams.temperature,
+    top_k: Annotated[int | None, _parameter("top_k")] = None,
+    top_p: Annotated[float | None, _parameter("top_p")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
-    """Writes a caption on, as the model's training captions went; one a line."""
+    """Samples the rest of a caption as training captions went on; one a line."""
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     from engine.commands.generate import print_continuations
-    from engine.sampling_params import SamplingParams
 
-    options = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    print_continuations(model, beginning, count=count, seed=seed, options=options, device=device)
+    print_continuations(model, beginning, params, count=count, device=device)
 
 
 @app.command("evaluate")

@@ -6,7 +6,10 @@ Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also wha
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from engine.errors import InputError
+from engine.sampling_params import FIELDS, GENERATION_FIELDS, SamplingParams
 
 
 class Section(BaseModel):
@@ -146,16 +149,33 @@ class TextConfig(Section):
     )
 
 
+def _sampling_field(name: str) -> Any:
+    """A sampling parameter with the default, bounds and description that `engine.sampling_params` states."""
+    spec = FIELDS[name]
+    least = 0 if spec.takes_zero else spec.least
+    return Field(spec.default, ge=least, le=spec.greatest, description=f"{spec.description}; {spec.range_text}")
+
+
 class GenerationConfig(Section):
-    """How a model's pictures are drawn when nobody says otherwise; the file of this name in its folder, as Hugging Face's.
+    """Sampling parameters of a model where a request states none: generation_config.json of its folder."""
 
-    Fields as `engine.sampling_params.SamplingParams`.
-    """
+    temperature: float = _sampling_field("temperature")
+    top_k: int | None = _sampling_field("top_k")
+    top_p: float | None = _sampling_field("top_p")
+    guidance_scale: float = _sampling_field("guidance_scale")
 
-    temperature: float = Field(1.0, ge=0)
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, gt=0, le=1)
-    guidance_scale: float = Field(1.0, ge=0)
+    @field_validator(*GENERATION_FIELDS)
+    @classmethod
+    def _in_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        """Also between 0 and the least value, which `ge` lets through."""
+        try:
+            return FIELDS[str(info.field_name)].check(value)
+        except InputError as error:
+            raise ValueError(error.remedy) from error
+
+    def sampling_params(self) -> SamplingParams:
+        """With the engine's defaults of seed and candidates."""
+        return SamplingParams(**self.model_dump())
 
 
 class VqganLossConfig(Section):

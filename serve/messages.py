@@ -53,16 +53,13 @@ class InitImagePixels:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request, checked: `num_candidates` pictures of a caption are drawn, the best `num_images` returned."""
+    """One request, checked: `num_candidates` images of a caption are generated, the best `num_images` returned."""
 
     request_id: str
     key_id: str  # whose fair share of the slots it uses
     caption: str
-    seed: int
-    num_candidates: int
-    num_images: int
+    sampling_params: SamplingParams
     deadline_s: float  # seconds that are left; clocks of two machines are not compared
-    options: SamplingParams = field(default_factory=SamplingParams)
     rank_by: RankBy = "koclip"
     given: InitImagePixels | None = None
     image_format: ImageFormat = "png"
@@ -70,6 +67,18 @@ class GenerationJob:
     num_partials: int = 0  # previews of each of the first `num_images` candidates
     wants_progress: bool = False  # Queued and Progress events
     wants_all: bool = False  # the pictures of the candidates that are not among the best, too
+
+    @property
+    def seed(self) -> int:
+        return self.sampling_params.seed
+
+    @property
+    def num_candidates(self) -> int:
+        return self.sampling_params.candidates
+
+    @property
+    def num_images(self) -> int:
+        return self.sampling_params.num_returned
 
 
 @dataclass(frozen=True)

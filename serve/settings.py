@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from engine.config import Section
 from engine.config_files import as_input_error
+from engine.sampling_params import FIELDS
 
 MIB = 2**20
 
@@ -23,8 +24,8 @@ class Limits(Section):
     max_edit_bytes: int = Field(10 * MIB, gt=0, description="the whole multipart body")
     max_pixels: int = Field(16_000_000, gt=0, description="of an uploaded picture, read from its header")
     max_prompt_characters: int = Field(1000, gt=0)
-    max_images: int = Field(10, gt=0, description="n")
-    max_candidates: int = Field(64, gt=0, description="drawn for one request")
+    max_images: int = Field(10, gt=0, le=FIELDS["top"].greatest, description="n")
+    max_candidates: int = Field(64, gt=0, le=FIELDS["candidates"].greatest, description="generated for one request")
     max_partials: int = Field(16, ge=0, description="previews a candidate; OpenAI's API knows 0 to 3")
     body_timeout_s: float = Field(30.0, gt=0, description="for a whole body to arrive")
 

@@ -201,7 +201,7 @@ def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Vari
     prefix = sampler.prefill(text_tokens(pipeline, 1))
     plain, guided = (
         [
-            SequenceRequest(0, FIRST_SEED, number, SamplingParams(guidance_scale=scale))
+            SequenceRequest(0, SamplingParams(guidance_scale=scale, seed=FIRST_SEED), candidate=number)
             for number in range(plan.candidates)
         ]
         for scale in (1.0, GUIDANCE_SCALE)

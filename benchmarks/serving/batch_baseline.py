@@ -49,7 +49,7 @@ def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
         pipeline.tokenizer.encode(captions, pipeline.transformer.config.text_seq_len).tokens
     )
     rows = [
-        SequenceRequest(prefix_index=number, seed=one["seed"], candidate=candidate, options=SamplingParams())
+        SequenceRequest(number, SamplingParams(seed=one["seed"]), candidate=candidate)
         for number, one in enumerate(requests)
         for candidate in range(counts[number])
     ]

@@ -15,6 +15,7 @@ from engine.data.kfashion.captions import caption
 from engine.data.kfashion.labels import Garment, Label
 from engine.data.synthetic.drawing import COLOURS
 from engine.data.synthetic.garments import KINDS, all_choices
+from engine.sampling_params import SamplingParams
 from serve.messages import GenerationJob
 
 SIZES = (1, 4, 16)  # candidates
@@ -40,9 +41,7 @@ class Asked:
             request_id=f"{name}-{self.number}",
             key_id=self.key or "local",
             caption=self.caption,
-            seed=self.seed,
-            num_candidates=self.num_candidates,
-            num_images=1,
+            sampling_params=SamplingParams(seed=self.seed, candidates=self.num_candidates, top=1),
             deadline_s=600.0,
         )
 

@@ -107,7 +107,7 @@ def run_demo(
         "held_out_captions": len(held),
         "candidates": candidates,
         "seed": seed,
-        "options": read_generation(model).model_dump(),
+        "sampling_params": read_generation(model).model_dump(),
         "share_right": scored,
         "seconds": seconds | {"total": round(time.monotonic() - begun, 1)},
         "machine": machine(),
@@ -177,8 +177,8 @@ def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: i
         chosen.setdefault(str(pair.attributes.get("카테고리")), pair)
     for number, pair in enumerate(list(chosen.values())[:SHOWN_CAPTIONS], start=1):
         generate_to_folder(
-            str(model), pair.captions[0], out / "drawings" / str(number), candidates=candidates,
-            top=min(4, candidates), seed=seed, options={}, strict=False, device="",
+            str(model), pair.captions[0], out / "generations" / str(number),
+            sampling_params={"candidates": candidates, "top": min(4, candidates), "seed": seed}, strict=False, device="",
         )  # fmt: skip
 
 

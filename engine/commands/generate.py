@@ -1,4 +1,4 @@
-"""`kodalle draw`: one caption to a folder of pictures, a sheet and result.json. `kodalle continue`: captions to lines."""
+"""`kodalle generate`: a folder of images, a sheet and result.json for a caption. `kodalle continue`: captions on stdout."""
 
 import hashlib
 import json
@@ -62,46 +62,39 @@ def generate_to_folder(
     caption: str,
     folder: Path,
     *,
-    candidates: int,
-    top: int,
-    seed: int,
-    options: Mapping[str, float | None],
+    sampling_params: Mapping[str, float | None],
     strict: bool,
     device: str,
     int8: bool = False,
-    given: InitImageFiles | None = None,
+    init_image: InitImageFiles | None = None,
     rank_by: str = "koclip",
 ) -> Generation:
-    """Draws and writes; result.json comes last, so its presence means that the rest is there.
+    """Generates and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
-        options: what was asked for of `SamplingParams`; where nothing was, the model's own value stands.
+        sampling_params: values of `SamplingParams`; where one is missing or None, the model's own counts.
 
     Raises:
-        InputError: bad options, files, model or caption; nothing is written then.
+        InputError: bad parameters, files, model or caption; nothing is written then.
     """
-    if top > candidates:
-        raise InputError("--top", top, f"is more than --candidates {candidates}: lower it")
+    SamplingParams().updated(**sampling_params)  # before the model is loaded
     if folder.exists() and not folder.is_dir():
         raise InputError("--out", folder, "is a file: give a folder")
     if rank_by not in get_args(RankBy):
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
-    if rank_by == "fit" and (given is None or given.mask is None):
-        raise InputError("--rank-by", rank_by, "is for repainting: give --image and --mask, or rank by koclip")
-    SamplingParams().but(**options)  # before the model is loaded
-    init_image = None if given is None else given.read()
+    if rank_by == "fit" and (init_image is None or init_image.mask is None):
+        raise InputError("--rank-by", rank_by, "is for inpainting: give --image and --mask, or rank by koclip")
+    read_image = None if init_image is None else init_image.read()
     fit_threads()
     begun = time.perf_counter()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
     loading_s = time.perf_counter() - begun
-    settled = pipeline.default_sampling_params.but(**options)
-    with ProgressBar("drawing", total=pipeline.transformer.config.image_seq_len) as bar:
+    params = pipeline.default_sampling_params.updated(**sampling_params)
+    with ProgressBar("generating", total=pipeline.transformer.config.image_seq_len) as bar:
         generation = pipeline(
             [caption],
-            candidates=candidates,
-            seed=seed,
-            options=settled,
-            given=init_image,
+            params,
+            init_image=read_image,
             rank_by=cast(RankBy, rank_by),
             strict=strict,
             on_progress=lambda done, _: bar.update(done),
@@ -111,31 +104,31 @@ def generate_to_folder(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
     begun = time.perf_counter()
-    made = describe_request(settled, given, rank_by, int8=int8)
-    write_generation(folder, generation, made, top=top)
+    made = describe_request(params, init_image, rank_by, int8=int8)
+    write_generation(folder, generation, made, top=params.num_returned)
     encoding_s = time.perf_counter() - begun
-    result = describe(generation, made, top=top)
+    result = describe(generation, made, top=params.num_returned)
     result["timings_s"] |= {"loading": loading_s, "encoding": encoding_s}
     write_json(folder / "result.json", result)
-    for kept in generation.top(top):
+    for kept in generation.top(params.num_returned):
         score = "" if kept.score is None else f"  score {kept.score:.3f}"
         score += "" if kept.fit is None else f"  fit {kept.fit:.2f}"
         print(f"{folder / file_name(kept)}{score}")
-    print(f"{folder / 'sheet.png'}  ({candidates} drawn in {seconds_text(sum(generation.timings_s.values()))})")
+    print(
+        f"{folder / 'sheet.png'}  ({params.candidates} candidates in {seconds_text(sum(generation.timings_s.values()))})"
+    )
     return generation
 
 
-def print_continuations(
-    model: str, beginning: str, *, count: int, seed: int, options: SamplingParams, device: str
-) -> None:
+def print_continuations(model: str, beginning: str, params: SamplingParams, *, count: int, device: str) -> None:
     """One caption a line on stdout.
 
     Raises:
-        InputError: bad options or model; a beginning that fills the model's text.
+        InputError: bad parameters or model; a beginning that fills the model's text.
     """
     fit_threads()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), codec_backend="torch")
-    for line in pipeline.continue_caption(beginning, count=count, seed=seed, options=options):
+    for line in pipeline.continue_caption(beginning, params, count=count):
         print(line.text)
         if not line.is_complete:
             print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
@@ -191,19 +184,14 @@ def metadata(generation: Generation, one: Candidate) -> dict[str, Any]:
 
 
 def describe_request(
-    options: SamplingParams, given: InitImageFiles | None, rank_by: str, *, int8: bool = False
+    params: SamplingParams, init_image: InitImageFiles | None, rank_by: str, *, int8: bool = False
 ) -> dict[str, Any]:
     """What was asked for, beside caption and seed; in result.json and in every PNG."""
     return {
-        "options": {
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-            "guidance_scale": options.guidance_scale,
-        },
+        "sampling_params": params.generation_values(),
         "int8": int8,
         "rank_by": rank_by,
-        "given": None if given is None else given.describe(),
+        "init_image": None if init_image is None else init_image.describe(),
     }
 
 

@@ -3,7 +3,7 @@
 G captions, B rows, N image tokens, C model dim.
 
     sampler = Sampler(model, null_text_tokens=ids_of_empty_caption)
-    rows = [SequenceRequest(prefix_index=0, seed=7, candidate=i) for i in range(16)]
+    rows = [SequenceRequest(0, SamplingParams(seed=7), candidate=i) for i in range(16)]
     image_tokens = sampler.draw(text_tokens, rows)  # (16, 256)
 
 A row's tokens are a function of its caption, seed, candidate, options and given tokens alone: see
@@ -133,7 +133,7 @@ class Sampler:
         if not rows:
             raise InputError("rows", "[]", "give at least one row to draw")
         given = self._check_given(given, len(rows))
-        num_guided = sum(row.options.guidance_scale != 1 for row in rows)
+        num_guided = sum(row.sampling_params.is_guided for row in rows)
         with evaluating(self.model):
             null_prefix = self.null_prefix() if num_guided else None
             with self._decoders.lend(len(rows) + num_guided, null_prefix=null_prefix) as decoder:

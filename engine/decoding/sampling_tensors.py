@@ -19,7 +19,7 @@ class SamplingTensors:
         def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
-        options = [row.options for row in rows]
+        options = [row.sampling_params for row in rows]
         # int64 holds seeds of 2^63 and more as their two's complement
         self.seeds = column([row.seed - 2**64 * (row.seed >= 2**63) for row in rows], torch.int64)
         self.candidates = column([row.candidate for row in rows], torch.int64)

@@ -3,7 +3,7 @@
 R rows computed, C model dim, N image tokens, V image vocabulary, P prefix positions.
 
     decoder = SlotDecoder(model, num_slots=64)
-    slot = decoder.join(prefix, SequenceRequest(prefix_index=0, seed=7))   # between any two steps
+    slot = decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=7)))   # between any two steps
     while decoder.num_joined:
         for slot in decoder.step():                                   # one token for every joined row
             image_tokens = decoder.leave(slot)                        # finished: (N,)
@@ -100,9 +100,11 @@ class SlotDecoder:
         """
         if not 0 <= request.prefix_index < prefix.num_captions:
             raise InputError("prefix_index", request.prefix_index, f"there are {prefix.num_captions} captions, from 0")
-        is_guided = request.options.guidance_scale != 1
+        is_guided = request.sampling_params.is_guided
         if is_guided and self._null_prefix is None:
-            raise InputError("guidance_scale", request.options.guidance_scale, "needs the empty caption's tokens")
+            raise InputError(
+                "guidance_scale", request.sampling_params.guidance_scale, "needs the empty caption's tokens"
+            )
         if self.num_free < 1 + is_guided:
             raise InputError("slots", self.num_slots, f"{self.num_free} are free and {1 + is_guided} wanted: wait")
         free = (slot for slot in range(self.num_slots) if slot not in self._captions)
@@ -242,7 +244,7 @@ class Plan:
         self.draws = column(self.slots)  # (B,) slots of the drawn rows
         self.guided = column([place for place, _ in guided])  # (U,) into the drawn rows
         self.partners = column(partners)  # (U,) slots
-        scales = [rows[slot].request.options.guidance_scale for _, slot in guided]
+        scales = [rows[slot].request.sampling_params.guidance_scale for _, slot in guided]
         self.guidance = torch.tensor(scales, dtype=dtype, device=device)[:, None]  # (U, 1)
         head_rows = self.slots + self.slots[:1] * (rule.padded(len(self.slots)) - len(self.slots))
         self.head_rows = column(head_rows)  # (B + padding,) slots

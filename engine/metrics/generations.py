@@ -9,7 +9,7 @@ G captions, n candidates of each, S pixels.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def score_generations(
         judge: names the kind of garment; not the KoCLIP that ranks.
 
     Returns:
-        captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), options (the
+        captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), sampling_params (the
         model's own);
         difference: how much the candidates of a caption differ: the standard deviation of a pixel over them, of
             [0, 1], averaged; None for one candidate;
@@ -133,7 +133,7 @@ def score_generations(
         run.on_progress("drawing", start + len(part), len(chosen))
     found: dict[str, Any] = {
         "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
-        "options": asdict(pipeline.default_sampling_params),
+        "sampling_params": pipeline.default_sampling_params.generation_values(),
         "difference": sum(tally.differences) / len(tally.differences) if tally.differences else None,
     }  # fmt: skip
     if pipeline.koclip is not None:

@@ -31,7 +31,7 @@ from engine.decoding.sampling_tensors import SamplingTensors
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
-from engine.sampling_params import SamplingParams, SequenceRequest
+from engine.sampling_params import FIELDS, SamplingParams, SequenceRequest
 
 _ROWS_AT_ONCE = 16
 _FIRST_POSITION = 2**31
@@ -52,30 +52,32 @@ def continue_caption(
     model: KoDalle,
     tokenizer: CaptionTokenizer,
     beginning: str,
+    sampling_params: SamplingParams | None = None,
     *,
     count: int = 4,
-    seed: int = 0,
-    options: SamplingParams | None = None,
+    seed: int | None = None,
 ) -> list[Continuation]:
-    """Writes `count` continuations; candidate i of a seed is the same whatever `count` is.
+    """Samples `count` continuations; candidate i of a seed is the same whatever `count` is.
 
     Args:
         beginning: words to go on from; may be empty, for a whole caption. A cut word is finished if the tokenizer
             knows its pieces.
-        options: as for pictures, over the text vocabulary.
+        sampling_params: as for images, over the text vocabulary.
+        seed: the same as in `sampling_params`, over which it has precedence.
 
     Raises:
         InputError: the beginning fills the model's text; guidance, which is for pictures; count or seed out of range.
     """
-    options = options or SamplingParams()
-    if options.guidance_scale != 1:
-        raise InputError("guidance_scale", options.guidance_scale, "guides pictures, not captions: leave it out")
-    if count < 1:
-        raise InputError("count", count, "give 1 or more")
+    params = (sampling_params or SamplingParams()).updated(seed=seed)
+    if params.is_guided:
+        raise InputError("guidance_scale", params.guidance_scale, "guides images, not captions: leave it out")
+    count = FIELDS["candidates"].check(count, name="count")
+    if not isinstance(beginning, str):
+        raise InputError("caption", repr(beginning), "must be a string")
     first, room = tokenizer.encode_beginning(beginning), model.config.text_seq_len
     if len(first) >= room:
         raise InputError("caption", beginning, f"is {len(first)} tokens and the model's text {room}: shorten it")
-    rows = [SequenceRequest(prefix_index=0, seed=seed, candidate=number, options=options) for number in range(count)]
+    rows = [SequenceRequest(0, params, candidate=number) for number in range(count)]
     drawn = continue_tokens(model, first, rows, allowed=allowed_tokens(tokenizer), end_ids=tokenizer.end_ids)
     before = tokenizer.decode(first)
     lines = []
@@ -86,7 +88,7 @@ def continue_caption(
         text = whole
         if whole.startswith(before):
             text = beginning.rstrip() + ("" if before else " ") + whole[len(before) :]
-        lines.append(Continuation(text.strip(), row.candidate, seed, (*first, *words), len(words) < len(tokens)))
+        lines.append(Continuation(text.strip(), row.candidate, params.seed, (*first, *words), len(words) < len(tokens)))
     return lines
 
 

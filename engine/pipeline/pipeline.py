@@ -49,7 +49,7 @@ from engine.pipeline.generation import Generation, Start, ranked
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.likelihood import log_likelihoods
-from engine.sampling_params import SamplingParams, SequenceRequest
+from engine.sampling_params import SamplingParams, SequenceRequest, check_captions
 
 _RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
 OnProgress = Callable[[int, int], None]
@@ -81,7 +81,7 @@ class Pipeline:
         self._card = card
         self._generation = generation or GenerationConfig()
         self.attributes: Attributes = attributes or {}
-        self.default_sampling_params = SamplingParams(**self._generation.model_dump())
+        self.default_sampling_params = self._generation.sampling_params()
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
         self.sampler = Sampler(
             transformer,
@@ -164,20 +164,21 @@ class Pipeline:
     def __call__(
         self,
         captions: Sequence[str],
+        sampling_params: SamplingParams | None = None,
         *,
-        candidates: int = 16,
-        seed: int = 0,
-        options: SamplingParams | None = None,
-        given: InitImage | None = None,
+        candidates: int | None = None,
+        seed: int | None = None,
+        init_image: InitImage | None = None,
         rank_by: RankBy = "koclip",
         strict: bool = False,
         on_progress: OnProgress | None = None,
     ) -> list[Generation]:
-        """Draws `candidates` pictures of each caption and ranks them.
+        """Generates candidates of each caption and ranks them.
 
         Args:
-            options: None: the model's own, `default_sampling_params`.
-            given: a picture whose first rows, or all but what a mask marks, every candidate keeps.
+            sampling_params: None: the model's own, `default_sampling_params`.
+            candidates, seed: the same as in `sampling_params`, over which they have precedence.
+            init_image: an image whose first rows, or all but what a mask marks, every candidate keeps.
             rank_by: KoCLIP's score of the finished picture; or, for a repainted hole, how well it fits what was kept
                 after it.
             strict: refuse a caption that is longer than the model's text instead of cutting its end.
@@ -187,22 +188,19 @@ class Pipeline:
             InputError: no caption, an empty one, too long with `strict`, or options out of range; a given picture that
                 leaves nothing to draw or nothing to keep, or nothing after the hole to rank by.
         """
-        _check_request(captions, candidates, rank_by)
+        captions = check_captions(captions)
+        params = (sampling_params or self.default_sampling_params).updated(candidates=candidates, seed=seed)
+        if rank_by not in get_args(RankBy):
+            raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
-        G = len(captions)
+        G, n = len(captions), params.candidates
         timings_s: dict[str, float] = {}
         with _timed(timings_s, "prefill"):
-            start = None if given is None else self.encode_init_image(given)
+            start = None if init_image is None else self.encode_init_image(init_image)
             if rank_by == "fit":
                 check_kept_after(start)
             prefix = self.sampler.prefill(encoded.tokens)
-        rows = [
-            SequenceRequest(
-                prefix_index=caption, seed=seed, candidate=number, options=options or self.default_sampling_params
-            )
-            for caption in range(G)
-            for number in range(candidates)
-        ]
+        rows = [SequenceRequest(caption, params, candidate=number) for caption in range(G) for number in range(n)]
         with _timed(timings_s, "decode"):
             total = self.transformer.config.image_seq_len
             on_step = None if on_progress is None else lambda position, _: on_progress(position + 1, total)
@@ -211,16 +209,20 @@ class Pipeline:
         with _timed(timings_s, "vqgan"):
             images = self.decode_images(image_tokens, start=start)  # (B, 3, S, S)
         with _timed(timings_s, "ranking"):
-            scores = self.rank_scores(captions, images.unflatten(0, (G, candidates)))  # (G, n) or None
+            scores = self.rank_scores(captions, images.unflatten(0, (G, n)))  # (G, n) or None
             fits = self.fits(encoded.tokens, image_tokens, start) if rank_by == "fit" and start is not None else None
-        pixels = to_uint8(images).unflatten(0, (G, candidates))  # (G, n, S, S, 3)
-        tokens = image_tokens.cpu().unflatten(0, (G, candidates))  # (G, n, N)
+        pixels = to_uint8(images).unflatten(0, (G, n))  # (G, n, S, S, 3)
+        tokens = image_tokens.cpu().unflatten(0, (G, n))  # (G, n, N)
         return [
             Generation(
                 caption=caption,
                 tokens_cut=encoded.cut[g],
                 candidates=ranked(
-                    seed, tokens[g], pixels[g], None if scores is None else scores[g], None if fits is None else fits[g]
+                    params.seed,
+                    tokens[g],
+                    pixels[g],
+                    None if scores is None else scores[g],
+                    None if fits is None else fits[g],
                 ),
                 timings_s=timings_s,
                 init_tokens=None if start is None else tuple(start.tokens.tolist()),
@@ -229,10 +231,10 @@ class Pipeline:
         ]
 
     def continue_caption(
-        self, beginning: str, *, count: int = 4, seed: int = 0, options: SamplingParams | None = None
+        self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
     ) -> list[Continuation]:
-        """Writes the rest of a caption, `count` times: see engine/pipeline/caption_continuation.py."""
-        return continue_caption(self.transformer, self.tokenizer, beginning, count=count, seed=seed, options=options)
+        """Samples the rest of a caption, `count` times: see engine/pipeline/caption_continuation.py."""
+        return continue_caption(self.transformer, self.tokenizer, beginning, sampling_params, count=count, seed=seed)
 
     def encode_init_image(self, given: InitImage) -> Start:
         """Raises InputError: a mask or rows that leave nothing to draw, or nothing kept."""
@@ -295,17 +297,6 @@ class Pipeline:
         pictures = pictures.unflatten(0, images.shape[:2])  # (G, n, E)
         rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(pictures, texts, strict=True)]
         return torch.stack(rows).float().cpu()
-
-
-def _check_request(captions: Sequence[str], candidates: int, rank_by: str) -> None:
-    if isinstance(captions, str):  # a sequence of captions of one letter each, otherwise
-        raise InputError("captions", repr(captions), "give a list of captions")
-    if not captions or not all(caption.strip() for caption in captions):
-        raise InputError("caption", repr(list(captions)), "give a caption that is not empty")
-    if candidates < 1:
-        raise InputError("candidates", candidates, "give 1 or more")
-    if rank_by not in get_args(RankBy):
-        raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
 
 
 def check_kept_after(start: Start | None) -> None:

@@ -35,7 +35,7 @@ from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
-from engine.sampling_params import SamplingParams, SequenceRequest
+from engine.sampling_params import SequenceRequest
 from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
 from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
 
@@ -111,12 +111,9 @@ class KodalleStage:
         """Two rows: the VQGAN's version of held-out pictures, and drawings for their captions, seed 0."""
         batch = (self.validation_source or self.source)(0)
         text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
-        options = SamplingParams(**self.run.generation.model_dump()).but(guidance_scale=1)  # no empty caption here
+        params = self.run.generation.sampling_params().updated(guidance_scale=1)  # no empty caption here
         with whole_parameters(self.engine):
-            rows = [
-                SequenceRequest(prefix_index=index, seed=0, candidate=index, options=options)
-                for index in range(len(text_tokens))
-            ]
+            rows = [SequenceRequest(index, params, candidate=index) for index in range(len(text_tokens))]
             # Guessing ahead takes as many passes as the guesses allow, and ranks of ZeRO-3 must take the same number.
             drawn = Sampler(self.engine.module, weights="plain", speculative=False).draw(text_tokens, rows)
         return image_grid(

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "device": info.device,
         "digest": info.digest,
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
-        "default_sampling_params": asdict(info.default_sampling_params),
+        "default_sampling_params": info.default_sampling_params.generation_values(),
+        "sampling_params": schemas.parameter_limits(limits),
         "attributes": info.attributes,
         "limits": {
             "prompt_characters": limits.max_prompt_characters,

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve.api.errors import FAILURES
-from serve.api.schemas import LEAST_TEMPERATURE, EditRequest, GenerationRequest, TokenizeRequest, bounds
+from serve.api.schemas import EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
 from serve.messages import ModelInfo
 from serve.settings import ServeSettings
 
@@ -28,6 +28,18 @@ _TEXT: Json = {"type": "string"}
 _TEXTS: Json = {"type": "array", "items": _TEXT}
 _NUMBER: Json = {"type": "number"}
 _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
+_PARAMETER: Json = {
+    "type": "object",
+    "description": "a sampling parameter: values from minimum to maximum, and 0 where or_zero",
+    "properties": {
+        "type": {"enum": ["integer", "number"]},
+        "minimum": _NUMBER,
+        "maximum": _NUMBER,
+        "or_zero": {"type": "boolean"},
+        "description": _TEXT,
+    },
+    "required": ["type", "minimum", "maximum", "or_zero", "description"],
+}
 
 # Which failures a route can answer with, besides the server's own 500.
 _ACCESS = ("missing_api_key", "insufficient_scope")
@@ -184,6 +196,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "has_ranker": {"type": "boolean"},
         "limits": {"type": "object", "additionalProperties": _NUMBER},
         "default_sampling_params": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
+        "sampling_params": {"type": "object", "additionalProperties": _PARAMETER},
         "attributes": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _TEXTS}},
     }
     whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
@@ -208,20 +221,18 @@ def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> 
     schema = kind.model_json_schema()
     schema.pop("description", None)
     for name, (least, most) in bounds(settings.limits).items():
-        for choice in schema["properties"].get(name, {}).get("anyOf", []):
+        choices, spec = schema["properties"].get(name, {}).get("anyOf", []), spec_of(name)
+        for choice in choices:
             if choice.get("type") in ("integer", "number"):
                 choice |= {"minimum": least, "maximum": most}
+        if choices and spec is not None and spec.takes_zero:
+            choices.insert(0, {"const": 0})
     properties = schema["properties"]
     properties["prompt"]["maxLength"] = settings.limits.max_prompt_characters
     properties["prompt"]["pattern"] = _NO_NUL
     if kind is TokenizeRequest:
         return schema
     properties["prompt"]["pattern"] = _NOT_BLANK
-    properties["temperature"]["anyOf"] = [
-        {"const": 0},
-        {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": bounds(settings.limits)["temperature"][1]},
-        {"type": "null"},
-    ]
     for name in ("user", "safety_identifier"):
         properties[name]["anyOf"][0]["pattern"] = _NO_NUL
     accepted: Json = {

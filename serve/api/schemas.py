@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import InputError
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import FIELDS, FieldSpec, SamplingParams
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import shown
 from serve.messages import GenerationJob, ImageFormat, ModelInfo, RankBy
@@ -33,6 +33,7 @@ QUALITIES: dict[Quality, int] = {"low": 4, "medium": 8, "high": 16, "xhigh": 32,
 _OLD_QUALITIES: dict[str, Quality] = {"standard": "medium", "hd": "high"}
 
 _NO_EFFECT = "accepted for OpenAI's clients, without effect here"
+_MODELS_OWN = "; the model's default_sampling_params if left out"
 _NOT_HERE = "part of OpenAI's API that this model does not support: leave it out"
 
 
@@ -70,19 +71,14 @@ class ImageRequest(BaseModel):
     svg: Any = Field(None, description=_NOT_HERE)
     # ------------------------------------------------------------------------------------------ additions of this server
     seed: int | None = Field(
-        None, description="candidate i of a seed is always the same picture; drawn at random, and returned, if left out"
+        None, description=f"{FIELDS['seed'].description}; chosen at random, and returned, if left out"
     )
-    candidates: int | None = Field(None, description="pictures drawn and ranked, at least n")
+    candidates: int | None = Field(None, description=f"{FIELDS['candidates'].description}, at least n")
     num_candidates: int | None = Field(None, description="the same as candidates")
-    temperature: float | None = Field(
-        None,
-        description="1 is what the model learnt; 0 takes the likeliest token; the model's default_sampling_params if left out",
-    )
-    top_k: int | None = Field(None, description="draw among the k likeliest tokens")
-    top_p: float | None = Field(None, description="draw among the fewest tokens that reach this probability")
-    guidance: float | None = Field(
-        None, description="guidance scale: 1 is none, which is the fastest; like temperature"
-    )
+    temperature: float | None = Field(None, description=f"{FIELDS['temperature'].description}{_MODELS_OWN}")
+    top_k: int | None = Field(None, description=f"{FIELDS['top_k'].description}{_MODELS_OWN}")
+    top_p: float | None = Field(None, description=f"{FIELDS['top_p'].description}{_MODELS_OWN}")
+    guidance: float | None = Field(None, description=f"{FIELDS['guidance_scale'].description}{_MODELS_OWN}")
     guidance_scale: float | None = Field(None, description="the same as guidance")
     rank_by: RankBy | None = Field(
         None,
@@ -123,26 +119,46 @@ class TokenizeRequest(BaseModel):
 AnyRequest = TypeVar("AnyRequest", GenerationRequest, EditRequest, TokenizeRequest)
 
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")
-# float32 arithmetic overflows or divides by nothing beyond these.
-LEAST_TEMPERATURE, _MOST_TEMPERATURE, _MOST_GUIDANCE, _LEAST_TOP_P = 0.01, 100.0, 100.0, 1e-6
+# Names of this API for parameters that the engine calls otherwise.
+_ALIASES = {"n": "top", "num_candidates": "candidates", "guidance": "guidance_scale"}
 
 
 def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
-    """The least and the greatest value of each number, as checked and as documented."""
-    candidates = (1, limits.max_candidates)
-    return {
-        "n": (1, limits.max_images),
+    """The least and the greatest value of each number, as checked and as documented.
+
+    Sampling parameters have the engine's bounds (`engine.sampling_params.FIELDS`), where the server is not stricter.
+    """
+    found: dict[str, tuple[float, float]] = {name: (spec.least, spec.greatest) for name, spec in FIELDS.items()}
+    stricter = {"candidates": limits.max_candidates, "top": limits.max_images}
+    found |= {name: (found[name][0], min(found[name][1], most)) for name, most in stricter.items()}
+    found |= {alias: found[name] for alias, name in _ALIASES.items()}
+    del found["top"]  # `n` in this API
+    return found | {
         "output_compression": (0, 100),
         "partial_images": (0, limits.max_partials),
-        "seed": (0, 2**64 - 1),
-        "candidates": candidates,
-        "num_candidates": candidates,
-        "temperature": (0, _MOST_TEMPERATURE),
-        "top_k": (1, 2**31 - 1),
-        "top_p": (_LEAST_TOP_P, 1),
-        "guidance": (0, _MOST_GUIDANCE),
-        "guidance_scale": (0, _MOST_GUIDANCE),
         "keep_rows": (1, 2**31 - 1),
+    }
+
+
+def spec_of(name: str) -> FieldSpec | None:
+    """The engine's sampling parameter that a field of a request is, or None."""
+    return FIELDS.get(_ALIASES.get(name, name))
+
+
+def parameter_limits(limits: Limits) -> dict[str, dict[str, Any]]:
+    """Sampling parameters for `/v1/models`: type, bounds and meaning of each, by its name in a request."""
+    every = bounds(limits)
+    names = ("n", "candidates", "seed", "temperature", "top_k", "top_p", "guidance_scale")
+    return {name: _parameter_limit(spec, every[name]) for name in names if (spec := spec_of(name)) is not None}
+
+
+def _parameter_limit(spec: FieldSpec, span: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "type": "integer" if spec.type is int else "number",
+        "minimum": span[0],
+        "maximum": span[1],
+        "or_zero": spec.takes_zero,
+        "description": spec.description,
     }
 
 
@@ -192,11 +208,8 @@ def draw_job(
         request_id=request_id,
         key_id=key_id,
         caption=_caption(request.prompt, settings.limits),
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
-        num_candidates=num_candidates,
-        num_images=num_images,
+        sampling_params=_sampling_params(request, info.default_sampling_params, num_candidates, num_images),
         deadline_s=deadline_s,
-        options=_options(request, info.default_sampling_params),
         rank_by=request.rank_by or "koclip",
         image_format=image_format,
         compression=100 if request.output_compression is None else request.output_compression,
@@ -258,12 +271,14 @@ def model_not_found(info: ModelInfo) -> Failure:
 
 def _check_bounds(request: ImageRequest, limits: Limits) -> None:
     for name, (least, most) in bounds(limits).items():
-        value = getattr(request, name, None)
-        if value is not None and not least <= value <= most:
+        value, spec = getattr(request, name, None), spec_of(name)
+        if value is None or least <= value <= most:
+            continue
+        if spec is None or not spec.takes_zero:
             raise _clash(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
-    if request.temperature is not None and 0 < request.temperature < LEAST_TEMPERATURE:
-        told = f"must be 0, or {LEAST_TEMPERATURE} and more"
-        raise _clash("temperature", told, f"0이거나 {LEAST_TEMPERATURE} 이상이어야 합니다")
+        if value != 0:
+            told_ko = f"0이거나 {least:,}부터 {most:,}까지 쓸 수 있습니다"
+            raise _clash(name, f"must be 0, or {least:,} to {most:,}", told_ko)
 
 
 def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSettings) -> int:
@@ -280,11 +295,19 @@ def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSetti
     return int(asked)
 
 
-def _options(request: ImageRequest, defaults: SamplingParams) -> SamplingParams:
+def _sampling_params(
+    request: ImageRequest, defaults: SamplingParams, num_candidates: int, num_images: int
+) -> SamplingParams:
     guidance = _one_of(request, "guidance", "guidance_scale")
     try:
-        return defaults.but(
-            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, guidance_scale=guidance
+        return defaults.updated(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            guidance_scale=guidance,
+            seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+            candidates=num_candidates,
+            top=num_images,
         )
     except InputError as error:
         raise input_failure(error) from error

@@ -45,4 +45,4 @@ class SaturatedWorkers:
 
 
 def _num_slots(job: GenerationJob) -> int:
-    return job.num_candidates * (1 + (job.options.guidance_scale != 1))
+    return job.num_candidates * (1 + job.sampling_params.is_guided)

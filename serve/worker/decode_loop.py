@@ -100,7 +100,7 @@ class DecodeLoop:
             QueueFull, DeadlineTooShort: see serve/scheduling/scheduler.py.
         """
         job, now = state.job, time.monotonic()
-        is_guided = job.options.guidance_scale != 1
+        is_guided = job.sampling_params.is_guided
         ticket = Ticket(
             request_id=job.request_id,
             key_id=job.key_id,
@@ -288,7 +288,7 @@ class DecodeLoop:
 
     def _join(self, decoder: Decoder, state: RequestState, candidate: int, prefix: Prefix) -> None:
         job, now = state.job, time.monotonic()
-        request = SequenceRequest(prefix_index=0, seed=job.seed, candidate=candidate, options=job.options)
+        request = SequenceRequest(0, job.sampling_params, candidate=candidate)
         given = None if state.start is None else state.start.result().tokens
         with self._changed:
             if state.is_over:

@@ -179,12 +179,7 @@ class Postprocessor:
             "caption": job.caption,
             "seed": job.seed,
             "candidate": candidate,
-            "options": {
-                "temperature": job.options.temperature,
-                "top_k": job.options.top_k,
-                "top_p": job.options.top_p,
-                "guidance_scale": job.options.guidance_scale,
-            },
+            "sampling_params": job.sampling_params.generation_values(),
             "model": self._info.model_id,
             "model_digest": self._info.digest,
             "software": "KoDALLE engine",

@@ -30,11 +30,9 @@ def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, obs
     counts = sorted({1 << power for power in range(room.bit_length()) if 1 << power < room} | {room})
     is_cuda = sampler.model.head.weight.device.type == "cuda"
     kinds = [SamplingParams(), SamplingParams(top_k=2)] if is_cuda else [SamplingParams()]
-    for options in kinds:
+    for params in kinds:
         for count in counts:
-            slots = [
-                decoder.join(prefix, SequenceRequest(0, seed=0, candidate=row, options=options)) for row in range(count)
-            ]
+            slots = [decoder.join(prefix, SequenceRequest(0, params, candidate=row)) for row in range(count)]
             for number in range(_STEPS):
                 begun = time.perf_counter()
                 decoder.step()

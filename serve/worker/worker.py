@@ -131,9 +131,7 @@ class Worker:
 
     def _unfit(self, job: GenerationJob) -> Refused | None:
         """What no queue can mend: the edge checks the same before, so this tells of an edge of another version."""
-        if job.num_candidates < 1 or not 1 <= job.num_images <= job.num_candidates:
-            return Refused("invalid", f"{job.num_images} of {job.num_candidates} candidates", param="n")
-        if 1 + (job.options.guidance_scale != 1) > self.num_slots:
+        if 1 + job.sampling_params.is_guided > self.num_slots:
             return Refused("invalid", "this server has one slot and guidance needs two", param="guidance")
         return None
 

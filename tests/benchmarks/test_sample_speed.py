@@ -15,7 +15,7 @@ import torch
 from engine import measure
 from engine.decoding.sampler import Sampler
 from engine.models.transformer import KoDalle
-from engine.sampling_params import SequenceRequest
+from engine.sampling_params import SamplingParams, SequenceRequest
 from tests.paths import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -147,7 +147,9 @@ def test_the_ancestors_loop_draws_our_tokens(model: KoDalle, caption: torch.Tens
     """No cache and the joint head on each position, with our noise: the same function."""
     from sampling.baselines import draw_uncached
 
-    ours = Sampler(model).draw(caption, [SequenceRequest(0, seed=5, candidate=number) for number in range(3)])
+    ours = Sampler(model).draw(
+        caption, [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(3)]
+    )
     assert torch.equal(draw_uncached(model, caption, seed=5, candidates=range(3), num_tokens=16), ours)
     other = draw_uncached(model, caption, seed=6, candidates=range(3), num_tokens=16)
     assert not torch.equal(other, ours)

@@ -30,21 +30,21 @@ def _kodalle(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_draw_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None:
+def test_generate_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None:
     options = ["--candidates", "3", "--top", "2", "--seed", "7", "--top-k", "9", "--out", "그림", "--device", "cpu"]
-    answer = _kodalle(tmp_path, "draw", str(kodalle_run / "model"), "빨강 바탕에 파랑 네모", *options)
+    answer = _kodalle(tmp_path, "generate", str(kodalle_run / "model"), "빨강 바탕에 파랑 네모", *options)
     assert answer.returncode == 0, answer.stderr
     result = json.loads((tmp_path / "그림" / "result.json").read_text(encoding="utf-8"))
     assert result["caption"] == "빨강 바탕에 파랑 네모"
     assert len(result["candidates"]) == 3
-    assert result["options"]["top_k"] == 9
+    assert result["sampling_params"]["top_k"] == 9
     assert "그림/sheet.png" in answer.stdout
-    assert not (tmp_path / "drawings").exists()
+    assert not (tmp_path / "generations").exists()
 
 
 @pytest.mark.slow
 def test_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    answer = _kodalle(tmp_path, "draw", "missing-folder", "x")
+    answer = _kodalle(tmp_path, "generate", "missing-folder", "x")
     assert answer.returncode == 2
     assert answer.stdout == ""
     assert answer.stderr.splitlines() == [
@@ -71,7 +71,7 @@ def test_help_of_every_command(command: tuple[str, ...], tmp_path: Path, monkeyp
 def test_commands_are_there() -> None:
     found = {" ".join(command) for command in _commands(typer.main.get_command(cli.app))}
     assert found >= {
-        "draw",
+        "generate",
         "continue",
         "evaluate",
         "demo",
@@ -86,12 +86,12 @@ def test_commands_are_there() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["draw", "model"],
-        ["draw", "model", "caption", "--candidates", "0"],
-        ["draw", "model", "caption", "--candidates", "many"],
-        ["draw", "model", "caption", "--seed", "-1"],
-        ["draw", "model", "caption", "--colour", "red"],
-        ["draw", "model", "caption", "--image", "photo.png", "--keep-rows", "many"],
+        ["generate", "model"],
+        ["generate", "model", "caption", "--candidates", "1025"],
+        ["generate", "model", "caption", "--candidates", "many"],
+        ["generate", "model", "caption", "--seed", "1.5"],
+        ["generate", "model", "caption", "--colour", "red"],
+        ["generate", "model", "caption", "--image", "photo.png", "--keep-rows", "many"],
         ["continue", "model"],
         ["continue", "model", "beginning", "--count", "0"],
         ["paint"],
@@ -104,26 +104,30 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--candidates", "0"], "candidates: 0"),
+        (["--seed", "-1"], "seed: -1"),
+        (["--seed", str(2**64)], "seed: "),
         (["--temperature", "-1"], "temperature: -1"),
+        (["--temperature", "1e-40"], "temperature: 1e-40: must be a number, 0.01 to 100, or 0"),
         (["--temperature", "nan"], "temperature: nan"),
         (["--top-k", "0"], "top_k: 0"),
         (["--top-p", "1.5"], "top_p: 1.5"),
         (["--guidance-scale", "inf"], "guidance_scale: inf"),
-        (["--candidates", "2", "--top", "3"], "--top: 3"),
+        (["--candidates", "2", "--top", "3"], "top: 3: is more than the 2 candidates"),
         (["--device", "gpu"], "--device: gpu"),
-        (["--mask", "mask.png"], "--mask: mask.png: give the picture too: --image FILE"),
-        (["--keep-rows", "3"], "--keep-rows: 3: give the picture too"),
-        (["--no-paste"], "--no-paste: without a picture: give the picture too"),
+        (["--mask", "mask.png"], "--mask: mask.png: give the image too: --image FILE"),
+        (["--keep-rows", "3"], "--keep-rows: 3: give the image too"),
+        (["--no-paste"], "--no-paste: without an image: give the image too"),
         (["--image", "no.png"], "image: no.png: no such file"),
         (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or fit"),
-        (["--rank-by", "fit"], "--rank-by: fit: is for repainting"),
+        (["--rank-by", "fit"], "--rank-by: fit: is for inpainting"),
     ],
 )
 def test_bad_values_are_one_line(
     options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kodalle", "draw", "missing-folder", "caption", *options])
+    monkeypatch.setattr(sys, "argv", ["kodalle", "generate", "missing-folder", "caption", *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2

@@ -129,9 +129,11 @@ class GraphDecoder:
         """
         if not 0 <= request.prefix_index < prefix.num_captions:
             raise InputError("prefix_index", request.prefix_index, f"there are {prefix.num_captions} captions, from 0")
-        is_guided = request.options.guidance_scale != 1
+        is_guided = request.sampling_params.is_guided
         if is_guided and self._null_prefix is None:
-            raise InputError("guidance_scale", request.options.guidance_scale, "needs the empty caption's tokens")
+            raise InputError(
+                "guidance_scale", request.sampling_params.guidance_scale, "needs the empty caption's tokens"
+            )
         if self.num_free < 1 + is_guided:
             raise InputError("slots", self.num_slots, f"{self.num_free} are free and {1 + is_guided} wanted: wait")
         caption = Caption(prefix, request.prefix_index)
@@ -152,7 +154,7 @@ class GraphDecoder:
         else:
             is_far = self._program.given.is_cuda and not given.is_cuda
             self._program.given[slot].copy_(given.pin_memory() if is_far else given, non_blocking=True)
-        filters = _filters(request.options, self.model.config.image_vocab_size)
+        filters = _filters(request.sampling_params, self.model.config.image_vocab_size)
         self._table.seat(slot, request, caption=place, partner=partner, filters=filters)
         self._rows[slot] = _Row(partner, position=0, filters=filters)
         self._plan = None

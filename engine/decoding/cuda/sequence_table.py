@@ -54,7 +54,7 @@ class SequenceTable:
 
     def seat(self, slot: int, request: SequenceRequest, *, caption: int, partner: int | None, filters: bool) -> None:
         """A drawn row, on the host; `upload` tells the device."""
-        options = request.options
+        options = request.sampling_params
         self._set(
             slot,
             seeds=request.seed - 2**64 * (request.seed >= 2**63),  # int64 holds large seeds as their two's complement

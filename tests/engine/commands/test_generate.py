@@ -1,4 +1,4 @@
-"""`kodalle draw` with a given picture and `kodalle continue`: files in, files and lines out, and what is refused."""
+"""`kodalle generate` with a given picture and `kodalle continue`: files in, files and lines out, and what is refused."""
 
 import hashlib
 import json
@@ -59,14 +59,14 @@ def test_draw_from_a_picture(
     files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], given: dict[str, object]
 ) -> None:
     model = kodalle_run / "model"
-    draw = ["draw", str(model), CAPTION, "--candidates", "3", "--top", "2", "--seed", "7", "--device", "cpu"]
+    draw = ["generate", str(model), CAPTION, "--candidates", "3", "--top", "2", "--seed", "7", "--device", "cpu"]
     assert _kodalle(monkeypatch, files, *draw, "--image", "사진.png", *options) == 0
-    result = json.loads((files / "drawings" / "result.json").read_text(encoding="utf-8"))
+    result = json.loads((files / "generations" / "result.json").read_text(encoding="utf-8"))
     digests = {name: hashlib.sha256((files / name).read_bytes()).hexdigest() for name in ("사진.png", "mask.png")}
     expected = {"image": "사진.png", "image_sha256": digests["사진.png"], **given}
     if expected["mask"]:
         expected["mask_sha256"] = digests["mask.png"]
-    assert result["given"] == expected
+    assert result["init_image"] == expected
     assert result["rank_by"] == ("fit" if "fit" in options else "koclip")
     with Image.open(files / "사진.png") as photo, Image.open(files / "mask.png") as mask:
         again = InitImage(
@@ -76,16 +76,16 @@ def test_draw_from_a_picture(
             paste=expected["paste"],
         )  # type: ignore[arg-type]
         generation = Pipeline.from_pretrained(model)(
-            [CAPTION], candidates=3, seed=7, given=again, rank_by=result["rank_by"]
+            [CAPTION], candidates=3, seed=7, init_image=again, rank_by=result["rank_by"]
         )[0]
     assert generation.init_tokens is not None
     assert result["tokens_given"] == sum(token >= 0 for token in generation.init_tokens) > 0
     for one, told in zip(generation.candidates, result["candidates"], strict=True):
         assert (told["candidate"], told["fit"]) == (one.candidate, one.fit)
         if told["file"]:
-            with Image.open(files / "drawings" / told["file"]) as picture:
+            with Image.open(files / "generations" / told["file"]) as picture:
                 assert np.array_equal(np.asarray(picture), np.asarray(one.image))
-                assert json.loads(picture.text["given"]) == expected  # type: ignore[attr-defined]
+                assert json.loads(picture.text["init_image"]) == expected  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -101,25 +101,25 @@ def test_draw_from_a_picture(
         (["--image", "사진.png", "--mask", "clear.png"], "mask_image: has transparent pixels"),
         (["--image", "사진.png", "--mask", "mask.png", "--keep-rows", "2"], "keep_rows: 2: goes with no mask"),
         (["--image", "사진.png", "--keep-rows", "0"], "keep_rows: 0: must be 1 or more"),
-        (["--image", "사진.png", "--keep-rows", "3", "--rank-by", "fit"], "--rank-by: fit: is for repainting"),
+        (["--image", "사진.png", "--keep-rows", "3", "--rank-by", "fit"], "--rank-by: fit: is for inpainting"),
     ],
 )
 def test_bad_pictures_are_one_line_before_the_model_is_read(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    assert _kodalle(monkeypatch, files, "draw", "missing-model", CAPTION, "--device", "cpu", *options) == 2
+    assert _kodalle(monkeypatch, files, "generate", "missing-model", CAPTION, "--device", "cpu", *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
-    assert not (files / "drawings").exists()
+    assert not (files / "generations").exists()
 
 
 def test_too_many_rows_for_the_model(
     files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--image", "사진.png", "--keep-rows", "8", "--device", "cpu"]
-    assert _kodalle(monkeypatch, files, "draw", str(kodalle_run / "model"), CAPTION, *options) == 2
+    assert _kodalle(monkeypatch, files, "generate", str(kodalle_run / "model"), CAPTION, *options) == 2
     assert "error: keep_rows: 8: this model's pictures have 8 rows of tokens" in capsys.readouterr().err
-    assert not (files / "drawings").exists()
+    assert not (files / "generations").exists()
 
 
 def test_continue_prints_one_caption_a_line(
@@ -132,7 +132,7 @@ def test_continue_prints_one_caption_a_line(
     assert _kodalle(monkeypatch, tmp_path, "continue", str(model), beginning, *options) == 0
     assert capsys.readouterr().out == answer.out
     lines = Pipeline.from_pretrained(model).continue_caption(
-        beginning, count=5, seed=7, options=SamplingParams(top_k=30)
+        beginning, count=5, seed=7, sampling_params=SamplingParams(top_k=30)
     )
     assert answer.out.splitlines() == [line.text for line in lines]
     notes = [line for line in answer.err.splitlines() if "has no end" in line]

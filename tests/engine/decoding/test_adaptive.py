@@ -45,7 +45,7 @@ class _Crowd:
 
     def _join(self, waiting: list[int]) -> None:
         row = _row(waiting[0])
-        if self._decoder.num_free < 1 + (row.options.guidance_scale != 1):
+        if self._decoder.num_free < 1 + row.sampling_params.is_guided:
             return
         number = waiting.pop(0)
         given = _given(number, self._decoder.model.config.image_seq_len)

@@ -27,8 +27,8 @@ CONFIG = TransformerConfig(
     image_vocab_size=64,
     image_grid_size=2,
 )
-ROW = SequenceRequest(0, seed=1)
-GUIDED_ROW = SequenceRequest(0, seed=1, options=SamplingParams(guidance_scale=3.0))
+ROW = SequenceRequest(0, SamplingParams(seed=1))
+GUIDED_ROW = SequenceRequest(0, SamplingParams(guidance_scale=3.0, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def prefix(sampler: Sampler) -> Prefix:
 def _fail_within(keeper: DecoderCache, prefix: Prefix) -> None:
     with keeper.lend(4, null_prefix=None) as decoder:
         decoder.join(prefix, ROW)
-        decoder.join(prefix, SequenceRequest(9, seed=1))
+        decoder.join(prefix, SequenceRequest(9, SamplingParams(seed=1)))
 
 
 def test_a_kept_decoder_is_lent_again_grows_and_is_left_empty(sampler: Sampler, prefix: Prefix) -> None:

@@ -98,7 +98,7 @@ def _decoder(sampler: Sampler, num_slots: int, **options: int | str) -> Iterator
 
 
 def _row(number: int) -> SequenceRequest:
-    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 5])
+    return SequenceRequest(number % 3, MIXED[number % 5].updated(seed=number // 5), candidate=number % 5)
 
 
 def _given(number: int) -> Tensor | None:
@@ -199,8 +199,8 @@ def test_a_neighbours_filter_does_not_decide_how_a_rows_logits_are_rounded(devic
     likeliest, filtering = SamplingParams(temperature=0), SamplingParams(top_k=2)
     with _decoder(sampler, 12) as decoder:
         for _ in range(11):
-            decoder.join(prefix, SequenceRequest(0, seed=1, options=likeliest))
-        decoder.join(prefix, SequenceRequest(0, seed=1, options=filtering))
+            decoder.join(prefix, SequenceRequest(0, likeliest.updated(seed=1)))
+        decoder.join(prefix, SequenceRequest(0, filtering.updated(seed=1)))
         decoder._program.hidden.copy_(torch.randn(12, CONFIG.dim))
         for filters in (False, True):
             decoder._look_around()  # back to the first position
@@ -259,25 +259,25 @@ def test_one_token_pictures(device: str) -> None:
 def test_what_does_not_fit_is_refused_and_changes_nothing(sampler: Sampler, prefix: Prefix) -> None:
     with _decoder(sampler, 2, num_captions=1) as decoder:
         with pytest.raises(InputError, match="prefix_index"):
-            decoder.join(prefix, SequenceRequest(3, seed=1))
-        first = decoder.join(prefix, SequenceRequest(0, seed=1))
+            decoder.join(prefix, SequenceRequest(3, SamplingParams(seed=1)))
+        first = decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=1)))
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, SequenceRequest(0, seed=1, options=GUIDED))
+            decoder.join(prefix, SequenceRequest(0, GUIDED.updated(seed=1)))
         with pytest.raises(InputError, match="captions"):
-            decoder.join(prefix, SequenceRequest(1, seed=1))
+            decoder.join(prefix, SequenceRequest(1, SamplingParams(seed=1)))
         assert (decoder.num_joined, decoder.num_free) == (1, 1)
         with pytest.raises(InputError, match="warm_up"):
             decoder.warm_up()
-        decoder.join(prefix, SequenceRequest(0, seed=2))  # shares the place
+        decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=2)))  # shares the place
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, SequenceRequest(0, seed=3))
+            decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=3)))
         decoder.leave(first)
         decoder.clear()
         assert decoder.num_free == 2
-        decoder.join(prefix, SequenceRequest(2, seed=1))
+        decoder.join(prefix, SequenceRequest(2, SamplingParams(seed=1)))
     with evaluating(sampler.model):
         with pytest.raises(InputError, match="guidance_scale"):
-            GraphDecoder(sampler.model, 2).join(prefix, SequenceRequest(0, seed=1, options=GUIDED))
+            GraphDecoder(sampler.model, 2).join(prefix, SequenceRequest(0, GUIDED.updated(seed=1)))
         with pytest.raises(InputError, match="slots"):
             GraphDecoder(sampler.model, 0)
         with pytest.raises(InputError, match="attention"):
@@ -335,7 +335,7 @@ def _wide_sampler(dtype: torch.dtype, device: str = "cuda") -> Sampler:
 
 
 def _wide_rows(count: int) -> list[SequenceRequest]:
-    return [SequenceRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % 5]) for i in range(count)]
+    return [SequenceRequest(i % 3, MIXED[i % 5].updated(seed=i // 4), candidate=i % 4) for i in range(count)]
 
 
 def _draw_all(decoder: GraphDecoder, prefix: Prefix, rows: list[SequenceRequest]) -> Tensor:

@@ -51,7 +51,7 @@ def _model(grid_size: int) -> KoDalle:
 
 
 def _row(number: int) -> SequenceRequest:
-    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % len(MIXED)])
+    return SequenceRequest(number % 3, MIXED[number % len(MIXED)].updated(seed=number // 5), candidate=number % 5)
 
 
 def _given(number: int, N: int) -> Tensor | None:
@@ -68,7 +68,7 @@ def _draw_together(decoder: SlotDecoder, prefix: Prefix, numbers: list[int]) -> 
     N = decoder.model.config.image_seq_len
     waiting, seated, drawn, steps = list(numbers), {}, {}, 0
     while waiting or seated:
-        while waiting and decoder.num_free >= 1 + (_row(waiting[0]).options.guidance_scale != 1):
+        while waiting and decoder.num_free >= 1 + _row(waiting[0]).sampling_params.is_guided:
             number = waiting.pop(0)
             seated[decoder.join(prefix, _row(number), given=_given(number, N))] = number
         steps += 1
@@ -140,7 +140,7 @@ def test_given_tokens_are_guessed_right_so_that_a_whole_picture_takes_few_passes
     given = torch.randint(0, 64, (81,), generator=torch.Generator().manual_seed(0))
     with evaluating(model):
         decoder = JacobiDecoder(model, 1, window=16)
-        slot = decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, 7), given=given)
+        slot = decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, SamplingParams(seed=7)), given=given)
         counts = [1]
         while not decoder.step():
             counts.append(len(decoder.tokens(slot)))
@@ -154,7 +154,7 @@ def test_a_model_that_hardly_reads_the_picture_takes_few_passes() -> None:
     model = KoDalle(_model(9).config)
     with evaluating(model):
         decoder = JacobiDecoder(model, 1, window=16)
-        decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, 7))
+        decoder.join(Sampler(model).prefill(TEXT), SequenceRequest(0, SamplingParams(seed=7)))
         passes = 1
         while not decoder.step():
             passes += 1

@@ -80,7 +80,9 @@ def _logits(model: KoDalle, weights: Weights, count: int = 5) -> Tensor:
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), count)
         for candidate in range(count):
-            decoder.join(prefix, SequenceRequest(candidate % 2, seed=1, candidate=candidate), given=given)
+            decoder.join(
+                prefix, SequenceRequest(candidate % 2, SamplingParams(seed=1), candidate=candidate), given=given
+            )
         for _ in range(CONFIG.image_seq_len - 1):
             decoder.step()
             seen.append(decoder.next_logits().clone())
@@ -146,7 +148,7 @@ def test_candidates_draw_alone_what_they_draw_in_batches(model: KoDalle, weights
     sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
     prefix = sampler.prefill(TEXT)
     kinds = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(guidance_scale=2.0)]
-    rows = [SequenceRequest(i % 2, seed=i // 8, candidate=i % 8, options=kinds[i % 3]) for i in range(60)]
+    rows = [SequenceRequest(i % 2, kinds[i % 3].updated(seed=i // 8), candidate=i % 8) for i in range(60)]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()
     for batch in (order[:1], order[1:4], order[4:21], order[21:]):
         for number, tokens in zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True):

@@ -52,7 +52,7 @@ def _model(config: TransformerConfig = CONFIG) -> KoDalle:
 
 
 def _mixed_rows(count: int) -> list[SequenceRequest]:
-    return [SequenceRequest(i % 3, seed=i // 4, candidate=i % 4, options=MIXED[i % len(MIXED)]) for i in range(count)]
+    return [SequenceRequest(i % 3, MIXED[i % len(MIXED)].updated(seed=i // 4), candidate=i % 4) for i in range(count)]
 
 
 def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float) -> Tensor:
@@ -66,7 +66,7 @@ def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float)
 @torch.no_grad()
 def _uncached_draw(model: KoDalle, row: SequenceRequest) -> Tensor:
     tokens = torch.zeros(N, dtype=torch.int64)
-    option = row.options
+    option = row.sampling_params
     for position in range(N):
         logits = _uncached_logits(model, TEXT[row.prefix_index], tokens[: position + 1], option.guidance_scale)
         tokens[position] = reference.sample(
@@ -104,7 +104,7 @@ def test_cached_logits_equal_uncached_logits(monkeypatch: pytest.MonkeyPatch) ->
     drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
     with torch.no_grad():
         for index, row in enumerate(rows):
-            text, scale = TEXT[row.prefix_index], row.options.guidance_scale
+            text, scale = TEXT[row.prefix_index], row.sampling_params.guidance_scale
             expected = _uncached_logits(model, text, drawn[index], scale)
             cached = torch.stack([logits[index] for logits in seen])
             amplified = abs(scale) + abs(1 - scale)  # guidance takes multiples of both rows' rounding
@@ -131,7 +131,7 @@ def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype
     prefix = Sampler(model).prefill(TEXT)
     logits = {}
     for count in (1, 3, 16, 21, 64, 90):
-        rows = [SequenceRequest(0, seed=1, candidate=i) for i in range(count)]
+        rows = [SequenceRequest(0, SamplingParams(seed=1), candidate=i) for i in range(count)]
         given = torch.tensor([7, 8, 9] + [-1] * (N - 3))
         with evaluating(model):
             decoder = SlotDecoder(model, count)
@@ -154,17 +154,17 @@ def test_prefix_is_the_same_alone_and_with_others() -> None:
 def test_seeds_and_candidates() -> None:
     sampler = Sampler(_model())
     rows = [
-        SequenceRequest(0, 5, 0),
-        SequenceRequest(0, 5, 0),
-        SequenceRequest(0, 5, 1),
-        SequenceRequest(0, 6, 0),
-        SequenceRequest(1, 5, 0),
+        SequenceRequest(0, SamplingParams(seed=5), candidate=0),
+        SequenceRequest(0, SamplingParams(seed=5), candidate=0),
+        SequenceRequest(0, SamplingParams(seed=5), candidate=1),
+        SequenceRequest(0, SamplingParams(seed=6), candidate=0),
+        SequenceRequest(1, SamplingParams(seed=5), candidate=0),
     ]
     drawn = sampler.draw(TEXT, rows)
     assert torch.equal(drawn[0], drawn[1])
     for other in (2, 3, 4):
         assert not torch.equal(drawn[0], drawn[other])
-    largest = SequenceRequest(0, 2**64 - 1, 2**32 - 1)
+    largest = SequenceRequest(0, SamplingParams(seed=2**64 - 1), candidate=2**32 - 1)
     assert torch.equal(sampler.draw(TEXT, [largest]), sampler.draw(TEXT, [largest]))
 
 
@@ -173,7 +173,9 @@ def test_first_tokens_follow_the_models_softmax() -> None:
     config = CONFIG.model_copy(update={"image_grid_size": 1, "image_vocab_size": 30})
     model = _model(config)
     sampler = Sampler(model)
-    drawn = sampler.draw(TEXT[:1], [SequenceRequest(0, 1, candidate) for candidate in range(4000)])[:, 0]
+    drawn = sampler.draw(
+        TEXT[:1], [SequenceRequest(0, SamplingParams(seed=1), candidate=candidate) for candidate in range(4000)]
+    )[:, 0]
     probabilities = model.eval().logits(TEXT[:1], torch.zeros(1, 1, dtype=torch.int64))[1][0, 0].softmax(0).detach()
     expected = probabilities.double() * 4000
     likely = expected >= 5
@@ -187,12 +189,12 @@ def test_first_tokens_follow_the_models_softmax() -> None:
 
 def test_guidance_1_is_none_and_0_is_the_null_caption() -> None:
     sampler = Sampler(_model(), null_text_tokens=NULL)
-    plain = sampler.draw(TEXT, [SequenceRequest(0, 3)])
-    one = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=1.0))])
+    plain = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=3))])
+    one = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=1.0, seed=3))])
     assert torch.equal(plain, one)
-    zero = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=0.0))])
-    assert torch.equal(zero, sampler.draw(NULL[None], [SequenceRequest(0, 3)]))
-    three = sampler.draw(TEXT, [SequenceRequest(0, 3, options=SamplingParams(guidance_scale=3.0))])
+    zero = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=0.0, seed=3))])
+    assert torch.equal(zero, sampler.draw(NULL[None], [SequenceRequest(0, SamplingParams(seed=3))]))
+    three = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=3.0, seed=3))])
     assert not torch.equal(plain, three)
 
 
@@ -212,7 +214,9 @@ def test_on_step_reports_and_cancels() -> None:
     sampler = Sampler(_model())
     seen: list[tuple[int, Tensor]] = []
     drawn = sampler.draw(
-        TEXT, [SequenceRequest(0, 1), SequenceRequest(2, 1)], on_step=lambda p, t: seen.append((p, t.clone()))
+        TEXT,
+        [SequenceRequest(0, SamplingParams(seed=1)), SequenceRequest(2, SamplingParams(seed=1))],
+        on_step=lambda p, t: seen.append((p, t.clone())),
     )
     assert [position for position, _ in seen] == list(range(N))
     assert torch.equal(torch.stack([tokens for _, tokens in seen], dim=1), drawn)
@@ -222,15 +226,15 @@ def test_on_step_reports_and_cancels() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sampler.draw(TEXT, [SequenceRequest(0, 1)], on_step=stop)
-    assert torch.equal(sampler.draw(TEXT, [SequenceRequest(0, 1)])[0], drawn[0])
+        sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], on_step=stop)
+    assert torch.equal(sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0], drawn[0])
 
 
 def test_models_mode_is_put_back_and_dropout_is_off() -> None:
     model = _model(CONFIG.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})).train()
-    drawn = Sampler(model).draw(TEXT, [SequenceRequest(0, 1)])
+    drawn = Sampler(model).draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])
     assert model.training
-    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [SequenceRequest(0, 1)]))
+    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))]))
     assert not drawn.is_inference()
 
 
@@ -298,20 +302,20 @@ def test_bad_options_are_named(field: str, value: float) -> None:
 def test_bad_requests_are_named() -> None:
     sampler = Sampler(_model())
     with pytest.raises(InputError, match="seed"):
-        SequenceRequest(0, -1)
+        SequenceRequest(0, SamplingParams(seed=-1))
     with pytest.raises(InputError, match="candidate"):
-        SequenceRequest(0, 1, 2**32)
+        SequenceRequest(0, SamplingParams(seed=1), candidate=2**32)
     with pytest.raises(InputError, match="null_text_tokens"):
-        sampler.draw(TEXT, [SequenceRequest(0, 1, options=SamplingParams(guidance_scale=2.0))])
+        sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=2.0, seed=1))])
     with pytest.raises(InputError, match="text_tokens"):
         sampler.prefill(TEXT[:, :5])
     with pytest.raises(InputError, match="prefix_index"):
-        sampler.draw(TEXT, [SequenceRequest(3, 1)])
+        sampler.draw(TEXT, [SequenceRequest(3, SamplingParams(seed=1))])
     with pytest.raises(InputError, match="at least one row"):
         sampler.draw(TEXT, [])
     for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
         with pytest.raises(InputError, match="given"):
-            sampler.draw(TEXT, [SequenceRequest(0, 1)], given=given)
+            sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], given=given)
 
 
 def test_rows_that_come_and_go_draw_what_draw_draws() -> None:
@@ -322,7 +326,7 @@ def test_rows_that_come_and_go_draw_what_draw_draws() -> None:
         joined: dict[int, int] = {}
         drawn: dict[int, Tensor] = {}
         while waiting or joined:
-            while waiting and decoder.num_free >= 1 + (waiting[0][1].options.guidance_scale != 1):
+            while waiting and decoder.num_free >= 1 + waiting[0][1].sampling_params.is_guided:
                 number, row = waiting.pop(0)
                 joined[decoder.join(prefix, row)] = number
             for slot in decoder.step():

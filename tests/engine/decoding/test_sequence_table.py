@@ -34,7 +34,7 @@ def test_a_seated_row_arrives_with_the_upload() -> None:
     parked = _row(table, 2)
     options = SamplingParams(temperature=0.75, top_k=12, top_p=0.5, guidance_scale=3.0)
     table.seat(
-        2, SequenceRequest(0, seed=2**63 + 5, candidate=2**32 - 1, options=options), caption=4, partner=3, filters=True
+        2, SequenceRequest(0, options.updated(seed=2**63 + 5), candidate=2**32 - 1), caption=4, partner=3, filters=True
     )
     table.seat_partner(3, drawn=2, caption=1)
     table.place(2, 6)
@@ -53,7 +53,7 @@ def test_a_seated_row_arrives_with_the_upload() -> None:
 
 def test_parked_slots_ask_for_nothing() -> None:
     table = _table()
-    table.seat(1, SequenceRequest(0, seed=3), caption=2, partner=None, filters=False)
+    table.seat(1, SequenceRequest(0, SamplingParams(seed=3)), caption=2, partner=None, filters=False)
     table.upload()
     table.park(1)
     table.upload()
@@ -67,6 +67,6 @@ def test_parked_slots_ask_for_nothing() -> None:
 def test_columns_keep_their_address() -> None:
     table = _table()
     addresses = [getattr(table, name).data_ptr() for name in COLUMNS]
-    table.seat(0, SequenceRequest(0, seed=3), caption=2, partner=None, filters=False)
+    table.seat(0, SequenceRequest(0, SamplingParams(seed=3)), caption=2, partner=None, filters=False)
     table.upload()
     assert [getattr(table, name).data_ptr() for name in COLUMNS] == addresses

@@ -53,7 +53,7 @@ def model() -> KoDalle:
 
 
 def _row(number: int) -> SequenceRequest:
-    return SequenceRequest(number % 3, seed=number // 5, candidate=number % 5, options=MIXED[number % 4])
+    return SequenceRequest(number % 3, MIXED[number % 4].updated(seed=number // 5), candidate=number % 5)
 
 
 def _given(number: int) -> Tensor | None:
@@ -107,27 +107,27 @@ def test_tokens_so_far_can_be_read(model: KoDalle) -> None:
     prefix = sampler.prefill(TEXT)
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), 2)
-        slot = decoder.join(prefix, SequenceRequest(0, seed=1))
+        slot = decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=1)))
         for count in range(5):
             assert len(decoder.tokens(slot)) == count
             decoder.step()
         so_far = decoder.leave(slot)
-    assert torch.equal(so_far, sampler.draw(TEXT, [SequenceRequest(0, seed=1)])[0, :5])
+    assert torch.equal(so_far, sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0, :5])
 
 
 def test_what_does_not_fit_is_refused(model: KoDalle) -> None:
     sampler = Sampler(model, null_text_tokens=NULL)
     prefix = sampler.prefill(TEXT)
-    guided = SequenceRequest(0, seed=1, options=SamplingParams(guidance_scale=2.0))
+    guided = SequenceRequest(0, SamplingParams(guidance_scale=2.0, seed=1))
     with evaluating(model):
         decoder = SlotDecoder(model, 1, null_prefix=sampler.null_prefix())
         with pytest.raises(InputError, match="slots"):
             decoder.join(prefix, guided)
         assert decoder.step() == []
-        decoder.join(prefix, SequenceRequest(0, seed=1))
+        decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=1)))
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, SequenceRequest(0, seed=2))
+            decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=2)))
         with pytest.raises(InputError, match="guidance_scale"):
             SlotDecoder(model, 2).join(prefix, guided)
         with pytest.raises(InputError, match="prefix_index"):
-            SlotDecoder(model, 2).join(prefix, SequenceRequest(3, seed=1))
+            SlotDecoder(model, 2).join(prefix, SequenceRequest(3, SamplingParams(seed=1)))

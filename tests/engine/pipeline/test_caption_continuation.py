@@ -57,7 +57,7 @@ def _model(**sizes: int) -> KoDalle:
 
 
 def _rows(count: int) -> list[SequenceRequest]:
-    return [SequenceRequest(0, seed=9 + i // 8, candidate=i % 8, options=MIXED[i % len(MIXED)]) for i in range(count)]
+    return [SequenceRequest(0, MIXED[i % len(MIXED)].updated(seed=9 + i // 8), candidate=i % 8) for i in range(count)]
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def _uncached(
     model: KoDalle, first: list[int], row: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
 ) -> list[int]:
     """Whole forward passes over the caption so far, [PAD] after it."""
-    length, drawn, option = model.config.text_seq_len, [], row.options
+    length, drawn, option = model.config.text_seq_len, [], row.sampling_params
     while len(first) + len(drawn) < length and not end_ids & set(drawn):
         ids = [*first, *drawn]
         text = torch.tensor([ids + [1] * (length - len(ids))])
@@ -127,7 +127,9 @@ def test_same_seed_same_captions_any_count(model: KoDalle, tokenizer: CaptionTok
     assert [(line.candidate, line.seed) for line in lines] == [(number, 3) for number in range(20)]
     assert len({line.text for line in lines}) > 10
     assert continue_caption(model, tokenizer, BEGINNING, count=5, seed=4) != lines[:5]
-    assert len({line.text for line in continue_caption(model, tokenizer, BEGINNING, count=5, options=GREEDY)}) == 1
+    assert (
+        len({line.text for line in continue_caption(model, tokenizer, BEGINNING, count=5, sampling_params=GREEDY)}) == 1
+    )
 
 
 def test_global_generator_and_mode_are_left_alone(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
@@ -191,7 +193,7 @@ def _text_of_one_token(tokenizer: CaptionTokenizer, token: int, beginning: str) 
     model = _model()
     with torch.no_grad():
         model.head.bias[token] += 200
-    return continue_caption(model, tokenizer, beginning, count=1, options=GREEDY)[0].text
+    return continue_caption(model, tokenizer, beginning, count=1, sampling_params=GREEDY)[0].text
 
 
 def test_beginning_has_no_end(tokenizer: CaptionTokenizer) -> None:
@@ -216,7 +218,7 @@ def test_bad_requests(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
     with pytest.raises(InputError, match=r"caption: .*tokens and the model's text 14: shorten it"):
         continue_caption(model, tokenizer, BEGINNING * 5)
     with pytest.raises(InputError, match=r"guidance_scale: 2.0: guides pictures, not captions"):
-        continue_caption(model, tokenizer, BEGINNING, options=SamplingParams(guidance_scale=2.0))
+        continue_caption(model, tokenizer, BEGINNING, sampling_params=SamplingParams(guidance_scale=2.0))
     with pytest.raises(InputError, match="count: 0"):
         continue_caption(model, tokenizer, BEGINNING, count=0)
     with pytest.raises(InputError, match="seed: -1"):

@@ -1,4 +1,4 @@
-"""Captions to ranked pictures: the same picture whatever else is drawn, and what `kodalle draw` writes."""
+"""Captions to ranked pictures: the same picture whatever else is drawn, and what `kodalle generate` writes."""
 
 import json
 import os
@@ -77,9 +77,9 @@ def test_candidate_is_the_same_however_many_are_asked(pipeline: Pipeline, sixtee
 
 def test_captions_together_equal_captions_apart(pipeline: Pipeline) -> None:
     options = SamplingParams(temperature=0.9, top_k=20, guidance_scale=2.0)
-    together = pipeline(CAPTIONS, candidates=3, seed=1, options=options)
+    together = pipeline(CAPTIONS, candidates=3, seed=1, sampling_params=options)
     for caption, generation in zip(CAPTIONS, together, strict=True):
-        alone = pipeline([caption], candidates=3, seed=1, options=options)[0]
+        alone = pipeline([caption], candidates=3, seed=1, sampling_params=options)[0]
         assert (generation.caption, generation.tokens_cut) == (alone.caption, alone.tokens_cut)
         for one, other in zip(_by_number(generation), _by_number(alone), strict=True):
             _same(one, other)
@@ -152,7 +152,9 @@ def test_caption_too_long(pipeline: Pipeline) -> None:
     [
         ({"captions": []}, "give a caption"),
         ({"captions": ["a", "  "]}, "give a caption"),
-        ({"captions": "빨강"}, "give a list of captions"),
+        ({"captions": "빨강"}, "captions: .*give a list of strings"),
+        ({"candidates": 1.5}, "candidates: 1.5: must be a whole number"),
+        ({"seed": "7"}, "seed: '7': must be a whole number"),
         ({"candidates": 0}, "candidates: 0"),
         ({"seed": -1}, "seed: -1"),
         ({"seed": 2**64}, "seed: "),
@@ -222,7 +224,7 @@ def _encoded(pipeline: Pipeline, photo: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("given", [InitImage(_photo(), keep_rows=3), InitImage(_photo(), mask_image=_hole())])
 def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: InitImage) -> None:
-    generation = pipeline(CAPTIONS[:1], candidates=5, seed=5, given=given)[0]
+    generation = pipeline(CAPTIONS[:1], candidates=5, seed=5, init_image=given)[0]
     regenerated = torch.from_numpy(given.regenerated_tokens(32, 8))
     assert regenerated.sum() == (40 if given.mask_image is None else 12)
     tokens = _encoded(pipeline, given.image).masked_fill(regenerated, -1)
@@ -231,14 +233,14 @@ def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, 
     assert torch.equal(drawn[:, ~regenerated], tokens[~regenerated].expand(5, -1))
     assert len({tuple(row) for row in drawn[:, regenerated].tolist()}) == 5
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
-    rows = [SequenceRequest(0, seed=5, candidate=number) for number in range(5)]
+    rows = [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(5)]
     assert torch.equal(Sampler(pipeline.transformer).draw(text, rows, given=tokens.expand(5, -1)), drawn)
 
 
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     photo, marked = np.asarray(_photo()), np.asarray(_hole()) > 0
-    pasted = pipeline(CAPTIONS[:1], candidates=3, given=InitImage(_photo(), mask_image=_hole()))[0]
-    plain = pipeline(CAPTIONS[:1], candidates=3, given=InitImage(_photo(), mask_image=_hole(), paste=False))[0]
+    pasted = pipeline(CAPTIONS[:1], candidates=3, init_image=InitImage(_photo(), mask_image=_hole()))[0]
+    plain = pipeline(CAPTIONS[:1], candidates=3, init_image=InitImage(_photo(), mask_image=_hole(), paste=False))[0]
     for one, other in zip(_by_number(pasted), _by_number(plain), strict=True):
         assert one.image_tokens == other.image_tokens
         picture, decoded = np.asarray(one.image), np.asarray(other.image)
@@ -253,16 +255,16 @@ def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     scores = pipeline.rank_scores(CAPTIONS[:1], images[None])
     assert scores is not None
     assert scores[0].tolist() == pytest.approx([one.score for one in pasted.top(3)], abs=2e-3)  # 8 bits a pixel
-    rows = pipeline(CAPTIONS[:1], candidates=1, given=InitImage(_photo(), keep_rows=3))[0].candidates[0]
+    rows = pipeline(CAPTIONS[:1], candidates=1, init_image=InitImage(_photo(), keep_rows=3))[0].candidates[0]
     assert np.array_equal(np.asarray(rows.image)[:12], photo[:12])
 
 
 def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
     given = InitImage(_photo(), mask_image=_hole())
     options = SamplingParams(temperature=0.9, guidance_scale=2.0)
-    many = pipeline(CAPTIONS, candidates=3, seed=3, options=options, given=given, rank_by="fit")
+    many = pipeline(CAPTIONS, candidates=3, seed=3, sampling_params=options, init_image=given, rank_by="fit")
     for caption, generation in zip(CAPTIONS, many, strict=True):
-        few = pipeline([caption], candidates=1, seed=3, options=options, given=given, rank_by="fit")[0]
+        few = pipeline([caption], candidates=1, seed=3, sampling_params=options, init_image=given, rank_by="fit")[0]
         for one, other in zip(_by_number(few), _by_number(generation), strict=False):
             _same(one, other)
             assert one.fit == other.fit
@@ -270,7 +272,7 @@ def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeli
 
 def test_ranked_by_fit(pipeline: Pipeline) -> None:
     given = InitImage(_photo(), mask_image=_hole())
-    generation = pipeline(CAPTIONS[:1], candidates=8, given=given, rank_by="fit")[0]
+    generation = pipeline(CAPTIONS[:1], candidates=8, init_image=given, rank_by="fit")[0]
     fits = [one.fit for one in generation.candidates]
     assert fits == sorted(fits, reverse=True)  # type: ignore[type-var]
     assert len(set(fits)) > 1
@@ -278,7 +280,7 @@ def test_ranked_by_fit(pipeline: Pipeline) -> None:
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
     regenerated = torch.tensor(generation.init_tokens) < 0
     assert fits == log_likelihoods(pipeline.transformer, text, tokens, regenerated).tolist()
-    by_koclip = pipeline(CAPTIONS[:1], candidates=8, given=given)[0]
+    by_koclip = pipeline(CAPTIONS[:1], candidates=8, init_image=given)[0]
     assert {one.fit for one in by_koclip.candidates} == {None}
     for one, other in zip(_by_number(by_koclip), _by_number(generation), strict=True):
         _same(one, other)
@@ -295,7 +297,7 @@ def test_ranked_by_fit(pipeline: Pipeline) -> None:
 )
 def test_bad_given_pictures(pipeline: Pipeline, given: InitImage | None, rank_by: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        pipeline(CAPTIONS[:1], candidates=1, given=given, rank_by=rank_by)  # type: ignore[arg-type]
+        pipeline(CAPTIONS[:1], candidates=1, init_image=given, rank_by=rank_by)  # type: ignore[arg-type]
 
 
 def test_captions_are_continued(pipeline: Pipeline) -> None:
@@ -305,7 +307,7 @@ def test_captions_are_continued(pipeline: Pipeline) -> None:
     assert pipeline.continue_caption("빨강 바탕에", count=1, seed=1) == lines[:1]
 
 
-# ------------------------------------------------------------------------------------------------------ kodalle draw
+# ------------------------------------------------------------------------------------------------------ kodalle generate
 
 
 def test_a_model_says_how_it_is_drawn_with(
@@ -316,25 +318,29 @@ def test_a_model_says_how_it_is_drawn_with(
     shutil.copytree(kodalle_run / "model", model)
     (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 9}')
     own = SamplingParams(temperature=0.5, top_k=9)
-    expected = [one.image_tokens for one in _by_number(pipeline(CAPTIONS[:1], candidates=5, seed=5, options=own)[0])]
+    expected = [
+        one.image_tokens for one in _by_number(pipeline(CAPTIONS[:1], candidates=5, seed=5, sampling_params=own)[0])
+    ]
     assert expected != [one.image_tokens for one in _by_number(sixteen)[:5]]
     Pipeline.from_pretrained(model).save_pretrained(tmp_path / "saved")
     again = Pipeline.from_pretrained(tmp_path / "saved")
     assert again.default_sampling_params == own
     drawn = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
     assert drawn == expected
-    by_command = _draw(model, tmp_path / "out", options={"temperature": None, "top_k": None})
+    by_command = _draw(model, tmp_path / "out", temperature=None, top_k=None)
     assert [one.image_tokens for one in _by_number(by_command)] == expected
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    assert result["options"] == {"temperature": 0.5, "top_k": 9, "top_p": None, "guidance_scale": 1.0}
-    warmer = _draw(model, tmp_path / "warmer", options={"temperature": 1.5})
-    assert json.loads((tmp_path / "warmer" / "result.json").read_text())["options"]["top_k"] == 9
+    assert result["sampling_params"] == {"temperature": 0.5, "top_k": 9, "top_p": None, "guidance_scale": 1.0}
+    warmer = _draw(model, tmp_path / "warmer", temperature=1.5)
+    assert json.loads((tmp_path / "warmer" / "result.json").read_text())["sampling_params"]["top_k"] == 9
     assert [one.image_tokens for one in _by_number(warmer)] != expected
 
 
-def _draw(model: Path, out: Path, caption: str = CAPTIONS[0], **more: object) -> Generation:
-    settings = {"candidates": 5, "top": 2, "seed": 5, "options": {}, "strict": False, "device": "cpu"}
-    return generate_to_folder(str(model), caption, out, **(settings | more))  # type: ignore[arg-type]
+def _draw(
+    model: Path, out: Path, caption: str = CAPTIONS[0], *, strict: bool = False, **params: float | None
+) -> Generation:
+    values = {"candidates": 5, "top": 2, "seed": 5} | params
+    return generate_to_folder(str(model), caption, out, sampling_params=values, strict=strict, device="cpu")
 
 
 def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_run: Path, tmp_path: Path) -> None:
@@ -367,7 +373,7 @@ def test_draw_writes_pictures_sheet_and_result(
     assert (result["caption"], result["tokens_cut"]) == (CAPTIONS[0], 0)
     assert [one["rank"] for one in result["candidates"]] == [1, 2, 3, 4, 5]
     assert result["timings_s"].keys() == {"loading", "prefill", "decode", "vqgan", "ranking", "encoding"}
-    assert result["options"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+    assert result["sampling_params"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
     for one, file in zip(generation.top(2), files, strict=True):
         with Image.open(out / file) as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(_by_number(sixteen)[one.candidate].image))
@@ -398,7 +404,7 @@ def test_draw_says_what_was_cut(kodalle_run: Path, tmp_path: Path, capsys: pytes
 
 
 def test_draw_refuses_before_it_loads(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--top: 6: is more than --candidates 5"):
+    with pytest.raises(InputError, match="top: 6: is more than the 5 candidates"):
         _draw(tmp_path / "nowhere", tmp_path / "out", top=6)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out: .*is a file"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.sampling_params import SamplingParams
 from serve.api import application as api_server
 from serve.api.application import build_api
 from serve.api.responses import AnswerStyle, answer_body, finished_events, partial_event, usage
@@ -16,7 +17,7 @@ from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving
 
 STYLE = AnswerStyle("image_edit", "req_1", 'a "model"', 32, 64)
-JOB = GenerationJob("r", "k", "c", 2**64 - 1, num_candidates=3, num_images=2, deadline_s=9.0, wants_all=True)
+JOB = GenerationJob("r", "k", "c", SamplingParams(seed=2**64 - 1, candidates=3, top=2), deadline_s=9.0, wants_all=True)
 
 
 def test_an_answer_is_json_with_each_picture_whole() -> None:

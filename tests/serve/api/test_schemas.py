@@ -4,12 +4,23 @@ from typing import Any
 
 import pytest
 
-from engine.sampling_params import SamplingParams
+from engine.errors import InputError
+from engine.sampling_params import FIELDS, SamplingParams
 from serve.api import schemas
 from serve.api.errors import Failure
-from serve.api.schemas import EditRequest, GenerationRequest, draw_job, quality_of, read_request, read_text_request
+from serve.api.schemas import (
+    EditRequest,
+    GenerationRequest,
+    bounds,
+    draw_job,
+    parameter_limits,
+    quality_of,
+    read_request,
+    read_text_request,
+    spec_of,
+)
 from serve.messages import GenerationJob
-from serve.settings import Limits, ServeSettings
+from serve.settings import Limits, ServeSettings, read_settings
 from tests.live_server import INFO
 
 SETTINGS = ServeSettings()
@@ -30,20 +41,24 @@ def refused(**fields: Any) -> Failure:
 def test_a_caption_alone_gets_the_servers_defaults() -> None:
     asked = job()
     assert 0 <= asked.seed < 2**32
-    assert asked == GenerationJob("r", "k", "빨강 니트", asked.seed, 16, 1, 9.0)
+    assert asked == GenerationJob("r", "k", "빨강 니트", SamplingParams(seed=asked.seed, candidates=16, top=1), 9.0)
     assert job().seed != job().seed or job().seed != job().seed
 
 
 def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     own = SamplingParams(temperature=0.7, top_p=0.9, guidance_scale=2)
     monkeypatch.setitem(globals(), "INFO", replace(INFO, default_sampling_params=own))
-    assert job().options == own
-    assert job(temperature=1, guidance=1).options == SamplingParams(temperature=1, top_p=0.9)
+    assert job(seed=0).sampling_params == own.updated(top=1)
+    cooler = job(seed=0, temperature=1, guidance=1).sampling_params
+    assert cooler == SamplingParams(temperature=1, top_p=0.9, top=1)
 
 
 def test_null_means_left_out_for_every_field_but_the_prompt() -> None:
     nulls = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
-    assert replace(job(**nulls), seed=0) == replace(job(), seed=0)
+    asked, plain = job(**nulls), job()
+    assert replace(asked, sampling_params=asked.sampling_params.updated(seed=0)) == replace(
+        plain, sampling_params=plain.sampling_params.updated(seed=0)
+    )
 
 
 def test_every_field_reaches_the_job() -> None:
@@ -75,11 +90,8 @@ def test_every_field_reaches_the_job() -> None:
         request_id="r",
         key_id="k",
         caption="빨강 니트",
-        seed=2**64 - 1,
-        num_candidates=5,
-        num_images=2,
+        sampling_params=SamplingParams(0.5, 7, 0.9, 3.0, seed=2**64 - 1, candidates=5, top=2),
         deadline_s=9.0,
-        options=SamplingParams(0.5, 7, 0.9, 3.0),
         rank_by="fit",
         image_format="webp",
         compression=80,
@@ -227,3 +239,20 @@ def test_every_number_of_a_request_has_bounds() -> None:
         if re.search(r"\b(int|float)\b", str(field.annotation))
     }
     assert numbers == set(schemas.bounds(Limits()))
+
+
+def test_bounds_are_the_engines_or_stricter() -> None:
+    for limits in (Limits(), Limits(max_candidates=10**9, max_images=10**9)):
+        checked, shown = bounds(limits), parameter_limits(limits)
+        for name in ("n", "candidates", "seed", "temperature", "top_k", "top_p", "guidance_scale"):
+            spec = spec_of(name)
+            assert spec is not None
+            assert spec.least <= checked[name][0] <= checked[name][1] <= spec.greatest
+            assert (shown[name]["minimum"], shown[name]["maximum"]) == checked[name]
+            assert shown[name]["description"] == spec.description
+    assert bounds(Limits())["temperature"] == (FIELDS["temperature"].least, FIELDS["temperature"].greatest)
+    assert (
+        bounds(Limits(max_candidates=5))["candidates"] == bounds(Limits(max_candidates=5))["num_candidates"] == (1, 5)
+    )
+    with pytest.raises(InputError, match=r"limits\.max_candidates: "):
+        read_settings({"limits": {"max_candidates": 2**32 + 1}}, source="test")

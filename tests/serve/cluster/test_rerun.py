@@ -6,11 +6,12 @@ from contextlib import aclosing
 
 import pytest
 
+from engine.sampling_params import SamplingParams
 from serve.cluster.rerun import MAX_DEATHS, WorkerLost, generate_with_reruns, with_beats
 from serve.cluster.saturated_workers import SaturatedWorkers
 from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 
-JOB = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=30.0)
+JOB = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=30.0)
 DONE = Finished((GeneratedImage(0, 7, 1, None, None, b"png"),), 3, 0, 64)
 WHOLE: list[GenerationEvent] = [
     Queued(1, None),
@@ -121,7 +122,7 @@ def test_workers_that_never_took_the_job_on_do_not_count_as_its_victims() -> Non
 
 def test_no_worker_in_time_is_a_deadline() -> None:
     workers = Workers([60.0])
-    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.3)
+    job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.3)
     told, _ = events_of(workers, job, silence_s=0.1)
     assert [event.reason for event in told if isinstance(event, Refused)] == ["deadline"]
 
@@ -141,7 +142,7 @@ def test_a_job_that_was_taken_on_waits_for_room_when_its_worker_died(reason: str
     workers = Workers([None, Progress(16, 64), WorkerLost("killed")], full, full, full, [None, DONE])
     assert events_of(workers) == ([Progress(16, 64), DONE], 1)
     never = Workers([None, WorkerLost("killed")], full)
-    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.5)
+    job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.5)
     assert [event.reason for event in events_of(never, job)[0] if isinstance(event, Refused)] == ["deadline"]
 
 
@@ -239,7 +240,7 @@ def test_without_the_memory_of_what_was_told_a_client_would_hear_it_twice(monkey
 
 def test_without_the_watch_for_silence_a_cut_off_worker_would_take_the_whole_deadline() -> None:
     workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
-    job = GenerationJob("r", "k", "빨강", seed=7, num_candidates=1, num_images=1, deadline_s=0.4)
+    job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.4)
     assert [event.reason for event in events_of(workers, job)[0] if isinstance(event, Refused)] == ["deadline"]
     workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
     assert events_of(workers, job, silence_s=0.1)[0] == [DONE]

@@ -9,7 +9,13 @@ from serve.cluster.saturated_workers import KEPT_S, SaturatedWorkers
 from serve.messages import GenerationJob, Refused
 from tests.serve.cluster.test_rerun import DONE, Workers, events_of
 
-JOB = GenerationJob("r", "greedy", "빨강", seed=7, num_candidates=4, num_images=1, deadline_s=30.0)
+JOB = GenerationJob("r", "greedy", "빨강", SamplingParams(seed=7, candidates=4, top=1), deadline_s=30.0)
+
+
+def _job(**changes: float) -> GenerationJob:
+    return replace(JOB, sampling_params=JOB.sampling_params.updated(**changes))
+
+
 FULL = Refused("queue_full", retry_after_s=3.0)
 
 
@@ -28,16 +34,16 @@ def saturated_workers(now_s: list[float]) -> SaturatedWorkers:
 def test_as_much_for_the_same_key_is_refused_for_a_moment(
     saturated_workers: SaturatedWorkers, now_s: list[float]
 ) -> None:
-    assert saturated_workers.refusal(replace(JOB, request_id="other", seed=8)) == FULL
-    assert saturated_workers.refusal(replace(JOB, num_candidates=5)) == FULL
-    guided = replace(JOB, num_candidates=2, options=SamplingParams(guidance_scale=2.0))
+    assert saturated_workers.refusal(replace(_job(seed=8), request_id="other")) == FULL
+    assert saturated_workers.refusal(_job(candidates=5)) == FULL
+    guided = _job(candidates=2, guidance_scale=2.0)
     assert saturated_workers.refusal(guided) == FULL, "two slots a row"
     now_s[0] += KEPT_S
     assert saturated_workers.refusal(JOB) is None
 
 
 def test_less_or_another_key_is_asked_about(saturated_workers: SaturatedWorkers) -> None:
-    assert saturated_workers.refusal(replace(JOB, num_candidates=3)) is None
+    assert saturated_workers.refusal(_job(candidates=3)) is None
     assert saturated_workers.refusal(replace(JOB, key_id="modest")) is None
 
 

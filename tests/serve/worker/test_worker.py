@@ -29,8 +29,13 @@ from serve.worker.worker import Worker, WorkerFailed
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모", "노랑 바탕에 검정 네모"]
 JOB = GenerationJob(
-    "one", "somebody", CAPTIONS[0], seed=5, num_candidates=4, num_images=2, deadline_s=60.0, wants_all=True
+    "one", "key", CAPTIONS[0], SamplingParams(seed=5, candidates=4, top=2), deadline_s=60.0, wants_all=True
 )
+
+
+def _job(*, candidates: int, top: int = 2, **more: Any) -> GenerationJob:
+    """`JOB` with another number of candidates."""
+    return replace(JOB, sampling_params=JOB.sampling_params.updated(candidates=candidates, top=top), **more)
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +85,10 @@ def _pixels(data: bytes | None) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("RGB"))
 
 
-def _expect_pipelines(drawn: Finished, pipeline: Pipeline, job: GenerationJob, given: InitImage | None = None) -> None:
-    generation = pipeline(
-        [job.caption],
-        candidates=job.num_candidates,
-        seed=job.seed,
-        options=job.options,
-        given=given,
-        rank_by=job.rank_by,
-    )[0]
+def _expect_pipelines(
+    drawn: Finished, pipeline: Pipeline, job: GenerationJob, init_image: InitImage | None = None
+) -> None:
+    generation = pipeline([job.caption], job.sampling_params, init_image=init_image, rank_by=job.rank_by)[0]
     assert [one.candidate for one in drawn.images] == [one.candidate for one in generation.candidates]
     for ours, theirs in zip(drawn.images, generation.candidates, strict=True):
         assert (ours.rank, ours.seed) == (theirs.rank, theirs.seed)
@@ -98,15 +98,15 @@ def _expect_pipelines(drawn: Finished, pipeline: Pipeline, job: GenerationJob, g
 
 
 def _mixed_jobs() -> list[GenerationJob]:
-    options = [
+    kinds = [
         SamplingParams(),
         SamplingParams(temperature=0.8, top_k=9),
         SamplingParams(guidance_scale=2.0),
         SamplingParams(top_p=0.9),
     ]
     return [
-        replace(JOB, request_id=f"job {number}", caption=CAPTIONS[number % 3], seed=number // 2,
-                num_candidates=1 + number % 5, num_images=1, options=options[number % 4], key_id=f"key {number % 2}")
+        replace(JOB, request_id=f"job {number}", caption=CAPTIONS[number % 3], key_id=f"key {number % 2}",
+                sampling_params=kinds[number % 4].updated(seed=number // 2, candidates=1 + number % 5, top=1))
         for number in range(12)
     ]  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_drawing_stands_behind_answering(make_worker: Callable[..., Worker]) -> 
 
 def test_bytes_do_not_depend_on_how_many_are_asked(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
-    many, one = (_run(_finished(worker, replace(JOB, num_candidates=n, num_images=n))) for n in (5, 1))
+    many, one = (_run(_finished(worker, _job(candidates=n, top=n))) for n in (5, 1))
     (only,) = one.images
     assert only.data in [image.data for image in many.images if image.candidate == only.candidate == 0]
 
@@ -205,13 +205,13 @@ def test_partial_pictures_are_decoded_from_the_rows_so_far(
     make_worker: Callable[..., Worker], pipeline: Pipeline
 ) -> None:
     worker = make_worker()
-    job = replace(JOB, num_partials=7, num_candidates=6, num_images=2, wants_progress=True)
+    job = _job(candidates=6, num_partials=7, wants_progress=True)
     events = _run(_events(worker, job))
     partials = [event for event in events if isinstance(event, Partial)]
     plain = _run(_finished(worker, replace(job, num_partials=0, wants_progress=False)))
     assert [one.data for one in events[-1].images] == [one.data for one in plain.images]
     assert partials, "at least one preview is decoded while six rows of 64 tokens are drawn"
-    generation = pipeline([job.caption], candidates=6, seed=job.seed)[0]
+    generation = pipeline([job.caption], job.sampling_params)[0]
     tokens = {one.candidate: torch.tensor(one.image_tokens) for one in generation.candidates}
     for partial in partials:
         assert partial.candidate < job.num_images
@@ -232,9 +232,7 @@ async def _until(is_so: Callable[[], bool]) -> None:
 
 async def _slots_after(worker: Worker, *, close: bool) -> int:
     """Slots in use once a reader of 40 pictures has gone away and the worker has noticed, or four steps later if not."""
-    generation: AsyncIterator[GenerationEvent] = worker.draw(
-        replace(JOB, num_candidates=40, num_partials=7, num_images=40)
-    )
+    generation: AsyncIterator[GenerationEvent] = worker.draw(_job(candidates=40, top=40, num_partials=7))
     await anext(generation)
     assert worker.slots_in_use == worker.num_slots
     if close:
@@ -259,7 +257,7 @@ def test_a_task_that_is_cancelled_while_it_waits_frees_its_slots(make_worker: Ca
     worker = make_worker()
 
     async def hang_up() -> None:
-        reader = asyncio.create_task(_events(worker, replace(JOB, num_candidates=40)))
+        reader = asyncio.create_task(_events(worker, _job(candidates=40)))
         await asyncio.sleep(0.02)
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -274,9 +272,9 @@ def test_a_full_queue_refuses_at_once(make_worker: Callable[..., Worker]) -> Non
     worker = make_worker(max_queued_sequences=8)
 
     async def crowd() -> GenerationEvent:
-        first = asyncio.create_task(_events(worker, replace(JOB, request_id="first", num_candidates=14)))
+        first = asyncio.create_task(_events(worker, _job(candidates=14, request_id="first")))
         await _until(lambda: worker.slots_in_use == worker.num_slots)
-        second = worker.draw(replace(JOB, request_id="second", num_candidates=4))
+        second = worker.draw(_job(candidates=4, request_id="second"))
         # One turn of the event loop: nothing was waited for.
         (refused,) = [event async for event in second]
         assert not first.done()
@@ -294,8 +292,7 @@ def test_who_waits_is_told_the_place_in_the_queue(make_worker: Callable[..., Wor
 
     async def crowd() -> list[GenerationEvent]:
         others = [
-            asyncio.create_task(_events(worker, replace(JOB, request_id=f"{number}", num_candidates=6)))
-            for number in range(3)
+            asyncio.create_task(_events(worker, _job(candidates=6, request_id=f"{number}"))) for number in range(3)
         ]
         await asyncio.sleep(0.01)
         events = await _events(worker, replace(JOB, request_id="last", wants_progress=True))
@@ -311,7 +308,7 @@ def test_who_waits_is_told_the_place_in_the_queue(make_worker: Callable[..., Wor
 
 def test_a_deadline_ends_a_drawing(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
-    (refused,) = _run(_events(worker, replace(JOB, num_candidates=60, deadline_s=0.03)))
+    (refused,) = _run(_events(worker, _job(candidates=60, deadline_s=0.03)))
     assert isinstance(refused, Refused)
     assert refused.reason == "deadline"
     assert worker.slots_in_use == 0
@@ -329,7 +326,7 @@ def test_nobody_is_promised_pictures_that_come_too_late(
 ) -> None:
     """A picture is known to take 10 s of decoding: of 14 requests for two each, no more are admitted than fit into 100 s."""
     worker = make_worker(num_slots=32)
-    job = replace(JOB, num_candidates=2, num_images=1, wants_all=False, deadline_s=100.0)
+    job = _job(candidates=2, top=1, wants_all=False, deadline_s=100.0)
     _run(_finished(worker, job))
     picture_s = 10.0 if is_checked else 0.0
     monkeypatch.setattr(Postprocessor, "_picture_s", property(lambda _: picture_s, lambda *_: None), raising=False)
@@ -344,7 +341,7 @@ def test_a_draining_worker_ends_what_it_began(make_worker: Callable[..., Worker]
     worker = make_worker()
 
     async def drain() -> tuple[list[GenerationEvent], list[GenerationEvent]]:
-        running = asyncio.create_task(_events(worker, replace(JOB, num_candidates=12)))
+        running = asyncio.create_task(_events(worker, _job(candidates=12)))
         await asyncio.sleep(0.02)
         draining = asyncio.create_task(worker.drain())
         await asyncio.sleep(0)
@@ -396,7 +393,7 @@ def test_a_closed_worker_leaves_nobody_waiting(make_worker: Callable[..., Worker
     worker = make_worker()
 
     async def close() -> list[GenerationEvent]:
-        running = asyncio.create_task(_events(worker, replace(JOB, num_candidates=60)))
+        running = asyncio.create_task(_events(worker, _job(candidates=60)))
         await asyncio.sleep(0.02)
         await asyncio.to_thread(worker.close)
         return await running
