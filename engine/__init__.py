@@ -1,8 +1,10 @@
-"""How the model learns and draws. Imports `kernels`; never ray, never `serve`."""
+"""How the model learns and generates. Imports `kernels`; never ray, never `serve`."""
 
 from pathlib import Path as _Path
 
 import kernels as _kernels
+
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it
 
 # The PyPI package `kernels` (Hugging Face) has our folder's name: with it installed, imports mix silently.
 _ours = _Path(__file__).resolve().parent.parent

@@ -5,6 +5,8 @@
     kodalle generate MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
+    kodalle train CONFIG key=value …
+    kodalle serve MODEL --port 8000                                       (from the package serve)
     kodalle export MODEL --out DIR
     kodalle convert MODEL DIR --dtype float16
     kodalle demo
@@ -18,18 +20,38 @@ from typing import Annotated, Any
 
 import typer
 
+from engine import __version__
 from engine.commands import data as data_commands
 from engine.commands import doctor as doctor_command
 from engine.commands import export as export_commands
+from engine.commands import train as train_commands
 from engine.commands.error_lines import run_app
+from engine.commands.plugins import add_plugin_commands
 from engine.errors import InputError
 from engine.sampling_params import FIELDS, SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
+app.command("train")(train_commands.train)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
 app.command("doctor")(doctor_command.doctor)
+add_plugin_commands(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kodalle-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Trains text-to-image transformers on captioned images, generates with them, serves them."""
 
 
 _MAX_CANDIDATES = 1024  # of one command: their pixels are in memory together
@@ -152,12 +174,14 @@ def evaluate(
 @app.command("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="where the demo's runs go")] = Path("runs/demo"),
-    configs: Annotated[Path, typer.Option(help="folder with the demo's configs")] = Path("configs/demo"),
+    configs: Annotated[
+        Path | None, typer.Option(help="folder with the demo's configs; default: those that come with the project")
+    ] = None,
 ) -> None:
     """The whole job, small: draws garments, trains the three models, draws held-out captions, writes report.json."""
-    from engine.commands.demo import run_demo
+    from engine.commands.demo import run_demo, shipped_configs
 
-    run_demo(out, configs)
+    run_demo(out, configs or shipped_configs())
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
 
+    from engine.commands.missing_packages import as_input_error
     from engine.errors import InputError
 
     try:
@@ -38,9 +39,12 @@ def main() -> int:
         from engine.training.trainer import train
 
         train(run)
-    except InputError as error:
+    except (InputError, ModuleNotFoundError) as error:
+        reported = as_input_error(error) if isinstance(error, ModuleNotFoundError) else error
+        if reported is None:
+            raise
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {reported}", file=sys.stderr)
         return 2
     return 0
 

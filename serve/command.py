@@ -275,7 +275,7 @@ def _why_not_started(error: RuntimeError) -> Exception:
     return error if found is None else InputError(*(part.strip() for part in found.groups()))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """`key` is the only word that cannot name a model: write ./key."""
-    arguments = sys.argv[1:]
-    run_app(app, arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="python -m serve")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    run_app(app, arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="kodalle serve")

@@ -13,9 +13,7 @@ not done again, and a training that was interrupted goes on, so running the comm
 
 import functools
 import os
-import socket
-import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 from engine.commands.generate import generate_to_folder
+from engine.commands.train import check_deepspeed, launch
 from engine.config import VqganRun
 from engine.config_files import load_run
 from engine.data.pairs import Pair, load_pairs
@@ -70,9 +69,10 @@ def run_demo(
     Raises:
         InputError: a step failed; its own message stands above.
     """
+    check_deepspeed()
     for stage in STAGES:
         if not (configs / f"{stage}.yaml").is_file():
-            raise InputError("--configs", configs, f"has no {stage}.yaml: run from the project's folder")
+            raise InputError("--configs", configs, f"has no {stage}.yaml: give configs/demo of the source repository")
     begun = time.monotonic()
     seconds: dict[str, float] = {}
     total = len(STAGES) + 3
@@ -117,6 +117,12 @@ def run_demo(
     return report
 
 
+def shipped_configs() -> Path:
+    """configs/demo of the checkout; of an installed wheel, where its data files lie."""
+    checkout = Path(__file__).parents[2] / "configs" / "demo"
+    return checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share/kodalle-engine/configs/demo")
+
+
 def _make_data(out: Path, configs: Path, pictures: int, held_out: int) -> None:
     if not (out / "photos").is_dir():
         make_demo(out / "photos", count=pictures, seed=1, held_out=held_out, progress=True)
@@ -148,26 +154,6 @@ def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> No
         places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
         places["text.tokenizer"] = out / "koclip" / "model"
     launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
-
-
-def launch(arguments: Sequence[str]) -> None:
-    """`deepspeed engine/train.py --config <first argument> <rest>` on one process.
-
-    Raises:
-        InputError: it did not end well; what it printed stands above.
-    """
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    train = Path(__file__).parents[1] / "train.py"
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [
-        sys.executable, str(deepspeed), "--num_gpus", "1", "--master_port", str(_free_port()), "--log_level", "warning",
-        str(train), "--config", *arguments,
-    ]  # fmt: skip
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise InputError("training", arguments[0], f"ended with exit code {code}; run the command again to go on")
 
 
 def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:
@@ -227,9 +213,3 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     for who, shares in report["share_right"].items():
         print(f"  {who:<11}" + "".join(f"  {measure} {shares[measure]:.1%}" for measure in MEASURES))
     print(f"{seconds_text(report['seconds']['total'])} in all; see {out / 'report.json'} and {out / 'drawings'}")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -3,11 +3,14 @@
 Typer draws a box of three lines round it, under two more about usage.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import typer
 
+from engine.commands.missing_packages import as_input_error
 from engine.errors import InputError
 
 # The base of all that Typer says of a command line. Typer has click's exceptions, newer ones a copy of its own.
@@ -21,10 +24,23 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: 
         arguments: default: the program's own.
         prog_name: how the command is called in its help and in remedies.
     """
-    try:
+    with error_lines(prog_name):
         code = app(arguments, prog_name=prog_name, standalone_mode=False)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def error_lines(prog_name: str = "") -> Iterator[None]:
+    """Turns what the user can mend into one line on stderr and exit code 2: bad input, a package that is not installed."""
+    try:
+        yield
     except InputError as error:
         _fail(f"error: {error}")
+    except ModuleNotFoundError as error:
+        missing = as_input_error(error)
+        if missing is None:
+            raise
+        _fail(f"error: {missing}")
     except typer.Abort:
         _fail("stopped", code=130)  # as shells count SIGINT
     except _UsageError as error:
@@ -32,7 +48,6 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: 
             error.show()
             sys.exit(2)
         _fail(f"error: {_as_line(error, prog_name)}")
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _as_line(error: Any, prog_name: str) -> str:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -53,7 +53,7 @@ def test_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def _commands(command: click.Command, name: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _commands(command: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     yield name
     for child, inner in getattr(command, "commands", {}).items():
         yield from _commands(inner, (*name, child))
