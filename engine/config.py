@@ -198,7 +198,7 @@ class CodebookResetConfig(Section):
     start_step: int = Field(
         0, ge=0, description="until then latents pass unquantised; the codebook is then set by k-means on them"
     )
-    revive_every: int = Field(0, ge=0, description="steps between replacing unused entries; 0 = never")
+    reset_every: int = Field(0, ge=0, description="steps between replacing unused entries; 0 = never")
 
 
 class LoopConfig(Section):
@@ -238,7 +238,7 @@ class VqganRun(Run):
     stage: Literal["vqgan"]
     model: VqganConfig = VqganConfig()
     loss: VqganLossConfig = VqganLossConfig()
-    codebook: CodebookResetConfig = CodebookResetConfig()
+    codebook_reset: CodebookResetConfig = CodebookResetConfig()
     init: Literal["published", "residual"] = Field(
         "published",
         description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster here",

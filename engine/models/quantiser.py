@@ -6,7 +6,7 @@ matrix product, because |z|^2 is the same for every entry and does not change wh
 
 Care is for small data: a codebook that starts at U(+-1/K) sits in one spot of the latent space, and on a few thousand
 pictures most entries never win. Entries may start as encoder outputs (`init_from`), and entries that won nothing
-since the last look may be replaced by recent encoder outputs (`revive_unused`, after Lancucki et al. 2020,
+since the last look may be replaced by recent encoder outputs (`reset_unused`, after Lancucki et al. 2020,
 arXiv:2005.08520).
 
 Shapes: B pictures, N positions of the latent grid (H*W), E width of an entry, K entries.
@@ -37,7 +37,7 @@ class CodebookStats(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Codebook with straight-through gradients (van den Oord et al. 2017, arXiv:1711.00937; taming's VectorQuantizer2).
 
-    State dict: `embedding.weight` (K, E) only, as in taming. What care needs beside it is in `care_state()`.
+    State dict: `embedding.weight` (K, E) only, as in taming. What care needs beside it is in `usage_state()`.
 
     Args:
         codebook_size: K.
@@ -45,7 +45,7 @@ class VectorQuantizer(nn.Module):
         beta: weight of one of the two loss terms.
         legacy: True puts beta on the codebook term (taming's published slip: commitment weight 1); False puts it on
             the commitment term, as the VQ-VAE paper does.
-        track_usage: count winners and keep the last batch of encoder outputs while training, for `revive_unused`.
+        track_usage: count winners and keep the last batch of encoder outputs while training, for `reset_unused`.
     """
 
     usage_counts: Tensor
@@ -137,11 +137,11 @@ class VectorQuantizer(nn.Module):
         self.usage_counts.zero_()
 
     @torch.no_grad()
-    def revive_unused(self, generator: torch.Generator) -> Tensor:
+    def reset_unused(self, generator: torch.Generator) -> Tensor:
         """Replaces entries that won nothing since the last call by recent encoder outputs; starts counting anew.
 
         The same counts, recent vectors and generator state give the same codebook, so a run that restores
-        `care_state()` and the generator continues identically. On several ranks the counts are summed and rank 0's
+        `usage_state()` and the generator continues identically. On several ranks the counts are summed and rank 0's
         vectors win; every rank must call. Under DeepSpeed with float32 master weights the caller must also write
         `embedding.weight` back into them (`deepspeed.utils.safe_set_full_fp32_param`) and would best zero the
         optimiser's moments of the returned rows.
@@ -153,7 +153,7 @@ class VectorQuantizer(nn.Module):
             RuntimeError: nothing was tracked yet (`track_usage` off, or no training batch seen).
         """
         if self._recent is None:
-            raise RuntimeError("revive_unused needs track_usage=True and at least one training batch before it")
+            raise RuntimeError("reset_unused needs track_usage=True and at least one training batch before it")
         if _several_ranks():
             dist.all_reduce(self.usage_counts)
         unused = (self.usage_counts == 0).nonzero().flatten()  # (R,)
@@ -165,13 +165,13 @@ class VectorQuantizer(nn.Module):
         self.usage_counts.zero_()
         return unused
 
-    def care_state(self) -> dict[str, Tensor]:
-        """What `revive_unused` depends on beside the weights, as plain CPU tensors for a training checkpoint."""
+    def usage_state(self) -> dict[str, Tensor]:
+        """What `reset_unused` depends on beside the weights, as plain CPU tensors for a training checkpoint."""
         recent = torch.empty(0, self.embed_dim) if self._recent is None else self._recent
         return {"usage_counts": self.usage_counts.cpu().clone(), "recent_vectors": recent.cpu().clone()}
 
-    def load_care_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what `care_state` returned.
+    def load_usage_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what `usage_state` returned.
 
         Raises:
             ValueError: counts of another codebook size, or vectors of another width.

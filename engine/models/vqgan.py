@@ -32,7 +32,7 @@ class Vqgan(nn.Module):
 
     Args:
         config: sizes.
-        track_usage: keep what `quantize.revive_unused` needs while training (see engine.models.quantiser).
+        track_usage: keep what `quantize.reset_unused` needs while training (see engine.models.quantiser).
     """
 
     def __init__(self, config: VqganConfig, *, track_usage: bool = False) -> None:

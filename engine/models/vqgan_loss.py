@@ -17,6 +17,9 @@ Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/loss
 Larsen et al. 2016, arXiv:1512.09300; Wang et al. 2018, arXiv:1711.11585, equation 4.
 """
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
@@ -27,6 +30,14 @@ from engine.models.perceptual import Perceptual
 from engine.models.vqgan import to_signed_range
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
+
+
+class Discriminator(Protocol):
+    """A PatchGAN or the DeepSpeed engine around one: (B, 3, S, S) in [-1, 1] -> (B, 1, s, s) logits, one a patch."""
+
+    def __call__(self, images: Tensor, /) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 def build_discriminator(config: VqganLossConfig) -> NLayerDiscriminator:
@@ -99,7 +110,7 @@ def generator_loss(
         scalars["features"] = features.detach()
         nll = nll + config.feature_weight * features
     else:
-        logits = _judge(discriminator, reconstruction)
+        logits = _patch_logits(discriminator, reconstruction)
     generator = -logits.mean()
     weight = _adaptive_weight(nll, generator, last_layer_weight)
     loss = nll + config.codebook_weight * quantiser_loss + config.disc_weight * weight * generator
@@ -107,7 +118,7 @@ def generator_loss(
 
 
 def discriminator_loss(
-    discriminator: nn.Module, reconstruction: Tensor, images: Tensor
+    discriminator: Discriminator, reconstruction: Tensor, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Hinge loss of the discriminator; call it only where `discriminator_active` is true.
 
@@ -119,8 +130,8 @@ def discriminator_loss(
         scalar loss, and detached 0-d tensors: discriminator, logits_real, logits_fake (means).
     """
     # Two passes, not one over the joined batch: BatchNorm takes statistics of real and fake apart, as published.
-    real = _judge(discriminator, to_signed_range(images.float()).detach())
-    fake = _judge(discriminator, reconstruction.detach().float())
+    real = _patch_logits(discriminator, to_signed_range(images.float()).detach())
+    fake = _patch_logits(discriminator, reconstruction.detach().float())
     loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
     scalars = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
     return loss, {name: value.detach() for name, value in scalars.items()}
@@ -133,10 +144,11 @@ def _pixel_loss(reconstruction: Tensor, target: Tensor, kind: str) -> Tensor:
     return l1 + l2  # type: ignore[return-value]
 
 
-def _judge(discriminator: nn.Module, pictures: Tensor) -> Tensor:
-    """Patch logits in float32; pictures take the discriminator's own type and layout (it may be a bf16 engine)."""
+def _patch_logits(discriminator: Discriminator, images: Tensor) -> Tensor:
+    """Patch logits in float32; images are cast to the discriminator's type, which may be bfloat16."""
     dtype = next(discriminator.parameters()).dtype
-    return discriminator(pictures.to(dtype)).float()
+    logits: Tensor = discriminator(images.to(dtype))
+    return logits.float()
 
 
 def _layers(discriminator: nn.Module, pictures: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
-"""Batches as a function of their number, so that any worker can make any of them and a resumed run asks for the next.
+"""Training batches as a function of their number: any worker can make any of them, and a resumed run goes on mid-way.
 
-B pictures a micro batch and rank, S pixels, T text positions, N image tokens.
+B images a micro batch and rank, S pixels, T text positions, N image tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +19,14 @@ from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pai
 from engine.data.token_shards import TokenShard
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
-from engine.training.setup import World
+from engine.training.process_group import World
 
 Batch = dict[str, Tensor]
 BatchSource = Callable[[int], Batch]
 
 
 def read_pairs(data: DataConfig, seed: int) -> Pairs:
+    """Training and validation pairs of a config's data section."""
     return load_pairs(data.pairs, validation_fraction=data.validation_fraction, seed=seed)
 
 
@@ -36,12 +37,16 @@ def training_order(pairs: Sequence[Pair], data: DataConfig, batch_size: int, *, 
 
 
 def validation_order(num_pairs: int, batch_size: int, *, seed: int, world: World) -> BatchOrder:
-    """A fixed shuffle: the same pictures at every validation, in batches no larger than the split."""
+    """A fixed shuffle: the same images at every validation, in batches no larger than the split."""
     return BatchOrder(num_pairs, min(batch_size, num_pairs), seed=seed + 1, rank=world.rank, world_size=world.size)
 
 
 class Images:
-    """Decoded pictures of a split; kept in memory as uint8 when asked."""
+    """Decoded images of a split.
+
+    Args:
+        cache: keep them in memory as uint8.
+    """
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, *, cache: bool) -> None:
         self._pairs = pairs
@@ -55,12 +60,12 @@ class Images:
         return self._cache[index] if self._cache is not None else load_image(self._pairs[index], self._image_size)
 
 
-class Reconstructed:
-    """Pictures of a split as a codec gives them back, in memory as uint8: what a ranker will be shown.
+class Reconstructions:
+    """Reconstructions of a split by a codec, in memory as uint8: what a ranker sees of generated images.
 
     Args:
         reconstruct: (B, 3, S', S') float in [0, 1] to the same shape.
-        codec_size: S', the codec's picture size in pixels.
+        codec_size: S', the codec's image size in pixels.
     """
 
     def __init__(
@@ -70,16 +75,16 @@ class Reconstructed:
         parts = []
         for start in range(0, len(pairs), 32):
             rows = np.stack([source[index] for index in range(start, min(start + 32, len(pairs)))])
-            pictures = reconstruct(torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255)
+            images = reconstruct(torch.from_numpy(rows).permute(0, 3, 1, 2).float() / 255)
             if codec_size != image_size:
                 size = (image_size, image_size)
-                pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
-            parts.append((pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-        self._pictures = np.concatenate(parts)  # (N, S, S, 3)
+                images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            parts.append((images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+        self._images = np.concatenate(parts)  # (N, S, S, 3)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """(S, S, 3) uint8."""
-        return self._pictures[index]
+        return self._images[index]
 
 
 def image_source(
@@ -88,27 +93,27 @@ def image_source(
     *,
     flip: bool,
     shift: int = 0,
-    reconstructed: Reconstructed | None = None,
+    reconstructions: Reconstructions | None = None,
     spliced: bool = False,
 ) -> BatchSource:
     """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated).
 
     Args:
-        reconstructed: where given, half of the visits see the picture as it stands there.
-        spliced: adds `spliced`, (B, 3, S, S): each picture with a rectangle of the next one pasted in.
+        reconstructions: half of the visits take the image from there.
+        spliced: adds `spliced`, (B, 3, S, S): each image with a rectangle of the next one pasted in.
     """
 
     def make(number: int) -> Batch:
         rows, generators = [], []
         for position in order.positions(number):
             generator = order.generator(position)
-            use = reconstructed if reconstructed is not None and generator.random() < 0.5 else images
+            use = reconstructions if reconstructions is not None and generator.random() < 0.5 else images
             rows.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
             generators.append(generator)
         batch = {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
         if spliced:
-            broken = [_splice(rows[i], rows[(i + 1) % len(rows)], generators[i]) for i in range(len(rows))]
-            batch["spliced"] = torch.from_numpy(np.stack(broken)).permute(0, 3, 1, 2)
+            with_splices = [_splice(rows[i], rows[(i + 1) % len(rows)], generators[i]) for i in range(len(rows))]
+            batch["spliced"] = torch.from_numpy(np.stack(with_splices)).permute(0, 3, 1, 2)
         return batch
 
     return make
@@ -123,11 +128,13 @@ def captioned_image_source(
     *,
     flip: bool,
     shift: int = 0,
-    reconstructed: Reconstructed | None = None,
+    reconstructions: Reconstructions | None = None,
     spliced: bool = False,
 ) -> BatchSource:
-    """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, drawn anew at each visit."""
-    pictures = image_source(images, order, flip=flip, shift=shift, reconstructed=reconstructed, spliced=spliced)
+    """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, chosen anew at each visit."""
+    image_batches = image_source(
+        images, order, flip=flip, shift=shift, reconstructions=reconstructions, spliced=spliced
+    )
 
     def make(number: int) -> Batch:
         captions = []
@@ -136,7 +143,7 @@ def captioned_image_source(
             # + 2**63: another stream than the augmentation of the same visit
             pick = order.generator(position + 2**63).integers(len(choices)) if len(choices) > 1 else 0
             captions.append(choices[pick])
-        return {**pictures(number), "text_tokens": tokenizer.encode(captions, text_seq_len).tokens}
+        return {**image_batches(number), "text_tokens": tokenizer.encode(captions, text_seq_len).tokens}
 
     return make
 
@@ -153,44 +160,49 @@ def token_source(
     """`text_tokens` (B, T), `image_tokens` (B, N) and, with noise, `noisy_image_tokens` (B, N); int64.
 
     Args:
-        empty: (1, T) tokens of the empty caption, which takes the place of a share `caption_dropout` of the captions.
-        input_token_noise: a picture's share of random tokens is uniform from 0 to this. A model that sees only right
-            tokens learns to go on from its neighbours instead of listening to the caption, and then follows its own
-            mistakes when it draws.
+        empty: (1, T) tokens of the empty caption, which replaces a share `caption_dropout` of the captions.
+        input_token_noise: an image's share of random tokens is uniform from 0 to this. A model that sees only correct
+            tokens learns to continue from the preceding ones instead of following the caption, and then reproduces its
+            own mistakes in generation.
         image_vocab_size: random tokens are below it.
     """
     assert input_token_noise == 0 or image_vocab_size > 0, (input_token_noise, image_vocab_size)
 
     def make(number: int) -> Batch:
-        texts, pictures, noisy = [], [], []
+        texts, images, noisy = [], [], []
         for position in order.positions(number):
             generator = order.generator(position)
-            text, picture = shard.pick(order.index(position), generator)
+            text, image = shard.pick(order.index(position), generator)
             dropped = caption_dropout > 0 and generator.random() < caption_dropout
             texts.append(empty[0].numpy() if dropped else text)
-            pictures.append(picture)
+            images.append(image)
             if input_token_noise:
-                is_replaced = generator.random(picture.shape) < generator.uniform(0, input_token_noise)
-                noisy.append(np.where(is_replaced, generator.integers(image_vocab_size, size=picture.shape), picture))
-        columns = {"text_tokens": texts, "image_tokens": pictures, "noisy_image_tokens": noisy}
+                is_replaced = generator.random(image.shape) < generator.uniform(0, input_token_noise)
+                noisy.append(np.where(is_replaced, generator.integers(image_vocab_size, size=image.shape), image))
+        columns = {"text_tokens": texts, "image_tokens": images, "noisy_image_tokens": noisy}
         return {name: torch.from_numpy(np.stack(rows).astype(np.int64)) for name, rows in columns.items() if rows}
 
     return make
 
 
 def stream(source: BatchSource, start: int, stop: int, *, num_workers: int) -> Iterator[Batch]:
-    """Batches start … stop - 1, made ahead by worker processes when there are any."""
+    """Batches start … stop - 1, prefetched by worker processes if there are any."""
     if num_workers == 0:
         return (source(number) for number in range(start, stop))
     loader: DataLoader[Any] = DataLoader(
         _Numbered(source), batch_size=None, sampler=range(start, stop), num_workers=num_workers, prefetch_factor=4
     )
-    return map(_unwrapped, loader)
+    return map(_raise_error, loader)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A batch's tensor on the device; the host does not wait for a GPU, which it would over memory that is not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_unit_floats(images: Tensor, world: World) -> Tensor:
     """(B, 3, S, S) uint8 -> float32 in [0, 1] on the device."""
-    return images.to(world.device, non_blocking=True).float().div_(255.0)
+    return to_device(images, world.device).float().div_(255.0)
 
 
 class _Numbered(Dataset[Batch | InputError]):
@@ -200,11 +212,11 @@ class _Numbered(Dataset[Batch | InputError]):
     def __getitem__(self, number: int) -> Batch | InputError:
         try:
             return self._source(number)
-        except InputError as error:  # carried home: DataLoader would make a RuntimeError of it
+        except InputError as error:  # returned: raised, it would become a RuntimeError of the DataLoader
             return error
 
 
-def _unwrapped(batch: Batch | InputError) -> Batch:
+def _raise_error(batch: Batch | InputError) -> Batch:
     if isinstance(batch, InputError):
         raise batch
     return batch

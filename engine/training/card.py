@@ -8,7 +8,7 @@ from engine.training.checkpoints import Progress
 
 
 def model_card(run: Run, progress: Progress, log: Path | None) -> str:
-    """Markdown: what it is, what it was trained on and how, its held-out figures, what it cannot do.
+    """Markdown with the training data and settings, held-out figures and limits of a model.
 
     Args:
         log: log.jsonl to read the last validation figures from; None on ranks that write nothing.
@@ -17,7 +17,7 @@ def model_card(run: Run, progress: Progress, log: Path | None) -> str:
     lines = [
         f"# {kind}",
         "",
-        f"Trained with KoDALLE engine for {progress.step} steps on the captioned pictures of `{run.data.pairs.name}`, "
+        f"Trained with KoDALLE engine for {progress.step} steps on the captioned images of `{run.data.pairs.name}`, "
         f"seed {run.seed}.",
         "",
         "## Held-out figures",
@@ -26,8 +26,8 @@ def model_card(run: Run, progress: Progress, log: Path | None) -> str:
         "",
         "## Limits",
         "",
-        "It knows only what its training pictures and captions show. The licence of those pictures applies to what is "
-        "made from them.",
+        "It knows only what its training images and captions show. The licence of those images applies to what is "
+        "generated from them.",
         "",
         "## Configuration",
         "",

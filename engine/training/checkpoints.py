@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints, each complete or not there.
 
     checkpoints/step-00001200/
         <engine>/          DeepSpeed's own files, one folder per engine; pickles: trust them like code
-        stage.safetensors  what the stage remembers besides its weights (codebook use), if anything
+        stage.safetensors  state of the stage besides the engines' (codebook usage), if it has any
         complete.json      step, best validation loss, number of processes, and the size of every file; written last
 
 Each rank writes into a `.partial-` folder; when all are done, rank 0 writes `complete.json` and renames. Resume takes
@@ -16,7 +16,6 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.files import write_json
-from engine.training.setup import World
+from engine.training.engines import Engines
+from engine.training.process_group import World
 
 MARKER = "complete.json"
 # What DeepSpeed and torch raise over a file of another shape, stage or world, or one that is damaged.
@@ -33,7 +33,7 @@ _UNFIT = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, pickle.U
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands."""
+    """Position of a run."""
 
     step: int = 0  # optimiser steps done
     best_loss: float | None = None  # lowest validation loss so far
@@ -43,7 +43,7 @@ class Progress:
 def save(
     folder: Path,
     progress: Progress,
-    engines: dict[str, Any],
+    engines: Engines,
     stage_state: dict[str, Tensor],
     *,
     world: World,
@@ -79,12 +79,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if _is_complete(path)]
 
 
-def load(path: Path, engines: dict[str, Any], *, world: World) -> tuple[Progress, dict[str, Tensor]]:
-    """Restores every engine; returns where the run stood and the stage's own state.
+def load(path: Path, engines: Engines, *, world: World) -> tuple[Progress, dict[str, Tensor]]:
+    """Restores every engine; returns the position of the run and the stage's state.
 
     Raises:
-        InputError: the checkpoint is of another model, of another number of processes (then step s would stand for
-            other pictures), or was written with other DeepSpeed settings.
+        InputError: the checkpoint is of another model, of another number of processes (with which step s would see
+            other images), or was written with other DeepSpeed settings.
     """
     marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
     if marker["processes"] != world.size:
@@ -126,7 +126,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _check_space(folder: Path) -> None:
-    """A full disk is noticed before the old checkpoint is touched, with the number that is missing."""
+    """Raises InputError on a disk too full for another checkpoint, before an older one is removed."""
     newest = complete_checkpoints(folder)[:1]
     if not newest:
         return

@@ -1,7 +1,7 @@
-"""A config's `deepspeed:` section, checked for keys that DeepSpeed would leave unread without a word.
+"""The check of a config's `deepspeed:` section for keys that DeepSpeed would ignore without a warning.
 
-DeepSpeed takes `gradient_cliping: 1.0` in silence and clips nothing, and `optimizer: {type: AdamW, parms: …}` trains at
-the default rate. Its sections that are data models (zero_optimization, fp16, bf16) refuse unknown keys themselves, and
+DeepSpeed accepts `gradient_cliping: 1.0` and clips nothing, and `optimizer: {type: AdamW, parms: …}` trains at
+the default rate. Its sections that are data models (zero_optimization, fp16, bf16) reject unknown keys themselves, and
 optimisers and schedulers unknown parameters.
 """
 
@@ -19,7 +19,7 @@ _SECTIONS = {"optimizer": {"type", "params", "legacy_fusion"}, "scheduler": {"ty
 
 
 def check_keys(settings: dict[str, Any]) -> None:
-    """Raises InputError: a key that the installed DeepSpeed has no word for, with the nearest one that it has."""
+    """Raises InputError for a key that the installed DeepSpeed does not know, with the nearest one that it knows."""
     _check(settings, _words(), "deepspeed")
     for section, known in _SECTIONS.items():
         if isinstance(settings.get(section), dict):
@@ -36,7 +36,7 @@ def _check(settings: dict[str, Any], known: set[str] | frozenset[str], where: st
 
 @functools.cache
 def _words() -> frozenset[str]:
-    """All quoted words in DeepSpeed's files of constants and configs: a list of our own would soon be another version's."""
+    """All quoted words in DeepSpeed's files of constants and configs: a list of our own would be of one version."""
     spec = find_spec("deepspeed")
     assert spec is not None, "the caller imports it"
     assert spec.origin is not None, spec

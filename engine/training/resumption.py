@@ -1,4 +1,4 @@
-"""May a run go on in its folder? Only as the computation that began there."""
+"""Whether a run may resume in its folder: only with the settings that determine the computation unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from engine.config_files import load_run
 from engine.errors import InputError
 from engine.training import checkpoints
 
-# Keys that may change between a run and its resumption: they decide what is written when, not what is computed.
+# Keys that may change between a run and its resumption: they determine when things are written, not what is computed.
 _FREE_ON_RESUME = {
     "loop": {"validate_every", "sample_every", "sample_count", "checkpoint_every", "keep_checkpoints", "log_every"}
     | {"max_skipped_steps", "torch_threads"},
@@ -20,7 +20,7 @@ _PLAIN = {"resume", "run"}
 
 
 def check_folder(run: Run) -> None:
-    """A folder that holds a run with other settings is left alone and named; before shards or anything is written."""
+    """Raises InputError if the folder holds a run with other settings; called before shards or anything is written."""
     path = run.run / "config.yaml"
     found = checkpoints.complete_checkpoints(run.run / "checkpoints")
     if found and run.resume == "never":
@@ -29,10 +29,12 @@ def check_folder(run: Run) -> None:
         )
     if found and path.is_file():
         try:
-            begun_with = load_run(path).model_dump(mode="json")  # fields that came since then have their defaults
+            started_with = load_run(path).model_dump(mode="json")  # fields added since then have their defaults
         except InputError:
-            begun_with = yaml.safe_load(path.read_text(encoding="utf-8"))  # a field that is gone: told as a change
-        _same_computation(begun_with, run.model_dump(mode="json"), run.run)
+            started_with = yaml.safe_load(
+                path.read_text(encoding="utf-8")
+            )  # a field that was removed: reported as a change
+        _same_computation(started_with, run.model_dump(mode="json"), run.run)
 
 
 def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
@@ -51,5 +53,5 @@ def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) ->
 
 def _refuse_change(field: str, before: object, after: object, folder: Path) -> None:
     raise InputError(
-        field, repr(after), f"{folder} was begun with {before!r}: undo the change, or choose another run=… folder"
+        field, repr(after), f"{folder} was started with {before!r}: undo the change, or choose another run=… folder"
     )

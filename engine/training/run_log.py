@@ -1,7 +1,8 @@
-"""What a run leaves to read: log.jsonl (one line a step), TensorBoard events, sample pictures."""
+"""The log of a run: log.jsonl with one line a step, TensorBoard events, sample images."""
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-FLUSH_EVERY = 10  # steps whose scalars stay on the device, so that logging does not wait for it at each step
+FLUSH_EVERY = 10  # steps after which the trainer writes the log; until then scalars stay on the device, unread
+
+Scalar = Tensor | float | Callable[[], float]  # a tensor or function is read when the log is flushed
 
 
 class RunLog:
-    """Writer for one process; every method is a no-op where `enabled` is False (ranks other than 0).
+    """Writer of one process; every method is a no-op where `enabled` is False (ranks other than 0).
 
-    A resumed run first cuts the lines of steps that it will do again, so that each step stands there once.
+    A resumed run first cuts the lines of steps that it will run again, so that each step is there once.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, enabled: bool = True) -> None:
         self.enabled = enabled
         self.folder = folder
-        self._pending: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._pending: list[tuple[int, Mapping[str, Scalar]]] = []
         if not enabled:
             return
         path = folder / "log.jsonl"
@@ -35,15 +38,12 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
-    def scalars(self, step: int, values: dict[str, Tensor | float]) -> None:
-        """One line of log.jsonl for optimiser step `step` (1-based: steps done); tensors are read later, together."""
-        if not self.enabled:
-            return
-        self._pending.append((step, values))
-        if len(self._pending) >= FLUSH_EVERY:
-            self.flush()
+    def scalars(self, step: int, values: Mapping[str, Scalar]) -> None:
+        """One line of log.jsonl for optimiser step `step` (1-based), written at the next `flush`."""
+        if self.enabled:
+            self._pending.append((step, values))
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
         """A line of its own, names prefixed with `validation_`."""
         if self.enabled:
             self.flush()
@@ -51,26 +51,26 @@ class RunLog:
             self._file.flush()
             self._board.flush()
 
-    def picture(self, step: int, picture: Image.Image) -> None:
+    def image(self, step: int, image: Image.Image) -> None:
         """samples/step-<n>.png and the same in TensorBoard."""
         if not self.enabled:
             return
         (self.folder / "samples").mkdir(exist_ok=True)
-        picture.save(self.folder / "samples" / f"step-{step:08d}.png")
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        self._board.add_image("samples", pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        image.save(self.folder / "samples" / f"step-{step:08d}.png")
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        self._board.add_image("samples", pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Writes the pending lines."""
+        """Reads and writes the pending lines; on a GPU this waits for their steps."""
         if not self.enabled:
             return
         for step, values in self._pending:
-            self._write(step, {name: float(value) for name, value in values.items()})
+            self._write(step, {name: float(value() if callable(value) else value) for name, value in values.items()})
         self._pending.clear()
         self._file.flush()
 
     def close(self) -> None:
-        """Writes what is pending; a second call does nothing."""
+        """Flushes and closes the files; a second call does nothing."""
         if self.enabled and not self._file.closed:
             self.flush()
             self._file.flush()
@@ -78,7 +78,7 @@ class RunLog:
             self._file.close()
             self._board.close()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         line: dict[str, Any] = {"step": step, **{name: float(f"{value:.7g}") for name, value in values.items()}}
         self._file.write(json.dumps(line) + "\n")
         for name, value in values.items():

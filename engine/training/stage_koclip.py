@@ -1,4 +1,4 @@
-"""KoCLIP: a batch is captioned pictures, the loss picks each caption's picture out of the batch and the reverse."""
+"""KoCLIP training: a batch is captioned images; the contrastive loss matches images and captions within it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,22 @@ from engine.training.batches import (
     Batch,
     BatchSource,
     Images,
-    Reconstructed,
+    Reconstructions,
     captioned_image_source,
     read_pairs,
+    to_device,
     to_unit_floats,
     training_order,
     validation_order,
 )
-from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch
+from engine.training.engines import Engines, make_engine, micro_batch
+from engine.training.process_group import World
+from engine.training.update_guard import UpdateGuard
+from engine.training.weights import full_weights
 
 
 class KoclipStage:
-    """See engine/training/trainer.py for what a stage is."""
+    """Training of a KoCLIP; see `engine.training.stage.Stage`."""
 
     name = "koclip"
 
@@ -42,13 +46,15 @@ class KoclipStage:
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
-        pairs = with_partial_captions(pairs, run.text.partial_captions, run.seed)  # no part of the tokenizer's training
-        # Pictures are read at the size the encoder sees: resizing happens once, in the loader.
+        pairs = with_partial_captions(
+            pairs, run.text.partial_captions, run.seed
+        )  # the tokenizer is not trained on these
+        # Images are read at the encoder's size: they are resized once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
-        reconstructed = None
+        reconstructions = None
         if run.codec is not None:
             vqgan: Vqgan = load_part(run.codec, "vqgan").to(world.device)
-            reconstructed = Reconstructed(
+            reconstructions = Reconstructions(
                 pairs.train,
                 size,
                 codec_size=vqgan.config.image_size,
@@ -63,7 +69,7 @@ class KoclipStage:
             length,
             flip=run.data.flip,
             shift=run.augment_shift,
-            reconstructed=reconstructed,
+            reconstructions=reconstructions,
             spliced=run.spliced_negatives,
         )
         self.validation_source: BatchSource | None = None
@@ -74,8 +80,8 @@ class KoclipStage:
                 held_out, pairs.validation, held_out_order, self.tokenizer, length, flip=False
             )
 
-    def build(self, total_steps: int) -> dict[str, Any]:
-        run = self.run
+    def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
+        run, self._guard = self.run, guard
         model = KoClip.from_pretrained_encoders(
             run.model, text_encoder=run.pretrained_text_encoder, image_encoder=run.pretrained_image_encoder
         )
@@ -90,9 +96,9 @@ class KoclipStage:
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         images = to_unit_floats(batch["images"], self.world).contiguous(memory_format=torch.channels_last)
         negatives = to_unit_floats(batch["spliced"], self.world) if "spliced" in batch else None
-        text_tokens = batch["text_tokens"].to(self.world.device)
+        text_tokens = to_device(batch["text_tokens"], self.world.device)
         loss = self.engine(images, text_tokens, negatives=negatives, all_gather=self.world.size > 1)
-        backward_and_step(self.engine, loss)
+        self._guard.backward_and_step(self.engine, loss)
         return {"loss": loss.detach()}
 
     def after_step(self, step: int) -> None:
@@ -101,11 +107,11 @@ class KoclipStage:
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
         """Loss, and recall@1/5 of the right caption among all different captions of the batches, at most 100."""
-        module: KoClip = self.engine.module
+        module = self._module
         losses, images, texts, captions = [], [], [], []
         for batch in batches:
             image = module.embed_images(to_unit_floats(batch["images"], self.world))
-            text = module.embed_texts(batch["text_tokens"].to(self.world.device))
+            text = module.embed_texts(to_device(batch["text_tokens"], self.world.device))
             losses.append(float(module.loss(image, text)))
             images.append(image)
             texts.append(text)
@@ -118,12 +124,12 @@ class KoclipStage:
 
     @torch.no_grad()
     def sample(self, count: int) -> Image.Image:
-        """One row a caption: the held-out pictures that it likes best, best first."""
+        """One row a caption: the held-out images with the highest scores, best first."""
         source = self.validation_source or self.source
         batch = source(0)
         images = to_unit_floats(batch["images"], self.world)
         rows = min(count, len(images))
-        scores = self.engine.module.similarity(images, batch["text_tokens"][:rows].to(self.world.device))  # (rows, B)
+        scores = self._module.similarity(images, to_device(batch["text_tokens"][:rows], self.world.device))  # (rows, B)
         best = scores.topk(rows, dim=1).indices.cpu()
         return image_grid(images.cpu()[best.flatten()], columns=rows)
 
@@ -133,6 +139,12 @@ class KoclipStage:
             write_model_folder(folder, {"koclip": Part(self.run.model, weights)}, card=card, tokenizer=self.tokenizer)
         self.world.barrier()
 
+    @property
+    def _module(self) -> KoClip:
+        module = self.engine.module
+        assert isinstance(module, KoClip), type(module)
+        return module
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -141,11 +153,13 @@ class KoclipStage:
 
 
 def _groups(model: KoClip, settings: dict[str, Any], ratio: float) -> list[dict[str, Any]]:
-    """Projections (and temperature) at the config's learning rate, encoders at `ratio` of it; as published."""
+    """Parameter groups: projections (and temperature) at the learning rate, encoders at `ratio` of it; as published."""
     encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
-    encoders = [parameter for parameter in encoders if parameter.requires_grad]  # RoBERTa's unread pooler is frozen
-    known = {id(parameter) for parameter in encoders}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in known]
+    encoders = [parameter for parameter in encoders if parameter.requires_grad]  # RoBERTa's unused pooler is frozen
+    encoder_ids = {id(parameter) for parameter in encoders}
+    rest = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in encoder_ids
+    ]
     if ratio == 1.0:
         return [{"params": rest + encoders}]
     scheduler = settings.get("scheduler", {}).get("type")

@@ -1,4 +1,4 @@
-"""KoDALLE: a batch is token ids; pictures were encoded once, into shards, before the first step."""
+"""KoDALLE training: a batch is token ids; images are encoded once, into token shards, before the first step."""
 
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,28 @@ from engine.models.folder import (
     write_model_folder,
 )
 from engine.models.text_embeddings import apply_text_tables, load_text_tables
-from engine.models.transformer import KoDalle
+from engine.models.transformer import KoDalle, Losses
 from engine.models.vqgan import Vqgan
 from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
 from engine.sampling_params import SequenceRequest
-from engine.training.batches import Batch, BatchSource, read_pairs, token_source, training_order, validation_order
-from engine.training.setup import World, backward_and_step, full_weights, make_engine, micro_batch, whole_parameters
+from engine.training.batches import (
+    Batch,
+    BatchSource,
+    read_pairs,
+    to_device,
+    token_source,
+    training_order,
+    validation_order,
+)
+from engine.training.engines import Engines, make_engine, micro_batch
+from engine.training.process_group import World
+from engine.training.update_guard import UpdateGuard
+from engine.training.weights import full_weights, gathered_parameters
 
 
 class KodalleStage:
-    """See engine/training/trainer.py for what a stage is."""
+    """Training of a KoDALLE transformer; see `engine.training.stage.Stage`."""
 
     name = "kodalle"
 
@@ -53,11 +64,13 @@ class KodalleStage:
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
-        pairs = with_partial_captions(pairs, run.text.partial_captions, run.seed)  # no part of the tokenizer's training
+        pairs = with_partial_captions(
+            pairs, run.text.partial_captions, run.seed
+        )  # the tokenizer is not trained on these
         self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
         _check_vqgan(run, self.vqgan)
         if run.koclip is not None:
-            read_part(run.koclip, "koclip")  # now, not when it is exported at the end
+            read_part(run.koclip, "koclip")  # fails now instead of at the export
             _check_same_tokenizer(run.koclip, self.tokenizer)
         self.vqgan.to(world.device).requires_grad_(False)
         self._empty = self.tokenizer.empty(run.model.text_seq_len)
@@ -72,8 +85,8 @@ class KodalleStage:
             held_out_order = validation_order(len(held_out), batch_size, seed=run.seed, world=world)
             self.validation_source = token_source(held_out, held_out_order, empty=self._empty)
 
-    def build(self, total_steps: int) -> dict[str, Any]:
-        run = self.run
+    def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
+        run, self._guard = self.run, guard
         model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=run.attention)
         if run.codebook_init:
             model.start_from_codebook(self.vqgan.quantize.embedding.weight.detach().cpu())
@@ -84,12 +97,12 @@ class KodalleStage:
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         noisy = batch.get("noisy_image_tokens")
-        losses = self.engine(
+        losses: Losses = self.engine(
             *self._tokens(batch),
-            None if noisy is None else noisy.to(self.world.device, non_blocking=True),
+            None if noisy is None else to_device(noisy, self.world.device),
             loss_image_weight=self.run.loss_image_weight,
         )
-        backward_and_step(self.engine, losses.loss)
+        self._guard.backward_and_step(self.engine, losses.loss)
         return {name: value.detach() for name, value in losses._asdict().items()}
 
     def after_step(self, step: int) -> None:
@@ -97,10 +110,10 @@ class KodalleStage:
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
-        """Means of the losses; `loss` is the image loss's, since the caption is given when drawing."""
+        """Means of the losses; `loss` is the image loss, since generation is given the caption."""
         totals: dict[str, float] = {}
         for batch in batches:
-            losses = self.engine(*self._tokens(batch), loss_image_weight=self.run.loss_image_weight)
+            losses: Losses = self.engine(*self._tokens(batch), loss_image_weight=self.run.loss_image_weight)
             for name, value in losses._asdict().items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         values = {name: self.world.mean(total / len(batches)) for name, total in totals.items()}
@@ -108,25 +121,27 @@ class KodalleStage:
 
     @torch.no_grad()
     def sample(self, count: int) -> Image.Image:
-        """Two rows: the VQGAN's version of held-out pictures, and drawings for their captions, seed 0."""
+        """Two rows: the VQGAN's reconstructions of held-out images, and images generated for their captions, seed 0."""
         batch = (self.validation_source or self.source)(0)
         text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
         params = self.run.generation.sampling_params().updated(guidance_scale=1)  # no empty caption here
-        with whole_parameters(self.engine):
-            rows = [SequenceRequest(index, params, candidate=index) for index in range(len(text_tokens))]
-            # Guessing ahead takes as many passes as the guesses allow, and ranks of ZeRO-3 must take the same number.
-            drawn = Sampler(self.engine.module, weights="plain", speculative=False).draw(text_tokens, rows)
+        with gathered_parameters(self.engine):
+            requests = [SequenceRequest(index, params, candidate=index) for index in range(len(text_tokens))]
+            # Speculative decoding takes a varying number of passes, and ranks of ZeRO-3 must run equally many.
+            generated = Sampler(self._module, weights="plain", speculative=False).draw(text_tokens, requests)
         return image_grid(
-            torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(drawn)]), columns=len(text_tokens)
+            torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(generated)]), columns=len(text_tokens)
         )
 
     def export(self, folder: Path, card: str) -> None:
-        """The whole transformer: transformer, the VQGAN it was trained on, the KoCLIP if there is one, the tokenizer."""
+        """A complete model folder: transformer, the VQGAN that it was trained on, KoCLIP if there is one, tokenizer."""
         weights = full_weights(self.engine)
         if self.world.is_main:
             run = self.run
             parts: dict[PartName, Part] = {
-                "vqgan": Part(self.vqgan.config, self.vqgan.state_dict()),  # not read again: it may have been retrained
+                "vqgan": Part(
+                    self.vqgan.config, self.vqgan.state_dict()
+                ),  # not read again: the folder may hold a newer one
                 "transformer": Part(run.model, weights),
             }
             if run.koclip is not None:
@@ -137,6 +152,12 @@ class KodalleStage:
             )  # fmt: skip
         self.world.barrier()
 
+    @property
+    def _module(self) -> KoDalle:
+        module = self.engine.module
+        assert isinstance(module, KoDalle), type(module)
+        return module
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -144,14 +165,10 @@ class KodalleStage:
         pass
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        device = self.world.device
-        return (
-            batch["text_tokens"].to(device, non_blocking=True),
-            batch["image_tokens"].to(device, non_blocking=True),
-        )
+        return to_device(batch["text_tokens"], self.world.device), to_device(batch["image_tokens"], self.world.device)
 
     def _shards(self, pairs: Any) -> tuple[TokenShard, TokenShard | None]:
-        """Opens the token shards, making them first (rank 0) when they are missing or of other inputs."""
+        """Opens the token shards, after rank 0 has written them where they are missing or made from other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
         views = Views(run.data.flip, run.augmented_views, run.augment_shift)
@@ -163,7 +180,7 @@ class KodalleStage:
             views=views,
         )
         if self.world.is_main and not shards_are_current(folder, identity):
-            with ProgressBar("encoding pictures", total=len(pairs)) as bar:
+            with ProgressBar("encoding images", total=len(pairs)) as bar:
                 write_shards(
                     folder,
                     pairs,
@@ -180,11 +197,11 @@ class KodalleStage:
         cut = captions_cut(folder)
         if cut and run.strict_captions:
             raise InputError(
-                "strict_captions", True, f"{len(cut)} pictures have captions of more than {model.text_seq_len} tokens, "
+                "strict_captions", True, f"{len(cut)} images have captions of more than {model.text_seq_len} tokens, "
                 f"the first is {min(cut)}: shorten them, or raise model.text_seq_len"
             )  # fmt: skip
         if cut and self.world.is_main:
-            print(f"note: the captions of {len(cut)} pictures are too long and were cut: see {folder / 'shards.json'}")
+            print(f"note: the captions of {len(cut)} images are too long and were cut: see {folder / 'shards.json'}")
         train, held_out = (
             open_shard(folder, split, image_vocab_size=model.image_vocab_size, text_vocab_size=model.text_vocab_size)
             if present
@@ -209,7 +226,7 @@ def _check_vqgan(run: KodalleRun, vqgan: Vqgan) -> None:
 
 
 def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:
-    """One model folder has one tokenizer: transformer and ranker must read captions alike."""
+    """A model folder has one tokenizer, which transformer and KoCLIP share."""
     if load_folder_tokenizer(koclip).digest != tokenizer.digest:
         raise InputError(
             "text.tokenizer", koclip, f"this KoCLIP was trained with another tokenizer: write text.tokenizer={koclip}"

@@ -1,7 +1,6 @@
-"""VQGAN: a batch is pictures; generator and discriminator are two DeepSpeed engines with an optimiser each."""
+"""VQGAN training: a batch is images; generator and discriminator are two DeepSpeed engines with an optimiser each."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,19 +24,14 @@ from engine.training.batches import (
     training_order,
     validation_order,
 )
-from engine.training.setup import (
-    World,
-    backward_and_step,
-    full_weights,
-    make_engine,
-    micro_batch,
-    update_master,
-    zero_stage,
-)
+from engine.training.engines import Engines, make_engine, micro_batch, zero_stage
+from engine.training.process_group import World
+from engine.training.update_guard import UpdateGuard
+from engine.training.weights import full_weights, update_master
 
 
 class VqganStage:
-    """See engine/training/trainer.py for what a stage is."""
+    """Training of a VQGAN; see `engine.training.stage.Stage`."""
 
     name = "vqgan"
 
@@ -58,22 +52,22 @@ class VqganStage:
         if self.perceptual is not None:
             self.perceptual.to(world.device)
         self._discriminating = run.loss.disc_weight > 0
-        self._quantised = run.codebook.start_step == 0
+        self._quantised = run.codebook_reset.start_step == 0
         if zero_stage(run.deepspeed) == 3:
             raise InputError(
                 "deepspeed.zero_optimization.stage", 3, "splits the codebook, which is looked up whole: use 0, 1 or 2"
             )
 
-    def build(self, total_steps: int) -> dict[str, Any]:
-        run, self.total_steps = self.run, total_steps
-        model = Vqgan(run.model, track_usage=run.codebook.revive_every > 0)
+    def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
+        run, self.total_steps, self._guard = self.run, total_steps, guard
+        model = Vqgan(run.model, track_usage=run.codebook_reset.reset_every > 0)
         if run.start_from is not None:
             _start_from(model, run.start_from)
         elif run.init == "residual":
             model.residual_init()
         self.vqgan = model
         self.engine = make_engine(_WithLoss(model), run.deepspeed, total_steps=total_steps)
-        engines = {"generator": self.engine}
+        engines: Engines = {"generator": self.engine}
         if self._discriminating:
             discriminator = build_discriminator(run.loss)
             self.discriminator_engine = make_engine(discriminator, run.deepspeed, total_steps=total_steps)
@@ -86,22 +80,21 @@ class VqganStage:
         # Convolutions follow their input's layout: 1.4x faster on CPU, and what tensor cores want. The weights stay as
         # they are: DeepSpeed flattens and broadcasts them and refuses strided ones.
         images = to_unit_floats(batch["images"], self.world).contiguous(memory_format=torch.channels_last)
-        start = self.run.codebook.start_step
+        start = self.run.codebook_reset.start_step
         if step == start > 0 and not self._quantised:
             self._set_codebook(step)
         self._quantised = step >= start
-        adversarial = discriminator_active(step, config)
-        discriminator = self.discriminator_engine.module if adversarial else None
+        discriminator = self.discriminator_engine.module if discriminator_active(step, config) else None
         if discriminator is not None:
             discriminator.requires_grad_(False)
         loss, scalars, reconstruction, image_tokens = self.engine(
             images, discriminator, step, config, self.perceptual, self._quantised
         )
-        backward_and_step(self.engine, loss)
+        self._guard.backward_and_step(self.engine, loss)
         if discriminator is not None:
             discriminator.requires_grad_(True)
             d_loss, d_scalars = discriminator_loss(self.discriminator_engine, reconstruction, images)
-            backward_and_step(self.discriminator_engine, d_loss)
+            self._guard.backward_and_step(self.discriminator_engine, d_loss)
             scalars |= d_scalars
         if not self._quantised:
             return scalars
@@ -109,21 +102,22 @@ class VqganStage:
         return {**scalars, "codebook_usage": stats.usage, "codebook_perplexity": stats.perplexity}
 
     def after_step(self, step: int) -> None:
-        """Replaces unused codebook entries every `revive_every` steps, in the first three quarters of the run.
+        """Resets unused codebook entries every `reset_every` steps, in the first three quarters of the run.
 
-        An entry that moves changes what its token means; what is trained last has to settle.
+        A reset entry changes what its token means, and the decoder needs the last quarter to adapt to the final ones.
         """
-        care = self.run.codebook
-        if care.revive_every == 0 or step % care.revive_every or not care.start_step < step <= 0.75 * self.total_steps:
+        reset = self.run.codebook_reset
+        if reset.reset_every == 0 or step % reset.reset_every or not reset.start_step < step <= 0.75 * self.total_steps:
             return
+        self._guard.check()  # latents become entries below
         quantiser = self.vqgan.quantize
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + step)
-        if len(quantiser.revive_unused(generator)):
+        if len(quantiser.reset_unused(generator)):
             update_master(self.engine, quantiser.embedding.weight)
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
-        """`loss` is the reconstruction error (mean absolute difference of [0, 1] pixels): the best model's measure."""
+        """`loss` is the reconstruction error: mean absolute difference of [0, 1] pixels."""
         totals: dict[str, float] = {"loss": 0.0, "mse": 0.0}
         tokens = []
         for batch in batches:
@@ -136,14 +130,14 @@ class VqganStage:
         means = {name: self.world.mean(total / len(batches)) for name, total in totals.items()}
         psnr_db = -10 * torch.log10(torch.tensor(means["mse"]).clamp_min(1e-10)).item()
         values = {**means, "psnr_db": psnr_db}
-        if not self._quantised:  # not a codec yet: 1 more than any error, so that it is never the best
+        if not self._quantised:  # no codec yet: 1 is more than any error, so that it is never the best
             return {**values, "loss": 1.0 + means["loss"]}
         stats = codebook_stats(torch.cat(tokens), self.run.model.codebook_size)
         return {**values, "codebook_usage": self.world.mean(float(stats.usage))}
 
     @torch.no_grad()
     def sample(self, count: int) -> Image.Image:
-        """Two rows: held-out pictures, and what the codec makes of them."""
+        """Two rows: held-out images and their reconstructions."""
         source = self.validation_source or self.source
         images = to_unit_floats(source(0)["images"][:count], self.world)
         reconstruction, _, _ = self.vqgan(images, quantised=self._quantised)
@@ -156,10 +150,10 @@ class VqganStage:
         self.world.barrier()
 
     def state(self) -> dict[str, Tensor]:
-        """Codebook use, summed over ranks: rank 0 alone writes it."""
-        if not self.run.codebook.revive_every:
+        """Usage of the codebook entries, summed over ranks, because rank 0 alone writes it."""
+        if not self.run.codebook_reset.reset_every:
             return {}
-        state: dict[str, Tensor] = self.vqgan.quantize.care_state()
+        state: dict[str, Tensor] = self.vqgan.quantize.usage_state()
         if self.world.size > 1:
             counts = state["usage_counts"].to(self.world.device)
             torch.distributed.all_reduce(counts)
@@ -168,16 +162,16 @@ class VqganStage:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if state:
-            if not self.world.is_main:  # the sum stays one: rank 0 has all of it
+            if not self.world.is_main:  # rank 0 has the sum
                 state = state | {"usage_counts": torch.zeros_like(state["usage_counts"])}
-            self.vqgan.quantize.load_care_state(state)
+            self.vqgan.quantize.load_usage_state(state)
 
     @torch.no_grad()
     def _set_codebook(self, step: int) -> None:
-        """k-means on the latents of the next pictures: from here on the codebook carries what the encoder learnt."""
-        wanted = 8 * self.run.model.codebook_size  # vectors, so that an entry has eight on average
+        """Sets the codebook by k-means on the latents of the next images, when quantisation starts."""
+        num_vectors = 8 * self.run.model.codebook_size  # eight an entry
         per_batch = self.run.model.image_seq_len * self._batch_size
-        numbers = range(step, step + max(1, min(64, -(-wanted // per_batch))))
+        numbers = range(step, step + max(1, min(64, -(-num_vectors // per_batch))))
         latents = torch.cat(
             [self.vqgan.encode_latents(to_unit_floats(self.source(number)["images"], self.world)) for number in numbers]
         )
@@ -189,8 +183,8 @@ class VqganStage:
 class _WithLoss(nn.Module):
     """A VQGAN whose forward ends with the generator's loss.
 
-    The loss is weighed by gradients of its own parts. DeepSpeed hooks an engine's outputs and takes any differentiation
-    through them for the backward pass (it raises at ZeRO stage 0), so this has to happen before they are outputs.
+    The loss is weighted by gradients of its own parts. DeepSpeed hooks an engine's outputs and takes any differentiation
+    through them for the backward pass (it raises at ZeRO stage 0), so this happens inside the module.
     """
 
     def __init__(self, vqgan: Vqgan) -> None:
@@ -228,6 +222,6 @@ def _start_from(model: Vqgan, folder: Path) -> None:
         found = tuple(weights[name].shape) if name in weights else "none"
         if found != tuple(own.shape):
             raise InputError(
-                "start_from", folder, f"`{name}` is {found}, model asks for {tuple(own.shape)}: mend `model`"
+                "start_from", folder, f"`{name}` is {found}, the config has {tuple(own.shape)}: mend `model`"
             )
     model.load_state_dict(weights)

@@ -1,83 +1,46 @@
-"""The one training loop. What differs between VQGAN, KoCLIP and KoDALLE is a stage; what is alike is here.
+"""The training loop, the same for VQGAN, KoCLIP and KoDALLE; what differs between them is a stage.
 
-A stage knows what a batch is and what the loss is. `step` counts finished optimiser steps; step s is made of micro
-batches s * accumulation … and every random number in it is a function of (seed, s), so that a run killed at any
-moment goes on, from its newest complete checkpoint, to the same losses (bit for bit on CPU).
+`step` counts finished optimiser steps. Step s is made of the micro batches from s * accumulation on, and every random
+number in it is a function of (seed, s), so that a run killed at any moment resumes from its newest complete checkpoint
+to the same losses (bit for bit on CPU).
+
+On a GPU the host runs ahead of the device: it waits only where the log is written (every `FLUSH_EVERY` steps) and
+before anything else is.
 """
 
-import math
-import signal
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from engine.config import KoclipRun, KodalleRun, Run, VqganRun
+from engine.config import Run
 from engine.config_files import dump_yaml
 from engine.errors import InputError
 from engine.files import atomic_file
-from engine.measure import count_flops, matrix_peak, synchronize
+from engine.measure import count_flops, matrix_peak
 from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
-from engine.training.batches import Batch, BatchSource, stream
+from engine.training.batches import Batch, stream
 from engine.training.card import model_card
 from engine.training.checkpoints import Progress
 from engine.training.deepspeed_section import check_keys
+from engine.training.engines import Engines, is_fp16, micro_batch
+from engine.training.process_group import World, join_world
 from engine.training.resumption import check_folder
-from engine.training.run_log import RunLog
-from engine.training.setup import World, join_world, micro_batch
-
-
-class Stage(Protocol):
-    """One kind of training. Built before the process group's engines, so that bad input stops it early."""
-
-    name: str
-    num_train: int  # pictures in the training split
-    num_validation: int
-    source: BatchSource
-    validation_source: BatchSource | None
-
-    def build(self, total_steps: int) -> dict[str, Any]:
-        """Makes the DeepSpeed engines; the first one's learning rate and gradient norm are logged."""
-
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Forward, backward and engine steps of one micro batch; returns 0-d tensors to log."""
-
-    def after_step(self, step: int) -> None:
-        """Called after optimiser step number `step` (1-based)."""
-
-    def validate(self, batches: list[Batch]) -> dict[str, float]:
-        """Means over held-out batches, equal on all ranks; `loss` decides which model is best."""
-
-    def sample(self, count: int) -> Image.Image:
-        """A picture that shows where training stands; all ranks call it."""
-
-    def export(self, folder: Path, card: str) -> None:
-        """Writes a model folder; all ranks call it."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What the stage remembers besides its engines."""
-
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
-
-
-@dataclass
-class _Clock:
-    """What a step costs, for the log."""
-
-    peak_flops: float
-    flops_per_step: float = 0.0
+from engine.training.run_log import FLUSH_EVERY, RunLog
+from engine.training.stage import Stage, make_stage
+from engine.training.step_clock import StepClock
+from engine.training.stop_signal import StopSignal
+from engine.training.update_guard import REMEDY, UpdateGuard
 
 
 def train(run: Run) -> Path:
-    """Trains, resuming where the run stood.
+    """Trains a run, from where its folder says that it stopped.
 
     Returns:
         The exported model folder, `<run>/model`; the one with the lowest validation loss is `<run>/model-best`.
@@ -85,275 +48,231 @@ def train(run: Run) -> Path:
     Raises:
         InputError: anything a user can get wrong, before the first step where it can be known then.
     """
-    begun = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
     check_keys(run.deepspeed)
-    batch_size, accumulation = micro_batch(run.deepspeed)
+    micro_batch(run.deepspeed)
     check_folder(run)
-    stage = _make_stage(run, world)
-    total = _total_steps(run, stage, batch_size * accumulation * world.size)
-    engines = stage.build(total)
-    if world.is_main:
-        with atomic_file(run.run / "config.yaml") as temporary:
-            temporary.write_text(dump_yaml(run), encoding="utf-8")
-    progress = _resume(run, stage, engines, world)
-    if progress.step >= total and (run.run / "model").is_dir():
-        if world.is_main:
-            print(f"{run.run} is finished ({progress.step} steps): nothing to do", flush=True)
-        return run.run / "model"
-    log = RunLog(run.run, resume_step=progress.step, enabled=world.is_main)
-    try:
-        progress = _run_steps(run, stage, engines, progress, total, accumulation, world, log)
-    finally:
-        log.close()
-    stage.export(run.run / "model", model_card(run, progress, run.run / "log.jsonl" if world.is_main else None))
-    if world.is_main:
-        print(f"{run.run / 'model'} written after {seconds_text(time.monotonic() - begun)}", flush=True)
-    return run.run / "model"
+    return Trainer(run, make_stage(run, world), world).train()
 
 
-def _run_steps(
-    run: Run,
-    stage: Stage,
-    engines: dict[str, Any],
-    progress: Progress,
-    total: int,
-    accumulation: int,
-    world: World,
-    log: RunLog,
-) -> Progress:
-    loop = run.loop
-    main = next(iter(engines.values()))
-    clock = _Clock(matrix_peak(world.device, _matrix_dtype(main)))
-    pictures = micro_batch(run.deepspeed)[0] * accumulation * world.size
-    batches = stream(stage.source, progress.step * accumulation, total * accumulation, num_workers=run.data.num_workers)
-    skipped_in_a_row, skipped_before = 0, _skipped(engines)
-    with ProgressBar(stage.name, total=total, start=progress.step, enabled=world.is_main) as bar, _StopSignal() as stop:
-        while progress.step < total:
-            begun = time.perf_counter()
-            torch.manual_seed(run.seed * 1_000_003 + progress.step * world.size + world.rank)  # dropout of this step
-            scalars = _one_step(stage, batches, progress.step, accumulation, clock, world)
-            progress = replace(progress, step=progress.step + 1)
-            stage.after_step(progress.step)
-            synchronize(
-                world.device
-            )  # _check_finite would wait here anyway; the time must be the work's, not its launch's
-            seconds = time.perf_counter() - begun
-            skipped = _skipped(engines)
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped > skipped_before else 0
-            skipped_before = skipped
-            if progress.step % loop.log_every == 0:
-                scalars = world.means(scalars)
-                _log_step(log, progress.step, scalars, main, engines, seconds, pictures, clock)
-            excused = skipped_in_a_row > 0 and bool(run.deepspeed.get("fp16", {}).get("enabled"))
-            _check_finite(progress.step, scalars, main, skipped_in_a_row > 0, excused, world)
-            if skipped_in_a_row >= loop.max_skipped_steps:
-                raise InputError(
-                    "training", f"{skipped_in_a_row} steps in a row", "had inf or nan gradients and were skipped: "
-                    "lower the learning rate or the loss scale; the last checkpoint is kept"
-                )  # fmt: skip
-            last = progress.step == total
-            if last or progress.step % loop.validate_every == 0:
-                progress = _validate(run, stage, engines, progress, log, world)
-            if last or progress.step % loop.sample_every == 0:
-                _sample(run, stage, engines, progress.step, log)
-            stopping = world.any(stop.received)
-            if last or stopping or progress.step % loop.checkpoint_every == 0:
-                _check_weights(progress.step, engines, world)
-                log.flush()  # a resumed run goes on from here: the lines up to here must not die with this process
-                checkpoints.save(
-                    run.run / "checkpoints", progress, engines, stage.state(), world=world, keep=loop.keep_checkpoints
-                )
-            bar.update(progress.step, _note(scalars) if bar.enabled else "")
-            if stopping and not last:
-                raise SystemExit(f"stopped by a signal after step {progress.step}; run the same command to go on")
-    return progress
-
-
-def _one_step(
-    stage: Stage, batches: Iterator[Batch], step: int, accumulation: int, clock: _Clock, world: World
-) -> dict[str, Tensor]:
-    sums: dict[str, Tensor] = {}
-    for _ in range(accumulation):
-        batch = _next_batch(batches, world)
-        work: Callable[[], dict[str, Tensor]] = lambda batch=batch: stage.micro_step(batch, step)  # type: ignore[misc]
-        if clock.flops_per_step == 0:
-            scalars, flops = count_flops(work)
-            clock.flops_per_step = float(flops) * accumulation
-        else:
-            scalars = work()
-        for name, value in scalars.items():
-            sums[name] = sums[name] + value if name in sums else value
-    return {name: value / accumulation for name, value in sums.items()}
-
-
-def _next_batch(batches: Iterator[Batch], world: World) -> Batch:
-    """A picture that cannot be read is one rank's trouble alone, and train.py prints rank 0's errors only."""
-    try:
-        return next(batches)
-    except InputError as error:
-        if not world.is_main:
-            print(f"error (rank {world.rank}): {error}", file=sys.stderr, flush=True)
-        raise
-
-
-def _check_finite(step: int, scalars: dict[str, Tensor], main: Any, skipped: bool, excused: bool, world: World) -> None:
-    """Stops before a checkpoint is made of nan weights.
+class Trainer:
+    """One training of a stage on this rank; all ranks run the same steps.
 
     Args:
-        skipped: DeepSpeed left the step out for gradients that are not finite.
-        excused: that does happen: fp16 tries a loss scale that is too high.
+        stage: its data is read; its engines are built here.
     """
-    norm = main.get_global_grad_norm()
-    watched = {"loss": float(scalars["loss"]), "grad_norm": 0.0 if norm is None else float(norm)}
-    bad = [f"{name} {value}" for name, value in watched.items() if not math.isfinite(value)]
-    if world.any((bool(bad) or skipped) and not excused):
-        raise InputError(
-            "training", f"step {step}: {', '.join(bad) or 'gradients not finite'}",
-            "lower the learning rate, or set deepspeed.gradient_clipping; the last checkpoint is kept"
+
+    def __init__(self, run: Run, stage: Stage, world: World) -> None:
+        self.run, self.stage, self.world = run, stage, world
+        self._started_s = time.monotonic()
+        batch_size, self.accumulation = micro_batch(run.deepspeed)
+        self.micro_batch_size = batch_size * world.size  # images of all ranks
+        self.images_per_step = self.micro_batch_size * self.accumulation
+        self.total_steps = _total_steps(run, stage.num_train, self.images_per_step)
+        self.progress = Progress()
+        self.guard = UpdateGuard(world, fp16=is_fp16(run.deepspeed))
+        self.engines: Engines = stage.build(self.total_steps, self.guard)
+        for engine in self.engines.values():
+            self.guard.watch(engine)
+        self.main = next(iter(self.engines.values()))
+        self._clock = StepClock(world.device)
+        self._flops_per_step = 0.0  # counted in the first step
+        self._skipped = 0  # steps, by DeepSpeed
+        self._skipped_in_a_row = 0
+
+    def train(self) -> Path:
+        """All steps that are left, then the export; see `train` of this module."""
+        run, world = self.run, self.world
+        model = run.run / "model"
+        if world.is_main:
+            with atomic_file(run.run / "config.yaml") as temporary:
+                temporary.write_text(dump_yaml(run), encoding="utf-8")
+        self._resume()
+        if self.progress.step >= self.total_steps and model.is_dir():
+            if world.is_main:
+                print(f"{run.run} is finished ({self.progress.step} steps): nothing to do", flush=True)
+            return model
+        log = RunLog(run.run, resume_step=self.progress.step, enabled=world.is_main)
+        try:
+            self._run_steps(log)
+        finally:
+            log.close()
+        self.stage.export(model, self._card())
+        if world.is_main:
+            print(f"{model} written after {seconds_text(time.monotonic() - self._started_s)}", flush=True)
+        return model
+
+    def _resume(self) -> None:
+        found = checkpoints.complete_checkpoints(self.run.run / "checkpoints")
+        self.world.barrier()
+        if not found:
+            return
+        self.progress, state = checkpoints.load(found[0], self.engines, world=self.world)
+        self.stage.load_state(state)
+        if self.world.is_main:
+            print(f"resuming {self.run.run} at step {self.progress.step}", flush=True)
+
+    def _run_steps(self, log: RunLog) -> None:
+        world, loop, total = self.world, self.run.loop, self.total_steps
+        self._skipped = self._count_skipped()
+        peak_flops = matrix_peak(world.device, next(self.main.module.parameters()).dtype)
+        first, last = self.progress.step * self.accumulation, total * self.accumulation
+        batches = stream(self.stage.source, first, last, num_workers=self.run.data.num_workers)
+        with (
+            ProgressBar(self.stage.name, total=total, start=self.progress.step, enabled=world.is_main) as bar,
+            StopSignal() as stop,
+        ):
+            while self.progress.step < total:
+                self._clock.start()
+                scalars = self._step(batches)
+                seconds = self._clock.stop()
+                step, is_last = self.progress.step, self.progress.step == total
+                if step % loop.log_every == 0:
+                    scalars = world.means(scalars)
+                    self._log_step(log, scalars, seconds, peak_flops)
+                self._check_skipped()
+                stopping = world.any(stop.received)
+                validates = is_last or step % loop.validate_every == 0
+                samples = is_last or step % loop.sample_every == 0
+                saves = is_last or stopping or step % loop.checkpoint_every == 0
+                if world.device.type == "cpu" or step % FLUSH_EVERY == 0 or validates or samples or saves:
+                    self.guard.check()
+                    bar.update(step, _note(scalars) if bar.enabled else "")
+                if step % FLUSH_EVERY == 0:
+                    log.flush()
+                if validates:
+                    self._validate(log)
+                if samples:
+                    self._sample(log)
+                if saves:
+                    self._save(log)
+                if stopping and not is_last:
+                    raise SystemExit(f"stopped by a signal after step {step}; run the same command to go on")
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """One optimiser step; means over its micro batches of what the stage logs."""
+        number = self.progress.step
+        torch.manual_seed(self.run.seed * 1_000_003 + number * self.world.size + self.world.rank)  # dropout
+        self.guard.start_step(number + 1)
+        sums: dict[str, Tensor] = {}
+        for _ in range(self.accumulation):
+            batch = self._next_batch(batches)
+            work: Callable[[], dict[str, Tensor]] = lambda batch=batch: self.stage.micro_step(batch, number)  # type: ignore[misc]
+            if self._flops_per_step == 0:
+                scalars, flops = count_flops(work)
+                self._flops_per_step = float(flops) * self.accumulation
+            else:
+                scalars = work()
+            for name, value in scalars.items():
+                sums[name] = sums[name] + value if name in sums else value
+        self.progress = replace(self.progress, step=number + 1)
+        self.stage.after_step(number + 1)
+        return {name: value / self.accumulation for name, value in sums.items()}
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; an image that cannot be read fails on one rank alone, and train.py prints rank 0's errors."""
+        try:
+            return next(batches)
+        except InputError as error:
+            if not self.world.is_main:
+                print(f"error (rank {self.world.rank}): {error}", file=sys.stderr, flush=True)
+            raise
+
+    def _log_step(
+        self, log: RunLog, scalars: dict[str, Tensor], seconds: Callable[[], float], peak_flops: float
+    ) -> None:
+        if not log.enabled:
+            return
+        values: dict[str, Tensor | float | Callable[[], float]] = dict(scalars)
+        values["lr"] = float(self.main.get_lr()[0])
+        norm = self.guard.gradient_norm(self.main)
+        if norm is not None:
+            values["grad_norm"] = norm if isinstance(norm, Tensor) else float(norm)
+        optimizer = self.main.optimizer
+        scale = getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None)
+        values["loss_scale"] = float(scale) if scale else 1.0
+        values["skipped_steps"] = float(self._count_skipped())
+        values["images_per_s"] = lambda: self.images_per_step / seconds()
+        values["share_of_peak"] = lambda: self._flops_per_step / seconds() / peak_flops
+        if self.world.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        log.scalars(self.progress.step, values)
+
+    def _check_skipped(self) -> None:
+        """Stops over gradients that were not finite, so that DeepSpeed skipped the step.
+
+        In fp16 only over many in a row: now and then it tries a loss scale that is too high.
+        """
+        skipped, before = self._count_skipped(), self._skipped
+        self._skipped = skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > before else 0
+        if self._skipped_in_a_row and not is_fp16(self.run.deepspeed):
+            raise InputError("training", f"step {self.progress.step}: gradients not finite", REMEDY)
+        if self._skipped_in_a_row >= self.run.loop.max_skipped_steps:
+            raise InputError(
+                "training", f"{self._skipped_in_a_row} steps in a row", "had inf or nan gradients and were skipped: "
+                "lower the learning rate or the loss scale; the last checkpoint is kept"
+            )  # fmt: skip
+
+    def _count_skipped(self) -> int:
+        return sum(engine.skipped_steps for engine in self.engines.values())
+
+    def _check_weights(self) -> None:
+        """Stops over weights that are no longer finite: finite gradients at a high learning rate can make them so."""
+        sums = [
+            weight.detach().float().sum() for engine in self.engines.values() for weight in engine.module.parameters()
+        ]
+        if self.world.any(not bool(torch.stack(sums).isfinite().all())):
+            raise InputError("training", f"step {self.progress.step}: weights are no longer finite", REMEDY)
+
+    def _validate(self, log: RunLog) -> None:
+        """Measures on held-out images; exports `model-best` when the loss is the lowest so far."""
+        stage, run = self.stage, self.run
+        if stage.validation_source is None:
+            return
+        whole = stage.num_validation // self.micro_batch_size  # batches in which no image comes twice
+        batches = [stage.validation_source(number) for number in range(max(1, min(run.loop.validation_batches, whole)))]
+        with self._eval_mode():
+            values = stage.validate(batches)
+        log.validation(self.progress.step, values)
+        if self.progress.best_loss is None or values["loss"] < self.progress.best_loss:
+            self.progress = replace(self.progress, best_loss=values["loss"], best_step=self.progress.step)
+            log.flush()
+            stage.export(run.run / "model-best", self._card())
+
+    def _sample(self, log: RunLog) -> None:
+        with self._eval_mode():
+            log.image(self.progress.step, self.stage.sample(self.run.loop.sample_count))
+
+    def _save(self, log: RunLog) -> None:
+        self._check_weights()
+        log.flush()  # a resumed run goes on from here: the lines up to here must not be lost with this process
+        checkpoints.save(
+            self.run.run / "checkpoints", self.progress, self.engines, self.stage.state(),
+            world=self.world, keep=self.run.loop.keep_checkpoints,
         )  # fmt: skip
 
+    def _card(self) -> str:
+        return model_card(self.run, self.progress, self.run.run / "log.jsonl" if self.world.is_main else None)
 
-def _check_weights(step: int, engines: dict[str, Any], world: World) -> None:
-    """Before a checkpoint: a finite loss can have infinite gradients, and DeepSpeed tells no norm at ZeRO 0 in float32."""
-    sums = [weight.detach().float().sum() for engine in engines.values() for weight in engine.module.parameters()]
-    if world.any(not bool(torch.stack(sums).isfinite().all())):
-        raise InputError(
-            "training", f"step {step}: weights are no longer finite", "lower the learning rate, or set "
-            "deepspeed.gradient_clipping; the last checkpoint is kept"
-        )  # fmt: skip
-
-
-def _log_step(
-    log: RunLog,
-    step: int,
-    scalars: dict[str, Tensor],
-    main: Any,
-    engines: dict[str, Any],
-    seconds: float,
-    pictures: int,
-    clock: _Clock,
-) -> None:
-    if not log.enabled:
-        return
-    values: dict[str, Tensor | float] = dict(scalars)
-    values["lr"] = float(main.get_lr()[0])
-    norm = main.get_global_grad_norm()
-    if norm is not None:
-        values["grad_norm"] = norm if isinstance(norm, Tensor) else float(norm)
-    scale = getattr(main.optimizer, "cur_scale", None) or getattr(main.optimizer, "loss_scale", None)
-    values["loss_scale"] = float(scale) if scale else 1.0
-    values["skipped_steps"] = float(_skipped(engines))
-    values["images_per_s"] = pictures / seconds
-    values["share_of_peak"] = clock.flops_per_step / seconds / clock.peak_flops
-    if main.device.type == "cuda":
-        values["peak_memory_gib"] = torch.cuda.max_memory_allocated(main.device) / 2**30
-    log.scalars(step, values)
-
-
-def _validate(
-    run: Run, stage: Stage, engines: dict[str, Any], progress: Progress, log: RunLog, world: World
-) -> Progress:
-    """Measures on held-out pictures; exports `model-best` when the loss is the lowest so far."""
-    if stage.validation_source is None:
-        return progress
-    whole = stage.num_validation // (micro_batch(run.deepspeed)[0] * world.size)  # no picture twice
-    batches = [stage.validation_source(number) for number in range(max(1, min(run.loop.validation_batches, whole)))]
-    with _eval_mode(engines):
-        values = stage.validate(batches)
-    log.validation(progress.step, values)
-    if progress.best_loss is None or values["loss"] < progress.best_loss:
-        progress = replace(progress, best_loss=values["loss"], best_step=progress.step)
-        log.flush()
-        stage.export(
-            run.run / "model-best", model_card(run, progress, run.run / "log.jsonl" if world.is_main else None)
-        )
-    return progress
-
-
-def _sample(run: Run, stage: Stage, engines: dict[str, Any], step: int, log: RunLog) -> None:
-    with _eval_mode(engines):
-        log.picture(step, stage.sample(run.loop.sample_count))
-
-
-class _eval_mode:
-    """Engines in eval mode for a block."""
-
-    def __init__(self, engines: dict[str, Any]) -> None:
-        self._engines = engines
-
-    def __enter__(self) -> None:
-        for engine in self._engines.values():
+    @contextlib.contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """Engines in eval mode within the block."""
+        for engine in self.engines.values():
             engine.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for engine in self._engines.values():
-            engine.train()
-
-
-class _StopSignal:
-    """Remembers SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(number, self._old[number])
+        try:
+            yield
+        finally:
+            for engine in self.engines.values():
+                engine.train()
 
 
-def _make_stage(run: Run, world: World) -> Stage:
-    # A closed list: configs that name classes to import are a way to run foreign code.
-    if isinstance(run, VqganRun):
-        from engine.training.stage_vqgan import VqganStage
-
-        return VqganStage(run, world)
-    if isinstance(run, KoclipRun):
-        from engine.training.stage_koclip import KoclipStage
-
-        return KoclipStage(run, world)
-    assert isinstance(run, KodalleRun), type(run)
-    from engine.training.stage_kodalle import KodalleStage
-
-    return KodalleStage(run, world)
-
-
-def _total_steps(run: Run, stage: Stage, pictures_per_step: int) -> int:
+def _total_steps(run: Run, num_train: int, images_per_step: int) -> int:
     if run.loop.steps is not None:
         return run.loop.steps
     assert run.loop.epochs is not None
-    return max(1, round(run.loop.epochs * stage.num_train / pictures_per_step))
-
-
-def _resume(run: Run, stage: Stage, engines: dict[str, Any], world: World) -> Progress:
-    found = checkpoints.complete_checkpoints(run.run / "checkpoints")
-    world.barrier()
-    if not found:
-        return Progress()
-    progress, state = checkpoints.load(found[0], engines, world=world)
-    stage.load_state(state)
-    if world.is_main:
-        print(f"resuming {run.run} at step {progress.step}", flush=True)
-    return progress
-
-
-def _skipped(engines: dict[str, Any]) -> int:
-    return sum(int(engine.skipped_steps) for engine in engines.values())
-
-
-def _matrix_dtype(engine: Any) -> torch.dtype:
-    return next(engine.module.parameters()).dtype
+    return max(1, round(run.loop.epochs * num_train / images_per_step))
 
 
 def _note(scalars: dict[str, Tensor]) -> str:

@@ -14,8 +14,8 @@ from tests.paths import REPOSITORY
 CONFIGS = REPOSITORY / "configs" / "demo"
 SHORT = [
     "vqgan.loop.steps=8",
-    "vqgan.codebook.start_step=4",
-    "vqgan.codebook.revive_every=2",
+    "vqgan.codebook_reset.start_step=4",
+    "vqgan.codebook_reset.reset_every=2",
     "vqgan.loop.validation_batches=1",
     "koclip.loop.steps=4",
     "koclip.deepspeed.train_micro_batch_size_per_gpu=8",

@@ -130,24 +130,24 @@ def test_init_from_few_vectors_makes_no_equal_entries() -> None:
         quantiser.init_from(torch.randn(7, 5), _generator())
 
 
-def test_revive_replaces_exactly_the_unused() -> None:
+def test_reset_replaces_exactly_the_unused() -> None:
     quantiser = _quantiser(track_usage=True)
     before = quantiser.embedding.weight.detach().clone()
     latents = torch.randn(2, 6, 2, 2)
     used = quantiser(latents).image_tokens.unique()
-    replaced = quantiser.revive_unused(_generator())
+    replaced = quantiser.reset_unused(_generator())
     assert sorted([*used.tolist(), *replaced.tolist()]) == list(range(20))
     assert torch.equal(quantiser.embedding.weight[used], before[used])
     assert not (quantiser.embedding.weight[replaced] == before[replaced]).all(1).any()
     assert quantiser.usage_counts.sum() == 0
 
 
-def test_evaluation_counts_nothing_and_revive_needs_a_batch() -> None:
+def test_evaluation_counts_nothing_and_reset_needs_a_batch() -> None:
     quantiser = _quantiser(track_usage=True).eval()
     quantiser(torch.randn(1, 6, 2, 2))
     assert quantiser.usage_counts.sum() == 0
     with pytest.raises(RuntimeError, match="track_usage"):
-        quantiser.revive_unused(_generator())
+        quantiser.reset_unused(_generator())
 
 
 def test_resumed_equals_uninterrupted() -> None:
@@ -155,35 +155,35 @@ def test_resumed_equals_uninterrupted() -> None:
     straight = _quantiser(track_usage=True)
     for batch in batches:
         straight(batch)
-    expected = straight.revive_unused(_generator(9))
+    expected = straight.reset_unused(_generator(9))
 
     first = _quantiser(track_usage=True)
     for batch in batches[:3]:
         first(batch)
     resumed = VectorQuantizer(20, 6, track_usage=True)
     resumed.load_state_dict(first.state_dict())
-    resumed.load_care_state(first.care_state())
+    resumed.load_usage_state(first.usage_state())
     resumed(batches[3])
-    assert torch.equal(resumed.revive_unused(_generator(9)), expected)
+    assert torch.equal(resumed.reset_unused(_generator(9)), expected)
     assert torch.equal(resumed.embedding.weight, straight.embedding.weight)
 
     with pytest.raises(ValueError, match="care state is for 20 entries"):
-        VectorQuantizer(21, 6).load_care_state(first.care_state())
-    resumed.load_care_state(VectorQuantizer(20, 6).care_state())  # of a run that has seen no batch yet
+        VectorQuantizer(21, 6).load_usage_state(first.usage_state())
+    resumed.load_usage_state(VectorQuantizer(20, 6).usage_state())  # of a run that has seen no batch yet
 
 
-def _revive_on_two_ranks(rank: int, store: str, answers: str) -> None:
+def _reset_on_two_ranks(rank: int, store: str, answers: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     quantiser = _quantiser(track_usage=True)
     quantiser(torch.randn(1, 6, 2, 3, generator=_generator(rank)))
-    replaced = quantiser.revive_unused(_generator(5))
+    replaced = quantiser.reset_unused(_generator(5))
     torch.save([replaced, quantiser.embedding.weight.detach()], f"{answers}.{rank}")
     dist.destroy_process_group()
 
 
 def test_two_ranks_keep_one_codebook(tmp_path: Path) -> None:
     answers = str(tmp_path / "answers")
-    mp.spawn(_revive_on_two_ranks, args=(str(tmp_path / "store"), answers), nprocs=2)
+    mp.spawn(_reset_on_two_ranks, args=(str(tmp_path / "store"), answers), nprocs=2)
     (replaced, weight), (other_replaced, other_weight) = (torch.load(f"{answers}.{rank}") for rank in range(2))
     assert torch.equal(replaced, other_replaced)
     assert torch.equal(weight, other_weight)

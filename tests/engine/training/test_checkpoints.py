@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there. Engines are stand-ins here; test_loop.py has the real ones."""
+"""Checkpoints are whole or not there. Engines are stand-ins here; test_trainer.py has the real ones."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from engine.errors import InputError
 from engine.training import checkpoints
 from engine.training.checkpoints import MARKER, Progress, complete_checkpoints, load, save
-from engine.training.setup import World
+from engine.training.process_group import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.training.run_log import FLUSH_EVERY, RunLog
+from engine.training.run_log import RunLog
 
 
 def _lines(folder: Path) -> list[dict[str, float]]:
@@ -31,13 +31,14 @@ def test_lines_come_in_order_and_in_full(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_pending_lines_are_written_every_few_steps(tmp_path: Path) -> None:
+def test_lines_are_read_when_the_log_is_flushed_not_before(tmp_path: Path) -> None:
     log = RunLog(tmp_path, resume_step=0)
-    for step in range(1, FLUSH_EVERY):
-        log.scalars(step, {"loss": 0.0})
+    loss = torch.tensor(1.0)
+    log.scalars(1, {"loss": loss, "seconds": lambda: float(loss) / 4})
+    loss.fill_(2.0)
     assert _lines(tmp_path) == []
-    log.scalars(FLUSH_EVERY, {"loss": 0.0})
-    assert len(_lines(tmp_path)) == FLUSH_EVERY
+    log.flush()
+    assert _lines(tmp_path) == [{"step": 1, "loss": 2.0, "seconds": 0.5}]
     log.close()
 
 
@@ -62,7 +63,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "none", resume_step=0, enabled=False)
     log.scalars(1, {"loss": 1.0})
     log.validation(1, {"loss": 1.0})
-    log.picture(1, Image.new("RGB", (2, 2)))
+    log.image(1, Image.new("RGB", (2, 2)))
     log.flush()
     log.close()
     assert not (tmp_path / "none").exists()
@@ -71,7 +72,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(4, 4), (6, 3)])
 def test_pictures_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
     log = RunLog(tmp_path, resume_step=0)
-    log.picture(12, Image.new("RGB", size, "red"))
+    log.image(12, Image.new("RGB", size, "red"))
     log.close()
     with Image.open(tmp_path / "samples" / "step-00000012.png") as picture:
         assert picture.size == size

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,9 @@ from safetensors.torch import load_file
 from engine.config_files import load_run
 from engine.training import trainer
 from engine.training.checkpoints import complete_checkpoints
-from engine.training.setup import join_world, make_engine
+from engine.training.engines import make_engine
+from engine.training.process_group import free_port, join_world
+from engine.training.stage import make_stage
 from tests.paths import REPOSITORY
 
 STAGES = ["vqgan", "koclip", "kodalle"]
@@ -34,7 +35,7 @@ ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     """SIGTERM arrives while step number `step` is at work."""
-    make = trainer._make_stage
+    make = trainer.make_stage
 
     def with_signal(*arguments: Any) -> Any:
         made = make(*arguments)
@@ -49,7 +50,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
         made.after_step = after
         return made
 
-    monkeypatch.setattr(trainer, "_make_stage", with_signal)
+    monkeypatch.setattr(trainer, "make_stage", with_signal)
 
 
 # --------------------------------------------------------------------------------------------------- what a run leaves
@@ -79,7 +80,7 @@ def test_card_quotes_the_last_validation(run_of: dict[str, Path], stage: str, lo
     last = [line for line in losses(run_of[stage]) if "validation_loss" in line][-1]
     card = (run_of[stage] / "model" / "model_card.md").read_text(encoding="utf-8")
     assert f"- loss: {last['validation_loss']}" in card
-    assert "for 8 steps on the captioned pictures of `squares`" in card
+    assert "for 8 steps on the captioned images of `squares`" in card
 
 
 def test_best_model_is_the_lowest_validation_loss(kodalle_run: Path, losses: Losses) -> None:
@@ -354,7 +355,7 @@ def test_partial_captions_reach_the_batches(
     if stage == "kodalle":
         tree |= {"koclip": None, "caption_dropout": 0.0}
     run = load_run(write_tree(tree, tmp_path / "run.yaml"))
-    made: Any = trainer._make_stage(run, join_world(torch_threads=None))
+    made: Any = make_stage(run, join_world(torch_threads=None))
 
     def captions(source: Any) -> set[str]:
         length = run.model.text_seq_len  # type: ignore[union-attr]
@@ -381,12 +382,6 @@ for path in sys.argv[1:]:
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two gloo processes, batches of two, ZeRO 0 to 3 one after the other."""
@@ -396,7 +391,7 @@ def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory
         tree = _exact(tree_of("kodalle", folder / f"zero{zero}"))
         tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero}}
         files.append(str(write_tree(tree, folder / f"zero{zero}.yaml")))
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [
         subprocess.Popen(
             [sys.executable, "-c", _SEVERAL, *files],
@@ -438,7 +433,7 @@ def test_deepspeed_launcher_trains_the_same(
 ) -> None:
     file = write_tree(tree_of("kodalle", tmp_path / "elsewhere"), tmp_path / "run.yaml")
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--master_port", str(_free_port()), "engine/train.py"]
+    command = [str(launcher), "--master_port", str(free_port()), "engine/train.py"]
     answer = subprocess.run(
         [*command, "--config", str(file), f"run={tmp_path / 'run'}", "loop.log_every=1"],
         cwd=REPOSITORY,

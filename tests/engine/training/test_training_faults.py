@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from engine.config_files import load_run
 from engine.errors import InputError
 from engine.training.checkpoints import complete_checkpoints
-from engine.training.setup import backward_and_step, join_world
+from engine.training.process_group import World, join_world
 from engine.training.stage_kodalle import KodalleStage
+from engine.training.update_guard import UpdateGuard
 
 Tree = dict[str, Any]
 Train = Callable[[Tree], Path]
@@ -102,7 +103,7 @@ def test_start_from_another_size(vqgan_run: Path, tree_of: TreeOf, train_tree: T
 
 
 def test_start_from_starts_there(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
-    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook={})
+    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook_reset={})
     tree["loop"] |= {"steps": 1}
     tree["deepspeed"]["optimizer"]["params"]["lr"] = 1e-9
     del tree["deepspeed"]["scheduler"]
@@ -133,7 +134,9 @@ def test_misspelt_deepspeed_key_is_refused_before_anything_is_written(
 
 def test_a_loss_scale_that_can_fall_no_further_is_one_line() -> None:
     class Engine:
+        module = torch.nn.Linear(1, 1)
         optimizer = type("Wrapped", (), {"_global_grad_norm": 0.0})()
+        basic_optimizer = torch.optim.SGD(module.parameters())
 
         def __init__(self, words: str) -> None:
             self.words = words
@@ -146,16 +149,19 @@ def test_a_loss_scale_that_can_fall_no_further_is_one_line() -> None:
         def step(self) -> None:
             raise Exception(self.words)
 
+    def step(words: str) -> None:
+        engine: Any = Engine(words)
+        guard = UpdateGuard(World(0, 1, 0, torch.device("cpu")), fp16=True)
+        guard.watch(engine)
+        guard.backward_and_step(engine, torch.zeros((), dtype=torch.float32))
+
     # as deepspeed/runtime/fp16/loss_scaler.py has it
     with pytest.raises(
         InputError, match=r"deepspeed.fp16: the loss scale is at its minimum: .*lower the learning rate"
     ):
-        backward_and_step(
-            Engine("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."),
-            torch.zeros(()),
-        )
+        step("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
     with pytest.raises(Exception, match="another"):
-        backward_and_step(Engine("another"), torch.zeros(()))
+        step("another")
 
 
 # ------------------------------------------------------------------------------------------------------ on resumption
@@ -186,7 +192,7 @@ def test_changed_config_is_refused_by_name_and_nothing_is_touched(
     key: str, value: Any, before: str, begun: Path, tree_of: TreeOf, train_tree: Train
 ) -> None:
     files = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=rf"{key}: .*was begun with .*{before}.*: undo the change") as caught:
+    with pytest.raises(InputError, match=rf"{key}: .*was started with .*{before}.*: undo the change") as caught:
         train_tree(_set(tree_of("kodalle", begun), key, value))
     assert caught.value.field == key
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == files
@@ -206,7 +212,9 @@ def test_a_run_begun_before_a_field_was_there_goes_on(begun: Path, tree_of: Tree
     del config["text"]["partial_captions"], config["input_token_noise"], config["augmented_views"]
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
     tree = tree_of("kodalle", begun)
-    with pytest.raises(InputError, match=r"input_token_noise: 0.5: .*was begun with 0.0"):  # it is drawn with noise now
+    with pytest.raises(
+        InputError, match=r"input_token_noise: 0.5: .*was started with 0.0"
+    ):  # it is drawn with noise now
         train_tree(tree)
     config["input_token_noise"] = tree["input_token_noise"]
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
@@ -219,7 +227,7 @@ def test_a_run_begun_with_a_field_that_is_gone_is_refused_by_its_name(
 ) -> None:
     config = yaml.safe_load((begun / "config.yaml").read_text()) | {"warp": 9}
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(InputError, match=r"warp: None: .*was begun with 9"):
+    with pytest.raises(InputError, match=r"warp: None: .*was started with 9"):
         train_tree(tree_of("kodalle", begun))
 
 
@@ -297,13 +305,13 @@ def make_stage(
 def test_shards_are_used_again_and_made_again(
     make_stage: Callable[..., str], pairs_folder: Path, tmp_path: Path
 ) -> None:
-    assert "encoding pictures" not in make_stage()
+    assert "encoding images" not in make_stage()
     shutil.copytree(pairs_folder, tmp_path / "pairs")
     lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8")
     (tmp_path / "pairs" / "pairs.jsonl").write_text(lines.replace("빨강 바탕에", "빨강 배경에"), encoding="utf-8")
-    assert "encoding pictures" in make_stage(data__pairs=str(tmp_path / "pairs"))
-    assert "encoding pictures" in make_stage()
-    assert "encoding pictures" not in make_stage()
+    assert "encoding images" in make_stage(data__pairs=str(tmp_path / "pairs"))
+    assert "encoding images" in make_stage()
+    assert "encoding images" not in make_stage()
 
 
 def test_other_vqgan_weights_make_other_shards(make_stage: Callable[..., str], vqgan_run: Path, tmp_path: Path) -> None:
@@ -312,13 +320,13 @@ def test_other_vqgan_weights_make_other_shards(make_stage: Callable[..., str], v
     weights = load_file(other / "vqgan.safetensors")
     weights["quant_conv.bias"] += 0.1
     save_file(weights, other / "vqgan.safetensors")
-    assert "encoding pictures" in make_stage(vqgan=str(other))
+    assert "encoding images" in make_stage(vqgan=str(other))
 
 
 def test_cut_captions_are_told_or_refused(make_stage: Callable[..., str], tmp_path: Path) -> None:
     said = make_stage(model__text_seq_len=4)
-    assert "note: the captions of 30 pictures are too long and were cut" in said
-    with pytest.raises(InputError, match="strict_captions: True: 30 pictures have captions of more"):
+    assert "note: the captions of 30 images are too long and were cut" in said
+    with pytest.raises(InputError, match="strict_captions: True: 30 images have captions of more"):
         make_stage(model__text_seq_len=4, strict_captions=True)
     shutil.rmtree(tmp_path / "shards")
     with pytest.raises(InputError, match=r"caption: .* more than the model's 4"):

@@ -1,0 +1,148 @@
+"""DeepSpeed engines: what training uses of them, and how they are made from a config's `deepspeed:` section.
+
+The section reaches `deepspeed.initialize` as it stands. The only value that is filled in is `auto` at
+`scheduler.params.total_num_steps`, which becomes the length of the run.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from torch import Tensor, nn
+
+from engine.errors import InputError
+
+
+class DeepSpeedEngine(Protocol):
+    """What training uses of `deepspeed.DeepSpeedEngine`."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> object:
+        """DeepSpeed's wrapper (ZeRO, bf16, fp16), or torch's optimiser itself (float32 at ZeRO stage 0)."""
+
+    @property
+    def basic_optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimiser, inside the wrapper or not."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that DeepSpeed left out, for gradients that were not finite."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The module's forward pass."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def train(self) -> object: ...
+
+    def eval(self) -> object: ...
+
+    def backward(self, loss: Tensor) -> object: ...
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step` updates the weights."""
+
+    def step(self) -> object: ...
+
+    def get_lr(self) -> list[float]: ...
+
+    def get_global_grad_norm(self) -> Tensor | float | None:
+        """Of the last update, before clipping; None where DeepSpeed computes none (float32 at ZeRO stage 0)."""
+
+    def save_checkpoint(self, save_dir: str, *, tag: str, save_latest: bool) -> object: ...
+
+    def load_checkpoint(self, load_dir: str, *, tag: str) -> tuple[str | None, Any]:
+        """(path, client state); the path is None where nothing could be read."""
+
+
+Engines = dict[str, DeepSpeedEngine]
+
+
+def make_engine(
+    module: nn.Module, settings: dict[str, Any], *, total_steps: int, parameters: Iterable[Any] | None = None
+) -> DeepSpeedEngine:
+    """A DeepSpeed engine around `module`.
+
+    Args:
+        settings: the config's `deepspeed:` section.
+        total_steps: fills in `total_num_steps: auto`.
+        parameters: parameter groups; default: everything that requires a gradient.
+
+    Raises:
+        InputError: settings that this machine or DeepSpeed rejects.
+    """
+    settings = copy.deepcopy(settings)
+    if is_fp16(settings) and zero_stage(settings) == 0:
+        # 0.19 divides gradients by the loss scale there, and scales no loss: they underflow without a warning.
+        raise InputError(
+            "deepspeed.zero_optimization.stage", 0, "DeepSpeed scales no fp16 loss at stage 0: write stage 1 (on one "
+            "GPU it takes the same memory), or use bf16"
+        )  # fmt: skip
+    if is_fp16(settings) and get_accelerator().device_name() == "cpu":
+        raise InputError("deepspeed.fp16.enabled", True, "DeepSpeed has no fp16 on CPU: use bf16, or leave both out")
+    scheduler = settings.get("scheduler", {}).get("params", {})
+    if scheduler.get("total_num_steps") == "auto":
+        scheduler["total_num_steps"] = total_steps
+    if "optimizer" not in settings:
+        raise InputError(
+            "deepspeed.optimizer", "(nothing)", "is missing: add one, e.g. {type: AdamW, params: {lr: 3e-4}}"
+        )
+    if any(settings.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
+        for part in module.modules():
+            if type(part) is nn.BatchNorm2d:
+                part.__class__ = _BatchNormInFloat  # in place: names and weights stay
+    groups = list(parameters) if parameters is not None else [p for p in module.parameters() if p.requires_grad]
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=groups)
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            "deepspeed", " ".join(lines)[:300], "mend the section; DeepSpeed's documentation applies"
+        ) from error
+    made: DeepSpeedEngine = engine
+    return made
+
+
+def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:
+    """(images a micro batch and rank, micro batches a step) of a `deepspeed:` section.
+
+    Raises:
+        InputError: missing, `auto`, or not a positive whole number.
+    """
+    sizes = []
+    for name, default in (("train_micro_batch_size_per_gpu", "(nothing)"), ("gradient_accumulation_steps", 1)):
+        value = settings.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"deepspeed.{name}", value, "give a positive whole number, e.g. 32")
+        sizes.append(value)
+    return sizes[0], sizes[1]
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """ZeRO stage of a `deepspeed:` section."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def is_fp16(settings: dict[str, Any]) -> bool:
+    """Whether a `deepspeed:` section trains in fp16, with a scaled loss."""
+    return bool(settings.get("fp16", {}).get("enabled"))
+
+
+class _BatchNormInFloat(nn.BatchNorm2d):
+    """BatchNorm for bf16 and fp16 engines: DeepSpeed casts weights but no buffers, and torch rejects the mixture."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight.float(), self.bias.float(),
+            self.training, self.momentum or 0.0, self.eps,
+        )  # fmt: skip
