@@ -1,13 +1,13 @@
-"""How fast KoDALLE trains on this machine, and what share of the machine's own matrix rate that is.
+"""Speed of KoDALLE training on this machine, and its share of the measured peak of matrix products.
 
     python benchmarks/train_speed.py                            the published 335 M, a few minutes
     python benchmarks/train_speed.py --quick                    a tiny model, in seconds: does it run?
     python benchmarks/train_speed.py --dtype bf16,fp16,fp32 --batch 256 --steps 1000     losses side by side
 
-Each row is `engine/train.py` with configs/kodalle/kodalle.yaml in a process of its own, on pictures of noise: the time of a
-step does not depend on what they show. Its log is read, and it is killed when it has done its steps: what comes after the
-last one (validation, drawings, export) is no step. A step is everything between two: waiting for data, forward, backward,
-optimiser, the check for finite numbers. Prints a table and, as the last line, one JSON document, which is also stored:
+Each row is `engine/train.py` with configs/kodalle/kodalle.yaml in a process of its own, on images of noise, since the
+time of a step does not depend on their content. Its log is read, and it is killed after its steps, before validation,
+samples and export. The time of a step includes waiting for data, forward, backward, update and the check for finite
+numbers. Prints a table and, as the last line, one JSON document, which is also stored:
 
     <out>/results/train_speed/<hardware>.json
 """
@@ -49,18 +49,18 @@ Row = dict[str, Any]
 _FOLDER = Path(__file__).resolve().parent
 _CONFIG = REPOSITORY / "configs" / "kodalle" / "kodalle.yaml"
 _GROUP_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # of another training's processes
-_LAST = 20  # steps whose mean loss is told
+_LAST = 20  # steps whose mean loss is reported
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is trained how often. Sizes end in eight minutes on two cores."""
+class TrainingPlan:
+    """Trainings of one run of this benchmark; the defaults take eight minutes on two cores."""
 
     dtypes: tuple[Dtype, ...]
-    batches: tuple[int, ...]  # pictures a step
+    batches: tuple[int, ...]  # images a step
     steps: int  # a multiple of FLUSH_EVERY: the log is written by so many
     warm_up_steps: int  # of them, not counted: first kernels, first allocations
-    pictures: int
+    num_images: int  # of the data set
     limit_s: float  # of one row
 
 
@@ -84,9 +84,9 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory(prefix="train-speed-") as name:
         folder = Path(name)
-        print("writing a model of random weights and pictures of noise", file=sys.stderr)
+        print("writing a model of random weights and images of noise", file=sys.stderr)
         write_random_model(folder / "model", tiny=arguments.quick)
-        _write_pictures(folder / "pairs", plan.pictures, vqgan.image_size)
+        _write_images(folder / "pairs", plan.num_images, vqgan.image_size)
         sizes = [f"model.{key}={value}" for key, value in transformer.model_dump(mode="json").items()]
         with kept_when_stopped(document):
             for dtype, batch in itertools.product(plan.dtypes, plan.batches):
@@ -111,14 +111,14 @@ def _arguments(device: torch.device) -> argparse.Namespace:
     def sizes(text: str) -> tuple[int, ...]:
         chosen = tuple(int(part) for part in text.split(","))
         if min(chosen) < 1:
-            raise argparse.ArgumentTypeError("batches have 1 picture or more")
+            raise argparse.ArgumentTypeError("batches have 1 image or more")
         return chosen
 
-    parser = argparse.ArgumentParser(description="Measures training on this machine; see the file's head.")
+    parser = argparse.ArgumentParser(description="Measures training on this machine; see the file's docstring.")
     parser.add_argument("--quick", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--out", type=Path, help="folder for results/ (default: benchmarks/)")
     parser.add_argument("--dtype", type=dtypes, help=f"of {','.join(get_args(Dtype))}")
-    parser.add_argument("--batch", type=sizes, help="pictures a step, e.g. 256,40")
+    parser.add_argument("--batch", type=sizes, help="images a step, e.g. 256,40")
     parser.add_argument("--steps", type=int, help=f"of each row, a multiple of {FLUSH_EVERY}")
     parser.add_argument("--limit-s", type=float, default=900.0, help="of each row")
     parser.add_argument(
@@ -130,23 +130,23 @@ def _arguments(device: torch.device) -> argparse.Namespace:
     return arguments
 
 
-def _plan(arguments: argparse.Namespace, device: torch.device) -> Plan:
+def _plan(arguments: argparse.Namespace, device: torch.device) -> TrainingPlan:
     is_gpu, is_quick = device.type == "cuda", arguments.quick
     dtypes: tuple[Dtype, ...] = ("bf16", "fp16") if is_gpu else ("fp32",)
     batches = arguments.batch or ((4,) if is_quick else (256, 40) if is_gpu else (2,))
-    return Plan(
+    return TrainingPlan(
         dtypes=arguments.dtype or dtypes,
         batches=batches,
         steps=arguments.steps or (40 if is_gpu else 20),
         warm_up_steps=10,
-        pictures=max(2 * max(batches), 8),
+        num_images=max(2 * max(batches), 8),
         limit_s=arguments.limit_s,
     )
 
 
-def _settings(folder: Path, dtype: Dtype, batch: int, plan: Plan) -> list[str]:
-    """What differs from the published run: its data and models, and that nothing is written but the log."""
-    never = plan.steps + 2 * FLUSH_EVERY  # it is killed before
+def _settings(folder: Path, dtype: Dtype, batch: int, plan: TrainingPlan) -> list[str]:
+    """Overrides of the published run: data, models, and no output but the log."""
+    never = plan.steps + 2 * FLUSH_EVERY  # the process is killed before
     return [
         f"run={folder / f'{dtype}-{batch}'}",
         f"data.pairs={folder / 'pairs'}",
@@ -166,25 +166,27 @@ def _settings(folder: Path, dtype: Dtype, batch: int, plan: Plan) -> list[str]:
     ]
 
 
-def _write_pictures(folder: Path, number: int, image_size: int) -> None:
-    """Captioned pictures, each of its own noise."""
+def _write_images(folder: Path, number: int, image_size: int) -> None:
+    """Captioned images of different noise."""
     folder.mkdir()
-    chance = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for index in range(number):
-        pixels = chance.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
+        pixels = generator.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.png", compress_level=1)
         (folder / f"{index}.txt").write_text(CAPTION, encoding="utf-8")
 
 
-def _measure(folder: Path, dtype: Dtype, batch: int, plan: Plan, settings: list[str], document: dict[str, Any]) -> None:
-    """One training; adds its row, or why there is none."""
+def _measure(
+    folder: Path, dtype: Dtype, batch: int, plan: TrainingPlan, settings: list[str], document: dict[str, Any]
+) -> None:
+    """One training; adds its row, or the reason why it failed."""
     name = f"{dtype}, {batch}"
-    print(f"training: {name} pictures a step", file=sys.stderr)
+    print(f"training: {name} images a step", file=sys.stderr)
     command = [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(_CONFIG), *settings]
     log, output = folder / f"{dtype}-{batch}" / "log.jsonl", folder / "output"
     environment = {key: value for key, value in child_environment().items() if key not in _GROUP_VARIABLES}
-    with output.open("w", encoding="utf-8") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told, env=environment, start_new_session=True)
+    with output.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
         try:
             lines = _wait_for_steps(process, log, plan)
         finally:
@@ -192,14 +194,14 @@ def _measure(folder: Path, dtype: Dtype, batch: int, plan: Plan, settings: list[
                 os.killpg(process.pid, signal.SIGKILL)  # with its data workers
             process.wait()
     if len(lines) < plan.steps:
-        why = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:] or ["(no output)"]
-        document["failed"][name] = {"steps": len(lines), "exit_code": process.returncode, "output": why}
-        print(f"{name} ended after {len(lines)} steps:", *why, sep="\n", file=sys.stderr)
+        reason = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:] or ["(no output)"]
+        document["failed"][name] = {"steps": len(lines), "exit_code": process.returncode, "output": reason}
+        print(f"{name} ended after {len(lines)} steps:", *reason, sep="\n", file=sys.stderr)
         return
     document["rows"].append({"dtype": dtype, "batch": batch} | _figures(lines[: plan.steps], plan))
 
 
-def _wait_for_steps(process: "subprocess.Popen[bytes]", log: Path, plan: Plan) -> list[Row]:
+def _wait_for_steps(process: "subprocess.Popen[bytes]", log: Path, plan: TrainingPlan) -> list[Row]:
     """The log's lines once there are enough, or when the process has ended or takes too long."""
     ends_at = time.monotonic() + plan.limit_s
     while True:
@@ -211,8 +213,8 @@ def _wait_for_steps(process: "subprocess.Popen[bytes]", log: Path, plan: Plan) -
         time.sleep(0.2)
 
 
-def _figures(lines: list[Row], plan: Plan) -> Row:
-    """Medians over the steps that count."""
+def _figures(lines: list[Row], plan: TrainingPlan) -> Row:
+    """Medians over the steps after the warm-up."""
     counted = lines[plan.warm_up_steps :]
     rates = [float(line["images_per_s"]) for line in counted]
     return {
@@ -242,7 +244,7 @@ def _table(document: dict[str, Any]) -> str:
         )
         for row in document["rows"]
     ]
-    rows += [(name, "failed", "-", "-", "-", told["output"][-1]) for name, told in document["failed"].items()]
+    rows += [(name, "failed", "-", "-", "-", failure["output"][-1]) for name, failure in document["failed"].items()]
     for row in document["published"]:
         rate = "-" if row["images_per_s"] is None else f"{row['images_per_s']:#.3g}"
         rows.append((row["system"], "-", rate, f"{row['share_of_peak']:.0%}", "-", f"{row['hardware']}, published"))

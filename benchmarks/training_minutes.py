@@ -1,8 +1,8 @@
-"""How long trainings took, from what they logged of each step; encoding, validation, samples and checkpoints are apart.
+"""Minutes of training, summed over the logged steps; without encoding, validation, samples and checkpoints.
 
     python benchmarks/training_minutes.py runs/clothing --out benchmarks/results/clothing/training.json
 
-Reads <folder>/{vqgan,koclip,kodalle}/log.jsonl. Run it on the machine that trained: the document names this one.
+Reads <folder>/{vqgan,koclip,kodalle}/log.jsonl. Run it on the machine of the trainings, which the document names.
 """
 
 import argparse
@@ -37,11 +37,11 @@ def main() -> int:
 
 
 def stage_minutes(run: Path) -> dict[str, Any]:
-    """Steps, pictures a step, and minutes of all steps of a run whose every step is logged."""
-    pictures = load_run(run / "config.yaml").deepspeed["train_micro_batch_size_per_gpu"]
+    """Steps, images a step, and minutes of all steps of a run whose every step is logged."""
+    images = load_run(run / "config.yaml").deepspeed["train_micro_batch_size_per_gpu"]
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     rates = [one["images_per_s"] for one in map(json.loads, lines) if "images_per_s" in one]
-    return {"steps": len(rates), "pictures": pictures, "minutes": round(sum(pictures / rate for rate in rates) / 60, 1)}
+    return {"steps": len(rates), "images": images, "minutes": round(sum(images / rate for rate in rates) / 60, 1)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Every knob, once: strict frozen models. Derived values are properties, never stored; engine/config_files.py reads them.
+"""Configuration of models and training runs: strict, frozen sections, read from YAML by engine/config_files.py.
 
-Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also what `config.json` of a model folder holds.
+Derived values are properties, never stored. `docs/configuration.md` is generated from the fields and their descriptions
+(engine/config_docs.py). Model sections (`VqganConfig`, `TransformerConfig`, `KoclipConfig`) are also what `config.json`
+of a model folder holds.
 """
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from engine.sampling_params import FIELDS, GENERATION_FIELDS, SamplingParams
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after reading."""
+    """Base of all sections: unknown keys are errors, and values cannot be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
@@ -26,16 +28,25 @@ class VqganConfig(Section):
 
     image_size: int = Field(256, gt=0, description="pixels, square")
     base_channels: int = Field(128, gt=0, description="a multiple of 32: taming's GroupNorm has 32 groups")
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: int = Field(2, ge=1)
-    attention_resolutions: tuple[int, ...] = (16,)
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4),
+        description="channels of each level over base_channels; each level but the last halves the size",
+    )
+    num_res_blocks: int = Field(2, ge=1, description="residual blocks a level")
+    attention_resolutions: tuple[int, ...] = Field((16,), description="map sizes in pixels with self-attention")
     latent_channels: int = Field(256, gt=0, description="encoder output channels (taming: z_channels)")
     embed_dim: int = Field(256, gt=0, description="width of a codebook entry")
-    codebook_size: int = Field(16384, gt=1, le=65536, description="token shards are uint16")
-    norm_groups: int = Field(32, gt=0, description="taming: 32; narrow networks want fewer, see engine/models/vqgan.py")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    commitment_weight: float = Field(0.25, ge=0)
-    legacy_commitment: bool = Field(True, description="taming's default puts commitment_weight on the codebook term")
+    codebook_size: int = Field(
+        16384, gt=1, le=65536, description="entries of the codebook; token shards store them as uint16"
+    )
+    norm_groups: int = Field(
+        32, gt=0, description="groups of GroupNorm; taming: 32; narrow networks need fewer, see engine/models/vqgan.py"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the residual blocks")
+    commitment_weight: float = Field(0.25, ge=0, description="beta of the quantiser's loss")
+    legacy_commitment: bool = Field(
+        True, description="as in taming, commitment_weight multiplies the codebook term instead of the commitment term"
+    )
 
     @property
     def grid_size(self) -> int:
@@ -60,18 +71,18 @@ class VqganConfig(Section):
 class TransformerConfig(Section):
     """KoDALLE 16 x 1024 by default: 334,974,336 trainable parameters with 128 text positions, 334,908,736 with 64."""
 
-    dim: int = Field(1024, gt=0)
-    num_layers: int = Field(16, gt=0)
-    num_heads: int = Field(8, gt=0)
-    head_dim: int = Field(64, gt=0)
-    ff_mult: int = Field(4, gt=0)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    ff_dropout: float = Field(0.0, ge=0, lt=1)
-    text_vocab_size: int = Field(32000, gt=4)
+    dim: int = Field(1024, gt=0, description="width of the residual stream")
+    num_layers: int = Field(16, gt=0, description="layers, each of attention and feed-forward")
+    num_heads: int = Field(8, gt=0, description="attention heads a layer")
+    head_dim: int = Field(64, gt=0, description="width of a head")
+    ff_mult: int = Field(4, gt=0, description="inner width of the feed-forward branch over dim")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="on the output of the attention branch")
+    ff_dropout: float = Field(0.0, ge=0, lt=1, description="inside the feed-forward branch")
+    text_vocab_size: int = Field(32000, gt=4, description="rows of the text token table; the tokenizer's at least")
     text_seq_len: int = Field(128, gt=0, description="text tokens with [CLS] and [SEP]; <bos> comes before them")
     text_position_rows: int = Field(514, gt=0, description="rows of the position table (RoBERTa: 514); row 0 is <bos>")
-    image_vocab_size: int = Field(16384, gt=1)
-    image_grid_size: int = Field(16, gt=0)
+    image_vocab_size: int = Field(16384, gt=1, description="entries of the VQGAN's codebook")
+    image_grid_size: int = Field(16, gt=0, description="image tokens along one side")
 
     @property
     def image_seq_len(self) -> int:
@@ -84,7 +95,7 @@ class TransformerConfig(Section):
 
     @property
     def joint_vocab_size(self) -> int:
-        """Rows of the published head: text, one reserved row per text position, image."""
+        """Rows of the published head: text, one reserved row a text position, image."""
         return self.text_vocab_size + self.text_seq_len + self.image_vocab_size
 
     @model_validator(mode="after")
@@ -97,23 +108,23 @@ class TransformerConfig(Section):
 class KoclipConfig(Section):
     """EfficientNet-B0 + klue/roberta-base; published: 116,202,620 parameters with `mlp` head and `published` similarity.
 
-    The default similarity, `cosine`, leaves out RoBERTa's unread pooling layer and has a learned temperature: 115,612,029.
+    The default similarity, `cosine`, omits RoBERTa's unused pooling layer and has a learned temperature: 115,612,029.
     """
 
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, description="pixels, square; other sizes are resized")
     image_width: float = Field(1.0, gt=0, description="EfficientNet width coefficient (B0: 1.0)")
     image_depth: float = Field(1.0, gt=0, description="EfficientNet depth coefficient (B0: 1.0)")
-    image_hidden_dim: int = Field(1280, gt=0)
-    text_vocab_size: int = Field(32000, gt=4)
-    text_seq_len: int = Field(128, gt=2)
-    text_dim: int = Field(768, gt=0)
-    text_layers: int = Field(12, gt=0)
-    text_heads: int = Field(12, gt=0)
-    text_ff_dim: int = Field(3072, gt=0)
-    text_position_rows: int = Field(514, gt=0)
-    embed_dim: int = Field(512, gt=0)
-    head: Literal["mlp", "linear"] = "mlp"
-    dropout: float = Field(0.1, ge=0, lt=1)
+    image_hidden_dim: int = Field(1280, gt=0, description="features that the image encoder pools; follows image_width")
+    text_vocab_size: int = Field(32000, gt=4, description="rows of the text token table; the tokenizer's at least")
+    text_seq_len: int = Field(128, gt=2, description="text tokens with [CLS] and [SEP]")
+    text_dim: int = Field(768, gt=0, description="width of the text encoder")
+    text_layers: int = Field(12, gt=0, description="layers of the text encoder")
+    text_heads: int = Field(12, gt=0, description="attention heads a layer; must divide text_dim")
+    text_ff_dim: int = Field(3072, gt=0, description="inner width of the text encoder's feed-forward layers")
+    text_position_rows: int = Field(514, gt=0, description="rows of the position table; text_seq_len + 2 at least")
+    embed_dim: int = Field(512, gt=0, description="width of the shared space")
+    head: Literal["mlp", "linear"] = Field("mlp", description="projection of each encoder into the shared space")
+    dropout: float = Field(0.1, ge=0, lt=1, description="in the projections and the text encoder")
     similarity: Literal["cosine", "published"] = Field(
         "cosine", description="cosine: normalised, learned temperature; published: raw dot product * 0.07"
     )
@@ -129,23 +140,25 @@ class KoclipConfig(Section):
 
 
 class DataConfig(Section):
-    """Which captioned pictures, and how they are fed."""
+    """The captioned images and how they are loaded."""
 
     pairs: Path = Field(description="a prepared folder (`kodalle data prepare`) or a folder of name.jpg + name.txt")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="for plain folders; a prepared one has its split")
-    balance: str | None = Field(None, description="attribute whose rare values are drawn more often, e.g. 카테고리")
-    num_workers: int = Field(0, ge=0)
+    balance: str | None = Field(None, description="attribute whose rare values are sampled more often, e.g. 카테고리")
+    num_workers: int = Field(0, ge=0, description="processes that prepare batches; 0: the training process does")
     cache_images: bool = Field(False, description="keep decoded uint8 images in memory")
-    flip: bool = Field(False, description="random mirror images; wrong where captions say left/right or logos matter")
+    flip: bool = Field(
+        False, description="mirror half of the images; wrong where captions say left or right, or logos matter"
+    )
 
 
 class TextConfig(Section):
-    """How captions become text tokens."""
+    """Tokenization of captions."""
 
     tokenizer: str = Field("klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)")
     vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
     partial_captions: int = Field(
-        0, ge=0, le=16, description="versions of each training caption beside itself, with sentences left out at random"
+        0, ge=0, le=16, description="copies added to each training caption, with sentences left out at random"
     )
 
 
@@ -179,42 +192,46 @@ class GenerationConfig(Section):
 
 
 class VqganLossConfig(Section):
-    """taming's VQLPIPSWithDiscriminator; values of KoDALLE's VQGAN_config.yml."""
+    """Loss of the VQGAN, taming's VQLPIPSWithDiscriminator; defaults from KoDALLE's VQGAN_config.yml."""
 
-    pixel: Literal["l1", "l2", "l1+l2"] = "l1"
-    codebook_weight: float = Field(1.0, ge=0)
-    perceptual_weight: float = Field(1.0, ge=0)
+    pixel: Literal["l1", "l2", "l1+l2"] = Field(
+        "l1", description="distance between the pixels of image and reconstruction"
+    )
+    codebook_weight: float = Field(1.0, ge=0, description="of the quantiser's loss")
+    perceptual_weight: float = Field(1.0, ge=0, description="of LPIPS; above 0 it needs perceptual_weights")
     perceptual_weights: Path | None = Field(None, description="VGG16 + LPIPS heads as safetensors or .pth")
     disc_start: int = Field(53688, ge=0, description="step from which the discriminator takes part")
-    disc_weight: float = Field(0.2, ge=0)
-    feature_weight: float = Field(0.0, ge=0, description="of the distance between the discriminator's hidden layers")
-    disc_channels: int = Field(64, gt=0)
-    disc_layers: int = Field(3, gt=0)
+    disc_weight: float = Field(0.2, ge=0, description="of the adversarial loss; 0: no discriminator is built")
+    feature_weight: float = Field(0.0, ge=0, description="of the distance between the discriminator's hidden features")
+    disc_channels: int = Field(64, gt=0, description="channels of the discriminator's first layer")
+    disc_layers: int = Field(3, gt=0, description="strided layers of the discriminator")
 
 
 class CodebookResetConfig(Section):
-    """Optional help for small data: taming's plain codebook collapses on a few thousand pictures."""
+    """Initialisation and resets of the codebook, for small data: on a few thousand images a plain one collapses."""
 
     start_step: int = Field(
-        0, ge=0, description="until then latents pass unquantised; the codebook is then set by k-means on them"
+        0, ge=0, description="first quantised step; the codebook is then set by k-means on the encoder's latents"
     )
-    reset_every: int = Field(0, ge=0, description="steps between replacing unused entries; 0 = never")
+    reset_every: int = Field(0, ge=0, description="steps between resets of unused entries to recent latents; 0: never")
 
 
 class LoopConfig(Section):
-    """How long, and what is written when."""
+    """Length of the run, and the intervals in steps at which things are written."""
 
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    validate_every: int = Field(1000, gt=0)
-    validation_batches: int = Field(16, gt=0)
-    sample_every: int = Field(1000, gt=0)
-    sample_count: int = Field(8, gt=0)
-    checkpoint_every: int = Field(1000, gt=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every: int = Field(1, gt=0)
-    max_skipped_steps: int = Field(50, gt=0, description="stop after this many skipped (inf/nan) steps in a row")
-    torch_threads: int | None = Field(None, gt=0, description="CPU threads; default: all cores")
+    steps: int | None = Field(None, gt=0, description="optimiser steps; either this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training split; either this or steps")
+    validate_every: int = Field(1000, gt=0, description="steps between validations; the best model is exported then")
+    validation_batches: int = Field(16, gt=0, description="batches a validation, at most; no image comes twice")
+    sample_every: int = Field(1000, gt=0, description="steps between sample images")
+    sample_count: int = Field(8, gt=0, description="images a sample")
+    checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")
+    max_skipped_steps: int = Field(
+        50, gt=0, description="stop after this many steps in a row that fp16 skipped (inf or nan gradients)"
+    )
+    torch_threads: int | None = Field(None, gt=0, description="CPU threads a process; null: its share of the cores")
 
     @model_validator(mode="after")
     def _one_length(self) -> "LoopConfig":
@@ -224,83 +241,94 @@ class LoopConfig(Section):
 
 
 class Run(Section):
-    """What every training run has."""
+    """Sections and keys of every training run."""
 
     run: Path = Field(description="folder of this run: config.yaml, log.jsonl, checkpoints/, samples/, model/")
-    seed: int = Field(42, ge=0, lt=2**32)
-    resume: Literal["auto", "never"] = "auto"
+    seed: int = Field(42, ge=0, lt=2**32, description="of the weights, the data order and all other randomness")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: from the newest checkpoint; never: an error where there is one"
+    )
     data: DataConfig
     loop: LoopConfig
-    deepspeed: dict[str, Any] = Field(description="passed to DeepSpeed as it stands")
+    deepspeed: dict[str, Any] = Field(description="DeepSpeed's own configuration, passed on unchanged")
 
 
 class VqganRun(Run):
+    """Training of a VQGAN: images to a grid of tokens and back."""
+
     stage: Literal["vqgan"]
     model: VqganConfig = VqganConfig()
     loss: VqganLossConfig = VqganLossConfig()
     codebook_reset: CodebookResetConfig = CodebookResetConfig()
     init: Literal["published", "residual"] = Field(
         "published",
-        description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster here",
+        description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster on small data",
     )
-    start_from: Path | None = Field(None, description="model folder whose VQGAN is the starting point")
+    start_from: Path | None = Field(None, description="model folder whose VQGAN the weights are copied from")
 
 
 class KoclipRun(Run):
+    """Training of a KoCLIP: how well an image fits a caption."""
+
     stage: Literal["koclip"]
     model: KoclipConfig = KoclipConfig()
     text: TextConfig = TextConfig(tokenizer="klue/roberta-base")
     pretrained_text_encoder: str | None = Field(None, description="Hugging Face RoBERTa, name or folder")
     pretrained_image_encoder: str | None = Field(None, description="Hugging Face EfficientNet, name or folder")
     encoder_lr_ratio: float = Field(
-        1.0, gt=0, description="encoder learning rate over the projections' (published: 0.8)"
+        1.0, gt=0, description="learning rate of the encoders over that of the projections (published: 0.8)"
     )
-    augment_shift: int = Field(0, ge=0, description="random translation in pixels")
+    augment_shift: int = Field(0, ge=0, description="largest random translation, in pixels")
     codec: Path | None = Field(
-        None, description="model folder with a VQGAN: half of the pictures are seen as it reconstructs them"
+        None, description="model folder with a VQGAN: half of the visits see its reconstruction of the image"
     )
     spliced_negatives: bool = Field(
-        False, description="also tell whole pictures from ones with a piece of another: ranks broken drawings low"
+        False, description="adds images with a piece of another as negatives, so that broken generations rank low"
     )
 
 
 class KodalleRun(Run):
+    """Training of a KoDALLE transformer: image tokens from captions."""
+
     stage: Literal["kodalle"]
     model: TransformerConfig = TransformerConfig()
     text: TextConfig = TextConfig()
     vqgan: Path = Field(description="model folder with the trained VQGAN")
-    koclip: Path | None = Field(
-        None, description="model folder with the trained KoCLIP, exported beside the transformer"
-    )
+    koclip: Path | None = Field(None, description="model folder with the trained KoCLIP, exported with the transformer")
     pretrained_text_embeddings: str | None = Field(
-        None, description="Hugging Face RoBERTa or GPT whose token and position tables start ours (klue/roberta-large)"
+        None, description="Hugging Face RoBERTa or GPT whose token and position tables are copied (klue/roberta-large)"
     )
     embedding_std: float | None = Field(
-        None, gt=0, description="null: N(0, 1) tables as published; small models from scratch want 0.02"
+        None, gt=0, description="initial std of the tables; null: 1 as published; small models from scratch need 0.02"
     )
     codebook_init: bool = Field(
-        False, description="image token and head rows start from the VQGAN's codes, so that like codes start alike"
+        False,
+        description="initialise image token and head rows from the VQGAN's codebook, so that similar codes start alike",
     )
-    attention: Literal["sdpa", "xformers", "reference"] = "sdpa"
+    attention: Literal["sdpa", "xformers", "reference"] = Field(
+        "sdpa", description="attention backend; xformers needs a GPU"
+    )
     loss_image_weight: float = Field(7.0, gt=0, description="loss = (text + w * image) / (1 + w)")
     caption_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of captions replaced by the empty one (guidance)"
+        0.0, ge=0, lt=1, description="share of captions replaced by the empty one, for guidance"
     )
     input_token_noise: float = Field(
-        0.0, ge=0, le=1, description="largest share of a picture's input tokens replaced by random ones (targets stay)"
+        0.0, ge=0, le=1, description="largest share of an image's input tokens replaced by random ones; targets stay"
     )
     generation: GenerationConfig = Field(
         GenerationConfig(), description="exported with the model: how it is drawn with"
     )
     augmented_views: int = Field(
-        0, ge=0, le=64, description="versions of each training picture encoded beside itself, moved by augment_shift"
+        0, ge=0, le=64, description="copies of each training image that are encoded too, translated by augment_shift"
     )
-    augment_shift: int = Field(0, ge=0, description="largest random translation of these, in pixels")
-    token_shards: Path | None = Field(None, description="default: <run>/shards")
-    strict_captions: bool = Field(False, description="refuse captions longer than text_seq_len instead of cutting")
+    augment_shift: int = Field(0, ge=0, description="largest random translation of augmented_views, in pixels")
+    token_shards: Path | None = Field(None, description="folder of the encoded images; null: <run>/shards")
+    strict_captions: bool = Field(
+        False, description="captions longer than text_seq_len are an error; false: they are cut"
+    )
 
     @model_validator(mode="after")
-    def _moved_by_something(self) -> "KodalleRun":
+    def _views_are_shifted(self) -> "KodalleRun":
         if (self.augmented_views > 0) != (self.augment_shift > 0):
             raise ValueError(
                 f"augmented_views {self.augmented_views} and augment_shift {self.augment_shift} go together: "

@@ -1,8 +1,8 @@
-"""Configs as files: YAML and `key=value` to the sections of engine/config.py, and what is wrong with them, in one line.
+"""Reading and writing of configuration files: YAML and `key=value` to the sections of engine/config.py.
 
 Precedence: defaults < YAML file < `key=value` on the command line. An unknown key, a wrong type or the text "None"
 (which YAML reads as a string, so that the published KoDALLE recipe silently switched options on) is an InputError
-that names the field and the file.
+that names the field and the file in one line.
 """
 
 import json
@@ -20,7 +20,7 @@ _RUN: TypeAdapter[VqganRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
+    """SafeLoader that reads 1e-6 as a number (YAML 1.1 requires 1.0e-6) and rejects a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -38,7 +38,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError: no YAML, or a key given twice."""
+    """The tree of a YAML text.
+
+    Raises:
+        yaml.YAMLError: no YAML, or a key given twice.
+    """
     return yaml.load(text, Loader=_Loader)
 
 
@@ -56,14 +60,15 @@ def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | Kocli
     for override in overrides or []:
         _apply_override(tree, override)
     source = f"{path} with the command line's key=value" if overrides else str(path)
-    _refuse_none_text(tree, source)
+    _reject_none_text(tree, source)
     return parse_section(_RUN, tree, source=source)
 
 
 def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
     """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError.
 
-    By way of JSON, whose strict mode takes a text for a path and a list for a tuple, but not `yes` for 1 or "8" for 8.
+    Goes through JSON, whose strict mode accepts a text for a path and a list for a tuple, but not `yes` for 1 or "8"
+    for 8.
     """
     adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
     try:
@@ -81,7 +86,7 @@ def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
     """The tree of a config file.
 
     Args:
-        example: a file of its kind, for who names none.
+        example: a file of its kind, named in the error.
 
     Raises:
         InputError: no such file, no YAML, a key given twice, or no `key: value` lines.
@@ -113,13 +118,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError("override", override, f"the value is not valid YAML: {error}") from error
 
 
-def _refuse_none_text(node: Any, source: str, where: str = "") -> None:
+def _reject_none_text(node: Any, source: str, where: str = "") -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            _refuse_none_text(value, source, f"{where}.{key}" if where else str(key))
+            _reject_none_text(value, source, f"{where}.{key}" if where else str(key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _refuse_none_text(value, source, f"{where}.{index}")
+            _reject_none_text(value, source, f"{where}.{index}")
     elif node == "none" and where.startswith("deepspeed."):
         pass  # a value of DeepSpeed's own: offload_optimizer.device, for one
     elif node in ("None", "none", "NONE"):
@@ -127,7 +132,7 @@ def _refuse_none_text(node: Any, source: str, where: str = "") -> None:
 
 
 def as_input_error(error: ValidationError, source: str) -> InputError:
-    """The first fault, by field, value and remedy; `source` says where it was read."""
+    """The first fault as field, value and remedy; `source` names the file that it was read from."""
     first = error.errors()[0]
     # the discriminated union puts the stage's name in front of the field's path
     path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("koclip",), ("kodalle",)) else first["loc"]

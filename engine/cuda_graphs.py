@@ -1,4 +1,4 @@
-"""Capturing CUDA graphs in a process where other threads use the GPU and Python collects garbage."""
+"""Capture of CUDA graphs in a process whose other threads use the GPU, and in which Python collects garbage."""
 
 import contextlib
 import gc
@@ -10,11 +10,11 @@ import torch
 
 @contextlib.contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """`torch.cuda.graph`, undisturbed by what else happens.
+    """`torch.cuda.graph` that other threads and the garbage collector cannot invalidate.
 
-    Other threads step, decode and encode meanwhile: with torch's default, "global", an allocation of theirs is an error
-    and spoils the capture. Python's collector rests: a graph that it destroys inside a capture spoils it, too
-    (pytorch/pytorch#161037).
+    Other threads run on the GPU meanwhile: with torch's default, "global", an allocation of theirs is an error and
+    invalidates the capture. So does a graph that Python's collector destroys within it (pytorch/pytorch#161037), which
+    is off for the time.
 
     Args:
         options: of `torch.cuda.graph`: pool, stream.

@@ -1,11 +1,11 @@
-"""The physics that logs and benchmarks quote: peaks measured on this machine, work counted, not guessed.
+"""Roofline of training and generation: peaks measured on this machine, FLOPs and bytes counted, least times of a step.
 
-A drawing is limited by reading: a step of the published sizes reads 504 MB of 16-bit weights and does 0.5 GFLOP a row,
-so below about 180 rows on an H200 the time is bytes / bandwidth. The formulas give the floor that a measured time is
-held against: each weight read once a step, each key and value once, one write, nothing else.
+Generation is limited by memory bandwidth: a step at the published sizes reads 504 MB of 16-bit weights and computes
+0.5 GFLOP a sequence, so below about 180 sequences on an H200 the time is bytes / bandwidth. The formulas give the floor
+that measured times are compared with: each weight, key and value is read once a step, one position written.
 
 Letters: L layers, D model dim, A heads * head dim, F feed-forward inner dim, V_I image vocabulary, V_T text vocabulary
-with its reserved rows, P prefix positions, N image tokens, B rows, G captions.
+with its reserved rows, P prefix positions, N image tokens, B sequences, G captions.
 """
 
 import itertools
@@ -20,13 +20,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
-    """Matrix products of size x size x size in FLOP/s: the ceiling that `share of peak` refers to.
+    """FLOP/s of matrix products of size x size x size: the ceiling that `share of peak` refers to.
 
     Measured, because data-sheet peaks are not reached and CPUs differ 10x with their instruction sets. The best of
-    several short windows, since a neighbour's load can only slow it down. int8 sums in int32.
+    several short windows, since other load only slows it down. int8 sums in int32.
     """
     size = size if device.type == "cpu" else 8 * size
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     product = torch._int_mm if dtype == torch.int8 else torch.matmul
 
     def products() -> None:
@@ -37,17 +37,17 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, *, size: int = 1024, s
 
 
 def read_bandwidth(device: torch.device, *, num_bytes: int | None = None, seconds: float = 1.0) -> float:
-    """Bytes/s at which all threads, or the GPU, read memory: the ceiling that `share of roofline` refers to.
+    """Read bandwidth of all threads, or the GPU, in bytes/s: the ceiling that `share of roofline` refers to.
 
-    The better of a sum and a matrix-vector product, since either may be limited by its own arithmetic.
+    The better of a sum and a matrix-vector product, since either may be limited by its arithmetic.
 
     Args:
         num_bytes: of the buffer, far more than the last cache holds (an H200 50 MB, server processors some hundred);
-            default 512 MiB on CPU, 4 GiB on a GPU, where shorter reads are half launch.
+            default 512 MiB on CPU, 4 GiB on a GPU, where launches take half the time of shorter reads.
     """
     num_bytes = num_bytes or (1 << 29 if device.type == "cpu" else 1 << 32)
-    matrix = torch.ones(8192, num_bytes // (4 * 8192), device=device)
-    vector = torch.ones(matrix.shape[1], device=device)
+    matrix = torch.ones(8192, num_bytes // (4 * 8192), dtype=torch.float32, device=device)
+    vector = torch.ones(matrix.shape[1], dtype=torch.float32, device=device)
     fastest_s = min(_best_s(work, device, seconds / 2) for work in (matrix.sum, lambda: matrix @ vector))
     return matrix.numel() * 4 / fastest_s
 
@@ -55,10 +55,10 @@ def read_bandwidth(device: torch.device, *, num_bytes: int | None = None, second
 def time_runs(
     work: Callable[[], Any], device: torch.device, *, repeat: int, budget_s: float = float("inf")
 ) -> list[float]:
-    """Seconds of each of `repeat` runs, or of as many as begin within `budget_s`, at least one. Warm up before."""
+    """Seconds of each of `repeat` runs, or of as many as start within `budget_s`, at least one. Warm up before."""
     seconds: list[float] = []
-    begun = time.perf_counter()
-    while len(seconds) < repeat and (not seconds or time.perf_counter() - begun < budget_s):
+    started = time.perf_counter()
+    while len(seconds) < repeat and (not seconds or time.perf_counter() - started < budget_s):
         synchronize(device)
         start = time.perf_counter()
         work()
@@ -80,13 +80,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def count_flops(work: Callable[[], Any]) -> tuple[Any, int]:
-    """Runs `work` and counts the FLOPs of its matrix products, convolutions and attentions, backward included."""
+    """The result of `work` and the FLOPs of its matrix products, convolutions and attentions, backward included."""
     with _FlopCounter() as counter:
         result = work()
     return result, counter.total
 
 
-# Under torch.inference_mode these arrive undivided, and have no formula; outside it torch has divided them before.
+# Under torch.inference_mode these arrive undecomposed and have no formula; outside it torch decomposes them before.
 _WHOLE_IN_INFERENCE_MODE = {
     torch.ops.aten.linear,
     torch.ops.aten.matmul,
@@ -97,11 +97,11 @@ _WHOLE_IN_INFERENCE_MODE = {
 
 
 class _FlopCounter(TorchDispatchMode):
-    """torch's FLOP formulas without its FlopCounterMode, which breaks operations up before it runs them.
+    """torch's FLOP formulas without its FlopCounterMode, which decomposes operations before it runs them.
 
-    A step counted by that one has other last bits than the same step uncounted (seen with BatchNorm), and a resumed run
-    counts another step than an uninterrupted one. The CPU's attention, of which torch has no formula, is counted too;
-    as torch does, whole: the half that causality hides included.
+    A step counted by that one differs in the last bits from the same step uncounted (seen with BatchNorm), and a
+    resumed run counts another step than an uninterrupted one. Attention on CPU, for which torch has no formula, is
+    counted too; as in torch, in full, with the half that causality masks.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 class TransformerSizes(Protocol):
-    """What the formulas read of `engine.config.TransformerConfig`."""
+    """The sizes of `engine.config.TransformerConfig` that the formulas need."""
 
     @property
     def dim(self) -> int: ...
@@ -153,15 +153,15 @@ class TransformerSizes(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch that is drawn in step.
+    """A batch whose sequences are decoded in step.
 
-    num_rows: B.
-    num_captions: G, prefixes that are stored and read once each; equal to `num_rows` where nothing is shared.
+    num_sequences: B.
+    num_captions: G, prefixes that are stored and read once each; equal to `num_sequences` where none is shared.
     weight_bytes: of one weight element; 1 for int8.
     kv_bytes: of one key or value element.
     """
 
-    num_rows: int
+    num_sequences: int
     num_captions: int
     weight_bytes: float
     kv_bytes: float
@@ -169,7 +169,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured: `read_bandwidth` and `matrix_peak`."""
+    """Rates of a machine, as `read_bandwidth` and `matrix_peak` measure them."""
 
     read_bytes_per_s: float
     flop_per_s: float
@@ -192,24 +192,24 @@ def kv_position_bytes(sizes: TransformerSizes, load: Workload) -> float:
 
 
 def step_bytes(sizes: TransformerSizes, load: Workload, own_positions: float) -> float:
-    """Bytes that a step must move when each row sees `own_positions` of its own, the new one included."""
-    positions = load.num_captions * sizes.prefix_len + load.num_rows * own_positions + load.num_rows
+    """Least bytes of a step whose sequences attend to `own_positions` of their own, the new one included."""
+    positions = load.num_captions * sizes.prefix_len + load.num_sequences * own_positions + load.num_sequences
     return load.weight_bytes * step_weights(sizes) + kv_position_bytes(sizes, load) * positions
 
 
 def step_flops(sizes: TransformerSizes, load: Workload, own_positions: float) -> float:
-    """FLOP of such a step."""
+    """FLOP of a step whose sequences attend to `own_positions` of their own."""
     attended = 4 * sizes.num_layers * _inner_dim(sizes) * (sizes.prefix_len + own_positions)
-    return load.num_rows * (2 * step_weights(sizes) + attended)
+    return load.num_sequences * (2 * step_weights(sizes) + attended)
 
 
 def mean_step_bytes(sizes: TransformerSizes, load: Workload) -> float:
-    """`step_bytes` averaged over the N - 1 steps of a drawing."""
+    """`step_bytes` averaged over the N - 1 steps of a generation."""
     return step_bytes(sizes, load, sizes.image_seq_len / 2)
 
 
 def decode_floor_s(sizes: TransformerSizes, load: Workload, machine: Machine) -> float:
-    """Least seconds of a drawing's N - 1 steps; prefill gives the first token."""
+    """Least seconds of the N - 1 steps of a generation; prefill samples the first token."""
     return sum(
         max(step_bytes(sizes, load, own) / machine.read_bytes_per_s, step_flops(sizes, load, own) / machine.flop_per_s)
         for own in range(1, sizes.image_seq_len)
@@ -231,7 +231,7 @@ def prefill_floor_s(sizes: TransformerSizes, load: Workload, machine: Machine) -
 
 
 def uncached_flops(sizes: TransformerSizes) -> float:
-    """FLOP of one picture by the ancestors' loop: every position again for each token, the joint head on each."""
+    """FLOP of one image in the ancestors' loop: all positions again for each token, the joint head on each."""
     per_position = 2 * (sizes.num_layers * layer_weights(sizes) + sizes.dim * sizes.joint_vocab_size)
     attended = 4 * sizes.num_layers * _inner_dim(sizes)
     lengths = range(sizes.prefix_len, sizes.prefix_len + sizes.image_seq_len)
@@ -241,7 +241,7 @@ def uncached_flops(sizes: TransformerSizes) -> float:
 def sum_over_lengths(lengths: list[int], seconds: list[float]) -> float:
     """Seconds of one step at every length from the first to the last, from steps timed at some of them.
 
-    Between two timed lengths a straight line is drawn (the trapezoid rule, on whole lengths).
+    Interpolates linearly between timed lengths (the trapezoid rule, on whole lengths).
 
     Args:
         lengths: ascending, at least two.

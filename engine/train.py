@@ -1,4 +1,4 @@
-"""Entry point of all training.
+"""Entry point of all trainings.
 
     deepspeed engine/train.py --config configs/demo/vqgan.yaml [key=value …]
     python engine/train.py --config … [key=value …]            one process, the same computation
@@ -23,7 +23,7 @@ def main() -> int:
     parser = _Parser(description="Train VQGAN, KoCLIP or KoDALLE.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file, e.g. configs/demo/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.steps=100 seed=7")
-    # The launcher appends --local_rank; the rank is taken from the environment.
+    # The launcher adds --local_rank; the rank is read from the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
 

@@ -1,10 +1,10 @@
-"""Attention over whole sequences (training, prefill), with the choice of who computes it.
+"""Attention over whole sequences (training, prefill), by one of three backends.
 
-B rows, T positions, H heads, D head dim.
+B sequences, T positions, H heads, D head dim.
 
-One layout everywhere: (B, T, H, D). PyTorch's SDPA wants (B, H, T, D); the transpose is a view and stays in here.
-All backends compute the same function; a backend that was asked for and cannot run is an InputError, never a
-silent change to another one. Attention over the sampler's cache is in engine/decoding/kv_cache.py.
+One layout everywhere: (B, T, H, D). PyTorch's SDPA takes (B, H, T, D); the transpose is a view and stays in here.
+All backends compute the same function. A requested backend that cannot run is an InputError, never a silent change to
+another one. Attention over the KV cache is in engine/decoding/kv_cache.py.
 """
 
 import functools
@@ -26,7 +26,7 @@ BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 
 def check_backend(backend: str, device: torch.device) -> AttentionBackend:
-    """Says whether `backend` can run on `device`, once and before any work.
+    """Checks that `backend` can run on `device`, once and before any work.
 
     Returns:
         `backend`, as its type.
@@ -52,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, backend: 
         q: (B, Tq, H, D).
         k, v: (B, Tk, H, D).
         causal: the queries are the last Tq of the Tk positions and see none after their own.
-        backend: who computes it; see `check_backend`.
+        backend: see `check_backend`.
 
     Returns:
         (B, Tq, H, D) in q's dtype.

@@ -1,8 +1,8 @@
-"""Faults of an installation that would otherwise surface as somebody else's traceback.
+"""Checks of the installation for faults that would otherwise end in a traceback from another library.
 
-transformers looks whether torchvision is installed, not whether it works. torchvision from the package index beside a
+transformers tests whether torchvision is installed, not whether it works. torchvision from the package index beside a
 CPU-only torch is installed but does not import ("operator torchvision::nms does not exist"), and then neither RoBERTa
-nor EfficientNet can be imported. The engine needs torchvision nowhere.
+nor EfficientNet can be imported. The engine does not use torchvision.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from engine.errors import InputError
 
 
 def check_torchvision() -> None:
-    """Passes when torchvision is absent (0.1 ms, nothing imported) or imports.
+    """Passes if torchvision is absent (0.1 ms, nothing imported) or can be imported.
 
     Raises:
         InputError: torchvision is installed and does not import beside this torch.

@@ -3,11 +3,12 @@
     config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional
     <part>.safetensors        its weights
     tokenizer.json, …         Hugging Face tokenizer files
-    generation_config.json    how pictures are drawn when nobody says otherwise; optional
-    attributes.json           what training captions told of, garment to attribute to values; optional
+    generation_config.json    default sampling parameters; optional
+    attributes.json           what training captions describe: garment to attribute to values; optional
     model_card.md             data, training, figures, limits
 
 No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
+Networks are float32 whatever torch's default dtype is.
 """
 
 import hashlib
@@ -62,17 +63,17 @@ def write_model_folder(
     attributes: Attributes | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a complete folder and renames it into place; an older one of the same name is replaced.
+    """Writes a complete folder and renames it into place; replaces an older model of the same name.
 
     Args:
         dtype: floating-point weights are stored in it (None: as they are).
 
     Raises:
-        InputError: `destination` holds something else than a model.
+        InputError: `destination` holds anything but a model.
     """
     taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
     if taken and not (destination / "config.json").is_file():
-        raise InputError("destination", destination, "holds something else than a model: choose another folder")
+        raise InputError("destination", destination, "holds something other than a model: choose another folder")
     with atomic_folder(destination, replace=True) as folder:
         config: dict[str, Any] = {"format": FORMAT}
         for name, part in parts.items():
@@ -86,7 +87,7 @@ def write_model_folder(
                 for key, value in part.weights.items()
             }
             save_file(weights, folder / f"{name}.safetensors")
-            (folder / f"{name}.safetensors").chmod(0o644)  # it is written as 0600: nobody else could serve it
+            (folder / f"{name}.safetensors").chmod(0o644)  # from 0600, which other users could not serve
         if tokenizer is not None:
             tokenizer.save(folder)
         if generation is not None and generation != GenerationConfig():
@@ -98,14 +99,14 @@ def write_model_folder(
 
 
 def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype) -> int:
-    """Writes a model folder once more with weights of another type; its card says so.
+    """A copy of a model folder with weights of another type, as its card says.
 
     Returns:
         Bytes of the new weight files.
 
     Raises:
-        InputError: `source` is no complete model folder; a weight that `dtype` cannot hold; `destination` is `source` or
-            holds something else than a model.
+        InputError: `source` is no complete model folder; a weight that `dtype` cannot hold; or `destination`
+            is `source` or holds anything but a model.
     """
     if destination.resolve() == source.resolve():
         raise InputError("destination", destination, "is the model itself: give another folder")
@@ -116,12 +117,12 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
                 most = float(value.abs().max())
                 raise InputError(f"{part_name} {name}", dtype, f"cannot hold its values, up to {most:.3g}")
     card = source / "model_card.md"
-    told = card.read_text(encoding="utf-8") if card.is_file() else "# A model\n"
+    card_text = card.read_text(encoding="utf-8") if card.is_file() else "# A model\n"
     type_name = str(dtype).removeprefix("torch.")
     write_model_folder(
         destination,
         parts,
-        card=f"{told.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
+        card=f"{card_text.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
         tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
         generation=read_generation(source),
         attributes=read_attributes(source),
@@ -142,10 +143,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_generation(folder: Path) -> GenerationConfig:
-    """How a folder's pictures are drawn when nobody says otherwise.
+    """Default sampling parameters of a model folder.
 
     Raises:
-        InputError: its file is no JSON, or names an option that there is not, or a value out of range.
+        InputError: its file is no JSON, or has an unknown parameter or a value out of range.
     """
     path = folder / GENERATION_FILE
     if not path.is_file():
@@ -156,7 +157,7 @@ def read_generation(folder: Path) -> GenerationConfig:
 
 
 def read_attributes(folder: Path) -> Attributes:
-    """What a folder's training captions told of, as `engine.data.pairs.known_attributes` gives it; {} if it does not say.
+    """Attributes that the training captions describe (`engine.data.pairs.known_attributes`); {} if unknown.
 
     Raises:
         InputError: its file is not of that form.
@@ -170,6 +171,7 @@ def read_attributes(folder: Path) -> Attributes:
 
 
 def has_part(folder: Path, name: PartName) -> bool:
+    """Whether a model folder has a network of that name."""
     return name in read_config(folder)
 
 
@@ -213,19 +215,24 @@ def read_part(folder: Path, name: PartName) -> Part:
 def load_part(folder: Path, name: PartName) -> Any:
     """The network itself (`Vqgan`, `KoDalle` or `KoClip`), in eval mode, float32, on the CPU."""
     part = read_part(folder, name)
-    module: nn.Module = _MODULES[name](part.config)
+    module: nn.Module = _MODULES[name](part.config).float()  # built in torch's default dtype where it is not ours
     module.load_state_dict(part.weights, strict=True)
     return module.eval()
 
 
 def load_folder_tokenizer(folder: Path) -> CaptionTokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise InputError("model folder", folder, "has no tokenizer.json: export the model again")
     return load_tokenizer(str(folder))
 
 
 def weights_digest(folder: Path, name: PartName) -> str:
-    """16 hex digits over config and weight bytes of one part; what caches are keyed by."""
+    """16 hex digits over config and weight bytes of one part: the key of caches."""
     digest = hashlib.sha256(json.dumps(read_config(folder)[name], sort_keys=True).encode())
     path = folder / f"{name}.safetensors"
     with path.open("rb") as file:
@@ -243,7 +250,7 @@ def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, .
         raise InputError(str(path), extra[0], f"unexpected tensor ({len(extra)} in all): wrong file for this config")
     for key, shape in expected.items():
         if found[key] != shape:
-            raise InputError(f"{path} {key}", list(found[key]), f"config.json asks for shape {list(shape)}")
+            raise InputError(f"{path} {key}", list(found[key]), f"config.json requires shape {list(shape)}")
 
 
 def _as_float32(tensor: Tensor) -> Tensor:

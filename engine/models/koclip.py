@@ -1,18 +1,18 @@
-"""KoCLIP: how well a picture fits a caption. Ranks the transformer's candidates and serves as a metric.
+"""KoCLIP: scores of how well an image fits a caption, for ranking candidates and as a metric.
 
 EfficientNet (pooled features) and RoBERTa ([CLS] hidden state), both from transformers, each projected to a shared
 space. Two similarities:
 - `cosine` (default): unit-length embeddings and a learned temperature, as CLIP (Radford et al. 2021, arXiv:2103.00020).
-- `published`: raw dot product * 0.07 on raw 0-255 pixels, as KoDALLE's ranker computes it; it has no parameter. Rank by
-  it, but do not call its softmax a probability: five pictures gave 1.0, 4e-9, 8e-17, ...
+- `published`: raw dot product * 0.07 on raw 0-255 pixels, as KoDALLE's ranker computes it, without a parameter. For
+  ranking only: its softmax is no probability: five images gave 1.0, 4e-9, 8e-17, ...
 
 Parameters at the default sizes, `mlp` head:
 - `published` 116,202,620, exactly what KoDALLE's team counted: RoBERTa 110,618,112 + EfficientNet-B0 4,007,548 +
   projections 655,872 and 393,728 + 2 * 263,680 in the heads. 115,675,260 with the `linear` head. RoBERTa's number
-  includes its pooling layer (590,592), which KoCLIP never reads: it is kept here, frozen, for original checkpoints.
+  includes its pooling layer (590,592), which KoCLIP does not use: it is kept, frozen, for original checkpoints.
 - `cosine` 115,612,029: without that pooling layer, and with one parameter more, `logit_scale`.
 
-Shapes: B pictures, M captions, S pixels, T text tokens, E embed_dim, H encoder width.
+Shapes: B images, M captions, S pixels, T text tokens, E embed_dim, H encoder width.
 """
 
 import math
@@ -50,11 +50,11 @@ class ProjectionHead(nn.Module):
     def __init__(self, hidden_dim: int, embed_dim: int, *, kind: Literal["mlp", "linear"], dropout: float) -> None:
         super().__init__()
         self.kind = kind
-        self.projection = nn.Linear(hidden_dim, embed_dim)
+        self.projection = nn.Linear(hidden_dim, embed_dim, dtype=torch.float32)
         if kind == "mlp":
-            self.fc = nn.Linear(embed_dim, embed_dim)
+            self.fc = nn.Linear(embed_dim, embed_dim, dtype=torch.float32)
             self.dropout = nn.Dropout(dropout)
-            self.layer_norm = nn.LayerNorm(embed_dim)
+            self.layer_norm = nn.LayerNorm(embed_dim, dtype=torch.float32)
 
     def forward(self, features: Tensor) -> Tensor:
         projected = self.projection(features)  # (B, H) -> (B, E)
@@ -64,7 +64,7 @@ class ProjectionHead(nn.Module):
 
 
 class KoClip(nn.Module):
-    """Picture and caption encoders with a shared space. Random weights; see `from_pretrained_encoders`.
+    """Image and caption encoders with a shared space. Random weights; see `from_pretrained_encoders`.
 
     Args:
         config: sizes. `dropout` acts in the heads and in RoBERTa.
@@ -87,7 +87,7 @@ class KoClip(nn.Module):
         )
         if config.similarity == "cosine":
             # One element, not a scalar: DeepSpeed broadcasts parameters as bytes, which torch refuses for 0-d tensors.
-            self.logit_scale = nn.Parameter(torch.tensor([_INITIAL_LOGIT_SCALE]))
+            self.logit_scale = nn.Parameter(torch.tensor([_INITIAL_LOGIT_SCALE], dtype=torch.float32))
 
     @classmethod
     def from_pretrained_encoders(
@@ -120,11 +120,11 @@ class KoClip(nn.Module):
         """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`.
 
         Args:
-            negatives: (B', 3, S, S) pictures that fit no caption.
+            negatives: (B', 3, S, S) images that fit no caption.
         """
         if negatives is None:
             return self.loss(self.embed_images(images), self.embed_texts(text_tokens), all_gather=all_gather)
-        # One pass: batch norm sees whole and broken pictures with the same statistics, as it will when ranking.
+        # One pass: batch norm normalises both with the same statistics, as in ranking.
         embedded = self.embed_images(torch.cat([images, negatives]))
         return self.loss(
             embedded[: len(images)],
@@ -134,7 +134,7 @@ class KoClip(nn.Module):
         )
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Pictures to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32; unit length in `cosine`.
+        """Images to the shared space: (B, 3, any, any) float in [0, 1] -> (B, E) float32; unit length in `cosine`.
 
         Resized to config.image_size (bilinear, antialiased) when they are not that size.
 
@@ -146,7 +146,7 @@ class KoClip(nn.Module):
         return self.embed_pixels(self.prepare(images))
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Prepared pictures to the shared space: (B, 3, S, S) -> (B, E) float32. Free of checks, so that it is captured."""
+        """Prepared images to the shared space: (B, 3, S, S) -> (B, E) float32. Without checks, for CUDA graphs."""
         pixels = pixels.to(self.image_projection.projection.weight.dtype)
         features = self.image_encoder(pixel_values=pixels).pooler_output  # (B, H)
         return self._finish(self.image_projection(features))
@@ -160,13 +160,13 @@ class KoClip(nn.Module):
         if text_tokens.dim() != 2 or text_tokens.is_floating_point():
             raise ValueError(f"text tokens must be (M, T) integers, got {tuple(text_tokens.shape)} {text_tokens.dtype}")
         if text_tokens.shape[1] > self.config.text_seq_len:
-            raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP takes {self.config.text_seq_len}")
+            raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP has {self.config.text_seq_len}")
         text_tokens = text_tokens.long()
         hidden = self.text_encoder(input_ids=text_tokens, attention_mask=text_tokens != PAD_TOKEN).last_hidden_state
         return self._finish(self.text_projection(hidden[:, 0]))  # [CLS]: (M, T, H) -> (M, H)
 
     def scores(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
-        """How well each picture fits each caption, for ranking: (B, E), (M, E) -> (M, B).
+        """Ranking scores of each image for each caption: (B, E), (M, E) -> (M, B).
 
         `cosine`: -1..1, comparable between runs and captions. `published`: dot product * 0.07, unbounded.
         """
@@ -175,7 +175,7 @@ class KoClip(nn.Module):
 
     @torch.no_grad()
     def similarity(self, images: Tensor, text_tokens: Tensor) -> Tensor:
-        """`scores` of pictures (B, 3, any, any) in [0, 1] and captions (M, T): (M, B). Call in eval mode."""
+        """`scores` of images (B, 3, any, any) in [0, 1] and captions (M, T): (M, B). Call in eval mode."""
         return self.scores(self.embed_images(images), self.embed_texts(text_tokens))
 
     def loss(
@@ -186,15 +186,15 @@ class KoClip(nn.Module):
         negatives: Tensor | None = None,
         all_gather: bool = False,
     ) -> Tensor:
-        """Symmetric cross-entropy of picking each caption's picture and each picture's caption out of the batch.
+        """Symmetric contrastive loss: cross-entropy of each caption's image and of each image's caption in the batch.
 
         Args:
             image_embeddings: (B, E), row i belongs to caption i.
             text_embeddings: (B, E).
-            negatives: (B', E) pictures that a caption must not be matched with; they have no caption of their own.
-            all_gather: compare with the pairs of all ranks (B equal on each). Every rank then returns the loss of the
+            negatives: (B', E) images that match no caption and have none of their own.
+            all_gather: contrast with the pairs of all ranks (B equal on each). Every rank then returns the loss of the
                 whole batch, and gradients averaged over ranks, as data parallelism does, are those of one process
-                with the whole batch. Without a process group it changes nothing.
+                with the whole batch. No effect without a process group.
 
         Returns:
             scalar float32.
@@ -208,17 +208,17 @@ class KoClip(nn.Module):
         logits = self.scores(images, text_embeddings)  # (B, B + B')
         if self.config.similarity == "cosine":
             logits = logits * self.temperature_scale()
-        pairs = torch.arange(B, device=logits.device)
+        pairs = torch.arange(B, dtype=torch.int64, device=logits.device)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits[:, :B].T, pairs)) / 2
 
     def temperature_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100 (`cosine` only), 0-d float32."""
-        # The excess is subtracted as a constant: a plain clamp has no gradient above the bound and could never return.
+        # The excess is subtracted as a constant: a plain clamp has no gradient above the bound.
         scale = self.logit_scale.float().squeeze(0)
         return (scale - (scale - _MAX_LOGIT_SCALE).clamp(min=0).detach()).exp()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resizes to config.image_size and normalises as training did: (B, 3, any, any) -> (B, 3, S, S) float32."""
+        """Resized to config.image_size and normalised as in training: (B, 3, any, any) -> (B, 3, S, S) float32."""
         S = self.config.image_size
         images = images.float()
         if images.shape[2:] != (S, S):
@@ -237,7 +237,7 @@ class _GatherRows(torch.autograd.Function):
     """(B, E) on each rank -> (ranks * B, E) on every rank, rank by rank.
 
     Backward needs no communication: every rank computes the same loss from the same rows, so the sum over ranks of
-    what they would send back is `ranks` times what this rank already has.
+    the gradients is `ranks` times the gradient of this rank.
     """
 
     @staticmethod
@@ -256,7 +256,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def efficientnet_width(width: float) -> int:
-    """Channels that EfficientNet pools at a width coefficient: 1280 scaled, to a multiple of 8. B0 (1.0): 1280."""
+    """Pooled channels of EfficientNet at a width coefficient: 1280 scaled, to a multiple of 8. B0 (1.0): 1280."""
     scaled = 1280 * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * scaled else rounded + 8
@@ -272,7 +272,7 @@ def _build_image_encoder(config: KoclipConfig) -> "EfficientNetModel":
             config.image_hidden_dim,
             f"an EfficientNet of width {config.image_width} makes {made} features: write image_hidden_dim: {made}",
         )
-    encoder = EfficientNetModel(_efficientnet_config(config))
+    encoder = EfficientNetModel(_efficientnet_config(config)).float()  # transformers builds in the default dtype
     _initialise_efficientnet(encoder)
     return encoder
 
@@ -287,9 +287,9 @@ def _efficientnet_config(config: KoclipConfig) -> "EfficientNetConfig":
         depth_coefficient=config.image_depth,
         hidden_dim=config.image_hidden_dim,
         depthwise_padding=_odd_strided_blocks(config.image_size, config.image_depth),
-        # Keras counts momentum the other way round: 0.99 there is 0.01 in torch, but transformers hands 0.99 to torch,
-        # so that evaluation would use the statistics of the last batch alone (a tiny KoCLIP, trained to a loss of 1.66,
-        # evaluated to 2.09 so, and to 1.85 with torch's own default of 0.1).
+        # Keras defines momentum the other way round: 0.99 there is 0.01 in torch, but transformers passes 0.99 to
+        # torch, so that evaluation would use the statistics of the last batch only (a tiny KoCLIP, trained to a loss
+        # of 1.66, evaluated to 2.09 so, and to 1.85 with torch's own default of 0.1).
         batch_norm_momentum=0.1,
         # Regularisation for training long on much data; a small encoder on small data underfits with it.
         drop_connect_rate=0.2 if published_size else 0.0,
@@ -297,7 +297,7 @@ def _efficientnet_config(config: KoclipConfig) -> "EfficientNetConfig":
 
 
 def _odd_strided_blocks(image_size: int, depth: float) -> list[int]:
-    """Blocks that halve an odd-sized map: they need padding on both sides to compute as the TensorFlow original.
+    """Blocks that halve an odd-sized map, which need padding on both sides to equal the TensorFlow original.
 
     EfficientNet-B2 (260 px, depth 1.2) gives [5, 8, 16], which its published config spells out; B0 at 224 px none.
     """
@@ -314,9 +314,9 @@ def _odd_strided_blocks(image_size: int, depth: float) -> list[int]:
 def _initialise_efficientnet(encoder: "EfficientNetModel") -> None:
     """The initialisation of the EfficientNet paper's code (normal, variance 2 / fan-out; BatchNorm 1, 0).
 
-    transformers draws BatchNorm's gains from N(0, 0.02), which is fit for being overwritten by a checkpoint only: the
-    signal shrinks fiftyfold per layer and a model trained from scratch does not start to learn (48 drawn pairs, 60 steps:
-    loss 3.87 = log(48) throughout; with this initialisation about 1).
+    transformers samples BatchNorm's gains from N(0, 0.02), which only suits weights that a checkpoint overwrites: the
+    signal shrinks fiftyfold a layer and a model trained from scratch does not learn (48 synthetic pairs, 60 steps: loss
+    3.87 = log(48) throughout; about 1 with this initialisation).
     """
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -347,10 +347,10 @@ def _build_text_encoder(config: KoclipConfig) -> "RobertaModel":
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
     )
-    # [CLS] is taken as it is. Original checkpoints hold the unread pooling layer all the same; frozen, it costs memory
-    # only, and no optimiser or data-parallel engine waits for its gradient.
+    # [CLS] is used without the pooling layer. Original checkpoints hold it all the same; frozen, it costs memory only,
+    # and no optimiser or data-parallel engine waits for its gradient.
     original = config.similarity == "published"
-    encoder = RobertaModel(roberta, add_pooling_layer=original)
+    encoder = RobertaModel(roberta, add_pooling_layer=original).float()
     if original:
         encoder.pooler.requires_grad_(False)
     return encoder
@@ -384,11 +384,11 @@ def _fetch(kind: Literal["roberta", "efficientnet"], source: str, *, field: str)
 
 def _load_into(encoder: nn.Module, tensors: dict[str, Tensor], source: str, *, field: str) -> None:
     expected = encoder.state_dict()
-    # RoBERTa's pooling layer is never read, and most published RoBERTas lack it: it stays as it is.
+    # RoBERTa's pooling layer is not used, and most published RoBERTas lack it: it stays as it is.
     tensors = tensors | {name: own for name, own in expected.items() if name.startswith("pooler.dense.")}
     for name in sorted(expected.keys() | tensors.keys()):
         ours = tuple(expected[name].shape) if name in expected else "none"
         theirs = tuple(tensors[name].shape) if name in tensors else "none"
         if ours != theirs:
-            raise InputError(field, source, f"`{name}` is {theirs}, the config asks for {ours}: mend the model section")
+            raise InputError(field, source, f"`{name}` is {theirs}, the config requires {ours}: mend the model section")
     encoder.load_state_dict(tensors)

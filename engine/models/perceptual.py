@@ -1,11 +1,12 @@
-"""LPIPS: how different two pictures look to VGG16, 14,716,160 parameters, none of them trained here.
+"""LPIPS: perceptual distance of two images in VGG16 features; 14,716,160 parameters, none of them trained here.
 
-Own forward pass over weights given by path, because the `lpips` package and taming's copy need torchvision and
-download while they are built. No dropout on the heads: taming's is switched on by Lightning's `.train()`, by accident.
+The forward pass is our own, over weights from a file, because the `lpips` package and taming's copy need torchvision
+and download weights when built. No dropout on the heads: taming's is switched on by Lightning's `.train()`, by
+accident.
 
     d(a, b) = sum over 5 layers of  mean over positions of  w_l . (a_l / |a_l| - b_l / |b_l|)^2
 
-Shapes: B pictures, S pixels, C_l channels of layer l (64, 128, 256, 512, 512).
+Shapes: B images, S pixels, C_l channels of layer l (64, 128, 256, 512, 512).
 Source: Zhang et al. 2018, arXiv:1801.03924, version 0.1; constants of `ScalingLayer` in richzhang/PerceptualSimilarity.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from engine.config import VqganLossConfig
 from engine.errors import InputError
 
-# torchvision's numbering of VGG16 `features`, cut where LPIPS looks (after the last ReLU of each stage):
+# torchvision's numbering of VGG16 `features`, in stages that end where LPIPS takes features (after the last ReLU):
 # (index of convolution, channels in, channels out); a max pool stands before every stage but the first.
 _STAGES: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((0, 3, 64), (2, 64, 64)),
@@ -31,8 +32,9 @@ _STAGES: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
     ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
 )
-# Names in the wild: torchvision `features.0.weight`; LPIPS and taming `net.slice1.0.weight`, the latter inside whole
-# checkpoints as `loss.perceptual_loss.net...`. Heads: taming `lin0.model.1.weight`, lpips also `lins.0.model.1.weight`.
+# Names in published files: torchvision `features.0.weight`; LPIPS and taming `net.slice1.0.weight`, the latter inside
+# whole checkpoints as `loss.perceptual_loss.net...`. Heads: taming `lin0.model.1.weight`, lpips also
+# `lins.0.model.1.weight`.
 _CONVOLUTION = re.compile(r"(?:^|\.)(?:features|net\.slice\d)\.(\d+)\.(weight|bias)$")
 _HEAD = re.compile(r"(?:^|\.)(?:lin|lins\.)(\d)\.model\.\d\.weight$")
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -41,7 +43,7 @@ _REMEDY = "set loss.perceptual_weights to a file or folder with VGG16 and LPIPS 
 
 
 class Perceptual(nn.Module):
-    """LPIPS distance with frozen weights. Random until `load_perceptual` fills it.
+    """LPIPS distance with frozen weights, random until `load_perceptual` sets them.
 
     State dict: `convolutions.<torchvision index>.{weight,bias}` and `heads.<stage>` (1, C_l, 1, 1).
     """
@@ -52,24 +54,29 @@ class Perceptual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolutions = nn.ModuleDict(
-            {str(index): nn.Conv2d(inside, out, 3, padding=1) for stage in _STAGES for index, inside, out in stage}
+            {
+                str(index): nn.Conv2d(inside, out, 3, padding=1, dtype=torch.float32)
+                for stage in _STAGES
+                for index, inside, out in stage
+            }
         )
-        self.heads = nn.ParameterList([torch.rand(1, stage[-1][2], 1, 1) for stage in _STAGES])
-        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        self.heads = nn.ParameterList([torch.rand(1, stage[-1][2], 1, 1, dtype=torch.float32) for stage in _STAGES])
+        shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float32)
+        scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float32)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, pictures: Tensor, target: Tensor) -> Tensor:
-        """Distance per picture: two (B, 3, S, S) in [-1, 1], S >= 16 -> (B,). Gradients flow into both."""
-        distance = pictures.new_zeros(len(pictures))
-        for head, a, b in zip(self.heads, self._features(pictures), self._features(target), strict=True):
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        """Distance per image: two (B, 3, S, S) in [-1, 1], S >= 16 -> (B,). Gradients flow into both."""
+        distance = images.new_zeros(len(images))
+        for head, a, b in zip(self.heads, self._features(images), self._features(target), strict=True):
             difference = (_normalise(a) - _normalise(b)).square()  # (B, C_l, s, s)
             distance = distance + (difference * head).sum(dim=1).mean(dim=(1, 2))
         return distance
 
-    def _features(self, pictures: Tensor) -> list[Tensor]:
-        x = (pictures - self.shift) / self.scale
+    def _features(self, images: Tensor) -> list[Tensor]:
+        x = (images - self.shift) / self.scale
         features = []
         for number, stage in enumerate(_STAGES):
             if number:
@@ -81,10 +88,10 @@ class Perceptual(nn.Module):
 
 
 def perceptual_from_config(config: VqganLossConfig) -> Perceptual | None:
-    """What the loss section asks for: None when perceptual_weight is 0.
+    """The perceptual loss of a loss section; None if perceptual_weight is 0.
 
     Raises:
-        InputError: perceptual_weight > 0 without a path, or what `load_perceptual` refuses.
+        InputError: perceptual_weight > 0 without a path, or what `load_perceptual` rejects.
     """
     if config.perceptual_weight == 0:
         return None
@@ -94,11 +101,11 @@ def perceptual_from_config(config: VqganLossConfig) -> Perceptual | None:
 
 
 def load_perceptual(path: Path) -> Perceptual:
-    """Reads VGG16 and LPIPS heads.
+    """LPIPS with weights of VGG16 and the LPIPS heads from files.
 
     Args:
         path: one .safetensors or .pth file with both, or a folder whose such files together hold both
-            (torchvision's VGG16 and LPIPS's `vgg.pth`, say). Other tensors in them, as VGG's classifier, are passed by.
+            (torchvision's VGG16 and LPIPS's `vgg.pth`). Other tensors in them, such as VGG's classifier, are ignored.
 
     Raises:
         InputError: names the path, and the tensor that is missing, doubled or of the wrong shape.
@@ -112,7 +119,7 @@ def load_perceptual(path: Path) -> Perceptual:
             if key in found:
                 raise InputError(_FIELD, file, f"`{name}` is there twice: leave one set of weights in {path}")
             found[key] = tensor
-    # On the meta device: 14.7 million random numbers would be drawn only to be overwritten.
+    # On the meta device: no 14.7 million random numbers that would be overwritten.
     with torch.device("meta"):
         expected = Perceptual().state_dict()
     missing = [name for name in expected if name not in found]
@@ -159,7 +166,7 @@ def _own_name(name: str) -> str | None:
 
 
 def _theirs(name: str) -> str:
-    """The name under which users know the tensor."""
+    """The tensor's name in published files."""
     part, rest = name.split(".", 1)
     return f"`features.{rest}`" if part == "convolutions" else f"`lin{rest}.model.1.weight`"
 

@@ -1,15 +1,15 @@
-"""The codebook: nearest entry for every encoder output, and optional care for entries that nobody uses.
+"""Vector quantiser: the nearest codebook entry of each encoder output, and resets of unused entries.
 
-Computes what taming's `VectorQuantizer2` computes (same state-dict name, same initialisation, same loss with the
-published "legacy" placement of beta), without einops and without ever building a (B*N, K) one-hot: distances are one
+It computes what taming's `VectorQuantizer2` computes (same state-dict name, same initialisation, same loss with the
+published "legacy" placement of beta), without einops and without a (B*N, K) one-hot: distances are one
 matrix product, because |z|^2 is the same for every entry and does not change which is nearest.
 
-Care is for small data: a codebook that starts at U(+-1/K) sits in one spot of the latent space, and on a few thousand
-pictures most entries never win. Entries may start as encoder outputs (`init_from`), and entries that won nothing
-since the last look may be replaced by recent encoder outputs (`reset_unused`, after Lancucki et al. 2020,
-arXiv:2005.08520).
+Resets are for small data: a codebook initialised with U(+-1/K) covers a small part of the latent space, and on a few
+thousand images most entries are never the nearest. Entries can be initialised with encoder outputs (`init_from`), and
+entries that were not used for some time can be reset to recent encoder outputs (`reset_unused`, after Lancucki et al.
+2020, arXiv:2005.08520).
 
-Shapes: B pictures, N positions of the latent grid (H*W), E width of an entry, K entries.
+Shapes: B images, N positions of the latent grid (H*W), E width of an entry, K entries.
 """
 
 from typing import NamedTuple
@@ -24,28 +24,32 @@ _ROWS_PER_PRODUCT = 8192
 
 
 class Quantised(NamedTuple):
+    """Output of the quantiser."""
+
     latents: Tensor  # (B, E, H, W): codebook entries; gradients pass straight through to the encoder
     loss: Tensor  # scalar, float32
     image_tokens: Tensor  # (B, N) int64, row by row over the grid
 
 
 class CodebookStats(NamedTuple):
+    """Usage of the codebook by a batch."""
+
     usage: Tensor  # share of the K entries that occur, 0..1
-    perplexity: Tensor  # exp(entropy) of the entries' frequencies, 1..K: how many entries carry the load
+    perplexity: Tensor  # exp(entropy) of the entries' frequencies, 1..K: effective number of entries
 
 
 class VectorQuantizer(nn.Module):
     """Codebook with straight-through gradients (van den Oord et al. 2017, arXiv:1711.00937; taming's VectorQuantizer2).
 
-    State dict: `embedding.weight` (K, E) only, as in taming. What care needs beside it is in `usage_state()`.
+    State dict: `embedding.weight` (K, E) only, as in taming. The state of resets is in `usage_state()`.
 
     Args:
         codebook_size: K.
         embed_dim: E.
         beta: weight of one of the two loss terms.
-        legacy: True puts beta on the codebook term (taming's published slip: commitment weight 1); False puts it on
-            the commitment term, as the VQ-VAE paper does.
-        track_usage: count winners and keep the last batch of encoder outputs while training, for `reset_unused`.
+        legacy: True puts beta on the codebook term (a slip in taming as published: commitment weight 1); False puts
+            it on the commitment term, as the VQ-VAE paper does.
+        track_usage: in training, count uses and keep the last batch of encoder outputs, for `reset_unused`.
     """
 
     usage_counts: Tensor
@@ -59,7 +63,7 @@ class VectorQuantizer(nn.Module):
         self.beta = beta
         self.legacy = legacy
         self.track_usage = track_usage
-        self.embedding = nn.Embedding(codebook_size, embed_dim)
+        self.embedding = nn.Embedding(codebook_size, embed_dim, dtype=torch.float32)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
         # Not persistent: taming's checkpoints have no such tensor, and a served model does not need it.
         self.register_buffer("usage_counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
@@ -77,9 +81,9 @@ class VectorQuantizer(nn.Module):
         tokens = self.nearest(vectors)  # (B*N,)
         chosen = F.embedding(tokens, self.embedding.weight).view(z.shape)  # (B, H, W, E)
         if self.training and self.track_usage:
-            self._note(vectors, tokens)
+            self._track(vectors, tokens)
 
-        # float32 whatever the model's type: mean squares of small differences are lost in bfloat16.
+        # float32 whatever the model's type: bfloat16 loses mean squares of small differences.
         commitment = F.mse_loss(z.float(), chosen.detach().float())
         codebook = F.mse_loss(chosen.float(), z.detach().float())
         loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
@@ -89,7 +93,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Index of the nearest entry (Euclidean, lowest index on ties): (M, E) -> (M,) int64. Always in float32."""
+        """Index of the nearest entry (Euclidean, lowest index on ties): (M, E) -> (M,) int64. Computed in float32."""
         weight = self.embedding.weight.detach().float()
         with torch.autocast(vectors.device.type, enabled=False):
             squared_norms = weight.square().sum(dim=1)  # (K,)
@@ -104,7 +108,7 @@ class VectorQuantizer(nn.Module):
 
         Raises:
             ValueError: not integers, or a token outside 0..K-1. Checked here because on a GPU the embedding would
-                abort the whole process's CUDA context instead.
+                destroy the CUDA context of the process instead.
         """
         if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
             raise ValueError(f"image tokens must be integers, not {image_tokens.dtype}")
@@ -115,22 +119,22 @@ class VectorQuantizer(nn.Module):
                 raise ValueError(f"image tokens span {lowest}..{highest}; the codebook has 0..{self.codebook_size - 1}")
         return F.embedding(image_tokens, self.embedding.weight)
 
-    # ------------------------------------------------------------------------------------------------------- care
+    # ------------------------------------------------------------------------------------------------------ resets
 
     @torch.no_grad()
     def init_from(self, vectors: Tensor, generator: torch.Generator, *, kmeans_rounds: int = 0) -> None:
-        """Overwrites all entries with encoder outputs drawn by `generator`, and forgets usage.
+        """Initialises all entries with encoder outputs sampled by `generator`, and clears usage.
 
-        Draws without replacement while there are at least K vectors. With fewer, repeats get a little noise (1 % of
-        the vectors' spread), so that no two entries are equal. On several ranks rank 0's entries win.
+        Samples without replacement while there are at least K vectors. With fewer, repeats get a little noise (1 % of
+        the vectors' standard deviation), so that no two entries are equal. Rank 0's entries go to all ranks.
 
         Args:
             vectors: (M, E) encoder outputs, or (B, E, H, W).
             generator: CPU generator.
-            kmeans_rounds: Lloyd's rounds on the vectors afterwards; an entry that no vector is nearest to is drawn anew.
+            kmeans_rounds: rounds of Lloyd's algorithm on the vectors; entries without a vector are sampled anew.
         """
         rows = self._rows(vectors)
-        self.embedding.weight.copy_(_draw_rows(rows, self.codebook_size, generator))
+        self.embedding.weight.copy_(_sample_rows(rows, self.codebook_size, generator))
         for _ in range(kmeans_rounds):
             self._lloyd_round(rows.float(), generator)
         self._share_from_rank_0()
@@ -138,19 +142,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def reset_unused(self, generator: torch.Generator) -> Tensor:
-        """Replaces entries that won nothing since the last call by recent encoder outputs; starts counting anew.
+        """Resets entries that were not used since the last call to recent encoder outputs, and clears usage.
 
         The same counts, recent vectors and generator state give the same codebook, so a run that restores
         `usage_state()` and the generator continues identically. On several ranks the counts are summed and rank 0's
-        vectors win; every rank must call. Under DeepSpeed with float32 master weights the caller must also write
-        `embedding.weight` back into them (`deepspeed.utils.safe_set_full_fp32_param`) and would best zero the
-        optimiser's moments of the returned rows.
+        entries go to all; every rank must call. Under DeepSpeed with float32 master weights the caller must also write
+        `embedding.weight` back into them (`engine.training.weights.update_master`).
 
         Returns:
-            (R,) int64 indices of the replaced entries, ascending.
+            (R,) int64 indices of the reset entries, ascending.
 
         Raises:
-            RuntimeError: nothing was tracked yet (`track_usage` off, or no training batch seen).
+            RuntimeError: nothing was tracked yet (`track_usage` off, or no training batch so far).
         """
         if self._recent is None:
             raise RuntimeError("reset_unused needs track_usage=True and at least one training batch before it")
@@ -158,7 +161,7 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(self.usage_counts)
         unused = (self.usage_counts == 0).nonzero().flatten()  # (R,)
         if unused.numel():
-            self.embedding.weight[unused] = _draw_rows(self._recent, unused.numel(), generator).to(
+            self.embedding.weight[unused] = _sample_rows(self._recent, unused.numel(), generator).to(
                 self.embedding.weight
             )
             self._share_from_rank_0()
@@ -166,8 +169,10 @@ class VectorQuantizer(nn.Module):
         return unused
 
     def usage_state(self) -> dict[str, Tensor]:
-        """What `reset_unused` depends on beside the weights, as plain CPU tensors for a training checkpoint."""
-        recent = torch.empty(0, self.embed_dim) if self._recent is None else self._recent
+        """State of `reset_unused` besides the weights, as CPU tensors for a training checkpoint."""
+        recent = (
+            torch.empty(0, self.embed_dim, dtype=torch.float32, device="cpu") if self._recent is None else self._recent
+        )
         return {"usage_counts": self.usage_counts.cpu().clone(), "recent_vectors": recent.cpu().clone()}
 
     def load_usage_state(self, state: dict[str, Tensor]) -> None:
@@ -179,7 +184,7 @@ class VectorQuantizer(nn.Module):
         counts, recent = state["usage_counts"], state["recent_vectors"]
         if counts.shape != self.usage_counts.shape or recent.shape[1:] != (self.embed_dim,):
             raise ValueError(
-                f"care state is for {counts.numel()} entries of width {recent.shape[-1]}, "
+                f"usage state is for {counts.numel()} entries of width {recent.shape[-1]}, "
                 f"the codebook has {self.codebook_size} of width {self.embed_dim}"
             )
         self.usage_counts.copy_(counts)
@@ -192,10 +197,10 @@ class VectorQuantizer(nn.Module):
         entries = sums / counts.clamp(min=1)[:, None]
         empty = (counts == 0).nonzero().flatten()
         if empty.numel():
-            entries[empty] = _draw_rows(rows, empty.numel(), generator)
+            entries[empty] = _sample_rows(rows, empty.numel(), generator)
         self.embedding.weight.copy_(entries)
 
-    def _note(self, vectors: Tensor, tokens: Tensor) -> None:
+    def _track(self, vectors: Tensor, tokens: Tensor) -> None:
         self.usage_counts.scatter_add_(0, tokens, torch.ones_like(tokens))
         self._recent = vectors.detach()
 
@@ -212,7 +217,7 @@ class VectorQuantizer(nn.Module):
 
 
 def codebook_stats(image_tokens: Tensor, codebook_size: int) -> CodebookStats:
-    """How many entries a batch of tokens uses, and how evenly. Both are 0-d float32 tensors: nothing waits for a GPU."""
+    """Usage and perplexity of a batch of tokens, 0-d float32 on the device, so that the host waits for nothing."""
     tokens = image_tokens.flatten()
     counts = torch.zeros(codebook_size, dtype=torch.int64, device=tokens.device)
     counts.scatter_add_(0, tokens, torch.ones_like(tokens))
@@ -220,17 +225,17 @@ def codebook_stats(image_tokens: Tensor, codebook_size: int) -> CodebookStats:
     return CodebookStats((counts > 0).float().mean(), torch.special.entr(shares).sum().exp())
 
 
-def _draw_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` rows chosen by a CPU generator; beyond the first pass over `rows`, jittered by 1 % of their spread."""
-    order = torch.randperm(len(rows), generator=generator)[:count]
-    drawn = rows[order.to(rows.device)].float()
+def _sample_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows sampled by a CPU generator; beyond the first pass over `rows`, with noise of 1 % of their spread."""
+    order = torch.randperm(len(rows), generator=generator, dtype=torch.int64, device="cpu")[:count]
+    sampled = rows[order.to(rows.device)].float()
     if count > len(rows):
-        again = torch.randint(len(rows), (count - len(rows),), generator=generator)
-        noise = torch.randn(count - len(rows), rows.shape[1], generator=generator)
+        again = torch.randint(len(rows), (count - len(rows),), generator=generator, dtype=torch.int64, device="cpu")
+        noise = torch.randn(count - len(rows), rows.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         spread = rows.float().std(dim=0, unbiased=False)
         repeats = rows[again.to(rows.device)].float() + 0.01 * spread * noise.to(rows.device)
-        drawn = torch.cat([drawn, repeats])
-    return drawn
+        sampled = torch.cat([sampled, repeats])
+    return sampled
 
 
 def _several_ranks() -> bool:

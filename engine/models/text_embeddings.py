@@ -1,7 +1,7 @@
-"""Token and position tables of a published language model as the start of ours.
+"""Token and position tables of a published language model, as the initial text embeddings of KoDALLE.
 
-KoDALLE takes nothing else from klue/roberta-large: no layers, no LayerNorm, no token types. So only the two tables
-are read, straight out of the safetensors file (134 MB of the 1.3 GB; never a pickle, never code from the hub).
+KoDALLE uses nothing else of klue/roberta-large: no layers, no LayerNorm, no token types. So only the two tables
+are read, directly from the safetensors file (134 MB of the 1.3 GB; never a pickle, never code from the hub).
 
 V text vocabulary, C model dim, R position rows.
 """
@@ -26,18 +26,18 @@ _POSITION_NAMES = ("embeddings.position_embeddings.weight", "wpe.weight")
 
 
 class TextTables(NamedTuple):
-    """float32, on the CPU."""
+    """Token and position table, float32, on the CPU."""
 
     tokens: Tensor  # (V, C)
     positions: Tensor  # (R, C)
 
 
 def load_text_tables(name_or_folder: str | Path, *, local_files_only: bool = False) -> TextTables:
-    """Reads the tables of a RoBERTa, BERT or GPT-2 kind of model.
+    """Token and position tables of a model like RoBERTa, BERT or GPT-2.
 
     Args:
         name_or_folder: a folder that `save_pretrained` wrote, or a Hugging Face name.
-        local_files_only: for a name: do not ask the network, take what was downloaded before.
+        local_files_only: for a name: use what was downloaded before, without the network.
 
     Raises:
         InputError: not found, no safetensors, no learned position table.
@@ -68,10 +68,10 @@ def load_text_tables(name_or_folder: str | Path, *, local_files_only: bool = Fal
 
 
 def apply_text_tables(model: KoDalle, tables: TextTables) -> None:
-    """Copies the tables into the model; whole, as published: row 0 of the position table serves <bos>.
+    """Copies both tables into the model, whole, as published: row 0 of the position table is of <bos>.
 
     Raises:
-        InputError: names the config key that does not fit and the number that would.
+        InputError: names the config key that does not fit, and the number that does.
     """
     config = model.config
     (num_tokens, width), (num_positions, position_width) = tables.tokens.shape, tables.positions.shape
@@ -89,19 +89,19 @@ def apply_text_tables(model: KoDalle, tables: TextTables) -> None:
 
 
 def _find(name_or_folder: str | Path, file: str, local_files_only: bool) -> Path | None:
-    """Path of one file of the model, downloaded if need be; None when there is none."""
+    """Path of one file of the model, downloaded if necessary; None if there is none."""
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     if folder.is_absolute() or str(name_or_folder).startswith("."):
-        return None  # meant as a folder: do not ask the hub for it
+        return None  # meant as a folder, not as a name on the hub
     from transformers.utils.hub import cached_file  # seconds to import, and folders do not need it
 
     try:
         found = cached_file(
             str(name_or_folder), file, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False
         )
-    except (OSError, ValueError) as error:  # transformers' own words for: no such model, no network, gated
+    except (OSError, ValueError) as error:  # no such model, no network, or gated
         raise InputError(_FIELD, name_or_folder, f"cannot be read from the Hugging Face hub: {error}") from error
     return None if found is None else Path(found)
 

@@ -1,9 +1,9 @@
-"""KoDALLE: one causal transformer over <bos> + caption + picture, with tables of a language model in front.
+"""KoDALLE: a causal transformer over <bos>, caption and image tokens, with the text tables of a language model.
 
-B rows, T positions, H heads, D head dim, C model dim, F feed-forward inner dim, V vocabulary.
+B sequences, T positions, H heads, D head dim, C model dim, F feed-forward inner dim, V vocabulary.
 
 The maths is that of DALLE-pytorch 1.1.x as KoDALLE used it (KR-HappyFace/KoDALLE: dalle/models.py), so that its
-checkpoints can be loaded and its parameter counts come out to the last row (334,974,336 with 128 text positions):
+checkpoints can be loaded and its parameter counts agree exactly (334,974,336 with 128 text positions):
 
     position     0      1 ... Tt     Tt+1 ... Tt+N-1        Tt text positions, N image tokens
     input      <bos>    t1 ... tTt     i1  ...  iN-1        the last image token is never an input
@@ -16,7 +16,7 @@ checkpoints can be loaded and its parameter counts come out to the last row (334
   position may only predict text rows and an image position only image rows; cutting the weight into two views is
   the same function as masking the joint logits, at half the work and memory.
 
-Each module reads only parameters that it owns, in its own forward: DeepSpeed ZeRO-3 gathers them by module.
+Each module uses only its own parameters in its own forward: DeepSpeed ZeRO-3 gathers them by module.
 """
 
 import math
@@ -35,22 +35,22 @@ PAD_ID = 1
 
 
 class Losses(NamedTuple):
-    """Scalars of one batch; `loss` is the one to differentiate."""
+    """Losses of one batch, scalars; `loss` is the one to differentiate."""
 
     loss: Tensor  # (text + w * image) / (1 + w)
     loss_text: Tensor  # mean cross-entropy over all text positions, [PAD] targets included, nats
     loss_image: Tensor  # mean cross-entropy over all image positions, nats
-    image_top1: Tensor  # share of image positions whose likeliest token is the target; detached
+    image_top1: Tensor  # share of image positions whose most likely token is the target; detached
 
 
 class KoDalle(nn.Module):
-    """The drawing transformer.
+    """The KoDALLE transformer.
 
     Args:
         config: sizes.
-        embedding_std: None: torch's defaults, as published (tables N(0, 1)), meant for runs whose text tables are
-            then replaced by a language model's. A number (0.02): all tables and position rows N(0, std), which small
-            models trained from scratch need, since N(0, 1) inputs drown their residual branches.
+        embedding_std: None: torch's defaults, as published (tables N(0, 1)), meant for runs whose text tables
+            are then replaced by a language model's. A number (0.02): all tables and position rows N(0, std), which
+            small models trained from scratch need, since N(0, 1) inputs dominate their residual branches.
         attention_backend: see engine/models/attention.py.
     """
 
@@ -78,12 +78,12 @@ class KoDalle(nn.Module):
         *,
         loss_image_weight: float = 7.0,
     ) -> Losses:
-        """Losses of captioned pictures.
+        """Losses of captioned images.
 
         Args:
             text_tokens: (B, text_seq_len) ids from [CLS] on, padded with [PAD].
             image_tokens: (B, image_seq_len) codebook ids, row by row: the targets.
-            noisy_image_tokens: like them; what the model sees, where that differs from the targets.
+            noisy_image_tokens: like image_tokens; the inputs, where they differ from the targets.
             loss_image_weight: w in (text + w * image) / (1 + w).
         """
         text_logits, image_logits = self.logits(
@@ -97,11 +97,11 @@ class KoDalle(nn.Module):
         return Losses(loss, loss_text.detach(), loss_image.detach(), image_top1)
 
     def logits(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What each position predicts.
+        """Logits of each position.
 
         Args:
             text_tokens: (B, text_seq_len).
-            image_tokens: (B, n), 1 <= n <= image_seq_len; the last one is no input.
+            image_tokens: (B, n), 1 <= n <= image_seq_len; the last one is not an input.
 
         Returns:
             (B, text_seq_len, text_vocab_size + text_seq_len) and (B, n, image_vocab_size).
@@ -117,10 +117,10 @@ class KoDalle(nn.Module):
 
     @torch.no_grad()
     def start_from_codebook(self, codes: Tensor) -> None:
-        """Sets the image token table and the head's image rows to two random projections of the VQGAN's codes.
+        """Sets the image token table and the head's image rows to two random projections of the VQGAN's codebook.
 
-        Tokens that look alike then start alike, which a model needs to put a known colour into a shape that it never
-        saw in that colour. Standard deviations stay what they were.
+        Similar codes then start with similar rows, which a model needs to generate a shape in a colour that it was not
+        trained on. Standard deviations are kept.
 
         Args:
             codes: (V_image, E), float.
@@ -129,7 +129,9 @@ class KoDalle(nn.Module):
         centred = codes - codes.mean(dim=0)
         weight, bias = self.head.image_rows()
         for rows in (self.image_embedding.tokens, weight):
-            projected = centred @ torch.randn(codes.shape[1], self.config.dim)  # (V_image, C)
+            projected = centred @ torch.randn(
+                codes.shape[1], self.config.dim, dtype=torch.float32, device=codes.device
+            )  # (V_image, C)
             rows.copy_(projected * (rows.std() / projected.std()))
         bias.zero_()
 
@@ -147,17 +149,17 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(config.text_vocab_size, config.dim))
-        self.positions = nn.Parameter(torch.randn(config.text_position_rows, config.dim))
-        with torch.no_grad():  # as nn.Embedding(padding_idx=1) begins
+        self.tokens = nn.Parameter(torch.randn(config.text_vocab_size, config.dim, dtype=torch.float32))
+        self.positions = nn.Parameter(torch.randn(config.text_position_rows, config.dim, dtype=torch.float32))
+        with torch.no_grad():  # the initialisation of nn.Embedding(padding_idx=1)
             self.tokens[PAD_ID].zero_()
             self.positions[PAD_ID].zero_()
 
     def forward(self, text_tokens: Tensor) -> Tensor:
         """(B, T) ids from [CLS] on -> (B, 1 + T, C)."""
         text_tokens = F.pad(text_tokens, (1, 0), value=BOS_ID)  # (B, 1 + T)
-        positions = torch.arange(text_tokens.shape[1], device=text_tokens.device)
-        # F.embedding's padding_idx is what keeps row 1 of both tables without a gradient.
+        positions = torch.arange(text_tokens.shape[1], dtype=torch.int64, device=text_tokens.device)
+        # padding_idx keeps row 1 of both tables without a gradient.
         return F.embedding(text_tokens, self.tokens, padding_idx=PAD_ID) + F.embedding(
             positions, self.positions, padding_idx=PAD_ID
         )
@@ -169,16 +171,16 @@ class ImageEmbedding(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.grid_size = config.image_grid_size
-        self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim))
-        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim))
-        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim))
+        self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim, dtype=torch.float32))
+        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
+        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
 
     def forward(self, image_tokens: Tensor) -> Tensor:
         """(B, n) ids of the first n grid cells, n may be 0 -> (B, n, C)."""
         return F.embedding(image_tokens, self.tokens) + self.position_table()[: image_tokens.shape[1]]
 
     def position_table(self) -> Tensor:
-        """(image_seq_len, C): what each grid cell adds, row by row."""
+        """(image_seq_len, C): position embedding of each grid cell, row by row."""
         return (self.rows[:, None] + self.columns[None]).flatten(0, 1)
 
 
@@ -198,18 +200,18 @@ class Layer(nn.Module):
 class AttentionBranch(nn.Module):
     """x + scale * out(attention(qkv(norm(x)))).
 
-    `project` and `add` are its two halves; the sampler puts attention over its cache between them.
+    `project` and `add` are its two halves; decoding runs attention over the KV cache between them.
     """
 
     def __init__(self, config: TransformerConfig, number: int, backend: AttentionBackend) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.backend = config.num_heads, config.head_dim, backend
         inner = config.num_heads * config.head_dim
-        self.norm = nn.LayerNorm(config.dim)
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False)
-        self.out = nn.Linear(inner, config.dim)
+        self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False, dtype=torch.float32)
+        self.out = nn.Linear(inner, config.dim, dtype=torch.float32)
         self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
-        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number)))
+        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
@@ -232,11 +234,11 @@ class FeedForwardBranch(nn.Module):
     def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
         inner = config.ff_mult * config.dim
-        self.norm = nn.LayerNorm(config.dim)
-        self.grow = nn.Linear(config.dim, 2 * inner)  # value first, then gate
+        self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
+        self.grow = nn.Linear(config.dim, 2 * inner, dtype=torch.float32)  # value first, then gate
         self.dropout = nn.Dropout(config.ff_dropout)
-        self.shrink = nn.Linear(inner, config.dim)
-        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number)))
+        self.shrink = nn.Linear(inner, config.dim, dtype=torch.float32)
+        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -250,9 +252,9 @@ class JointHead(nn.Module):
         super().__init__()
         self.num_text_positions = config.text_seq_len
         self.num_text_rows = config.text_vocab_size + config.text_seq_len
-        self.norm = nn.LayerNorm(config.dim)
-        self.weight = nn.Parameter(torch.empty(config.joint_vocab_size, config.dim))
-        self.bias = nn.Parameter(torch.empty(config.joint_vocab_size))
+        self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
+        self.weight = nn.Parameter(torch.empty(config.joint_vocab_size, config.dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(config.joint_vocab_size, dtype=torch.float32))
         bound = 1 / math.sqrt(config.dim)  # nn.Linear's default
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -274,7 +276,7 @@ class JointHead(nn.Module):
 
 
 def layer_scale(number: int) -> float:
-    """First value of a branch's scale; `number` counts layers from 1 (CaiT, arXiv 2103.17239, as DALLE-pytorch)."""
+    """Initial scale of a branch; `number` counts layers from 1 (CaiT, arXiv 2103.17239, as DALLE-pytorch)."""
     if number <= 18:
         return 0.1
     return 1e-5 if number <= 24 else 1e-6

@@ -1,18 +1,18 @@
-"""VQGAN: pictures to image tokens and back.
+"""VQGAN: images to image tokens and back.
 
 The network blocks are taming-transformers' own (`taming.modules.diffusionmodules.model`), so the original checkpoints
 load by name and compute the same; the quantiser and everything around it is ours. 76,073,859 parameters at f16 with
 16,384 codes: encoder 29,298,176, decoder 42,449,795, codebook 4,194,304, the two 1x1 convolutions 131,584.
 
-Pictures are float [0, 1] at the public boundary (what files, metrics and the ranker use) and [-1, 1] inside (what the
-weights were trained on); nobody outside this file and the loss needs to know.
+Images are float [0, 1] at the public boundary (what files, metrics and the ranker use) and [-1, 1] inside (what the
+weights were trained on), which only this file and the loss deal with.
 
 ```
 images [0,1] -> 2x-1 -> encoder -> quant_conv -> nearest entry -> post_quant_conv -> decoder -> [-1,1]
  (B,3,S,S)              (B,Z,h,w)   (B,E,h,w)     (B,N) tokens      (B,Z,h,w)                  (B,3,S,S)
 ```
 
-Shapes: B pictures, S image_size in pixels, h = w = grid_size, N = h*w positions, Z latent_channels, E embed_dim.
+Shapes: B images, S image_size in pixels, h = w = grid_size, N = h*w positions, Z latent_channels, E embed_dim.
 Source: Esser, Rombach, Ommer 2021, arXiv:2012.09841; CompVis/taming-transformers `VQModel`.
 """
 
@@ -32,7 +32,7 @@ class Vqgan(nn.Module):
 
     Args:
         config: sizes.
-        track_usage: keep what `quantize.reset_unused` needs while training (see engine.models.quantiser).
+        track_usage: keep in training what `quantize.reset_unused` needs (see engine.models.quantiser).
     """
 
     def __init__(self, config: VqganConfig, *, track_usage: bool = False) -> None:
@@ -50,10 +50,10 @@ class Vqgan(nn.Module):
             "z_channels": config.latent_channels,
         }
         # double_z: taming's default is for KL autoencoders and doubles the channels.
-        self.encoder = Encoder(**sizes, double_z=False)
+        self.encoder = Encoder(**sizes, double_z=False).float()  # taming builds in the default dtype
         # taming's Decoder prints its latent shape to standard output, which belongs to the command line's answers.
         with contextlib.redirect_stdout(io.StringIO()):
-            self.decoder = Decoder(**sizes)
+            self.decoder = Decoder(**sizes).float()
         self.quantize = VectorQuantizer(
             config.codebook_size,
             config.embed_dim,
@@ -61,8 +61,8 @@ class Vqgan(nn.Module):
             legacy=config.legacy_commitment,
             track_usage=track_usage,
         )
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, kernel_size=1)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, kernel_size=1)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, kernel_size=1, dtype=torch.float32)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, kernel_size=1, dtype=torch.float32)
         self._set_norm_groups(config.norm_groups)
 
     def forward(self, images: Tensor, *, quantised: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Vqgan(nn.Module):
 
         Args:
             images: (B, 3, S, S) float in [0, 1].
-            quantised: False lets the latents through as they are (`CodebookResetConfig.start_step`): loss 0, no tokens.
+            quantised: False passes the latents on as they are (`CodebookResetConfig.start_step`): loss 0, no tokens.
 
         Returns:
             reconstruction (B, 3, S, S), unclamped around [-1, 1]; quantiser loss, scalar float32;
@@ -88,14 +88,14 @@ class Vqgan(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures to tokens: (B, 3, S, S) in [0, 1] -> (B, N) int64. Same errors as `forward`."""
+        """Images to tokens: (B, 3, S, S) in [0, 1] -> (B, N) int64. Same errors as `forward`."""
         latents = self.encode_latents(images)
         vectors = latents.permute(0, 2, 3, 1).reshape(-1, self.config.embed_dim)  # (B*N, E)
         return self.quantize.nearest(vectors).view(len(images), self.config.image_seq_len)
 
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:
-        """Tokens to pictures: (B, N) integers -> (B, 3, S, S) float in [0, 1].
+        """Tokens to images: (B, N) integers -> (B, 3, S, S) float in [0, 1].
 
         Raises:
             ValueError: wrong shape, or a token outside the codebook.
@@ -118,15 +118,15 @@ class Vqgan(nn.Module):
         return self.quant_conv(self.encoder(signed))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Decoder: (B, E, h, w) -> (B, 3, S, S), unclamped around [-1, 1]. Free of checks, so that it exports."""
+        """Decoder: (B, E, h, w) -> (B, 3, S, S), unclamped around [-1, 1]. Without checks, for export."""
         return self.decoder(self.post_quant_conv(latents))
 
     @torch.no_grad()
     def residual_init(self) -> None:
         """Kaiming-normal convolutions without bias; the last one of each residual branch at zero.
 
-        torch's default shrinks the signal threefold a layer. Measured on 64-pixel drawings, base 32, 150 steps of 8,
-        mean absolute error of an unquantised pass in [-1, 1]: 0.23 with the default, 0.17 with this.
+        torch's default shrinks the signal threefold a layer. Measured on 64-pixel synthetic images, base 32, 150 steps
+        of 8, mean absolute error of an unquantised pass in [-1, 1]: 0.23 with the default, 0.17 with this.
         Source: He et al. 2015, arXiv:1502.01852; zero branches after Goyal et al. 2017, arXiv:1706.02677.
         """
         for name, module in self.named_modules():
@@ -138,15 +138,18 @@ class Vqgan(nn.Module):
                     nn.init.zeros_(module.weight)
 
     def _set_norm_groups(self, groups: int) -> None:
-        """taming writes 32 groups into every GroupNorm: at 32 channels that is one channel a group, which takes each
-        channel's mean away and with it the picture's colours (same run as above: 0.20 with 32 groups, 0.17 with 4)."""
+        """Sets the groups of every GroupNorm, which taming fixes at 32.
+
+        At 32 channels that is one channel a group, which removes each channel's mean and with it the image's colours
+        (same run as above: 0.20 with 32 groups, 0.17 with 4).
+        """
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = groups
 
     @property
     def last_layer_weight(self) -> nn.Parameter:
-        """Weight of the decoder's last convolution, where the adversarial loss is balanced (engine.models.vqgan_loss)."""
+        """Weight of the decoder's last convolution, where `engine.models.vqgan_loss` balances the adversarial loss."""
         return self.decoder.conv_out.weight
 
 
@@ -156,5 +159,5 @@ def to_signed_range(images: Tensor) -> Tensor:
 
 
 def to_unit_range(signed: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], clamped, any shape, as float32 (bfloat16 has too few steps for 8-bit pictures)."""
+    """[-1, 1] -> [0, 1], clamped, any shape, as float32 (bfloat16 has too few steps for 8-bit images)."""
     return (signed.float().clamp(-1.0, 1.0) + 1.0) / 2.0

@@ -1,20 +1,21 @@
-"""What a VQGAN is trained to minimise: pixels, perception, codebook, and a patch discriminator.
+"""Losses of VQGAN training: pixels, perceptual distance, codebook, and a patch discriminator.
 
 Computes taming's `VQLPIPSWithDiscriminator` as two pure functions, because generator and discriminator are two
 DeepSpeed engines with an optimiser each. One difference: before `disc_start` taming runs the discriminator and
-multiplies by zero; here it does not run at all.
+multiplies by zero; here it does not run.
 
     generator:      L = |x - x'| + w_p LPIPS(x, x') + w_f F(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
                     lambda = clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), gradients at the decoder's last convolution
                     F = mean over D's hidden layers of mean |D_l(x) - D_l(x')|
     discriminator:  L = (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2
 
-`feature_weight` (0 as published) is for those who have no LPIPS weights, or may not use them: the discriminator's hidden
-layers learn from the pictures themselves what makes one look real. nll is everything before lambda.
+`feature_weight` (0 as published) is for trainings without LPIPS weights: the hidden layers of the discriminator learn
+from the images what makes one look real. nll is everything before lambda.
 
-Shapes: B pictures, S pixels. `images` are [0, 1] as everywhere; `reconstruction` is [-1, 1] as `Vqgan.forward` gives it.
-Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/losses/vqperceptual.py`; F:
-Larsen et al. 2016, arXiv:1512.09300; Wang et al. 2018, arXiv:1711.11585, equation 4.
+Shapes: B images, S pixels. `images` are [0, 1] as everywhere; `reconstruction` is [-1, 1] as `Vqgan.forward` returns
+it.
+Source: Esser et al. 2021, arXiv:2012.09841, equations 4-7; taming `modules/losses/vqperceptual.py`; F: Larsen et al.
+2016, arXiv:1512.09300; Wang et al. 2018, arXiv:1711.11585, equation 4.
 """
 
 from collections.abc import Iterator
@@ -41,14 +42,16 @@ class Discriminator(Protocol):
 
 
 def build_discriminator(config: VqganLossConfig) -> NLayerDiscriminator:
-    """taming's PatchGAN with BatchNorm: 2,765,633 parameters at 64 channels and 3 layers. Its running statistics are
-    state to be saved. Fed (B, 3, S, S) in [-1, 1], answers (B, 1, s, s) logits, one per patch."""
+    """taming's PatchGAN with BatchNorm: 2,765,633 parameters at 64 channels and 3 layers.
+
+    (B, 3, S, S) in [-1, 1] -> (B, 1, s, s) logits, one a patch. Its running statistics belong into checkpoints.
+    """
     discriminator = NLayerDiscriminator(input_nc=3, ndf=config.disc_channels, n_layers=config.disc_layers)
-    return discriminator.apply(weights_init)
+    return discriminator.float().apply(weights_init)  # taming builds in the default dtype
 
 
 def discriminator_active(step: int, config: VqganLossConfig) -> bool:
-    """Whether the discriminator takes part at this step (counted from 0): train it only where this is true."""
+    """Whether the discriminator takes part in the loss, and is trained, at this step (counted from 0)."""
     return config.disc_weight > 0 and step >= config.disc_start
 
 
@@ -65,10 +68,10 @@ def generator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of encoder, codebook and decoder.
 
-    The caller sets `discriminator.requires_grad_(False)` around this step, so that no gradient is spent on it.
+    The caller sets `discriminator.requires_grad_(False)` around this step, so that no gradient is computed for it.
 
     Args:
-        discriminator: may be None, or is simply not run, where `discriminator_active` is false.
+        discriminator: not run, and may be None, where `discriminator_active` is false.
         reconstruction: (B, 3, S, S), [-1, 1], with a graph unless gradients are off (validation).
         images: (B, 3, S, S), [0, 1].
         quantiser_loss: scalar.
@@ -83,7 +86,7 @@ def generator_loss(
         as in taming).
 
     Raises:
-        ValueError: a part is missing that the config calls for.
+        ValueError: a part is missing that the config requires.
     """
     target = to_signed_range(images.float())
     reconstruction = reconstruction.float()
@@ -103,10 +106,12 @@ def generator_loss(
     if discriminator is None:
         raise ValueError(f"step {step} >= disc_start {config.disc_start} needs a discriminator")
     if config.feature_weight > 0:
-        *hidden, logits = _layers(discriminator, reconstruction)
+        *hidden, logits = _activations(discriminator, reconstruction)
         with torch.no_grad():
-            wanted = _layers(discriminator, target)[:-1]
-        features = torch.stack([F.l1_loss(mine, real) for mine, real in zip(hidden, wanted, strict=True)]).mean()
+            target_hidden = _activations(discriminator, target)[:-1]
+        features = torch.stack(
+            [F.l1_loss(generated, real) for generated, real in zip(hidden, target_hidden, strict=True)]
+        ).mean()
         scalars["features"] = features.detach()
         nll = nll + config.feature_weight * features
     else:
@@ -120,7 +125,7 @@ def generator_loss(
 def discriminator_loss(
     discriminator: Discriminator, reconstruction: Tensor, images: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Hinge loss of the discriminator; call it only where `discriminator_active` is true.
+    """Hinge loss of the discriminator; only where `discriminator_active` is true.
 
     Args:
         reconstruction: (B, 3, S, S), [-1, 1]; its graph is not followed.
@@ -129,7 +134,8 @@ def discriminator_loss(
     Returns:
         scalar loss, and detached 0-d tensors: discriminator, logits_real, logits_fake (means).
     """
-    # Two passes, not one over the joined batch: BatchNorm takes statistics of real and fake apart, as published.
+    # Two passes, not one over the joined batch: BatchNorm computes statistics of real and fake separately, as
+    # published.
     real = _patch_logits(discriminator, to_signed_range(images.float()).detach())
     fake = _patch_logits(discriminator, reconstruction.detach().float())
     loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -138,7 +144,7 @@ def discriminator_loss(
 
 
 def _pixel_loss(reconstruction: Tensor, target: Tensor, kind: str) -> Tensor:
-    """`l1+l2`: the square pulls hard on large, wrongly coloured areas, which L1 alone leaves for late."""
+    """Pixel distance; `l1+l2` weights large, wrongly coloured areas more, which L1 alone corrects late."""
     l1 = F.l1_loss(reconstruction, target) if "l1" in kind else 0.0
     l2 = F.mse_loss(reconstruction, target) if "l2" in kind else 0.0
     return l1 + l2  # type: ignore[return-value]
@@ -151,9 +157,9 @@ def _patch_logits(discriminator: Discriminator, images: Tensor) -> Tensor:
     return logits.float()
 
 
-def _layers(discriminator: nn.Module, pictures: Tensor) -> list[Tensor]:
-    """What each activation of a PatchGAN answers, shallow to deep, and last the patch logits; float32."""
-    hidden = pictures.to(next(discriminator.parameters()).dtype)
+def _activations(discriminator: nn.Module, images: Tensor) -> list[Tensor]:
+    """Outputs of each activation of a PatchGAN, shallow to deep, and last the patch logits; float32."""
+    hidden = images.to(next(discriminator.parameters()).dtype)
     found = []
     for layer in discriminator.main:  # type: ignore[union-attr]
         hidden = layer(hidden)
@@ -164,7 +170,7 @@ def _layers(discriminator: nn.Module, pictures: Tensor) -> list[Tensor]:
 
 def _adaptive_weight(nll: Tensor, generator: Tensor, last_layer_weight: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and nll.requires_grad and last_layer_weight.requires_grad):
-        return torch.zeros((), device=nll.device)
+        return torch.zeros((), dtype=torch.float32, device=nll.device)
     nll_gradient, generator_gradient = (
         torch.autograd.grad(value, last_layer_weight, retain_graph=True)[0].float() for value in (nll, generator)
     )

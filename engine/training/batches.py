@@ -196,7 +196,7 @@ def stream(source: BatchSource, start: int, stop: int, *, num_workers: int) -> I
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A batch's tensor on the device; the host does not wait for a GPU, which it would over memory that is not pinned."""
+    """A tensor of a batch on the device. From pinned memory the host does not wait for the copy to a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

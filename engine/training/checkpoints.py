@@ -14,8 +14,10 @@ There is no generator state to keep: everything random is a function of (seed, s
 import json
 import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from safetensors.torch import load_file, save_file
@@ -23,12 +25,20 @@ from torch import Tensor
 
 from engine.errors import InputError
 from engine.files import write_json
-from engine.training.engines import Engines
 from engine.training.process_group import World
 
 MARKER = "complete.json"
 # What DeepSpeed and torch raise over a file of another shape, stage or world, or one that is damaged.
 _UNFIT = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, pickle.UnpicklingError, ZeRORuntimeException)
+
+
+class Restorable(Protocol):
+    """What checkpoints need of a DeepSpeed engine."""
+
+    def save_checkpoint(self, save_dir: str, /, *, tag: str, save_latest: bool) -> object: ...
+
+    def load_checkpoint(self, load_dir: str, /, *, tag: str) -> tuple[str | None, Any]:
+        """(path, client state); the path is None where nothing could be read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Progress:
 def save(
     folder: Path,
     progress: Progress,
-    engines: Engines,
+    engines: Mapping[str, Restorable],
     stage_state: dict[str, Tensor],
     *,
     world: World,
@@ -79,7 +89,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if _is_complete(path)]
 
 
-def load(path: Path, engines: Engines, *, world: World) -> tuple[Progress, dict[str, Tensor]]:
+def load(path: Path, engines: Mapping[str, Restorable], *, world: World) -> tuple[Progress, dict[str, Tensor]]:
     """Restores every engine; returns the position of the run and the stage's state.
 
     Raises:

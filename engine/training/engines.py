@@ -16,9 +16,10 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.training.checkpoints import Restorable
 
 
-class DeepSpeedEngine(Protocol):
+class DeepSpeedEngine(Restorable, Protocol):
     """What training uses of `deepspeed.DeepSpeedEngine`."""
 
     @property
@@ -56,11 +57,6 @@ class DeepSpeedEngine(Protocol):
 
     def get_global_grad_norm(self) -> Tensor | float | None:
         """Of the last update, before clipping; None where DeepSpeed computes none (float32 at ZeRO stage 0)."""
-
-    def save_checkpoint(self, save_dir: str, *, tag: str, save_latest: bool) -> object: ...
-
-    def load_checkpoint(self, load_dir: str, *, tag: str) -> tuple[str | None, Any]:
-        """(path, client state); the path is None where nothing could be read."""
 
 
 Engines = dict[str, DeepSpeedEngine]

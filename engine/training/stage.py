@@ -26,7 +26,7 @@ class Stage(Protocol):
     validation_source: BatchSource | None
 
     def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
-        """DeepSpeed engines, not yet watched by the guard; the first one's learning rate and gradient norm are logged."""
+        """DeepSpeed engines; the trainer logs the learning rate and gradient norm of the first one."""
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Forward, backward and engine steps of one micro batch, by the guard; returns 0-d tensors to log, with `loss`.

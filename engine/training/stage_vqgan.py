@@ -183,8 +183,8 @@ class VqganStage:
 class _WithLoss(nn.Module):
     """A VQGAN whose forward ends with the generator's loss.
 
-    The loss is weighted by gradients of its own parts. DeepSpeed hooks an engine's outputs and takes any differentiation
-    through them for the backward pass (it raises at ZeRO stage 0), so this happens inside the module.
+    The loss is weighted by gradients of its own parts. DeepSpeed hooks an engine's outputs and takes any
+    differentiation through them for the backward pass (it raises at ZeRO stage 0), so this happens inside the module.
     """
 
     def __init__(self, vqgan: Vqgan) -> None:

@@ -9,6 +9,7 @@ before anything else is.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for _ in range(self.accumulation):
             batch = self._next_batch(batches)
-            work: Callable[[], dict[str, Tensor]] = lambda batch=batch: self.stage.micro_step(batch, number)  # type: ignore[misc]
+            work = functools.partial(self.stage.micro_step, batch, number)
             if self._flops_per_step == 0:
                 scalars, flops = count_flops(work)
                 self._flops_per_step = float(flops) * self.accumulation

@@ -127,5 +127,5 @@ class UpdateGuard:
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
-    """Whether an optimiser leaves the weights as they are where the tensor `found_inf` is 1, as torch's fused ones do."""
+    """Whether an optimiser leaves the weights as they are where the tensor `found_inf` is 1, like torch's fused ones."""
     return device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)

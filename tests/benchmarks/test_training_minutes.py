@@ -1,4 +1,4 @@
-"""The minutes of trainings are those of their logged steps."""
+"""Minutes of trainings are the sum over their logged steps."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests.paths import REPOSITORY
 SCRIPT = REPOSITORY / "benchmarks" / "training_minutes.py"
 
 
-def test_minutes_are_summed_over_steps_and_validations_are_none(kodalle_run: Path, tmp_path: Path) -> None:
+def test_minutes_are_summed_over_steps_without_validations(kodalle_run: Path, tmp_path: Path) -> None:
     config = (kodalle_run / "config.yaml").read_bytes()
     for stage, rates in {"vqgan": [1.0, 0.5], "koclip": [0.25], "kodalle": [2.0, 2.0, 1.0]}.items():
         (tmp_path / stage).mkdir()
@@ -26,6 +26,6 @@ def test_minutes_are_summed_over_steps_and_validations_are_none(kodalle_run: Pat
     assert document.keys() >= {"commit", "hardware", "versions"}
     stages = document["stages"]
     assert {name: found["steps"] for name, found in stages.items()} == {"vqgan": 2, "koclip": 1, "kodalle": 3}
-    per_picture_s = {"vqgan": 3.0, "koclip": 4.0, "kodalle": 2.0}
+    per_image_s = {"vqgan": 3.0, "koclip": 4.0, "kodalle": 2.0}
     for name, found in stages.items():
-        assert found["minutes"] == round(found["pictures"] * per_picture_s[name] / 60, 1) > 0
+        assert found["minutes"] == round(found["images"] * per_image_s[name] / 60, 1) > 0

@@ -1,4 +1,4 @@
-"""Counting FLOPs: right, and without a trace in the numbers that are counted. The roofline: as worked out by hand."""
+"""FLOP counts are right and change no result; roofline formulas equal the figures worked out by hand."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_convolution() -> None:
 
 
 def test_inference_mode_hides_nothing() -> None:
-    """There torch hands whole layers to the counter, which once found nothing in them."""
+    """There torch passes whole layers to the counter, which once counted nothing in them."""
     torch.manual_seed(0)
     linear, convolution = nn.Linear(8, 4), nn.Conv2d(3, 5, 3)
     rows, images, q = torch.randn(2, 3, 8), torch.randn(1, 3, 8, 8), torch.randn(1, 2, 6, 8)
@@ -78,7 +78,7 @@ def test_attention_forward_and_backward() -> None:
 
 
 def test_counting_changes_no_bit() -> None:
-    """torch's own FlopCounterMode breaks BatchNorm up: a run's counted step had other gradients than an uncounted one."""
+    """torch's own FlopCounterMode decomposes BatchNorm: counted steps had other gradients than uncounted ones."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     images = torch.randn(4, 3, 12, 12).contiguous(memory_format=torch.channels_last)
@@ -122,8 +122,8 @@ A100 = Machine(read_bytes_per_s=1.555e12, flop_per_s=312e12)
 V100 = Machine(read_bytes_per_s=0.9e12, flop_per_s=125e12)
 
 
-def _half(num_rows: int, num_captions: int) -> Workload:
-    return Workload(num_rows=num_rows, num_captions=num_captions, weight_bytes=2, kv_bytes=2)
+def _half(num_sequences: int, num_captions: int) -> Workload:
+    return Workload(num_sequences=num_sequences, num_captions=num_captions, weight_bytes=2, kv_bytes=2)
 
 
 def test_weights_are_the_models_own() -> None:
@@ -146,15 +146,17 @@ def test_published_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "rows", "captions", "milliseconds"),
+    ("machine", "sequences", "captions", "milliseconds"),
     [
         (H200, 1, 1, 30.4), (H200, 16, 16, 37.9), (H200, 16, 1, 34.1), (H200, 64, 64, 62.0), (H200, 64, 4, 46.9),
         (H200, 256, 256, 158.2), (H200, 256, 16, 98.3), (A100, 1, 1, 84.0), (A100, 16, 1, 94.4), (V100, 1, 1, 145),
         (V100, 16, 1, 163),
     ],
 )  # fmt: skip
-def test_decode_floor_of_known_machines(machine: Machine, rows: int, captions: int, milliseconds: float) -> None:
-    assert 1000 * decode_floor_s(PUBLISHED, _half(rows, captions), machine) == pytest.approx(milliseconds, rel=5e-3)
+def test_decode_floor_of_known_machines(machine: Machine, sequences: int, captions: int, milliseconds: float) -> None:
+    assert 1000 * decode_floor_s(PUBLISHED, _half(sequences, captions), machine) == pytest.approx(
+        milliseconds, rel=5e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,8 @@ def test_prefill_floor_of_known_machines(machine: Machine, captions: int, millis
     assert 1000 * floor_s == pytest.approx(milliseconds, rel=0.03)
 
 
-def test_eight_bits_halve_what_one_row_reads() -> None:
-    eight = Workload(num_rows=1, num_captions=1, weight_bytes=1, kv_bytes=2)
+def test_int8_weights_halve_the_time_of_one_sequence() -> None:
+    eight = Workload(num_sequences=1, num_captions=1, weight_bytes=1, kv_bytes=2)
     assert 1000 * decode_floor_s(PUBLISHED, eight, H200) == pytest.approx(15.4, rel=0.01)
 
 

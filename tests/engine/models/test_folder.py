@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.config import GenerationConfig, KoclipConfig, TransformerConfig, VqganConfig
 from engine.errors import InputError
@@ -212,6 +213,54 @@ def test_sizes_are_compared_before_anything_is_allocated(model: Path) -> None:
         read_part(model, "transformer")
 
 
+def _tensors(folder: Path, name: PartName) -> dict[str, Tensor]:
+    """Weights, buffers and outputs of a loaded network."""
+    module = load_part(folder, name)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float32)
+    text_tokens, image_tokens = torch.tensor([[0, 7, 2, 1], [0, 9, 8, 2]]), torch.tensor([[0, 1, 2, 3], [7, 7, 5, 0]])
+    found = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        if name == "vqgan":
+            found |= {"reconstruction": module(images)[0], "tokens": module.encode(images)}
+            found |= {"decoded": module.decode(found["tokens"])}
+        elif name == "transformer":
+            found |= dict(zip(("text", "image"), module.logits(text_tokens, image_tokens), strict=True))
+        else:
+            found |= {"scores": module.similarity(images, text_tokens)}
+            found |= {"loss": module(images, text_tokens, negatives=images[:1])}
+    return found
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64])
+@pytest.mark.parametrize("name", PARTS)
+def test_torchs_default_dtype_does_not_matter(name: PartName, default: torch.dtype, tmp_path: Path) -> None:
+    _write(tmp_path / "model")
+    expected = _tensors(tmp_path / "model", name)
+    assert {value.dtype for value in expected.values()} <= {torch.float32, torch.int64}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = _tensors(tmp_path / "model", name)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_new_networks_are_float32_under_another_default(name: PartName) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        module = _modules()[name]
+    finally:
+        torch.set_default_dtype(before)
+    assert {value.dtype for value in module.state_dict().values()} <= {torch.float32, torch.int64}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_converted_weights_are_the_originals_rounded(kodalle_run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     source, out = kodalle_run / "model", tmp_path / "small"
@@ -221,15 +270,16 @@ def test_converted_weights_are_the_originals_rounded(kodalle_run: Path, tmp_path
         path.stat().st_size for path in source.glob("*.safetensors")
     )
     for name in PARTS:
-        for key, value in read_part(source, name).weights.items():
+        original, converted = read_part(source, name).weights, read_part(out, name).weights
+        for key, value in original.items():
             expected = value.to(dtype).float() if value.is_floating_point() else value
-            assert torch.equal(read_part(out, name).weights[key], expected), (name, key)
+            assert torch.equal(converted[key], expected), (name, key)
     for name in ("config.json", "tokenizer.json"):
         assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
     assert f"Converted to {str(dtype)[6:]}" in (out / "model_card.md").read_text()
 
 
-def test_what_is_told_beside_the_weights_comes_back_and_goes_along(tmp_path: Path) -> None:
+def test_sampling_defaults_and_attributes_are_stored_and_converted(tmp_path: Path) -> None:
     source = tmp_path / "model"
     parts = {"transformer": Part(CONFIGS["transformer"], KoDalle(CONFIGS["transformer"]).state_dict())}  # type: ignore[arg-type]
     write_model_folder(source, parts, card="card")  # type: ignore[arg-type]

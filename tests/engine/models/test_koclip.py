@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import KoclipConfig
 from engine.errors import InputError
 from engine.models.koclip import KoClip, ProjectionHead, _odd_strided_blocks, efficientnet_width
+from tests.forked import run_forked
 
 TINY = KoclipConfig(
     image_size=32,
@@ -227,7 +227,9 @@ def _loss_and_gradients(rows: slice, *, all_gather: bool) -> tuple[Tensor, dict[
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     answers = str(tmp_path / "answers")
-    mp.spawn(_loss_on_two_ranks, args=(str(tmp_path / "store"), answers), nprocs=2)
+    jobs = [(_loss_on_two_ranks, (rank, str(tmp_path / "store"), answers)) for rank in range(2)]
+    printed = run_forked(jobs, tmp_path, preload=["engine.models.koclip", "transformers"])
+    assert [code for code, _ in printed] == [0, 0], printed
     (loss_0, gradients_0), (loss_1, gradients_1) = (torch.load(f"{answers}.{rank}") for rank in range(2))
     loss, gradients = _loss_and_gradients(slice(0, 4), all_gather=True)  # no process group: just the batch
     torch.testing.assert_close(loss_0, loss)

@@ -1,13 +1,13 @@
-"""The quantiser equals taming's formulas written out, and care for unused entries is deterministic and resumable."""
+"""The quantiser equals taming's formulas written out, and resets of unused entries are deterministic and resumable."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from engine.models.quantiser import VectorQuantizer, codebook_stats
+from tests.forked import run_forked
 
 
 def _quantiser(codebook_size: int = 20, embed_dim: int = 6, **options: bool) -> VectorQuantizer:
@@ -103,7 +103,7 @@ def test_stats() -> None:
     torch.testing.assert_close(codebook_stats(torch.zeros(4, dtype=torch.int64), 8).perplexity, torch.tensor(1.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- care
+# ------------------------------------------------------------------------------------------------------------- resets
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -167,7 +167,7 @@ def test_resumed_equals_uninterrupted() -> None:
     assert torch.equal(resumed.reset_unused(_generator(9)), expected)
     assert torch.equal(resumed.embedding.weight, straight.embedding.weight)
 
-    with pytest.raises(ValueError, match="care state is for 20 entries"):
+    with pytest.raises(ValueError, match="usage state is for 20 entries"):
         VectorQuantizer(21, 6).load_usage_state(first.usage_state())
     resumed.load_usage_state(VectorQuantizer(20, 6).usage_state())  # of a run that has seen no batch yet
 
@@ -183,7 +183,9 @@ def _reset_on_two_ranks(rank: int, store: str, answers: str) -> None:
 
 def test_two_ranks_keep_one_codebook(tmp_path: Path) -> None:
     answers = str(tmp_path / "answers")
-    mp.spawn(_reset_on_two_ranks, args=(str(tmp_path / "store"), answers), nprocs=2)
+    jobs = [(_reset_on_two_ranks, (rank, str(tmp_path / "store"), answers)) for rank in range(2)]
+    printed = run_forked(jobs, tmp_path, preload=["torch"])
+    assert [code for code, _ in printed] == [0, 0], printed
     (replaced, weight), (other_replaced, other_weight) = (torch.load(f"{answers}.{rank}") for rank in range(2))
     assert torch.equal(replaced, other_replaced)
     assert torch.equal(weight, other_weight)

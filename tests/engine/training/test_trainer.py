@@ -16,11 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine.config_files import load_run
-from engine.training import trainer
+from engine.models import folder as model_folder
+from engine.training import checkpoints, trainer
 from engine.training.checkpoints import complete_checkpoints
 from engine.training.engines import make_engine
 from engine.training.process_group import free_port, join_world
 from engine.training.stage import make_stage
+from engine.training.stage_kodalle import KodalleStage
+from tests.forked import run_forked
 from tests.paths import REPOSITORY
 
 STAGES = ["vqgan", "koclip", "kodalle"]
@@ -30,6 +33,12 @@ Train = Callable[[Tree], Path]
 TreeOf = Callable[..., Tree]
 Losses = Callable[[Path], list[Tree]]
 Same = Callable[[Path, Path], None]
+PRELOAD = [
+    "deepspeed",
+    "transformers",
+    "engine.training.trainer",
+    *(f"engine.training.stage_{stage}" for stage in STAGES),
+]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -47,7 +56,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        made.after_step = after
+        monkeypatch.setattr(made, "after_step", after)
         return made
 
     monkeypatch.setattr(trainer, "make_stage", with_signal)
@@ -137,47 +146,37 @@ def test_stopped_by_sigterm_and_resumed(
         same_weights(tmp_path / "run" / name, run_of[stage] / name)
 
 
-# Where SIGKILL strikes: VQGAN inside a checkpoint before its marker, KoCLIP inside the export of the best model,
-# KoDALLE between two checkpoints.
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from engine.config_files import load_run
-from engine.training import checkpoints, stage_koclip, stage_kodalle, trainer
+def _killed(stage: str, file: Path) -> None:
+    """Trains and dies of SIGKILL: VQGAN inside a checkpoint before its marker, KoCLIP inside the export of the best
+    model, KoDALLE between two checkpoints."""
 
-trainer.matrix_peak = lambda *_: 1e12
+    def kill(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
+    write_marker = checkpoints.write_json
 
-def marker(path, content, write=checkpoints.write_json):
-    kill() if content["step"] == 6 else write(path, content)
+    def write_but_at_step_6(path: Path, content: Tree) -> None:
+        kill() if content["step"] == 6 else write_marker(path, content)
 
-run = load_run(Path(sys.argv[1]))
-if run.stage == "vqgan":
-    checkpoints.write_json = marker
-elif run.stage == "koclip":
-    import engine.models.folder
-    engine.models.folder.write_json = kill
-else:
-    stage_kodalle.KodalleStage.after_step = lambda self, step: kill() if step == 5 else None
-trainer.train(run)
-"""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
+    if stage == "vqgan":
+        patch.setattr(checkpoints, "write_json", write_but_at_step_6)
+    elif stage == "koclip":
+        patch.setattr(model_folder, "write_json", kill)
+    else:
+        patch.setattr(KodalleStage, "after_step", lambda _, step: kill() if step == 5 else None)
+    trainer.train(load_run(file))
 
 
 @pytest.fixture(scope="module")
 def killed(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    children = []
-    for stage in STAGES:
-        file = write_tree(tree_of(stage, folder / stage), folder / f"{stage}.yaml")
-        command = [sys.executable, "-c", _KILLED, str(file)]
-        children.append(
-            subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        )
-    for child in children:
-        _, said = child.communicate(timeout=400)
-        assert child.returncode == -signal.SIGKILL, said
+    files = {stage: write_tree(tree_of(stage, folder / stage), folder / f"{stage}.yaml") for stage in STAGES}
+    for code, printed in run_forked(
+        [(_killed, (stage, file)) for stage, file in files.items()], folder, preload=PRELOAD
+    ):
+        assert code == -signal.SIGKILL, printed
     return folder
 
 
@@ -371,15 +370,12 @@ def test_partial_captions_reach_the_batches(
     assert captions(made.validation_source) == {"가 나. 다 라."}
 
 
-_SEVERAL = """
-import sys
-from pathlib import Path
-from engine.config_files import load_run
-from engine.training import trainer
-trainer.matrix_peak = lambda *_: 1e12
-for path in sys.argv[1:]:
-    trainer.train(load_run(Path(path)))
-"""
+def _rank_of_two(rank: int, port: int, files: list[Path]) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    pytest.MonkeyPatch().setattr(trainer, "matrix_peak", lambda *_: 1e12)
+    for file in files:
+        trainer.train(load_run(file))
 
 
 @pytest.fixture(scope="module")
@@ -390,20 +386,10 @@ def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory
     for zero in range(4):
         tree = _exact(tree_of("kodalle", folder / f"zero{zero}"))
         tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero}}
-        files.append(str(write_tree(tree, folder / f"zero{zero}.yaml")))
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SEVERAL, *files],
-            env=ENVIRONMENT | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    answers = [child.communicate(timeout=500)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(answers)
+        files.append(write_tree(tree, folder / f"zero{zero}.yaml"))
+    port = free_port()
+    answers = run_forked([(_rank_of_two, (rank, port, files)) for rank in range(2)], folder, preload=PRELOAD)
+    assert [code for code, _ in answers] == [0, 0], answers
     return folder
 
 
@@ -456,6 +442,6 @@ def test_engine_takes_the_runs_length_for_auto() -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "torch_adam": True}},
         "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 1}},
     }
-    engine = make_engine(torch.nn.Linear(2, 2), settings, total_steps=77)
+    engine: Any = make_engine(torch.nn.Linear(2, 2), settings, total_steps=77)
     assert engine.lr_scheduler.total_num_steps == 77
     assert settings["scheduler"]["params"]["total_num_steps"] == "auto"  # type: ignore[index]

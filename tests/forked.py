@@ -1,0 +1,63 @@
+"""Child processes of tests, forked from a server that has imported the engine once: no seconds of imports for each."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_GROUP_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+Job = tuple[Callable[..., None], tuple[Any, ...]]  # a function of a test module, and its arguments
+
+
+def run_forked(
+    jobs: Sequence[Job], folder: Path, *, preload: list[str], timeout_s: float = 300
+) -> list[tuple[int, str]]:
+    """Runs jobs side by side, none of them in a process group.
+
+    Args:
+        folder: for what they print.
+        preload: modules that the server imports, if this call is the first of the session and starts it.
+
+    Returns:
+        Exit code (negative: the signal that killed it) and printed text of each.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    files = [folder / f"job-{number}.txt" for number in range(len(jobs))]
+    children = [
+        context.Process(target=_run, args=(function, arguments, file), daemon=True)
+        for (function, arguments), file in zip(jobs, files, strict=True)
+    ]
+    for child in children:
+        child.start()
+    try:
+        for child in children:
+            child.join(timeout_s)
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+                child.join()
+    return [
+        (int(child.exitcode or 0), file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
+        for child, file in zip(children, files, strict=True)
+    ]
+
+
+def _run(function: Callable[..., None], arguments: tuple[Any, ...], output: Path) -> None:
+    for name in _GROUP_VARIABLES:
+        os.environ.pop(name, None)
+    with (
+        output.open("w", encoding="utf-8", buffering=1) as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        try:
+            function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            sys.exit(1)
