@@ -104,15 +104,17 @@ def image_source(
     """
 
     def make(number: int) -> Batch:
-        rows, generators = [], []
+        augmented, generators = [], []
         for position in order.positions(number):
             generator = order.generator(position)
             use = reconstructions if reconstructions is not None and generator.random() < 0.5 else images
-            rows.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
+            augmented.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
             generators.append(generator)
-        batch = {"images": torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2)}
+        batch = {"images": torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2)}
         if spliced:
-            with_splices = [_splice(rows[i], rows[(i + 1) % len(rows)], generators[i]) for i in range(len(rows))]
+            with_splices = [
+                _splice(augmented[i], augmented[(i + 1) % len(augmented)], generators[i]) for i in range(len(augmented))
+            ]
             batch["spliced"] = torch.from_numpy(np.stack(with_splices)).permute(0, 3, 1, 2)
         return batch
 

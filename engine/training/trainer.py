@@ -41,7 +41,7 @@ from engine.training.update_guard import REMEDY, UpdateGuard
 
 
 def train(run: Run) -> Path:
-    """Trains a run, from where its folder says that it stopped.
+    """Trains a run, resuming at the newest checkpoint in its folder.
 
     Returns:
         The exported model folder, `<run>/model`; the one with the lowest validation loss is `<run>/model-best`.

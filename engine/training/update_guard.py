@@ -62,7 +62,7 @@ class UpdateGuard:
                 parameter.register_hook(note)
 
     def start_step(self, step: int) -> None:
-        """Says which optimiser step (1-based) the coming updates belong to."""
+        """Sets the optimiser step (1-based) that the coming updates belong to."""
         self._step = step
 
     def backward_and_step(self, engine: DeepSpeedEngine, loss: Tensor) -> None:

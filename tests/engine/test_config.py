@@ -1,4 +1,4 @@
-"""Configs: strict, named faults, and what is written is what is read."""
+"""Configuration: strict, faults are named, and what is written is what is read."""
 
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_gpu_configs_take_torchs_fused_optimiser(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "said"),
+    ("changes", "field", "message"),
     [
         ({"stpes": 3}, "stpes", "unknown key"),
         ({"model": {"codebook_sise": 3}}, "model.codebook_sise", "unknown key"),
@@ -115,10 +115,10 @@ def test_gpu_configs_take_torchs_fused_optimiser(path: Path) -> None:
         ({"stage": "kodalle"}, "vqgan", "is missing"),
     ],
 )
-def test_fault_names_field_value_and_file(write: Write, changes: dict[str, Any], field: str, said: str) -> None:
+def test_fault_names_field_value_and_file(write: Write, changes: dict[str, Any], field: str, message: str) -> None:
     error = _fault(write(**changes))
     assert error.field == field
-    assert said in error.remedy
+    assert message in error.remedy
 
 
 def test_missing_stage_is_named_without_the_whole_file(write: Write) -> None:
@@ -129,7 +129,7 @@ def test_missing_stage_is_named_without_the_whole_file(write: Write) -> None:
 
 
 @pytest.mark.parametrize("text", ["None", "none", "NONE"])
-def test_text_none_is_refused_wherever_it_stands(write: Write, text: str) -> None:
+def test_text_none_is_rejected_everywhere(write: Write, text: str) -> None:
     assert _fault(write(data={"pairs": "p", "balance": text})).field == "data.balance"
     assert _fault(write(), f"loss.perceptual_weights={text}").field == "loss.perceptual_weights"
     assert _fault(write(model={"channel_multipliers": [1, text]})).field == "model.channel_multipliers.1"
@@ -141,7 +141,7 @@ def test_deepspeed_keeps_its_own_word_none(write: Write) -> None:
     assert _fault(write(deepspeed={"scheduler": "None"})).field == "deepspeed.scheduler"
 
 
-def test_moved_views_and_their_shift_go_together(write: Write) -> None:
+def test_augmented_views_and_their_shift_go_together(write: Write) -> None:
     kodalle = {"stage": "kodalle", "vqgan": "v"}
     for half in ({"augmented_views": 4}, {"augment_shift": 2}):
         assert "go together" in str(_fault(write(**kodalle, **half)))
@@ -175,7 +175,7 @@ def test_override_wins_over_file_and_file_over_default(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("seed", "key=value"),
         ("=3", "key=value"),
@@ -184,13 +184,13 @@ def test_override_wins_over_file_and_file_over_default(write: Write) -> None:
         ("loop.stesp=3", "unknown key"),
     ],
 )
-def test_bad_override(write: Write, override: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_bad_override(write: Write, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load_run(write(seed=1), [override])
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"a: [1", "not valid YAML"),
         (b"- a\n- b\n", "key: value"),
@@ -200,10 +200,10 @@ def test_bad_override(write: Write, override: str, said: str) -> None:
         (b"when: 2026-01-01\n", "stage"),
     ],
 )
-def test_broken_file(tmp_path: Path, content: bytes, said: str) -> None:
+def test_broken_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
-    assert said in str(_fault(path))
+    assert message in str(_fault(path))
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_parse_section_of_a_model_folder() -> None:
         parse_section(VqganConfig, {"image_size": "32"}, source="config.json")
 
 
-def test_entry_point_says_one_line_and_exits_2(write: Write, tmp_path: Path) -> None:
+def test_entry_point_prints_one_line_and_exits_2(write: Write, tmp_path: Path) -> None:
     path = write()
     answer = subprocess.run(
         [sys.executable, "engine/train.py", "--config", str(path), "seed=1", "loop.steps=None"],

@@ -192,9 +192,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_named(model: Path, fault: str) -> None:
-    break_it, said = FAULTS[fault]
+    break_it, message = FAULTS[fault]
     break_it(model)
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_part(model, "transformer")
     assert "\n" not in str(caught.value)
 

@@ -119,13 +119,13 @@ def test_projection_head_equals_its_formula(kind: str) -> None:
 @torch.no_grad()
 def test_embeddings_and_scores(koclip: KoClip) -> None:
     images, tokens = _pairs(3)
-    pictures, captions = koclip.embed_images(images), koclip.embed_texts(tokens[:2])
-    assert pictures.shape == (3, 24)
+    images, captions = koclip.embed_images(images), koclip.embed_texts(tokens[:2])
+    assert images.shape == (3, 24)
     assert captions.shape == (2, 24)
-    torch.testing.assert_close(pictures.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(3))
     scores = koclip.similarity(images, tokens[:2])
     assert scores.shape == (2, 3)
-    torch.testing.assert_close(scores, captions @ pictures.T)
+    torch.testing.assert_close(scores, captions @ images.T)
     assert scores.abs().max() <= 1 + 1e-6
 
 
@@ -135,12 +135,12 @@ def test_published_similarity() -> None:
     published = KoClip(_tiny(similarity="published")).eval()
     assert "logit_scale" not in dict(published.named_parameters())
     images, tokens = _pairs()
-    pictures, captions = published.embed_images(images), published.embed_texts(tokens)
-    torch.testing.assert_close(published.similarity(images, tokens), captions @ pictures.T * 0.07)
+    images, captions = published.embed_images(images), published.embed_texts(tokens)
+    torch.testing.assert_close(published.similarity(images, tokens), captions @ images.T * 0.07)
     torch.testing.assert_close(published.prepare(images), images * 255)
-    logits = captions @ pictures.T * 0.07
+    logits = captions @ images.T * 0.07
     logs = -logits.log_softmax(1).diagonal().mean() / 2 - logits.log_softmax(0).diagonal().mean() / 2
-    torch.testing.assert_close(published.loss(pictures, captions), logs)
+    torch.testing.assert_close(published.loss(images, captions), logs)
 
 
 def test_preparation(koclip: KoClip) -> None:
@@ -154,7 +154,7 @@ def test_preparation(koclip: KoClip) -> None:
 
 
 @torch.no_grad()
-def test_padding_and_company_change_nothing(koclip: KoClip) -> None:
+def test_padding_and_the_rest_of_the_batch_change_nothing(koclip: KoClip) -> None:
     images, tokens = _pairs(3)
     padded = F.pad(tokens, (0, 4), value=1)
     torch.testing.assert_close(koclip.embed_texts(padded), koclip.embed_texts(tokens), rtol=1e-4, atol=1e-5)
@@ -187,8 +187,7 @@ def test_temperature_is_bounded_and_can_return() -> None:
 
 
 def test_learns_and_evaluates_sanely() -> None:
-    """From scratch, judged in eval mode. With the BatchNorm gains of N(0, 0.02) that transformers draws, the loss stays
-    where it starts."""
+    """From scratch, in eval mode. With the BatchNorm gains of N(0, 0.02) of transformers the loss would not fall."""
     torch.manual_seed(0)
     model = KoClip(_tiny(dropout=0.0, text_dim=64)).train()
     colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]])[:, :, None, None]
@@ -277,8 +276,8 @@ def test_pretrained_encoders_are_taken_whole(folders: tuple[Path, Path], similar
 def test_pretrained_faults_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     text, image = folders
 
-    def refused(told: str, config: KoclipConfig = TINY, **encoders: str) -> None:
-        with pytest.raises(InputError, match=told):
+    def refused(message: str, config: KoclipConfig = TINY, **encoders: str) -> None:
+        with pytest.raises(InputError, match=message):
             KoClip.from_pretrained_encoders(config, **encoders)
 
     refused("cannot be loaded", text_encoder=str(tmp_path / "nothing"))

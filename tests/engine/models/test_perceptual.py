@@ -89,10 +89,10 @@ def test_gradient_is_finite_where_nothing_fires() -> None:
     for convolution in perceptual.convolutions.values():
         torch.nn.init.zeros_(convolution.weight)  # type: ignore[arg-type]
         torch.nn.init.constant_(convolution.bias, -1.0)  # type: ignore[arg-type]
-    pictures = torch.rand(1, 3, 16, 16, requires_grad=True)
-    perceptual(pictures, torch.rand(1, 3, 16, 16)).sum().backward()
-    assert pictures.grad is not None
-    assert pictures.grad.isfinite().all()
+    images = torch.rand(1, 3, 16, 16, requires_grad=True)
+    perceptual(images, torch.rand(1, 3, 16, 16)).sum().backward()
+    assert images.grad is not None
+    assert images.grad.isfinite().all()
 
 
 def test_a_folder_with_two_pth_files(weights: dict[str, Tensor], one_file: Path, tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_config_decides(one_file: Path) -> None:
 
 
 def test_faults_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    def refused(path: Path, told: str) -> None:
-        with pytest.raises(InputError, match=told) as caught:
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message) as caught:
             load_perceptual(path)
         assert str(tmp_path) in str(caught.value)
 

@@ -110,7 +110,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_init_from_draws_distinct_encoder_outputs() -> None:
+def test_init_from_samples_distinct_encoder_outputs() -> None:
     quantiser, latents = _quantiser(), torch.randn(2, 6, 4, 4)
     quantiser.init_from(latents, _generator())
     rows = latents.permute(0, 2, 3, 1).reshape(-1, 6)

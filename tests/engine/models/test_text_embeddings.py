@@ -77,7 +77,7 @@ def test_sizes_that_do_not_fit_are_named(changes: dict[str, int], field: str, nu
         apply_text_tables(_model(**changes), tables)
 
 
-def test_missing_weights_and_missing_tables_are_told(tmp_path: Path) -> None:
+def test_missing_weights_and_missing_tables_are_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.safetensors"):
         load_text_tables(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -93,5 +93,5 @@ def test_missing_weights_and_missing_tables_are_told(tmp_path: Path) -> None:
 
 
 def test_a_name_without_network_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="pretrained_text_embeddings: nobody/no-such-model"):
-        load_text_tables("nobody/no-such-model", local_files_only=True)
+    with pytest.raises(InputError, match="pretrained_text_embeddings: no-such-organisation/no-such-model"):
+        load_text_tables("no-such-organisation/no-such-model", local_files_only=True)

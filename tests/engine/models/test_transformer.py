@@ -1,4 +1,4 @@
-"""KoDalle against an independent loop-based writing of DALLE-pytorch 1.1.x as KoDALLE used it."""
+"""KoDalle against an independent loop-based implementation of DALLE-pytorch 1.1.x as KoDALLE used it."""
 
 import math
 
@@ -195,7 +195,7 @@ def test_noisy_tokens_are_seen_and_clean_ones_are_the_targets() -> None:
     torch.testing.assert_close(model(text, image, image), model(text, image))
 
 
-def test_like_codes_start_alike() -> None:
+def test_similar_codes_start_alike() -> None:
     config = TINY.model_copy(update={"dim": 256, "image_vocab_size": 100})
     torch.manual_seed(0)
     model = KoDalle(config, embedding_std=0.02)
@@ -221,7 +221,7 @@ def test_dropout_falls_on_branches_in_training_only() -> None:
     assert model(text, image).loss == model(text, image).loss
 
 
-def test_a_small_model_learns_by_heart() -> None:
+def test_a_small_model_memorises() -> None:
     torch.manual_seed(0)
     model = KoDalle(TINY, embedding_std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)

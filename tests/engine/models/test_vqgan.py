@@ -1,4 +1,4 @@
-"""The VQGAN has the published sizes and names, keeps its ranges, and refuses what does not fit."""
+"""The VQGAN has the published sizes and names, keeps its ranges, and rejects what does not fit."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_encode_and_decode_agree_with_forward(vqgan: Vqgan) -> None:
     torch.testing.assert_close(decoded, to_unit_range(reconstruction), rtol=1e-4, atol=1e-5)
 
 
-def test_alone_equals_batched(vqgan: Vqgan) -> None:
+def test_one_image_equals_a_batch(vqgan: Vqgan) -> None:
     images = _images(3)
     tokens = vqgan.encode(images)
     assert torch.equal(torch.cat([vqgan.encode(image[None]) for image in images]), tokens)

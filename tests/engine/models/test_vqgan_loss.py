@@ -40,13 +40,13 @@ def test_published_discriminator_size() -> None:
     assert any(isinstance(module, nn.BatchNorm2d) for module in discriminator.modules())
 
 
-def test_start_and_weight_decide_who_plays() -> None:
+def test_start_and_weight_decide_whether_it_takes_part() -> None:
     assert [discriminator_active(step, _config()) for step in (4, 5)] == [False, True]
     assert not discriminator_active(9, _config(disc_weight=0))
 
 
 class Untouchable(nn.Module):
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         raise AssertionError("the discriminator must not run before disc_start")
 
 
@@ -110,7 +110,7 @@ def test_after_the_start_equals_taming_s_formula(parts: tuple[nn.Module, LastLay
 def test_features_of_the_discriminator_are_part_of_the_balance(
     parts: tuple[nn.Module, LastLayer, Tensor, Tensor],
 ) -> None:
-    """Against forward hooks on the discriminator's activations; equal pictures are at no distance."""
+    """Against forward hooks on the discriminator's activations; equal images have no distance."""
     discriminator, decoder, hidden, images = parts
     discriminator.requires_grad_(False)
     weight, target = decoder.conv_out.weight, 2 * images - 1
@@ -156,8 +156,8 @@ def test_adaptive_weight_is_bounded(parts: tuple[nn.Module, LastLayer, Tensor, T
             super().__init__()
             self.factor = nn.Parameter(torch.tensor(0.0))
 
-        def forward(self, pictures: Tensor) -> Tensor:
-            return pictures * self.factor
+        def forward(self, images: Tensor) -> Tensor:
+            return images * self.factor
 
     _, scalars = generator_loss(
         Blind(),

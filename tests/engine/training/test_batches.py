@@ -1,4 +1,4 @@
-"""Batches are a function of their number, by whichever process they are made."""
+"""Batches are a function of their number, whichever process makes them."""
 
 import json
 from collections.abc import Callable
@@ -55,8 +55,8 @@ def test_ranks_share_the_batch(pairs_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_is_named_by_worker_or_not(tmp_path: Path, num_workers: int) -> None:
-    (tmp_path / "a.png").write_bytes(b"not a picture")
+def test_a_broken_image_is_named_with_and_without_workers(tmp_path: Path, num_workers: int) -> None:
+    (tmp_path / "a.png").write_bytes(b"not a image")
     line = {"key": "a", "image": "a.png", "caption": "x", "photo": "a", "split": "train"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(line))
     pairs = load_pairs(tmp_path).train
@@ -66,7 +66,7 @@ def test_a_broken_picture_is_named_by_worker_or_not(tmp_path: Path, num_workers:
 
 
 def test_all_captions_of_a_pair_are_seen(pairs_folder: Path) -> None:
-    """The draw of a caption is made at position + 2**63: its randomness must still differ from visit to visit."""
+    """A caption is chosen at position + 2**63, whose randomness must still differ from visit to visit."""
     pairs = load_pairs(pairs_folder).train[:1]
     assert len(pairs[0].captions) == 2
     tokenizer = train_tokenizer(pairs[0].captions, vocab_size=60)
@@ -82,14 +82,14 @@ def _shift_of(image: np.ndarray) -> int:
 
 @pytest.fixture
 def gradient() -> Callable[..., Batch]:
-    """A picture whose red is its column and green its row, seen 200 times."""
-    picture = np.zeros((1, 16, 16, 3), np.uint8)
-    picture[..., 0] = np.arange(16)
-    picture[..., 1] = np.arange(16)[:, None]
+    """A image whose red is its column and green its row, seen 200 times."""
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    image[..., 0] = np.arange(16)
+    image[..., 1] = np.arange(16)[:, None]
 
     class _Images(Images):
         def __init__(self) -> None:
-            self._cache = picture
+            self._cache = image
 
     def make(**augmentation: bool | int) -> Batch:
         return image_source(_Images(), BatchOrder(1, 200, seed=0), **augmentation)(0)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_flip_mirrors_half_of_the_visits(gradient: Callable[..., Batch]) -> None
 
 def test_shift_moves_both_ways_and_repeats_edges(gradient: Callable[..., Batch]) -> None:
     images = gradient(flip=False, shift=2)["images"]
-    corners = images[:, :2, 8, 8].int() - 8  # how far right and down the middle has moved
+    corners = images[:, :2, 8, 8].int() - 8  # translation of the middle, right and down
     assert set(corners.flatten().tolist()) == {-2, -1, 0, 1, 2}
     assert int(images.max()) == 15
 
@@ -126,15 +126,15 @@ def test_dropped_captions_are_the_empty_one() -> None:
     )
 
 
-def test_noise_falls_on_what_is_seen_and_not_on_the_targets() -> None:
-    picture = np.arange(100, dtype=np.uint16)
-    shard = TokenShard(picture.reshape(1, 1, 100), np.full((1, 3), 9, np.int32), np.array([0, 1]))
+def test_noise_is_on_the_inputs_and_not_on_the_targets() -> None:
+    image = np.arange(100, dtype=np.uint16)
+    shard = TokenShard(image.reshape(1, 1, 100), np.full((1, 3), 9, np.int32), np.array([0, 1]))
     order, empty = BatchOrder(1, 300, seed=0), torch.tensor([[0, 2, 1]])
     source = token_source(shard, order, empty=empty, input_token_noise=0.6, image_vocab_size=1000)
     batch = source(0)
     assert torch.equal(batch["image_tokens"], torch.arange(100).expand(300, -1))
     shares = (batch["noisy_image_tokens"] != batch["image_tokens"]).double().mean(dim=1)
-    assert shares.max() <= 0.75  # uniform up to 0.6, and the draw's own scatter
+    assert shares.max() <= 0.75  # uniform up to 0.6, and the scatter of a sample
     assert shares.min() <= 0.05
     assert shares.mean().item() == pytest.approx(0.3, abs=0.03)
     assert 100 <= int(batch["noisy_image_tokens"].max()) < 1000

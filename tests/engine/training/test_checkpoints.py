@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there. Engines are stand-ins here; test_trainer.py has the real ones."""
+"""Checkpoints are complete or not there. Engines are stand-ins here; test_trainer.py has the real ones."""
 
 import json
 import shutil
@@ -118,8 +118,8 @@ def test_checkpoint_that_does_not_fit(tmp_path: Path, error: Exception) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    """Step s would stand for other pictures: some would be seen twice, others never."""
+def test_another_number_of_processes_is_rejected(tmp_path: Path) -> None:
+    """Step s would be of other images: some would be seen twice, others never."""
     _save(tmp_path, 1)
     assert json.loads((tmp_path / "step-00000001" / MARKER).read_text())["processes"] == 1
     with pytest.raises(InputError, match=r"number of processes: 4: .* is of 1"):

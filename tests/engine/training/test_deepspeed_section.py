@@ -1,4 +1,4 @@
-"""Misspelt keys of the `deepspeed:` section are found; every key of DeepSpeed's documentation is let through."""
+"""Misspelt keys of the `deepspeed:` section are found; every key of DeepSpeed's documentation passes."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_our_configs_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"gradient_cliping": 1.0}, "deepspeed.gradient_cliping: 1.0: .*did you mean gradient_clipping?"),
         ({"zero_optimisation": {"stage": 2}}, "did you mean zero_optimization?"),
@@ -75,6 +75,6 @@ def test_our_configs_pass() -> None:
         ({"xyzzy_qqq": 1}, "deepspeed.xyzzy_qqq: 1: DeepSpeed reads no such key: remove it"),
     ],
 )
-def test_misspelt_keys_are_named(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_misspelt_keys_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         check_keys(settings)

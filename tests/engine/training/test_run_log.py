@@ -1,4 +1,4 @@
-"""log.jsonl: each step once, whatever was killed when."""
+"""log.jsonl has each step once, also after a kill."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_lines_are_read_when_the_log_is_flushed_not_before(tmp_path: Path) -> No
     log.close()
 
 
-def test_resuming_cuts_what_will_be_done_again(tmp_path: Path) -> None:
+def test_resuming_cuts_the_steps_that_run_again(tmp_path: Path) -> None:
     good = [f'{{"step": {step}, "loss": 1.0}}' for step in (1, 2, 2, 3, 4)]
     (tmp_path / "log.jsonl").write_text("\n".join([*good, "[]", "7", '{"step": 5, "lo']))
     RunLog(tmp_path, resume_step=3).close()
@@ -70,9 +70,9 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 4), (6, 3)])
-def test_pictures_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
     log = RunLog(tmp_path, resume_step=0)
     log.image(12, Image.new("RGB", size, "red"))
     log.close()
-    with Image.open(tmp_path / "samples" / "step-00000012.png") as picture:
-        assert picture.size == size
+    with Image.open(tmp_path / "samples" / "step-00000012.png") as image:
+        assert image.size == size

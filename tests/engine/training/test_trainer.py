@@ -1,4 +1,4 @@
-"""Training: all three stages run, and a run stopped at any moment goes on to the same numbers, bit by bit."""
+"""All three stages train, and a run that was stopped at any moment resumes to the same numbers, bit for bit."""
 
 import json
 import os
@@ -66,11 +66,11 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_run_leaves_all_that_is_promised(run_of: dict[str, Path], stage: str, losses: Losses) -> None:
+def test_run_writes_all_its_files(run_of: dict[str, Path], stage: str, losses: Losses) -> None:
     run = run_of[stage]
     names = {path.name for path in run.iterdir()}
-    promised = {"config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoints", "model", "model-best"}
-    assert promised <= names <= promised | {"shards"}
+    expected = {"config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoints", "model", "model-best"}
+    assert expected <= names <= expected | {"shards"}
     assert load_run(run / "config.yaml").run == run
     lines = losses(run)
     steps = [line for line in lines if "loss" in line]
@@ -80,8 +80,8 @@ def test_run_leaves_all_that_is_promised(run_of: dict[str, Path], stage: str, lo
     assert all(torch.isfinite(torch.tensor(list(line.values()), dtype=torch.float64)).all() for line in lines)
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == ["step-00000008", "step-00000006"]
     assert [path.name for path in (run / "samples").iterdir()] == ["step-00000008.png"]
-    with Image.open(run / "samples" / "step-00000008.png") as picture:
-        assert picture.size == (2 * 36 + 4, 2 * 36 + 4)
+    with Image.open(run / "samples" / "step-00000008.png") as image:
+        assert image.size == (2 * 36 + 4, 2 * 36 + 4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -111,7 +111,7 @@ def test_vqgan_run_went_through_all_its_phases(vqgan_run: Path, losses: Losses) 
 def test_kodalle_learns(kodalle_run: Path, losses: Losses) -> None:
     lines = [line for line in losses(kodalle_run) if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert abs(lines[0]["loss_image"] - 3.4657) < 0.3  # ln 32: an untrained head knows nothing
+    assert abs(lines[0]["loss_image"] - 3.4657) < 0.3  # ln 32: the loss of uniform predictions
 
 
 # -------------------------------------------------------------------------------------------------- stopped and resumed
@@ -202,14 +202,14 @@ def test_killed_and_resumed(
     assert not list(run.rglob(".partial-*"))
 
 
-def test_finished_run_says_so_and_does_nothing(
+def test_finished_run_is_reported_and_left_alone(
     kodalle_run: Path, tree_of: TreeOf, train_tree: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
     assert train_tree(tree_of("kodalle", kodalle_run)) == kodalle_run / "model"
-    said = capsys.readouterr().out
-    assert "is finished (8 steps): nothing to do" in said
-    assert "written after" not in said
+    message = capsys.readouterr().out
+    assert "is finished (8 steps): nothing to do" in message
+    assert "written after" not in message
     after = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
     assert after.keys() == before.keys()
     assert all(after[path] == before[path] for path in after if path.is_file())
@@ -256,7 +256,7 @@ def test_killed_after_the_last_step_exports_without_training(
 
 
 def _exact(tree: Tree) -> Tree:
-    """Without what depends on the grouping of pictures (dropout), and with an optimiser that forgives roundings."""
+    """Without dropout, which depends on the grouping of images, and with an optimiser that is insensitive to rounding."""
     tree["model"] |= {"attention_dropout": 0.0, "ff_dropout": 0.0}
     tree["deepspeed"]["optimizer"]["params"]["eps"] = 1e-3
     tree["loop"] |= {"steps": 4, "validate_every": 4, "sample_every": 4, "checkpoint_every": 4}
@@ -268,7 +268,7 @@ def exact_run(tree_of: TreeOf, train_tree: Train, tmp_path_factory: pytest.TempP
     """One process, batches of four."""
     run = tmp_path_factory.mktemp("exact") / "run"
     tree = _exact(tree_of("kodalle", run))
-    tree["deepspeed"]["zero_optimization"] = {"stage": 1}  # with it, DeepSpeed tells the gradient's norm, not we
+    tree["deepspeed"]["zero_optimization"] = {"stage": 1}  # where DeepSpeed computes the gradient norm
     train_tree(tree)
     return run
 
@@ -318,10 +318,10 @@ def test_other_stages_in_bf16_and_sharded(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_without_held_out_pictures_it_trains_and_tells_no_validation(
+def test_without_held_out_images_it_trains_and_does_not_validate(
     stage: str, pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, losses: Losses
 ) -> None:
-    """As a prepared folder of a few pictures is: none of them may fall into the validation split."""
+    """As in a prepared folder of a few images, of which none may be in the validation split."""
     shutil.copytree(pairs_folder, tmp_path / "pairs")
     lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["split"] == "train"]

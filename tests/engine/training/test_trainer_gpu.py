@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.paths import REPOSITORY
 
 Tree = dict[str, Any]
-# As it is before a training in this process says where its group meets; conftest.py asks for the CPU.
+# Before a training in this process sets its process group; conftest.py sets the CPU.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -42,7 +42,7 @@ def log_of(run: Path) -> list[Tree]:
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("bf16", 0), ("bf16", 1), ("fp16", 1)])
-def test_kodalle_trains_and_goes_on(
+def test_kodalle_trains_and_resumes(
     dtype: str, zero: int, tree_of: Callable[..., Tree], write_tree: Callable[[Tree, Path], Path], tmp_path: Path
 ) -> None:
     tree = tree_of("kodalle", tmp_path / "run")
@@ -63,7 +63,7 @@ def test_kodalle_trains_and_goes_on(
     assert any(not torch.equal(value, value.to(rounded).float()) for value in weights.values())
     if dtype == "fp16":
         assert lines[-1]["loss_scale"] > 1
-    # From the checkpoint of step 20 it goes on to nearly the same losses: a GPU adds in no fixed order.
+    # From the checkpoint of step 20 it resumes to nearly the same losses: a GPU adds in no fixed order.
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) >= 2
     shutil.rmtree(checkpoints[-1])

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a run: one line, by name, before the first step where it can be known then."""
+"""What a user can get wrong about a run is one line that names it, before the first step where possible."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def _set(tree: Tree, key: str, value: Any) -> Tree:
     return tree
 
 
-def _refused(train: Train, tree: Tree, said: str) -> None:
-    with pytest.raises(InputError, match=said) as caught:
+def _rejected(train: Train, tree: Tree, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         train(tree)
     assert "\n" not in str(caught.value)
     assert not complete_checkpoints(Path(tree["run"]) / "checkpoints")
@@ -47,7 +47,7 @@ def _refused(train: Train, tree: Tree, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "key", "value", "said"),
+    ("stage", "key", "value", "message"),
     [
         ("koclip", "deepspeed.train_micro_batch_size_per_gpu", None, r"micro_batch_size_per_gpu: \(nothing\): give"),
         ("koclip", "deepspeed.train_micro_batch_size_per_gpu", "auto", r"micro_batch_size_per_gpu: auto: give"),
@@ -78,31 +78,31 @@ def _refused(train: Train, tree: Tree, said: str) -> None:
         ("kodalle", "pretrained_text_embeddings", "./nowhere", "pretrained_text_embeddings: ./nowhere"),
     ],
 )
-def test_refused_before_the_first_step(
-    stage: str, key: str, value: Any, said: str, tree_of: TreeOf, train_tree: Train, tmp_path: Path
+def test_rejected_before_the_first_step(
+    stage: str, key: str, value: Any, message: str, tree_of: TreeOf, train_tree: Train, tmp_path: Path
 ) -> None:
     tree = _set(tree_of(stage, tmp_path / "run"), key, value)
     if key == "text.tokenizer" and stage == "kodalle":
         tree["text"]["vocab_size"] = 20
-    _refused(train_tree, tree, said)
+    _rejected(train_tree, tree, message)
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_koclip_folder_without_a_ranker_is_refused_now_not_at_the_end(
+def test_koclip_folder_without_a_koclip_is_rejected_before_training(
     vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path
 ) -> None:
     tree = tree_of("kodalle", tmp_path / "run", koclip=str(vqgan_run / "model"))
-    _refused(train_tree, tree, r"has no koclip \(it holds: vqgan\)")
+    _rejected(train_tree, tree, r"has no koclip \(it holds: vqgan\)")
 
 
 def test_start_from_another_size(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
     tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"))
-    _refused(
+    _rejected(
         train_tree, _set(tree, "model.codebook_size", 64), r"start_from: .*quantize.embedding.weight.* is \(32, 8\)"
     )
 
 
-def test_start_from_starts_there(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
+def test_start_from_copies_the_weights(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
     tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook_reset={})
     tree["loop"] |= {"steps": 1}
     tree["deepspeed"]["optimizer"]["params"]["lr"] = 1e-9
@@ -111,7 +111,7 @@ def test_start_from_starts_there(vqgan_run: Path, tree_of: TreeOf, train_tree: T
     assert all(torch.allclose(old[name], new[name], atol=1e-7) for name in old)
 
 
-def test_unreadable_picture_is_named(
+def test_unreadable_image_is_named(
     pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(pairs_folder, tmp_path / "pairs")
@@ -119,16 +119,16 @@ def test_unreadable_picture_is_named(
     broken.write_bytes(broken.read_bytes()[:60])
     tree = tree_of("kodalle", tmp_path / "run")
     tree["data"]["pairs"] = str(tmp_path / "pairs")
-    _refused(train_tree, tree, r"05\.png")
+    _rejected(train_tree, tree, r"05\.png")
     assert not (tmp_path / "run" / "shards").exists()
 
 
-def test_misspelt_deepspeed_key_is_refused_before_anything_is_written(
+def test_misspelt_deepspeed_key_is_rejected_before_anything_is_written(
     tree_of: TreeOf, train_tree: Train, tmp_path: Path
 ) -> None:
     tree = tree_of("kodalle", tmp_path / "run")
     tree["deepspeed"]["gradient_cliping"] = 0.5
-    _refused(train_tree, tree, r"deepspeed.gradient_cliping: 0.5: .*did you mean gradient_clipping")
+    _rejected(train_tree, tree, r"deepspeed.gradient_cliping: 0.5: .*did you mean gradient_clipping")
     assert not (tmp_path / "run").exists()
 
 
@@ -168,7 +168,7 @@ def test_a_loss_scale_that_can_fall_no_further_is_one_line() -> None:
 
 
 @pytest.fixture
-def begun(kodalle_run: Path, tmp_path: Path) -> Path:
+def started(kodalle_run: Path, tmp_path: Path) -> Path:
     """A copy of the session's KoDALLE run, its last step undone."""
     shutil.copytree(kodalle_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "model")
@@ -188,80 +188,78 @@ def begun(kodalle_run: Path, tmp_path: Path) -> Path:
         ("data.flip", True, "False"),
     ],
 )
-def test_changed_config_is_refused_by_name_and_nothing_is_touched(
-    key: str, value: Any, before: str, begun: Path, tree_of: TreeOf, train_tree: Train
+def test_changed_config_is_rejected_by_name_and_nothing_is_touched(
+    key: str, value: Any, before: str, started: Path, tree_of: TreeOf, train_tree: Train
 ) -> None:
-    files = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    files = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=rf"{key}: .*was started with .*{before}.*: undo the change") as caught:
-        train_tree(_set(tree_of("kodalle", begun), key, value))
+        train_tree(_set(tree_of("kodalle", started), key, value))
     assert caught.value.field == key
-    assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == files
+    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == files
 
 
-def test_what_is_written_when_may_change(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
-    tree = tree_of("kodalle", begun)
+def test_intervals_of_output_may_change(started: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    tree = tree_of("kodalle", started)
     tree["loop"] |= {"keep_checkpoints": 1, "log_every": 2}
     tree["data"]["num_workers"] = 1
     train_tree(tree)
-    assert [path.name for path in complete_checkpoints(begun / "checkpoints")] == ["step-00000008"]
-    assert yaml.safe_load((begun / "config.yaml").read_text())["loop"]["keep_checkpoints"] == 1
+    assert [path.name for path in complete_checkpoints(started / "checkpoints")] == ["step-00000008"]
+    assert yaml.safe_load((started / "config.yaml").read_text())["loop"]["keep_checkpoints"] == 1
 
 
-def test_a_run_begun_before_a_field_was_there_goes_on(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
-    config = yaml.safe_load((begun / "config.yaml").read_text())
+def test_a_run_started_before_a_field_was_added_resumes(started: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    config = yaml.safe_load((started / "config.yaml").read_text())
     del config["text"]["partial_captions"], config["input_token_noise"], config["augmented_views"]
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
-    tree = tree_of("kodalle", begun)
-    with pytest.raises(
-        InputError, match=r"input_token_noise: 0.5: .*was started with 0.0"
-    ):  # it is drawn with noise now
+    (started / "config.yaml").write_text(yaml.safe_dump(config))
+    tree = tree_of("kodalle", started)
+    with pytest.raises(InputError, match=r"input_token_noise: 0.5: .*was started with 0.0"):  # the config sets it now
         train_tree(tree)
     config["input_token_noise"] = tree["input_token_noise"]
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    (started / "config.yaml").write_text(yaml.safe_dump(config))
     train_tree(tree)
-    assert complete_checkpoints(begun / "checkpoints")[0].name == "step-00000008"
+    assert complete_checkpoints(started / "checkpoints")[0].name == "step-00000008"
 
 
-def test_a_run_begun_with_a_field_that_is_gone_is_refused_by_its_name(
-    begun: Path, tree_of: TreeOf, train_tree: Train
+def test_a_run_started_with_a_field_that_was_removed_is_rejected(
+    started: Path, tree_of: TreeOf, train_tree: Train
 ) -> None:
-    config = yaml.safe_load((begun / "config.yaml").read_text()) | {"warp": 9}
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    config = yaml.safe_load((started / "config.yaml").read_text()) | {"warp": 9}
+    (started / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=r"warp: None: .*was started with 9"):
-        train_tree(tree_of("kodalle", begun))
+        train_tree(tree_of("kodalle", started))
 
 
-def test_resume_never_does_not_overwrite(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
+def test_resume_never_does_not_overwrite(started: Path, tree_of: TreeOf, train_tree: Train) -> None:
     with pytest.raises(InputError, match=r"resume: never: .*holds a run \(newest checkpoint step-00000006\)"):
-        train_tree(tree_of("kodalle", begun, resume="never"))
+        train_tree(tree_of("kodalle", started, resume="never"))
 
 
-def test_checkpoint_of_another_world_is_refused(begun: Path, tree_of: TreeOf, train_tree: Train) -> None:
-    marker = begun / "checkpoints" / "step-00000006" / "complete.json"
+def test_checkpoint_of_another_world_is_rejected(started: Path, tree_of: TreeOf, train_tree: Train) -> None:
+    marker = started / "checkpoints" / "step-00000006" / "complete.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"processes": 8}))
     with pytest.raises(InputError, match=r"number of processes: 1: .*is of 8"):
-        train_tree(tree_of("kodalle", begun))
+        train_tree(tree_of("kodalle", started))
 
 
-def test_checkpoint_with_other_content_is_refused(
-    begun: Path, koclip_run: Path, tree_of: TreeOf, train_tree: Train
+def test_checkpoint_with_other_content_is_rejected(
+    started: Path, koclip_run: Path, tree_of: TreeOf, train_tree: Train
 ) -> None:
-    state = begun / "checkpoints" / "step-00000006" / "kodalle" / "state" / "mp_rank_00_model_states.pt"
+    state = started / "checkpoints" / "step-00000006" / "kodalle" / "state" / "mp_rank_00_model_states.pt"
     other = koclip_run / "checkpoints" / "step-00000006" / "koclip" / "state" / "mp_rank_00_model_states.pt"
     shutil.copy(other, state)
-    marker = begun / "checkpoints" / "step-00000006" / "complete.json"
+    marker = started / "checkpoints" / "step-00000006" / "complete.json"
     content = json.loads(marker.read_text())
     content["files"]["kodalle/state/mp_rank_00_model_states.pt"] = state.stat().st_size
     marker.write_text(json.dumps(content))
     with pytest.raises(InputError, match="does not fit this config"):
-        train_tree(tree_of("kodalle", begun))
+        train_tree(tree_of("kodalle", started))
 
 
 # --------------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize("zero", [0, 1])
-def test_numbers_that_explode_stop_the_run_and_are_not_saved(
+def test_exploding_numbers_stop_the_run_and_are_not_saved(
     zero: int, tree_of: TreeOf, train_tree: Train, tmp_path: Path
 ) -> None:
     tree = tree_of("kodalle", tmp_path / "run")
@@ -289,7 +287,7 @@ def make_stage(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
-    """Begins KoDALLE runs on one shard folder, a copy of the session's; returns what they said. Nothing is trained."""
+    """Starts KoDALLE runs on one shard folder, a copy of the session's, without training; returns their output."""
     shutil.copytree(kodalle_run / "shards", tmp_path / "shards")
 
     def make(**changes: Any) -> str:
@@ -302,9 +300,7 @@ def make_stage(
     return make
 
 
-def test_shards_are_used_again_and_made_again(
-    make_stage: Callable[..., str], pairs_folder: Path, tmp_path: Path
-) -> None:
+def test_shards_are_reused_or_written_again(make_stage: Callable[..., str], pairs_folder: Path, tmp_path: Path) -> None:
     assert "encoding images" not in make_stage()
     shutil.copytree(pairs_folder, tmp_path / "pairs")
     lines = (pairs_folder / "pairs.jsonl").read_text(encoding="utf-8")
@@ -323,9 +319,9 @@ def test_other_vqgan_weights_make_other_shards(make_stage: Callable[..., str], v
     assert "encoding images" in make_stage(vqgan=str(other))
 
 
-def test_cut_captions_are_told_or_refused(make_stage: Callable[..., str], tmp_path: Path) -> None:
-    said = make_stage(model__text_seq_len=4)
-    assert "note: the captions of 30 images are too long and were cut" in said
+def test_cut_captions_are_reported_or_rejected(make_stage: Callable[..., str], tmp_path: Path) -> None:
+    message = make_stage(model__text_seq_len=4)
+    assert "note: the captions of 30 images are too long and were cut" in message
     with pytest.raises(InputError, match="strict_captions: True: 30 images have captions of more"):
         make_stage(model__text_seq_len=4, strict_captions=True)
     shutil.rmtree(tmp_path / "shards")
