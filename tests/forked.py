@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _GROUP_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# With what `deepspeed.initialize` imports at its first call, torch's compiler above all: 3 s of one core.
+DEEPSPEED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
 Job = tuple[Callable[..., None], tuple[Any, ...]]  # a function of a test module, and its arguments
 
 

@@ -23,7 +23,7 @@ from engine.training.engines import make_engine
 from engine.training.process_group import free_port, join_world
 from engine.training.stage import make_stage
 from engine.training.stage_kodalle import KodalleStage
-from tests.forked import run_forked
+from tests.forked import DEEPSPEED, run_forked
 from tests.paths import REPOSITORY
 
 STAGES = ["vqgan", "koclip", "kodalle"]
@@ -34,7 +34,7 @@ TreeOf = Callable[..., Tree]
 Losses = Callable[[Path], list[Tree]]
 Same = Callable[[Path, Path], None]
 PRELOAD = [
-    "deepspeed",
+    *DEEPSPEED,
     "transformers",
     "engine.training.trainer",
     *(f"engine.training.stage_{stage}" for stage in STAGES),

@@ -1,6 +1,8 @@
 """The update guard: no inf or nan reaches the weights, by whichever optimiser, and a GPU is not waited for."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.errors import InputError
 from engine.training import update_guard
 from engine.training.engines import DeepSpeedEngine, make_engine
-from engine.training.process_group import World, join_world
+from engine.training.process_group import World, free_port, join_world
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights
+from tests.forked import DEEPSPEED, run_forked
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-CLOSES_AT = 4  # the step whose loss or gradients are not finite
+BAD_STEP = 4  # the step whose loss or gradients are not finite
 Loss = Callable[[nn.Module, int], Tensor]
 
 
@@ -55,13 +58,13 @@ def _loss(module: nn.Module, step: int) -> Tensor:
 
 def _nan_loss(module: nn.Module, step: int) -> Tensor:
     """Gradients stay finite."""
-    return _loss(module, step) + (torch.nan if step == CLOSES_AT else 0.0)
+    return _loss(module, step) + (torch.nan if step == BAD_STEP else 0.0)
 
 
 def _nan_gradients(module: nn.Module, step: int) -> Tensor:
     """The loss stays finite."""
     loss = _loss(module, step)
-    return loss + (loss * 0).sqrt() if step == CLOSES_AT else loss
+    return loss + (loss * 0).sqrt() if step == BAD_STEP else loss
 
 
 def _engine(engine: Any) -> DeepSpeedEngine:
@@ -86,12 +89,12 @@ def skips_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_stops_before_the_update(loss: Loss, reason: str) -> None:
     guard, engine = UpdateGuard(ALONE, fp16=False), _TorchEngine()
     guard.watch(_engine(engine))
-    _train(guard, engine, loss, range(1, CLOSES_AT))
+    _train(guard, engine, loss, range(1, BAD_STEP))
     before = [weight.detach().clone() for weight in engine.module.parameters()]
     with pytest.raises(
         InputError, match=f"^training: step 4: {reason}: lower the learning rate, .*checkpoint is kept$"
     ):
-        _train(guard, engine, loss, range(CLOSES_AT, CLOSES_AT + 1))
+        _train(guard, engine, loss, range(BAD_STEP, BAD_STEP + 1))
     assert all(torch.equal(*pair) for pair in zip(before, engine.module.parameters(), strict=True))
 
 
@@ -100,10 +103,10 @@ def test_host_stops_before_the_update(loss: Loss, reason: str) -> None:
 def test_device_withholds_the_update_and_all_later_ones(loss: Loss, reason: str) -> None:
     guard, engine = UpdateGuard(ALONE, fp16=False), _TorchEngine()
     guard.watch(_engine(engine))
-    _train(guard, engine, loss, range(1, CLOSES_AT))
+    _train(guard, engine, loss, range(1, BAD_STEP))
     guard.check()
     before = [weight.detach().clone() for weight in engine.module.parameters()]
-    _train(guard, engine, loss, range(CLOSES_AT, CLOSES_AT + 3))
+    _train(guard, engine, loss, range(BAD_STEP, BAD_STEP + 3))
     assert all(torch.equal(*pair) for pair in zip(before, engine.module.parameters(), strict=True))
     with pytest.raises(InputError, match=f"^training: step 4: {reason}"):
         guard.check()
@@ -155,11 +158,11 @@ def test_every_micro_batch_is_checked() -> None:
 def test_fp16_gradients_are_deepspeeds_matter_and_the_loss_is_not() -> None:
     guard, engine = UpdateGuard(ALONE, fp16=True), _TorchEngine()
     guard.watch(_engine(engine))
-    _train(guard, engine, _nan_gradients, range(CLOSES_AT, CLOSES_AT + 1))  # DeepSpeed would skip it
+    _train(guard, engine, _nan_gradients, range(BAD_STEP, BAD_STEP + 1))  # DeepSpeed would skip it
     engine = _TorchEngine()
     guard.watch(_engine(engine))
     with pytest.raises(InputError, match="step 4: loss nan"):
-        _train(guard, engine, _nan_loss, range(CLOSES_AT, CLOSES_AT + 1))
+        _train(guard, engine, _nan_loss, range(BAD_STEP, BAD_STEP + 1))
 
 
 def test_bare_optimisers_norm_is_before_clipping() -> None:
@@ -208,18 +211,57 @@ def test_deepspeed_engines_keep_their_weights(
         for step in numbers:
             guard.start_step(step)
             loss = _loss(engine, step)  # type: ignore[arg-type]
-            if step == CLOSES_AT:
+            if step == BAD_STEP:
                 loss.register_hook(lambda gradient: gradient * torch.nan)
             guard.backward_and_step(engine, loss)
         guard.check()
 
     start = full_weights(engine)
-    steps(iter(range(1, CLOSES_AT)))
+    steps(iter(range(1, BAD_STEP)))
     before = full_weights(engine)
     assert all(not torch.equal(start[name], before[name]) for name in start)
     skipped = engine.skipped_steps
     with pytest.raises(InputError, match="step 4: grad_norm nan"):
-        steps(iter(range(CLOSES_AT, CLOSES_AT + 2)))
+        steps(iter(range(BAD_STEP, BAD_STEP + 2)))
     after = full_weights(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert engine.skipped_steps == skipped or on_device
+
+
+def _nan_on_rank_1(rank: int, port: int, on_device: bool, answer: Path) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    world = join_world(torch_threads=1)
+    if on_device:
+        pytest.MonkeyPatch().setattr(update_guard, "_skips_on_device", lambda *_: True)
+    torch.manual_seed(0)
+    engine = make_engine(nn.Linear(4, 3), _settings(1, False), total_steps=9)
+    guard = UpdateGuard(world, fp16=False)
+    guard.watch(engine)
+    before: dict[str, Tensor] = {}
+    try:
+        for step in range(1, BAD_STEP + 2):
+            if step == BAD_STEP:
+                before = full_weights(engine)
+            guard.start_step(step)
+            loss = (_nan_loss if rank == 1 else _loss)(engine, step)  # type: ignore[arg-type]
+            guard.backward_and_step(engine, loss)
+        guard.check()
+        message = "trained on"
+    except InputError as error:
+        message = str(error)
+    torch.save((message, before, full_weights(engine)), answer)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_nan_on_one_rank_stops_all(on_device: bool, tmp_path: Path) -> None:
+    """Its gradients are finite, so that only the loss of rank 1 gives it away."""
+    port = free_port()
+    jobs = [(_nan_on_rank_1, (rank, port, on_device, tmp_path / f"{rank}.pt")) for rank in range(2)]
+    printed = run_forked(jobs, tmp_path, preload=[*DEEPSPEED, "engine.training.update_guard"])
+    assert [code for code, _ in printed] == [0, 0], printed
+    for rank in range(2):
+        message, before, after = torch.load(tmp_path / f"{rank}.pt")
+        assert message.startswith("training: step 4: loss nan: ")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert before
