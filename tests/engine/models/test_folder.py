@@ -109,7 +109,7 @@ def test_replaces_a_model_but_nothing_else(model: Path, tmp_path: Path) -> None:
     assert load_part(model, "vqgan").config == CONFIGS["vqgan"]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.txt").write_text("precious")
-    with pytest.raises(InputError, match="holds something else than a model"):
+    with pytest.raises(InputError, match="holds something other than a model"):
         _write(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "a.txt").read_text() == "precious"
 
@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong shape": (
         _change_weights(lambda weights: weights.update({"head.bias": torch.zeros(3)})),
-        r"head\.bias: \[3\]: config.json asks for shape \[32\]",
+        r"head\.bias: \[3\]: config.json requires shape \[32\]",
     ),
     "truncated": (
         lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-10]),
@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other sizes": (
         _change_config(lambda config: config["transformer"].update(dim=32)),  # type: ignore[attr-defined]
-        r"config.json asks for shape \[.*32.*\]",
+        r"config.json requires shape \[.*32.*\]",
     ),
     "no such part": (_change_config(lambda config: config.pop("transformer")), "has no transformer .it holds: none."),
 }

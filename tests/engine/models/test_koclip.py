@@ -119,13 +119,13 @@ def test_projection_head_equals_its_formula(kind: str) -> None:
 @torch.no_grad()
 def test_embeddings_and_scores(koclip: KoClip) -> None:
     images, tokens = _pairs(3)
-    images, captions = koclip.embed_images(images), koclip.embed_texts(tokens[:2])
-    assert images.shape == (3, 24)
-    assert captions.shape == (2, 24)
-    torch.testing.assert_close(images.norm(dim=1), torch.ones(3))
+    image, text = koclip.embed_images(images), koclip.embed_texts(tokens[:2])
+    assert image.shape == (3, 24)
+    assert text.shape == (2, 24)
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
     scores = koclip.similarity(images, tokens[:2])
     assert scores.shape == (2, 3)
-    torch.testing.assert_close(scores, captions @ images.T)
+    torch.testing.assert_close(scores, text @ image.T)
     assert scores.abs().max() <= 1 + 1e-6
 
 
@@ -135,12 +135,12 @@ def test_published_similarity() -> None:
     published = KoClip(_tiny(similarity="published")).eval()
     assert "logit_scale" not in dict(published.named_parameters())
     images, tokens = _pairs()
-    images, captions = published.embed_images(images), published.embed_texts(tokens)
-    torch.testing.assert_close(published.similarity(images, tokens), captions @ images.T * 0.07)
+    image, text = published.embed_images(images), published.embed_texts(tokens)
+    torch.testing.assert_close(published.similarity(images, tokens), text @ image.T * 0.07)
     torch.testing.assert_close(published.prepare(images), images * 255)
-    logits = captions @ images.T * 0.07
+    logits = text @ image.T * 0.07
     logs = -logits.log_softmax(1).diagonal().mean() / 2 - logits.log_softmax(0).diagonal().mean() / 2
-    torch.testing.assert_close(published.loss(images, captions), logs)
+    torch.testing.assert_close(published.loss(image, text), logs)
 
 
 def test_preparation(koclip: KoClip) -> None:
@@ -165,7 +165,7 @@ def test_padding_and_the_rest_of_the_batch_change_nothing(koclip: KoClip) -> Non
 def test_wrong_inputs_are_refused(koclip: KoClip) -> None:
     with pytest.raises(ValueError, match="float in"):
         koclip.embed_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="13 text tokens, this KoCLIP takes 12"):
+    with pytest.raises(ValueError, match="13 text tokens, this KoCLIP has 12"):
         koclip.embed_texts(torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(ValueError, match="integers"):
         koclip.embed_texts(torch.zeros(1, 4))
@@ -283,9 +283,9 @@ def test_pretrained_faults_are_named(folders: tuple[Path, Path], tmp_path: Path)
     refused("cannot be loaded", text_encoder=str(tmp_path / "nothing"))
     refused("is a efficientnet model", text_encoder=str(image))
     refused(r"word_embeddings.weight` is \(60, 32\)", _tiny(text_vocab_size=61), text_encoder=str(text))
-    refused(r"encoder.layer.1.*is none, the config asks", _tiny(text_layers=2), text_encoder=str(text))
+    refused(r"encoder.layer.1.*is none, the config requires", _tiny(text_layers=2), text_encoder=str(text))
     wider = _tiny(image_width=0.2, image_hidden_dim=256)
-    refused(r"is \(8.*the config asks", wider, image_encoder=str(image))
+    refused(r"is \(8.*the config requires", wider, image_encoder=str(image))
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_bytes((text / "config.json").read_bytes())
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
