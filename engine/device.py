@@ -4,12 +4,12 @@ This is the one module that asks what a processor offers. Two sources are combin
 the limits that a user sets with oneDNN's and PyTorch's own switches (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), and a
 small trial of each packed layer, because PyTorch's packing is a private interface whose requirements differ by version.
 
-    class           float32 packed   bfloat16 packed   bytes multiplied exactly   bfloat16 multiplied
-    avx2            yes              no                no                         no
-    avx512          yes              yes, slowly       no                         no
-    avx512_vnni     yes              yes, slowly       yes                        no
-    avx512_bf16     yes              yes               yes                        yes
-    amx             yes              yes               yes                        yes
+    class           packs float32   packs bfloat16   packs int8   multiplies bfloat16
+    avx2            yes             no               no           no
+    avx512          yes             yes, slowly      no           no
+    avx512_vnni     yes             yes, slowly      yes          no
+    avx512_bf16     yes             yes              yes          yes
+    amx             yes             yes              yes          yes
 """
 
 import functools
@@ -71,12 +71,10 @@ class CpuCapabilities:
     """The instruction class; outside x86 the architecture's name ("aarch64")."""
     multiplies_bfloat16: bool
     """Products of bfloat16 in hardware (AVX512_BF16, AMX): faster than float32, not slower."""
-    sums_bytes_exactly: bool
-    """Products of bytes are added up in 32 bits (VNNI, AMX). Without it, two at a time are added in 16, and saturate."""
     packs_float32: bool
     packs_bfloat16: bool
     packs_int8: bool
-    """oneDNN's packed 8-bit linear layers run; without `sums_bytes_exactly` they need weights in halves."""
+    """8-bit layers that add up products in 32 bits (VNNI, AMX). Without it two products are added in 16, and saturate."""
 
     def packs(self, dtype: torch.dtype) -> bool:
         """Whether a linear layer of floating-point type `dtype` can be packed."""
@@ -90,17 +88,16 @@ def cpu_capabilities() -> CpuCapabilities:
     flags = {name for name, value in reported.items() if value is True}
     architecture = str(reported.get("architecture", "unknown"))
     if architecture != "x86_64":  # the padding rule of packed layers was measured on x86 alone
-        return CpuCapabilities(_processor_name(), architecture, False, False, False, False, False)
+        return CpuCapabilities(_processor_name(), architecture, False, False, False, False)
     isa = instruction_set(flags, aten=torch.backends.cpu.get_cpu_capability(), environment=os.environ)
     return CpuCapabilities(
         name=_processor_name(),
         isa=isa,
         multiplies_bfloat16=isa in ("avx512_bf16", "amx"),
-        sums_bytes_exactly=isa in ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx") and _sums_bytes_exactly(),
         packs_float32=_packs(torch.float32),
         # PyTorch asks the processor, oneDNN its own limit: below AVX-512 bfloat16 is taken only where both can be right.
         packs_bfloat16=isa not in ("baseline", "avx2") and _packs(torch.bfloat16),
-        packs_int8=_bytes_product(largest_weight=1) == 64 * 255,
+        packs_int8=isa in ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx") and _packs_int8(),
     )
 
 
@@ -185,18 +182,12 @@ def _packs(dtype: torch.dtype) -> bool:
     return bool((out == 64).all())
 
 
-def _sums_bytes_exactly() -> bool:
-    """Whether oneDNN adds up the largest products of bytes without saturating."""
-    return _bytes_product(largest_weight=127) == 64 * 255 * 127
-
-
-def _bytes_product(*, largest_weight: int) -> float | None:
-    """A row of 64 times 255 by a column of 64 times `largest_weight`, as oneDNN's 8-bit linear layer adds it up; None
-    where there is no such layer."""
+def _packs_int8() -> bool:
+    """Whether oneDNN's 8-bit linear layer adds up 64 of the largest products without saturating."""
     if not torch.backends.mkldnn.is_available():
-        return None
+        return False
     rows = torch.full((16, 64), 255, dtype=torch.uint8, device="cpu")
-    weight = torch.full((64, 64), largest_weight, dtype=torch.int8, device="cpu")
+    weight = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
     scales = torch.ones(64, dtype=torch.float32, device="cpu")
     zero_points = torch.zeros(64, dtype=torch.int32, device="cpu")
     try:
@@ -205,8 +196,8 @@ def _bytes_product(*, largest_weight: int) -> float | None:
             rows, 1.0, 0, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )
     except (AttributeError, RuntimeError):
-        return None
-    return float(out[0, 0])
+        return False
+    return bool((out == 64 * 255 * 127).all())
 
 
 # ---------------------------------------------------------------------------------------------------- operating system

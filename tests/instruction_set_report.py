@@ -5,14 +5,13 @@ import json
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.decoding.cpu.packed_weights import Weights, _Int8Linear, _quantise_rows
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities, default_dtype
 from engine.models.transformer import KoDalle
-from engine.sampling_params import SequenceRequest
+from engine.sampling_params import SamplingParams, SequenceRequest
 
 CONFIG = TransformerConfig(
     dim=64, num_layers=2, num_heads=2, head_dim=32, text_vocab_size=30, text_seq_len=8, text_position_rows=12,
@@ -45,8 +44,8 @@ def main() -> None:
                 "weights": weights,
                 "equal_alone_and_in_a_batch": equal,
                 "int8_equals_integers": {
-                    "as the processor needs": int8_equals_integers(in_halves=None),
-                    "in halves": int8_equals_integers(in_halves=True),
+                    "as chosen": int8_equals_integers(in_bytes=None),
+                    "as float32": int8_equals_integers(in_bytes=False),
                 },
             }
         )
@@ -63,30 +62,28 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def draws_alone_what_it_draws_in_a_batch(sampler: Sampler) -> bool:
     prefix = sampler.prefill(TEXT)
-    rows = [SequenceRequest(i % 2, seed=i // 8, candidate=i % 8) for i in range(21)]
+    rows = [SequenceRequest(i % 2, SamplingParams(seed=i // 8), candidate=i % 8) for i in range(21)]
     together = sampler.decode(prefix, rows)
     return all(
         torch.equal(sampler.decode(prefix, [row])[0], tokens) for row, tokens in zip(rows, together, strict=True)
     )
 
 
-def int8_equals_integers(*, in_halves: bool | None) -> bool:
+def int8_equals_integers(*, in_bytes: bool | None) -> bool:
     """The 8-bit layer's bits against integers and one rounding an operation, at random and at the largest numbers."""
     torch.manual_seed(0)
-    cases: list[tuple[Tensor, Tensor]] = [(torch.randn(300, 520), torch.randn(40, 520)), (ones(5, 64), ones(64, 64))]
-    for weight, x in cases:
+    cases = [(300, 520, 40), (64, 4096, 5), (64, 1025, 7)]
+    drawn = [(torch.randn(N, K), torch.randn(R, K)) for N, K, R in cases]
+    largest = [(torch.ones(N, K), torch.ones(R, K)) for N, K, R in cases]
+    for weight, x in drawn + largest:
         bias = torch.randn(len(weight))
         scales = weight.abs().amax(1) / 127
         quantised, steps = _quantise_rows(x)
         product = (quantised.double() - 128) @ (weight / scales[:, None]).round().double().T
         expected = (product.float() * scales * steps) + bias
-        if not torch.equal(_Int8Linear(weight, bias, in_halves=in_halves).multiply(quantised, steps), expected):
+        if not torch.equal(_Int8Linear(weight, bias, in_bytes=in_bytes).multiply(quantised, steps), expected):
             return False
     return True
-
-
-def ones(*shape: int) -> Tensor:
-    return torch.ones(*shape)
 
 
 if __name__ == "__main__":

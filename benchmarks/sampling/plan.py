@@ -22,8 +22,7 @@ from engine.config import (
 )
 from engine.config_files import load_run
 from engine.data.tokenizer import train_tokenizer
-from engine.decoding.cpu.packed_weights import can_quantise
-from engine.device import default_dtype
+from engine.device import cpu_capabilities, default_dtype
 from engine.models.folder import Part, PartName, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
@@ -74,7 +73,7 @@ def default_variants(device: torch.device) -> list[str]:
     usual = str(default_dtype(device, _PUBLISHED_PARAMETERS)).removeprefix("torch.")
     if device.type == "cuda":
         return list(dict.fromkeys([usual, "float16"]))
-    return [usual] + (["int8"] if can_quantise(torch.float32, device) else [])
+    return [usual] + (["int8"] if cpu_capabilities().packs_int8 else [])
 
 
 @dataclass(frozen=True)

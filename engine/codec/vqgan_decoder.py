@@ -135,11 +135,10 @@ class FastVqganDecoder:
 def decodes_int8(device: torch.device) -> bool:
     """Whether `precision="int8"` is possible, and faster than float32, on this device.
 
-    Without VNNI the convolutions would need weights in halves, as the 8-bit linear layers have them
-    (engine.decoding.cpu.packed_weights): exact, and 1.5 to 2.3 times slower than Winograd's in float32 (AVX2, one core:
-    93 GFLOP/s against 143 to 210).
+    Without VNNI products of bytes saturate. Weights in two halves would make them exact, at 1.5 to 2.3 times the time of
+    Winograd's convolutions in float32 (AVX2, one core: 93 GFLOP/s against 143 to 210).
     """
-    return device.type == "cpu" and cpu_capabilities().sums_bytes_exactly
+    return device.type == "cpu" and cpu_capabilities().packs_int8
 
 
 def _uses_row_tiles(vqgan: Vqgan, row_tiles: bool | None) -> bool:

@@ -61,7 +61,7 @@ def diagnose() -> dict[str, Any]:
             "threads": fit_threads(),
             "packs": [name for name, is_packed in packed.items() if is_packed],
             "multiplies": ["float32", *(["bfloat16"] if cpu.multiplies_bfloat16 else [])],
-            "int8": _int8(packs=cpu.packs_int8, is_exact=cpu.sums_bytes_exactly),
+            "int8": _int8(in_bytes=cpu.packs_int8, packs_float32=cpu.packs_float32),
         },
         "dtype_of_a_large_model": {
             device.type: str(default_dtype(device, _LARGE_PARAMETERS)).removeprefix("torch.") for device in devices
@@ -91,10 +91,10 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
-def _int8(*, packs: bool, is_exact: bool) -> str:
-    if not packs:
-        return "none"
-    return "fast" if is_exact else "weights in halves (no VNNI): half the memory of float32, about its speed"
+def _int8(*, in_bytes: bool, packs_float32: bool) -> str:
+    if in_bytes:
+        return "in bytes: faster than float32"
+    return "as float32 (no VNNI): the same numbers, no faster than float32" if packs_float32 else "not possible"
 
 
 def _attention_backends(device: "torch.device") -> list[str]:

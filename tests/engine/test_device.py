@@ -92,9 +92,7 @@ def test_the_class_is_the_best_that_processor_pytorch_and_onednn_all_use(
 
 
 def _capabilities(**offered: bool) -> CpuCapabilities:
-    nothing = dict.fromkeys(
-        ("multiplies_bfloat16", "sums_bytes_exactly", "packs_float32", "packs_bfloat16", "packs_int8"), False
-    )
+    nothing = dict.fromkeys(("multiplies_bfloat16", "packs_float32", "packs_bfloat16", "packs_int8"), False)
     return CpuCapabilities("a processor", "avx2", **(nothing | offered))
 
 
@@ -104,7 +102,7 @@ def _capabilities(**offered: bool) -> CpuCapabilities:
         ({"multiplies_bfloat16": True, "packs_bfloat16": True}, 335_000_000, torch.bfloat16),
         ({"multiplies_bfloat16": True, "packs_bfloat16": True}, 5_000_000, torch.float32),
         ({"multiplies_bfloat16": True}, 335_000_000, torch.float32),
-        ({"packs_bfloat16": True, "sums_bytes_exactly": True}, 335_000_000, torch.float32),
+        ({"packs_bfloat16": True, "packs_int8": True}, 335_000_000, torch.float32),
         ({}, 335_000_000, torch.float32),
     ],
 )
@@ -163,10 +161,10 @@ def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
     found = json.loads(report.stdout.splitlines()[-1])
     cpu, has_avx512 = found["cpu"], isa != "avx2"
     assert cpu["isa"] == isa
-    assert (cpu["packs_float32"], cpu["packs_bfloat16"], cpu["packs_int8"]) == (True, has_avx512, True)
-    assert cpu["sums_bytes_exactly"] == (isa in ("avx512_vnni", "avx512_bf16"))
+    assert (cpu["packs_float32"], cpu["packs_bfloat16"]) == (True, has_avx512)
+    assert cpu["packs_int8"] == (isa in ("avx512_vnni", "avx512_bf16"))
     assert found["default_dtype_of_a_large_model"] == ("bfloat16" if isa == "avx512_bf16" else "float32")
-    assert found["int8_equals_integers"] == {"as the processor needs": True, "in halves": True}
+    assert found["int8_equals_integers"] == {"as chosen": True, "as float32": True}
     assert found["weights"] == {
         "float32": "packed", "float32 plain": "plain", "float32 int8": "int8",
         "bfloat16": "packed" if has_avx512 else "plain",

@@ -8,7 +8,7 @@ from engine.device import cpu_capabilities
 from kernels.int8_conv import Int8Conv, byte_scale, quantise
 
 needs_vnni = pytest.mark.skipif(
-    not cpu_capabilities().sums_bytes_exactly, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
+    not cpu_capabilities().packs_int8, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
 )
 
 

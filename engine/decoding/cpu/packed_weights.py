@@ -18,10 +18,8 @@ published model (252 M weights), milliseconds a step:
 inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so here too a row does
 not depend on its company. What it does to drawings is measured by benchmarks/int8_effect.py.
 
-A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There each weight is stored as two
-halves of at most 64 and the inputs are repeated, which gives the same integers, and so the same bits, from twice the
-bytes and products: still half the bytes of float32, at about its speed (two cores with AVX2: 1.9 ms instead of 2.1 for
-32 rows and 4 M weights).
+A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There the same integers are
+multiplied as float32, whose sums are exact below 2^24: the same bits, with the memory and about the speed of `packed`.
 
 Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first.
 """
@@ -44,6 +42,7 @@ Weights = Literal["plain", "packed", "int8"]
 _ROW_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
 _ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
 _ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
+_EXACT_INPUTS = 1024  # 1024 * 127 * 127 < 2^24
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -53,8 +52,8 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def can_quantise(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine has oneDNN's 8-bit linear layers, and packed ones for what stays in the model's `dtype`."""
-    return can_pack(dtype, device) and cpu_capabilities().packs_int8
+    """Whether `int8` runs on this machine: what stays in the model's `dtype` must be packed."""
+    return can_pack(dtype, device) and cpu_capabilities().packs_float32
 
 
 def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
@@ -170,21 +169,16 @@ class _Int8Linear:
     Args:
         weight: (N, K) of any floating-point type.
         bias: (N,) or None.
-        in_halves: store q_w as two halves of at most 64, (N, 2 K), and repeat q_x: the same integers, where pairs of
-            products are added in 16 bits (2 * 255 * 64 < 2^15). None: where the processor needs it.
+        in_bytes: multiply bytes; else the same integers as float32. None: bytes where the processor adds them exactly.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, in_halves: bool | None = None) -> None:
-        self._in_halves = not cpu_capabilities().sums_bytes_exactly if in_halves is None else in_halves
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, in_bytes: bool | None = None) -> None:
         self._bias = None if bias is None else bias.detach().float()
         weight = weight.detach().float()
         self._scales = weight.abs().amax(1).clamp_(min=_TINY).div_(127)  # (N,)
-        self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
-        quantised = (weight / self._scales[:, None]).round_().to(torch.int8)  # (N, K)
-        if self._in_halves:
-            half = torch.div(quantised, 2, rounding_mode="floor")  # -64..63
-            quantised = torch.cat([half, quantised - half], dim=1)  # (N, 2 K)
-        self._packed = torch.ops.onednn.qlinear_prepack(quantised, [_ROWS_HINT, quantised.shape[1]])
+        quantised = (weight / self._scales[:, None]).round_()  # (N, K), -127..127
+        in_bytes = cpu_capabilities().packs_int8 if in_bytes is None else in_bytes
+        self._products = _ByteProducts(quantised, self._scales) if in_bytes else _FloatProducts(quantised, self._scales)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, K) -> (R, N) in x's dtype."""
@@ -192,14 +186,39 @@ class _Int8Linear:
 
     def multiply(self, quantised: Tensor, scale: Tensor) -> Tensor:
         """(R, K) uint8, (R, 1) -> (R, N) float32."""
-        if self._in_halves:
-            quantised = torch.cat([quantised, quantised], dim=1)  # (R, 2 K)
+        product = self._products(quantised)
+        # No fused multiply-add: where PyTorch uses one depends on how its threads share the rows.
+        return product.mul_(scale) if self._bias is None else product.mul_(scale).add_(self._bias)
+
+
+class _ByteProducts:
+    """(R, K) uint8 around 128 -> scale_w * (q_x . q_w), (R, N) float32, by the processor's 8-bit dot product."""
+
+    def __init__(self, quantised: Tensor, scales: Tensor) -> None:
+        self._scales, self._zero_points = scales, torch.zeros(len(scales), dtype=torch.int32)
+        self._packed = torch.ops.onednn.qlinear_prepack(quantised.to(torch.int8), [_ROWS_HINT, quantised.shape[1]])
+
+    def __call__(self, quantised: Tensor) -> Tensor:
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             quantised, 1.0, _ZERO_POINT, self._packed, self._scales, self._zero_points, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        # No fused multiply-add: where PyTorch uses one depends on how its threads share the rows.
-        return product.mul_(scale) if self._bias is None else product.mul_(scale).add_(self._bias)
+        return product
+
+
+class _FloatProducts:
+    """The same bits by float32 products of the same integers, which are exact as long as no sum reaches 2^24."""
+
+    def __init__(self, quantised: Tensor, scales: Tensor) -> None:
+        self._scales = scales
+        self._parts = [_PackedLinear(part, None) for part in quantised.split(_EXACT_INPUTS, dim=1)]
+
+    def __call__(self, quantised: Tensor) -> Tensor:
+        inputs = (quantised.float() - _ZERO_POINT).split(_EXACT_INPUTS, dim=1)
+        sums = [part(some.contiguous()) for part, some in zip(self._parts, inputs, strict=True)]
+        if len(sums) > 1:  # added up in float64 and rounded once, as bytes are added up in 32 bits and rounded
+            sums = [torch.stack(sums).sum(0, dtype=torch.float64).float()]
+        return sums[0].mul_(self._scales)
 
 
 class _Int8Layer:

@@ -21,7 +21,7 @@ from engine.models.vqgan import Vqgan
 
 HAS_CUDA = torch.cuda.is_available()
 needs_vnni = pytest.mark.skipif(
-    not cpu_capabilities().sums_bytes_exactly, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
+    not cpu_capabilities().packs_int8, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
 )
 
 _COMMON: dict[str, Any] = {"base_channels": 32, "latent_channels": 16, "embed_dim": 12, "codebook_size": 40}
@@ -209,7 +209,7 @@ def test_int8_costs_little_on_a_trained_codec() -> None:
 
 
 def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: pytest.MonkeyPatch) -> None:
-    lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", sums_bytes_exactly=False)
+    lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", packs_int8=False)
     monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: lesser)
     with pytest.raises(InputError, match=r"precision: int8: is not made for a processor without VNNI \(avx2\)"):
         FastVqganDecoder(vqgan, precision="int8")

@@ -107,8 +107,8 @@ def test_a_packed_row_has_the_same_bits_among_any_others(
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, inputs).to(dtype) / 8, torch.randn(outputs).to(dtype)
     x, other = torch.randn(140, inputs).to(dtype), torch.randn(140, outputs).to(dtype)
-    packed, int8, halves = (
-        _PackedLinear(weight, bias), _Int8Linear(weight, bias), _Int8Linear(weight, bias, in_halves=True)
+    packed, int8, floats = (
+        _PackedLinear(weight, bias), _Int8Linear(weight, bias), _Int8Linear(weight, bias, in_bytes=False)
     )  # fmt: skip
     functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "plain": lambda x, _: packed(x),
@@ -116,7 +116,7 @@ def test_a_packed_row_has_the_same_bits_among_any_others(
         "add": lambda x, other: packed.combined(x, other, "add"),
         "mul": lambda x, other: packed.combined(x, other, "mul"),
         "int8": lambda x, _: int8(x),
-        "int8 in halves": lambda x, _: halves(x),
+        "int8 as float32": lambda x, _: floats(x),
         "geglu": lambda x, _: reference.geglu(x),
     }
     with torch.inference_mode():
@@ -127,8 +127,8 @@ def test_a_packed_row_has_the_same_bits_among_any_others(
                 assert torch.equal(function(x[-count:], other[-count:]), whole[-count:]), (name, count)
 
 
-@pytest.mark.parametrize("in_halves", [None, True])
-def test_int8_linear_is_the_rounded_product(in_halves: bool | None) -> None:
+@pytest.mark.parametrize("in_bytes", [None, False])
+def test_int8_linear_is_the_rounded_product(in_bytes: bool | None) -> None:
     """Against integers in float64; bit for bit in tests/engine/test_device.py, by instruction set."""
     torch.manual_seed(0)
     weight, bias, x = torch.randn(48, 256), torch.randn(48), 3 * torch.randn(7, 256)
@@ -138,7 +138,7 @@ def test_int8_linear_is_the_rounded_product(in_halves: bool | None) -> None:
     product = rounded_x @ (weight / scales[:, None]).round().double().T
     expected = (product * steps.double() * scales.double() + bias.double()).float()
     with torch.inference_mode():
-        found = _Int8Linear(weight, bias, in_halves=in_halves)(x)
+        found = _Int8Linear(weight, bias, in_bytes=in_bytes)(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
