@@ -152,7 +152,7 @@ def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
         pytest.skip(f"this processor ({ours}) has no {isa}: nothing can simulate what it lacks")
     report = subprocess.run(
         [sys.executable, str(REPOSITORY / "tests" / "instruction_set_report.py")],
-        env=os.environ | SIMULATED[isa] | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | SIMULATED[isa] | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
