@@ -3,6 +3,7 @@
     kodalle data captions|prepare|check|make-demo …
     kodalle generate MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
     kodalle generate MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
+    kodalle generate [MODEL] --from generations/01-seed7-candidate003.png
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
     kodalle train CONFIG key=value …
@@ -66,11 +67,15 @@ def _parameter(name: str, default: str = "", *, most: int | None = None) -> Any:
 
 @app.command("generate")
 def generate(
-    model: Annotated[str, typer.Argument(help="model folder, or owner/name on the Hugging Face hub")],
-    caption: Annotated[str, typer.Argument(help="what the images shall show")],
-    candidates: Annotated[int, _parameter("candidates", most=_MAX_CANDIDATES)] = SamplingParams.candidates,
+    model: Annotated[
+        str | None, typer.Argument(help="model folder, or owner/name on the Hugging Face hub", show_default=False)
+    ] = None,
+    caption: Annotated[str | None, typer.Argument(help="what the images shall show", show_default=False)] = None,
+    candidates: Annotated[
+        int | None, _parameter("candidates", str(SamplingParams.candidates), most=_MAX_CANDIDATES)
+    ] = None,
     top: Annotated[int | None, _parameter("top", "4, or all where there are fewer")] = None,
-    seed: Annotated[int, _parameter("seed")] = SamplingParams.seed,
+    seed: Annotated[int | None, _parameter("seed", str(SamplingParams.seed))] = None,
     out: Annotated[Path, typer.Option(help="folder for the images, sheet.png and result.json")] = Path("generations"),
     temperature: Annotated[float | None, _parameter("temperature", "the model's")] = None,
     top_k: Annotated[int | None, _parameter("top_k", "the model's")] = None,
@@ -81,27 +86,51 @@ def generate(
         int | None, typer.Option(help="rows of tokens of --image that are kept, from the top; default: 7 of 16")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="regenerate --image where this image is white")] = None,
-    paste: Annotated[bool, typer.Option(help="kept pixels: the original's, or as the model decodes them")] = True,
+    paste: Annotated[
+        bool | None,
+        typer.Option("--paste/--no-paste", help="kept pixels: the original's, or as the model decodes them"),
+    ] = None,
     rank_by: Annotated[
-        str, typer.Option(help="koclip; or, with --mask, fit: to what is kept after the hole")
-    ] = "koclip",
+        str | None, typer.Option(help="koclip, the default; or, with --mask, log_likelihood of what is kept after it")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: twice as fast, nearly the same")
     ] = False,
+    codec_backend: Annotated[
+        str | None, typer.Option(help="torch, the default; or onnx, the files that `kodalle export` wrote")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="make this image again from its own metadata; --image and --mask if it had them"),
+    ] = None,
 ) -> None:
     """Generates candidates for a caption, ranks them, writes the best."""
     params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-    params |= {"candidates": candidates, "seed": seed, "top": min(4, candidates) if top is None else top}
-    if image is None:
-        needs_image = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": None if paste else "without an image"}
-        for name, value in needs_image.items():
-            if value is not None:
-                raise InputError(name, value, "give the image too: --image FILE")
-    SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
-    from engine.commands.generate import InitImageFiles, generate_to_folder
+    params |= {"candidates": candidates, "seed": seed, "top": top}
+    _check_needs({"--keep-rows": keep_rows, "--mask": mask, "--no-paste": paste}, image)
+    if from_ is not None:
+        stated = params | {"keep_rows": keep_rows, "paste": paste, "rank_by": rank_by, "codec_backend": codec_backend}
+        stated |= {"int8": int8 or None, "strict": strict or None}
+        _check_from(from_, caption, stated)
+        from engine.commands.generate import regenerate_to_folder
 
+        regenerate_to_folder(from_, out, model=model, device=device, init_image=image, mask=mask)
+        return
+    if model is None or caption is None:
+        raise InputError(
+            "MODEL" if model is None else "CAPTION", "(nothing)", "give a model and a caption, or --from FILE"
+        )
+    if top is None:
+        params["top"] = min(4, SamplingParams().updated(candidates=candidates).candidates)
+    SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
+    from engine.commands.generate import generate_to_folder
+    from engine.pipeline.init_image import InitImage
+
+    init_image = None
+    if image is not None:
+        init_image = InitImage.from_files(image, keep_rows=keep_rows, mask=mask, paste=paste is not False)
     generate_to_folder(
         model,
         caption,
@@ -110,9 +139,27 @@ def generate(
         strict=strict,
         device=device,
         int8=int8,
-        init_image=None if image is None else InitImageFiles(image, keep_rows=keep_rows, mask=mask, paste=paste),
-        rank_by=rank_by,
+        codec_backend=codec_backend or "torch",
+        init_image=init_image,
+        rank_by=rank_by or "koclip",
     )
+
+
+def _check_needs(needs_image: dict[str, Any], image: Path | None) -> None:
+    for name, value in needs_image.items():
+        if value is not None and image is None:
+            raise InputError(
+                name, "without an image" if isinstance(value, bool) else value, "give the image too: --image FILE"
+            )
+
+
+def _check_from(image: Path, caption: str | None, stated: dict[str, Any]) -> None:
+    """Raises InputError: an option that the image's metadata state already."""
+    if caption is not None:
+        raise InputError("CAPTION", caption, f"is stated by {image}: leave it out")
+    for name, value in stated.items():
+        if value is not None:
+            raise InputError(f"--{name.replace('_', '-')}", value, f"is stated by {image}: leave it out")
 
 
 @app.command("continue")

@@ -11,11 +11,13 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import InputError
 
 Number = int | float
+# By KoCLIP's score of the finished image, or by the log-likelihood of what an init image keeps after the mask.
+RankBy = Literal["koclip", "log_likelihood"]
 
 # Beyond these float32 arithmetic overflows or divides by zero: logits / 1e-40 are infinities, of which the first wins.
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE, _MOST_GUIDANCE, _LEAST_TOP_P = 0.01, 100.0, 100.0, 1e-6

@@ -4,7 +4,7 @@
                                ◄── Queued, Progress, Partial …, Finished | Refused ──
 
 Plain frozen values, so that they travel as they are: in one process, or pickled between Ray Serve replicas. Everything
-that decides the pictures (seed, settings, given pixels) is fixed before a job is sent, so that a job whose worker died
+that decides the images (parameters, seed, init image) is fixed before a job is sent, so that a job whose worker died
 is sent again and gives the same bytes.
 
 No torch, no ray. S pixels of the model's square pictures, g x g grid of tokens, N = g * g.
@@ -12,12 +12,12 @@ No torch, no ray. S pixels of the model's square pictures, g x g grid of tokens,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from engine.sampling_params import SamplingParams
+from engine.pipeline.image_encoding import ImageFormat
+from engine.pipeline.init_image import InitImage
+from engine.sampling_params import RankBy, SamplingParams
 
-ImageFormat = Literal["png", "webp", "jpeg"]
-RankBy = Literal["koclip", "fit"]
 # Why a worker did not draw: the edge has a status and texts in two languages for each (serve/api/errors.py).
 RefusalReason = Literal["queue_full", "deadline", "draining", "invalid", "failed"]
 
@@ -42,16 +42,6 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class InitImagePixels:
-    """A picture to start from, already at the model's size: what `engine.pipeline.init_image.InitImage` works out."""
-
-    pixels: bytes  # (S, S, 3) uint8
-    regenerated_pixels: bytes  # (S, S) uint8, 1 where the picture may change
-    regenerated_tokens: bytes  # (N,) uint8, 1 where a token is drawn
-    paste: bool = True  # kept pixels get the original's values
-
-
-@dataclass(frozen=True)
 class GenerationJob:
     """One request, checked: `num_candidates` images of a caption are generated, the best `num_images` returned."""
 
@@ -61,7 +51,7 @@ class GenerationJob:
     sampling_params: SamplingParams
     deadline_s: float  # seconds that are left; clocks of two machines are not compared
     rank_by: RankBy = "koclip"
-    given: InitImagePixels | None = None
+    init_image: InitImage | None = None  # at the model's size: `InitImage.resized`
     image_format: ImageFormat = "png"
     compression: int = 100  # 0-100: quality of webp and jpeg; 100 is lossless webp
     num_partials: int = 0  # previews of each of the first `num_images` candidates
@@ -116,8 +106,9 @@ class GeneratedImage:
     seed: int
     rank: int  # 1 is best
     score: float | None  # KoCLIP's; None without a ranker
-    fit: float | None  # nats; None unless ranked by it
-    data: bytes | None  # None: not asked for
+    log_likelihood: float | None  # nats; None unless ranked by it
+    provenance: Mapping[str, Any] = field(hash=False)  # engine/pipeline/provenance.py
+    data: bytes | None  # None: not requested
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from serve.api.listener import listener
 from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, ModelInfo
 
@@ -142,11 +143,29 @@ INFO = ModelInfo(
 )
 
 
+_MODEL = ModelRecord(
+    model=INFO.model_id,
+    model_digest=INFO.digest,
+    arithmetic=Arithmetic(device="cpu", dtype="float32", int8=False, codec_backend="torch"),
+)
+
+
+def made(job: GenerationJob, candidate: int) -> dict[str, Any]:
+    """Provenance of a candidate of a job without an init image."""
+    return provenance(_MODEL, job.caption, job.sampling_params, candidate, rank_by=job.rank_by, init_image=None)
+
+
 def finished(job: GenerationJob, *, data: bytes = b"a picture") -> Finished:
     """An answer as a worker would give it, without a worker."""
     images = tuple(
         GeneratedImage(
-            number, job.seed, number + 1, 0.5, None, data if number < job.num_images or job.wants_all else None
+            number,
+            job.seed,
+            number + 1,
+            0.5,
+            None,
+            made(job, number),
+            data if number < job.num_images or job.wants_all else None,
         )
         for number in range(job.num_candidates)
     )

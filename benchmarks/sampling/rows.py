@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.commands.generate import metadata
 from engine.decoding.sampler import Sampler
 from engine.measure import (
     Machine,
@@ -31,7 +30,7 @@ from engine.measure import (
 )
 from engine.models.vqgan import Vqgan
 from engine.pipeline.generation import Generation
-from engine.pipeline.image_files import png_bytes
+from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams, SequenceRequest
 from sampling.plan import CAPTION, Plan, Variant
@@ -117,7 +116,8 @@ def _draw(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float],
     generation = pipeline([CAPTION], candidates=images, seed=seed)[0]
     encoding = time.perf_counter()
     for candidate in generation.candidates:
-        png_bytes(candidate.image, metadata(generation, candidate))
+        metadata = pipeline.provenance(generation.request, candidate.candidate)
+        encode_image(candidate.image, "png", metadata=metadata, png_level=6)
     end = time.perf_counter()
     return {**generation.timings_s, "encoding": end - encoding, "total": end - start}, generation
 

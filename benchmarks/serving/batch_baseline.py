@@ -31,11 +31,9 @@ import torch
 from starlette.requests import Request
 
 from engine.device import fit_threads, pick_device
-from engine.pipeline.generation import ranked
-from engine.pipeline.image_files import to_uint8
+from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import SamplingParams, SequenceRequest
-from serve.worker.image_encoding import encode_picture
+from engine.sampling_params import SamplingParams
 
 _MAX_ONGOING = 1024
 Json = dict[str, Any]
@@ -44,24 +42,14 @@ Json = dict[str, Any]
 def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
     """Bodies of POST /v1/images/generations -> answers, drawn as one static batch."""
     begun = time.perf_counter()
-    captions, counts = [one["prompt"] for one in requests], [int(one["candidates"]) for one in requests]
-    prefix = pipeline.sampler.prefill(
-        pipeline.tokenizer.encode(captions, pipeline.transformer.config.text_seq_len).tokens
-    )
-    rows = [
-        SequenceRequest(number, SamplingParams(seed=one["seed"]), candidate=candidate)
-        for number, one in enumerate(requests)
-        for candidate in range(counts[number])
+    prepared = [
+        pipeline.prepare([one["prompt"]], SamplingParams(seed=one["seed"], candidates=int(one["candidates"])))[0]
+        for one in requests
     ]
-    tokens = pipeline.sampler.decode(prefix, rows)  # (B, N)
-    images = pipeline.decode_images(tokens)  # (B, 3, S, S)
-    pixels, tokens = to_uint8(images), tokens.cpu()
-    answers, first = [], 0
-    for request, caption, count in zip(requests, captions, counts, strict=True):
-        own = slice(first, first + count)
-        scores = pipeline.rank_scores([caption], images[own][None])
-        best = ranked(request["seed"], tokens[own], pixels[own], None if scores is None else scores[0], None)[0]
-        data = encode_picture(best.image, "png", compression=100, metadata={"caption": caption, "seed": best.seed})
+    answers = []
+    for request, tokens in zip(prepared, pipeline.decode(prepared), strict=True):
+        best = pipeline.finish(request, tokens).candidates[0]
+        data = encode_image(best.image, "png", metadata={"caption": request.caption, "seed": best.seed})
         picture = {
             "b64_json": base64.b64encode(data).decode("ascii"),
             "seed": best.seed,
@@ -69,7 +57,6 @@ def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
             "clip_score": best.score,
         }
         answers.append({"created": int(time.time()), "data": [picture]})
-        first += count
     drawn_s = time.perf_counter() - begun
     return [answer | {"timings_s": {"total": drawn_s}} for answer in answers]
 

@@ -1,60 +1,33 @@
-"""`kodalle generate`: a folder of images, a sheet and result.json for a caption. `kodalle continue`: captions on stdout."""
+"""`kodalle generate`: a folder of images, a sheet and result.json for a caption, or an image once more from its metadata.
 
-import hashlib
+`kodalle continue`: captions on stdout.
+"""
+
 import json
 import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from PIL import Image
+import torch
 
-from engine.data.crops import FORMATS, open_image
+from engine.codec.codec import CodecBackend
 from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
+from engine.models.folder import model_digest, part_config
 from engine.pipeline.generation import Candidate, Generation
-from engine.pipeline.image_files import contact_sheet, save_png
+from engine.pipeline.image_encoding import read_metadata, save_png
+from engine.pipeline.image_files import contact_sheet
 from engine.pipeline.init_image import InitImage
-from engine.pipeline.pipeline import Pipeline, RankBy
+from engine.pipeline.pipeline import Pipeline, local_folder
+from engine.pipeline.provenance import InitImageRecord, Provenance, read_provenance
 from engine.progress import ProgressBar, seconds_text
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import RankBy, SamplingParams
 
 _FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
-
-
-@dataclass(frozen=True)
-class InitImageFiles:
-    """A picture to start from, as files; the fields are those of `InitImage`."""
-
-    image: Path
-    keep_rows: int | None = None
-    mask: Path | None = None
-    paste: bool = True
-
-    def read(self) -> InitImage:
-        """Raises InputError: a file that cannot be read, a mask that does not fit, as `InitImage`."""
-        image, mask = open_image(self.image), None
-        if self.mask is not None:
-            open_image(self.mask)  # the guard; it lays transparency on white, which a mask must not have
-            with Image.open(self.mask, formats=FORMATS) as opened:
-                opened.load()
-                mask = opened
-        return InitImage(image, keep_rows=self.keep_rows, mask_image=mask, paste=self.paste)
-
-    def describe(self) -> dict[str, Any]:
-        """Names, digests (SHA-256 of the files) and choices: enough to give the same again."""
-        return {
-            "image": self.image.name,
-            "image_sha256": _sha256(self.image),
-            "keep_rows": self.keep_rows,
-            "mask": None if self.mask is None else self.mask.name,
-            "mask_sha256": None if self.mask is None else _sha256(self.mask),
-            "paste": self.paste,
-        }
 
 
 def generate_to_folder(
@@ -63,10 +36,11 @@ def generate_to_folder(
     folder: Path,
     *,
     sampling_params: Mapping[str, float | None],
-    strict: bool,
-    device: str,
+    strict: bool = False,
+    device: str = "",
     int8: bool = False,
-    init_image: InitImageFiles | None = None,
+    codec_backend: str = "torch",
+    init_image: InitImage | None = None,
     rank_by: str = "koclip",
 ) -> Generation:
     """Generates and writes; result.json comes last, so its presence means that the rest is there.
@@ -78,46 +52,139 @@ def generate_to_folder(
         InputError: bad parameters, files, model or caption; nothing is written then.
     """
     SamplingParams().updated(**sampling_params)  # before the model is loaded
-    if folder.exists() and not folder.is_dir():
-        raise InputError("--out", folder, "is a file: give a folder")
+    _check_folder(folder)
     if rank_by not in get_args(RankBy):
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
-    if rank_by == "fit" and (init_image is None or init_image.mask is None):
+    if rank_by == "log_likelihood" and (init_image is None or init_image.mask_image is None):
         raise InputError("--rank-by", rank_by, "is for inpainting: give --image and --mask, or rank by koclip")
-    read_image = None if init_image is None else init_image.read()
+    if codec_backend not in get_args(CodecBackend):
+        raise InputError("--codec-backend", codec_backend, f"write {' or '.join(get_args(CodecBackend))}")
     fit_threads()
-    begun = time.perf_counter()
-    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8)
-    loading_s = time.perf_counter() - begun
+    started = time.perf_counter()
+    backend = cast(CodecBackend, codec_backend)
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8, codec_backend=backend)
+    loading_s = time.perf_counter() - started
     params = pipeline.default_sampling_params.updated(**sampling_params)
     with ProgressBar("generating", total=pipeline.transformer.config.image_seq_len) as bar:
         generation = pipeline(
             [caption],
             params,
-            init_image=read_image,
+            init_image=init_image,
             rank_by=cast(RankBy, rank_by),
             strict=strict,
-            on_progress=lambda done, _: bar.update(done),
+            on_position=lambda done, _: bar.update(done),
         )[0]
     if generation.tokens_cut:
         print(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
-    begun = time.perf_counter()
-    made = describe_request(params, init_image, rank_by, int8=int8)
-    write_generation(folder, generation, made, top=params.num_returned)
-    encoding_s = time.perf_counter() - begun
-    result = describe(generation, made, top=params.num_returned)
-    result["timings_s"] |= {"loading": loading_s, "encoding": encoding_s}
-    write_json(folder / "result.json", result)
-    for kept in generation.top(params.num_returned):
-        score = "" if kept.score is None else f"  score {kept.score:.3f}"
-        score += "" if kept.fit is None else f"  fit {kept.fit:.2f}"
-        print(f"{folder / file_name(kept)}{score}")
-    print(
-        f"{folder / 'sheet.png'}  ({params.candidates} candidates in {seconds_text(sum(generation.timings_s.values()))})"
-    )
+    _write(folder, pipeline, generation, loading_s=loading_s)
     return generation
+
+
+def regenerate_to_folder(
+    image: Path,
+    folder: Path,
+    *,
+    model: str | None = None,
+    device: str = "",
+    init_image: Path | None = None,
+    mask: Path | None = None,
+) -> Generation:
+    """Makes an image again from its own metadata: same tokens, same pixels on a machine of the same arithmetic.
+
+    Args:
+        image: PNG, WebP or JPEG that the engine or its server wrote.
+        model: None: the model that the metadata name.
+        init_image, mask: what the image was made from, if it was; compared with the digests in the metadata.
+
+    Raises:
+        InputError: no metadata, another model, another init image or mask than it was made from; nothing is written then.
+    """
+    made = provenance_of(image)
+    _check_folder(folder)
+    source = local_folder(model or made.model)
+    if model is None and not source.is_dir():
+        raise InputError("MODEL", made.model, f"made {image} and is not here: give its folder before --from")
+    if (digest := model_digest(source)) != made.model_digest:
+        told = f"is not the model that made {image}: its digest begins {digest[:12]}, not {str(made.model_digest)[:12]}"
+        raise InputError("MODEL", model or made.model, told)
+    given = _init_image_of(made.init_image, image, init_image, mask, source)
+    fit_threads()
+    started = time.perf_counter()
+    arithmetic = made.arithmetic
+    pipeline = Pipeline.from_pretrained(
+        source,
+        device=pick_device(device),
+        dtype=_dtype(arithmetic.dtype, image),
+        int8=arithmetic.int8,
+        codec_backend=cast(CodecBackend, arithmetic.codec_backend),
+    )
+    pipeline.model_id = made.model
+    loading_s = time.perf_counter() - started
+    if pipeline.arithmetic != arithmetic:
+        print(
+            f"note: made on {arithmetic.device}, this is {pipeline.arithmetic.device}: rounding may differ",
+            file=sys.stderr,
+        )
+    request = pipeline.prepare(
+        [made.caption], made.request_params, init_image=given, rank_by=made.rank_by, candidate_numbers=[made.candidate]
+    )[0]
+    timings_s: dict[str, float] = {}
+    tokens = pipeline.decode([request], timings_s=timings_s)[0]
+    generation = pipeline.finish(request, tokens, timings_s=timings_s)
+    _write(folder, pipeline, generation, loading_s=loading_s)
+    return generation
+
+
+def provenance_of(image: Path) -> Provenance:
+    """The provenance that an image file carries.
+
+    Raises:
+        InputError: no such file, not an image, or an image without.
+    """
+    remedy = "give an image that `kodalle generate` or the server wrote"
+    try:
+        tree = read_metadata(image.read_bytes())
+    except OSError as error:
+        raise InputError(
+            "--from", image, f"cannot be read as PNG, WebP or JPEG ({type(error).__name__}): {remedy}"
+        ) from error
+    if tree is None:
+        raise InputError("--from", image, f"carries no provenance: {remedy}")
+    return read_provenance(tree, source=str(image))
+
+
+def _init_image_of(
+    record: InitImageRecord | None, made: Path, image: Path | None, mask: Path | None, model: Path
+) -> InitImage | None:
+    """Raises InputError: an init image or mask that is missing, not needed, or not the one on record."""
+    if record is None:
+        if image is not None:
+            raise InputError("--image", image, f"{made} was made without an init image: leave it out")
+        return None
+    if image is None:
+        begins = record.image_sha256[:12]
+        raise InputError("--image", "(nothing)", f"{made} was made from an init image, SHA-256 {begins}…: give it")
+    if record.mask_sha256 is not None and mask is None:
+        raise InputError("--mask", "(nothing)", f"{made} was made with a mask: give it too")
+    if record.mask_sha256 is None and mask is not None:
+        raise InputError("--mask", mask, f"{made} was made without a mask: leave it out")
+    given = InitImage.from_files(image, keep_rows=record.keep_rows, mask=mask, paste=record.paste)
+    config = part_config(model, "vqgan")
+    found = InitImageRecord(**given.record(config.image_size, config.grid_size))
+    if found.image_sha256 != record.image_sha256:
+        raise InputError("--image", image, f"is not the init image that {made} was made from")
+    if found.mask_sha256 != record.mask_sha256:
+        raise InputError("--mask", str(mask), f"is not the mask that {made} was made with")
+    return given
+
+
+def _dtype(name: str, image: Path) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError("--from", image, f"names a dtype that torch does not have: {name}")
+    return dtype
 
 
 def print_continuations(model: str, beginning: str, params: SamplingParams, *, count: int, device: str) -> None:
@@ -127,40 +194,63 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
         InputError: bad parameters or model; a beginning that fills the model's text.
     """
     fit_threads()
-    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), codec_backend="torch")
+    pipeline = Pipeline.from_pretrained(model, device=pick_device(device))
     for line in pipeline.continue_caption(beginning, params, count=count):
         print(line.text)
         if not line.is_complete:
             print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
 
 
-def write_generation(folder: Path, generation: Generation, made: dict[str, Any], *, top: int) -> None:
-    """The best `top` pictures with their making in the metadata, and the sheet of all."""
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError("--out", folder, "is a file: give a folder")
+
+
+def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_s: float) -> None:
+    """The best images, the sheet of all, result.json, and what was written on stdout."""
+    started = time.perf_counter()
+    top = generation.request.sampling_params.num_returned
+    provenances = {
+        one.candidate: pipeline.provenance(generation.request, one.candidate) for one in generation.candidates
+    }
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
-    for kept in generation.top(top):
-        save_png(folder / file_name(kept), kept.image, metadata(generation, kept) | made)
-    pictures = [one.image for one in generation.candidates]
+    for one in generation.top(top):
+        save_png(folder / file_name(one), one.image, provenances[one.candidate])
+    _write_sheet(folder / "sheet.png", generation)
+    result = describe(generation, provenances, top=top)
+    result["timings_s"] |= {"loading": loading_s, "encoding": time.perf_counter() - started}
+    write_json(folder / "result.json", result)
+    for one in generation.top(top):
+        score = "" if one.score is None else f"  score {one.score:.3f}"
+        score += "" if one.log_likelihood is None else f"  log-likelihood {one.log_likelihood:.2f}"
+        print(f"{folder / file_name(one)}{score}")
+    seconds = seconds_text(sum(generation.timings_s.values()))
+    print(f"{folder / 'sheet.png'}  ({len(generation.candidates)} candidates in {seconds})")
+
+
+def _write_sheet(path: Path, generation: Generation) -> None:
+    images = [one.image for one in generation.candidates]
     labels = [
-        f"#{one.rank} c{one.candidate}" + ("" if told is None else f" {told:.2f}")
+        f"#{one.rank} c{one.candidate}" + ("" if key is None else f" {key:.2f}")
         for one in generation.candidates
-        for told in [one.score if one.fit is None else one.fit]
+        for key in [one.score if one.log_likelihood is None else one.log_likelihood]
     ]
-    scale = max(1, 128 // pictures[0].width)
-    sheet = contact_sheet(generation.caption, pictures, labels, columns=min(8, len(pictures)), scale=scale)
-    with atomic_file(folder / "sheet.png") as temporary:
+    scale = max(1, 128 // images[0].width)
+    sheet = contact_sheet(generation.caption, images, labels, columns=min(8, len(images)), scale=scale)
+    with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def _clear(folder: Path) -> None:
-    """Removes an earlier drawing's pictures, so that nobody takes them for this one's: what its result.json names."""
+    """Removes the images of an earlier generation, which its result.json names: they are not of this one."""
     result = folder / "result.json"
     if not result.is_file():
         return
     try:
         named = [one["file"] for one in json.loads(result.read_text(encoding="utf-8"))["candidates"]]
     except (ValueError, KeyError, TypeError):
-        named = []  # not ours, or from another version: its pictures stay
+        named = []  # not ours, or from another version: its images stay
     result.unlink()
     for name in named:
         if isinstance(name, str) and _FILE_NAME.fullmatch(name):
@@ -171,53 +261,28 @@ def file_name(one: Candidate) -> str:
     return f"{one.rank:02d}-seed{one.seed}-candidate{one.candidate:03d}.png"
 
 
-def metadata(generation: Generation, one: Candidate) -> dict[str, Any]:
-    """What a PNG carries of its candidate; with `describe_request`, enough to draw it again."""
-    return {
-        "caption": generation.caption,
-        "seed": one.seed,
-        "candidate": one.candidate,
-        "rank": one.rank,
-        "score": one.score,
-        "software": "KoDALLE engine",
-    }
+def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], *, top: int) -> dict[str, Any]:
+    """result.json.
 
-
-def describe_request(
-    params: SamplingParams, init_image: InitImageFiles | None, rank_by: str, *, int8: bool = False
-) -> dict[str, Any]:
-    """What was asked for, beside caption and seed; in result.json and in every PNG."""
-    return {
-        "sampling_params": params.generation_values(),
-        "int8": int8,
-        "rank_by": rank_by,
-        "init_image": None if init_image is None else init_image.describe(),
-    }
-
-
-def describe(generation: Generation, made: dict[str, Any], *, top: int) -> dict[str, Any]:
-    """result.json."""
-    kept = None if generation.init_tokens is None else sum(token >= 0 for token in generation.init_tokens)
+    Args:
+        provenances: of each candidate, by its number.
+    """
+    init_tokens = generation.init_tokens or ()
     return {
         "caption": generation.caption,
         "tokens_cut": generation.tokens_cut,
-        **made,
-        "tokens_given": kept or 0,
+        "init_tokens": sum(token >= 0 for token in init_tokens),
         "candidates": [
             {
                 "rank": one.rank,
                 "candidate": one.candidate,
                 "seed": one.seed,
                 "score": one.score,
-                "fit": one.fit,
+                "log_likelihood": one.log_likelihood,
                 "file": file_name(one) if one.rank <= top else None,
+                "provenance": provenances[one.candidate],
             }
             for one in generation.candidates
         ],
         "timings_s": dict(generation.timings_s),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,7 +26,8 @@ from engine.metrics.independent_classifier import IndependentClassifier
 from engine.metrics.parts import EvaluationRun
 from engine.models.koclip import KoClip
 from engine.pipeline.generation import Generation
-from engine.pipeline.image_files import paste_grid, save_png
+from engine.pipeline.image_encoding import save_png
+from engine.pipeline.image_files import paste_grid
 from engine.pipeline.pipeline import Pipeline
 
 _ROWS_AT_ONCE = 64  # candidates drawn together: bounds the memory of their caches

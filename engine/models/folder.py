@@ -241,6 +241,12 @@ def weights_digest(folder: Path, name: PartName) -> str:
     return digest.hexdigest()[:16]
 
 
+def model_digest(folder: Path) -> str:
+    """SHA-256, in hex, over the digests of all parts of a folder."""
+    digests = [weights_digest(folder, name) for name in _CONFIGS if has_part(folder, name)]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
 def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())

@@ -1,73 +1,116 @@
-"""What a drawing is made of: where it starts, its candidates, their order.
+"""Types of a generation: the request before its tokens are sampled, and the ranked images after.
 
-G captions, n candidates each, N image tokens, S pixels.
+n candidates, T text positions, N image tokens, S pixels.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from engine.sampling_params import RankBy, SamplingParams, SequenceRequest
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedInitImage:
+    """An init image as the model takes it, on the model's device."""
+
+    tokens: Tensor  # (N,) int64, -1 where to sample
+    pixels: Tensor  # (3, S, S) float32 in [0, 1], the original's
+    pasted: Tensor  # (S, S) bool: where candidates get them
+    record: dict[str, Any]  # `InitImage.record`
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """One caption, checked and tokenised: what decoding and finishing need."""
+
+    caption: str
+    text_tokens: Tensor  # (1, T) int64 on the CPU
+    tokens_read: int  # of the caption, [CLS] and [SEP] included
+    tokens_cut: int  # that did not fit the model and were left out
+    sampling_params: SamplingParams
+    candidates: tuple[int, ...]  # numbers of the candidates to generate
+    rank_by: RankBy
+    init_image: PreparedInitImage | None
+
+    @property
+    def init_tokens(self) -> Tensor | None:
+        """(N,) tokens that every candidate keeps, -1 where to sample."""
+        return None if self.init_image is None else self.init_image.tokens
+
+    def sequences(self, prefix_index: int = 0) -> list[SequenceRequest]:
+        """A sequence a candidate, of a caption that is read as prefix `prefix_index`."""
+        return [SequenceRequest(prefix_index, self.sampling_params, candidate=number) for number in self.candidates]
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One picture of a caption."""
+    """One image of a caption."""
 
     candidate: int
     seed: int
     image_tokens: tuple[int, ...]  # N
     image: Image.Image
     score: float | None  # KoCLIP's; None when the model has no ranker
-    rank: int  # 1 is best; without a ranker, the order drawn
-    fit: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
+    rank: int  # 1 is best; without a ranker, the order of the candidates
+    log_likelihood: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
 
 
 @dataclass(frozen=True)
 class Generation:
-    """All pictures of a caption, best first."""
+    """All images of a caption, best first."""
 
-    caption: str
-    tokens_cut: int  # text tokens that did not fit the model and were left out
+    request: PreparedRequest
     candidates: tuple[Candidate, ...]
-    timings_s: dict[str, float]  # of the whole call: prefill (a given picture's encoding too), decode, vqgan, ranking
-    init_tokens: tuple[int, ...] | None = None  # N, -1 where drawn: what a given picture fixed in every candidate
+    timings_s: dict[str, float]  # of the whole call: prefill (init image included), decode, vqgan, ranking
+
+    @property
+    def caption(self) -> str:
+        return self.request.caption
+
+    @property
+    def tokens_cut(self) -> int:
+        return self.request.tokens_cut
+
+    @property
+    def init_tokens(self) -> tuple[int, ...] | None:
+        """N tokens, -1 where they were sampled: what an init image fixed in every candidate."""
+        tokens = self.request.init_tokens
+        return None if tokens is None else tuple(tokens.tolist())
 
     def top(self, count: int) -> tuple[Candidate, ...]:
         return self.candidates[:count]
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """A given picture as the model takes it."""
-
-    tokens: Tensor  # (N,), -1 where to draw
-    pixels: Tensor  # (3, S, S) float in [0, 1], the original's
-    pasted: Tensor  # (S, S) bool: where candidates get them
-
-
 def ranked(
-    seed: int, tokens: Tensor, pixels: Tensor, scores: Tensor | None, fits: Tensor | None
+    request: PreparedRequest,
+    tokens: Tensor,
+    pixels: Tensor,
+    scores: Tensor | None,
+    log_likelihoods: Tensor | None,
 ) -> tuple[Candidate, ...]:
-    """Best first, by fit where there is one, else by score; equals in the order drawn.
+    """Best first, by log-likelihood where there is one, else by score; equals in the order of the candidates.
 
     Args:
         tokens: (n, N).
         pixels: (n, S, S, 3) uint8.
-        scores, fits: (n,).
+        scores, log_likelihoods: (n,).
     """
     order = list(range(len(pixels)))
-    keys = scores if fits is None else fits
+    keys = scores if log_likelihoods is None else log_likelihoods
     if keys is not None:
-        order.sort(key=lambda number: -float(keys[number]))
+        order.sort(key=lambda index: -float(keys[index]))
     return tuple(
         Candidate(
-            candidate=number,
-            seed=seed,
-            image_tokens=tuple(tokens[number].tolist()),
-            image=Image.fromarray(pixels[number].numpy()),
-            score=None if scores is None else float(scores[number]),
+            candidate=request.candidates[index],
+            seed=request.sampling_params.seed,
+            image_tokens=tuple(tokens[index].tolist()),
+            image=Image.fromarray(pixels[index].numpy()),
+            score=None if scores is None else float(scores[index]),
             rank=rank,
-            fit=None if fits is None else float(fits[number]),
+            log_likelihood=None if log_likelihoods is None else float(log_likelihoods[index]),
         )
-        for rank, number in enumerate(order, start=1)
+        for rank, index in enumerate(order, start=1)
     )

@@ -1,21 +1,14 @@
-"""Pictures as files: PNGs that carry how they were made, contact sheets, grids for logs.
+"""Images beside each other: contact sheets with their caption, grids for logs.
 
-B pictures, S pixels.
+B images, S pixels.
 """
 
-import io
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-
-from engine.files import atomic_file
 
 # Fonts with Hangul, where the common systems keep them. Pillow's own font has none: a caption would be empty boxes.
 HANGUL_FONTS = (
@@ -36,36 +29,19 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(images: Tensor, *, columns: int) -> Image.Image:
-    """One picture of (B, 3, S, S) in [0, 1], row by row, white between."""
+    """One image of (B, 3, S, S) in [0, 1], row by row, white between."""
     return paste_grid([Image.fromarray(pixels.numpy()) for pixels in to_uint8(images)], columns=columns)
 
 
-def paste_grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = _GAP) -> Image.Image:
+def paste_grid(images: Sequence[Image.Image], *, columns: int, gap: int = _GAP) -> Image.Image:
     """Pictures of one size, row by row."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        grid.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+        grid.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
     return grid
-
-
-def png_bytes(picture: Image.Image, metadata: Mapping[str, Any], *, compress_level: int = 6) -> bytes:
-    """PNG with each entry as an international text chunk (so Korean survives), values as JSON unless text already."""
-    info = PngInfo()
-    for name, value in metadata.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        info.add_itxt(name, text)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info, compress_level=compress_level)
-    return buffer.getvalue()
-
-
-def save_png(path: Path, picture: Image.Image, metadata: Mapping[str, Any]) -> None:
-    """Writes `png_bytes` under a temporary name, then renames."""
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(png_bytes(picture, metadata))
 
 
 def hangul_font(size: int) -> ImageFont.FreeTypeFont | None:
@@ -79,12 +55,12 @@ def hangul_font(size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def contact_sheet(
-    caption: str, pictures: Sequence[Image.Image], labels: Sequence[str], *, columns: int, scale: int = 1
+    caption: str, images: Sequence[Image.Image], labels: Sequence[str], *, columns: int, scale: int = 1
 ) -> Image.Image:
     """Pictures under their caption, each with a short Latin label (rank, score, seed) beneath.
 
     Args:
-        scale: whole-number enlargement, nearest neighbour: small pictures stay what they are.
+        scale: whole-number enlargement, nearest neighbour: small images stay what they are.
     """
     font = hangul_font(15)
     if font is None and not caption.isascii():
@@ -93,8 +69,8 @@ def contact_sheet(
             "Install one, e.g. the package fonts-nanum"
         )
         caption = ""
-    width, height = (side * scale for side in pictures[0].size)
-    rows = -(-len(pictures) // columns)
+    width, height = (side * scale for side in images[0].size)
+    rows = -(-len(images) // columns)
     label_height, sheet_width = 16, columns * (width + _GAP) + _GAP
     lines = _wrap(caption, font, sheet_width - 2 * _GAP) if caption else []
     top = _GAP + 20 * len(lines)
@@ -103,10 +79,10 @@ def contact_sheet(
     for number, line in enumerate(lines):
         draw.text((_GAP, _GAP + 20 * number), line, fill="black", font=font)
     small = ImageFont.load_default(11)
-    for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         row, column = divmod(number, columns)
         x, y = _GAP + column * (width + _GAP), top + row * (height + label_height + _GAP)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.text((x + 2, y + height + 1), label, fill="black", font=small)
     return sheet
 

@@ -1,30 +1,33 @@
-"""A picture to start from: its first rows are completed, or what a mask marks is repainted.
+"""Init images: generation that starts from an image, of which the first rows or all but a mask stay.
 
-    pipeline([caption], given=InitImage(photo, keep_rows=7))               # the first 7 of 16 rows of tokens stay
-    pipeline([caption], given=InitImage(photo, mask_image=mask))           # white is repainted
+    pipeline([caption], init_image=InitImage(photo, keep_rows=7))           # image prefix: 7 of 16 rows of tokens stay
+    pipeline([caption], init_image=InitImage(photo, mask_image=mask))       # inpainting: white is regenerated
 
-    photo ─► square ─► image_size ─► VQGAN encoder ─► tokens, kept or regenerated ─► VQGAN decoder ─► paste ─► ranking
+    image ─► square ─► image_size ─► VQGAN encoder ─► tokens, kept or regenerated ─► VQGAN decoder ─► paste ─► ranking
 
 Any size and mode is taken: upright, transparency on white, the square in its middle, resized with LANCZOS as training
-pictures are. The codec is coarse: a token stands for a cell of 16 x 16 pixels (f16), so a cell that the mask touches
-at all is regenerated, and decoding changes every pixel a little, kept cells too. `paste` puts the original's pixels back,
-bit for bit, wherever the mask is black (or the rows were kept), inside touched cells too.
+images are. The codec is coarse: a token stands for a cell of 16 x 16 pixels (f16), so a cell that the mask touches at
+all is regenerated, and decoding changes every pixel a little, in kept cells too. `paste` puts the original's pixels
+back, bit for bit, wherever the mask is black (or the rows were kept), inside touched cells too.
 
-Tokens are drawn in raster order and each sees only those before it. A hole's tokens follow what is above and left of
-it; what is kept after it changes nothing in them. `rank_by="fit"` picks the candidates that it agrees with: see
+Tokens are sampled in raster order and each sees only those before it. A hole's tokens follow what is above and left of
+it, and what is kept after it changes nothing in them. `rank_by="log_likelihood"` ranks by how well the two agree: see
 engine/pipeline/likelihood.py.
 
-Without torch, so that a server's edge can check a request before any model is loaded.
-S pixels of the model's picture, g x g grid of tokens, N = g * g.
+Without torch, so that an API server can check a request before any model is loaded.
+S pixels of the model's image, g x g grid of tokens, N = g * g.
 """
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.data.crops import PixelBox, crop_and_resize, upright_rgb
+from engine.data.crops import FORMATS, PixelBox, crop_and_resize, open_image, upright_rgb
 from engine.errors import InputError
 
 # 14 of 32 rows, as DALL-E's completions and DALLE-pytorch's `num_init_img_tokens` (arXiv 2102.12092, appendix).
@@ -34,11 +37,11 @@ _MARKED_FROM = 128  # grey levels of a mask from here on count as white
 
 @dataclass(frozen=True, eq=False)
 class InitImage:
-    """What is known of the picture before it is drawn.
+    """An image to start from, and which part of it is regenerated. Can be pickled.
 
     image: any size, any mode.
     keep_rows: rows of tokens kept, from the top, 1 to g - 1; None without a mask: 7 of 16 (`KEPT_SHARE`).
-    mask_image: as large as `image`; white is repainted, black kept.
+    mask_image: as large as `image`; white is regenerated, black kept.
     paste: give the kept pixels the original's values; False: all pixels as the codec decodes them.
 
     Raises:
@@ -50,27 +53,45 @@ class InitImage:
     mask_image: Image.Image | None = None
     paste: bool = True
 
+    @classmethod
+    def from_files(
+        cls, image: Path, *, keep_rows: int | None = None, mask: Path | None = None, paste: bool = True
+    ) -> "InitImage":
+        """The same from image files.
+
+        Raises:
+            InputError: also a file that cannot be read.
+        """
+        mask_image = None
+        if mask is not None:
+            open_image(mask)  # checks the file; its result has transparency laid on white, which a mask must not have
+            with Image.open(mask, formats=FORMATS) as opened:
+                opened.load()
+                mask_image = opened
+        return cls(open_image(image), keep_rows=keep_rows, mask_image=mask_image, paste=paste)
+
     def __post_init__(self) -> None:
         if self.mask_image is None:
             if self.keep_rows is not None and self.keep_rows < 1:
-                raise InputError("keep_rows", self.keep_rows, "must be 1 or more; without a picture, none are kept")
+                raise InputError("keep_rows", self.keep_rows, "must be 1 or more; without an init image, none are kept")
             return
         if self.keep_rows is not None:
             raise InputError("keep_rows", self.keep_rows, "goes with no mask: give one of the two")
         if self.mask_image.has_transparency_data and np.asarray(self.mask_image.convert("RGBA"))[..., 3].min() < 255:
-            # Some programs erase what is to be regenerated, others paint it on a clear layer: no way to tell which it was.
-            raise InputError("mask_image", "has transparent pixels", "make it black and white, white where to redraw")
+            # Some programs erase what is to be regenerated, others paint it on a clear layer: both look the same here.
+            remedy = "make it black and white, white where to regenerate"
+            raise InputError("mask_image", "has transparent pixels", remedy)
         size, mask_size = upright_rgb(self.image).size, upright_rgb(self.mask_image).size
         if mask_size != size:
-            told = f"must be as large as the picture, {size[0]} x {size[1]}"
-            raise InputError("mask_image", f"{mask_size[0]} x {mask_size[1]}", told)
+            remedy = f"must be as large as the image, {size[0]} x {size[1]}"
+            raise InputError("mask_image", f"{mask_size[0]} x {mask_size[1]}", remedy)
         marked = _marked(self.mask_image)
         if not marked.any():
             raise InputError(
-                "mask_image", "all black", "marks nothing in the middle square: paint white what to redraw"
+                "mask_image", "all black", "marks nothing in the middle square: paint white what to regenerate"
             )
         if marked.all():
-            raise InputError("mask_image", "all white", "keeps nothing of the picture: paint black what to keep")
+            raise InputError("mask_image", "all white", "keeps nothing of the image: paint black what to keep")
 
     def pixels(self, image_size: int) -> NDArray[np.uint8]:
         """(S, S, 3): the middle square at the model's size."""
@@ -78,31 +99,70 @@ class InitImage:
         return np.array(crop_and_resize(image, _middle_square(image), image_size))
 
     def regenerated_pixels(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
-        """(S, S): True where the picture may change, before it widens to whole cells."""
+        """(S, S): True where the image may change, before it widens to whole cells."""
         if self.mask_image is not None:
             return _shrunk(_marked(self.mask_image), image_size)
         kept = self._kept_rows(grid_size) * image_size // grid_size
         return np.repeat(np.arange(image_size)[:, None] >= kept, image_size, axis=1)
 
     def regenerated_tokens(self, image_size: int, grid_size: int) -> NDArray[np.bool_]:
-        """(N,): True where a token is drawn, because at least one pixel of its cell may change.
+        """(N,): True where a token is sampled, because at least one pixel of its cell may change.
 
         Raises:
-            InputError: `keep_rows` leaves nothing to draw; the mask touches every cell.
+            InputError: `keep_rows` leaves nothing to generate; the mask touches every cell.
         """
         tokens = _shrunk(self.regenerated_pixels(image_size, grid_size), grid_size)
         if tokens.all():
-            told = f"touches each of the {grid_size} x {grid_size} cells, so nothing is kept: mark less"
-            raise InputError("mask_image", "white", told)
+            remedy = f"touches each of the {grid_size} x {grid_size} cells, so nothing is kept: mark less"
+            raise InputError("mask_image", "white", remedy)
         return tokens.reshape(-1)
+
+    def resized(self, image_size: int, grid_size: int) -> "InitImage":
+        """The same init image at the model's size: equal pixels and tokens, at most a few hundred kB to send.
+
+        Raises:
+            InputError: as `regenerated_tokens`.
+        """
+        self.regenerated_tokens(image_size, grid_size)
+        image = Image.fromarray(self.pixels(image_size))
+        if self.mask_image is None:
+            return InitImage(image, keep_rows=self._kept_rows(grid_size), paste=self.paste)
+        mask = Image.fromarray(self.regenerated_pixels(image_size, grid_size).astype(np.uint8) * 255)
+        return InitImage(image, mask_image=mask, paste=self.paste)
+
+    def record(self, image_size: int, grid_size: int) -> dict[str, Any]:
+        """What provenance states: SHA-256 of the pixels (S, S, 3) and of the mask (S, S) as bytes, rows and paste."""
+        mask = None
+        if self.mask_image is not None:
+            mask = hashlib.sha256(self.regenerated_pixels(image_size, grid_size).tobytes()).hexdigest()
+        return {
+            "image_sha256": hashlib.sha256(self.pixels(image_size).tobytes()).hexdigest(),
+            "keep_rows": None if self.mask_image is not None else self._kept_rows(grid_size),
+            "mask_sha256": mask,
+            "paste": self.paste,
+        }
 
     def _kept_rows(self, grid_size: int) -> int:
         if self.keep_rows is None:
             return max(1, int(KEPT_SHARE * grid_size))
         if self.keep_rows >= grid_size:
-            told = f"this model's pictures have {grid_size} rows of tokens: keep 1 to {grid_size - 1}"
-            raise InputError("keep_rows", self.keep_rows, told)
+            remedy = f"this model's images have {grid_size} rows of tokens: keep 1 to {grid_size - 1}"
+            raise InputError("keep_rows", self.keep_rows, remedy)
         return self.keep_rows
+
+
+def check_kept_after(regenerated_tokens: NDArray[np.bool_] | None) -> None:
+    """Checks that there are tokens to rank by log-likelihood.
+
+    Args:
+        regenerated_tokens: (N,); None without an init image.
+
+    Raises:
+        InputError: nothing is kept after the first regenerated token.
+    """
+    if regenerated_tokens is None or not (regenerated_tokens.cumsum() > 0)[~regenerated_tokens].any():
+        remedy = "needs a mask with something kept right of it or below: rank by koclip"
+        raise InputError("rank_by", "log_likelihood", remedy)
 
 
 def _middle_square(image: Image.Image) -> PixelBox:

@@ -1,33 +1,39 @@
-"""Captions to ranked pictures: the one way of drawing, for the command line, the benchmarks and the server.
+"""Captions to ranked images: one pipeline for the command line, the benchmarks and the server.
 
     pipeline = Pipeline.from_pretrained("runs/demo/kodalle/model")
-    drawing = pipeline(["상의에서 색상은 레드이다."], candidates=16, seed=7)[0]
-    drawing.top(1)[0].image.save("best.png")
+    generation = pipeline(["상의에서 색상은 레드이다."], SamplingParams(candidates=16, seed=7))[0]
+    generation.top(1)[0].image.save("best.png")
 
-Candidate i of seed s is the same picture whatever else is drawn: alone, among sixteen, beside other captions.
-A picture may be given to complete or to repaint (engine/pipeline/init_image.py), and a caption's beginning to write on
+Three phases, which the server runs on threads of its own:
+
+    prepare   captions, parameters and init image checked, tokenised, encoded    -> PreparedRequest, one a caption
+    decode    prefixes read, image tokens sampled                                -> (n, N) a request
+    finish    tokens decoded to images, kept pixels pasted, scored and ranked    -> Generation
+
+Candidate i of seed s is the same image whatever else is generated: alone, among sixteen, beside other captions.
+An init image may be continued or inpainted (engine/pipeline/init_image.py), and the beginning of a caption continued
 (engine/pipeline/caption_continuation.py).
 
-G captions, n candidates each, B = G * n rows, T text positions, N image tokens, S pixels.
+G captions, n candidates each, B = G * n sequences, T text positions, N image tokens, S pixels.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.codec.codec import Codec, CodecBackend, open_codec
 from engine.config import GenerationConfig
 from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import Sampler
-from engine.device import default_dtype
+from engine.device import cpu_capabilities, default_dtype
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import (
@@ -37,6 +43,7 @@ from engine.models.folder import (
     has_part,
     load_folder_tokenizer,
     load_part,
+    model_digest,
     read_attributes,
     read_generation,
     write_model_folder,
@@ -45,15 +52,16 @@ from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.caption_continuation import Continuation, continue_caption
-from engine.pipeline.generation import Generation, Start, ranked
+from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, ranked
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.init_image import InitImage
+from engine.pipeline.init_image import InitImage, check_kept_after
 from engine.pipeline.likelihood import log_likelihoods
-from engine.sampling_params import SamplingParams, SequenceRequest, check_captions
+from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
+from engine.sampling_params import RankBy, SamplingParams, check_captions
 
-_RANKED_AT_ONCE = 16  # bounds memory; scores may differ by 1e-7 with the company
-OnProgress = Callable[[int, int], None]
-RankBy = Literal["koclip", "fit"]
+_AT_ONCE = 16  # images decoded and embedded together: bounds memory
+OnPosition = Callable[[int, int], None]
+"""Called with (image tokens that every sequence has, N)."""
 
 
 class Pipeline:
@@ -72,6 +80,9 @@ class Pipeline:
         attributes: Attributes | None = None,
         int8: bool = False,
         speculative: bool = True,
+        codec_backend: CodecBackend = "torch",
+        model_id: str = "",
+        folder: Path | None = None,
     ) -> None:
         self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
         self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
@@ -82,6 +93,8 @@ class Pipeline:
         self._generation = generation or GenerationConfig()
         self.attributes: Attributes = attributes or {}
         self.default_sampling_params = self._generation.sampling_params()
+        self.model_id, self._folder = model_id, folder
+        self._int8, self._codec_backend = int8, codec_backend
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
         self.sampler = Sampler(
             transformer,
@@ -108,7 +121,7 @@ class Pipeline:
         Args:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
-            int8: 8-bit arithmetic for drawing and decoding on a CPU: about half the time, slightly other pictures.
+            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
             codec_backend: what decodes images and embeds: torch, or onnx, the files that `kodalle export` wrote into the
@@ -126,10 +139,10 @@ class Pipeline:
         device = torch.device(device)
         dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
         transformer.to(device=device, dtype=dtype)
-        pictures_dtype = torch.float32 if device.type == "cpu" else dtype
+        codec_dtype = torch.float32 if device.type == "cpu" else dtype
         for module in (vqgan, koclip):
             if module is not None:
-                module.to(device=device, dtype=pictures_dtype)
+                module.to(device=device, dtype=codec_dtype)
         codec = open_codec(folder, vqgan, koclip, backend=codec_backend, device=device, int8=int8)
         return cls(
             transformer,
@@ -142,10 +155,13 @@ class Pipeline:
             attributes=read_attributes(folder),
             int8=int8,
             speculative=speculative,
+            codec_backend=codec_backend,
+            model_id=str(folder_or_hub_id),
+            folder=folder,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes a model folder that `from_pretrained` reads; `dtype` halves it with torch.float16."""
+        """Writes a model folder that `from_pretrained` reads; torch.float16 as `dtype` halves its size."""
         parts: dict[PartName, Part] = {
             "vqgan": Part(self.vqgan.config, self.vqgan.state_dict()),
             "transformer": Part(self.transformer.config, self.transformer.state_dict()),
@@ -161,6 +177,23 @@ class Pipeline:
     def device(self) -> torch.device:
         return self.transformer.head.weight.device
 
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Device, dtype and backend as provenance states them."""
+        device = self.device
+        return Arithmetic(
+            device=f"cpu {cpu_capabilities().isa}" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            dtype=str(self.transformer.head.weight.dtype).removeprefix("torch."),
+            int8=self._int8,
+            codec_backend=self._codec_backend,
+        )
+
+    @cached_property
+    def model_record(self) -> ModelRecord:
+        """Model and arithmetic as provenance states them; reads the weight files once for their digest."""
+        digest = None if self._folder is None else model_digest(self._folder)
+        return ModelRecord(model=self.model_id, model_digest=digest, arithmetic=self.arithmetic)
+
     def __call__(
         self,
         captions: Sequence[str],
@@ -171,116 +204,194 @@ class Pipeline:
         init_image: InitImage | None = None,
         rank_by: RankBy = "koclip",
         strict: bool = False,
-        on_progress: OnProgress | None = None,
+        on_position: OnPosition | None = None,
     ) -> list[Generation]:
-        """Generates candidates of each caption and ranks them.
+        """Generates candidates of each caption and ranks them: the three phases in one.
+
+        Args:
+            candidates, seed: the same as in `sampling_params`, over which they have precedence.
+            on_position: called after each position with (image tokens that every sequence has, N).
+            Others: see `prepare`.
+
+        Raises:
+            InputError: as `prepare`.
+        """
+        timings_s: dict[str, float] = {}
+        params = (sampling_params or self.default_sampling_params).updated(candidates=candidates, seed=seed)
+        with _timed(timings_s, "prefill", self.device):
+            requests = self.prepare(captions, params, init_image=init_image, rank_by=rank_by, strict=strict)
+        image_tokens = self.decode(requests, timings_s=timings_s, on_position=on_position)
+        return [
+            self.finish(request, tokens, timings_s=timings_s)
+            for request, tokens in zip(requests, image_tokens, strict=True)
+        ]
+
+    def prepare(
+        self,
+        captions: Sequence[str],
+        sampling_params: SamplingParams | None = None,
+        *,
+        init_image: InitImage | None = None,
+        rank_by: RankBy = "koclip",
+        strict: bool = False,
+        candidate_numbers: Sequence[int] | None = None,
+    ) -> list[PreparedRequest]:
+        """The first phase: checks, tokenises, encodes the init image.
 
         Args:
             sampling_params: None: the model's own, `default_sampling_params`.
-            candidates, seed: the same as in `sampling_params`, over which they have precedence.
             init_image: an image whose first rows, or all but what a mask marks, every candidate keeps.
-            rank_by: KoCLIP's score of the finished picture; or, for a repainted hole, how well it fits what was kept
-                after it.
+            rank_by: KoCLIP's score of the finished image; or, with a mask, the log-likelihood of what is kept after it.
             strict: refuse a caption that is longer than the model's text instead of cutting its end.
-            on_progress: called with (image tokens drawn of each row, N).
+            candidate_numbers: which candidates of the seed; None: the first `sampling_params.candidates`.
+
+        Returns:
+            A request a caption.
 
         Raises:
-            InputError: no caption, an empty one, too long with `strict`, or options out of range; a given picture that
-                leaves nothing to draw or nothing to keep, or nothing after the hole to rank by.
+            InputError: no caption, an empty one, too long with `strict`, or parameters out of bounds; an init image that
+                leaves nothing to generate or nothing to keep, or nothing after the hole to rank by.
         """
         captions = check_captions(captions)
-        params = (sampling_params or self.default_sampling_params).updated(candidates=candidates, seed=seed)
+        params = sampling_params or self.default_sampling_params
         if rank_by not in get_args(RankBy):
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
-        G, n = len(captions), params.candidates
-        timings_s: dict[str, float] = {}
-        with _timed(timings_s, "prefill"):
-            start = None if init_image is None else self.encode_init_image(init_image)
-            if rank_by == "fit":
-                check_kept_after(start)
-            prefix = self.sampler.prefill(encoded.tokens)
-        rows = [SequenceRequest(caption, params, candidate=number) for caption in range(G) for number in range(n)]
-        with _timed(timings_s, "decode"):
-            total = self.transformer.config.image_seq_len
-            on_step = None if on_progress is None else lambda position, _: on_progress(position + 1, total)
-            kept = None if start is None else start.tokens.expand(len(rows), -1)
-            image_tokens = self.sampler.decode(prefix, rows, given=kept, on_step=on_step)  # (B, N)
-        with _timed(timings_s, "vqgan"):
-            images = self.decode_images(image_tokens, start=start)  # (B, 3, S, S)
-        with _timed(timings_s, "ranking"):
-            scores = self.rank_scores(captions, images.unflatten(0, (G, n)))  # (G, n) or None
-            fits = self.fits(encoded.tokens, image_tokens, start) if rank_by == "fit" and start is not None else None
-        pixels = to_uint8(images).unflatten(0, (G, n))  # (G, n, S, S, 3)
-        tokens = image_tokens.cpu().unflatten(0, (G, n))  # (G, n, N)
+        numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
+        prepared = self._prepare_init_image(init_image, rank_by)
         return [
-            Generation(
+            PreparedRequest(
                 caption=caption,
-                tokens_cut=encoded.cut[g],
-                candidates=ranked(
-                    params.seed,
-                    tokens[g],
-                    pixels[g],
-                    None if scores is None else scores[g],
-                    None if fits is None else fits[g],
-                ),
-                timings_s=timings_s,
-                init_tokens=None if start is None else tuple(start.tokens.tolist()),
+                text_tokens=tokens[None],
+                tokens_read=int((tokens != self.tokenizer.pad_id).sum()),
+                tokens_cut=cut,
+                sampling_params=params,
+                candidates=numbers,
+                rank_by=rank_by,
+                init_image=prepared,
             )
-            for g, caption in enumerate(captions)
+            for caption, tokens, cut in zip(captions, encoded.tokens, encoded.cut, strict=True)
         ]
+
+    def _prepare_init_image(self, init_image: InitImage | None, rank_by: RankBy) -> PreparedInitImage | None:
+        """Raises InputError: a mask or rows that leave nothing to generate, nothing kept, or nothing to rank by."""
+        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
+        regenerated_tokens = None if init_image is None else init_image.regenerated_tokens(image_size, grid_size)
+        if rank_by == "log_likelihood":
+            check_kept_after(regenerated_tokens)
+        if init_image is None or regenerated_tokens is None:
+            return None
+        with _inference(self.device):
+            pixels = torch.from_numpy(init_image.pixels(image_size)).to(self.device)
+            image = pixels.permute(2, 0, 1).float() / 255  # (3, S, S)
+            sampled = torch.from_numpy(regenerated_tokens).to(self.device)
+            tokens = self.vqgan.encode(image[None])[0].masked_fill(sampled, -1)
+            may_change = torch.from_numpy(init_image.regenerated_pixels(image_size, grid_size)).to(self.device)
+            pasted = ~may_change if init_image.paste else torch.zeros_like(may_change)
+        return PreparedInitImage(tokens, image, pasted, init_image.record(image_size, grid_size))
+
+    def decode(
+        self,
+        requests: Sequence[PreparedRequest],
+        *,
+        timings_s: dict[str, float] | None = None,
+        on_position: OnPosition | None = None,
+    ) -> list[Tensor]:
+        """The second phase: samples the image tokens of all candidates of all requests, in step.
+
+        Args:
+            timings_s: seconds of `prefill` and `decode` are added to it.
+
+        Returns:
+            (n, N) int64 a request, on the model's device.
+        """
+        timings_s = {} if timings_s is None else timings_s
+        with _exact(self.device), _timed(timings_s, "prefill", self.device):
+            prefix = self.sampler.prefill(torch.cat([request.text_tokens for request in requests]))
+        sequences = [sequence for g, request in enumerate(requests) for sequence in request.sequences(g)]
+        with _exact(self.device), _timed(timings_s, "decode", self.device):
+            total = self.transformer.config.image_seq_len
+            on_step = None if on_position is None else lambda position, _: on_position(position + 1, total)
+            tokens = self.sampler.decode(
+                prefix, sequences, given=self._init_tokens(requests), on_step=on_step
+            )  # (B, N)
+        return list(tokens.split([len(request.candidates) for request in requests]))
+
+    def _init_tokens(self, requests: Sequence[PreparedRequest]) -> Tensor | None:
+        """(B, N), -1 where to sample; None without init images."""
+        if all(request.init_tokens is None for request in requests):
+            return None
+        none = torch.full((self.transformer.config.image_seq_len,), -1, dtype=torch.int64, device=self.device)
+        rows = [none if request.init_tokens is None else request.init_tokens for request in requests]
+        return torch.cat([row.expand(len(request.candidates), -1) for row, request in zip(rows, requests, strict=True)])
+
+    def finish(
+        self,
+        request: PreparedRequest,
+        image_tokens: Tensor,
+        *,
+        timings_s: dict[str, float] | None = None,
+        before_part: Callable[[], None] | None = None,
+    ) -> Generation:
+        """The third phase: images from tokens, kept pixels pasted in, scored and ranked.
+
+        Args:
+            image_tokens: (n, N), in the order of `request.candidates`, on any device.
+            timings_s: seconds of `vqgan` and `ranking` are added to it.
+            before_part: called before each 16 images. To cancel, raise: the exception passes through.
+        """
+        timings_s = {} if timings_s is None else timings_s
+        with _timed(timings_s, "vqgan", self.device):
+            parts = []
+            for part in image_tokens.split(_AT_ONCE):
+                if before_part is not None:
+                    before_part()
+                parts.append(self.decode_images(part.to(self.device), init_image=request.init_image))
+            images = torch.cat(parts)  # (n, 3, S, S)
+            pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
+        with _exact(self.device), _timed(timings_s, "ranking", self.device):
+            scores = self.rank_scores([request.caption], images[None])  # (1, n) or None
+            likelihoods = None
+            if request.rank_by == "log_likelihood" and request.init_tokens is not None:
+                sampled = request.init_tokens < 0
+                likelihoods = log_likelihoods(self.transformer, request.text_tokens, image_tokens, sampled)  # (n,)
+        candidates = ranked(request, image_tokens.cpu(), pixels, None if scores is None else scores[0], likelihoods)
+        return Generation(request, candidates, timings_s)
+
+    def provenance(
+        self, request: PreparedRequest, candidate: int, *, model: ModelRecord | None = None
+    ) -> dict[str, Any]:
+        """How a candidate's image was made: see engine/pipeline/provenance.py.
+
+        Args:
+            model: None: `model_record`.
+        """
+        return provenance(
+            model or self.model_record,
+            request.caption,
+            request.sampling_params,
+            candidate,
+            rank_by=request.rank_by,
+            init_image=None if request.init_image is None else request.init_image.record,
+        )
 
     def continue_caption(
         self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
     ) -> list[Continuation]:
         """Samples the rest of a caption, `count` times: see engine/pipeline/caption_continuation.py."""
-        return continue_caption(self.transformer, self.tokenizer, beginning, sampling_params, count=count, seed=seed)
+        with _exact(self.device):
+            return continue_caption(
+                self.transformer, self.tokenizer, beginning, sampling_params, count=count, seed=seed
+            )
 
-    def encode_init_image(self, given: InitImage) -> Start:
-        """Raises InputError: a mask or rows that leave nothing to draw, or nothing kept."""
-        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
-        return self.start_from(
-            given.pixels(image_size),
-            regenerated_pixels=given.regenerated_pixels(image_size, grid_size),
-            regenerated_tokens=given.regenerated_tokens(image_size, grid_size),
-            paste=given.paste,
-        )
+    def decode_images(self, image_tokens: Tensor, *, init_image: PreparedInitImage | None = None) -> Tensor:
+        """(B, N) -> (B, 3, S, S) in [0, 1]; with an init image, what it keeps of the original pasted in."""
+        with _inference(self.device):
+            images = self._codec.decoder.decode(image_tokens)
+            return images if init_image is None else torch.where(init_image.pasted, init_image.pixels, images)
 
-    @torch.inference_mode()
-    def start_from(
-        self,
-        pixels: NDArray[np.uint8],
-        *,
-        regenerated_pixels: NDArray[np.bool_],
-        regenerated_tokens: NDArray[np.bool_],
-        paste: bool,
-    ) -> Start:
-        """A given picture's tokens and pixels from what `InitImage` works out of it.
-
-        Args:
-            pixels: (S, S, 3).
-            regenerated_pixels: (S, S), True where the picture may change.
-            regenerated_tokens: (N,), True where a token is drawn.
-        """
-        image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1).float() / 255
-        tokens = self.vqgan.encode(image[None])[0].masked_fill(torch.from_numpy(regenerated_tokens).to(self.device), -1)
-        regenerated = torch.from_numpy(regenerated_pixels).to(self.device)
-        return Start(tokens, image, ~regenerated if paste else torch.zeros_like(regenerated))
-
-    @torch.inference_mode()
-    def decode_images(self, image_tokens: Tensor, *, start: Start | None = None) -> Tensor:
-        """(B, N) -> (B, 3, S, S) in [0, 1]; with a start, what it keeps of the original pasted in."""
-        images = self._codec.decoder.decode(image_tokens)
-        return images if start is None else torch.where(start.pasted, start.pixels, images)
-
-    def fits(self, text_tokens: Tensor, image_tokens: Tensor, start: Start) -> Tensor:
-        """How well each repainted hole fits what is kept after it: (G, T), (B, N) -> (G, n) nats."""
-        fits = log_likelihoods(self.transformer, text_tokens, image_tokens, start.tokens < 0)
-        return fits.unflatten(0, (len(text_tokens), -1))
-
-    @torch.inference_mode()
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
-        """KoCLIP's score of each caption's own pictures.
+        """KoCLIP's score of each caption's own images.
 
         Args:
             images: (G, n, 3, S, S) in [0, 1].
@@ -291,18 +402,25 @@ class Pipeline:
         embedder = self._codec.embedder
         if self.koclip is None or embedder is None:
             return None
-        tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
-        texts = embedder.embed_texts(tokens)  # (G, E)
-        pictures = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_RANKED_AT_ONCE)])
-        pictures = pictures.unflatten(0, images.shape[:2])  # (G, n, E)
-        rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(pictures, texts, strict=True)]
-        return torch.stack(rows).float().cpu()
+        with _inference(self.device):
+            tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
+            texts = embedder.embed_texts(tokens)  # (G, E)
+            embeddings = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_AT_ONCE)])
+            embeddings = embeddings.unflatten(0, images.shape[:2])  # (G, n, E)
+            rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(embeddings, texts, strict=True)]
+            return torch.stack(rows).float().cpu()
 
 
-def check_kept_after(start: Start | None) -> None:
-    regenerated = torch.zeros(1, dtype=torch.bool) if start is None else start.tokens < 0
-    if not bool((regenerated.cumsum(0) > 0)[~regenerated].any()):
-        raise InputError("rank_by", "fit", "needs a mask with something kept right of it or below: rank by koclip")
+def _exact(device: torch.device) -> torch.autocast:
+    """Switches off an autocast that the caller may have entered."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def _inference(device: torch.device) -> Iterator[None]:
+    """No autograd and no autocast inside."""
+    with torch.inference_mode(), _exact(device):
+        yield
 
 
 def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
@@ -311,8 +429,8 @@ def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
         raise InputError(
             "model folder",
             folder,
-            f"transformer draws {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
-            f"VQGAN reads {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
+            f"the transformer has {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
+            f"VQGAN {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
         )
 
 
@@ -335,20 +453,20 @@ def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, l
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError("model", name, f"no such folder, and the hub gave nothing ({reason})") from error
+        raise InputError("model", name, f"no such folder, and it cannot be fetched from the hub ({reason})") from error
     return Path(fetched)
 
 
 class _timed:
-    """Adds a block's seconds to `timings_s`; blocks end in a copy to the host or are waited for."""
+    """Adds a block's seconds to `timings_s`, what it issued on a GPU included."""
 
-    def __init__(self, timings_s: dict[str, float], name: str) -> None:
-        self._timings_s, self._name = timings_s, name
+    def __init__(self, timings_s: dict[str, float], name: str, device: torch.device) -> None:
+        self._timings_s, self._name, self._device = timings_s, name, device
 
     def __enter__(self) -> None:
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def __exit__(self, *_: Any) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self._timings_s[self._name] = time.perf_counter() - self._begun
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # other streams belong to other phases of a server
+        self._timings_s[self._name] = self._timings_s.get(self._name, 0.0) + time.perf_counter() - self._started

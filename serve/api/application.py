@@ -118,8 +118,8 @@ class _Edge:
             asked = schemas.read_text_request(EditRequest, form.fields)
             info = await self._pool.model_info()
             job = self._job(request, asked, info, has_picture=True)
-            given = await self.uploads.read(form.files, asked, info)
-        job = replace(job, given=given, deadline_s=self._left_s(request))
+            init_image = await self.uploads.read(form.files, asked, info)
+        job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
         return await self._draw(request, job, asked, _style(request, info, "image_edit"))
 
     def _job(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from engine.pipeline.provenance import Provenance
 from serve.api.errors import FAILURES
 from serve.api.schemas import EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
 from serve.messages import ModelInfo
@@ -170,7 +171,8 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "candidate": _WHOLE,
         "rank": _WHOLE,
         "clip_score": _NUMBER_OR_NULL,
-        "fit": _NUMBER_OR_NULL,
+        "log_likelihood": _NUMBER_OR_NULL,
+        "provenance": _ref("Provenance"),
     }
     details = _object({"text_tokens": _WHOLE, "image_tokens": _WHOLE})
     usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
@@ -206,6 +208,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "EditRequest": _with_files(_fields(EditRequest, settings, info)),
         "TokenizeRequest": _fields(TokenizeRequest, settings, info),
         "Picture": _object(picture),
+        **_provenance_schemas(),
         "Event": _object({"event": {"enum": _EVENTS}, "data": _TEXT | {"contentMediaType": "application/json"}}),
         "Images": _object(images, candidates={"type": "array", "items": _ref("Picture")}),
         "Model": _object(model | dict.fromkeys(whole, _WHOLE)),
@@ -214,6 +217,11 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "Status": _object({"status": _TEXT}),
         "Error": _object({"error": _object(error)}),
     }
+
+
+def _provenance_schemas() -> Json:
+    schema = Provenance.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    return {"Provenance": schema, **schema.pop("$defs", {})}
 
 
 def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> Json:

@@ -141,7 +141,8 @@ def _about(image: GeneratedImage) -> dict[str, Any]:
         "candidate": image.candidate,
         "rank": image.rank,
         "clip_score": image.score,
-        "fit": image.fit,
+        "log_likelihood": image.log_likelihood,
+        "provenance": dict(image.provenance),
     }
 
 

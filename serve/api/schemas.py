@@ -20,10 +20,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import InputError
-from engine.sampling_params import FIELDS, FieldSpec, SamplingParams
+from engine.pipeline.image_encoding import ImageFormat
+from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import shown
-from serve.messages import GenerationJob, ImageFormat, ModelInfo, RankBy
+from serve.messages import GenerationJob, ModelInfo
 from serve.settings import Limits, ServeSettings
 
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
@@ -82,7 +83,8 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(None, description="the same as guidance")
     rank_by: RankBy | None = Field(
         None,
-        description="koclip: how well a picture fits the caption; fit: how well a repainted hole fits what is kept",
+        description="koclip: how well an image matches the caption; log_likelihood: how likely what is kept is after a "
+        "regenerated hole",
     )
     all_candidates: bool | None = Field(None, description="return the candidates beyond the best n, too")
     progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens drawn")
@@ -199,8 +201,9 @@ def draw_job(
     for name in ("partial_images", "progress"):
         if getattr(request, name) and not stream:
             raise _clash(name, "goes with `stream`: true only", "`stream`이 true일 때만 쓸 수 있습니다")
-    if request.rank_by == "fit" and not has_picture:
-        raise _clash("rank_by", "`fit` needs a picture with a mask", "`fit`은 마스크가 있는 그림에만 쓸 수 있습니다")
+    if request.rank_by == "log_likelihood" and not has_picture:
+        told_ko = "`log_likelihood`는 마스크가 있는 그림에만 쓸 수 있습니다"
+        raise _clash("rank_by", "`log_likelihood` needs an image with a mask", told_ko)
     image_format: ImageFormat = request.output_format or "png"
     if request.output_compression is not None and image_format == "png":
         raise _clash("output_compression", "goes with webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")

@@ -22,11 +22,11 @@ from PIL import Image, ImageOps
 
 from engine.data.crops import DECODE_ERRORS
 from engine.errors import InputError
-from engine.pipeline.init_image import InitImage
+from engine.pipeline.init_image import InitImage, check_kept_after
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import shown
 from serve.api.schemas import EditRequest
-from serve.messages import InitImagePixels, ModelInfo
+from serve.messages import ModelInfo
 from serve.settings import Limits
 
 FORMATS = ("PNG", "WEBP", "JPEG")
@@ -53,8 +53,8 @@ class UploadReader:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    async def read(self, files: Mapping[str, IO[bytes]], asked: EditRequest, info: ModelInfo) -> InitImagePixels:
-        """The picture that an edit starts from.
+    async def read(self, files: Mapping[str, IO[bytes]], asked: EditRequest, info: ModelInfo) -> InitImage:
+        """The image that an edit starts from, at the model's size.
 
         Raises:
             Failure: parts that are missing or unknown, pictures that cannot be read or are too large, a mask that does
@@ -63,29 +63,30 @@ class UploadReader:
         image_file, mask_file = _parts(files)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, init_image_pixels, image_file, mask_file, asked, info, self._limits.max_pixels
+            self._threads, read_init_image, image_file, mask_file, asked, info, self._limits.max_pixels
         )
 
 
-def init_image_pixels(
+def read_init_image(
     image_file: IO[bytes], mask_file: IO[bytes] | None, asked: EditRequest, info: ModelInfo, max_pixels: int
-) -> InitImagePixels:
+) -> InitImage:
     """Decodes and fits; raises Failure as `UploadReader.read`."""
     image = open_upload(image_file, "image", max_pixels=max_pixels)
     mask, mask_param = _mask(image, mask_file, asked, max_pixels)
     paste = True if asked.paste is None else asked.paste
     _check_rows(asked.keep_rows, info.grid_size)
     try:
-        given = InitImage(image, keep_rows=asked.keep_rows, mask_image=mask, paste=paste)
-        regenerated_tokens = given.regenerated_tokens(info.image_size, info.grid_size)
-        _check_fit(asked, regenerated_tokens)
-        return InitImagePixels(
-            pixels=given.pixels(info.image_size).tobytes(),
-            regenerated_pixels=given.regenerated_pixels(info.image_size, info.grid_size).astype(np.uint8).tobytes(),
-            regenerated_tokens=regenerated_tokens.astype(np.uint8).tobytes(),
-            paste=paste,
-        )
+        init_image = InitImage(image, keep_rows=asked.keep_rows, mask_image=mask, paste=paste)
+        if asked.rank_by == "log_likelihood":
+            check_kept_after(init_image.regenerated_tokens(info.image_size, info.grid_size))
+        return init_image.resized(info.image_size, info.grid_size)
     except InputError as error:
+        if error.field == "rank_by":
+            told = "`rank_by`: `log_likelihood` needs something kept right of the hole or below it: rank by koclip."
+            told_ko = (
+                "`rank_by`: 다시 그릴 부분의 오른쪽이나 아래에 남는 부분이 있어야 `log_likelihood`를 쓸 수 있습니다."
+            )
+            raise Failure("invalid_value", told, told_ko, param="rank_by") from error
         if error.field != "mask_image":
             raise input_failure(error) from error
         raise input_failure(error, param=mask_param, told_ko=_MASKS_KO.get(str(error.value), "")) from error
@@ -151,15 +152,6 @@ def _check_rows(keep_rows: int | None, grid_size: int) -> None:
         told = f"`keep_rows` must be 1 to {grid_size - 1}: pictures have {grid_size} rows of tokens."
         told_ko = f"`keep_rows`: 1부터 {grid_size - 1}까지 쓸 수 있습니다."
         raise Failure("invalid_value", told, told_ko, param="keep_rows")
-
-
-def _check_fit(asked: EditRequest, regenerated_tokens: NDArray[np.bool_]) -> None:
-    """How a hole fits can be told from what comes after it only: tokens are drawn in raster order."""
-    kept = np.flatnonzero(~regenerated_tokens)
-    if asked.rank_by == "fit" and (not len(kept) or kept[-1] < np.flatnonzero(regenerated_tokens)[0]):
-        told = "`rank_by`: `fit` needs something kept right of the hole or below it: rank by koclip."
-        told_ko = "`rank_by`: 다시 그릴 부분의 오른쪽이나 아래에 남는 부분이 있어야 `fit`을 쓸 수 있습니다."
-        raise Failure("invalid_value", told, told_ko, param="rank_by")
 
 
 def _black_and_white(mask: Image.Image) -> Image.Image:

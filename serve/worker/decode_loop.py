@@ -21,7 +21,6 @@ from engine.decoding.decoders import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.errors import InputError
 from engine.pipeline.pipeline import Pipeline
-from engine.sampling_params import SequenceRequest
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import WorkerMetrics
 from serve.process import step_behind
@@ -250,13 +249,13 @@ class DecodeLoop:
         for state, candidate in self._granted:
             if state.is_over:
                 continue  # cancelled; the scheduler has its slots back
-            if state.start is not None and not state.start.done():
+            if not state.prepared.done():
                 waiting.append((state, candidate))
                 continue
-            if state.start is not None and (error := state.start.exception()) is not None:
-                self._refuse_start(state, error)
+            if (error := state.prepared.exception()) is not None:
+                self._refuse_unprepared(state, error)
                 continue
-            key = tuple(state.text_tokens[0].tolist())
+            key = tuple(state.request.text_tokens[0].tolist())
             if key not in self._prefixes and not may_read:
                 waiting.append((state, candidate))
                 continue
@@ -266,19 +265,19 @@ class DecodeLoop:
         self._granted = waiting
         return seated
 
-    def _refuse_start(self, state: RequestState, error: BaseException) -> None:
+    def _refuse_unprepared(self, state: RequestState, error: BaseException) -> None:
         if isinstance(error, InputError):
             state.emit(Refused("invalid", f"{error.value}: {error.remedy}", param=error.field))
         else:
-            log.error("request %s: its picture could not be encoded", state.job.request_id, exc_info=error)
-            state.emit(Refused("failed", "the given picture could not be encoded"))
+            log.error("request %s: its init image could not be encoded", state.job.request_id, exc_info=error)
+            state.emit(Refused("failed", "the init image could not be encoded"))
         self.cancel(state)
 
     def _prefix(self, state: RequestState, key: tuple[int, ...]) -> Prefix:
         begun = time.perf_counter()
         prefix = self._prefixes.get(key)
         if prefix is None:
-            prefix = self._pipeline.sampler.prefill(state.text_tokens)
+            prefix = self._pipeline.sampler.prefill(state.request.text_tokens)
             self._prefixes[key] = prefix
             while len(self._prefixes) > _CAPTIONS_KEPT:
                 self._prefixes.popitem(last=False)
@@ -287,13 +286,11 @@ class DecodeLoop:
         return prefix
 
     def _join(self, decoder: Decoder, state: RequestState, candidate: int, prefix: Prefix) -> None:
-        job, now = state.job, time.monotonic()
-        request = SequenceRequest(0, job.sampling_params, candidate=candidate)
-        given = None if state.start is None else state.start.result().tokens
+        request, now = state.request, time.monotonic()
         with self._changed:
             if state.is_over:
                 return
-            slot = decoder.join(prefix, request, given=given)
+            slot = decoder.join(prefix, request.sequences()[candidate], given=request.init_tokens)
             state.slots[candidate] = slot
             self._seats[slot] = state, candidate
         if state.joined_s is None:
@@ -328,8 +325,8 @@ class DecodeLoop:
             if due <= index or len(tokens) == g * g:
                 continue
             state.previews_due[candidate] = due
-            given = None if state.start is None else state.start.result().tokens
-            filled = fill_rows(tokens, rows_generated=rows[due - 1], grid_size=g, given=given).clone()
+            init_tokens = state.request.init_tokens
+            filled = fill_rows(tokens, rows_generated=rows[due - 1], grid_size=g, init_tokens=init_tokens).clone()
             is_new = candidate not in state.previews_waiting
             # On the CPU: the pictures' thread has a stream of its own, which does not wait for this one.
             state.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled.cpu())

@@ -15,25 +15,25 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from engine.errors import InputError
-from engine.pipeline.generation import Candidate, Start, ranked
+from engine.pipeline.generation import Candidate, PreparedRequest
+from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.pipeline import Pipeline, check_kept_after
-from serve.messages import Finished, GeneratedImage, InitImagePixels, ModelInfo, Partial, RankBy, Refused
+from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.provenance import ModelRecord
+from serve.messages import Finished, GeneratedImage, GenerationJob, ModelInfo, Partial, Refused
 from serve.metrics import WorkerMetrics
 from serve.process import step_behind
-from serve.worker.image_encoding import encode_picture
 from serve.worker.previews import plain_undrawn
 from serve.worker.request_state import RequestState
 
-_AT_ONCE = 16  # pictures between two looks at whether the reader is still there
 _ENCODERS = 2
 _WEIGHT = 1 / 8  # of a drawing in the moving average of seconds a picture
 
@@ -53,6 +53,7 @@ class Postprocessor:
 
     def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: WorkerMetrics) -> None:
         self._pipeline, self._info, self._metrics = pipeline, info, metrics
+        self._model = ModelRecord(model=info.model_id, model_digest=info.digest, arithmetic=pipeline.arithmetic)
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoder")
@@ -77,20 +78,18 @@ class Postprocessor:
         self._thread.join()
         self._encoders.shutdown(wait=True, cancel_futures=True)
 
-    def encode_init_image(self, given: InitImagePixels, rank_by: RankBy, future: Future[Start]) -> None:
-        """Puts a given picture's tokens into `future`; an InputError when nothing after the hole is kept to rank by."""
+    def prepare(self, state: RequestState) -> None:
+        """Fills `state.prepared` of a job with an init image, whose encoding is too long for the event loop."""
 
-        def encode() -> None:
+        def run() -> None:
             try:
-                start = _start(self._pipeline, given)
-                if rank_by == "fit":
-                    check_kept_after(start)
+                prepared = prepare(self._pipeline, state.job)
             except (InputError, RuntimeError, ValueError) as error:
-                future.set_exception(error)
+                state.prepared.set_exception(error)
             else:
-                future.set_result(start)
+                state.prepared.set_result(prepared)
 
-        self._put(0, None, encode)
+        self._put(0, None, run)
 
     def finish(self, state: RequestState) -> None:
         self._count(state.job.num_candidates)
@@ -133,37 +132,32 @@ class Postprocessor:
                         return
 
     def _finish(self, state: RequestState) -> None:
-        job, pipeline = state.job, self._pipeline
-        start = None if state.start is None else state.start.result()
-        tokens = torch.stack([state.rows[number] for number in range(job.num_candidates)])  # (n, N)
-        begun = time.perf_counter()
-        parts = []
-        for part in tokens.split(_AT_ONCE):
+        def stop_if_over() -> None:
             if state.is_over:
-                return
-            parts.append(pipeline.decode_images(part.to(pipeline.device), start=start))
-        images = torch.cat(parts)  # (n, 3, S, S)
-        pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
-        decoded = time.perf_counter()
-        scores = pipeline.rank_scores([job.caption], images[None])
-        fits = None
-        if job.rank_by == "fit" and start is not None:
-            fits = pipeline.fits(state.text_tokens, tokens, start)[0]
-        candidates = ranked(job.seed, tokens, pixels, None if scores is None else scores[0], fits)
-        ended = time.perf_counter()
-        state.timings_s |= {"vqgan": decoded - begun, "ranking": ended - decoded}
-        share_s = (ended - begun) / job.num_candidates
+                raise _Over
+
+        request = state.request
+        tokens = torch.stack([state.rows[number] for number in request.candidates])  # (n, N)
+        timings_s: dict[str, float] = {}
+        try:
+            generation = self._pipeline.finish(request, tokens, timings_s=timings_s, before_part=stop_if_over)
+        except _Over:
+            return
+        state.timings_s |= timings_s
+        share_s = sum(timings_s.values()) / len(request.candidates)
         self._picture_s += _WEIGHT * (share_s - self._picture_s) if self._picture_s else share_s
-        _Encoding(state, candidates, self).start()
+        _Encoding(state, generation.candidates, self).start()
 
     def _preview(self, state: RequestState, candidate: int) -> None:
         preview = state.previews_waiting.pop(candidate, None)
         if preview is None or state.is_over:
             return
-        start, g = None if state.start is None else state.start.result(), self._info.grid_size
-        images = self._pipeline.decode_images(preview.image_tokens[None].to(self._pipeline.device), start=start)
-        given = None if start is None else start.tokens
-        images = plain_undrawn(images, rows_generated=preview.rows_generated, grid_size=g, given=given)
+        request, g = state.request, self._info.grid_size
+        tokens = preview.image_tokens[None].to(self._pipeline.device)
+        images = self._pipeline.decode_images(tokens, init_image=request.init_image)
+        images = plain_undrawn(
+            images, rows_generated=preview.rows_generated, grid_size=g, init_tokens=request.init_tokens
+        )
         picture = Image.fromarray(to_uint8(images)[0].numpy())
 
         def encode() -> None:
@@ -173,18 +167,15 @@ class Postprocessor:
         self._encoders.submit(_told, state, encode)
 
     def encoded(self, state: RequestState, candidate: int, picture: Image.Image) -> bytes:
-        """A picture as the job asks, its making inside."""
+        """An image in the job's format, with its provenance as metadata."""
         job = state.job
-        metadata = {
-            "caption": job.caption,
-            "seed": job.seed,
-            "candidate": candidate,
-            "sampling_params": job.sampling_params.generation_values(),
-            "model": self._info.model_id,
-            "model_digest": self._info.digest,
-            "software": "KoDALLE engine",
-        }
-        return encode_picture(picture, job.image_format, compression=job.compression, metadata=metadata)
+        return encode_image(
+            picture, job.image_format, compression=job.compression, metadata=self.provenance(state, candidate)
+        )
+
+    def provenance(self, state: RequestState, candidate: int) -> dict[str, Any]:
+        """How a candidate's image is made, with the model's id in the API."""
+        return self._pipeline.provenance(state.request, candidate, model=self._model)
 
     def submit_encoding(self, state: RequestState, run: Callable[[], None]) -> None:
         self._encoders.submit(_told, state, run)
@@ -224,17 +215,26 @@ class _Encoding:
         state.timings_s["encoding"] = time.perf_counter() - self._begun
         state.timings_s["total"] = time.monotonic() - state.arrived_s
         images = tuple(
-            GeneratedImage(one.candidate, one.seed, one.rank, one.score, one.fit, self._data.get(one.candidate))
+            GeneratedImage(
+                candidate=one.candidate,
+                seed=one.seed,
+                rank=one.rank,
+                score=one.score,
+                log_likelihood=one.log_likelihood,
+                provenance=self._postprocessor.provenance(state, one.candidate),
+                data=self._data.get(one.candidate),
+            )
             for one in self._candidates
         )
-        num_drawn = len(self._candidates[0].image_tokens)
-        if state.start is not None:
-            num_drawn = int((state.start.result().tokens < 0).sum())
+        request = state.request
+        num_sampled = len(self._candidates[0].image_tokens)
+        if request.init_tokens is not None:
+            num_sampled = int((request.init_tokens < 0).sum())
         finished = Finished(
             images=images,
-            text_tokens=state.tokens_read,
-            tokens_cut=state.tokens_cut,
-            image_tokens=job.num_candidates * num_drawn,
+            text_tokens=request.tokens_read,
+            tokens_cut=request.tokens_cut,
+            image_tokens=job.num_candidates * num_sampled,
             timings_s=dict(state.timings_s),
         )
         self._postprocessor.ended(state)
@@ -250,11 +250,10 @@ def _told(state: RequestState, run: Callable[[], None]) -> None:
         state.emit(Refused("failed", "the picture could not be encoded"))
 
 
-def _start(pipeline: Pipeline, given: InitImagePixels) -> Start:
-    size, g = pipeline.vqgan.config.image_size, pipeline.vqgan.config.grid_size
-    return pipeline.start_from(
-        np.frombuffer(given.pixels, np.uint8).reshape(size, size, 3).copy(),
-        regenerated_pixels=np.frombuffer(given.regenerated_pixels, np.uint8).reshape(size, size) > 0,
-        regenerated_tokens=np.frombuffer(given.regenerated_tokens, np.uint8).reshape(g * g) > 0,
-        paste=given.paste,
-    )
+def prepare(pipeline: Pipeline, job: GenerationJob) -> PreparedRequest:
+    """A job's request; raises InputError as `Pipeline.prepare`."""
+    return pipeline.prepare([job.caption], job.sampling_params, init_image=job.init_image, rank_by=job.rank_by)[0]
+
+
+class _Over(Exception):
+    """The request is cancelled or refused: its images are not decoded."""

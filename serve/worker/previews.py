@@ -27,25 +27,25 @@ def preview_rows(count: int, grid_size: int) -> list[int]:
     return [max(1, round((number + 1) * grid_size / (count + 1))) for number in range(count)]
 
 
-def fill_rows(image_tokens: Tensor, *, rows_generated: int, grid_size: int, given: Tensor | None) -> Tensor:
+def fill_rows(image_tokens: Tensor, *, rows_generated: int, grid_size: int, init_tokens: Tensor | None) -> Tensor:
     """(n,) tokens drawn so far -> (N,), filled up as the module's docstring says.
 
     Args:
         rows_generated: whole rows, at least 1; what is drawn beyond them is not used.
-        given: (N,), -1 where drawn; None without a given picture.
+        init_tokens: (N,), -1 where sampled; None without an init image.
     """
     grid = image_tokens[: rows_generated * grid_size].view(rows_generated, grid_size)
     filled = torch.cat([grid, grid[-1:].expand(grid_size - rows_generated, -1)]).flatten()
-    if given is None:
+    if init_tokens is None:
         return filled
-    return torch.where(given.to(filled.device) >= 0, given.to(filled.device), filled)
+    return torch.where(init_tokens.to(filled.device) >= 0, init_tokens.to(filled.device), filled)
 
 
-def plain_undrawn(images: Tensor, *, rows_generated: int, grid_size: int, given: Tensor | None) -> Tensor:
+def plain_undrawn(images: Tensor, *, rows_generated: int, grid_size: int, init_tokens: Tensor | None) -> Tensor:
     """(B, 3, S, S) -> the same, plain where a cell is neither drawn nor given."""
     undrawn = torch.arange(grid_size**2, device=images.device) >= rows_generated * grid_size
-    if given is not None:
-        undrawn &= given.to(images.device) < 0
+    if init_tokens is not None:
+        undrawn &= init_tokens.to(images.device) < 0
     cell = images.shape[2] // grid_size
     pixels = undrawn.view(grid_size, grid_size).repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
     return images.masked_fill(pixels, _PLAIN)

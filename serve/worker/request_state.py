@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.pipeline.generation import Start
+from engine.pipeline.generation import PreparedRequest
 from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
 
 
@@ -20,17 +20,13 @@ from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
 class RequestState:
     """One job in a worker.
 
-    text_tokens: (1, T).
-    start: the given picture's tokens and pixels, when they are ready; None without a given picture.
+    prepared: what `Pipeline.prepare` makes of the job; at once without an init image, else when that is encoded.
     """
 
     job: GenerationJob
-    text_tokens: Tensor
-    tokens_read: int
-    tokens_cut: int
+    prepared: Future[PreparedRequest]
     loop: asyncio.AbstractEventLoop
     arrived_s: float  # time.monotonic
-    start: Future[Start] | None = None
     events: asyncio.Queue[GenerationEvent] = field(default_factory=asyncio.Queue)
     rows: dict[int, Tensor] = field(default_factory=dict)  # candidate -> (N,) tokens on the CPU, when finished
     slots: dict[int, int] = field(default_factory=dict)  # candidate -> slot, while it is drawn
@@ -41,6 +37,11 @@ class RequestState:
     told_s: float = 0.0  # when Queued or Progress was sent last
     told_position: int | None = None
     is_over: bool = False  # cancelled, refused or finished: nothing more is done for it
+
+    @property
+    def request(self) -> PreparedRequest:
+        """The prepared request, once a sequence of it was added to the decoder."""
+        return self.prepared.result(timeout=0)
 
     def emit(self, event: GenerationEvent) -> None:
         """Hands an event to the job's reader, from any thread; the last one ends the flight."""

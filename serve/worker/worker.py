@@ -13,27 +13,25 @@ What a job returns is a function of the job and the model alone: which worker dr
 """
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from engine.device import fit_threads, pick_device
+from engine.errors import InputError
 from engine.files import is_hub_name
-from engine.models.folder import PartName, has_part, weights_digest
-from engine.pipeline.generation import Start
+from engine.models.folder import model_digest
 from engine.pipeline.pipeline import Pipeline, local_folder
 from serve.messages import Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import WorkerMetrics
 from serve.scheduling.scheduler import DeadlineTooShort, QueueFull
 from serve.settings import ServeSettings
 from serve.worker.decode_loop import DecodeLoop
-from serve.worker.postprocessing import Postprocessor
+from serve.worker.postprocessing import Postprocessor, prepare
 from serve.worker.request_state import RequestState
 
 _SLOTS_CPU, _SLOTS_CUDA = 32, 256
@@ -95,7 +93,11 @@ class Worker:
         if refused is not None:
             yield refused
             return
-        state = self._state(job, arrived_s)
+        try:
+            state = self._state(job, arrived_s)
+        except InputError as error:
+            yield Refused("invalid", f"{error.value}: {error.remedy}", param=error.field)
+            return
         try:
             place = self._decode_loop.submit(state)
         except (QueueFull, DeadlineTooShort) as full:
@@ -105,8 +107,8 @@ class Worker:
             return
         self._states.add(state)
         try:
-            if job.given is not None and state.start is not None:
-                self._postprocessor.encode_init_image(job.given, job.rank_by, state.start)
+            if job.init_image is not None:
+                self._postprocessor.prepare(state)
             if place is not None and job.wants_progress:
                 yield place
             while True:
@@ -122,12 +124,11 @@ class Worker:
             self._decode_loop.cancel(state)
 
     def _state(self, job: GenerationJob, arrived_s: float) -> RequestState:
-        text_seq_len = self.pipeline.transformer.config.text_seq_len
-        encoded = self.pipeline.tokenizer.encode([job.caption], text_seq_len)
-        tokens = encoded.tokens
-        read = int((tokens != self.pipeline.tokenizer.pad_id).sum())
-        start: Future[Start] | None = None if job.given is None else Future()  # filled once the job is taken on
-        return RequestState(job, tokens, read, encoded.cut[0], asyncio.get_running_loop(), arrived_s, start)
+        """Raises InputError: a job that the pipeline refuses, without an init image; that one is encoded later."""
+        state = RequestState(job, Future(), asyncio.get_running_loop(), arrived_s)
+        if job.init_image is None:
+            state.prepared.set_result(prepare(self.pipeline, job))
+        return state
 
     def _unfit(self, job: GenerationJob) -> Refused | None:
         """What no queue can mend: the edge checks the same before, so this tells of an edge of another version."""
@@ -178,12 +179,11 @@ class Worker:
 
 def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
     """What the edge tells of a model."""
-    digests = [weights_digest(folder, part) for part in get_args(PartName) if has_part(folder, part)]
     device = pipeline.device
     return ModelInfo(
         model_id=name,
         created=int((folder / "config.json").stat().st_mtime),
-        digest=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        digest=model_digest(folder),
         image_size=pipeline.vqgan.config.image_size,
         grid_size=pipeline.vqgan.config.grid_size,
         text_seq_len=pipeline.transformer.config.text_seq_len,

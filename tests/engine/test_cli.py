@@ -37,7 +37,7 @@ def test_generate_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None
     result = json.loads((tmp_path / "그림" / "result.json").read_text(encoding="utf-8"))
     assert result["caption"] == "빨강 바탕에 파랑 네모"
     assert len(result["candidates"]) == 3
-    assert result["sampling_params"]["top_k"] == 9
+    assert result["candidates"][0]["provenance"]["sampling_params"]["top_k"] == 9
     assert "그림/sheet.png" in answer.stdout
     assert not (tmp_path / "generations").exists()
 
@@ -86,7 +86,6 @@ def test_commands_are_there() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "model"],
         ["generate", "model", "caption", "--candidates", "1025"],
         ["generate", "model", "caption", "--candidates", "many"],
         ["generate", "model", "caption", "--seed", "1.5"],
@@ -105,6 +104,7 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
     ("options", "said"),
     [
         (["--candidates", "0"], "candidates: 0"),
+        (["--codec-backend", "auto"], "--codec-backend: auto: write torch or onnx"),
         (["--seed", "-1"], "seed: -1"),
         (["--seed", str(2**64)], "seed: "),
         (["--temperature", "-1"], "temperature: -1"),
@@ -119,8 +119,8 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
         (["--keep-rows", "3"], "--keep-rows: 3: give the image too"),
         (["--no-paste"], "--no-paste: without an image: give the image too"),
         (["--image", "no.png"], "image: no.png: no such file"),
-        (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or fit"),
-        (["--rank-by", "fit"], "--rank-by: fit: is for inpainting"),
+        (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or log_likelihood"),
+        (["--rank-by", "log_likelihood"], "--rank-by: log_likelihood: is for inpainting"),
     ],
 )
 def test_bad_values_are_one_line(

@@ -113,7 +113,8 @@ def test_a_model_folders_generation_config_has_the_same_bounds(name: str) -> Non
     assert GenerationConfig.model_fields[name].description == f"{spec.description}; {spec.range_text}"
     for value in (spec.least, spec.greatest):
         assert getattr(GenerationConfig(**{name: value}).sampling_params(), name) == value
-    for value in (-1, spec.greatest * 2, spec.least / 2 if spec.least else -0.5, "1", True):
+    beyond: tuple[Any, ...] = (-1, spec.greatest * 2, spec.least / 2 if spec.least else -0.5, "1", True)
+    for value in beyond:
         if spec.type is int and isinstance(value, float):
             continue
         with pytest.raises(InputError) as caught:

@@ -1,15 +1,19 @@
-"""`kodalle generate` with a given picture and `kodalle continue`: files in, files and lines out, and what is refused."""
+"""`kodalle generate` with an init image or from an image's metadata, and `kodalle continue`: files in, files and lines out, and what is refused."""
 
-import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from engine import cli
+from engine.pipeline.image_encoding import encode_image, read_metadata, save_png
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
@@ -44,48 +48,152 @@ def _kodalle(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> 
     return int(caught.value.code or 0)
 
 
+def _result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as opened:
+        return np.asarray(opened)
+
+
 @pytest.mark.parametrize(
-    ("options", "given"),
+    ("options", "fields", "rank_by"),
     [
-        (["--keep-rows", "3"], {"keep_rows": 3, "mask": None, "mask_sha256": None, "paste": True}),
-        ([], {"keep_rows": None, "mask": None, "mask_sha256": None, "paste": True}),
+        (["--keep-rows", "3"], {"keep_rows": 3}, "koclip"),
+        ([], {}, "koclip"),
         (
-            ["--mask", "mask.png", "--no-paste", "--rank-by", "fit"],
-            {"keep_rows": None, "mask": "mask.png", "paste": False},
+            ["--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
+            {"mask": Path("mask.png"), "paste": False},
+            "log_likelihood",
         ),
     ],
 )
-def test_draw_from_a_picture(
-    files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], given: dict[str, object]
+def test_generate_from_an_init_image(
+    files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], fields: Any, rank_by: Any
 ) -> None:
     model = kodalle_run / "model"
-    draw = ["generate", str(model), CAPTION, "--candidates", "3", "--top", "2", "--seed", "7", "--device", "cpu"]
-    assert _kodalle(monkeypatch, files, *draw, "--image", "사진.png", *options) == 0
-    result = json.loads((files / "generations" / "result.json").read_text(encoding="utf-8"))
-    digests = {name: hashlib.sha256((files / name).read_bytes()).hexdigest() for name in ("사진.png", "mask.png")}
-    expected = {"image": "사진.png", "image_sha256": digests["사진.png"], **given}
-    if expected["mask"]:
-        expected["mask_sha256"] = digests["mask.png"]
-    assert result["init_image"] == expected
-    assert result["rank_by"] == ("fit" if "fit" in options else "koclip")
-    with Image.open(files / "사진.png") as photo, Image.open(files / "mask.png") as mask:
-        again = InitImage(
-            photo,
-            keep_rows=expected["keep_rows"],
-            mask_image=mask if expected["mask"] else None,
-            paste=expected["paste"],
-        )  # type: ignore[arg-type]
-        generation = Pipeline.from_pretrained(model)(
-            [CAPTION], candidates=3, seed=7, init_image=again, rank_by=result["rank_by"]
-        )[0]
+    command = ["generate", str(model), CAPTION, "--candidates", "3", "--top", "2", "--seed", "7", "--device", "cpu"]
+    assert _kodalle(monkeypatch, files, *command, "--image", "사진.png", *options) == 0
+    result = _result(files / "generations")
+    init_image = InitImage.from_files(Path("사진.png"), **fields)
+    pipeline = Pipeline.from_pretrained(model)
+    generation = pipeline([CAPTION], candidates=3, seed=7, init_image=init_image, rank_by=rank_by)[0]
     assert generation.init_tokens is not None
-    assert result["tokens_given"] == sum(token >= 0 for token in generation.init_tokens) > 0
-    for one, told in zip(generation.candidates, result["candidates"], strict=True):
-        assert (told["candidate"], told["fit"]) == (one.candidate, one.fit)
-        if told["file"]:
-            with Image.open(files / "generations" / told["file"]) as picture:
-                assert np.array_equal(np.asarray(picture), np.asarray(one.image))
-                assert json.loads(picture.text["init_image"]) == expected  # type: ignore[attr-defined]
+    assert result["init_tokens"] == sum(token >= 0 for token in generation.init_tokens) > 0
+    for one, stated in zip(generation.candidates, result["candidates"], strict=True):
+        assert (stated["candidate"], stated["log_likelihood"]) == (one.candidate, one.log_likelihood)
+        assert stated["provenance"] == pipeline.provenance(generation.request, one.candidate)
+        assert stated["provenance"]["init_image"] == init_image.record(32, 8)
+        assert stated["provenance"]["rank_by"] == rank_by
+        if stated["file"]:
+            file = files / "generations" / stated["file"]
+            assert np.array_equal(_pixels(file), np.asarray(one.image))
+            assert read_metadata(file.read_bytes()) == stated["provenance"]
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ([], []),
+        (["--temperature", "0.8", "--top-k", "20", "--guidance-scale", "2", "--seed", str(2**64 - 1)], []),
+        (["--image", "사진.png", "--keep-rows", "3"], ["--image", "사진.png"]),
+        (
+            ["--image", "사진.png", "--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
+            ["--image", "사진.png", "--mask", "mask.png"],
+        ),
+    ],
+)
+def test_an_image_is_made_again_from_its_own_metadata(
+    files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], again: list[str]
+) -> None:
+    """Alone, from a file under another name, the model found by the metadata."""
+    model = str(kodalle_run / "model")
+    command = ["generate", model, CAPTION, "--candidates", "4", "--top", "4", "--device", "cpu", "--out", "first"]
+    assert _kodalle(monkeypatch, files, *command, *options) == 0
+    stated = _result(files / "first")["candidates"][-1]
+    assert stated["candidate"] > 0 or stated["rank"] > 1
+    shutil.copy(files / "first" / stated["file"], files / "renamed.png")
+    assert (
+        _kodalle(monkeypatch, files, "generate", "--from", "renamed.png", "--device", "cpu", "--out", "again", *again)
+        == 0
+    )
+    (made,) = _result(files / "again")["candidates"]
+    assert made["provenance"] == stated["provenance"]
+    assert made["log_likelihood"] == stated["log_likelihood"]
+    assert np.array_equal(_pixels(files / "again" / made["file"]), _pixels(files / "renamed.png"))
+    # From that one in turn, and from the lossless WebP that a server would have sent, the model named.
+    webp = encode_image(Image.open(files / "renamed.png"), "webp", metadata=stated["provenance"] | {"model": "tiny"})
+    (files / "served.webp").write_bytes(webp)
+    assert _kodalle(monkeypatch, files, "generate", model, "--from", "served.webp", "--out", "third", *again) == 0
+    (third,) = _result(files / "third")["candidates"]
+    assert np.array_equal(_pixels(files / "third" / third["file"]), _pixels(files / "renamed.png"))
+
+
+@pytest.fixture
+def made(files: Path, kodalle_run: Path) -> Path:
+    """A folder with plain.png, rows.png, hole.png, bare.png (no metadata) and other/, a model with other weights."""
+    pipeline = Pipeline.from_pretrained(kodalle_run / "model")
+    kinds = {
+        "plain": None,
+        "rows": InitImage.from_files(files / "사진.png"),
+        "hole": InitImage.from_files(files / "사진.png", mask=files / "mask.png"),
+    }
+    for name, init_image in kinds.items():
+        generation = pipeline([CAPTION], candidates=1, init_image=init_image)[0]
+        image = generation.candidates[0].image
+        save_png(files / f"{name}.png", image, pipeline.provenance(generation.request, 0))
+    Image.new("RGB", (32, 32)).save(files / "bare.png")
+    pipeline.save_pretrained(files / "other", dtype=torch.float16)
+    moved = read_metadata((files / "plain.png").read_bytes()) | {"model": "gone/away/model"}
+    save_png(files / "moved.png", Image.new("RGB", (32, 32)), moved)
+    save_png(files / "odd.png", Image.new("RGB", (32, 32)), moved | {"seed": "7"})
+    return files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--from", "nowhere.png"], "--from: nowhere.png: cannot be read"),
+        (["--from", "text.png"], "--from: text.png: cannot be read"),
+        (["--from", "bare.png"], "--from: bare.png: carries no provenance: give an image that"),
+        (["--from", "odd.png"], "seed: '7': "),
+        (["--from", "moved.png"], "MODEL: gone/away/model: made moved.png and is not here"),
+        (["other", "--from", "plain.png"], "MODEL: other: is not the model that made plain.png: its digest begins"),
+        (["nowhere", "--from", "plain.png"], "model folder: nowhere: no such folder"),
+        (["other", "a caption", "--from", "plain.png"], "CAPTION: a caption: is stated by plain.png: leave it out"),
+        (["--from", "plain.png", "--seed", "3"], "--seed: 3: is stated by plain.png: leave it out"),
+        (["--from", "plain.png", "--int8"], "--int8: True: is stated by plain.png"),
+        (["--from", "plain.png", "--image", "사진.png"], "--image: 사진.png: plain.png was made without an init image"),
+        (["--from", "rows.png"], "--image: (nothing): rows.png was made from an init image, SHA-256 "),
+        (["--from", "rows.png", "--image", "plain.png"], "--image: plain.png: is not the init image that rows.png"),
+        (["--from", "rows.png", "--image", "사진.png", "--keep-rows", "2"], "--keep-rows: 2: is stated by rows.png"),
+        (
+            ["--from", "rows.png", "--image", "사진.png", "--mask", "mask.png"],
+            "--mask: mask.png: rows.png was made without",
+        ),
+        (
+            ["--from", "hole.png", "--image", "사진.png"],
+            "--mask: (nothing): hole.png was made with a mask: give it too",
+        ),
+        (
+            ["--from", "hole.png", "--image", "사진.png", "--mask", "shifted.png"],
+            "--mask: shifted.png: is not the mask",
+        ),
+        ([], "MODEL: (nothing): give a model and a caption, or --from FILE"),
+        (["other"], "CAPTION: (nothing): give a model and a caption, or --from FILE"),
+    ],
+)
+def test_what_is_not_as_the_metadata_state_is_refused(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with Image.open(made / "mask.png") as mask:
+        Image.fromarray(np.roll(np.asarray(mask), 3, axis=1)).save(made / "shifted.png")
+    assert _kodalle(monkeypatch, made, "generate", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not (made / "generations").exists()
 
 
 @pytest.mark.parametrize(
@@ -95,13 +203,16 @@ def test_draw_from_a_picture(
         (["--image", "empty.png"], "image: empty.png: the file is empty"),
         (["--image", "cut.png"], "image: cut.png: is truncated or damaged"),
         (["--image", "사진.png", "--mask", "nowhere.png"], "image: nowhere.png: no such file"),
-        (["--image", "사진.png", "--mask", "square.png"], "mask_image: 40 x 40: must be as large as the picture"),
+        (["--image", "사진.png", "--mask", "square.png"], "mask_image: 40 x 40: must be as large as the image"),
         (["--image", "사진.png", "--mask", "black.png"], "mask_image: all black: marks nothing"),
         (["--image", "사진.png", "--mask", "white.png"], "mask_image: all white: keeps nothing"),
         (["--image", "사진.png", "--mask", "clear.png"], "mask_image: has transparent pixels"),
         (["--image", "사진.png", "--mask", "mask.png", "--keep-rows", "2"], "keep_rows: 2: goes with no mask"),
         (["--image", "사진.png", "--keep-rows", "0"], "keep_rows: 0: must be 1 or more"),
-        (["--image", "사진.png", "--keep-rows", "3", "--rank-by", "fit"], "--rank-by: fit: is for inpainting"),
+        (
+            ["--image", "사진.png", "--keep-rows", "3", "--rank-by", "log_likelihood"],
+            "--rank-by: log_likelihood: is for inpainting",
+        ),
     ],
 )
 def test_bad_pictures_are_one_line_before_the_model_is_read(
@@ -118,7 +229,7 @@ def test_too_many_rows_for_the_model(
 ) -> None:
     options = ["--image", "사진.png", "--keep-rows", "8", "--device", "cpu"]
     assert _kodalle(monkeypatch, files, "generate", str(kodalle_run / "model"), CAPTION, *options) == 2
-    assert "error: keep_rows: 8: this model's pictures have 8 rows of tokens" in capsys.readouterr().err
+    assert "error: keep_rows: 8: this model's images have 8 rows of tokens" in capsys.readouterr().err
     assert not (files / "generations").exists()
 
 

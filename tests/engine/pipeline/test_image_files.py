@@ -1,16 +1,13 @@
 """Pictures as files: right sizes, right bits, Korean that survives."""
 
-import io
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from engine.pipeline import image_files as pictures
-from engine.pipeline.image_files import contact_sheet, image_grid, paste_grid, png_bytes, save_png, to_uint8
+from engine.pipeline.image_files import contact_sheet, image_grid, paste_grid, to_uint8
 
 
 def _plain(colour: str, size: int = 8) -> Image.Image:
@@ -38,31 +35,6 @@ def test_grid_goes_row_by_row_on_white() -> None:
     assert [grid.getpixel(place) for place in ((4, 4), (16, 4), (4, 16), (16, 16), (0, 0))] == [
         (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (255, 255, 255),
     ]  # fmt: skip
-
-
-def test_png_carries_korean_and_numbers(tmp_path: Path) -> None:
-    metadata = {
-        "caption": "상의에서 색상은 '빨강'이다.\n둘째 줄",
-        "seed": 2**64 - 1,
-        "score": 0.25,
-        "rank": 1,
-        "none": None,
-    }
-    for made in (io.BytesIO(png_bytes(_plain("red"), metadata)), tmp_path / "a.png"):
-        if isinstance(made, Path):
-            save_png(made, _plain("red"), metadata)
-        with Image.open(made) as picture:
-            assert picture.getpixel((3, 3)) == (255, 0, 0)
-            text = picture.text  # type: ignore[attr-defined]
-        assert text["caption"] == metadata["caption"]
-        assert {name: json.loads(text[name]) for name in ("seed", "score", "rank", "none")} == {
-            name: metadata[name] for name in ("seed", "score", "rank", "none")
-        }
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_equal_pictures_give_equal_bytes() -> None:
-    assert png_bytes(_plain("red"), {"seed": 1}) == png_bytes(_plain("red"), {"seed": 1})
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_bad_masks() -> None:
     photo = _photo(60, 40)
     clear = Image.new("RGBA", (60, 40), (255, 255, 255, 0))
     for mask, said in (
-        (_mask(40, 60, (1, 1)), "mask_image: 40 x 60: must be as large as the picture, 60 x 40"),
+        (_mask(40, 60, (1, 1)), "mask_image: 40 x 60: must be as large as the image, 60 x 40"),
         (_mask(60, 40), "mask_image: all black"),
         (_mask(60, 40, (9, 0), (50, 0)), "mask_image: all black"),  # white outside the middle square only
         (Image.new("1", (60, 40), 1), "mask_image: all white"),
@@ -131,5 +131,5 @@ def test_too_few_rows(rows: int) -> None:
 
 def test_too_many_rows_for_the_model() -> None:
     given = InitImage(_photo(S, S), keep_rows=GRID)
-    with pytest.raises(InputError, match="keep_rows: 8: this model's pictures have 8 rows of tokens: keep 1 to 7"):
+    with pytest.raises(InputError, match="keep_rows: 8: this model's images have 8 rows of tokens: keep 1 to 7"):
         given.regenerated_tokens(S, GRID)

@@ -16,6 +16,7 @@ from engine.device import pick_device
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
 from engine.pipeline.generation import Candidate, Generation
+from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.likelihood import log_likelihoods
@@ -165,9 +166,9 @@ def test_bad_requests(pipeline: Pipeline, arguments: dict[str, object], said: st
         pipeline(**({"captions": CAPTIONS, "candidates": 1} | arguments))  # type: ignore[arg-type]
 
 
-def test_progress_counts_image_tokens(pipeline: Pipeline) -> None:
+def test_positions_are_reported(pipeline: Pipeline) -> None:
     seen: list[tuple[int, int]] = []
-    pipeline(CAPTIONS[:1], candidates=1, on_progress=lambda done, total: seen.append((done, total)))
+    pipeline(CAPTIONS[:1], candidates=1, on_position=lambda done, total: seen.append((done, total)))
     assert seen == [(number, 64) for number in range(1, 65)]
 
 
@@ -179,7 +180,7 @@ def test_parts_of_two_models_are_refused(kodalle_run: Path, tmp_path: Path) -> N
            for name, value in transformer.weights.items()}  # fmt: skip
     parts = {"vqgan": read_part(source, "vqgan"), "transformer": Part(config, cut)}
     write_model_folder(tmp_path / "m", parts, card="")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"transformer draws 8x8 of 31 tokens.*reads 8x8 of 32"):
+    with pytest.raises(InputError, match=r"transformer has 8x8 of 31 tokens.*VQGAN 8x8 of 32"):
         Pipeline.from_pretrained(tmp_path / "m")
 
 
@@ -195,7 +196,9 @@ def test_missing_folder(name: str) -> None:
 
 
 def test_unreachable_hub_name() -> None:
-    with pytest.raises(InputError, match="model: nobody/nothing: no such folder, and the hub gave nothing") as caught:
+    with pytest.raises(
+        InputError, match="model: nobody/nothing: no such folder, and it cannot be fetched from the hub"
+    ) as caught:
         Pipeline.from_pretrained("nobody/nothing", local_files_only=True)
     assert "\n" not in str(caught.value)
 
@@ -262,26 +265,28 @@ def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
 def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
     given = InitImage(_photo(), mask_image=_hole())
     options = SamplingParams(temperature=0.9, guidance_scale=2.0)
-    many = pipeline(CAPTIONS, candidates=3, seed=3, sampling_params=options, init_image=given, rank_by="fit")
+    many = pipeline(CAPTIONS, candidates=3, seed=3, sampling_params=options, init_image=given, rank_by="log_likelihood")
     for caption, generation in zip(CAPTIONS, many, strict=True):
-        few = pipeline([caption], candidates=1, seed=3, sampling_params=options, init_image=given, rank_by="fit")[0]
+        few = pipeline(
+            [caption], candidates=1, seed=3, sampling_params=options, init_image=given, rank_by="log_likelihood"
+        )[0]
         for one, other in zip(_by_number(few), _by_number(generation), strict=False):
             _same(one, other)
-            assert one.fit == other.fit
+            assert one.log_likelihood == other.log_likelihood
 
 
-def test_ranked_by_fit(pipeline: Pipeline) -> None:
+def test_ranked_by_log_likelihood(pipeline: Pipeline) -> None:
     given = InitImage(_photo(), mask_image=_hole())
-    generation = pipeline(CAPTIONS[:1], candidates=8, init_image=given, rank_by="fit")[0]
-    fits = [one.fit for one in generation.candidates]
-    assert fits == sorted(fits, reverse=True)  # type: ignore[type-var]
-    assert len(set(fits)) > 1
+    generation = pipeline(CAPTIONS[:1], candidates=8, init_image=given, rank_by="log_likelihood")[0]
+    likelihoods = [one.log_likelihood for one in generation.candidates]
+    assert likelihoods == sorted(likelihoods, reverse=True)  # type: ignore[type-var]
+    assert len(set(likelihoods)) > 1
     tokens = torch.tensor([one.image_tokens for one in generation.candidates])
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
     regenerated = torch.tensor(generation.init_tokens) < 0
-    assert fits == log_likelihoods(pipeline.transformer, text, tokens, regenerated).tolist()
+    assert likelihoods == log_likelihoods(pipeline.transformer, text, tokens, regenerated).tolist()
     by_koclip = pipeline(CAPTIONS[:1], candidates=8, init_image=given)[0]
-    assert {one.fit for one in by_koclip.candidates} == {None}
+    assert {one.log_likelihood for one in by_koclip.candidates} == {None}
     for one, other in zip(_by_number(by_koclip), _by_number(generation), strict=True):
         _same(one, other)
 
@@ -289,10 +294,10 @@ def test_ranked_by_fit(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("given", "rank_by", "said"),
     [
-        (InitImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's pictures have 8 rows"),
-        (None, "fit", "rank_by: fit: needs a mask"),
-        (InitImage(_photo(), keep_rows=4), "fit", "rank_by: fit: needs a mask"),
-        (None, "beauty", "rank_by: beauty: write one of koclip, fit"),
+        (InitImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's images have 8 rows"),
+        (None, "log_likelihood", "rank_by: log_likelihood: needs a mask"),
+        (InitImage(_photo(), keep_rows=4), "log_likelihood", "rank_by: log_likelihood: needs a mask"),
+        (None, "beauty", "rank_by: beauty: write one of koclip, log_likelihood"),
     ],
 )
 def test_bad_given_pictures(pipeline: Pipeline, given: InitImage | None, rank_by: str, said: str) -> None:
@@ -330,9 +335,19 @@ def test_a_model_says_how_it_is_drawn_with(
     by_command = _draw(model, tmp_path / "out", temperature=None, top_k=None)
     assert [one.image_tokens for one in _by_number(by_command)] == expected
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
-    assert result["sampling_params"] == {"temperature": 0.5, "top_k": 9, "top_p": None, "guidance_scale": 1.0}
+    assert result["candidates"][0]["provenance"]["sampling_params"] == {
+        "temperature": 0.5,
+        "top_k": 9,
+        "top_p": None,
+        "guidance_scale": 1.0,
+    }
     warmer = _draw(model, tmp_path / "warmer", temperature=1.5)
-    assert json.loads((tmp_path / "warmer" / "result.json").read_text())["sampling_params"]["top_k"] == 9
+    assert (
+        json.loads((tmp_path / "warmer" / "result.json").read_text())["candidates"][0]["provenance"]["sampling_params"][
+            "top_k"
+        ]
+        == 9
+    )
     assert [one.image_tokens for one in _by_number(warmer)] != expected
 
 
@@ -373,14 +388,18 @@ def test_draw_writes_pictures_sheet_and_result(
     assert (result["caption"], result["tokens_cut"]) == (CAPTIONS[0], 0)
     assert [one["rank"] for one in result["candidates"]] == [1, 2, 3, 4, 5]
     assert result["timings_s"].keys() == {"loading", "prefill", "decode", "vqgan", "ranking", "encoding"}
-    assert result["sampling_params"] == {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+    assert result["candidates"][0]["provenance"]["sampling_params"] == {
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "guidance_scale": 1.0,
+    }
     for one, file in zip(generation.top(2), files, strict=True):
         with Image.open(out / file) as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(_by_number(sixteen)[one.candidate].image))
-            text = picture.text  # type: ignore[attr-defined]
-        assert text["caption"] == CAPTIONS[0]
-        told = {name: json.loads(text[name]) for name in ("seed", "candidate", "rank", "score")}
-        assert told == {"seed": 5, "candidate": one.candidate, "rank": one.rank, "score": one.score}
+        provenance = result["candidates"][one.rank - 1]["provenance"]
+        assert read_metadata((out / file).read_bytes()) == provenance
+        assert (provenance["seed"], provenance["candidate"]) == (5, one.candidate)
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width == 5 * (128 + 4) + 4  # five in a row, 32 pixels enlarged to 128
     said = capsys.readouterr().out

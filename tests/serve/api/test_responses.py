@@ -14,7 +14,7 @@ from serve.api.application import build_api
 from serve.api.responses import AnswerStyle, answer_body, finished_events, partial_event, usage
 from serve.messages import GenerationEvent, GenerationJob, Partial
 from serve.settings import ServeSettings
-from tests.live_server import ScriptedPool, ask, finished, post_json, serving
+from tests.live_server import ScriptedPool, ask, finished, made, post_json, serving
 
 STYLE = AnswerStyle("image_edit", "req_1", 'a "model"', 32, 64)
 JOB = GenerationJob("r", "k", "c", SamplingParams(seed=2**64 - 1, candidates=3, top=2), deadline_s=9.0, wants_all=True)
@@ -25,7 +25,8 @@ def test_an_answer_is_json_with_each_picture_whole() -> None:
     answer = json.loads(answer_body(JOB, finished(JOB, data=data), STYLE))
     assert [base64.b64decode(one["b64_json"]) for one in answer["data"] + answer["candidates"]] == [data] * 3
     assert answer["data"][1] == {
-        "seed": 2**64 - 1, "candidate": 1, "rank": 2, "clip_score": 0.5, "fit": None,
+        "seed": 2**64 - 1, "candidate": 1, "rank": 2, "clip_score": 0.5, "log_likelihood": None,
+        "provenance": made(JOB, 1),
         "b64_json": base64.b64encode(data).decode(),
     }  # fmt: skip
     assert (answer["model"], answer["request_id"], answer["size"]) == ('a "model"', "req_1", "32x32")

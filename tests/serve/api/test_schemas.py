@@ -79,7 +79,7 @@ def test_every_field_reaches_the_job() -> None:
         top_k=7,
         top_p=0.9,
         guidance=3,
-        rank_by="fit",
+        rank_by="log_likelihood",
         all_candidates=True,
         progress=True,
         user="u",
@@ -92,7 +92,7 @@ def test_every_field_reaches_the_job() -> None:
         caption="빨강 니트",
         sampling_params=SamplingParams(0.5, 7, 0.9, 3.0, seed=2**64 - 1, candidates=5, top=2),
         deadline_s=9.0,
-        rank_by="fit",
+        rank_by="log_likelihood",
         image_format="webp",
         compression=80,
         num_partials=3,
@@ -169,7 +169,7 @@ def test_text_that_is_no_number_or_switch_is_refused_by_name(name: str, text: st
         ({"top_p": 1.1}, "invalid_value", "top_p"),
         ({"guidance": 1e30}, "invalid_value", "guidance"),
         ({"guidance": 2, "guidance_scale": 2}, "invalid_value", "guidance_scale"),
-        ({"rank_by": "fit"}, "invalid_value", "rank_by"),
+        ({"rank_by": "log_likelihood"}, "invalid_value", "rank_by"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], code: str, param: str) -> None:

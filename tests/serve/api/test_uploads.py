@@ -1,11 +1,12 @@
 import io
+import pickle
 import re
 import struct
 import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from engine.pipeline.init_image import InitImage
 from serve.api import uploads
 from serve.api.errors import Failure
 from serve.api.schemas import EditRequest
-from serve.api.uploads import init_image_pixels, open_upload
-from serve.messages import InitImagePixels
+from serve.api.uploads import open_upload, read_init_image
 from tests.live_server import INFO
 from tests.paths import REPOSITORY
 
@@ -35,17 +35,28 @@ def photo(size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def read(image: io.BytesIO, mask: io.BytesIO | None = None, **fields: Any) -> InitImagePixels:
-    asked = EditRequest.model_validate({"prompt": "a"} | fields)
-    return init_image_pixels(image, mask, asked, INFO, MAX_PIXELS)
+class Arrays(NamedTuple):
+    """An init image as the model takes it."""
+
+    pixels: bytes
+    regenerated_pixels: bytes
+    regenerated_tokens: bytes
+    paste: bool
 
 
-def expected(given: InitImage) -> InitImagePixels:
-    return InitImagePixels(
-        given.pixels(32).tobytes(),
-        given.regenerated_pixels(32, 8).astype(np.uint8).tobytes(),
-        given.regenerated_tokens(32, 8).astype(np.uint8).tobytes(),
-        given.paste,
+def read(image: io.BytesIO, mask: io.BytesIO | None = None, **fields: Any) -> Arrays:
+    request = EditRequest.model_validate({"prompt": "a"} | fields)
+    read = read_init_image(image, mask, request, INFO, MAX_PIXELS)
+    assert read.image.size == (32, 32), "brought to the model's size before it is sent to a worker"
+    return expected(pickle.loads(pickle.dumps(read)))
+
+
+def expected(init_image: InitImage) -> Arrays:
+    return Arrays(
+        init_image.pixels(32).tobytes(),
+        init_image.regenerated_pixels(32, 8).tobytes(),
+        init_image.regenerated_tokens(32, 8).tobytes(),
+        init_image.paste,
     )
 
 
@@ -119,8 +130,8 @@ def speckled() -> Image.Image:
     return Image.fromarray(mask)
 
 
-def test_a_hole_with_something_kept_after_it_may_be_ranked_by_fit() -> None:
-    assert read(encoded(photo()), encoded(white_square()), rank_by="fit") == read(
+def test_a_hole_with_something_kept_after_it_may_be_ranked_by_log_likelihood() -> None:
+    assert read(encoded(photo()), encoded(white_square()), rank_by="log_likelihood") == read(
         encoded(photo()), encoded(white_square())
     )
 
@@ -134,7 +145,7 @@ def test_a_hole_with_something_kept_after_it_may_be_ranked_by_fit() -> None:
         (encoded(photo()), encoded(Image.new("RGBA", (64, 64))), {}, "invalid_value", "mask"),
         (encoded(photo()), encoded(holed(photo(), transparent=9)), {}, "invalid_image", "mask"),
         (encoded(Image.new("RGBA", (64, 64))), None, {}, "invalid_value", "image"),
-        (encoded(photo()), None, {"rank_by": "fit"}, "invalid_value", "rank_by"),
+        (encoded(photo()), None, {"rank_by": "log_likelihood"}, "invalid_value", "rank_by"),
         (encoded(photo()), encoded(speckled()), {}, "invalid_value", "mask"),
         (encoded(photo()), encoded(white_square()), {"keep_rows": 2}, "invalid_value", "keep_rows"),
         (encoded(photo()), None, {"keep_rows": 8}, "invalid_value", "keep_rows"),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from engine.pipeline.image_encoding import read_metadata
 from serve.api.application import build_api
 from serve.api.keys import add_key
 from serve.local_pool import LocalPool
 from serve.settings import Limits, ServeSettings
 from serve.worker.decode_loop import DecodeLoop
-from serve.worker.image_encoding import read_metadata
 from tests.browser_page import (
     Complaints,
     Page,

@@ -19,19 +19,19 @@ def test_previews_are_evenly_spread_and_never_of_a_whole_picture(count: int, gri
 
 def test_rows_that_are_not_drawn_repeat_the_last_one() -> None:
     drawn = torch.tensor([1, 2, 3, 4, 5, 6, 7])  # two rows of three, and a token more
-    filled = fill_rows(drawn, rows_generated=2, grid_size=3, given=None)
+    filled = fill_rows(drawn, rows_generated=2, grid_size=3, init_tokens=None)
     assert filled.tolist() == [1, 2, 3, 4, 5, 6, 4, 5, 6]
 
 
 def test_a_given_picture_stands_where_it_is_kept() -> None:
-    given = torch.tensor([-1, -1, -1, -1, -1, -1, -1, 30, 31])
-    filled = fill_rows(torch.tensor([1, 2, 3]), rows_generated=1, grid_size=3, given=given)
+    init_tokens = torch.tensor([-1, -1, -1, -1, -1, -1, -1, 30, 31])
+    filled = fill_rows(torch.tensor([1, 2, 3]), rows_generated=1, grid_size=3, init_tokens=init_tokens)
     assert filled.tolist() == [1, 2, 3, 1, 2, 3, 1, 30, 31]
 
 
 def test_only_cells_that_are_neither_drawn_nor_given_are_plain() -> None:
     images = torch.zeros(2, 3, 4, 4)
-    shown = plain_undrawn(images, rows_generated=1, grid_size=2, given=torch.tensor([-1, -1, -1, 5]))
+    shown = plain_undrawn(images, rows_generated=1, grid_size=2, init_tokens=torch.tensor([-1, -1, -1, 5]))
     assert (shown[:, :, :2] == 0).all()
     assert (shown[:, :, 2:, 2:] == 0).all()
     assert (shown[:, :, 2:, :2] > 0.5).all()

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
-from serve.messages import Finished, GenerationEvent, GenerationJob, InitImagePixels, Partial, Progress, Queued, Refused
+from serve.messages import Finished, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 from serve.settings import ServeSettings
-from serve.worker.image_encoding import read_metadata
 from serve.worker.postprocessing import Postprocessor
 from serve.worker.previews import fill_rows, plain_undrawn, preview_rows
 from serve.worker.worker import Worker, WorkerFailed
@@ -93,7 +93,7 @@ def _expect_pipelines(
     for ours, theirs in zip(drawn.images, generation.candidates, strict=True):
         assert (ours.rank, ours.seed) == (theirs.rank, theirs.seed)
         assert ours.score == pytest.approx(theirs.score, abs=1e-6)
-        assert ours.fit == theirs.fit
+        assert ours.log_likelihood == theirs.log_likelihood
         assert np.array_equal(_pixels(ours.data), np.asarray(theirs.image))
 
 
@@ -160,6 +160,7 @@ def test_formats_carry_how_the_picture_was_made(
     for one in drawn.images:
         assert one.data is not None
         found = read_metadata(one.data)
+        assert found == one.provenance
         assert (found["caption"], found["seed"], found["candidate"]) == (CAPTIONS[0], 5, one.candidate)
         assert found["model_digest"] == worker.info.digest
         assert Image.open(io.BytesIO(one.data)).format == image_format.upper()
@@ -170,7 +171,7 @@ def test_pictures_that_nobody_asked_for_are_not_encoded(make_worker: Callable[..
     assert [one.data is not None for one in drawn.images] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("rank_by", ["koclip", "fit"])
+@pytest.mark.parametrize("rank_by", ["koclip", "log_likelihood"])
 def test_a_repainted_picture_is_the_pipelines(
     make_worker: Callable[..., Worker], pipeline: Pipeline, rank_by: Any
 ) -> None:
@@ -178,24 +179,18 @@ def test_a_repainted_picture_is_the_pipelines(
     photo = Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
     mask = Image.new("L", (40, 40), 0)
     mask.paste(255, (10, 8, 30, 20))
-    given = InitImage(photo, mask_image=mask)
+    init_image = InitImage(photo, mask_image=mask)
     size, g = pipeline.vqgan.config.image_size, pipeline.vqgan.config.grid_size
-    pixels = InitImagePixels(
-        given.pixels(size).tobytes(),
-        given.regenerated_pixels(size, g).tobytes(),
-        given.regenerated_tokens(size, g).tobytes(),
-    )
-    job = replace(JOB, given=pixels, rank_by=rank_by, num_partials=3)
+    job = replace(JOB, init_image=init_image.resized(size, g), rank_by=rank_by, num_partials=3)
     drawn = _run(_finished(make_worker(), job))
-    _expect_pipelines(drawn, pipeline, job, given)
-    assert drawn.image_tokens == 4 * int(given.regenerated_tokens(size, g).sum())
+    _expect_pipelines(drawn, pipeline, job, init_image)
+    assert drawn.image_tokens == 4 * int(init_image.regenerated_tokens(size, g).sum())
 
 
-def test_ranking_by_fit_with_nothing_after_the_hole_is_refused(make_worker: Callable[..., Worker]) -> None:
-    regenerated = np.arange(64) >= 32  # the lower half
-    pixels = InitImagePixels(bytes(32 * 32 * 3), bytes(32 * 32), regenerated.astype(np.uint8).tobytes())
+def test_ranking_by_log_likelihood_with_nothing_after_the_hole_is_refused(make_worker: Callable[..., Worker]) -> None:
     worker = make_worker()
-    (last,) = _run(_events(worker, replace(JOB, given=pixels, rank_by="fit")))
+    upper_half_kept = InitImage(Image.new("RGB", (32, 32)), keep_rows=4)
+    (last,) = _run(_events(worker, replace(JOB, init_image=upper_half_kept, rank_by="log_likelihood")))
     assert isinstance(last, Refused)
     assert (last.reason, last.param) == ("invalid", "rank_by")
     assert worker.slots_in_use == 0
@@ -216,9 +211,11 @@ def test_partial_pictures_are_decoded_from_the_rows_so_far(
     for partial in partials:
         assert partial.candidate < job.num_images
         assert partial.rows_generated == preview_rows(7, 8)[partial.partial_index]
-        filled = fill_rows(tokens[partial.candidate], rows_generated=partial.rows_generated, grid_size=8, given=None)
+        filled = fill_rows(
+            tokens[partial.candidate], rows_generated=partial.rows_generated, grid_size=8, init_tokens=None
+        )
         images = plain_undrawn(
-            pipeline.decode_images(filled[None]), rows_generated=partial.rows_generated, grid_size=8, given=None
+            pipeline.decode_images(filled[None]), rows_generated=partial.rows_generated, grid_size=8, init_tokens=None
         )
         assert np.array_equal(_pixels(partial.data), to_uint8(images)[0].numpy())
     progress = [event.tokens_generated for event in events if isinstance(event, Progress)]

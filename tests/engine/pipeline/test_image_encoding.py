@@ -1,19 +1,19 @@
-"""Encoded pictures: the pixels that the format promises, the metadata back as it was, the same bytes each time."""
+"""Encoded images: the pixels that the format promises, the metadata back as it was, the same bytes each time."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from serve.messages import ImageFormat
-from serve.worker.image_encoding import encode_picture, read_metadata
+from engine.pipeline.image_encoding import ImageFormat, encode_image, read_metadata, save_png
 
 METADATA = {
     "caption": '상의에서 색상은 레드이다. "인용" & <b>',
     "seed": 2**63 + 1,
     "candidate": 3,
-    "options": {"top_k": None, "temperature": 0.7},
+    "sampling_params": {"top_k": None, "temperature": 0.7},
 }
 LOSSLESS: list[ImageFormat] = ["png", "webp"]
 
@@ -28,13 +28,13 @@ def picture() -> Image.Image:
 
 @pytest.mark.parametrize("image_format", LOSSLESS)
 def test_lossless_formats_keep_every_pixel(picture: Image.Image, image_format: ImageFormat) -> None:
-    data = encode_picture(picture, image_format, compression=100, metadata=METADATA)
+    data = encode_image(picture, image_format, compression=100, metadata=METADATA)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), np.asarray(picture))
 
 
 @pytest.mark.parametrize(("image_format", "compression"), [("webp", 80), ("jpeg", 95), ("jpeg", 0)])
 def test_lossy_formats_are_smaller_and_near(picture: Image.Image, image_format: ImageFormat, compression: int) -> None:
-    data = encode_picture(picture, image_format, compression=compression, metadata={})
+    data = encode_image(picture, image_format, compression=compression, metadata={})
     error = np.abs(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) - np.asarray(picture)).mean()
     assert error < (5 if compression else 60)
     assert len(data) < 48 * 48 * 3
@@ -44,19 +44,37 @@ def test_lossy_formats_are_smaller_and_near(picture: Image.Image, image_format: 
 def test_metadata_comes_back_as_it_was_and_the_bytes_are_the_same_each_time(
     picture: Image.Image, image_format: ImageFormat
 ) -> None:
-    data = encode_picture(picture, image_format, compression=90, metadata=METADATA)
+    data = encode_image(picture, image_format, compression=90, metadata=METADATA)
     assert read_metadata(data) == METADATA
-    assert data == encode_picture(picture, image_format, compression=90, metadata=METADATA)
+    assert data == encode_image(picture, image_format, compression=90, metadata=METADATA)
 
 
 def test_a_picture_without_metadata_has_none(picture: Image.Image) -> None:
     for name in ("PNG", "JPEG", "WEBP"):
         buffer = io.BytesIO()
         picture.save(buffer, format=name)
-        assert read_metadata(buffer.getvalue()) == {}
+        assert read_metadata(buffer.getvalue()) is None
 
 
 def test_a_caption_that_reads_like_json_stays_text(picture: Image.Image) -> None:
     for image_format in ("png", "webp"):
-        data = encode_picture(picture, image_format, compression=100, metadata={"caption": "12"})
+        data = encode_image(picture, image_format, compression=100, metadata={"caption": "12"})
         assert read_metadata(data) == {"caption": "12"}
+
+
+def test_other_programs_metadata_is_none_of_ours(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\x00\x00\x00shot on a phone"
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", exif=exif)
+    assert read_metadata(buffer.getvalue()) is None
+    with pytest.raises(OSError, match="cannot identify"):
+        read_metadata(b"no image")
+
+
+def test_png_shows_its_caption_to_viewers_and_is_written_at_once(picture: Image.Image, tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", picture, METADATA)
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.text["Description"] == METADATA["caption"]  # type: ignore[attr-defined]
+    assert read_metadata((tmp_path / "a.png").read_bytes()) == METADATA
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
