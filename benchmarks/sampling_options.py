@@ -1,11 +1,11 @@
-"""Temperature and guidance of a model: which settings draw what captions of training pictures ask for.
+"""Temperature and guidance of a model: the settings whose images match the captions of training images best.
 
-    python benchmarks/sampling_options.py models/clothing data/clothing64 --judge runs/clothing/judge/model \
-        --out benchmarks/results/clothing/sampling_options.json
+    python benchmarks/sampling_options.py models/clothing data/clothing64 \
+        --independent-classifier runs/clothing/classifier/model --out benchmarks/results/clothing/sampling_options.json
 
-Held-out pairs are left for `kodalle evaluate`: captions are those of training pictures, whole and with sentences left
-out, the same for all settings. Told of each setting: the share of drawings of the right kind (as the judge names it)
-and of the right colour (read from pixels), and how different the drawings of one caption are from each other.
+Held-out pairs are left for `kodalle evaluate`: captions are those of training images, whole and with sentences left out,
+the same for all settings. Reported for each setting: the share of images of the right class (by the independent
+classifier) and of the right colour (read from pixels), and how much the candidates of one caption differ.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from machine_facts import print_document
 
-from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
-from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
+from engine.data.pairs import Pair, Pairs, load_pairs
+from engine.data.partial_captions import with_partial_held_out
 from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
-from engine.metrics.colour import lab_palette
-from engine.metrics.evaluate import load_judge
+from engine.metrics.evaluate import load_independent_classifier
 from engine.metrics.generations import colour_names, score_generations
 from engine.metrics.parts import EvaluationRun
 from engine.pipeline.pipeline import Pipeline
@@ -37,12 +36,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("pairs", type=Path)
-    parser.add_argument("--judge", type=Path, required=True, help="model folder with a KoCLIP that does not rank")
+    parser.add_argument(
+        "--independent-classifier", type=Path, required=True, help="model folder with a KoCLIP that does not rank"
+    )
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 0.7, 0.85, 1.0])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--captions", type=int, default=40)
     parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--sheets", type=Path, help="folder for a picture of the top-ranked drawings of each setting")
+    parser.add_argument("--sheets", type=Path, help="folder for a sheet of the top-ranked images of each setting")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     arguments = parser.parse_args()
     try:
@@ -58,13 +59,13 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     device = pick_device("")
     fit_threads()
-    told = facts(device)  # before anything is computed: the load
+    machine = facts(device)  # before anything is computed: the load
     pairs = load_pairs(arguments.pairs)
-    names = colour_names(pairs, COLOUR_ATTRIBUTE, lab_palette(K_FASHION_COLOURS))
-    judge = load_judge(arguments.judge, arguments.model, pairs, COLOUR_ATTRIBUTE, device)
+    names = colour_names(pairs)
+    classifier = load_independent_classifier(arguments.independent_classifier, arguments.model, pairs, device)
     run = EvaluationRun(device, _SEED, batch_size=16, on_progress=lambda *_: None)
-    asked = _asked(pairs, arguments.captions, run.generator())
-    ways = {"whole": asked, "partial": with_partial_held_out(asked, _SEED)}
+    chosen_pairs = _training_captions(pairs, arguments.captions, run.generator())
+    ways = {"whole": chosen_pairs, "partial": with_partial_held_out(chosen_pairs, _SEED)}
     pipeline = Pipeline.from_pretrained(arguments.model, device=device, dtype=torch.float32)
     chosen = pipeline.default_sampling_params
     rows = []
@@ -74,7 +75,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for way, some in ways.items():
             sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
             found = score_generations(
-                run, pipeline, some, names, judge,
+                run, pipeline, some, names, classifier,
                 count=arguments.captions, candidates=arguments.candidates, sheet=sheet,
             )  # fmt: skip
             row[way] = _row(found)
@@ -82,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"temperature {temperature:g}, guidance {guidance:g}: {row['whole']} {row['partial']}", file=sys.stderr)
     return {
         "benchmark": "sampling_options",
-        **told,
+        **machine,
         "model": str(arguments.model),
         "chosen": chosen.generation_values(),
         "captions": arguments.captions,
@@ -92,21 +93,21 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _asked(pairs: Pairs, count: int, generator: torch.Generator) -> Pairs:
-    """Training pairs of `count` different captions in the held-out ones' place."""
-    different: dict[str, Pair] = {}
-    for index in torch.randperm(len(pairs.train), generator=generator).tolist():
+def _training_captions(pairs: Pairs, count: int, generator: torch.Generator) -> Pairs:
+    """Training pairs of `count` distinct captions in place of the held-out ones."""
+    distinct: dict[str, Pair] = {}
+    for index in torch.randperm(len(pairs.train), generator=generator, dtype=torch.int64, device="cpu").tolist():
         pair = pairs.train[index]
-        if len(different) < count:
-            different.setdefault(pair.captions[0], dataclasses.replace(pair, split="validation"))
-    return Pairs((*pairs.train, *different.values()))
+        if len(distinct) < count:
+            distinct.setdefault(pair.captions[0], dataclasses.replace(pair, split="validation"))
+    return Pairs((*pairs.train, *distinct.values()))
 
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     """Shares that do not depend on the ranking (`random`), and after it (`top`); None where nothing could be read."""
-    kinds, colours = found.get("kind_agreement", {}), found.get("colour_agreement", {})
+    classes, colours = found.get("class_agreement", {}), found.get("colour_agreement", {})
     return {
-        "kind_random": kinds.get("random"), "kind_top": kinds.get("top_ranked"),
+        "class_random": classes.get("random"), "class_top": classes.get("top_ranked"),
         "colour_random": colours.get("random"), "colour_top": colours.get("top_ranked"),
         "difference": found["difference"],
     }  # fmt: skip

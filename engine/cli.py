@@ -24,6 +24,7 @@ import typer
 from engine import __version__
 from engine.commands import data as data_commands
 from engine.commands import doctor as doctor_command
+from engine.commands import evaluate as evaluate_command
 from engine.commands import export as export_commands
 from engine.commands import train as train_commands
 from engine.commands.error_lines import run_app
@@ -34,6 +35,7 @@ from engine.sampling_params import FIELDS, SamplingParams
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
 app.command("train")(train_commands.train)
+app.command("evaluate")(evaluate_command.evaluate)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
 app.command("doctor")(doctor_command.doctor)
@@ -180,44 +182,6 @@ def continue_(
     print_continuations(model, beginning, params, count=count, device=device)
 
 
-@app.command("evaluate")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="model folder; every part that it has is measured")],
-    pairs: Annotated[Path, typer.Argument(help="prepared folder; its validation split is used")],
-    out: Annotated[Path, typer.Option(help="where the JSON goes; a sheet of drawings is put beside it")] = Path(
-        "evaluation.json"
-    ),
-    generations: Annotated[int, typer.Option(min=0, help="held-out captions to draw; 0: none")] = 40,
-    candidates: Annotated[int, typer.Option(min=1, max=1024, help="pictures drawn of each")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="same seed, same captions, same pictures")] = 7,
-    judge: Annotated[
-        Path | None, typer.Option(help="model folder with another KoCLIP, which says what garment a drawing shows")
-    ] = None,
-    partial_captions: Annotated[
-        bool, typer.Option("--partial-captions", help="draw captions that leave out sentences at random")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
-) -> None:
-    """Measures a model on held-out pairs: reconstruction error, losses, KoCLIP recall@1/5, its drawings' scores."""
-    from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
-    from engine.metrics.colour import lab_palette
-    from engine.metrics.evaluate import evaluate_to_file
-
-    evaluate_to_file(
-        model,
-        pairs,
-        out,
-        generations=generations,
-        candidates=candidates,
-        seed=seed,
-        device=device,
-        colour_attribute=COLOUR_ATTRIBUTE,
-        palette=lab_palette(K_FASHION_COLOURS),
-        judge=judge,
-        partial_captions=partial_captions,
-    )
-
-
 @app.command("demo")
 def demo(
     out: Annotated[Path, typer.Option(help="where the demo's runs go")] = Path("runs/demo"),
@@ -225,7 +189,7 @@ def demo(
         Path | None, typer.Option(help="folder with the demo's configs; default: those that come with the project")
     ] = None,
 ) -> None:
-    """The whole job, small: draws garments, trains the three models, draws held-out captions, writes report.json."""
+    """The whole job at a small size: a drawn data set, three trainings, generations for held-out captions, report.json."""
     from engine.commands.demo import run_demo, shipped_configs
 
     run_demo(out, configs or shipped_configs())

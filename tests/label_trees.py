@@ -1,4 +1,4 @@
-"""K-Fashion labels and photos, made up for the tests of checking and preparing folders."""
+"""K-Fashion labels and photos for the tests of checking and preparing folders."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.data.kfashion.labels import KINDS
+from engine.data.kfashion.labels import GARMENT_TYPES
 
 WIDTH, HEIGHT = 40, 60  # pixels
 TOP = {"카테고리": "티셔츠", "색상": "화이트"}
@@ -14,8 +14,8 @@ BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
 
 
 def label_tree(identifier: Any, *, boxes: dict[str, Any], **labelling: Any) -> dict[str, Any]:
-    """A label file's content; kinds that are in neither `boxes` nor `labelling` are absent as in K-Fashion: `[{}]`."""
-    absent = {kind: [{}] for kind in KINDS}
+    """A label file's content; garment types that are in neither `boxes` nor `labelling` are absent as in K-Fashion: `[{}]`."""
+    absent: dict[str, Any] = {garment_type: [{}] for garment_type in GARMENT_TYPES}
     return {
         "이미지 정보": {
             "이미지 식별자": identifier,

@@ -14,7 +14,7 @@ from typing import Any
 from engine.data.kfashion.captions import caption
 from engine.data.kfashion.labels import Garment, Label
 from engine.data.synthetic.drawing import COLOURS
-from engine.data.synthetic.garments import KINDS, all_choices
+from engine.data.synthetic.garments import CATEGORIES, all_choices
 from engine.sampling_params import SamplingParams
 from serve.messages import GenerationJob
 
@@ -50,9 +50,9 @@ def captions() -> list[str]:
     """All captions of the demo's garments, in the K-Fashion grammar: about 1,300."""
     told = {
         caption(Label("", "", None, None, (), (Garment(garment, 0, attributes),)))
-        for kind, colour in itertools.product(KINDS, COLOURS)
-        for third in kind.third
-        for garment, attributes in all_choices(kind, colour, third)
+        for drawn, colour in itertools.product(CATEGORIES, COLOURS)
+        for third in drawn.third
+        for garment, attributes in all_choices(drawn, colour, third)
     }
     return sorted(told)
 

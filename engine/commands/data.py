@@ -1,7 +1,7 @@
 """`kodalle data`: captions from labels, preparing and checking folders, the drawn demo set.
 
-Holds commands only; each one calls a function of engine/data and prints its report. What the user got wrong leaves as
-InputError, which `kodalle` turns into one line and exit code 2. `check` exits 1 when it finds errors.
+Holds commands only; each calls a function of engine/data and prints its report. A user's mistake raises InputError, which
+`kodalle` prints as one line, with exit code 2. `check` exits 1 when it finds errors.
 """
 
 import os
@@ -16,8 +16,8 @@ from rich.table import Table
 
 from engine.data.check import DEFECTS, CheckReport
 from engine.data.check import check as check_folder
-from engine.data.kfashion import captions as grammar
-from engine.data.kfashion.labels import read_label
+from engine.data.kfashion.captions import ListValues
+from engine.data.kfashion.label_format import OPTION_HELP, CaptionScope, KFashionLabels
 from engine.data.prepare import PrepareReport
 from engine.data.prepare import prepare as prepare_folder
 from engine.data.sources import PrepareOptions
@@ -38,20 +38,19 @@ Workers = Annotated[int | None, typer.Option(help="processes; default: one a CPU
 @app.command("captions")
 def captions(
     files: Labels,
-    style: Annotated[bool, typer.Option(help="tell 스타일 too")] = True,
-    subject_once: Annotated[bool, typer.Option(help="tell `상의에서` once")] = False,
-    per_garment: Annotated[bool, typer.Option(help="one line a garment instead of one a file")] = False,
-    list_values: Annotated[Literal["all", "first"], typer.Option(help="of 디테일, 소재, 프린트")] = "all",
+    style: Annotated[bool, typer.Option(help=OPTION_HELP["style"])] = True,
+    subject_once: Annotated[bool, typer.Option(help=OPTION_HELP["subject_once"])] = False,
+    per_garment: Annotated[bool, typer.Option(help=OPTION_HELP["per_garment"])] = False,
+    list_values: Annotated[ListValues, typer.Option(help=OPTION_HELP["list_values"])] = "all",
 ) -> None:
-    """Prints the caption of each label file, one a line (an empty line for a label that says nothing)."""
+    """Prints the caption of each label file, one a line (an empty line for a label without attributes)."""
+    labels = KFashionLabels(style=style, subject_once=subject_once, list_values=list_values)
     for file in files:
-        label = read_label(file)
-        parts = [[garment] for garment in label.garments] if per_garment else [None]
-        for part in parts:
-            line = grammar.caption(label, part, style=style, subject_once=subject_once, list_values=list_values)
+        lines = labels.captions(file, per_garment=per_garment)
+        for line in lines:
             typer.echo(line)
-        if not label.garments:
-            typer.echo(f"{file}: tells of no garment", err=True)
+        if not any(lines):
+            typer.echo(f"{file}: has no labelled object", err=True)
 
 
 @app.command("prepare")
@@ -63,25 +62,23 @@ def prepare(
     keep_aspect: Annotated[bool, typer.Option(help="pad crops to a square (published: stretch)")] = False,
     box_margin: Annotated[float, typer.Option(help="around boxes, as a share of their longer side")] = 0.0,
     box_origin: Annotated[
-        Literal["top_left", "center"], typer.Option(help="what X좌표, Y좌표 mean; K-Fashion: top_left")
+        Literal["top_left", "center"], typer.Option(help="the point that x and y of a box mean; K-Fashion: top_left")
     ] = "top_left",
     scale_boxes: Annotated[bool, typer.Option(help="photos were resized after labelling: scale the boxes")] = False,
-    caption_scope: Annotated[
-        Literal["garment", "photo"], typer.Option(help="tell of the cropped garment, or of all in the photo")
-    ] = "garment",
-    style: Annotated[bool, typer.Option(help="keep sentences on 스타일 (KoDALLE trains without)")] = False,
-    subject_once: Annotated[bool, typer.Option(help="tell `상의에서` once")] = False,
-    list_values: Annotated[Literal["all", "first"], typer.Option(help="of 디테일, 소재, 프린트")] = "all",
+    caption_scope: Annotated[CaptionScope, typer.Option(help=OPTION_HELP["caption_scope"])] = "garment",
+    style: Annotated[bool, typer.Option(help=OPTION_HELP["style"])] = False,
+    subject_once: Annotated[bool, typer.Option(help=OPTION_HELP["subject_once"])] = False,
+    list_values: Annotated[ListValues, typer.Option(help=OPTION_HELP["list_values"])] = "all",
     validation_fraction: Annotated[
         float, typer.Option(help="share of photos held out, unless SOURCE has train/ and validation/")
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="of that split")] = 42,
     max_bad: Annotated[float, typer.Option(help="stop when more than this share of the records is faulty")] = 0.05,
     strict: Annotated[bool, typer.Option("--strict", help="stop at the first faulty record")] = False,
-    form: Annotated[Literal["labels", "plain"] | None, typer.Option(help="of SOURCE; default: find out")] = None,
+    form: Annotated[Literal["labels", "plain"] | None, typer.Option(help="of SOURCE; default: detected")] = None,
     workers: Workers = None,
 ) -> None:
-    """Cuts and captions SOURCE into the folder DESTINATION that training reads."""
+    """Crops and captions SOURCE into DESTINATION, the folder that training reads."""
     options = PrepareOptions(
         image_size=image_size,
         image_format=image_format,
@@ -89,10 +86,7 @@ def prepare(
         box_margin=box_margin,
         box_origin=box_origin,
         scale_boxes=scale_boxes,
-        caption_scope=caption_scope,
-        style=style,
-        subject_once=subject_once,
-        list_values=list_values,
+        label_format=KFashionLabels(caption_scope, style, subject_once, list_values),
         validation_fraction=validation_fraction,
         seed=seed,
         max_bad=max_bad,
@@ -110,7 +104,7 @@ def check(
     names: Annotated[int, typer.Option(help="how many records to name for each defect", min=1)] = 20,
     workers: Workers = None,
 ) -> None:
-    """Names every defective record of SOURCE; exit code 1 when there are errors."""
+    """Lists every defective record of SOURCE; exit code 1 when there are errors."""
     report = check_folder(source, workers=workers or os.cpu_count() or 1, progress=True)
     if json is not None:
         write_json(json, report.to_json())
@@ -123,10 +117,10 @@ def check(
 def make_demo_set(
     destination: Destination,
     count: Annotated[int, typer.Option(help="photos to train on", min=1)] = 2000,
-    seed: Annotated[int, typer.Option(help="decides the pictures", min=0)] = 0,
-    image_size: Annotated[int, typer.Option(help="side of the square pictures, in pixels")] = 64,
+    seed: Annotated[int, typer.Option(help="of the images", min=0)] = 0,
+    image_size: Annotated[int, typer.Option(help="side of the square images, in pixels")] = 64,
 ) -> None:
-    """Draws the demo data set (garments with K-Fashion labels) into DESTINATION."""
+    """Draws the demo data set (images with K-Fashion labels) into DESTINATION."""
     report = make_demo(destination, count=count, seed=seed, image_size=image_size, progress=True)
     for name, value in asdict(report).items():
         typer.echo(f"{name.replace('_', ' ')}: {value}")
@@ -148,14 +142,14 @@ def _print_checked(report: CheckReport, names: int) -> None:
     if not report.findings:
         typer.echo(f"{read}: nothing found")
         return
-    table = Table("defect", "sort", "count", "what it is")
-    for kind, count in report.counts.items():
-        severity, told = DEFECTS[kind]
-        table.add_row(kind, severity, str(count), escape(told))
+    table = Table("defect", "severity", "count", "what it is")
+    for defect, count in report.counts.items():
+        severity, description = DEFECTS[defect]
+        table.add_row(defect, severity, str(count), escape(description))
     Console().print(table)
-    for kind, count in report.counts.items():
-        for finding in [finding for finding in report.findings if finding.kind == kind][:names]:
-            typer.echo(f"{kind}  {finding.record}  {finding.detail}")
+    for defect, count in report.counts.items():
+        for finding in [finding for finding in report.findings if finding.defect == defect][:names]:
+            typer.echo(f"{defect}  {finding.record}  {finding.detail}")
         if count > names:
-            typer.echo(f"{kind}  … and {count - names} more (--names {count}, or --json FILE)")
+            typer.echo(f"{defect}  … and {count - names} more (--names {count}, or --json FILE)")
     typer.echo(f"{read}: {len(report.errors)} errors, {len(report.warnings)} warnings")

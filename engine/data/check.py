@@ -1,11 +1,12 @@
-"""Finds what is wrong with a source folder before a run finds it hours in.
+"""`kodalle data check`: the defects of a source folder, named before a training run meets them.
 
-Owns the list of defects (DEFECTS). Each one is something that an ancestor's loader met silently: it read only text
-files whose name ends in a digit, let equal stems of two folders overwrite each other (a wrong caption on an image),
-dropped unmatched files, replaced a corrupt image by its neighbour. Every image is decoded to its last row, because a
-truncated one shows itself nowhere else.
+Owns the list of defects (DEFECTS). Each is one that an ancestor's loader passed over in silence: it read only text files
+whose name ends in a digit, let equal stems of two folders overwrite each other (a wrong caption on an image), dropped
+unmatched files, replaced a corrupt image by its neighbour. Every image is decoded to its last row, because nothing else
+shows a truncated one.
 
-Errors are what cannot be used as it stands (`kodalle data prepare` sets it aside); warnings can be used, but look odd.
+Errors are records that cannot be used as they are (`kodalle data prepare` sets them aside); warnings can be used, but look
+odd.
 """
 
 import hashlib
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.data.crops import ImageFault, open_image, pixel_box
-from engine.data.kfashion.labels import Label, LabelFault, LabelFolder, find_image, read_label, scan, unknown_values
+from engine.data.formats import default_label_format
+from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
+from engine.data.source_files import SourceFolder, scan
 from engine.data.sources import Form, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError
@@ -29,15 +32,15 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "empty_file": ("error", "label or image file of 0 bytes"),
     "unreadable_label": ("error", "label file that cannot be opened"),
     "broken_json": ("error", "label file that is not JSON"),
-    "wrong_structure": ("error", "JSON file that is no K-Fashion label"),
+    "wrong_structure": ("error", "JSON file that is not a label of this data set"),
     "wrong_encoding": ("error", "label or caption that is not UTF-8"),
     "replacement_characters": ("error", "label or caption with U+FFFD: characters were lost"),
     "label_without_photo": ("error", "no image for a label file"),
     "photo_without_label": ("error", "no label file for an image"),
-    "label_without_garment": ("error", "label that tells of no garment"),
+    "label_without_object": ("error", "label without any labelled object"),
     "duplicate_id": ("error", "photo id that another label file has too"),
     "equal_stems": ("error", "file name that occurs in two folders, or with two suffixes"),
-    "broken_box": ("error", "box with missing numbers, or what is no number"),
+    "broken_box": ("error", "box with a missing number, or with something else than a number"),
     "negative_box": ("error", "box with a negative width or height"),
     "zero_area_box": ("error", "box without area"),
     "box_outside_image": ("error", "box with at most one pixel inside the image"),
@@ -51,13 +54,13 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "caption_without_photo": ("error", "no image for a caption file"),
     "photo_without_caption": ("error", "no caption file for an image"),
     "broken_pairs": ("error", "pairs.jsonl that training would refuse"),
-    "same_name": ("warning", "caption files of one name in two folders: taken as one photo by the split"),
-    "garment_without_box": ("warning", "garment with labels, but without a box"),
-    "garment_without_label": ("warning", "garment with a box, but without labels"),
+    "same_name": ("warning", "caption files of one name in two folders: one photo for the split"),
+    "object_without_box": ("warning", "object with labels, but without a box"),
+    "object_without_label": ("warning", "object with a box, but without labels"),
     "box_over_edge": ("warning", "box that is cut by more than a pixel at the image's edge"),
     "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
     "unread_content": ("warning", "content of a label that was not understood"),
-    "id_differs": ("warning", "이미지 식별자 that is not the label file's name"),
+    "id_differs": ("warning", "photo id that is not the label file's name"),
     "duplicate_image": ("warning", "image with the same bytes as another"),
     "tiny_image": ("warning", f"image with a side of less than {SMALLEST_SIDE} pixels"),
     "decomposed_hangul": ("warning", "caption in decomposed Hangul (NFD), which tokenizers may not know"),
@@ -66,20 +69,20 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One defect of one record; `record` is the path under the source, with the garment where it is one's."""
+    """One defect of one record; `record` is the path under the source, with the object if it is an object's."""
 
     record: str
-    kind: str
+    defect: str
     detail: str
 
     @property
     def severity(self) -> Severity:
-        return DEFECTS[self.kind][0]
+        return DEFECTS[self.defect][0]
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All findings, sorted by kind (in the order of DEFECTS) and record."""
+    """All findings, sorted by defect (in the order of DEFECTS) and record."""
 
     form: Form
     labels: int
@@ -96,7 +99,7 @@ class CheckReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        return dict(Counter(finding.kind for finding in self.findings))
+        return dict(Counter(finding.defect for finding in self.findings))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -112,7 +115,7 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Inspected:
-    """What a worker found out about one image file."""
+    """A worker's result for one image file."""
 
     width: int = 0
     height: int = 0
@@ -128,20 +131,23 @@ class _Findings:
     source: Path
     found: list[Finding] = field(default_factory=list)
 
-    def add(self, path: Path, kind: str, detail: str, part: str = "") -> None:
+    def add(self, path: Path, defect: str, detail: str, part: str = "") -> None:
         record = path.relative_to(self.source).as_posix()
-        self.found.append(Finding(f"{record}: {part}" if part else record, kind, detail))
+        self.found.append(Finding(f"{record}: {part}" if part else record, defect, detail))
 
     def sorted(self) -> tuple[Finding, ...]:
-        rank = {kind: index for index, kind in enumerate(DEFECTS)}
-        return tuple(sorted(self.found, key=lambda finding: (rank[finding.kind], finding.record, finding.detail)))
+        rank = {defect: index for index, defect in enumerate(DEFECTS)}
+        return tuple(sorted(self.found, key=lambda finding: (rank[finding.defect], finding.record, finding.detail)))
 
 
-def check(source: Path, *, workers: int = 1, progress: bool = False) -> CheckReport:
-    """Looks at every label, caption and image under `source`; a prepared folder is checked as a plain one.
+def check(
+    source: Path, *, label_format: LabelFormat | None = None, workers: int = 1, progress: bool = False
+) -> CheckReport:
+    """Inspects every label, caption and image under `source`; a prepared folder is checked as a plain one.
 
     Args:
-        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive).
+        source: label files with photos, or name.jpg + name.txt (recursive).
+        label_format: reads the label files; None: the default of engine.data.formats.
         workers: processes that decode images.
         progress: show a progress bar on stderr.
 
@@ -161,12 +167,12 @@ def check(source: Path, *, workers: int = 1, progress: bool = False) -> CheckRep
         labels = len(folder.labels)
         images = [path for paths in folder.images.values() for path in paths]
         inspected = _inspect_all(images, findings, workers=workers, progress=progress)
-        _check_labels(folder, inspected, findings)
+        _check_labels(folder, label_format or default_label_format(), inspected, findings)
     else:
-        matched, left_out = find_plain(source)
+        matched, unmatched = find_plain(source)
         labels = len(matched)
         images = [image_path for _, image_path, _ in matched]
-        for name, cause, reason in left_out:
+        for name, cause, reason in unmatched:
             findings.add(source / name, cause, reason)
         _check_captions([text_path for _, _, text_path in matched], findings)
         _inspect_all(images, findings, workers=workers, progress=progress)
@@ -193,34 +199,36 @@ def _inspect(path: Path) -> _Inspected:
     try:
         image = open_image(path)
     except ImageFault as fault:
-        return _Inspected(fault=fault.kind, detail=fault.remedy)
+        return _Inspected(fault=fault.defect, detail=fault.remedy)
     return _Inspected(image.width, image.height, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------------- labels
 
 
-def _check_labels(folder: LabelFolder, inspected: dict[Path, _Inspected], findings: _Findings) -> None:
+def _check_labels(
+    folder: SourceFolder, label_format: LabelFormat, inspected: dict[Path, _Inspected], findings: _Findings
+) -> None:
     claimed: set[Path] = set()
     photos: dict[str, Path] = {}
     _check_stems(folder.labels, "equal_stems", findings)
     for path in folder.labels:
         twin = folder.images.get(path.stem, ())
         try:
-            label = read_label(path)
+            label = label_format.read(path)
         except LabelFault as fault:
             claimed.update(twin)
-            findings.add(path, fault.kind, fault.remedy)
+            findings.add(path, fault.defect, fault.remedy)
             continue
-        image_path = find_image(folder, path, label)
+        image_path = folder.find_image(path, *label.image_names)
         claimed.update(twin if image_path is None else (image_path,))
         if image_path is None:
-            findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or alike")
+            findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or similar")
         first = photos.setdefault(label.photo, path)
         if first != path:
             findings.add(path, "duplicate_id", f"{label.photo} is {first.relative_to(folder.root).as_posix()} too")
         if label.photo != path.stem:
-            findings.add(path, "id_differs", f"이미지 식별자 is {label.photo}")
+            findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
         _check_boxes(path, label, inspected.get(image_path) if image_path else None, findings)
     for image_path in inspected:
@@ -228,46 +236,46 @@ def _check_labels(folder: LabelFolder, inspected: dict[Path, _Inspected], findin
             findings.add(image_path, "photo_without_label", "no label file names it")
 
 
-def _check_content(path: Path, label: Label, findings: _Findings) -> None:
-    for line in unknown_values(label):
+def _check_content(path: Path, label: PhotoLabel, findings: _Findings) -> None:
+    for line in label.unknown_values:
         findings.add(path, "unknown_value", line)
     for note in label.notes:
         findings.add(path, "unread_content", note)
-    if not label.garments:
-        findings.add(path, "label_without_garment", "no garment has a label or a box")
-    for garment in label.garments:
-        if garment.box_fault:
-            findings.add(path, "broken_box", garment.box_fault, garment.name)
-        elif garment.box is None:
-            findings.add(path, "garment_without_box", "has labels, but no box to crop", garment.name)
-        if not garment.attributes:
-            findings.add(path, "garment_without_label", "has a box, but nothing to say in a caption", garment.name)
+    if not label.objects:
+        findings.add(path, "label_without_object", "no object has a label or a box")
+    for item in label.objects:
+        if item.box_fault:
+            findings.add(path, "broken_box", item.box_fault, item.name)
+        elif item.box is None:
+            findings.add(path, "object_without_box", "has labels, but no box to crop", item.name)
+        if not item.attributes:
+            findings.add(path, "object_without_label", "has a box, but no labels for a caption", item.name)
 
 
-def _check_boxes(path: Path, label: Label, image: _Inspected | None, findings: _Findings) -> None:
+def _check_boxes(path: Path, label: PhotoLabel, image: _Inspected | None, findings: _Findings) -> None:
     width, height = label.width, label.height
     if image is not None and not image.fault:
         labelled = (width or image.width, height or image.height)
         if labelled != (image.width, image.height):
-            told = f"label says {labelled[0]} x {labelled[1]}, the image is {image.width} x {image.height}"
-            findings.add(path, "size_mismatch", told)
+            sizes = f"label says {labelled[0]} x {labelled[1]}, the image is {image.width} x {image.height}"
+            findings.add(path, "size_mismatch", sizes)
         else:
             width, height = labelled
-    for garment in label.garments:
-        box = garment.box
+    for item in label.objects:
+        box = item.box
         if box is None:
             continue
-        told = f"x {box.x:g}, y {box.y:g}, 가로 {box.width:g}, 세로 {box.height:g}"
+        numbers = f"x {box.x:g}, y {box.y:g}, width {box.width:g}, height {box.height:g}"
         if box.width < 0 or box.height < 0:
-            findings.add(path, "negative_box", told, garment.name)
+            findings.add(path, "negative_box", numbers, item.name)
         elif box.width * box.height <= 1:
-            findings.add(path, "zero_area_box", told, garment.name)
+            findings.add(path, "zero_area_box", numbers, item.name)
         elif width is not None and height is not None:
-            inside = f"{told} in an image of {width} x {height}"
+            place = f"{numbers} in an image of {width} x {height}"
             if pixel_box(box, width, height)[0] is None:
-                findings.add(path, "box_outside_image", inside, garment.name)
+                findings.add(path, "box_outside_image", place, item.name)
             elif min(box.x, box.y, width - box.x - box.width, height - box.y - box.height) < -1:
-                findings.add(path, "box_over_edge", inside, garment.name)
+                findings.add(path, "box_over_edge", place, item.name)
 
 
 # ----------------------------------------------------------------------------------------------------- captions
@@ -279,15 +287,15 @@ def _check_captions(paths: list[Path], findings: _Findings) -> None:
         try:
             captions = read_captions(path)
         except CaptionFault as fault:
-            findings.add(path, fault.kind, fault.remedy)
+            findings.add(path, fault.defect, fault.remedy)
             continue
         if any(not unicodedata.is_normalized("NFC", caption) for caption in captions):
             findings.add(path, "decomposed_hangul", "write it in composed form (NFC)")
 
 
-def _check_stems(paths: Iterable[Path], kind: str, findings: _Findings) -> None:
+def _check_stems(paths: Iterable[Path], defect: str, findings: _Findings) -> None:
     stems: dict[str, Path] = {}
     for path in paths:
         first = stems.setdefault(path.stem, path)
         if first != path:
-            findings.add(path, kind, f"same name as {first.relative_to(findings.source).as_posix()}")
+            findings.add(path, defect, f"same name as {first.relative_to(findings.source).as_posix()}")

@@ -1,12 +1,12 @@
-"""Opens training images safely and cuts garments out of them.
+"""Safe reading of training images, and square crops of the objects in them.
 
 Owns the one guarded way to read an image file, and the arithmetic from a label's box to an image of size x size.
 Pillow by itself only warns about a decompression bomb above 89 million pixels and raises above twice that; one such
-file is 0.5 GB of RGB in every worker. Here the header is judged before a pixel is decoded: above `MAX_PIXELS` is a
-fault. A truncated JPEG is a fault too, not an image with a grey lower half.
+file is 0.5 GB of RGB in every worker. Here the size in the header is checked before a pixel is decoded: above
+`MAX_PIXELS` is a fault. A truncated JPEG is a fault too, not an image with a grey lower half.
 
-Boxes follow K-Fashion: X좌표/Y좌표 is the top-left corner in pixels of the stored image. Some secondary material calls
-it the centre; that reading is there as an explicit option only.
+x, y of a box is its top-left corner in pixels of the stored image. Some secondary material on K-Fashion calls it the
+centre, so that reading is an explicit option.
 """
 
 import math
@@ -18,14 +18,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from engine.data.kfashion.labels import Box
+from engine.data.label_format import Box
 from engine.errors import InputError
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 Origin = Literal["top_left", "center"]
-ImageFaultKind = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
+ImageDefect = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
 
 # What Pillow's decoders raise on damaged bytes (tests feed them mutated files).
 DECODE_ERRORS = (
@@ -43,15 +43,15 @@ DECODE_ERRORS = (
 
 
 class ImageFault(InputError):
-    """An image file that cannot be used; `kind` is one word for reports, `remedy` says what is wrong with it."""
+    """An image file that cannot be used; `defect` is one word for reports, `remedy` says what is wrong with it."""
 
-    def __init__(self, kind: ImageFaultKind, path: Path, remedy: str) -> None:
-        self.kind: ImageFaultKind = kind
+    def __init__(self, defect: ImageDefect, path: Path, remedy: str) -> None:
+        self.defect: ImageDefect = defect
         self.path = path
         super().__init__("image", path, remedy)
 
-    def __reduce__(self) -> tuple[type["ImageFault"], tuple[ImageFaultKind, Path, str]]:
-        return ImageFault, (self.kind, self.path, self.remedy)  # crosses process borders in prepare's workers
+    def __reduce__(self) -> tuple[type["ImageFault"], tuple[ImageDefect, Path, str]]:
+        return ImageFault, (self.defect, self.path, self.remedy)  # pickled between prepare's worker processes
 
 
 class PixelBox(NamedTuple):
@@ -68,7 +68,7 @@ class PixelBox(NamedTuple):
 
 
 def open_image(path: Path) -> Image.Image:
-    """Reads an image file completely: RGB, upright (EXIF orientation applied), transparency laid on white.
+    """Reads an image file completely: RGB, upright (EXIF orientation applied), transparency on white.
 
     Raises:
         ImageFault: missing or empty file, not JPEG/PNG/WEBP, truncated or damaged, or above MAX_PIXELS pixels.
@@ -82,8 +82,8 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                told = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
-                raise ImageFault("oversize_image", path, told)
+                reason = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
+                raise ImageFault("oversize_image", path, reason)
             image.load()
             return upright_rgb(image)
     except ImageFault:
@@ -98,7 +98,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: EXIF orientation applied, 16-bit grey scaled, transparency laid on white."""
+    """Any mode to RGB: EXIF orientation applied, 16-bit grey scaled, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
@@ -107,7 +107,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # dropping alpha instead would show what was hidden under it, black as a rule
+        # dropping alpha instead would show what was hidden under it, usually black
         layered = image.convert("RGBA")
         ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layered).convert("RGB")
@@ -123,25 +123,25 @@ def pixel_box(
         box: as labelled, in pixels.
         image_width: pixels.
         image_height: pixels.
-        origin: what x, y of the box mean; K-Fashion's are the top-left corner.
+        origin: the point that x, y of the box mean.
         margin: added on each side, as a share of the box's longer side, before clamping.
 
     Returns:
         The box and "", or None and the reason why it cannot be used. A box with an area of at most one pixel after
-        clamping is dropped (K-Fashion has such boxes); a margin does not bring it back.
+        clamping is dropped (real labels have such boxes), whatever the margin.
     """
     if not all(math.isfinite(number) for number in box):
-        return None, f"box {_told(box)} has a number that is not finite"
+        return None, f"box {_shown(box)} has a number that is not finite"
     if box.width < 0 or box.height < 0:
-        return None, f"box {_told(box)} has a negative size"
+        return None, f"box {_shown(box)} has a negative size"
     left, top = box.x, box.y
     if origin == "center":
         left, top = box.x - box.width / 2, box.y - box.height / 2
     bare = _clamped(left, top, left + box.width, top + box.height, image_width, image_height)
     if bare.area <= 1:
         if box.width * box.height <= 1:
-            return None, f"box {_told(box)} has no area"
-        return None, f"box {_told(box)} covers no more than a pixel of the image of {image_width} x {image_height}"
+            return None, f"box {_shown(box)} has no area"
+        return None, f"box {_shown(box)} covers no more than a pixel of the image of {image_width} x {image_height}"
     extra = margin * max(box.width, box.height)
     right, bottom = left + box.width + extra, top + box.height + extra
     return _clamped(left - extra, top - extra, right, bottom, image_width, image_height), ""
@@ -164,7 +164,7 @@ def crop_and_resize(image: Image.Image, box: PixelBox | None, size: int, *, keep
     return crop.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _told(box: Box) -> str:
+def _shown(box: Box) -> str:
     return f"(x {box.x:g}, y {box.y:g}, width {box.width:g}, height {box.height:g})"
 
 

@@ -5,17 +5,16 @@ image. Two forms on disk give the same `Pairs`: a prepared folder (`pairs.jsonl`
 which carries its own split) and a plain folder of name.jpg + name.txt (split here, by a hash of the stem).
 
 Order is sorted by key and the split is a pure function of (seed, photo), so two processes, or two machines, agree
-without talking. The ancestors ordered pairs by `list(set(...))`, which differs between processes, and let equal stems
+without communicating. The ancestors ordered pairs by `list(set(...))`, which differs between processes, and let equal stems
 of two folders overwrite each other; here a key is the path under the folder.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
@@ -24,32 +23,32 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.crops import crop_and_resize, open_image
-from engine.data.kfashion.captions import leave_out, parse
-from engine.data.kfashion.labels import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
+from engine.data.formats import grammar_of
+from engine.data.label_format import Attributes
+from engine.data.source_files import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
 from engine.errors import InputError
 
 FORMAT_VERSION = 1
 MAX_SET_ASIDE = 0.05  # share of a plain folder's records that may be unusable before training refuses to start
 
 Split = Literal["train", "validation"]
-CaptionFaultKind = Literal["unreadable_caption", "wrong_encoding", "empty_caption", "replacement_characters"]
-Attributes = Mapping[str, str | list[str]]
+CaptionDefect = Literal["unreadable_caption", "wrong_encoding", "empty_caption", "replacement_characters"]
 
 _log = logging.getLogger(__name__)
 
 
 class CaptionFault(InputError):
-    """A caption file that cannot be used; `kind` is one word for reports, `remedy` says what is wrong with it."""
+    """A caption file that cannot be used; `defect` is one word for reports, `remedy` says what is wrong with it."""
 
-    def __init__(self, kind: CaptionFaultKind, path: Path, remedy: str) -> None:
-        self.kind: CaptionFaultKind = kind
+    def __init__(self, defect: CaptionDefect, path: Path, remedy: str) -> None:
+        self.defect: CaptionDefect = defect
         self.path = path
         super().__init__("caption", path, remedy)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its caption(s). `photo` is what must stay on one side of the split (several crops share it)."""
+    """One image with its caption(s). Crops of one `photo` stay on one side of the split."""
 
     key: str
     image_path: Path
@@ -61,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a folder, sorted by key, and what was left out of it as (name, reason)."""
+    """All pairs of a folder, sorted by key, and its unusable records as (name, reason)."""
 
     all: tuple[Pair, ...]
     set_aside: tuple[tuple[str, str], ...] = ()
@@ -79,19 +78,22 @@ class Pairs:
 
 
 def known_attributes(pairs: Sequence[Pair]) -> dict[str, dict[str, list[str]]]:
-    """What their captions tell of: garment to attribute to values, the commonest first; {} for captions without labels."""
+    """What the captions state: subject to attribute to values, the commonest first; {} without a caption grammar."""
+    grammar = grammar_of(pair.captions[0] for pair in pairs)
+    if grammar is None:
+        return {}
     counts: dict[str, dict[str, Counter[str]]] = {}
     for pair in pairs:
-        garment = pair.attributes.get("garment")
-        if not isinstance(garment, str):
+        subject = pair.attributes.get(grammar.subject_attribute)
+        if not isinstance(subject, str):
             continue
         for name, value in pair.attributes.items():
-            if name != "garment":
+            if name != grammar.subject_attribute:
                 values = [value] if isinstance(value, str) else value
-                counts.setdefault(garment, {}).setdefault(name, Counter()).update(values)
+                counts.setdefault(subject, {}).setdefault(name, Counter()).update(values)
     return {
-        garment: {name: sorted(found, key=lambda value: (-found[value], value)) for name, found in sorted(own.items())}
-        for garment, own in sorted(counts.items())
+        subject: {name: sorted(found, key=lambda value: (-found[value], value)) for name, found in sorted(own.items())}
+        for subject, own in sorted(counts.items())
     }
 
 
@@ -131,33 +133,13 @@ def load_image(pair: Pair, image_size: int) -> npt.NDArray[np.uint8]:
     return np.array(image, dtype=np.uint8)  # a copy: the caller may write to it
 
 
-def with_partial_captions(pairs: Pairs, count: int, seed: int) -> Pairs:
-    """The pairs with `count` more versions of each training caption, which leave sentences out (`captions.leave_out`).
-
-    Held-out captions stay. What is left out is a function of (seed, place in the split).
-    """
-    if count == 0:
-        return pairs
-
-    def change(pair: Pair, generator: np.random.Generator) -> Pair:
-        partial = (leave_out(caption, generator) for caption in pair.captions for _ in range(count))
-        return replace(pair, captions=(*pair.captions, *partial))
-
-    return _changed(pairs, "train", change, seed)
-
-
-def with_partial_held_out(pairs: Pairs, seed: int) -> Pairs:
-    """The pairs with sentences left out of each held-out caption; attributes are those that it still tells of."""
-    return _changed(pairs, "validation", _told_in_part, seed)
-
-
 def balance_weights(pairs: Sequence[Pair], attribute: str, *, inverse: Literal["sqrt", "full"] = "sqrt") -> list[float]:
-    """Resampling weights that draw rare values of an attribute more often; their mean is 1.
+    """Resampling weights that favour rare values of an attribute; their mean is 1.
 
     Args:
         pairs: at least one.
-        attribute: e.g. `카테고리` or `garment`; a pair without it counts as a class of its own.
-        inverse: `sqrt` weighs a pair 1 / sqrt(n) for a value seen n times (a class is drawn in proportion to
+        attribute: name of an attribute; pairs without it are one more class.
+        inverse: `sqrt` weighs a pair 1 / sqrt(n) for a value seen n times (a class is sampled in proportion to
             sqrt(n)); `full` weighs it 1 / n (all classes equally often).
 
     Raises:
@@ -175,7 +157,7 @@ def balance_weights(pairs: Sequence[Pair], attribute: str, *, inverse: Literal["
 
 
 def split_of(photo: str, validation_fraction: float, seed: int) -> Split:
-    """Which side a photo is on: a pure function, uniform over photos (first 8 bytes of SHA-256)."""
+    """The side of a photo: a pure function, uniform over photos (first 8 bytes of SHA-256)."""
     digest = hashlib.sha256(f"{seed}:{photo}".encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
 
@@ -211,15 +193,15 @@ def read_captions(path: Path) -> tuple[str, ...]:
 
 
 def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[str, str, str]]]:
-    """Pairs up the images and .txt files under a plain folder.
+    """The images of a plain folder with their caption files.
 
     Returns:
         matched: (key, image, caption file), sorted by key; the key is the path under `folder` without its suffix.
-        left_out: (path under `folder`, one-word cause, reason) for every image or text that has no partner.
+        unmatched: (path under `folder`, one-word cause, reason) for every image or caption file without the other.
     """
     images: dict[str, Path] = {}
     texts: dict[str, Path] = {}
-    left_out: list[tuple[str, str, str]] = []
+    unmatched: list[tuple[str, str, str]] = []
     for path in files_under(folder):
         relative = path.relative_to(folder)
         suffix = path.suffix.lower()
@@ -228,36 +210,17 @@ def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[s
         if known is None:
             continue
         if key in known:
-            left_out.append((relative.as_posix(), "equal_stems", f"has the same name as {known[key].name}"))
+            unmatched.append((relative.as_posix(), "equal_stems", f"has the same name as {known[key].name}"))
         else:
             known[key] = path
     for key, path in images.items():
         if key not in texts:
-            left_out.append((path.relative_to(folder).as_posix(), "photo_without_caption", f"there is no {key}.txt"))
+            unmatched.append((path.relative_to(folder).as_posix(), "photo_without_caption", f"there is no {key}.txt"))
     for key, path in texts.items():
         if key not in images:
-            left_out.append((path.relative_to(folder).as_posix(), "caption_without_photo", f"no image named {key}"))
+            unmatched.append((path.relative_to(folder).as_posix(), "caption_without_photo", f"no image named {key}"))
     matched = [(key, images[key], texts[key]) for key in sorted(images.keys() & texts.keys())]
-    return matched, sorted(left_out)
-
-
-def _changed(pairs: Pairs, split: Split, change: Callable[[Pair, np.random.Generator], Pair], seed: int) -> Pairs:
-    """The pairs with those of one side changed, each by a generator of (seed, place in the split)."""
-    place = itertools.count()
-    return replace(
-        pairs,
-        all=tuple(
-            change(pair, np.random.default_rng([seed, next(place)])) if pair.split == split else pair
-            for pair in pairs.all
-        ),
-    )
-
-
-def _told_in_part(pair: Pair, generator: np.random.Generator) -> Pair:
-    caption = leave_out(pair.captions[0], generator)
-    told = {"garment", *(attribute for _, attribute, _ in parse(caption))}
-    attributes = {name: value for name, value in pair.attributes.items() if name in told}
-    return replace(pair, captions=(caption,), attributes=attributes)
+    return matched, sorted(unmatched)
 
 
 def _value_of(pair: Pair, attribute: str) -> str:
@@ -266,8 +229,8 @@ def _value_of(pair: Pair, attribute: str) -> str:
 
 
 def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
-    matched, left_out = find_plain(folder)
-    set_aside = [(name, reason) for name, _, reason in left_out]
+    matched, unmatched = find_plain(folder)
+    set_aside = [(name, reason) for name, _, reason in unmatched]
     pairs = []
     sides = source_sides(folder)
     for key, image_path, text_path in matched:
@@ -284,10 +247,10 @@ def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
         pairs.append(Pair(key, image_path, captions, photo, split))
     if pairs and set_aside:
         name, reason = set_aside[0]
-        told = f"{len(set_aside)} of {len(pairs) + len(set_aside)} records set aside, the first: {name}: {reason}"
+        summary = f"{len(set_aside)} of {len(pairs) + len(set_aside)} records set aside, the first: {name}: {reason}"
         if len(set_aside) > MAX_SET_ASIDE * (len(pairs) + len(set_aside)):
-            raise InputError("pairs", folder, f"{told}; run `kodalle data check` on it and mend or remove them")
-        _log.warning("%s: %s", folder, told)
+            raise InputError("pairs", folder, f"{summary}; run `kodalle data check` on it and repair or remove them")
+        _log.warning("%s: %s", folder, summary)
     return Pairs(tuple(pairs), tuple(set_aside))
 
 
@@ -304,9 +267,7 @@ def _load_prepared(folder: Path) -> Pairs:
             continue
         pair = _read_line(line, folder, f"{file}:{number}")
         if pair.key in pairs:
-            raise InputError(
-                "pairs", f"{file}:{number}", f"key {pair.key} stands there twice: prepare the folder again"
-            )
+            raise InputError("pairs", f"{file}:{number}", f"key {pair.key} occurs twice: prepare the folder again")
         # one listing a folder instead of one stat() an image: a million round trips on network storage
         parent = pair.image_path.parent
         if parent not in listings:

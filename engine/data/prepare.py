@@ -1,16 +1,16 @@
-"""Turns a labelled or captioned folder into the prepared folder that training reads.
+"""`kodalle data prepare`: a labelled or captioned folder becomes the prepared folder that training reads.
 
 Owns the prepared folder's form (version FORMAT_VERSION):
 
-    DST/images/<key>.png    one square crop a garment (or the whole image, for plain sources)
+    DST/images/<key>.png    one square crop an object (or the whole image, for plain sources)
     DST/images/<key>.txt    its caption(s), so that DST/images is also a plain folder
     DST/pairs.jsonl         one line a pair: key, image, caption, photo, split, attributes (captions, if several)
     DST/report.json         records = used + set aside by cause, each one named; the options; the format version
 
-Every record of the source is either used or named in the report with its cause. Two sorts of cause: what is normal in
-K-Fashion (a garment without box or without label: NORMAL), and faults. Faults are set aside and counted too, but more
-than `max_bad` of them stops the run, and nothing is written. The bytes written depend on the source and the options
-only, not on the number of workers.
+Every record of the source is either used or named in the report with its cause. Causes are of two kinds: what is normal
+in incomplete labels (an object without box or without label: NORMAL), and faults. Faults are set aside and counted too,
+but more than `max_bad` of them stops the run, and nothing is written. The bytes written depend on the source and the
+options only, not on the number of workers.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from typing import Any
 from PIL import Image
 
 from engine.data.crops import ImageFault, crop_and_resize, open_image, pixel_box
-from engine.data.kfashion.labels import Box
+from engine.data.label_format import Box
 from engine.data.pairs import FORMAT_VERSION
-from engine.data.sources import Crop, Form, Job, Plan, PrepareOptions, Skipped, plan_source
+from engine.data.sources import Crop, Form, Job, PrepareOptions, Skipped, SourceListing, list_source
 from engine.data.workers import ordered_map
 from engine.errors import InputError
 from engine.files import atomic_folder, write_json
@@ -35,7 +35,7 @@ from engine.files import atomic_folder, write_json
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What came of a run: records = used + len(skipped) and used = train + validation."""
+    """Counts of a run: records = used + len(skipped) and used = train + validation."""
 
     form: Form
     split: str
@@ -71,7 +71,7 @@ class PrepareReport:
             "bad": self.bad,
             "skipped": [asdict(item) for item in self.skipped],
             "notes": self.notes,
-            "options": asdict(self.options),
+            "options": self.options.to_json(),
         }
 
 
@@ -87,9 +87,9 @@ def prepare(
     """Prepares `source` for training.
 
     Args:
-        source: K-Fashion labels with photos, or name.jpg + name.txt (recursive); see `options.form`.
+        source: label files with photos, or name.jpg + name.txt (recursive); see `options.form`.
         destination: a folder that is new or empty; it appears only once complete.
-        options: what decides the content; None means PrepareOptions' defaults.
+        options: decide the content; None: PrepareOptions' defaults.
         strict: the first faulty record is an InputError.
         workers: processes.
         progress: show a progress bar on stderr.
@@ -100,18 +100,18 @@ def prepare(
     options = options or PrepareOptions()
     _check_places(source, destination)
     with atomic_folder(destination) as folder:
-        plan = plan_source(source, options, strict=strict)
-        records = plan.records
-        _refuse_bad(source, plan, records, options.max_bad)
-        counts = _write_pairs(folder, plan, options, source, workers=workers, progress=progress)
+        listing = list_source(source, options, strict=strict)
+        records = listing.records
+        _refuse_bad(source, listing, records, options.max_bad)
+        counts = _write_pairs(folder, listing, options, source, workers=workers, progress=progress)
         report = PrepareReport(
-            form=plan.form,
-            split="source folders" if plan.has_sides else "hash of photo",
+            form=listing.form,
+            split="source folders" if listing.has_sides else "hash of photo",
             records=records,
             train=counts["train"],
             validation=counts["validation"],
-            skipped=tuple(sorted(plan.skipped, key=lambda item: (item.record, item.cause))),
-            notes=dict(sorted(plan.notes.items())),
+            skipped=tuple(sorted(listing.skipped, key=lambda item: (item.record, item.cause))),
+            notes=dict(sorted(listing.notes.items())),
             options=options,
         )
         _refuse_empty(source, report)
@@ -127,25 +127,25 @@ def _check_places(source: Path, destination: Path) -> None:
 
 
 def _write_pairs(
-    folder: Path, plan: Plan, options: PrepareOptions, source: Path, *, workers: int, progress: bool
+    folder: Path, listing: SourceListing, options: PrepareOptions, source: Path, *, workers: int, progress: bool
 ) -> Counter[str]:
     """Writes images, captions and pairs.jsonl; returns the number of pairs of each split."""
     counts: Counter[str] = Counter()
-    records = plan.records
+    records = listing.records
     cut = functools.partial(_cut_job, images=folder / "images", options=options)
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as lines:
         # closed at once when a fault ends the run: no worker may write into a folder that is being removed
-        results = ordered_map(cut, plan.jobs, workers=workers, title="prepare", progress=progress)
+        results = ordered_map(cut, listing.jobs, workers=workers, title="prepare", progress=progress)
         with contextlib.closing(results):
             for job, faults in results:
                 for crop, fault in zip(job.crops, faults, strict=True):
                     if fault is not None:
-                        plan.skip(*fault)
+                        listing.skip(*fault)
                         continue
                     counts[crop.split] += 1
                     lines.write(json.dumps(_line(crop, options), ensure_ascii=False) + "\n")
                 if any(faults):
-                    _refuse_bad(source, plan, records, options.max_bad)  # at once, not after hours
+                    _refuse_bad(source, listing, records, options.max_bad)  # at once, not at the end
     return counts
 
 
@@ -166,7 +166,7 @@ def _cut_job(job: Job, images: Path, options: PrepareOptions) -> list[tuple[str,
     try:
         photo = open_image(job.image_path)
     except ImageFault as fault:
-        return [(crop.record, fault.kind, f"{job.image_path.name} {fault.remedy}") for crop in job.crops]
+        return [(crop.record, fault.defect, f"{job.image_path.name} {fault.remedy}") for crop in job.crops]
     return list(_cut(job, photo, images, options))
 
 
@@ -177,8 +177,8 @@ def _cut(job: Job, photo: Image.Image, images: Path, options: PrepareOptions) ->
         box = None
         if crop.box is not None:
             if (scale_x, scale_y) != (1.0, 1.0) and not options.scale_boxes:
-                told = f"label says {width} x {height}, {job.image_path.name} is {photo.width} x {photo.height}"
-                yield crop.record, "size_mismatch", f"{told} (photos resized after labelling: scale_boxes)"
+                sizes = f"label says {width} x {height}, {job.image_path.name} is {photo.width} x {photo.height}"
+                yield crop.record, "size_mismatch", f"{sizes} (photos resized after labelling: scale_boxes)"
                 continue
             x, y, box_width, box_height = crop.box
             scaled = Box(x * scale_x, y * scale_y, box_width * scale_x, box_height * scale_y)
@@ -201,13 +201,13 @@ def _cut(job: Job, photo: Image.Image, images: Path, options: PrepareOptions) ->
         yield None
 
 
-def _refuse_bad(source: Path, plan: Plan, records: int, max_bad: float) -> None:
-    bad = [item for item in plan.skipped if item.is_bad]
+def _refuse_bad(source: Path, listing: SourceListing, records: int, max_bad: float) -> None:
+    bad = [item for item in listing.skipped if item.is_bad]
     if len(bad) > max_bad * records:
         causes = ", ".join(f"{cause} {n}" for cause, n in Counter(item.cause for item in bad).most_common())
-        told = f"{len(bad)} of {records} records are bad ({causes}), the first: {bad[0].record}: {bad[0].reason}"
-        remedy = f"more than max_bad {max_bad:g}: run `kodalle data check` on it, mend them, or allow more"
-        raise InputError("source", source, f"{told}; {remedy}")
+        summary = f"{len(bad)} of {records} records are bad ({causes}), the first: {bad[0].record}: {bad[0].reason}"
+        remedy = f"more than max_bad {max_bad:g}: run `kodalle data check` on it, repair them, or allow more"
+        raise InputError("source", source, f"{summary}; {remedy}")
 
 
 def _refuse_empty(source: Path, report: PrepareReport) -> None:
@@ -215,4 +215,4 @@ def _refuse_empty(source: Path, report: PrepareReport) -> None:
         causes = ", ".join(f"{cause} {count}" for cause, count in report.causes.items()) or "it is empty"
         raise InputError("source", source, f"holds nothing to train on ({causes})")
     if not report.train:
-        raise InputError("source", source, "all pairs are for validation: lower validation_fraction, or add pictures")
+        raise InputError("source", source, "all pairs are for validation: lower validation_fraction, or add images")

@@ -1,58 +1,45 @@
-"""What a source folder holds: the work of `prepare` as a list, and what is out of it already, each with its cause.
+"""What a source folder holds: the crops that `prepare` will make, and the records set aside already, each with its cause.
 
-Two forms of source: K-Fashion labels with photos, and plain name.jpg + name.txt. One `Crop` is one pair to be, one
-`Job` one image file with all its crops, so that no photo is decoded twice. Nothing is written here and no image opened.
+Two forms of source: label files with photos (a `LabelFormat` reads them), and plain name.jpg + name.txt. One `Crop` is
+one future pair, one `Job` one image file with all its crops, so that no photo is decoded twice. Nothing is written here
+and no image is opened.
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from engine.data.crops import Origin
-from engine.data.kfashion.captions import ListValues, caption, ordered
-from engine.data.kfashion.labels import (
-    KIND_NAMES,
-    Attributes,
-    Box,
-    Garment,
-    Label,
-    LabelFault,
-    LabelFolder,
-    find_image,
-    read_label,
-    scan,
-    unknown_values,
-)
+from engine.data.formats import default_label_format
+from engine.data.label_format import Attributes, Box, LabelFault, LabelFormat, PhotoLabel
 from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, source_sides, split_of
+from engine.data.source_files import SourceFolder, scan
 from engine.errors import InputError
 
 Form = Literal["labels", "plain"]
-# What K-Fashion's incomplete labels bring along by nature: counted and named, but no fault.
-NORMAL = ("garment_without_box", "garment_without_label", "label_without_garment")
+# Incomplete labels are normal in large data sets: counted and named, but no fault.
+NORMAL = ("object_without_box", "object_without_label", "label_without_object")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What decides the prepared folder's content.
+    """The options that decide a prepared folder's content.
 
     Args:
         image_size: side of the square images written, in pixels.
         image_format: png, or jpg (quality 95: about a quarter of the bytes).
         keep_aspect: pad crops to a square instead of stretching them (published: stretch).
         box_margin: added on each side of a box, as a share of its longer side.
-        box_origin: what X좌표, Y좌표 mean.
+        box_origin: the point that x and y of a box mean.
         scale_boxes: photos were resized after labelling: scale boxes from the label's size to the photo's.
             Without it such photos are set aside as `size_mismatch`.
-        caption_scope: `garment` tells of the cropped garment alone, `photo` of all in the photo.
-        style: keep sentences on 스타일 (KoDALLE trains without). Captions of plain sources stay as they are.
-        subject_once: tell `상의에서` once.
-        list_values: all values of 디테일, 소재, 프린트, or the first.
+        label_format: reads the label files and makes the captions; captions of plain sources stay as they are.
         validation_fraction: share of photos held out, unless the source has train/ and validation/.
         seed: of that split.
         max_bad: more than this share of faulty records is an InputError.
-        form: of the source; None finds out (labels when there are at least as many .json as .txt files).
+        form: of the source; None: detected (labels when there are at least as many .json as .txt files).
 
     Raises:
         InputError: a value out of its range.
@@ -64,10 +51,7 @@ class PrepareOptions:
     box_margin: float = 0.0
     box_origin: Origin = "top_left"
     scale_boxes: bool = False
-    caption_scope: Literal["garment", "photo"] = "garment"
-    style: bool = False
-    subject_once: bool = False
-    list_values: ListValues = "all"
+    label_format: LabelFormat = field(default_factory=default_label_format)
     validation_fraction: float = 0.05
     seed: int = 42
     max_bad: float = 0.05
@@ -83,6 +67,14 @@ class PrepareOptions:
         for name, is_fine, remedy in checks:
             if not is_fine:
                 raise InputError(name, getattr(self, name), remedy)
+
+    def to_json(self) -> dict[str, Any]:
+        """All options, those of the label format among them."""
+        tree: dict[str, Any] = {}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            tree |= value.options() if option.name == "label_format" else {option.name: value}
+        return tree
 
 
 @dataclass(frozen=True)
@@ -100,7 +92,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Crop:
-    """One pair to be: `box` None means the whole image."""
+    """One future pair; `box` None means the whole image."""
 
     record: str
     key: str
@@ -113,7 +105,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class Job:
-    """One image file and what is cut from it; `labelled_size` is (width, height) as the label has it."""
+    """One image file and its crops; `labelled_size` is (width, height) as the label has it."""
 
     image_path: Path
     labelled_size: tuple[int | None, int | None]
@@ -121,8 +113,8 @@ class Job:
 
 
 @dataclass
-class Plan:
-    """What the listing of the source gives: the work, and what is out of it already."""
+class SourceListing:
+    """The jobs for a source folder, and the records set aside so far."""
 
     form: Form
     has_sides: bool
@@ -133,37 +125,37 @@ class Plan:
 
     @property
     def records(self) -> int:
-        """Pairs to be and records set aside, as long as no job has been worked on."""
+        """Future pairs and records set aside, as long as no job has been done."""
         return sum(len(job.crops) for job in self.jobs) + len(self.skipped)
 
     def skip(self, record: str, cause: str, reason: str) -> None:
         item = Skipped(record, cause, reason)
         if self.strict and item.is_bad:
-            raise InputError(record, cause, f"{reason} (without strict it would be set aside)")
+            raise InputError(record, cause, f"{reason} (without strict it is set aside)")
         self.skipped.append(item)
 
 
-def plan_source(source: Path, options: PrepareOptions, *, strict: bool) -> Plan:
-    """Lists what is to be done for `source`.
+def list_source(source: Path, options: PrepareOptions, *, strict: bool) -> SourceListing:
+    """The jobs and the unusable records of `source`.
 
     Raises:
         InputError: no such folder, nothing in it, or, with `strict`, the first faulty record.
     """
     form = find_form(source) if options.form is None else options.form
     sides = source_sides(source)
-    plan = Plan(form, bool(sides), strict)
+    listing = SourceListing(form, bool(sides), strict)
     if form == "labels":
-        _plan_labels(source, sides, options, plan)
+        _list_labels(source, sides, options, listing)
     else:
-        _plan_plain(source, sides, options, plan)
-    return plan
+        _list_plain(source, sides, options, listing)
+    return listing
 
 
 def find_form(source: Path) -> Form:
     """`labels` when there are at least as many .json as .txt files under `source`, else `plain`.
 
     Raises:
-        InputError: no such folder, or neither sort of file in it.
+        InputError: no such folder, or neither kind of file in it.
     """
     if not source.is_dir():
         raise InputError("source", source, "no such folder: give one with labels and images, or name.jpg + name.txt")
@@ -176,12 +168,12 @@ def find_form(source: Path) -> Form:
     return "labels" if len(folder.labels) >= texts else "plain"
 
 
-def ascii_key(photo: str, garment: Garment) -> str:
-    """`<photo>_<outer|bottom|onepiece|top>_<index>`; what is no plain character in a photo's id becomes `-`."""
-    return f"{re.sub(r'[^0-9A-Za-z가-힣.-]', '-', photo).lstrip('.')}_{KIND_NAMES[garment.kind]}_{garment.index}"
+def pair_key(photo: str, object_key: str) -> str:
+    """`<photo>_<object>`; characters of a photo's id other than letters, digits, Hangul, `.` and `-` become `-`."""
+    return f"{re.sub(r'[^0-9A-Za-z가-힣.-]', '-', photo).lstrip('.')}_{object_key}"
 
 
-def _plan_labels(source: Path, sides: dict[str, Split], options: PrepareOptions, plan: Plan) -> None:
+def _list_labels(source: Path, sides: dict[str, Split], options: PrepareOptions, listing: SourceListing) -> None:
     folder = scan(source)
     claimed: set[Path] = set()
     photos: dict[str, str] = {}
@@ -189,83 +181,73 @@ def _plan_labels(source: Path, sides: dict[str, Split], options: PrepareOptions,
         record = label_path.relative_to(source).as_posix()
         twin = folder.images.get(label_path.stem, ())  # a faulty label's own photo is not one more record
         try:
-            label = read_label(label_path)
+            label = options.label_format.read(label_path)
         except LabelFault as fault:
             claimed.update(twin)
-            plan.skip(record, fault.kind, fault.remedy)
+            listing.skip(record, fault.defect, fault.remedy)
             continue
-        plan.notes.update(unknown_values(label))
-        plan.notes.update(label.notes)
-        image_path = find_image(folder, label_path, label)
+        listing.notes.update(label.unknown_values)
+        listing.notes.update(label.notes)
+        image_path = folder.find_image(label_path, *label.image_names)
         claimed.update(twin if image_path is None else (image_path,))
         if image_path is None:
-            plan.skip(record, "label_without_photo", f"no image named {label_path.stem}, {label.photo} or alike")
+            listing.skip(record, "label_without_photo", f"no image named {label_path.stem}, {label.photo} or similar")
         elif label.photo in photos:
-            plan.skip(record, "duplicate_id", f"photo {label.photo} is labelled by {photos[label.photo]} already")
+            listing.skip(record, "duplicate_id", f"photo {label.photo} is labelled by {photos[label.photo]} already")
         elif sides and record.split("/")[0] not in sides:
-            plan.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
+            listing.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
         else:
             photos[label.photo] = record
             split = sides[record.split("/")[0]] if sides else _split(label.photo, options)
-            _plan_garments(record, label, image_path, split, options, plan)
-    _plan_unlabelled(folder, claimed, plan)
+            _list_objects(record, label, image_path, split, listing)
+    _list_unlabelled(folder, claimed, listing)
 
 
-def _plan_garments(
-    record: str, label: Label, image_path: Path, split: Split, options: PrepareOptions, plan: Plan
-) -> None:
-    if not label.garments:
-        plan.skip(record, "label_without_garment", "no garment has a label or a box")
+def _list_objects(record: str, label: PhotoLabel, image_path: Path, split: Split, listing: SourceListing) -> None:
+    if not label.objects:
+        listing.skip(record, "label_without_object", "no object has a label or a box")
     crops = []
-    for garment in label.garments:
-        name = f"{record}: {garment.name}"
-        if garment.box_fault:
-            plan.skip(name, "bad_box", garment.box_fault)
-        elif garment.box is None:
-            plan.skip(name, "garment_without_box", "has labels, but no box to crop")
-        elif not garment.attributes:
-            plan.skip(name, "garment_without_label", "has a box, but nothing to say in a caption")
+    for item in label.objects:
+        name = f"{record}: {item.name}"
+        if item.box_fault:
+            listing.skip(name, "bad_box", item.box_fault)
+        elif item.box is None:
+            listing.skip(name, "object_without_box", "has labels, but no box to crop")
+        elif not item.attributes:
+            listing.skip(name, "object_without_label", "has a box, but no labels for a caption")
         else:
-            told = caption(
-                label,
-                [garment] if options.caption_scope == "garment" else None,
-                style=options.style,
-                subject_once=options.subject_once,
-                list_values=options.list_values,
-            )
-            attributes = {"garment": garment.kind, **ordered(garment.attributes)}
-            key = ascii_key(label.photo, garment)
-            crops.append(Crop(name, key, garment.box, (told,), label.photo, split, attributes))
+            key = pair_key(label.photo, item.key)
+            crops.append(Crop(name, key, item.box, (item.caption,), label.photo, split, item.attributes))
     if crops:
-        plan.jobs.append(Job(image_path, (label.width, label.height), tuple(crops)))
+        listing.jobs.append(Job(image_path, (label.width, label.height), tuple(crops)))
 
 
-def _plan_unlabelled(folder: LabelFolder, claimed: set[Path], plan: Plan) -> None:
+def _list_unlabelled(folder: SourceFolder, claimed: set[Path], listing: SourceListing) -> None:
     for paths in folder.images.values():
         for path in paths:
             if path not in claimed:
-                plan.skip(path.relative_to(folder.root).as_posix(), "photo_without_label", "no label file names it")
+                listing.skip(path.relative_to(folder.root).as_posix(), "photo_without_label", "no label file names it")
     for path in folder.others:
-        plan.notes[f"files passed over: *{path.suffix}"] += 1
+        listing.notes[f"ignored files: *{path.suffix}"] += 1
 
 
-def _plan_plain(source: Path, sides: dict[str, Split], options: PrepareOptions, plan: Plan) -> None:
-    matched, left_out = find_plain(source)
-    for name, cause, reason in left_out:
-        plan.skip(name, cause, reason)
+def _list_plain(source: Path, sides: dict[str, Split], options: PrepareOptions, listing: SourceListing) -> None:
+    matched, unmatched = find_plain(source)
+    for name, cause, reason in unmatched:
+        listing.skip(name, cause, reason)
     for key, image_path, text_path in matched:
         record = image_path.relative_to(source).as_posix()
         photo = PurePosixPath(key).name
         if sides and record.split("/")[0] not in sides:
-            plan.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
+            listing.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
             continue
         try:
             captions = read_captions(text_path)
         except CaptionFault as fault:
-            plan.skip(record, fault.kind, f"{text_path.name} {fault.remedy}")
+            listing.skip(record, fault.defect, f"{text_path.name} {fault.remedy}")
             continue
         split = sides[record.split("/")[0]] if sides else _split(photo, options)
-        plan.jobs.append(Job(image_path, (None, None), (Crop(record, key, None, captions, photo, split, {}),)))
+        listing.jobs.append(Job(image_path, (None, None), (Crop(record, key, None, captions, photo, split, {}),)))
 
 
 def _split(photo: str, options: PrepareOptions) -> Split:

@@ -1,1 +1,1 @@
-"""What is measured on pictures and models: reconstruction, retrieval, attributes, FID."""
+"""Measurements of models: reconstruction, retrieval, colours, caption classes, FID and KID."""

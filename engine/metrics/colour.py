@@ -1,13 +1,13 @@
-"""The colour of a picture's subject, read from pixels: do drawings have the colour that was asked for?
+"""The colour of an image's subject, read from pixels: do generations have the colour that their caption states?
 
-Nothing is learnt. A picture's subject is what lies in its middle and is unlike its border; its colour is that of its
-largest cluster. Which names there are and what they look like is the data's knowledge: a palette is an argument.
+Nothing is trained. An image's subject is what lies in its middle and differs from its border; its colour is that of its
+largest cluster. The colour names and their values come with the data (engine.data.formats.palette_of).
 
 Photographs are not paint charts: light, shade and prints move colours, and labels are not exact either. So read a share
-of agreement beside that of real pictures: 0.74 on 916 training photos of clothes in 18 colours (on which the constants
-below were chosen), 0.71 on 301 held-out ones; always naming the commonest colour gives 0.26 and 0.27.
+of agreement beside that of real images: 0.74 on 916 training photos in 18 colours (on which the constants below were
+chosen), 0.71 on 301 held-out ones; a constant answer, the commonest colour, gives 0.26 and 0.27.
 
-S pixels, N pixels looked at, K clusters.
+S pixels, N pixels of the subject, K clusters.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-_SIDE = 32  # pictures are averaged down to this: prints blend into what the eye sees, and 64 pixels agree no better
+_SIDE = 32  # images are averaged down to this: prints blend as they do to the eye, and 64 pixels agree no better
 _BORDER = 0.03  # of the side, at each edge
 _BORDER_CLUSTERS = 2  # a subject that touches the border is the smaller one
 _GROUND_DISTANCE = 12.0  # in Lab; nearer to the border's colour is ground
-# What ground still counts. Not 0: a white shirt on a white sheet is all ground.
+# Weight of ground. Not 0: a white subject on a white sheet is all ground.
 _GROUND_WEIGHT = 0.1
-# Of the side: standard deviation of the weight round the centre. Crops of clothes fill the middle, seldom the corners.
+# Of the side: standard deviation of the weight round the centre. Crops to a box fill the middle, seldom the corners.
 _CENTRE_SPREAD = 0.25
 _CLUSTERS = 4
 _ROUNDS = 10
@@ -47,7 +47,7 @@ class Lab(NamedTuple):
 
 
 def dominant_colour(image: npt.NDArray[np.uint8]) -> Lab:
-    """The colour of what a picture shows.
+    """The colour of an image's subject.
 
     Args:
         image: (S, S, 3) sRGB.
@@ -56,7 +56,7 @@ def dominant_colour(image: npt.NDArray[np.uint8]) -> Lab:
         ValueError: wrong shape or type.
     """
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"a picture must be (S, S, 3) uint8, got {image.shape} {image.dtype}")
+        raise ValueError(f"an image must be (S, S, 3) uint8, got {image.shape} {image.dtype}")
     if len(image) > _SIDE:
         image = np.asarray(Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))
     S = len(image)
@@ -86,7 +86,7 @@ def nearest_colour_name(colour: Lab, palette: Mapping[str, Lab]) -> str:
 
 
 def lab_palette(colours: Mapping[str, tuple[int, int, int]]) -> dict[str, Lab]:
-    """Names with sRGB values, 0 to 255, as `nearest_colour_name` takes them."""
+    """A palette of sRGB values, 0 to 255, in Lab, for `nearest_colour_name`."""
     return {name: Lab(*srgb_to_lab(np.array(value, np.uint8)).tolist()) for name, value in colours.items()}
 
 
@@ -101,7 +101,7 @@ def srgb_to_lab(colours: npt.NDArray[np.uint8]) -> Floats:
 
 
 def _border_colour(pixels: Floats) -> Floats:
-    """The border's commonest colour, (3,), of a picture (S, S, 3) in Lab."""
+    """The border's commonest colour, (3,), of an image (S, S, 3) in Lab."""
     S = len(pixels)
     width = max(1, round(_BORDER * S))
     is_border = np.ones((S, S), bool)
@@ -114,13 +114,13 @@ def _largest_cluster(points: Floats, weights: Floats, clusters: int) -> Floats:
     """Centre of the heaviest cluster: (N, 3) and (N,) -> (3,), by k-means from starts that depend on the points alone."""
     mean = np.average(points, axis=0, weights=weights)
     centres = points[np.square(points - mean).sum(axis=1).argmin()][None]  # (1, 3)
-    for _ in range(clusters - 1):  # then whatever is farthest from all that are chosen
+    for _ in range(clusters - 1):  # then the point farthest from all centres so far
         nearest = np.square(points[:, None] - centres).sum(axis=-1).min(axis=1)
         centres = np.concatenate([centres, points[nearest.argmax()][None]])  # (K, 3)
     for _ in range(_ROUNDS):
         chosen = np.square(points[:, None] - centres).sum(axis=-1).argmin(axis=1)  # (N,)
         mass = np.bincount(chosen, weights, minlength=clusters)  # (K,)
         sums = np.stack([np.bincount(chosen, weights * part, minlength=clusters) for part in points.T], axis=1)
-        # an empty cluster (fewer colours than clusters) stays where it is
+        # an empty cluster (fewer colours than clusters) keeps its centre
         centres = np.where(mass[:, None] > 0, sums / np.maximum(mass, 1e-12)[:, None], centres)
     return centres[mass.argmax()]

@@ -1,16 +1,16 @@
-"""`kodalle evaluate`: what a model folder is worth on pairs that it has not seen.
+"""`kodalle evaluate`: a model folder's quality on held-out pairs.
 
-Every part that the folder has is measured, on the validation split:
+Every part of the folder is measured, on the validation split:
 
-    vqgan         reconstruction error, use of the codebook                      all pairs
-    transformer   loss of text and image tokens, share of image tokens guessed   all pairs
-    koclip        loss, recall@1/5 of the right caption among 100                all pairs
-    all           drawings of held-out captions: KoCLIP score, FID, KID,         `drawings` captions x `candidates`
-                  colour, kind of garment
+    vqgan         reconstruction error, use of the codebook                        all pairs
+    transformer   loss of text and image tokens, top-1 accuracy of image tokens    all pairs
+    koclip        loss, recall@1/5 of the right caption among 100                  all pairs
+    all           generations of held-out captions: KoCLIP score, FID, KID,        `generations` captions x `candidates`
+                  colours, caption classes
 
 Equal arguments give equal reports on one machine; only `seconds` differs.
 
-B pictures, T text positions, E embedding width.
+B images, T text positions, E embedding width.
 """
 
 import time
@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.kfashion.garment_classes import find_garment_classes
-from engine.data.pairs import Pair, Pairs, load_pairs, with_partial_held_out
+from engine.data.caption_classes import find_caption_classes
+from engine.data.pairs import Pair, Pairs, load_pairs
+from engine.data.partial_captions import with_partial_held_out
 from engine.data.tokenizer import CaptionTokenizer
 from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
-from engine.metrics.colour import Lab
 from engine.metrics.generations import colour_names, score_generations
 from engine.metrics.independent_classifier import IndependentClassifier
-from engine.metrics.parts import PARTS, EvaluationRun, OnProgress, Parts, load_parts
+from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
 from engine.models.folder import has_part, load_folder_tokenizer, load_part, weights_digest
@@ -43,7 +43,7 @@ from engine.progress import ProgressBar, seconds_text
 RECALL_AMONG = 100
 RECALL_RANKS = (1, 5)
 _RECALL_ROUNDS = 20  # of 100 captions, when there are more: the standard error of one is up to 5 points
-_TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "drawings")
+_TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "generations")
 _LOSS_BATCH = 64  # KoCLIP's loss depends on how many captions compete
 
 
@@ -56,35 +56,32 @@ def evaluate(
     seed: int = 7,
     batch_size: int = 16,
     device: str = "",
-    colour_attribute: str | None = None,
-    palette: Mapping[str, Lab] | None = None,
-    judge: Path | None = None,
+    independent_classifier: Path | None = None,
     partial_captions: bool = False,
     sheet: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnPhaseProgress | None = None,
 ) -> dict[str, Any]:
     """Measures every part of a model folder on the validation split.
 
     Args:
-        drawings: held-out captions that are drawn, if the folder can draw; all different ones when there are fewer.
-        candidates: pictures a caption.
-        seed: of the drawings and of every choice of pairs.
-        batch_size: pictures at once.
+        generations: number of held-out captions to generate images for, if the folder has a transformer; all distinct ones
+            when there are fewer.
+        candidates: images for each caption.
+        seed: of the generations and of every choice of pairs.
+        batch_size: images at once.
         device: as `pick_device`; "": CUDA where there is one.
-        colour_attribute: which attribute of a pair names its colour; pairs without it are left out of
-            `colour_agreement`, which is not in the report when no pair has it.
-        palette: what these names look like.
-        judge: model folder with a KoCLIP that names the kind of garment, trained apart from the model's own.
-        partial_captions: draw captions with sentences left out, as people write them.
-        sheet: where the PNG of all top-ranked drawings goes.
+        independent_classifier: model folder with a KoCLIP that assigns images to caption classes, trained apart from the
+            model's own.
+        partial_captions: use captions with sentences left out, as people write them.
+        sheet: where the PNG of all top-ranked images goes.
         on_progress: called with (phase, done, total).
 
     Returns:
-        the report, fit for JSON; what a key means stands beside the function that makes it.
+        The report, ready for JSON; each key is described by the function that makes it.
 
     Raises:
-        InputError: no validation split, a model without parts, a part that cannot be read, options out of range, a
-            judge that is the model's own KoCLIP.
+        InputError: no validation split, a model without parts, a part that cannot be read, options out of range, an
+            independent classifier that is the model's own KoCLIP.
     """
     for option, value, least in (
         ("--generations", generations, 0),
@@ -93,23 +90,25 @@ def evaluate(
     ):
         if value < least:
             raise InputError(option, value, f"give {least} or more")
-    begun = time.perf_counter()
+    started = time.perf_counter()
     pairs = load_pairs(pairs_folder)
     if not pairs.validation:
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
     fit_threads()
     parts = load_parts(model_folder, pick_device(device))
-    chosen_judge = (
-        None if judge is None else load_judge(judge, model_folder, pairs, colour_attribute or "", parts.device)
+    classifier = (
+        None
+        if independent_classifier is None
+        else load_independent_classifier(independent_classifier, model_folder, pairs, parts.device)
     )
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
-    seconds = {"loading": time.perf_counter() - begun}
+    seconds = {"loading": time.perf_counter() - started}
 
     def phase(name: str, work: Callable[[], dict[str, Any]]) -> None:
-        started = time.perf_counter()
+        phase_started = time.perf_counter()
         report[name] = work()
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = time.perf_counter() - phase_started
 
     held, vqgan, koclip = pairs.validation, parts.vqgan, parts.koclip
     pipeline, tokenizer = parts.pipeline, parts.tokenizer
@@ -120,12 +119,12 @@ def evaluate(
     if koclip is not None and tokenizer is not None:
         phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
     if pipeline is not None and generations:
-        names = colour_names(pairs, colour_attribute, palette or {})
-        asked = with_partial_held_out(pairs, seed) if partial_captions else pairs
-        phase("drawings", lambda: {"partial_captions": partial_captions} | score_generations(
-            run, pipeline, asked, names, chosen_judge, count=generations, candidates=candidates, sheet=sheet
+        held_out = with_partial_held_out(pairs, seed) if partial_captions else pairs
+        phase("generations", lambda: {"partial_captions": partial_captions} | score_generations(
+            run, pipeline, held_out, colour_names(pairs), classifier,
+            count=generations, candidates=candidates, sheet=sheet,
         ))  # fmt: skip
-    seconds["total"] = time.perf_counter() - begun
+    seconds["total"] = time.perf_counter() - started
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     return report
 
@@ -139,34 +138,32 @@ def evaluate_to_file(
     candidates: int = 16,
     seed: int = 7,
     device: str = "",
-    colour_attribute: str | None = None,
-    palette: Mapping[str, Lab] | None = None,
-    judge: Path | None = None,
+    independent_classifier: Path | None = None,
     partial_captions: bool = False,
 ) -> dict[str, Any]:
     """`evaluate` with progress bars; writes `out` (JSON), the sheet beside it (.png), and prints a table.
 
-    What is written names the machine, the versions and the commit, too.
+    The file names the machine, the versions and the commit, too.
 
     Raises:
-        InputError: as `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
+        InputError: from `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
     """
     if out.is_dir() or out.suffix.lower() == ".png":
-        raise InputError("--out", out, "is no place for a JSON file: give a file name such as evaluation.json")
-    told = facts(pick_device(device))  # before anything is written or computed: the commit, the load
+        raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
+    machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with _Bars() as bars:
         report = evaluate(
             model, pairs, generations=generations, candidates=candidates, seed=seed, device=device,
-            colour_attribute=colour_attribute, palette=palette, judge=judge, partial_captions=partial_captions,
+            independent_classifier=independent_classifier, partial_captions=partial_captions,
             sheet=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
-    write_json(out, told | report)
+    write_json(out, machine | report)
     print(table(report))
     print(f"{seconds_text(report['seconds']['total'])} in all; see {out}")
     return report
 
 
-# ------------------------------------------------------------------------------------------------------ what is there
+# -------------------------------------------------------------------------------------------------------- description
 
 
 def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> dict[str, Any]:
@@ -188,28 +185,27 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
     }
 
 
-def load_judge(
-    folder: Path, model: Path, pairs: Pairs, colour_attribute: str, device: torch.device
+def load_independent_classifier(
+    folder: Path, model: Path, pairs: Pairs, device: torch.device
 ) -> IndependentClassifier | None:
-    """The KoCLIP of `folder`, for drawings of `model`; None where the captions tell of no kinds.
+    """The KoCLIP of `folder` as a classifier of `model`'s generations; None where the captions have no classes.
 
     Raises:
         InputError: no KoCLIP there, or it is the model's own.
     """
     koclip = load_part(folder, "koclip").to(device)
     if has_part(model, "koclip") and weights_digest(folder, "koclip") == weights_digest(model, "koclip"):
-        raise InputError(
-            "--judge", folder, "is the KoCLIP that ranks, which would find itself right: train one from another seed"
-        )
-    kinds = find_garment_classes(pairs, colour_attribute)
-    return None if kinds is None else IndependentClassifier(koclip, load_folder_tokenizer(folder), kinds)
+        remedy = "is the KoCLIP that ranks, which would confirm itself: train one from another seed"
+        raise InputError("--independent-classifier", folder, remedy)
+    classes = find_caption_classes(pairs)
+    return None if classes is None else IndependentClassifier(koclip, load_folder_tokenizer(folder), classes)
 
 
 # ------------------------------------------------------------------------------------------------- parts on all pairs
 
 
 def _reconstruction(run: EvaluationRun, vqgan: Vqgan, held: Sequence[Pair]) -> dict[str, Any]:
-    return reconstruction_error(vqgan, run.pictures(held, vqgan.config.image_size, "reconstruction"))
+    return reconstruction_error(vqgan, run.images(held, vqgan.config.image_size, "reconstruction"))
 
 
 @torch.no_grad()
@@ -218,13 +214,13 @@ def _likelihood(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) ->
     transformer, vqgan = pipeline.transformer, pipeline.vqgan
     captions = [pair.captions[0] for pair in held]
     text = pipeline.tokenizer.encode(captions, transformer.config.text_seq_len)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     start = 0
-    for images in run.pictures(held, vqgan.config.image_size, "kodalle"):
+    for images in run.images(held, vqgan.config.image_size, "kodalle"):
         text_tokens = text.tokens[start : start + len(images)].to(run.device)  # (B, T)
         found = transformer(text_tokens, vqgan.encode(images))
         means = torch.stack([found.loss_text, found.loss_image, found.image_top1]).double().cpu()
-        sums += len(images) * means  # every row has as many positions, so that means of batches may be weighed
+        sums += len(images) * means  # all sequences are equally long, so means of batches may be weighted
         start += len(images)
     loss_text, loss_image, image_top1 = (sums / len(held)).tolist()
     return {
@@ -238,13 +234,13 @@ def _likelihood(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) ->
 
 @torch.no_grad()
 def _retrieval(run: EvaluationRun, koclip: KoClip, tokenizer: CaptionTokenizer, held: Sequence[Pair]) -> dict[str, Any]:
-    """KoCLIP's loss over batches of `loss_batch`, and recall of the right one among `recall_among` captions."""
+    """KoCLIP's loss over batches of `loss_batch`, and recall of the right caption among `recall_among`."""
     text = tokenizer.encode([pair.captions[0] for pair in held], koclip.config.text_seq_len)
     texts = torch.cat([koclip.embed_texts(part.to(run.device)) for part in text.tokens.split(run.batch_size)])
-    pictures = run.pictures(held, koclip.config.image_size, "koclip")
-    images = torch.cat([koclip.embed_images(part) for part in pictures])  # (B, E)
+    batches = run.images(held, koclip.config.image_size, "koclip")
+    images = torch.cat([koclip.embed_images(part) for part in batches])  # (B, E)
     loss_batch = min(_LOSS_BATCH, len(held))
-    order = torch.randperm(len(held), generator=run.generator())
+    order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu")
     groups = [group for group in order.split(loss_batch) if len(group) == loss_batch]
     losses = [float(koclip.loss(images[group], texts[group])) for group in groups]
     return {
@@ -258,29 +254,31 @@ def _retrieval(run: EvaluationRun, koclip: KoClip, tokenizer: CaptionTokenizer, 
 def mean_recall(
     koclip: KoClip, images: Tensor, texts: Tensor, tokens: Tensor, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Mean recall over rounds; each takes (up to) 100 different captions and one picture of each, at random.
+    """Mean recall over rounds; each takes (up to) 100 distinct captions and one image of each, at random.
 
     Args:
         images: (B, E).
         texts: (B, E).
-        tokens: (B, T), which captions are different.
+        tokens: (B, T), which captions are distinct.
 
     Returns:
-        recall_at_1, recall_at_5; recall_among: captions that took part in a round; recall_rounds.
+        recall_at_1, recall_at_5; recall_among: captions in a round; recall_rounds.
     """
     distinct = num_distinct(tokens)
     among = min(RECALL_AMONG, distinct)
-    rounds = 1 if distinct == len(tokens) <= RECALL_AMONG else _RECALL_ROUNDS  # without a choice all are the same
+    rounds = (
+        1 if distinct == len(tokens) <= RECALL_AMONG else _RECALL_ROUNDS
+    )  # without a choice all rounds are the same
     sums = dict.fromkeys(RECALL_RANKS, 0.0)
     for _ in range(rounds):
-        order = torch.randperm(len(tokens), generator=generator)
-        # recall_at takes the first `among` different captions of what it is given, so only those rows are scored.
+        order = torch.randperm(len(tokens), generator=generator, dtype=torch.int64, device="cpu")
+        # recall_at takes the first `among` distinct captions, so only those rows are scored.
         _, label = torch.unique(tokens[order], dim=0, return_inverse=True)
         first: dict[int, int] = {}
         for row, value in zip(order.tolist(), label.tolist(), strict=True):
             first.setdefault(value, row)
-        rows = torch.tensor(list(first.values())[:among])
-        scores = koclip.scores(images[rows], texts[rows]).T  # picture i against caption j
+        rows = torch.tensor(list(first.values())[:among], dtype=torch.int64, device="cpu")
+        scores = koclip.scores(images[rows], texts[rows]).T  # image i against caption j
         for rank, share in recall_at(scores, tokens[rows], among=among, ranks=RECALL_RANKS).items():
             sums[rank] += share / rounds
     return {f"recall_at_{rank}": share for rank, share in sums.items()} | {
@@ -289,7 +287,7 @@ def mean_recall(
     }
 
 
-# ------------------------------------------------------------------------------------------------------------ telling
+# --------------------------------------------------------------------------------------------------------- reporting
 
 
 class _Bars:

@@ -1,4 +1,4 @@
-"""The garment class that an image shows, as an independent classifier sees it.
+"""The caption class that an image shows, by an independent classifier.
 
 The classifier is a KoCLIP that scores an image against the caption of every class. It must be another KoCLIP than the one
 that ranks, trained from another seed: a ranker picks the candidate that it scores highest, and would confirm itself. No
@@ -12,34 +12,34 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engine.data.kfashion.garment_classes import GarmentClasses
+from engine.data.caption_classes import CaptionClasses
 from engine.data.tokenizer import CaptionTokenizer
 from engine.models.koclip import KoClip
 
 
 class IndependentClassifier:
-    """A KoCLIP that assigns images to garment classes.
+    """A KoCLIP that assigns images to caption classes.
 
     Args:
-        koclip: in eval mode, on the device where the pictures are.
+        koclip: in eval mode, on the device of the images.
     """
 
-    def __init__(self, koclip: KoClip, tokenizer: CaptionTokenizer, kinds: GarmentClasses) -> None:
-        self.kinds = kinds
+    def __init__(self, koclip: KoClip, tokenizer: CaptionTokenizer, classes: CaptionClasses) -> None:
+        self.classes = classes
         self._koclip = koclip
-        tokens = tokenizer.encode(kinds.captions, koclip.config.text_seq_len).tokens
+        tokens = tokenizer.encode(classes.captions, koclip.config.text_seq_len).tokens
         with torch.no_grad():
             self._texts = koclip.embed_texts(tokens.to(next(koclip.parameters()).device))  # (K, E)
 
     @torch.no_grad()
-    def name(self, batches: Iterable[Tensor]) -> list[int]:
-        """Numbers of kinds, one a picture.
+    def classify(self, batches: Iterable[Tensor]) -> list[int]:
+        """Class numbers, one an image.
 
         Args:
-            batches: pictures (B, 3, any, any) float in [0, 1].
+            batches: images (B, 3, any, any) float in [0, 1].
         """
-        named: list[int] = []
+        numbers: list[int] = []
         for images in batches:
             scores = self._koclip.scores(self._koclip.embed_images(images), self._texts)  # (K, B)
-            named += scores.argmax(dim=0).tolist()
-        return named
+            numbers += scores.argmax(dim=0).tolist()
+        return numbers

@@ -1,6 +1,6 @@
-"""What an evaluation works on: the parts of a model folder, and the run that hands them pictures batch by batch.
+"""What an evaluation works on: the parts of a model folder, and the images of pairs batch by batch.
 
-B pictures, S pixels.
+B images, S pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +21,14 @@ from engine.pipeline.pipeline import Pipeline
 
 PARTS: tuple[PartName, ...] = ("vqgan", "transformer", "koclip")
 
-OnProgress = Callable[[str, int, int], None]  # phase, done, total
+OnPhaseProgress = Callable[[str, int, int], None]  # phase, done, total
 
 
 @dataclass(frozen=True)
 class Parts:
     """The parts of a folder, in eval mode on one device.
 
-    `pipeline` is there when the folder has a transformer, `tokenizer` when it has a transformer or a KoCLIP.
+    `pipeline` is not None when the folder has a transformer, `tokenizer` when it has a transformer or a KoCLIP.
     """
 
     vqgan: Vqgan | None
@@ -40,19 +40,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """How pictures and choices are made, the same for all that is measured."""
+    """Device, seed and batch size, the same for all measurements."""
 
     device: torch.device
     seed: int
     batch_size: int
-    on_progress: OnProgress
+    on_progress: OnPhaseProgress
 
     def generator(self) -> torch.Generator:
-        """A new one for every choice, so that no choice depends on which parts were measured before."""
-        return torch.Generator().manual_seed(self.seed)
+        """A new generator for every choice, so that none depends on which parts were measured before."""
+        return torch.Generator("cpu").manual_seed(self.seed)
 
-    def pictures(self, pairs: Sequence[Pair], image_size: int, phase: str) -> Iterator[Tensor]:
-        """(B, 3, S, S) float in [0, 1] on the device, in order; a batch counts as done when the next is asked for."""
+    def images(self, pairs: Sequence[Pair], image_size: int, phase: str) -> Iterator[Tensor]:
+        """(B, 3, S, S) float in [0, 1] on the device, in order; a batch counts as done when the next is taken."""
         self.on_progress(phase, 0, len(pairs))
         for start in range(0, len(pairs), self.batch_size):
             batch = np.stack([load_image(pair, image_size) for pair in pairs[start : start + self.batch_size]])
@@ -61,7 +61,7 @@ class EvaluationRun:
 
 
 def load_parts(folder: Path, device: torch.device) -> Parts:
-    """Everything that a model folder holds.
+    """All parts of a model folder.
 
     Raises:
         InputError: no parts, or a part that does not load or does not fit the others, by name.

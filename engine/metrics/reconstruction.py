@@ -1,7 +1,7 @@
-"""What a VQGAN loses: pictures against their way through the codebook and back.
+"""What a VQGAN loses: images against their reconstructions from the codebook.
 
-It bounds every drawing (no sequence of image tokens can draw what the decoder cannot), so it is measured first. The
-codebook's share and perplexity tell a small codebook from a large one that has collapsed onto few entries.
+It bounds every generation (no sequence of image tokens gives what the decoder cannot decode), so it is measured first. The
+codebook's used share and perplexity tell a small codebook from a large one that has collapsed onto few entries.
 """
 
 import math
@@ -13,31 +13,31 @@ from torch import Tensor
 from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan
 
-# Of the square error: pictures of 8 bits differ from their exact values by more than this (1.3e-6) anyway, and a
+# Floor of the mean square error: images of 8 bits are further from their exact values (1.3e-6) anyway, and the PSNR of a
 # perfect codec stays a number that JSON can hold.
 _LEAST_MSE = 1e-7
 
 
 @torch.no_grad()
 def reconstruction_error(vqgan: Vqgan, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Measures pictures against their reconstructions.
+    """The error of images against their reconstructions.
 
     Args:
         vqgan: in eval mode.
-        batches: pictures (B, 3, S, S) float in [0, 1], at least one, on the codec's device.
+        batches: images (B, 3, S, S) float in [0, 1], at least one, on the codec's device.
 
     Returns:
-        pictures: how many.
+        images: how many.
         mae, mse: mean absolute and mean square error of values in [0, 1].
         psnr_db: of that mse, peak 1, at most 70.
-        codebook_used: share of the codebook's entries that occur in any picture.
+        codebook_used: share of the codebook's entries that occur in any image.
         codebook_perplexity: exp(entropy of the entries' frequencies): 1 to the codebook's size.
 
     Raises:
-        ValueError: no pictures, or pictures of another shape.
+        ValueError: no images, or images of another shape.
     """
     absolute = square = 0.0
-    pictures = values = 0
+    num_images = values = 0
     tokens: list[Tensor] = []
     for images in batches:
         image_tokens = vqgan.encode(images)  # (B, N)
@@ -45,14 +45,14 @@ def reconstruction_error(vqgan: Vqgan, batches: Iterable[Tensor]) -> dict[str, f
         absolute += float(error.abs().sum())
         square += float(error.square().sum())
         values += error.numel()
-        pictures += len(images)
+        num_images += len(images)
         tokens.append(image_tokens.cpu())
-    if not pictures:
-        raise ValueError("no pictures to reconstruct")
+    if not num_images:
+        raise ValueError("no images to reconstruct")
     stats = codebook_stats(torch.cat(tokens), vqgan.config.codebook_size)
     mse = square / values
     return {
-        "pictures": pictures,
+        "images": num_images,
         "mae": absolute / values,
         "mse": mse,
         "psnr_db": -10 * math.log10(max(mse, _LEAST_MSE)),

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KoclipRun
-from engine.data.pairs import with_partial_captions
+from engine.data.partial_captions import with_partial_captions
 from engine.data.tokenizer import tokenizer_for
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at

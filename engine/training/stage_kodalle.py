@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
-from engine.data.pairs import known_attributes, with_partial_captions
+from engine.data.pairs import known_attributes
+from engine.data.partial_captions import with_partial_captions
 from engine.data.token_shards import (
     TokenShard,
     Views,

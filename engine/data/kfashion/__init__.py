@@ -1,1 +1,1 @@
-"""The K-Fashion data set: labels, captions, colours and garment classes. The only package that knows of clothes."""
+"""The K-Fashion data set: labels, captions, colours. engine.data.formats and the commands are its only users."""

@@ -1,4 +1,4 @@
-"""K-Fashion's colour names as colours: what 색상 and 서브색상 say, in numbers that pixels can be compared with.
+"""The sRGB colours of K-Fashion's colour names, the values of 색상 and 서브색상.
 
 The 21 names are those of the reference lists; no source gives values. These are cloth as photographed, not the purest
 shade of the name: indoors a black shirt is a dark grey, a white one a light grey, and denim counts as blue.

@@ -1,46 +1,30 @@
-"""Reads K-Fashion label JSON (AI Hub "K-Fashion 이미지" v1.1) into frozen dataclasses, and finds each label's photo.
+"""K-Fashion label JSON (AI Hub "K-Fashion 이미지" v1.1) as frozen dataclasses, and its vocabulary.
 
-Owns the format, its vocabulary and its folder layouts. Labels in the wild are incomplete: garments without 카테고리,
-boxes without a useful label and the reverse, `[{}]` for an absent garment, boxes without area. None of that fails
-here; what could not be understood is kept in `Label.notes` or `Garment.box_fault` and told by whoever reports.
+Labels in the wild are incomplete: garments without 카테고리, boxes without a useful label and the reverse, `[{}]` for an
+absent garment, boxes without area. None of that fails here; what could not be understood is kept in `Label.notes` or
+`Garment.box_fault` for reports.
 
 The vocabulary is open (K-COORD's own tables lack values that occur): an unknown value is a warning, never a fault, and
-spelling variants are brought together for lookups only; captions keep what the label says.
+spelling variants are merged for lookups only; captions keep the label's spelling.
 
 Source: K-COORD/K-Fashion, examples/*.json, README.md, dataset.py.
 """
 
 import json
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from engine.errors import InputError
+from engine.data.label_format import Attributes, Box, LabelFault
+from engine.data.source_files import CONVERT, REPLACEMENT
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-REPLACEMENT = "\ufffd"  # what a careless conversion leaves in place of a character
-CONVERT = "for cp949: iconv -f cp949 -t utf-8"
-# First-level folders that are a source's own split, in lower case.
-SIDES: dict[str, Literal["train", "validation"]] = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-}
 STYLE = "스타일"
-KINDS = ("아우터", "하의", "원피스", "상의")  # the JSON's key order, and the captions'
-KIND_NAMES = {"아우터": "outer", "하의": "bottom", "원피스": "onepiece", "상의": "top"}  # for file names
+# Types of garment in the order of the JSON's keys and of captions, each with its name in file names.
+GARMENT_TYPES = {"아우터": "outer", "하의": "bottom", "원피스": "onepiece", "상의": "top"}
 STYLE_ATTRIBUTES = ("스타일", "서브스타일")
 ATTRIBUTES = ("기장", "색상", "서브색상", "카테고리", "옷깃", "디테일", "소매기장", "소재", "프린트", "넥라인", "핏")
 LIST_ATTRIBUTES = ("디테일", "소재", "프린트")
-
-LabelFaultKind = Literal[
-    "unreadable_label", "empty_file", "wrong_encoding", "replacement_characters", "broken_json", "wrong_structure"
-]
-Attributes = dict[str, str | list[str]]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -55,7 +39,7 @@ _STYLES = _words(
     "클래식, 프레피, 매니시, 톰보이, 페미닌, 로맨틱, 섹시, 히피, 웨스턴, 오리엔탈, 모던, 소피스트케이티드, 아방가르드, "
     "컨트리, 리조트, 젠더리스, 스포티, 레트로, 키치, 힙합, 펑크, 밀리터리, 스트리트"
 )
-# Known values by attribute; 카테고리 and 기장 depend on the garment and are asked for as (kind, attribute) first.
+# Known values by attribute; 카테고리 and 기장 depend on the garment type and are looked up as (type, attribute) first.
 VOCABULARY: dict[str | tuple[str, str], frozenset[str]] = {
     ("상의", "카테고리"): _words("탑, 블라우스, 티셔츠, 니트웨어, 셔츠, 브라탑, 후드티"),
     ("하의", "카테고리"): _words("청바지, 팬츠, 스커트, 래깅스, 조거팬츠"),
@@ -102,36 +86,18 @@ _SPELLINGS = {
 }
 
 
-class LabelFault(InputError):
-    """A label file that cannot be read; `kind` is one word for reports, `remedy` says what is wrong with it."""
-
-    def __init__(self, kind: LabelFaultKind, path: Path, remedy: str) -> None:
-        self.kind: LabelFaultKind = kind
-        self.path = path
-        super().__init__("label", path, remedy)
-
-
-class Box(NamedTuple):
-    """A rectangle as the label gives it, in (possibly fractional) pixels of the stored photo; x, y is top-left."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
 @dataclass(frozen=True)
 class Garment:
     """One garment of a photo.
 
     Args:
-        kind: 아우터, 하의, 원피스 or 상의.
-        index: counts the entries of one kind, from 0.
-        attributes: as labelled, in file order, empty values left out; {} when the label says nothing of use.
+        garment_type: 아우터, 하의, 원피스 or 상의.
+        index: counts the entries of one type, from 0.
+        attributes: as labelled, in file order, without empty values; {} when nothing is labelled.
         box: None when there is none, or when `box_fault` says why it could not be read.
     """
 
-    kind: str
+    garment_type: str
     index: int
     attributes: Attributes
     box: Box | None = None
@@ -139,12 +105,12 @@ class Garment:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.index}"
+        return f"{self.garment_type} {self.index}"
 
 
 @dataclass(frozen=True)
 class Label:
-    """One label file. `width`, `height` in pixels; `notes` tells what stands in the file but was not understood."""
+    """One label file. `width`, `height` in pixels; `notes`: content of the file that was not understood."""
 
     photo: str
     image_file_name: str
@@ -194,16 +160,16 @@ def parse_label(tree: Any, path: Path) -> Label:
     if not isinstance(boxes, dict):
         notes.append("렉트좌표 is not an object")
         boxes = {}
-    notes += [f"라벨링 has an unknown part {name!r}" for name in labelling if name not in (STYLE, *KINDS)]
+    notes += [f"라벨링 has an unknown part {name!r}" for name in labelling if name not in (STYLE, *GARMENT_TYPES)]
     styles = (_attributes(entry, STYLE, notes) for entry in _entries(labelling, STYLE, notes))
     garments: list[Garment] = []
-    for kind in KINDS:
-        entries, rectangles = _entries(labelling, kind, notes), _entries(boxes, kind, notes)
+    for garment_type in GARMENT_TYPES:
+        entries, rectangles = _entries(labelling, garment_type, notes), _entries(boxes, garment_type, notes)
         for index in range(max(len(entries), len(rectangles))):
-            attributes = _attributes(entries[index], f"{kind} {index}", notes) if index < len(entries) else {}
+            attributes = _attributes(entries[index], f"{garment_type} {index}", notes) if index < len(entries) else {}
             box, fault = _box(rectangles[index]) if index < len(rectangles) else (None, "")
             if attributes or box or fault:
-                garments.append(Garment(kind, index, attributes, box, fault))
+                garments.append(Garment(garment_type, index, attributes, box, fault))
     return Label(
         photo=_identifier(about.get("이미지 식별자"), path),
         image_file_name=str(about.get("이미지 파일명") or ""),
@@ -221,92 +187,26 @@ def normalise(value: str) -> str:
     return _SPELLINGS.get(value, value)
 
 
-def vocabulary(kind: str, attribute: str) -> frozenset[str] | None:
-    """Known values of an attribute of a garment kind (or of STYLE); None for an attribute that is not known."""
-    return VOCABULARY.get((kind, attribute), VOCABULARY.get(attribute))
+def vocabulary(part: str, attribute: str) -> frozenset[str] | None:
+    """Known values of an attribute of a garment type (or of STYLE); None for an attribute that is not known."""
+    return VOCABULARY.get((part, attribute), VOCABULARY.get(attribute))
 
 
 def unknown_values(label: Label) -> list[str]:
     """One line for every attribute or value outside the vocabulary: things to look at, not faults."""
     lines = []
-    parts = [(STYLE, style) for style in label.styles] + [(item.kind, item.attributes) for item in label.garments]
-    for kind, attributes in parts:
+    parts = [(STYLE, style) for style in label.styles] + [
+        (item.garment_type, item.attributes) for item in label.garments
+    ]
+    for part, attributes in parts:
         for attribute, value in attributes.items():
-            known = vocabulary(kind, attribute)
+            known = vocabulary(part, attribute)
             if known is None:
-                lines.append(f"{kind}: unknown attribute {attribute!r}")
+                lines.append(f"{part}: unknown attribute {attribute!r}")
                 continue
             values = [value] if isinstance(value, str) else value
-            lines += [f"{kind} {attribute}: unknown value {v!r}" for v in values if normalise(v) not in known]
+            lines += [f"{part} {attribute}: unknown value {v!r}" for v in values if normalise(v) not in known]
     return lines
-
-
-# ------------------------------------------------------------------------------------------------ folders of labels
-
-
-@dataclass(frozen=True)
-class LabelFolder:
-    """The files of a K-Fashion folder, sorted; `others` are neither labels nor images."""
-
-    root: Path
-    labels: tuple[Path, ...]
-    images: dict[str, tuple[Path, ...]]  # by stem
-    others: tuple[Path, ...]
-    label_stems: frozenset[str]
-
-
-def scan(root: Path) -> LabelFolder:
-    """Lists `root` recursively: `labels/*.json` + `images/*.jpg`, or AI-Hub's `<any folder>/<id>.{json,jpg}`."""
-    labels: list[Path] = []
-    images: dict[str, list[Path]] = {}
-    others: list[Path] = []
-    for path in files_under(root):
-        if path.suffix.lower() == ".json":
-            labels.append(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(path.stem, []).append(path)
-        else:
-            others.append(path)
-    stems = frozenset(path.stem for path in labels)
-    return LabelFolder(root, tuple(labels), {k: tuple(v) for k, v in images.items()}, tuple(others), stems)
-
-
-def files_under(root: Path) -> Iterator[Path]:
-    """All files under `root`, sorted by path; hidden files and folders (leftovers of archivers) are passed over."""
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            yield path
-
-
-def find_image(folder: LabelFolder, label_path: Path, label: Label) -> Path | None:
-    """The photo of a label: by the label file's stem, else by 이미지 식별자, else by 이미지 파일명.
-
-    이미지 파일명 is the shop's original name, which may happen to be another photo's name on disk: the two fall-backs
-    therefore never take an image whose own label exists.
-    """
-    found = _nearest(folder, label_path, label_path.stem)
-    for stem in (label.photo, Path(label.image_file_name).stem):
-        if found is None and stem and stem not in folder.label_stems:
-            found = _nearest(folder, label_path, stem)
-    return found
-
-
-def _nearest(folder: LabelFolder, label_path: Path, stem: str) -> Path | None:
-    """Beside the label, else in images/ for labels/, else the only one on the same side of the split."""
-    candidates = folder.images.get(stem, ())
-    place = label_path.parent
-    parts = place.relative_to(folder.root).parts
-    twin = folder.root.joinpath(*("images" if part.lower() == "labels" else part for part in parts))
-    for wanted in (place, twin):
-        here = [path for path in candidates if path.parent == wanted]
-        if here:
-            return here[0]
-    elsewhere = [path for path in candidates if _side(folder, path) == _side(folder, label_path)]
-    return elsewhere[0] if len(elsewhere) == 1 else None
-
-
-def _side(folder: LabelFolder, path: Path) -> str:
-    return SIDES.get(path.relative_to(folder.root).parts[0].lower(), "")
 
 
 # --------------------------------------------------------------------------------------------------- parsing parts
@@ -319,24 +219,24 @@ def _section(tree: Any, name: str, path: Path) -> dict[str, Any]:
     return part
 
 
-def _entries(section: dict[str, Any], kind: str, notes: list[str]) -> list[dict[str, Any]]:
-    entries = section.get(kind)
+def _entries(section: dict[str, Any], part: str, notes: list[str]) -> list[dict[str, Any]]:
+    entries = section.get(part)
     if entries is None:
         return []
     if isinstance(entries, dict):
-        notes.append(f"{kind} is an object, not a list of objects: read as a list of one")
+        notes.append(f"{part} is an object, not a list of objects: read as a list of one")
         return [entries]
     if not isinstance(entries, list):
-        notes.append(f"{kind} is not a list of objects: passed over")
+        notes.append(f"{part} is not a list of objects: ignored")
         return []
     bad = sum(not isinstance(entry, dict) and entry is not None for entry in entries)
     if bad:
-        notes.append(f"{kind} has {bad} entries that are not objects: passed over")
+        notes.append(f"{part} has {bad} entries that are not objects: ignored")
     return [entry if isinstance(entry, dict) else {} for entry in entries]
 
 
 def _attributes(entry: dict[str, Any], where: str, notes: list[str]) -> Attributes:
-    attributes: Attributes = {}
+    attributes: dict[str, str | list[str]] = {}
     for name, value in entry.items():
         if isinstance(value, list):
             texts = [item.strip() for item in value if isinstance(item, str) and item.strip()]
@@ -360,7 +260,7 @@ def _box(entry: dict[str, Any]) -> tuple[Box | None, str]:
         number = entry.get(name)
         if isinstance(number, bool) or not isinstance(number, int | float):
             return None, f"box: {name} is {number!r}, not a number" if name in entry else f"box: {name} is missing"
-        if not abs(number) < 1e9:  # also false for NaN, which Python's JSON reader lets through
+        if not abs(number) < 1e9:  # also false for NaN, which Python's JSON reader accepts
             return None, f"box: {name} is {number!r}, which is no position in an image"
         numbers.append(float(number))
     return Box(*numbers), ""

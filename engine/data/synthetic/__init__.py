@@ -1,1 +1,1 @@
-"""A data set drawn from scratch, with an oracle that reads its pictures, for the demo and for tests."""
+"""A data set drawn from scratch, with an oracle that reads its images, for the demo and for tests."""

@@ -1,11 +1,11 @@
 """Draws one garment of the demo data set from its attributes: flat-lay illustrations, readable at 64x64 pixels.
 
-The pictures must be learnable in minutes on a processor, so geometry is fixed for each (category, length, sleeve), a
+The images must be learnable in minutes on a processor, so geometry is fixed for each (category, length, sleeve), a
 garment nearly fills the frame, and colours are saturated and far apart. Only place, scale, light and shade vary.
 
-    x: -0.5 … 0.5 from left to right, y: 0 … 1 from top to bottom, both in shares of the picture's side.
+    x: -0.5 … 0.5 from left to right, y: 0 … 1 from top to bottom, both in shares of the image's side.
     Garments are symmetric: a half outline runs down the right side from the top centre to the bottom centre.
-    S: side of the picture in pixels. Shapes are drawn at 4S and averaged down, which makes smooth edges.
+    S: side of the image in pixels. Shapes are drawn at 4S and averaged down, which makes smooth edges.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ PRINTS = ("무지", "스트라이프", "도트")
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawnGarment:
     """A drawn garment: `image` RGB (S, S) and `coverage` uint8 (S, S), 0 background … 255 garment."""
 
     image: Image.Image
@@ -49,7 +49,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """What the category functions draw on: the 4S picture, its coverage and the cloth to cut parts from."""
+    """Canvas of the category functions: the 4S image, its coverage and the cloth to cut parts from."""
 
     image: Image.Image
     coverage: Image.Image
@@ -62,18 +62,18 @@ class _Sheet:
     scale: float
 
     def pixels(self, points: Sequence[Point]) -> list[Point]:
-        """Shares of the side to pixels of the 4S picture."""
+        """Shares of the side to pixels of the 4S image."""
         side = self.image.width
         return [((0.5 + x * self.scale) * side, (0.5 + (y - 0.5) * self.scale) * side) for x, y in points]
 
     def width(self, share: float) -> int:
-        """A stroke's width in pixels of the 4S picture."""
+        """A stroke's width in pixels of the 4S image."""
         return max(1, round(share * self.scale * self.image.width))
 
 
 def draw_garment(
     attributes: Mapping[str, str | list[str]], *, generator: np.random.Generator | None, image_size: int = 64
-) -> Drawing:
+) -> DrawnGarment:
     """Draws a garment with these attributes.
 
     Args:
@@ -93,10 +93,10 @@ def draw_garment(
     sheet = _new_sheet(colour, _print_of(attributes), generator, image_size)
     _DRAW[category](sheet, attributes)
     shift = _shift(sheet.coverage, generator)
-    picture = np.asarray(ImageChops.offset(sheet.image, *shift).reduce(SUPERSAMPLING), dtype=np.float32)
+    image = np.asarray(ImageChops.offset(sheet.image, *shift).reduce(SUPERSAMPLING), dtype=np.float32)
     coverage = ImageChops.offset(sheet.coverage, *shift).reduce(SUPERSAMPLING)
-    lit = picture * _light(coverage, generator)[:, :, None]
-    return Drawing(Image.fromarray(np.clip(np.rint(lit), 0, 255).astype(np.uint8)), np.asarray(coverage).copy())
+    lit = image * _light(coverage, generator)[:, :, None]
+    return DrawnGarment(Image.fromarray(np.clip(np.rint(lit), 0, 255).astype(np.uint8)), np.asarray(coverage).copy())
 
 
 def _uniform(generator: np.random.Generator | None, low: float, high: float) -> float:
@@ -134,12 +134,12 @@ def _new_sheet(colour: str, print_name: str, generator: np.random.Generator | No
 def _shift(coverage: Image.Image, generator: np.random.Generator | None) -> tuple[int, int]:
     """Pixels to the right and down that centre the garment, give or take 3 % of the side.
 
-    The finished picture is moved, prints and all, so that a print lies the same way on every garment of a kind.
+    The finished image is moved, prints and all, so that a print lies the same way on every garment of a kind.
     """
     left, top, right, bottom = coverage.getbbox() or (0, 0, *coverage.size)
     side = coverage.width
     x, y = (round(_uniform(generator, -0.03, 0.03) * side) for _ in range(2))
-    # A pixel of the finished picture stays free: what leaves on one side would come back on the other.
+    # A pixel of the finished image stays free: what leaves on one side would come back on the other.
     edge = SUPERSAMPLING
     x = min(max(x + (side - left - right) // 2, edge - left), side - right - edge)
     y = min(max(y + (side - top - bottom) // 2, edge - top), side - bottom - edge)
@@ -152,7 +152,7 @@ def _tone(colour: Rgb, factor: float) -> Rgb:
 
 
 def _fabric(side: int, cloth: Rgb, ink: Rgb, print_name: str) -> Image.Image:
-    """A sheet of cloth as large as the picture; ink covers at most about a third, so that cloth stays dominant."""
+    """A sheet of cloth as large as the image; ink covers at most about a third, so that cloth stays dominant."""
     fabric = Image.new("RGB", (side, side), cloth)
     draw = ImageDraw.Draw(fabric)
     if print_name == "스트라이프":

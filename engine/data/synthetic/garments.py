@@ -1,9 +1,9 @@
 """The demo data set: drawn garments with labels in the K-Fashion format, so that everything runs without real data.
 
-`make_demo` chooses attributes, has them drawn and writes `<destination>/{train,validation}/{images,labels}/<id>`.
-Validation asks for what training never showed: 28 of the 144 triples (category, colour, sleeve) — for categories whose
-sleeve says nothing, (category, colour, length) — occur only there, while every value and every pair of values is
-plentiful in training. A model that gets them right has learnt to combine, not to remember.
+`make_demo` chooses attributes, draws them and writes `<destination>/{train,validation}/{images,labels}/<id>`.
+Validation shows what training does not: 28 of the 144 triples (category, colour, sleeve), or (category, colour, length)
+for categories whose sleeve says nothing, occur only there, while every value and every pair of values is plentiful in
+training. A model that generates them rightly combines what it has learnt, and does not merely remember.
 """
 
 import itertools
@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.synthetic.drawing import COLOURS, PRINTS, Drawing, draw_garment
+from engine.data.kfashion.labels import GARMENT_TYPES
+from engine.data.label_format import Attributes
+from engine.data.synthetic.drawing import COLOURS, PRINTS, DrawnGarment, draw_garment
 from engine.errors import InputError
 from engine.files import atomic_folder
 from engine.progress import ProgressBar
 
-Attributes = dict[str, str | list[str]]
 Triple = tuple[str, str, str]
 
-GARMENTS = ("아우터", "하의", "원피스", "상의")
 SLEEVES = ("민소매", "반팔", "긴팔")
 SMALLEST_IMAGE = 32
 PLAIN_SHARE = 0.7
@@ -31,8 +31,8 @@ _STREAM = {"train": 0, "validation": 1}
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A category of the demo set and what its attributes may be. `sleeves` is empty where a sleeve says nothing."""
+class DrawnCategory:
+    """A category of the demo set and its attributes' values. `sleeves` is empty where a sleeve says nothing."""
 
     garment: str
     category: str
@@ -48,20 +48,22 @@ class Kind:
         return self.sleeves or self.lengths
 
 
-KINDS = (
-    Kind("상의", "티셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], necklines=("라운드넥", "브이넥")),
-    Kind("상의", "후드티", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], necklines=("후드",)),
-    Kind("상의", "셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], collar="셔츠칼라", details=("단추",)),
-    Kind("원피스", "드레스", ("미니", "미디", "맥시"), sleeves=SLEEVES, necklines=("라운드넥", "브이넥")),
-    Kind("아우터", "코트", ("하프", "롱", "맥시"), collar="테일러칼라", details=("싱글브레스티드", "더블브레스티드")),
-    Kind("하의", "팬츠", ("미니", "니렝스", "발목")),
-    Kind("하의", "스커트", ("미니", "미디", "맥시")),
+CATEGORIES = (
+    DrawnCategory("상의", "티셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], necklines=("라운드넥", "브이넥")),
+    DrawnCategory("상의", "후드티", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], necklines=("후드",)),
+    DrawnCategory("상의", "셔츠", ("크롭", "노멀", "롱"), sleeves=SLEEVES[1:], collar="셔츠칼라", details=("단추",)),
+    DrawnCategory("원피스", "드레스", ("미니", "미디", "맥시"), sleeves=SLEEVES, necklines=("라운드넥", "브이넥")),
+    DrawnCategory(
+        "아우터", "코트", ("하프", "롱", "맥시"), collar="테일러칼라", details=("싱글브레스티드", "더블브레스티드")
+    ),
+    DrawnCategory("하의", "팬츠", ("미니", "니렝스", "발목")),
+    DrawnCategory("하의", "스커트", ("미니", "미디", "맥시")),
 )
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What `make_demo` wrote: numbers of photos, and of different captions and triples in each part."""
+    """What `make_demo` wrote: numbers of photos, and of distinct captions and triples in each part."""
 
     destination: Path
     train: int
@@ -75,30 +77,30 @@ class DemoReport:
 def make_demo(
     destination: Path, *, count: int, seed: int, image_size: int = 64, held_out: int = 72, progress: bool = False
 ) -> DemoReport:
-    """Draws the demo data set; equal arguments give equal pixels and labels, on any process.
+    """Draws the demo data set; equal arguments give equal pixels and labels, in any process.
 
     Args:
         destination: a folder that is new or empty; it appears only once complete.
         count: photos for training.
-        seed: decides the pictures and which triples are held out.
-        image_size: side of the square PNG pictures in pixels.
-        held_out: photos for validation, all of unseen triples and with different labels.
+        seed: of the images and of the triples that are held out.
+        image_size: side of the square PNG images in pixels.
+        held_out: photos for validation, all of unseen triples and with distinct labels.
         progress: show a progress bar.
 
     Raises:
         InputError: a number out of range, or a destination in use.
     """
     triples = held_out_triples(seed)
-    wanted = _validation_choices(triples, held_out=held_out, seed=seed)
+    unseen = _validation_choices(triples, held_out=held_out, seed=seed)
     if count < 1:
         raise InputError("count", count, "must be at least 1")
     if image_size < SMALLEST_IMAGE:
         raise InputError("image_size", image_size, f"must be at least {SMALLEST_IMAGE} pixels, to show a garment")
     shown = _training_choices(triples, count=count, seed=seed)
-    bar = ProgressBar("garments", total=len(shown) + len(wanted), enabled=progress)
+    bar = ProgressBar("garments", total=len(shown) + len(unseen), enabled=progress)
     with atomic_folder(destination) as folder, bar:
         done = 0
-        for split, choices in (("train", shown), ("validation", wanted)):
+        for split, choices in (("train", shown), ("validation", unseen)):
             for name in ("images", "labels"):
                 (folder / split / name).mkdir(parents=True)
             for index, (garment, attributes) in enumerate(choices):
@@ -115,11 +117,11 @@ def make_demo(
     return DemoReport(
         destination=destination,
         train=len(shown),
-        validation=len(wanted),
+        validation=len(unseen),
         train_captions=len({_key(*choice) for choice in shown}),
-        validation_captions=len({_key(*choice) for choice in wanted}),
+        validation_captions=len({_key(*choice) for choice in unseen}),
         train_triples=len({triple_of(attributes) for _, attributes in shown}),
-        held_out_triples=len({triple_of(attributes) for _, attributes in wanted}),
+        held_out_triples=len({triple_of(attributes) for _, attributes in unseen}),
     )
 
 
@@ -136,17 +138,17 @@ def held_out_triples(seed: int) -> frozenset[Triple]:
     colours = [list(COLOURS)[index] for index in generator.permutation(len(COLOURS))]
     turn = int(generator.integers(3))
     triples = set()
-    for row, kind in enumerate(KINDS):
+    for row, drawn in enumerate(CATEGORIES):
         # A sleeve that one category alone has stays: without it (colour, sleeve) would never be seen at all.
-        given_up = [third for third in kind.third if not kind.sleeves or _num_categories_with(third) > 1]
+        given_up = [third for third in drawn.third if not drawn.sleeves or _num_categories_with(third) > 1]
         for column, colour in enumerate(colours):
             if (row + column) % 2 == 0:
-                triples.add((kind.category, colour, given_up[(column // 2 + row // 2 + turn) % len(given_up)]))
+                triples.add((drawn.category, colour, given_up[(column // 2 + row // 2 + turn) % len(given_up)]))
     return frozenset(triples)
 
 
 def _num_categories_with(sleeve: str) -> int:
-    return sum(sleeve in kind.sleeves for kind in KINDS)
+    return sum(sleeve in drawn.sleeves for drawn in CATEGORIES)
 
 
 def triple_of(attributes: Attributes) -> Triple:
@@ -155,24 +157,24 @@ def triple_of(attributes: Attributes) -> Triple:
     return str(attributes["카테고리"]), str(attributes["색상"]), str(third)
 
 
-def all_choices(kind: Kind, colour: str, third: str) -> list[tuple[str, Attributes]]:
+def all_choices(drawn: DrawnCategory, colour: str, third: str) -> list[tuple[str, Attributes]]:
     """Every full set of attributes of one triple, keys in the order of the real labels."""
-    choices = []
-    lengths = kind.lengths if kind.sleeves else (third,)
+    choices: list[tuple[str, Attributes]] = []
+    lengths = drawn.lengths if drawn.sleeves else (third,)
     for length, print_name, neckline, detail in itertools.product(
-        lengths, PRINTS, kind.necklines or (None,), kind.details or (None,)
+        lengths, PRINTS, drawn.necklines or (None,), drawn.details or (None,)
     ):
-        attributes: Attributes = {"기장": length, "색상": colour, "카테고리": kind.category}
-        if kind.collar:
-            attributes["옷깃"] = kind.collar
+        attributes: dict[str, str | list[str]] = {"기장": length, "색상": colour, "카테고리": drawn.category}
+        if drawn.collar:
+            attributes["옷깃"] = drawn.collar
         if detail:
             attributes["디테일"] = [detail]
-        if kind.sleeves:
+        if drawn.sleeves:
             attributes["소매기장"] = third
         attributes["프린트"] = [print_name]
         if neckline:
             attributes["넥라인"] = neckline
-        choices.append((kind.garment, attributes))
+        choices.append((drawn.garment, attributes))
     return choices
 
 
@@ -180,11 +182,11 @@ def _training_choices(held: frozenset[Triple], *, count: int, seed: int) -> list
     """Goes round all shown triples in a shuffled order, so that each is as frequent as any other."""
     generator = np.random.default_rng([seed, len(_STREAM) + 1])
     pools = [
-        all_choices(kind, colour, third)
-        for kind in KINDS
+        all_choices(drawn, colour, third)
+        for drawn in CATEGORIES
         for colour in COLOURS
-        for third in kind.third
-        if (kind.category, colour, third) not in held
+        for third in drawn.third
+        if (drawn.category, colour, third) not in held
     ]
     choices: list[tuple[str, Attributes]] = []
     while len(choices) < count:
@@ -197,15 +199,15 @@ def _training_choices(held: frozenset[Triple], *, count: int, seed: int) -> list
 def _validation_choices(held: frozenset[Triple], *, held_out: int, seed: int) -> list[tuple[str, Attributes]]:
     """Goes round the held-out triples and takes a set of attributes not taken yet from each."""
     generator = np.random.default_rng([seed, len(_STREAM) + 2])
-    kinds = {kind.category: kind for kind in KINDS}
+    categories = {drawn.category: drawn for drawn in CATEGORIES}
     pools = []
     for category, colour, third in sorted(held):
-        pool = all_choices(kinds[category], colour, third)
+        pool = all_choices(categories[category], colour, third)
         order = generator.choice(len(pool), size=len(pool), replace=False, p=_frequencies(pool))
-        pools.append([pool[int(index)] for index in order[::-1]])  # the first drawn is taken first, from the end
+        pools.append([pool[int(index)] for index in order[::-1]])  # the first chosen is taken first, from the end
     most = sum(len(pool) for pool in pools)
     if not 1 <= held_out <= most:
-        raise InputError("held_out", held_out, f"choose 1 to {most}: that many different labels can be held out")
+        raise InputError("held_out", held_out, f"choose 1 to {most}: there are that many distinct labels to hold out")
     choices: list[tuple[str, Attributes]] = []
     while len(choices) < held_out:
         filled = [pool for pool in pools if pool]
@@ -225,7 +227,7 @@ def _key(garment: str, attributes: Attributes) -> tuple[str, ...]:
     return garment, *values
 
 
-def label_of(garment: str, attributes: Attributes, drawing: Drawing, *, identifier: int) -> dict[str, Any]:
+def label_of(garment: str, attributes: Attributes, drawing: DrawnGarment, *, identifier: int) -> dict[str, Any]:
     """A label in the K-Fashion format; box and polygon are measured from the drawn pixels."""
     name = f"{identifier}.png"
     width, height = drawing.image.size
@@ -240,9 +242,9 @@ def label_of(garment: str, attributes: Attributes, drawing: Drawing, *, identifi
         "데이터셋 정보": {
             "파일 생성일자": "2026-01-01 00:00:00",
             "데이터셋 상세설명": {
-                "렉트좌표": {each: [box if each == garment else {}] for each in GARMENTS},
-                "폴리곤좌표": {each: [polygon if each == garment else {}] for each in GARMENTS},
-                "라벨링": {"스타일": [{}], **{each: [attributes if each == garment else {}] for each in GARMENTS}},
+                "렉트좌표": {each: [box if each == garment else {}] for each in GARMENT_TYPES},
+                "폴리곤좌표": {each: [polygon if each == garment else {}] for each in GARMENT_TYPES},
+                "라벨링": {"스타일": [{}], **{each: [attributes if each == garment else {}] for each in GARMENT_TYPES}},
             },
             "파일 번호": identifier,
             "파일 이름": name,

@@ -1,12 +1,12 @@
-"""Reads colour, category and sleeve back from a picture of the demo set, to score what a trained model draws.
+"""Colour, category and sleeve read from an image of the demo set, to score a trained model's generations.
 
-Nothing here is learnt and nothing but pixels is looked at. The garment is what is not background; its colour is voted
-by its pixels; category and sleeve are those of the nearest of the demo set's own drawings in that colour. What is
-compared is the garment's box stretched to a square, so whole pictures and crops to the label's box read the same.
+Nothing is trained and only pixels are read. The garment is what is not background; its pixels vote for its colour; category
+and sleeve are those of the nearest of the demo set's own drawings in that colour. The garment's box is compared, stretched
+to a square, so whole images and crops to the label's box read the same.
 
-A picture that is not clearly one demo garment is refused: a model must not score by drawing something in between. The
-limits below lie between drawn pictures (blurred, noisy, JPEG at quality 50, off by 6 levels) and nonsense (noise,
-blanks, rectangles, halves of garments, averages of two).
+An image that is not clearly one demo garment is refused: a model must not score with something in between. The limits below
+lie between drawn images (blurred, noisy, JPEG at quality 50, off by 6 levels) and nonsense (noise, blanks, rectangles,
+halves of garments, averages of two).
 
     K: drawings in one colour, all categories, lengths, sleeves, prints and details.   P: pixels of a garment.
 """
@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from engine.data.synthetic.drawing import BACKGROUND, COLOURS, draw_garment
-from engine.data.synthetic.garments import KINDS, all_choices
+from engine.data.synthetic.garments import CATEGORIES, all_choices
 
-SIDE = 64  # pictures are read at this size
-MARGIN = 4  # background put round a picture, in pixels
+SIDE = 64  # images are read at this size
+MARGIN = 4  # background added around an image, in pixels
 GRID = 12  # drawings are compared at this size: shapes survive a small VQGAN, stitches and print edges do not
 
 # Where the background ends, in levels of RGB.
@@ -46,13 +46,13 @@ LEAST_CONTRAST = 60.0
 # in twenty.
 LEAST_CATEGORY_LEAD = 0.28
 LEAST_SLEEVE_LEAD = 0.18
-# Difference of the natural logarithms of width over height; looked at unless the garment fills the picture.
+# Difference of the natural logarithms of width over height; looked at unless the garment fills the image.
 LARGEST_ASPECT_ERROR = 0.14
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; None where that is not clear, and for the sleeve of a category without sleeves."""
+    """What an image shows; None where that is not clear, and for the sleeve of a category without sleeves."""
 
     category: str | None
     colour: str | None
@@ -86,7 +86,7 @@ class _Drawings:
 
 
 def read(image: np.ndarray | Image.Image) -> Reading:
-    """Reads one picture.
+    """Reads one image.
 
     Args:
         image: uint8 (S, S, 3), or a PIL image.
@@ -103,31 +103,31 @@ def read(image: np.ndarray | Image.Image) -> Reading:
 
 
 def score(readings: Sequence[Reading], attributes: Sequence[Mapping[str, str | list[str]]]) -> list[dict[str, bool]]:
-    """Compares readings with what was asked for.
+    """Compares readings with the attributes of the caption.
 
     Args:
-        readings: one for each picture.
+        readings: one an image.
         attributes: as many prepared pairs' attributes, such as {"카테고리": "티셔츠", "색상": "레드", "소매기장": "반팔"}.
 
     Returns:
-        For each picture whether colour, category, sleeve, and all of them are right. Where no sleeve is asked for, it
-        is right when the category is.
+        For each image whether colour, category, sleeve, and all of them are right. Without a sleeve in the attributes,
+        it is right when the category is.
     """
     scores = []
-    for reading, wanted in zip(readings, attributes, strict=True):
-        category = reading.category is not None and reading.category == wanted.get("카테고리")
-        colour = reading.colour is not None and reading.colour == wanted.get("색상")
-        sleeve = category if "소매기장" not in wanted else reading.sleeve == wanted["소매기장"]
+    for reading, stated in zip(readings, attributes, strict=True):
+        category = reading.category is not None and reading.category == stated.get("카테고리")
+        colour = reading.colour is not None and reading.colour == stated.get("색상")
+        sleeve = category if "소매기장" not in stated else reading.sleeve == stated["소매기장"]
         scores.append({"colour": colour, "category": category, "sleeve": sleeve, "all": colour and category and sleeve})
     return scores
 
 
 def _pixels(image: np.ndarray | Image.Image) -> np.ndarray:
     """Float32 (SIDE, SIDE, 3)."""
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    if picture.size != (SIDE, SIDE):
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
-    return np.asarray(picture, dtype=np.float32)
+    resized = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
+    if resized.size != (SIDE, SIDE):
+        resized = resized.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(resized, dtype=np.float32)
 
 
 def _find_garment(pixels: np.ndarray) -> _Garment | None:
@@ -143,7 +143,7 @@ def _find_garment(pixels: np.ndarray) -> _Garment | None:
     if is_likely.mean() < 0.04:
         return None
     ground = np.median(pixels[is_likely], axis=0)
-    # With background all round, a crop to the garment's box looks like a whole picture.
+    # With background all round, a crop to the garment's box looks like a whole image.
     padded = np.empty((SIDE + 2 * MARGIN, SIDE + 2 * MARGIN, 3), dtype=np.float32)
     padded[:] = ground
     padded[MARGIN:-MARGIN, MARGIN:-MARGIN] = pixels
@@ -257,17 +257,17 @@ def _leads(errors: np.ndarray, best: int, is_rival: np.ndarray, lead: float) -> 
 def _drawings(colour: str) -> _Drawings:
     """Draws everything that the demo set draws in one colour; takes about a second, once."""
     views, aspects, categories, sleeves = [], [], [], []
-    for kind in KINDS:
-        for third in kind.third:
-            for _, attributes in all_choices(kind, colour, third):
+    for drawn in CATEGORIES:
+        for third in drawn.third:
+            for _, attributes in all_choices(drawn, colour, third):
                 drawing = draw_garment(attributes, generator=None, image_size=SIDE)
                 garment = _find_garment(_pixels(drawing.image))
                 assert garment is not None, attributes
                 left, top, right, bottom = extent = _extent(garment.mask)
                 views.append(_stretched(garment, extent))
                 aspects.append(np.log((right - left) / (bottom - top)))
-                categories.append(kind.category)
-                sleeves.append(third if kind.sleeves else "")
+                categories.append(drawn.category)
+                sleeves.append(third if drawn.sleeves else "")
     stacked = np.stack(views)  # (K, GRID² * 3)
     return _Drawings(
         views=stacked,

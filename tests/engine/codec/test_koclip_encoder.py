@@ -72,7 +72,12 @@ def test_captions_are_cached_and_evicted(monkeypatch: pytest.MonkeyPatch) -> Non
     encoder, texts = KoclipEncoder(_koclip()), _texts()
     encoded: list[list[int]] = []
     plain = encoder._embed_caption
-    monkeypatch.setattr(encoder, "_embed_caption", lambda tokens: encoded.append(tokens) or plain(tokens))
+
+    def count(tokens: list[int]) -> torch.Tensor:
+        encoded.append(tokens)
+        return plain(tokens)
+
+    monkeypatch.setattr(encoder, "_embed_caption", count)
     monkeypatch.setattr(koclip_encoder, "_CACHED_CAPTIONS", 2)
     first = encoder.embed_texts(texts[:2])
     assert torch.equal(encoder.embed_texts(texts[:2]), first)

@@ -1,6 +1,5 @@
 import inspect
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +59,13 @@ def test_captions_options(demo: Path, tmp_path: Path) -> None:
     assert run("captions", path).stdout.startswith("스타일에서 스타일은 로맨틱이다. 아우터에서 색상은 라벤더이다.")
 
 
-def test_captions_of_a_label_that_says_nothing(demo: Path, tmp_path: Path) -> None:
+def test_captions_of_an_empty_label(demo: Path, tmp_path: Path) -> None:
     _, content = first_label(demo)
     content["데이터셋 정보"]["데이터셋 상세설명"] |= {"라벨링": {}, "렉트좌표": {}}
     (tmp_path / "1.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     for option in ("--style", "--per-garment"):
         result = run("captions", tmp_path / "1.json", option)
-        assert "no garment" in result.stderr
+        assert "no labelled object" in result.stderr
     assert run("captions", tmp_path / "1.json").stdout == "\n"
 
 
@@ -83,7 +82,7 @@ def test_prepare_prints_its_summary(demo: Path, tmp_path: Path) -> None:
 def test_prepare_has_the_defaults_of_its_options() -> None:
     parameters = inspect.signature(cli_data.prepare).parameters
     others = ("source", "destination", "strict", "workers")  # arguments of the run itself
-    assert {name: p.default for name, p in parameters.items() if name not in others} == asdict(PrepareOptions())
+    assert {name: p.default for name, p in parameters.items() if name not in others} == PrepareOptions().to_json()
 
 
 def test_prepare_names_what_it_sets_aside(demo: Path, tmp_path: Path) -> None:

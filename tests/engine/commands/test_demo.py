@@ -45,7 +45,7 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
         assert [one["rank"] for one in result["candidates"]] == [1, 2, 3]
         best = Image.open(folder / result["candidates"][0]["file"])
         assert best.size == (48, 48)
-        assert best.text["caption"] == result["caption"]
+        assert best.info["caption"] == result["caption"]
         assert Image.open(folder / "sheet.png").width > 3 * 48
     assert Image.open(out / "evaluation.png").size[0] > 48
 

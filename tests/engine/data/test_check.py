@@ -41,7 +41,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 def found(report: CheckReport) -> dict[str, str]:
-    return {finding.record: finding.kind for finding in report.findings}
+    return {finding.record: finding.defect for finding in report.findings}
 
 
 def test_clean_folders_have_no_findings(labelled: Path, plain: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("replacement_characters", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "화\ufffd"}))),
     ("label_without_photo", LABEL, lambda s: (s / PHOTO).unlink()),
     ("photo_without_label", PHOTO, lambda s: (s / LABEL).unlink()),
-    ("label_without_garment", LABEL, lambda s: write(s / LABEL, tree(2, {}, {}))),
+    ("label_without_object", LABEL, lambda s: write(s / LABEL, tree(2, {}, {}))),
     ("broken_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "가로": "wide"}))),
     ("broken_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "X좌표": float("nan")}))),
     ("negative_box", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "가로": -3}))),
@@ -81,8 +81,8 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("size_mismatch", LABEL, lambda s: photo(s / PHOTO, 9, (60, 40))),
     ("not_an_image", PHOTO, lambda s: (s / PHOTO).write_text("<html>404</html>")),
     ("broken_image", PHOTO, lambda s: cut(s / PHOTO)),
-    ("garment_without_box", GARMENT, lambda s: write(s / LABEL, tree(2, {}))),
-    ("garment_without_label", GARMENT, lambda s: write(s / LABEL, tree(2, top={}))),
+    ("object_without_box", GARMENT, lambda s: write(s / LABEL, tree(2, {}))),
+    ("object_without_label", GARMENT, lambda s: write(s / LABEL, tree(2, top={}))),
     ("box_over_edge", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "세로": 100}))),
     ("unknown_value", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "무지개"}))),
     ("unread_content", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": 3, "핏": "루즈"}))),
@@ -91,12 +91,14 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "record", "plant"), LABELLED_DEFECTS)
-def test_planted_label_defects_are_named(labelled: Path, kind: str, record: str, plant: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(("defect", "record", "plant"), LABELLED_DEFECTS)
+def test_planted_label_defects_are_named(
+    labelled: Path, defect: str, record: str, plant: Callable[[Path], Any]
+) -> None:
     plant(labelled)
     report = check(labelled)
-    assert found(report) == {record: kind}  # this record, and no other
-    assert bool(report.errors) == (DEFECTS[kind][0] == "error")
+    assert found(report) == {record: defect}  # this record, and no other
+    assert bool(report.errors) == (DEFECTS[defect][0] == "error")
 
 
 def test_duplicate_id_and_equal_stems(labelled: Path) -> None:
@@ -104,9 +106,9 @@ def test_duplicate_id_and_equal_stems(labelled: Path) -> None:
     photo(labelled / "images" / "5.png", 5)
     write(labelled / "more" / "labels" / "3.json", tree(30))
     photo(labelled / "more" / "images" / "3.png", 30)
-    kinds = {(f.record, f.kind): f.detail for f in check(labelled).findings}
-    assert "labels/2.json" in kinds["labels/5.json", "duplicate_id"]
-    assert "labels/3.json" in kinds["more/labels/3.json", "equal_stems"]
+    details = {(f.record, f.defect): f.detail for f in check(labelled).findings}
+    assert "labels/2.json" in details["labels/5.json", "duplicate_id"]
+    assert "labels/3.json" in details["more/labels/3.json", "equal_stems"]
 
 
 def test_oversize_image(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +143,10 @@ PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "record", "plant"), PLAIN_DEFECTS)
-def test_planted_caption_defects_are_named(plain: Path, kind: str, record: str, plant: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(("defect", "record", "plant"), PLAIN_DEFECTS)
+def test_planted_caption_defects_are_named(plain: Path, defect: str, record: str, plant: Callable[[Path], Any]) -> None:
     plant(plain)
-    assert found(check(plain)) == {record: kind}
+    assert found(check(plain)) == {record: defect}
 
 
 def test_same_name_in_two_plain_folders_is_a_warning(plain: Path) -> None:
@@ -172,8 +174,8 @@ def test_several_defects_are_counted(labelled: Path) -> None:
     assert report.to_json()["errors"] == 3
 
 
-def test_every_defect_kind_has_a_test() -> None:
-    tested = {kind for kind, _, _ in [*LABELLED_DEFECTS, *PLAIN_DEFECTS]}
+def test_every_defect_has_a_test() -> None:
+    tested = {defect for defect, _, _ in [*LABELLED_DEFECTS, *PLAIN_DEFECTS]}
     tested |= {"duplicate_id", "oversize_image", "tiny_image", "same_name", "broken_pairs"}
     # files that vanish or lose their permissions while they are read: cannot be planted as root
     assert set(DEFECTS) - tested == {"missing_image", "unreadable_label", "unreadable_caption"}

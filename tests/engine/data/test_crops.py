@@ -77,13 +77,13 @@ def test_cmyk_jpeg_and_palette_with_transparency(tmp_path: Path) -> None:
 
 
 def test_missing_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
-    assert fault_of(tmp_path / "none.png").kind == "missing_image"
+    assert fault_of(tmp_path / "none.png").defect == "missing_image"
     (tmp_path / "empty.png").touch()
-    assert fault_of(tmp_path / "empty.png").kind == "empty_file"
+    assert fault_of(tmp_path / "empty.png").defect == "empty_file"
     (tmp_path / "text.png").write_text("no image at all")
-    assert fault_of(tmp_path / "text.png").kind == "not_an_image"
+    assert fault_of(tmp_path / "text.png").defect == "not_an_image"
     noise(8, 8).save(tmp_path / "a.gif")
-    assert fault_of(tmp_path / "a.gif").kind == "not_an_image"  # Pillow could read it: the list of formats is closed
+    assert fault_of(tmp_path / "a.gif").defect == "not_an_image"  # Pillow could read it: the list of formats is closed
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -92,7 +92,7 @@ def test_every_truncation_is_a_fault(tmp_path: Path, suffix: str) -> None:
     content = (tmp_path / f"a.{suffix}").read_bytes()
     for share in (0.2, 0.5, 0.9, 0.99):
         (tmp_path / f"cut.{suffix}").write_bytes(content[: int(len(content) * share)])
-        assert fault_of(tmp_path / f"cut.{suffix}").kind in ("broken_image", "not_an_image"), share
+        assert fault_of(tmp_path / f"cut.{suffix}").defect in ("broken_image", "not_an_image"), share
 
 
 def test_oversize_is_refused_from_the_header(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_oversize_is_refused_from_the_header(tmp_path: Path) -> None:
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
         (tmp_path / "bomb.png").write_bytes(bomb)
-        assert fault_of(tmp_path / "bomb.png").kind == "oversize_image"
+        assert fault_of(tmp_path / "bomb.png").defect == "oversize_image"
     assert 7071 * 7071 <= crops.MAX_PIXELS < 7072 * 7072
 
 
@@ -129,7 +129,7 @@ def test_mutated_bytes_give_an_image_or_an_input_error(
 def test_faults_cross_process_borders() -> None:
     fault = ImageFault("broken_image", Path("a.jpg"), "is truncated")
     copy = pickle.loads(pickle.dumps(fault))
-    assert (copy.kind, copy.path, str(copy)) == (fault.kind, fault.path, str(fault))
+    assert (copy.defect, copy.path, str(copy)) == (fault.defect, fault.path, str(fault))
 
 
 # ---------------------------------------------------------------------------------------------------- the boxes

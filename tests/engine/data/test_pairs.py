@@ -11,19 +11,16 @@ from PIL import Image
 
 from engine.data.pairs import (
     Pair,
-    Pairs,
     balance_weights,
     known_attributes,
     load_image,
     load_pairs,
     split_of,
-    with_partial_captions,
-    with_partial_held_out,
 )
 from engine.errors import InputError
 
 
-def picture(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
+def image(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
     return path
@@ -31,14 +28,14 @@ def picture(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
 
 def plain(folder: Path, *names: str, caption: str = "빨간 옷") -> Path:
     for name in names:
-        picture(folder / f"{name}.png")
+        image(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
     return folder
 
 
 def prepared(folder: Path, *lines: Any) -> Path:
-    picture(folder / "images" / "1_top_0.png")
-    picture(folder / "images" / "2_top_0.png")
+    image(folder / "images" / "1_top_0.png")
+    image(folder / "images" / "2_top_0.png")
     folder.joinpath("pairs.jsonl").write_text(
         "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines),
         encoding="utf-8",
@@ -147,12 +144,12 @@ def test_plain_folder_with_its_own_split(tmp_path: Path) -> None:
     assert [pair.key for pair in pairs.validation] == ["val/z"]
 
 
-def test_few_unusable_files_are_set_aside_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_unusable_files_are_set_aside_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain(tmp_path, *map(str, range(80)))
     (tmp_path / "README.txt").write_text("read me")
-    picture(tmp_path / "cover.jpg")
+    image(tmp_path / "cover.jpg")
     (tmp_path / "7.txt").write_text(" \n")
-    picture(tmp_path / "8.jpg")
+    image(tmp_path / "8.jpg")
     with caplog.at_level(logging.WARNING):
         pairs = load_pairs(tmp_path, validation_fraction=0.1)
     assert sorted(name for name, _ in pairs.set_aside) == ["7.txt", "8.png", "README.txt", "cover.jpg"]
@@ -210,7 +207,7 @@ def test_balance_is_inverse_square_root_with_mean_one() -> None:
     assert sum(weights) / 5 == pytest.approx(1)
 
 
-def test_full_inverse_draws_classes_equally() -> None:
+def test_full_inverse_weighs_classes_equally() -> None:
     weights = balance_weights(pairs_of("a", "a", "a", "b", None, None), "색상", inverse="full")
     assert sum(weights[:3]) == pytest.approx(weights[3])
     assert sum(weights[4:]) == pytest.approx(weights[3])  # missing is a class of its own
@@ -234,7 +231,7 @@ def test_load_image_as_stored_and_resized(tmp_path: Path) -> None:
     pair = Pair("x", tmp_path / "x.png", ("c",), "x", "train")
     assert np.array_equal(load_image(pair, 8), pixels)
     resized = load_image(pair, 5)
-    assert (resized.shape, resized.dtype) == ((5, 5, 3), np.uint8)
+    assert (resized.shape, resized.dtype) == ((5, 5, 3), np.dtype(np.uint8))
     resized[0, 0] = 0  # writable
 
 
@@ -244,9 +241,9 @@ def test_load_image_names_a_broken_file(tmp_path: Path) -> None:
         load_image(Pair("x", tmp_path / "x.png", ("c",), "x", "train"), 8)
 
 
-def test_known_attributes_are_counted_by_garment() -> None:
+def test_known_attributes_are_counted_by_subject() -> None:
     def pair(key: str, **attributes: str | list[str]) -> Pair:
-        return Pair(key, Path(key), ("c",), key, "train", attributes)
+        return Pair(key, Path(key), ("상의에서 색상은 레드이다.",), key, "train", attributes)
 
     some = [
         pair("a", garment="상의", 색상="레드", 소재=["면", "린넨"]),
@@ -263,36 +260,5 @@ def test_known_attributes_are_counted_by_garment() -> None:
     assert known_attributes(some[4:]) == {}
 
 
-def two_sided() -> Pairs:
-    caption = "하의에서 기장은 발목이다. 하의에서 색상은 블루이다. 하의에서 카테고리는 팬츠이다."
-    told = {"garment": "하의", "기장": "발목", "색상": "블루", "카테고리": "팬츠"}
-    sides = ["train", "validation", "train", "train", "validation"]
-    return Pairs(tuple(
-        Pair(str(n), Path(f"{n}.png"), (caption,), str(n), side, told) for n, side in enumerate(sides)  # type: ignore[arg-type]
-    ))  # fmt: skip
-
-
-def test_partial_captions_stand_beside_the_whole_ones_of_training_pairs_alone() -> None:
-    pairs = two_sided()
-    more = with_partial_captions(pairs, 3, seed=1)
-    whole = pairs.all[0].captions[0]
-    assert with_partial_captions(pairs, 0, seed=1) is pairs
-    assert more == with_partial_captions(pairs, 3, seed=1)
-    assert more != with_partial_captions(pairs, 3, seed=2)
-    assert more.validation == pairs.validation
-    for pair in more.train:
-        assert pair.captions[0] == whole
-        assert len(pair.captions) == 4
-        assert all(caption and len(caption) < len(whole) for caption in pair.captions[1:])
-    assert len({caption for pair in more.train for caption in pair.captions}) > 3  # not one choice for all
-
-
-def test_partial_held_out_pairs_have_the_attributes_that_are_still_told() -> None:
-    pairs = two_sided()
-    fewer = with_partial_held_out(pairs, seed=1)
-    assert fewer.train == pairs.train
-    for pair in fewer.validation:
-        assert set(pair.attributes) < {"garment", "기장", "색상", "카테고리"}
-        for name in ("기장", "색상", "카테고리"):
-            assert (name in pair.attributes) == (name in pair.captions[0])
-        assert pair.attributes["garment"] == "하의"
+def test_no_attributes_are_known_without_a_caption_grammar() -> None:
+    assert known_attributes(pairs_of("레드", "블루")) == {}

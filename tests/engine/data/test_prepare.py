@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data.kfashion.labels import KINDS
+from engine.data.kfashion.label_format import KFashionLabels
+from engine.data.kfashion.labels import GARMENT_TYPES
 from engine.data.pairs import load_image, load_pairs, split_of
 from engine.data.prepare import PrepareReport, prepare
 from engine.data.sources import PrepareOptions
@@ -73,6 +74,7 @@ def test_report_on_disk(source: Path, tmp_path: Path) -> None:
     assert written == json.loads(json.dumps(report.to_json()))
     assert written["format_version"] == 1
     assert written["options"]["seed"] == 7
+    assert written["options"]["list_values"] == "all"  # of the label format
 
 
 def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_the_sources_own_split_is_taken(tmp_path: Path, names: tuple[str, str]) 
 
 
 def one(tmp_path: Path, **labelling: Any) -> Path:
-    boxes = {kind: [BOX] for kind in labelling if kind in KINDS}
+    boxes = {name: [BOX] for name in labelling if name in GARMENT_TYPES}
     add(tmp_path / "source", 1, label_tree(1, boxes=boxes, **labelling))
     return tmp_path / "source"
 
@@ -121,10 +123,16 @@ def test_caption_options(tmp_path: Path) -> None:
     source = one(tmp_path, 스타일=[{"스타일": "모던"}], 상의=[{**TOP, "소재": ["면", "린넨"]}], 하의=[{"색상": "블랙"}])
     prepare(source, tmp_path / "a", PrepareOptions(image_size=8, validation_fraction=0))
     assert first_caption(tmp_path / "a") == "하의에서 색상은 블랙이다."
-    prepare(source, tmp_path / "b", PrepareOptions(image_size=8, validation_fraction=0, style=True))
+    prepare(
+        source,
+        tmp_path / "b",
+        PrepareOptions(image_size=8, validation_fraction=0, label_format=KFashionLabels(style=True)),
+    )
     assert first_caption(tmp_path / "b") == "스타일에서 스타일은 모던이다. 하의에서 색상은 블랙이다."
     options = PrepareOptions(
-        image_size=8, validation_fraction=0, caption_scope="photo", subject_once=True, list_values="first"
+        image_size=8,
+        validation_fraction=0,
+        label_format=KFashionLabels(caption_scope="photo", subject_once=True, list_values="first"),
     )
     prepare(source, tmp_path / "c", options)
     whole = "하의에서 색상은 블랙이다. 상의에서 색상은 화이트이다. 카테고리는 티셔츠이다. 소재에는 면이다."
@@ -225,15 +233,15 @@ def test_every_record_is_used_or_named(source: Path, tmp_path: Path) -> None:
         "labels/105.json": "duplicate_id",
         "labels/106.json: 상의 0": "bad_box",
         "labels/107.json: 상의 0": "bad_box",
-        "labels/108.json": "label_without_garment",
-        "labels/109.json: 상의 0": "garment_without_label",
-        "labels/110.json: 상의 0": "garment_without_box",
+        "labels/108.json": "label_without_object",
+        "labels/109.json: 상의 0": "object_without_label",
+        "labels/110.json: 상의 0": "object_without_box",
         "labels/111.json: 상의 0": "size_mismatch",
     }
     assert report.records == 25
     assert report.used + len(report.skipped) == report.records
-    assert report.bad == 8  # three causes are normal in K-Fashion
-    assert report.notes["files passed over: *.md"] == 1
+    assert report.bad == 8  # three causes are normal in incomplete labels
+    assert report.notes["ignored files: *.md"] == 1
     assert len(load_pairs(tmp_path / "out")) == report.used
 
 
@@ -286,7 +294,7 @@ def test_places(source: Path, tmp_path: Path) -> None:
 
 def test_nothing_usable_is_an_input_error(tmp_path: Path) -> None:
     add(tmp_path / "source", 1, label_tree(1, boxes={}))
-    with pytest.raises(InputError, match="label_without_garment 1"):
+    with pytest.raises(InputError, match="label_without_object 1"):
         prepare(tmp_path / "source", tmp_path / "out")
     assert nothing_left(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Colours read back from pictures that were drawn in them."""
+"""Colours read back from images that were drawn in them."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from engine.metrics.colour import Lab, dominant_colour, lab_palette, nearest_col
 PALETTE = lab_palette(K_FASHION_COLOURS)
 
 
-def picture(ground: tuple[int, int, int], colour: tuple[int, int, int], *, size: int = 96) -> np.ndarray:
+def image(ground: tuple[int, int, int], colour: tuple[int, int, int], *, size: int = 96) -> np.ndarray:
     """(S, S, 3): a shape of one colour that touches the lower edge, shaded and blurred as photos are."""
     pixels = np.empty((size, size, 3), np.float64)
     pixels[:] = ground
@@ -30,7 +30,7 @@ def test_lab_of_known_colours() -> None:
 
 
 @pytest.mark.parametrize("size", [5, 32, 64, 100])
-def test_a_flat_picture_is_of_its_own_colour(size: int) -> None:
+def test_a_flat_image_is_of_its_own_colour(size: int) -> None:
     flat = np.full((size, size, 3), (185, 40, 50), np.uint8)
     assert dominant_colour(flat) == pytest.approx(PALETTE["레드"], abs=1e-9)
 
@@ -38,21 +38,21 @@ def test_a_flat_picture_is_of_its_own_colour(size: int) -> None:
 def test_every_name_is_read_back_from_a_drawn_shape() -> None:
     for name, colour in K_FASHION_COLOURS.items():
         ground = (245, 245, 245) if PALETTE[name].lightness < 60 else (70, 50, 40)
-        found = dominant_colour(picture(ground, colour))
+        found = dominant_colour(image(ground, colour))
         assert nearest_colour_name(found, PALETTE) == name, (name, found, PALETTE[name])
 
 
 def test_the_ground_does_not_matter() -> None:
     red = K_FASHION_COLOURS["레드"]
     for ground in ((245, 245, 245), (20, 20, 20), (60, 120, 70), (190, 180, 164)):
-        assert nearest_colour_name(dominant_colour(picture(ground, red)), PALETTE) == "레드"
+        assert nearest_colour_name(dominant_colour(image(ground, red)), PALETTE) == "레드"
 
 
 def test_a_subject_of_the_grounds_colour_is_still_read() -> None:
-    assert nearest_colour_name(dominant_colour(picture((216, 215, 211), (222, 221, 217))), PALETTE) == "화이트"
+    assert nearest_colour_name(dominant_colour(image((216, 215, 211), (222, 221, 217))), PALETTE) == "화이트"
 
 
-def test_same_picture_same_colour() -> None:
+def test_same_image_same_colour() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert dominant_colour(noise) == dominant_colour(noise.copy())
 

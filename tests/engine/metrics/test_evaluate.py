@@ -19,7 +19,6 @@ from engine.config import KoclipConfig, TransformerConfig, VqganConfig
 from engine.data.pairs import load_image, load_pairs
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
-from engine.metrics.colour import lab_palette
 from engine.metrics.evaluate import evaluate, evaluate_to_file, mean_recall, table
 from engine.models.folder import Part, PartName, load_folder_tokenizer, load_part, write_model_folder
 from engine.models.koclip import KoClip
@@ -29,7 +28,7 @@ from tests.paths import REPOSITORY
 
 COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
 VQGAN = VqganConfig(
-    image_size=32, base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=(),
+    image_size=32, base_channels=32, channel_multipliers=(1, 1, 1, 1), num_res_blocks=1, attention_resolutions=(),
     latent_channels=16, embed_dim=8, codebook_size=32, norm_groups=4,
 )  # fmt: skip
 KOCLIP = KoclipConfig(
@@ -38,7 +37,7 @@ KOCLIP = KoclipConfig(
 )  # fmt: skip
 TRANSFORMER = TransformerConfig(
     dim=32, num_layers=1, num_heads=2, head_dim=16, text_vocab_size=64, text_seq_len=8, text_position_rows=10,
-    image_vocab_size=32, image_grid_size=8,
+    image_vocab_size=32, image_grid_size=4,
 )  # fmt: skip
 
 
@@ -73,14 +72,14 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Callabl
     folder = tmp_path_factory.mktemp("models")
 
     def make(*names: PartName) -> Path:
-        kinds: dict[PartName, tuple[Any, Any]] = {
+        modules: dict[PartName, tuple[Any, Any]] = {
             "vqgan": (Vqgan, VQGAN), "transformer": (KoDalle, TRANSFORMER), "koclip": (KoClip, KOCLIP),
         }  # fmt: skip
         parts: dict[PartName, Part] = {}
         for name in names:
             torch.manual_seed(0)
-            kind, config = kinds[name]
-            parts[name] = Part(config, kind(config).state_dict())
+            module, config = modules[name]
+            parts[name] = Part(config, module(config).state_dict())
         captions = [pair.captions[0] for pair in load_pairs(pairs).train]
         path = folder / ("-".join(names) or "none")
         write_model_folder(path, parts, card="tiny", tokenizer=train_tokenizer(captions, vocab_size=60))
@@ -97,8 +96,7 @@ def model(make_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     out = tmp_path_factory.mktemp("out") / "evaluation.json"
-    palette = lab_palette(COLOURS | {"골드": (200, 45, 50)})  # gold: as red as the squares, but no label says so
-    evaluate_to_file(model, pairs, out, generations=12, candidates=5, seed=3, colour_attribute="색상", palette=palette)
+    evaluate_to_file(model, pairs, out, generations=12, candidates=5, seed=3)
     return json.loads(out.read_text(encoding="utf-8")), out
 
 
@@ -109,12 +107,12 @@ def test_the_report_says_what_was_measured(evaluated: tuple[dict[str, Any], Path
         "validation": 16, "validation_captions": 12, "train": 16, "set_aside": 0, "split": "prepared",
     }  # fmt: skip
     assert report["torch"] == torch.__version__
-    assert report["reconstruction"]["pictures"] == report["kodalle"]["pairs"] == report["koclip"]["pairs"] == 16
-    generations = report["drawings"]
+    assert report["reconstruction"]["images"] == report["kodalle"]["pairs"] == report["koclip"]["pairs"] == 16
+    generations = report["generations"]
     assert (generations["captions"], generations["candidates"], generations["seed"]) == (12, 5, 3)
     assert {one["seed"] for one in generations["top_ranked"]} == {3}
     assert len({one["caption"] for one in generations["top_ranked"]}) == 12
-    assert set(report["seconds"]) == {"loading", "reconstruction", "kodalle", "koclip", "drawings", "total"}
+    assert set(report["seconds"]) == {"loading", "reconstruction", "kodalle", "koclip", "generations", "total"}
     lines = table(report).splitlines()
     assert "koclip" in lines
     assert f"  pairs{16:>{lines[1].index('16') - 5}}" in lines  # indented under its section, values in one column
@@ -137,22 +135,22 @@ def test_losses_equal_those_of_one_batch(evaluated: tuple[dict[str, Any], Path],
 
 
 def test_scores_and_colours_have_their_bounds(evaluated: tuple[dict[str, Any], Path]) -> None:
-    generations = evaluated[0]["drawings"]
+    generations = evaluated[0]["generations"]
     assert generations["koclip_score"]["top_ranked"] >= generations["koclip_score"]["random"]
     tops = [one["score"] for one in generations["top_ranked"]]
     assert generations["koclip_score"]["top_ranked"] == pytest.approx(sum(tops) / 12)
     colour = generations["colour_agreement"]
     assert (colour["real"], colour["num_real"], colour["names"], colour["num_captions"]) == (1.0, 16, 4, 12)
     assert colour["commonest"] == 0.25
-    assert "50 are needed" in generations["distances"]["left_out"]  # 16 held-out pictures
+    assert "50 are needed" in generations["distances"]["left_out"]  # 16 held-out images
 
 
 def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Path]) -> None:
     report, out = evaluated
-    assert report["drawings"]["sheet"] == {"file": "evaluation.png", "columns": 10}
+    assert report["generations"]["sheet"] == {"file": "evaluation.png", "columns": 10}
     with Image.open(out.with_suffix(".png")) as sheet:
         assert sheet.size == (10 * 36 + 4, 2 * 36 + 4)
-        assert json.loads(sheet.text["captions"]) == report["drawings"]["top_ranked"]  # type: ignore[attr-defined]
+        assert json.loads(sheet.text["captions"]) == report["generations"]["top_ranked"]  # type: ignore[attr-defined]
 
 
 def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
@@ -160,32 +158,32 @@ def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
-def test_distances_stand_beside_those_of_training_pictures(model: Path, tmp_path: Path) -> None:
+def test_distances_stand_beside_those_of_training_images(model: Path, tmp_path: Path) -> None:
     many = write_pairs(tmp_path / "many", held_out=50)
     phases: list[tuple[str, int, int]] = []
-    drawn = evaluate(
-        model, many, generations=10, candidates=6, on_progress=lambda *told: phases.append(told)
-    )["drawings"]  # fmt: skip
-    assert drawn["distances"]["drawings"]["num_real"] == 50
-    assert drawn["distances"]["drawings"]["num_other"] == 60
-    assert drawn["distances"]["drawings"]["kid_koclip_features"] > 0.0
-    assert drawn["distances"]["drawings"]["fid_koclip_features"] is None
-    assert drawn["distances"]["training_pictures"]["num_other"] == 16
+    distances = evaluate(
+        model, many, generations=10, candidates=6, on_progress=lambda *phase: phases.append(phase)
+    )["generations"]["distances"]  # fmt: skip
+    assert distances["generations"]["num_real"] == 50
+    assert distances["generations"]["num_other"] == 60
+    assert distances["generations"]["kid_koclip_features"] > 0.0
+    assert distances["generations"]["fid_koclip_features"] is None
+    assert distances["training_images"]["num_other"] == 16
     assert ("koclip", 50, 50) in phases
-    assert ("drawing", 10, 10) in phases
+    assert ("generating", 10, 10) in phases
 
 
 def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], pairs: Path) -> None:
     codec = evaluate(make_model("vqgan"), pairs)
     assert "reconstruction" in codec
-    assert not {"kodalle", "koclip", "drawings"} & set(codec)
+    assert not {"kodalle", "koclip", "generations"} & set(codec)
     ranker = evaluate(make_model("koclip"), pairs)
     assert "koclip" in ranker
-    assert not {"kodalle", "reconstruction", "drawings"} & set(ranker)
+    assert not {"kodalle", "reconstruction", "generations"} & set(ranker)
     transformer = evaluate(make_model("vqgan", "transformer"), pairs, generations=2, candidates=2)
-    assert transformer["drawings"]["top_ranked"][0]["score"] is None
-    assert not {"koclip_score", "distances", "colour_agreement"} & set(transformer["drawings"])
-    assert "drawings" not in evaluate(make_model("vqgan", "transformer"), pairs, generations=0)
+    assert transformer["generations"]["top_ranked"][0]["score"] is None
+    assert not {"koclip_score", "distances", "class_agreement"} & set(transformer["generations"])
+    assert "generations" not in evaluate(make_model("vqgan", "transformer"), pairs, generations=0)
 
 
 def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) -> None:
@@ -205,7 +203,7 @@ def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) ->
 
 def test_recall_averages_over_choices_of_a_hundred() -> None:
     koclip = KoClip(KOCLIP)
-    tokens = torch.arange(250)[:, None] % 150  # 150 captions, 100 of them with two pictures
+    tokens = torch.arange(250)[:, None] % 150  # 150 captions, 100 of them with two images
     own = torch.nn.functional.normalize(torch.randn(150, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     texts = own[tokens[:, 0]]
     generator = torch.Generator().manual_seed(0)
@@ -214,7 +212,7 @@ def test_recall_averages_over_choices_of_a_hundred() -> None:
         "recall_at_1": pytest.approx(1), "recall_at_5": pytest.approx(1), "recall_among": 100, "recall_rounds": 20,
     }  # fmt: skip
     blind = mean_recall(koclip, texts.roll(50, 0), texts, tokens, generator)
-    # at chance: 0.05 +- sqrt(0.05 * 0.95 / 100), the rounds share pictures
+    # at chance: 0.05 +- sqrt(0.05 * 0.95 / 100), the rounds share images
     assert math.isclose(blind["recall_at_5"], 0.05, abs_tol=0.08)
     few = mean_recall(koclip, texts[:9], texts[:9], tokens[:9], generator)
     assert (few["recall_among"], few["recall_rounds"]) == (9, 1)
@@ -227,7 +225,7 @@ def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text(encoding="utf-8"))
-    assert report["drawings"]["colour_agreement"]["real"] == 1.0
+    assert report["generations"]["colour_agreement"]["real"] == 1.0
     assert out.with_suffix(".png").is_file()
     assert "  psnr db" in done.output
 
@@ -245,52 +243,52 @@ def with_garments(folder: Path) -> Path:
     return folder
 
 
-def test_a_judge_that_did_not_rank_names_kinds(model: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_independent_classifier_assigns_classes(
+    model: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=16))
-    with pytest.raises(InputError, match=r"--judge.*find itself right"):
-        evaluate(model, pairs, judge=make_model("koclip"), colour_attribute="색상")
+    with pytest.raises(InputError, match=r"--independent-classifier.*confirm itself"):
+        evaluate(model, pairs, independent_classifier=make_model("koclip"))
     with pytest.raises(InputError, match="has no koclip"):
-        evaluate(model, pairs, judge=make_model("vqgan"), colour_attribute="색상")
+        evaluate(model, pairs, independent_classifier=make_model("vqgan"))
     other = tmp_path / "other"
     torch.manual_seed(1)
     captions = [pair.captions[0] for pair in load_pairs(pairs).train]
     tokenizer = train_tokenizer(captions, vocab_size=60)
     write_model_folder(other, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
 
-    def draw(**options: Any) -> dict[str, Any]:
-        found = evaluate(
-            model, pairs, generations=8, candidates=4, judge=other, colour_attribute="색상",
-            palette=lab_palette(COLOURS), **options,
-        )  # fmt: skip
-        return dict(found["drawings"])
+    def score(**options: Any) -> dict[str, Any]:
+        report = evaluate(model, pairs, generations=8, candidates=4, independent_classifier=other, **options)
+        return dict(report["generations"])
 
-    whole = draw()
+    whole = score()
     assert whole["partial_captions"] is False
-    found = whole["kind_agreement"]
-    assert (found["kinds"], found["num_real"], found["num_captions"], found["commonest"]) == (2, 16, 8, 0.5)
-    # of random weights: a share of 8 x 4 drawings
+    found = whole["class_agreement"]
+    assert (found["classes"], found["num_real"], found["num_captions"], found["commonest"]) == (2, 16, 8, 0.5)
+    # of random weights: a share of 8 x 4 images
     assert {found[name] * 32 for name in ("real", "top_ranked", "random")} <= set(range(33))
-    partial = draw(partial_captions=True)
-    told = [one["caption"] for one in partial["top_ranked"]]
+    partial = score(partial_captions=True)
+    captions = [one["caption"] for one in partial["top_ranked"]]
     assert partial["partial_captions"] is True
-    assert all(caption.count("이다.") == 1 for caption in told)
-    with_colour = [caption for caption in told if "색상" in caption]
-    assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(told)
-    assert partial["kind_agreement"]["num_captions"] == len(told)  # 상의 alone tells the kind, too
+    assert all(caption.count("이다.") == 1 for caption in captions)
+    with_colour = [caption for caption in captions if "색상" in caption]
+    assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(captions)
+    assert partial["class_agreement"]["num_captions"] == len(captions)  # 상의 alone determines the class, too
 
 
 def test_settings_are_compared_on_training_captions(
     model: Path, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """benchmarks/sampling_options.py, whole: no held-out caption is drawn."""
+    """benchmarks/sampling_options.py, whole: no held-out caption is used."""
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
-    judge = tmp_path / "judge"
+    classifier = tmp_path / "classifier"
     torch.manual_seed(1)
     tokenizer = train_tokenizer([pair.captions[0] for pair in load_pairs(pairs).train], vocab_size=60)
-    write_model_folder(judge, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+    write_model_folder(classifier, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
     script = REPOSITORY / "benchmarks" / "sampling_options.py"
     command = [
-        sys.executable, str(script), str(model), str(pairs), "--judge", str(judge), "--out", str(tmp_path / "o.json"),
+        sys.executable, str(script), str(model), str(pairs), "--independent-classifier", str(classifier),
+        "--out", str(tmp_path / "o.json"),
         "--temperature", "0.5", "2", "--guidance", "1", "--captions", "3", "--candidates", "2",
         "--sheets", str(tmp_path / "sheets"),
     ]  # fmt: skip
@@ -303,9 +301,9 @@ def test_settings_are_compared_on_training_captions(
     assert 0 <= cool["whole"]["difference"] < hot["whole"]["difference"]
     trained_on = {pair.captions[0] for pair in load_pairs(pairs).train}
     with Image.open(tmp_path / "sheets" / "whole-t2-g1.png") as sheet:
-        drawn = json.loads(sheet.text["captions"])  # type: ignore[attr-defined]
-    assert len(drawn) == 3
-    assert {one["caption"] for one in drawn} <= trained_on
+        shown = json.loads(sheet.text["captions"])  # type: ignore[attr-defined]
+    assert len(shown) == 3
+    assert {one["caption"] for one in shown} <= trained_on
 
 
 def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:

@@ -42,7 +42,7 @@ def test_fid_of_two_gaussians_by_the_formula() -> None:
     assert feature_distances(real, other)["fid_koclip_features"] == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_too_few_pictures_give_no_distance() -> None:
+def test_too_few_images_have_no_distance() -> None:
     assert LEAST_FOR_KID < LEAST_FOR_FID
     few = feature_distances(features(300), features(LEAST_FOR_KID - 1))
     assert [few["fid_koclip_features"], few["kid_koclip_features"], few["kid_koclip_features_std"]] == [None] * 3

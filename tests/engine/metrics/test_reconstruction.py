@@ -32,7 +32,7 @@ def test_equals_a_plain_computation(vqgan: Vqgan, images: torch.Tensor) -> None:
     shares = tokens.flatten().bincount(minlength=32) / tokens.numel()
     found = reconstruction_error(vqgan, [images])
     assert found == {
-        "pictures": 7,
+        "images": 7,
         "mae": pytest.approx(float(error.abs().mean())),
         "mse": pytest.approx(float(error.square().mean())),
         "psnr_db": pytest.approx(-10 * math.log10(float(error.square().mean()))),
@@ -56,6 +56,6 @@ def test_a_perfect_codec_has_a_finite_psnr(vqgan: Vqgan, images: torch.Tensor) -
     assert found["psnr_db"] == 70
 
 
-def test_no_pictures(vqgan: Vqgan) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+def test_no_images(vqgan: Vqgan) -> None:
+    with pytest.raises(ValueError, match="no images"):
         reconstruction_error(vqgan, [])

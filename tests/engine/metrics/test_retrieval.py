@@ -35,6 +35,6 @@ def test_equal_captions_count_once() -> None:
 
 def test_among_limits_the_competition() -> None:
     scores = torch.eye(6)
-    scores[0, 5] = 2  # a better caption for the first picture, but the sixth
+    scores[0, 5] = 2  # a better caption for the first image, but the sixth
     assert recall_at(scores, CAPTIONS, among=6, ranks=(1,))[1] == pytest.approx(5 / 6)
     assert recall_at(scores, CAPTIONS, among=5, ranks=(1,))[1] == 1.0

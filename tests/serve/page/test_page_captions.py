@@ -52,8 +52,8 @@ def _engine_caption(label: Chosen) -> str:
 
 
 def test_the_attributes_are_those_of_the_labels() -> None:
-    assert [part["name"] for part in GRAMMAR["parts"]] == list(labels.KINDS)
-    assert sorted(GRAMMAR["shown_order"]) == sorted(labels.KINDS)
+    assert [part["name"] for part in GRAMMAR["parts"]] == list(labels.GARMENT_TYPES)
+    assert sorted(GRAMMAR["shown_order"]) == sorted(labels.GARMENT_TYPES)
     assert [each["name"] for each in GRAMMAR["attributes"]] == list(labels.ATTRIBUTES)
     for each in GRAMMAR["attributes"]:
         assert each["particle"] == captions.particle(each["name"])

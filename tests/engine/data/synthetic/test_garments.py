@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.data.kfashion.labels import GARMENT_TYPES
+from engine.data.label_format import Attributes
 from engine.data.synthetic.drawing import COLOURS, draw_garment
 from engine.data.synthetic.garments import (
-    GARMENTS,
-    KINDS,
-    Attributes,
+    CATEGORIES,
     DemoReport,
     Triple,
     all_choices,
@@ -40,8 +40,8 @@ def _labels(folder: Path, split: str) -> dict[str, dict[str, Any]]:
 
 def _garment(label: dict[str, Any]) -> tuple[str, Attributes]:
     labelling = label["데이터셋 정보"]["데이터셋 상세설명"]["라벨링"]
-    ((kind, attributes),) = [(kind, labelling[kind][0]) for kind in GARMENTS if labelling[kind][0]]
-    return kind, attributes
+    ((garment, attributes),) = [(each, labelling[each][0]) for each in GARMENT_TYPES if labelling[each][0]]
+    return garment, attributes
 
 
 def _triples(folder: Path, split: str) -> list[Triple]:
@@ -81,22 +81,22 @@ def test_labels_have_the_published_structure(demo: tuple[Path, DemoReport]) -> N
         assert (info["이미지 너비"], info["이미지 높이"]) == (64, 64)
         detail = data["데이터셋 상세설명"]
         assert list(detail) == ["렉트좌표", "폴리곤좌표", "라벨링"]
-        assert list(detail["라벨링"]) == ["스타일", *GARMENTS]
+        assert list(detail["라벨링"]) == ["스타일", *GARMENT_TYPES]
         assert detail["라벨링"]["스타일"] == [{}]
-        kind, attributes = _garment(label)
+        garment, attributes = _garment(label)
         assert [key for key in order if key in attributes] == list(attributes)
         assert all(isinstance(attributes[key], list) == (key in ("디테일", "프린트")) for key in attributes)
         for part in ("렉트좌표", "폴리곤좌표"):
-            assert list(detail[part]) == list(GARMENTS)
-            assert [each for each in GARMENTS if detail[part][each] != [{}]] == [kind]
+            assert list(detail[part]) == list(GARMENT_TYPES)
+            assert [each for each in GARMENT_TYPES if detail[part][each] != [{}]] == [garment]
 
 
 def test_boxes_and_polygons_fit_the_drawn_pixels(demo: tuple[Path, DemoReport]) -> None:
     folder, _ = demo
     for stem, label in _labels(folder, "validation").items():
-        kind, _ = _garment(label)
+        garment, _ = _garment(label)
         detail = label["데이터셋 정보"]["데이터셋 상세설명"]
-        box, polygon = detail["렉트좌표"][kind][0], detail["폴리곤좌표"][kind][0]
+        box, polygon = detail["렉트좌표"][garment][0], detail["폴리곤좌표"][garment][0]
         assert list(box) == ["X좌표", "Y좌표", "가로", "세로"]
         left, top = box["X좌표"], box["Y좌표"]
         right, bottom = left + box["가로"], top + box["세로"]
@@ -147,18 +147,18 @@ def test_validation_shows_only_triples_that_training_never_does(demo: tuple[Path
 def test_every_pair_of_values_stays_in_training(seed: int) -> None:
     held = held_out_triples(seed)
     shown = [
-        (kind, colour, third)
-        for kind in KINDS
+        (drawn, colour, third)
+        for drawn in CATEGORIES
         for colour in COLOURS
-        for third in kind.third
-        if (kind.category, colour, third) not in held
+        for third in drawn.third
+        if (drawn.category, colour, third) not in held
     ]
-    by_colour = Counter((kind.category, colour) for kind, colour, _ in shown)
-    by_third = Counter((kind.category, third) for kind, _, third in shown)
-    colour_sleeve = Counter((colour, third) for kind, colour, third in shown if kind.sleeves)
-    assert len(by_colour) == len(KINDS) * len(COLOURS)
+    by_colour = Counter((drawn.category, colour) for drawn, colour, _ in shown)
+    by_third = Counter((drawn.category, third) for drawn, _, third in shown)
+    colour_sleeve = Counter((colour, third) for drawn, colour, third in shown if drawn.sleeves)
+    assert len(by_colour) == len(CATEGORIES) * len(COLOURS)
     assert min(by_colour.values()) >= 1
-    assert len(by_third) == sum(len(kind.third) for kind in KINDS)
+    assert len(by_third) == sum(len(drawn.third) for drawn in CATEGORIES)
     assert min(by_third.values()) >= 6
     assert len(colour_sleeve) == len(COLOURS) * 3
     assert min(colour_sleeve.values()) >= 1
@@ -180,8 +180,9 @@ def test_held_out_triples_depend_on_the_seed() -> None:
     ],
 )
 def test_numbers_out_of_range_are_named(tmp_path: Path, arguments: dict[str, int], field: str) -> None:
+    numbers: dict[str, Any] = {"count": 4, "seed": 0, "held_out": 4, **arguments}
     with pytest.raises(InputError) as error:
-        make_demo(tmp_path / "demo", **{"count": 4, "seed": 0, "held_out": 4, **arguments})
+        make_demo(tmp_path / "demo", **numbers)
     assert error.value.field == field
     assert not (tmp_path / "demo").exists()
 
@@ -195,17 +196,17 @@ def test_a_destination_in_use_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("attribute", "value"), [("카테고리", "청바지"), ("색상", "카키")])
 def test_what_is_not_drawn_is_refused(attribute: str, value: str) -> None:
-    attributes: Attributes = {"카테고리": "팬츠", "색상": "블루", "기장": "발목", attribute: value}
+    attributes: dict[str, str | list[str]] = {"카테고리": "팬츠", "색상": "블루", "기장": "발목", attribute: value}
     with pytest.raises(InputError) as error:
         draw_garment(attributes, generator=None)
     assert error.value.field == attribute
 
 
 def test_every_attribute_shows_in_the_picture() -> None:
-    for kind in KINDS:
-        choices = [choice for third in kind.third for _, choice in all_choices(kind, "블루", third)]
-        pictures = {draw_garment(choice, generator=None).image.tobytes() for choice in choices}
-        assert len(pictures) == len(choices), kind
+    for drawn in CATEGORIES:
+        choices = [choice for third in drawn.third for _, choice in all_choices(drawn, "블루", third)]
+        images = {draw_garment(choice, generator=None).image.tobytes() for choice in choices}
+        assert len(images) == len(choices), drawn
 
 
 @pytest.mark.parametrize("image_size", [32, 64, 96])

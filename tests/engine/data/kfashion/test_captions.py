@@ -1,28 +1,31 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.caption_grammar import leave_out
 from engine.data.kfashion.captions import (
     JOIN,
     caption,
-    leave_out,
     ordered,
     parse,
     particle,
     remove_style,
     remove_subject,
 )
+from engine.data.kfashion.grammar import KFashionGrammar
 from engine.data.kfashion.labels import (
     ATTRIBUTES,
-    KINDS,
+    GARMENT_TYPES,
     LIST_ATTRIBUTES,
     VOCABULARY,
-    Attributes,
     Garment,
     Label,
     vocabulary,
 )
+from engine.data.label_format import Attributes
 
 ROMANTIC = "스타일에서 스타일은 로맨틱이다. 아우터에서 색상은 라벤더이다. 아우터에서 카테고리는 가디건이다."
 
@@ -112,7 +115,7 @@ def test_particles_are_the_reference_table(attribute: str) -> None:
     assert particle(attribute) == expected
 
 
-def test_cut_off_ends_give_no_triple() -> None:
+def test_cut_off_ends_give_no_fact() -> None:
     assert parse("상의에서 색상은 화이트이다. 상의에서 카테고리는 티셔") == [("상의", "색상", "화이트")]
     assert parse("상의에서 색상은 화이트이다. 상의에서 기장은") == [("상의", "색상", "화이트")]
     assert parse("a photo of a dress") == []
@@ -122,27 +125,34 @@ def test_cut_off_ends_give_no_triple() -> None:
 # ------------------------------------------------------------------------------------------------------ properties
 
 
-def garments(kind: str) -> st.SearchStrategy[Garment]:
-    known = {name: st.sampled_from(sorted(vocabulary(kind, name) or ())) for name in reversed(ATTRIBUTES)}
+def garments(garment_type: str) -> st.SearchStrategy[Garment]:
+    known: dict[str, st.SearchStrategy[Any]] = {
+        name: st.sampled_from(sorted(vocabulary(garment_type, name) or ())) for name in reversed(ATTRIBUTES)
+    }
     for name in LIST_ATTRIBUTES:
         known[name] = st.lists(known[name], min_size=1, max_size=3)
-    return st.builds(Garment, st.just(kind), st.just(0), st.fixed_dictionaries({}, optional=known))
+    return st.builds(Garment, st.just(garment_type), st.just(0), st.fixed_dictionaries({}, optional=known))
 
 
 styles = st.fixed_dictionaries({"스타일": st.sampled_from(sorted(VOCABULARY["스타일"]))})
 labels = st.builds(
     lambda items, style: label(*reversed([item for item in items if item]), styles=(style,) if style else ()),
-    st.tuples(*(st.none() | garments(kind) for kind in KINDS)),
+    st.tuples(*(st.none() | garments(each) for each in GARMENT_TYPES)),
     st.none() | styles,
 )
 
 
-def triples_of(item: Label) -> list[tuple[str, str, str]]:
+def facts_of(item: Label) -> list[tuple[str, str, str]]:
     parts = [("스타일", style) for style in item.styles]
-    parts += [(g.kind, ordered(g.attributes)) for kind in KINDS for g in item.garments if g.kind == kind]
+    parts += [
+        (g.garment_type, ordered(g.attributes))
+        for each in GARMENT_TYPES
+        for g in item.garments
+        if g.garment_type == each
+    ]
     return [
-        (kind, name, value if isinstance(value, str) else JOIN.join(value))
-        for kind, attributes in parts
+        (part, name, value if isinstance(value, str) else JOIN.join(value))
+        for part, attributes in parts
         for name, value in attributes.items()
     ]
 
@@ -150,7 +160,7 @@ def triples_of(item: Label) -> list[tuple[str, str, str]]:
 @settings(max_examples=40, deadline=None)
 @given(labels, st.booleans())
 def test_parse_reads_back_what_caption_wrote(item: Label, subject_once: bool) -> None:
-    assert parse(caption(item, subject_once=subject_once)) == triples_of(item)
+    assert parse(caption(item, subject_once=subject_once)) == facts_of(item)
 
 
 @settings(max_examples=40, deadline=None)
@@ -189,21 +199,18 @@ def test_no_vocabulary_value_contains_the_join_or_a_full_stop() -> None:
 @given(labels, st.booleans(), st.integers(0, 2**32))
 def test_leaving_out_keeps_some_sentences_in_order_and_the_garment_of_each(item: Label, once: bool, seed: int) -> None:
     whole = caption(item, subject_once=once)
-    partial = leave_out(whole, np.random.default_rng(seed))
-    told, left = parse(whole), parse(partial)
-    if len(told) < 2:
+    partial = leave_out(whole, np.random.default_rng(seed), KFashionGrammar())
+    stated, left = parse(whole), parse(partial)
+    if len(stated) < 2:
         assert partial == whole
     else:
-        assert 0 < len(left) < len(told)
-        rest = iter(told)
-        assert all(triple in rest for triple in left)  # a subsequence
+        assert 0 < len(left) < len(stated)
+        rest = iter(stated)
+        assert all(fact in rest for fact in left)  # a subsequence
 
 
-def test_leaving_out_gives_every_choice() -> None:
-    generator = np.random.default_rng(0)
-    text = "A coat. Is it red? Yes! 두 번째 옷이다"
-    found = {leave_out(text, generator) for _ in range(300)}
-    assert len(found) == 2**4 - 2  # all but none and all
-    assert {"A coat.", "Is it red? 두 번째 옷이다"} <= found
-    assert leave_out("a coat, 1.5 m long", generator) == "a coat, 1.5 m long"
-    assert leave_out("", generator) == ""
+def test_grammar_reads_back_what_it_writes() -> None:
+    grammar = KFashionGrammar()
+    facts = parse(caption(FULL))
+    assert grammar.facts(grammar.write(facts)) == facts
+    assert [fact.value for fact in facts if grammar.is_colour(fact.attribute)] == ["블랙", "화이트", "블랙"]

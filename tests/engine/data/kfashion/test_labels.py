@@ -8,23 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.kfashion import labels
+from engine.data.kfashion.label_format import KFashionLabels
 from engine.data.kfashion.labels import (
-    KINDS,
-    Box,
-    LabelFault,
-    find_image,
+    GARMENT_TYPES,
     parse_label,
     read_label,
-    scan,
     unknown_values,
 )
+from engine.data.label_format import Box, LabelFault
+from engine.data.source_files import scan
 from engine.errors import InputError
 
 BOX = {"X좌표": 12.5, "Y좌표": 30.0, "가로": 100, "세로": 200}
 
 
 def tree(identifier: Any = 1092253, boxes: dict[str, Any] | None = None, **labelling: Any) -> dict[str, Any]:
-    absent = {kind: [{}] for kind in KINDS}
+    absent: dict[str, Any] = {garment_type: [{}] for garment_type in GARMENT_TYPES}
     return {
         "이미지 정보": {
             "이미지 식별자": identifier,
@@ -67,7 +66,7 @@ def test_reads_a_whole_label(tmp_path: Path) -> None:
     assert (label.photo, label.image_file_name, label.width, label.height) == ("1092253", "shop (3).jpg", 800, 1066)
     assert label.styles == ({"스타일": "로맨틱", "서브스타일": "페미닌"},)
     (garment,) = label.garments
-    assert (garment.kind, garment.index, garment.attributes) == ("상의", 0, top)
+    assert (garment.garment_type, garment.index, garment.attributes) == ("상의", 0, top)
     assert list(garment.attributes) == list(top)  # file order
     assert garment.box == Box(12.5, 30.0, 100.0, 200.0)
     assert label.notes == ()
@@ -85,20 +84,21 @@ def test_published_incomplete_label() -> None:
         boxes={"하의": [BOX], "상의": [BOX]}, 하의=[{"색상": "블랙"}], 상의=[{"색상": "핑크", "소매기장": "긴팔"}]
     )
     label = parse_label(content, Path("1092253.json"))
-    assert [(g.kind, g.attributes) for g in label.garments] == [
+    assert [(g.garment_type, g.attributes) for g in label.garments] == [
         ("하의", {"색상": "블랙"}),
         ("상의", {"색상": "핑크", "소매기장": "긴팔"}),
     ]
 
 
-def test_several_garments_and_several_entries_a_kind() -> None:
+def test_several_garments_and_several_of_one_type() -> None:
     content = tree(
         boxes={"상의": [BOX, {**BOX, "X좌표": 1}], "아우터": [BOX]},
         상의=[{"색상": "화이트"}, {"색상": "블랙"}],
         아우터=[{"색상": "카키"}],
     )
     found = [
-        (g.kind, g.index, g.attributes["색상"], g.box and g.box.x) for g in parse_label(content, Path("1")).garments
+        (g.garment_type, g.index, g.attributes["색상"], g.box and g.box.x)
+        for g in parse_label(content, Path("1")).garments
     ]
     assert found == [("아우터", 0, "카키", 12.5), ("상의", 0, "화이트", 12.5), ("상의", 1, "블랙", 1.0)]
 
@@ -106,8 +106,8 @@ def test_several_garments_and_several_entries_a_kind() -> None:
 def test_box_without_labels_and_labels_without_box() -> None:
     content = tree(boxes={"상의": [BOX]}, 하의=[{"색상": "블랙"}])
     bottom, top = parse_label(content, Path("1")).garments
-    assert (bottom.kind, bottom.box, bottom.box_fault) == ("하의", None, "")
-    assert (top.kind, top.attributes) == ("상의", {})
+    assert (bottom.garment_type, bottom.box, bottom.box_fault) == ("하의", None, "")
+    assert (top.garment_type, top.attributes) == ("상의", {})
 
 
 def test_entry_without_label_keeps_its_index() -> None:
@@ -152,7 +152,7 @@ def test_photo_id_falls_back_to_the_file_name(identifier: Any, photo: str) -> No
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_both_sorts_of_utf8(tmp_path: Path, encoding: str) -> None:
+def test_utf8_with_and_without_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     assert read_label(write(tmp_path / "1.json", tree(상의=[{"색상": "블랙"}]), encoding)).garments
 
 
@@ -163,7 +163,7 @@ def test_decomposed_hangul_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"),
+    ("content", "defect"),
     [
         (b"", "empty_file"),
         (b" \n", "empty_file"),
@@ -176,11 +176,11 @@ def test_decomposed_hangul_is_read(tmp_path: Path) -> None:
         (json.dumps({"데이터셋 정보": {"데이터셋 상세설명": {}}}).encode(), "wrong_structure"),
     ],
 )
-def test_unreadable_files_are_named_with_their_kind(tmp_path: Path, content: bytes, kind: str) -> None:
+def test_unreadable_files_are_named_with_their_defect(tmp_path: Path, content: bytes, defect: str) -> None:
     (tmp_path / "1.json").write_bytes(content)
     with pytest.raises(LabelFault) as caught:
         read_label(tmp_path / "1.json")
-    assert caught.value.kind == kind
+    assert caught.value.defect == defect
     assert isinstance(caught.value, InputError)
     assert "1.json" in str(caught.value)
 
@@ -194,7 +194,9 @@ _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["스타일", *KINDS, "색상", "소재", "X좌표", "Y좌표", "가로", "세로"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["스타일", *GARMENT_TYPES, "색상", "소재", "X좌표", "Y좌표", "가로", "세로"]), inner
+        )
     ),
     max_leaves=12,
 )
@@ -229,7 +231,7 @@ def test_table_sizes_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "attribute", "value"),
+    ("garment_type", "attribute", "value"),
     [
         ("아우터", "기장", "노말"),
         ("상의", "넥라인", "홀터넥"),
@@ -237,26 +239,26 @@ def test_table_sizes_are_the_published_ones() -> None:
         ("아우터", "옷깃", "테일러드칼라"),
     ],
 )
-def test_spelling_variants_are_known_but_kept(kind: str, attribute: str, value: str) -> None:
-    label = parse_label(tree(**{kind: [{attribute: value}]}), Path("1"))
+def test_spelling_variants_are_known_but_kept(garment_type: str, attribute: str, value: str) -> None:
+    label = parse_label(tree(None, None, **{garment_type: [{attribute: value}]}), Path("1"))
     assert unknown_values(label) == []
     assert label.garments[0].attributes[attribute] == value
 
 
-def test_unknown_values_are_told_and_nothing_fails() -> None:
+def test_unknown_values_are_listed_and_nothing_fails() -> None:
     label = parse_label(tree(상의=[{"카테고리": "코트", "소재": ["면", "종이"], "무게": "1kg"}]), Path("1"))
-    told = "\n".join(unknown_values(label))
-    assert "코트" in told  # a coat is no 상의
-    assert "종이" in told
-    assert "무게" in told
-    assert "면" not in told
+    lines = "\n".join(unknown_values(label))
+    assert "코트" in lines  # a coat is no 상의
+    assert "종이" in lines
+    assert "무게" in lines
+    assert "면" not in lines
 
 
 # --------------------------------------------------------------------------------------------------- folder layouts
 
 
 def found(root: Path, label: Path) -> Path | None:
-    return find_image(scan(root), label, read_label(label))
+    return scan(root).find_image(label, *KFashionLabels().read(label).image_names)
 
 
 def test_labels_and_images_folders_with_splits(tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_stem_first_then_id_then_file_name(tmp_path: Path) -> None:
     assert found(tmp_path, label) == by_stem
 
 
-def test_a_fall_back_never_takes_another_labels_photo(tmp_path: Path) -> None:
+def test_a_name_never_leads_to_another_labels_photo(tmp_path: Path) -> None:
     content = tree(7)
     content["이미지 정보"]["이미지 파일명"] = "8.jpg"  # the shop's name, by chance the id of another photo
     label = write(tmp_path / "7.json", content)
@@ -305,7 +307,7 @@ def test_a_fall_back_never_takes_another_labels_photo(tmp_path: Path) -> None:
     assert found(tmp_path, label) is None
 
 
-def test_scan_is_sorted_and_passes_hidden_files_over(tmp_path: Path) -> None:
+def test_scan_is_sorted_and_ignores_hidden_files(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.json", tree())
     write(tmp_path / "._a.json", tree())

@@ -1,0 +1,26 @@
+"""K-Fashion's caption grammar as `engine.data.caption_grammar.CaptionGrammar`."""
+
+from collections.abc import Sequence
+
+from engine.data.caption_grammar import Fact
+from engine.data.kfashion.captions import parse, write_sentence
+from engine.data.kfashion.colours import COLOUR_ATTRIBUTE
+
+
+class KFashionGrammar:
+    """Sentences `{garment}에서 {attribute}은 {value}이다.`; see engine.data.kfashion.captions."""
+
+    subject_attribute = "garment"
+
+    def facts(self, caption: str) -> list[Fact]:
+        return parse(caption)
+
+    def write(self, facts: Sequence[Fact]) -> str:
+        return " ".join(write_sentence(fact) for fact in facts)
+
+    def subject_phrase(self, sentence: str) -> str:
+        first = sentence.partition(" ")[0]
+        return first if first.endswith("에서") else ""
+
+    def is_colour(self, attribute: str) -> bool:
+        return attribute.endswith(COLOUR_ATTRIBUTE)  # 색상, 서브색상
