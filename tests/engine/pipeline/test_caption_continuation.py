@@ -217,7 +217,7 @@ def test_noise_is_not_that_of_pictures() -> None:
 def test_bad_requests(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
     with pytest.raises(InputError, match=r"caption: .*tokens and the model's text 14: shorten it"):
         continue_caption(model, tokenizer, BEGINNING * 5)
-    with pytest.raises(InputError, match=r"guidance_scale: 2.0: guides pictures, not captions"):
+    with pytest.raises(InputError, match=r"guidance_scale: 2.0: guides images, not captions"):
         continue_caption(model, tokenizer, BEGINNING, sampling_params=SamplingParams(guidance_scale=2.0))
     with pytest.raises(InputError, match="count: 0"):
         continue_caption(model, tokenizer, BEGINNING, count=0)
