@@ -115,7 +115,7 @@ def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[SequenceReq
     with evaluating(sampler.model):
         decoder = SlotDecoder(sampler.step_model(), len(requests))
         for request, row in zip(requests, tokens, strict=True):
-            decoder.join(prefix, request, given=row)
+            decoder.add(prefix, request, init_tokens=row)
         for position in range(tokens.shape[1]):
             columns.append(parameters.sample(decoder.next_logits(), torch.full((len(requests),), position)))
             decoder.step()

@@ -280,11 +280,11 @@ def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict
         else:
             with evaluating(model):
                 decoder = JacobiDecoder(sampler.step_model(), len(part), window=16)
-                slots = [decoder.join(prefix, request) for request in part]
+                slots = [decoder.add(prefix, request) for request in part]
                 unfinished = set(slots)
                 while unfinished:
                     unfinished -= set(decoder.step())
-                drawn = torch.stack([decoder.leave(slot) for slot in slots])
+                drawn = torch.stack([decoder.remove(slot) for slot in slots])
         seconds[name] += time.perf_counter() - start
         return drawn
 

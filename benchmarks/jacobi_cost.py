@@ -50,7 +50,7 @@ def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
     for kind, make in kinds.items():
         decoder = make()
         slots = [
-            decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=7), candidate=i), given=given)
+            decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=7), candidate=i), init_tokens=given)
             for i in range(decoder.num_slots)
         ]
         decoder.step()

@@ -1,6 +1,7 @@
 """What each kernel is measured on: the published sizes, the same work in plain PyTorch, and the bytes it cannot avoid.
 
-B rows, H heads, D head dim, C model dim, F feed-forward inner dim, V image vocabulary, P prefix positions, N own slots.
+B sequences, H heads, D head dim, C model dim, F feed-forward inner dim, V image vocabulary, P prefix positions, N own
+positions.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import decode_attention, geglu, guided_norm, linear, reference, reference_slots, residual_norm, sampling
+from kernels import decode_attention, guided_norm, linear, reference, reference_slots, sampling
 from kernels.reference import Norm, Residual
 
 TOP_K, TOP_P = 256, 0.9
@@ -22,7 +23,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on fresh inputs. `plain` is what PyTorch's users write: the same result, but for the noise of a draw."""
+    """One kernel on fresh inputs. `plain` is what users of PyTorch write: the same result, except for sampling noise."""
 
     kernel: str
     ours: Work
@@ -32,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class PublishedSizes:
-    """As `engine.config.TransformerConfig`, which needs pydantic; a machine that is lent for minutes may lack it."""
+    """As `engine.config.TransformerConfig`, which needs pydantic; a machine that is borrowed for minutes may lack it."""
 
     dim: int = 1024
     num_heads: int = 8
@@ -45,7 +46,7 @@ class PublishedSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a kernel's inputs are made by."""
+    """What a kernel's inputs depend on."""
 
     config: PublishedSizes
     rows: int
@@ -65,8 +66,6 @@ def gpu_cases(sizes: Sizes) -> dict[str, Callable[[], Case]]:
         f"sample top_k={TOP_K} top_p={TOP_P}": lambda: _sample(sizes, sampling.sample, top_k=TOP_K, top_p=TOP_P),
         "head_sample": lambda: _head_sample(sizes),
         "decode_attention": lambda: _decode_attention(sizes),
-        "residual_norm": lambda: _residual_norm(sizes),
-        "geglu": lambda: _geglu(sizes),
         "guided_norm": lambda: _guided_norm(sizes),
         "linear qkv (norm)": lambda: _linear(sizes, C, 3 * A, norm=True),
         "linear out (residual)": lambda: _linear(sizes, A, C, residual=True),
@@ -76,7 +75,7 @@ def gpu_cases(sizes: Sizes) -> dict[str, Callable[[], Case]]:
 
 
 def cpu_cases(config: PublishedSizes, rows: int) -> dict[str, Callable[[], Case]]:
-    """On a CPU there are no kernels: the reference's draw against the usual one."""
+    """On a CPU there are no kernels: the reference's sampling against the usual one."""
     sizes = Sizes(config, rows, torch.float32, torch.device("cpu"))
     return {
         "sample": lambda: _sample(sizes, reference.sample, top_k=0, top_p=1.0),
@@ -85,8 +84,8 @@ def cpu_cases(config: PublishedSizes, rows: int) -> dict[str, Callable[[], Case]
     }
 
 
-def sorted_draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The usual draw: top-k by `topk`, top-p by a full sort, softmax, multinomial: (B, V) -> (B,)."""
+def sorted_sample(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The usual sampling: top-k by `topk`, top-p by a full sort, softmax, multinomial: (B, V) -> (B,)."""
     logits = logits.float()
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -98,8 +97,8 @@ def sorted_draw(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
-def _rows_of(sizes: Sizes, top_k: int, top_p: float) -> dict[str, Tensor]:
-    """Seeds and options of each row."""
+def _columns_of(sizes: Sizes, top_k: int, top_p: float) -> dict[str, Tensor]:
+    """Seeds and sampling parameters of each sequence."""
     B, device = sizes.rows, sizes.device
     return {
         "seeds": torch.arange(B, device=device),
@@ -111,33 +110,35 @@ def _rows_of(sizes: Sizes, top_k: int, top_p: float) -> dict[str, Tensor]:
     }
 
 
-def _sample(sizes: Sizes, draw: Callable[..., Tensor], *, top_k: int, top_p: float) -> Case:
+def _sample(sizes: Sizes, sample: Callable[..., Tensor], *, top_k: int, top_p: float) -> Case:
     logits = sizes.normal(sizes.rows, sizes.config.image_vocab_size)
-    rows = _rows_of(sizes, top_k, top_p)
-    return Case("sample", lambda: draw(logits, **rows), lambda: sorted_draw(logits, top_k, top_p), _bytes(logits))
+    columns = _columns_of(sizes, top_k, top_p)
+    return Case(
+        "sample", lambda: sample(logits, **columns), lambda: sorted_sample(logits, top_k, top_p), _bytes(logits)
+    )
 
 
 def _head_sample(sizes: Sizes) -> Case:
     config = sizes.config
     hidden, weight = sizes.normal(sizes.rows, config.dim), sizes.normal(config.image_vocab_size, config.dim)
     bias = sizes.normal(config.image_vocab_size)
-    rows = {name: value for name, value in _rows_of(sizes, 0, 1.0).items() if not name.startswith("top")}
+    columns = {name: value for name, value in _columns_of(sizes, 0, 1.0).items() if not name.startswith("top")}
     return Case(
         "head_sample",
-        lambda: sampling.head_sample(hidden, weight, bias, **rows),
-        lambda: sorted_draw(F.linear(hidden, weight, bias), 0, 1.0),
+        lambda: sampling.head_sample(hidden, weight, bias, **columns),
+        lambda: sorted_sample(F.linear(hidden, weight, bias), 0, 1.0),
         _bytes(hidden, weight, bias),
     )
 
 
 def _decode_attention(sizes: Sizes) -> Case:
-    """Half-way through the candidates of one caption. PyTorch has no shared prefix: each row holds its own copy."""
+    """Half-way through the candidates of one caption. PyTorch has no shared prefix: each sequence holds a copy."""
     config, B = sizes.config, sizes.rows
     P, N, H, D = config.prefix_len, config.image_seq_len - 1, config.num_heads, config.head_dim
     q = sizes.normal(B, H, D)
     prefix_keys, prefix_values = (sizes.normal(1, H, P, D).transpose(1, 2) for _ in range(2))  # (1, P, H, D)
     keys, values = (sizes.normal(B, H, N, D).transpose(1, 2) for _ in range(2))  # (B, N, H, D)
-    caption_of_row = torch.zeros(B, dtype=torch.int64, device=sizes.device)
+    prefix_of_sequence = torch.zeros(B, dtype=torch.int64, device=sizes.device)
     filled = torch.full((B,), N // 2, device=sizes.device)
     whole_keys, whole_values = (
         torch.cat([prefix.expand(B, -1, -1, -1), own], dim=1).transpose(1, 2).contiguous()  # (B, H, P + N, D)
@@ -147,41 +148,26 @@ def _decode_attention(sizes: Sizes) -> Case:
     read = 2 * (P + B * (N // 2)) * H * D * q.element_size()
     return Case(
         "decode_attention",
-        lambda: decode_attention.decode_attention(q, prefix_keys, prefix_values, caption_of_row, keys, values, filled),
+        lambda: decode_attention.decode_attention(
+            q, prefix_keys, prefix_values, prefix_of_sequence, keys, values, filled
+        ),
         lambda: F.scaled_dot_product_attention(q[:, :, None], whole_keys, whole_values, attn_mask=seen)[:, :, 0],
         read + 2 * _bytes(q),
     )
 
 
-def _residual_norm(sizes: Sizes) -> Case:
-    x, branch = sizes.normal(sizes.rows, sizes.config.dim), sizes.normal(sizes.rows, sizes.config.dim)
-    scale, weight, bias = (sizes.normal(sizes.config.dim) for _ in range(3))
-    given = (x, branch, scale, weight, bias)
-    return Case(
-        "residual_norm",
-        lambda: residual_norm.residual_norm(*given, eps=_EPS),
-        lambda: reference.residual_norm(*given, eps=_EPS),
-        _bytes(*given) + 2 * _bytes(x),
-    )
-
-
-def _geglu(sizes: Sizes) -> Case:
-    x = sizes.normal(sizes.rows, 2 * sizes.config.ff_mult * sizes.config.dim)
-    return Case("geglu", lambda: geglu.geglu(x), lambda: reference.geglu(x), 3 * _bytes(x) // 2)
-
-
 def _guided_norm(sizes: Sizes) -> Case:
-    """Half of the rows are guided by the other half."""
+    """Half of the sequences are guided by the other half."""
     B, C = sizes.rows, sizes.config.dim
     x, weight, bias = sizes.normal(B, C), sizes.normal(C), sizes.normal(C)
-    partner = torch.arange(B, device=sizes.device).roll(B // 2)
-    guidance = torch.where(partner > B // 2, 3.0, 1.0)
-    given = (x, partner, guidance, weight, bias)
+    unconditional = torch.arange(B, device=sizes.device).roll(B // 2)
+    guidance = torch.where(unconditional > B // 2, 3.0, 1.0)
+    arguments = (x, unconditional, guidance, weight, bias)
     return Case(
         "guided_norm",
-        lambda: guided_norm.guided_norm(*given, eps=_EPS),
-        lambda: reference_slots.guided_norm(*given, eps=_EPS),
-        _bytes(*given) + _bytes(x),
+        lambda: guided_norm.guided_norm(*arguments, eps=_EPS),
+        lambda: reference_slots.guided_norm(*arguments, eps=_EPS),
+        _bytes(*arguments) + _bytes(x),
     )
 
 

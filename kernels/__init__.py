@@ -1,1 +1,1 @@
-"""Arithmetic worth a kernel. Imports torch, triton and xformers only; every op has a reference in plain PyTorch."""
+"""Kernels, one op a file. Imports torch and triton only; every op has a reference in plain PyTorch."""

@@ -1,4 +1,4 @@
-"""What every launcher refuses alike: other devices, gradients, and machines where its kernel cannot run."""
+"""Checks that every kernel launcher makes: devices, gradients, and whether the kernel can run on this machine."""
 
 from collections.abc import Mapping
 
@@ -24,12 +24,14 @@ def check_beside(like_name: str, like: Tensor, tensors: Mapping[str, Tensor | No
 
 
 def check_no_gradient(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raises ValueError where a tensor (None: not given) wants a gradient here and now."""
+    """Raises ValueError where a tensor (None: not given) would be differentiated."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name}: wants a gradient, and this kernel has none: call it in torch.inference_mode()")
+            raise ValueError(
+                f"{name}: needs a gradient, which this kernel does not have: call it in torch.inference_mode()"
+            )
 
 
 def check_runs(function: str, name: str, tensor: Tensor, kernel: object | None, *, reference: str) -> None:

@@ -1,24 +1,24 @@
-"""Attention of one query a row over a caption's shared prefix and the row's own slots, in one kernel.
+"""Attention of one query a sequence over its caption's shared prefix and its own positions, in one kernel.
 
-G captions, B rows, H heads, D head dim, P prefix positions, N slots, T positions of either part.
+G captions, B sequences, H heads, D head dim, P prefix positions, N own positions, T positions of either part.
 
-    keys of row b     [ prefix of its caption: 0 .. P-1 ][ own slots: 0 .. num_filled[b]-1 | never read ]
-    splits            |  64  |  64  | 1 .. 64 |          |  64  |  64  | 1 .. 64 |
+    keys of sequence b   [ prefix of its caption: 0 .. P-1 ][ own: 0 .. num_filled[b]-1 | never read ]
+    splits               |  64  |  64  | 1 .. 64 |          |  64  |  64  | 1 .. 64 |
 
-One program a (row, head) walks the splits in that order and folds each into a running (maximum, sum, weighted values).
-A split is 64 positions for every shape and starts where its part starts, so a row's sums run in one order whatever its
-neighbours hold, and a row may be at any position: its length is read from the device.
+One program a (sequence, head) walks the splits in that order and folds each into a running (maximum, sum, weighted
+values). A split is 64 positions for every shape and starts where its part starts, so a sequence's sums run in one order
+whatever the rest of the batch, and it may be at any position: its length is read from the device.
 
-A row's new key and value can be given along. The program that attends to a (row, head) also writes its slot, and takes
-the new position from registers, at the place in its split where memory would have had it: the sums are those of a
-separate write followed by attention, without the launch (16 a step) and without waiting for the write.
+A sequence's new key and value can be passed as well. The program that attends to a (sequence, head) also writes them,
+and takes the new position from registers, at the place in its split where memory would have had it: the sums are those
+of a separate write followed by attention, without the launch (16 a step) and without waiting for the write.
 
-The prefix is stored once a caption and every sibling reads it; at 129 positions it is 264 KB a layer (16 bit), which
-the second and later siblings find in L2. The launch is not split over positions: from 16 rows of 8 heads on, programs
-outnumber the processors of an H100, and for fewer rows a second launch to merge costs what the split would win.
+The prefix is stored once a caption and every sibling reads it. At 129 positions it is 264 KB a layer (16 bit), which
+the second and later siblings find in L2. The launch is not split over positions: from 16 sequences of 8 heads on,
+programs outnumber the processors of an H100, and for fewer a second launch to merge costs what the split would gain.
 
-Scores, weights and sums are float32 whatever the inputs are, on plain multiply-adds: one query a row leaves a matrix
-unit 15 of its 16 rows empty, and the read of the cache is what limits (1 flop a byte at 16 bit).
+Scores, weights and sums are float32 whatever the inputs are, on plain multiply-adds: one query a sequence leaves 15 of
+a matrix unit's 16 rows empty, and the read of the cache is the limit (1 flop a byte at 16 bit).
 """
 
 import math
@@ -31,7 +31,7 @@ from kernels.contract import check_beside, check_no_gradient, check_runs, words
 try:
     import triton
     import triton.language as tl
-except ImportError:  # said when the kernel is called
+except ImportError:  # reported when the kernel is called
     triton = None
 
 _SPLIT = 64  # positions; part of the result's bits, see above
@@ -43,7 +43,7 @@ def decode_attention(
     q: Tensor,
     prefix_keys: Tensor,
     prefix_values: Tensor,
-    caption_of_row: Tensor,
+    prefix_of_sequence: Tensor,
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
@@ -56,22 +56,22 @@ def decode_attention(
     Args:
         q: (B, H, D) float32, float16 or bfloat16; D at most 256.
         prefix_keys, prefix_values: (G, P, H, D) of q's dtype, P at least 1.
-        caption_of_row: (B,) int32 or int64 in [0, G), on the device and not checked: reading it would wait for it.
-        keys, values: (B, N, H, D) of q's dtype; slots from num_filled on may hold anything, NaN included.
+        prefix_of_sequence: (B,) int32 or int64 in [0, G). Values on the device are not checked, which would wait for it.
+        keys, values: (B, N, H, D) of q's dtype; positions from num_filled on may hold anything, NaN included.
         num_filled: (B,) int32 or int64 in [0, N], taken as N where it is more.
-        new_keys, new_values: (B, H, D) of q's dtype, both or neither: written to slot num_filled of `keys` and `values`
-            (in place) and attended to as well. A row whose N slots are all filled drops them.
+        new_keys, new_values: (B, H, D) of q's dtype, both or neither: written to position num_filled of `keys` and
+            `values` (in place) and attended to as well. A sequence whose N positions are all filled drops them.
 
-        Strides are free (the cache stores H before T) but for D, which lies together.
+        Any strides (the cache stores H before T), but D must be contiguous.
 
     Returns:
         (B, H, D) in q's dtype, contiguous.
 
     Raises:
-        ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
+        ValueError: a tensor of another shape, dtype, device or layout, or one that needs a gradient.
         ImportError: triton is not installed.
     """
-    _check(q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values)
+    _check(q, prefix_keys, prefix_values, prefix_of_sequence, keys, values, num_filled, new_keys, new_values)
     B, H, D = q.shape
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -82,7 +82,7 @@ def decode_attention(
     floats = (q, prefix_keys, prefix_values, keys, values, new_keys, new_values)
     with torch.cuda.device_of(q):
         _decode_attention_kernel[(B, H)](
-            out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values,
+            out, q, prefix_keys, prefix_values, prefix_of_sequence, keys, values, num_filled, new_keys, new_values,
             *(_strides(tensor) for tensor in floats),
             prefix_keys.shape[1], keys.shape[1], math.log2(math.e) / math.sqrt(D),
             H=H, D=D, SPLIT=_SPLIT, BLOCK_D=triton.next_power_of_2(D), APPEND=appends, ALIGNED=_aligned(*floats),
@@ -95,7 +95,7 @@ def _check(
     q: Tensor,
     prefix_keys: Tensor,
     prefix_values: Tensor,
-    caption_of_row: Tensor,
+    prefix_of_sequence: Tensor,
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
@@ -108,22 +108,24 @@ def _check(
     parts = {"prefix_keys": prefix_keys, "prefix_values": prefix_values, "keys": keys, "values": values}
     for name, tensor in parts.items():
         if tensor.dim() != 4 or tensor.shape[2:] != (H, D) or tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: {words(tensor)}; must be (rows, positions, {H}, {D}) {q.dtype}")
+            raise ValueError(f"{name}: {words(tensor)}; must be (sequences, positions, {H}, {D}) {q.dtype}")
     if prefix_values.shape != prefix_keys.shape or 0 in prefix_keys.shape[:2]:
         shapes = f"{tuple(prefix_keys.shape)} and {tuple(prefix_values.shape)}"
         raise ValueError(f"prefix_keys, prefix_values: {shapes}; must be one shape, with a caption and a position")
     if keys.shape[0] != B or values.shape != keys.shape:
-        raise ValueError(f"keys, values: {tuple(keys.shape)} and {tuple(values.shape)}; must be one shape of {B} rows")
-    for name, tensor in {"caption_of_row": caption_of_row, "num_filled": num_filled}.items():
+        raise ValueError(
+            f"keys, values: {tuple(keys.shape)} and {tuple(values.shape)}; must be one shape of {B} sequences"
+        )
+    for name, tensor in {"prefix_of_sequence": prefix_of_sequence, "num_filled": num_filled}.items():
         is_integer = tensor.dtype in (torch.int32, torch.int64)
         if tensor.shape != (B,) or not is_integer or not tensor.is_contiguous():
             raise ValueError(f"{name}: {words(tensor)}; must be ({B},) int32 or int64, contiguous")
     floats = {"q": q, **parts, **_check_new(q, new_keys, new_values)}
     for name, tensor in floats.items():
         if tensor.stride(-1) != 1 and D > 1:
-            raise ValueError(f"{name}: {words(tensor)}; D must lie together in memory: make it contiguous")
+            raise ValueError(f"{name}: {words(tensor)}; D must be contiguous")
     check_no_gradient(floats)
-    check_beside("q", q, {**floats, "caption_of_row": caption_of_row, "num_filled": num_filled})
+    check_beside("q", q, {**floats, "prefix_of_sequence": prefix_of_sequence, "num_filled": num_filled})
     check_runs(
         "kernels.decode_attention",
         "q",
@@ -134,30 +136,30 @@ def _check(
 
 
 def _check_new(q: Tensor, new_keys: Tensor | None, new_values: Tensor | None) -> dict[str, Tensor]:
-    """The new keys and values by name, none where none are given."""
+    """The new keys and values by name; empty where there are none."""
     if new_keys is None and new_values is None:
         return {}
     if new_keys is None or new_values is None:
-        raise ValueError("new_keys, new_values: give both or neither")
+        raise ValueError("new_keys, new_values: pass both or neither")
     new = {"new_keys": new_keys, "new_values": new_values}
     for name, tensor in new.items():
         if tensor.shape != q.shape or tensor.dtype != q.dtype:
-            raise ValueError(f"{name}: {words(tensor)}; must be as q, {words(q)}")
+            raise ValueError(f"{name}: {words(tensor)}; must be like q, {words(q)}")
     return new
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """All but D's; of a dimension of size 1, whose stride may be anything, 0."""
+    """All but D's; 0 for a dimension of size 1, whose stride may be anything."""
     return tuple(
         0 if size == 1 else stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     )
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether every run of D elements starts at a multiple of 16 bytes, for any row of these tensors.
+    """Whether every run of D elements in these tensors starts at a multiple of 16 bytes.
 
     The compiler picks load width from this, and with it the order of the sums. Left to itself it looks at the first
-    element only, which for an odd D is aligned in one row and not in the next.
+    element only, which for an odd D is aligned in one sequence and not in the next.
     """
     return all(
         stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
@@ -174,23 +176,23 @@ if triton is not None:
         ]
     )  # fmt: skip
     def _decode_attention_kernel(  # type: ignore[no-untyped-def]
-        out, q, prefix_keys, prefix_values, caption_of_row, keys, values, num_filled, new_keys, new_values,
+        out, q, prefix_keys, prefix_values, prefix_of_sequence, keys, values, num_filled, new_keys, new_values,
         q_strides, prefix_key_strides, prefix_value_strides, key_strides, value_strides,
-        new_key_strides, new_value_strides, num_prefix, num_slots, scale,
+        new_key_strides, new_value_strides, num_prefix, num_positions, scale,
         H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
         APPEND: tl.constexpr, ALIGNED: tl.constexpr,
     ):  # fmt: skip
         """`scale` carries log2(e): the softmax is taken in base 2."""
-        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-        caption = tl.load(caption_of_row + row).to(tl.int64)
-        stored = tl.minimum(tl.load(num_filled + row).to(tl.int32), num_slots)
-        q += row * q_strides[0] + head * q_strides[1]
+        sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        caption = tl.load(prefix_of_sequence + sequence).to(tl.int64)
+        stored = tl.minimum(tl.load(num_filled + sequence).to(tl.int32), num_positions)
+        q += sequence * q_strides[0] + head * q_strides[1]
         prefix_keys += caption * prefix_key_strides[0] + head * prefix_key_strides[2]
         prefix_values += caption * prefix_value_strides[0] + head * prefix_value_strides[2]
-        keys += row * key_strides[0] + head * key_strides[2]
-        values += row * value_strides[0] + head * value_strides[2]
-        new_keys += row * new_key_strides[0] + head * new_key_strides[1]
-        new_values += row * new_value_strides[0] + head * new_value_strides[1]
+        keys += sequence * key_strides[0] + head * key_strides[2]
+        values += sequence * value_strides[0] + head * value_strides[2]
+        new_keys += sequence * new_key_strides[0] + head * new_key_strides[1]
+        new_values += sequence * new_value_strides[0] + head * new_value_strides[1]
         if ALIGNED:
             q = tl.multiple_of(q, 16)
             prefix_keys, prefix_values = tl.multiple_of(prefix_keys, 16), tl.multiple_of(prefix_values, 16)
@@ -200,10 +202,10 @@ if triton is not None:
         query = tl.load(q + dims, mask=dims < D, other=0).to(tl.float32) * scale  # (BLOCK_D,)
         filled, new_key, new_value = stored, query, query
         if APPEND:
-            filled = tl.minimum(stored + 1, num_slots)
+            filled = tl.minimum(stored + 1, num_positions)
             new_key = tl.load(new_keys + dims, mask=dims < D, other=0)
             new_value = tl.load(new_values + dims, mask=dims < D, other=0)
-            written = dims < tl.where(stored < num_slots, D, 0)  # a full row has no slot to write
+            written = dims < tl.where(stored < num_positions, D, 0)  # a full sequence has no position to write
             tl.store(keys + stored.to(tl.int64) * key_strides[1] + dims, new_key, mask=written)
             tl.store(values + stored.to(tl.int64) * value_strides[1] + dims, new_value, mask=written)
 
@@ -223,7 +225,7 @@ if triton is not None:
                 D, SPLIT, BLOCK_D, APPEND,
             )  # fmt: skip
         attended = (weighted / total).to(out.dtype.element_ty)
-        tl.store(out + (row * H + head) * D + dims, attended, mask=dims < D)
+        tl.store(out + (sequence * H + head) * D + dims, attended, mask=dims < D)
 
     @triton.jit
     def _fold_split(  # type: ignore[no-untyped-def]

@@ -1,18 +1,18 @@
-"""GroupNorm, with SiLU after it or without, of pictures that lie channels last.
+"""GroupNorm of channels-last images, with or without SiLU after it.
 
-B pictures, P pixels, C channels, G groups.
+B images, P pixels, C channels, G groups.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias        out = y * sigmoid(y)
 
-torch's GroupNorm wants channels first and would copy the map there and back; with SiLU apart, a decoder's map of 256 x
+torch's GroupNorm takes channels first and would copy the map there and back. With a separate SiLU, a decoder's map of 256 x
 256 pixels and 128 channels is read and written five times, here it is read twice and written once. Three launches:
 
     moments   a block of pixels   mean and squared distances of each channel
-    affine    a picture           the blocks together, by group: a scale and a shift for each channel
+    affine    an image            the blocks together, by group: a scale and a shift for each channel
     apply     a block of pixels   SiLU(scale * x + shift)
 
-Everything is float32 inside. Blocks have a size of their own, whatever B, and are added in one order: a picture has the
-same bits alone and among any others.
+Everything is float32 inside. The size of a block does not depend on B, and blocks are added in one order: an image has
+the same bits in any batch.
 """
 
 import torch
@@ -23,7 +23,7 @@ from kernels.contract import check_beside, check_no_gradient, check_runs
 try:
     import triton
     import triton.language as tl
-except ImportError:  # said when the kernel is called
+except ImportError:  # reported when the kernel is called
     triton = None
 
 _CHANNELS_MAX = 4096
@@ -32,7 +32,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float, silu: bool) -> Tensor:
-    """GroupNorm of channels-last pictures, as `kernels.reference.group_norm`.
+    """GroupNorm of channels-last images, as `kernels.reference.group_norm`.
 
     Args:
         x: (B, P, C) float32, float16 or bfloat16, contiguous; C at most 4096.
@@ -45,7 +45,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: flo
         like x.
 
     Raises:
-        ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
+        ValueError: a tensor of another shape, dtype, device or layout, or one that needs a gradient.
         ImportError: triton is not installed.
     """
     _check(x, weight, bias, groups)
@@ -93,26 +93,26 @@ if triton is not None:
     def _moments_kernel(  # type: ignore[no-untyped-def]
         x, parts, P, blocks, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
     ):
-        block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
         channels = tl.arange(0, BLOCK_C)
         pixels = block * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (pixels < P)[:, None] & (channels < C)[None, :]
-        places = picture * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
+        places = image * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
         values = tl.load(x + places, mask=inside, other=0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
         count = tl.minimum(P - block * BLOCK_P, BLOCK_P)
         mean = tl.sum(values, axis=0) / count
         away = tl.where(inside, values - mean[None, :], 0.0)
-        parts += (picture * blocks + block) * 2 * C
+        parts += (image * blocks + block) * 2 * C
         tl.store(parts + channels, mean, mask=channels < C)
         tl.store(parts + C + channels, tl.sum(away * away, axis=0), mask=channels < C)
 
     @triton.jit
-    def _over_group(values, room, channels, inside, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-        """For each channel the sum over its group. A reshape could do it for powers of two only: `room` (C,) is used."""
-        tl.debug_barrier()  # nobody reads what is in it any more
-        tl.store(room + channels, values, mask=inside)
+    def _over_group(values, scratch, channels, inside, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """For each channel the sum over its group. A reshape could do it for powers of two only: `scratch` (C,) is used."""
+        tl.debug_barrier()  # all reads of its last contents are done
+        tl.store(scratch + channels, values, mask=inside)
         tl.debug_barrier()
-        first = room + channels // GROUP * GROUP
+        first = scratch + channels // GROUP * GROUP
         total = tl.zeros_like(values)
         for neighbour in range(GROUP):
             total += tl.load(first + neighbour, mask=inside, other=0)
@@ -124,10 +124,10 @@ if triton is not None:
         parts, weight, bias, affine, P, blocks, eps,
         C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        picture = tl.program_id(0).to(tl.int64)
+        image = tl.program_id(0).to(tl.int64)
         channels = tl.arange(0, BLOCK_C)
         inside = channels < C
-        parts += picture * blocks * 2 * C
+        parts += image * blocks * 2 * C
         total = tl.zeros([BLOCK_C], tl.float32)
         # Many blocks at a time: one after the other, each load's latency would be waited for.
         for first in range(0, blocks, BLOCK_P):
@@ -136,7 +136,7 @@ if triton is not None:
             places = parts + block[:, None] * (2 * C) + channels[None, :]
             here = (block < blocks)[:, None] & inside[None, :]
             total += tl.sum(count * tl.load(places, mask=here, other=0), axis=0)
-        affine += picture * 2 * C
+        affine += image * 2 * C
         mean = _over_group(total, affine, channels, inside, GROUP) / (P * GROUP)
         squares = tl.zeros([BLOCK_C], tl.float32)
         for first in range(0, blocks, BLOCK_P):
@@ -156,14 +156,14 @@ if triton is not None:
     def _apply_kernel(  # type: ignore[no-untyped-def]
         x, affine, out, P, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SILU: tl.constexpr
     ):
-        block, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
         channels = tl.arange(0, BLOCK_C)
         pixels = block * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (pixels < P)[:, None] & (channels < C)[None, :]
-        places = picture * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
+        places = image * P * C + pixels.to(tl.int64)[:, None] * C + channels[None, :]
         values = tl.load(x + places, mask=inside, other=0).to(tl.float32)
-        scale = tl.load(affine + picture * 2 * C + channels, mask=channels < C, other=0)
-        shift = tl.load(affine + picture * 2 * C + C + channels, mask=channels < C, other=0)
+        scale = tl.load(affine + image * 2 * C + channels, mask=channels < C, other=0)
+        shift = tl.load(affine + image * 2 * C + C + channels, mask=channels < C, other=0)
         values = values * scale[None, :] + shift[None, :]
         if SILU:
             values = values / (1.0 + tl.exp(-values))

@@ -1,12 +1,12 @@
-"""3x3 convolutions of one picture in eight bits, for CPUs that multiply bytes (VNNI, AMX).
+"""3x3 convolutions of one image in eight bits, for CPUs that multiply bytes (VNNI, AMX).
 
     out = x_scale * w_scale[k] * sum (q_x - zero_point) q_w + bias
 
 Weights are signed and symmetric, one scale an output channel, activations unsigned with a zero point: the pair that the
 instruction takes. oneDNN runs it at 420 to 630 GFLOP/s on two cores where float32 has 150 to 165 (signed activations
-fall back to something far slower). Without VNNI oneDNN's sums of two products saturate, and the result is wrong: the
-caller asks first (engine.device). The zero point's share is a constant of each output channel and goes into the bias,
-so that the convolution itself knows of none; the picture's border is filled with the zero point for that.
+fall back to something far slower). Without VNNI oneDNN's sums of two products saturate, and the result is wrong:
+callers must check first (engine.device). The zero point's share is a constant of each output channel and goes into the
+bias, so that the convolution itself has none; the image's border is filled with the zero point for that.
 
 H x W pixels, C channels in, K out.
 Sources: Jacob et al. 2018, arXiv:1712.05877 (affine quantisation); oneDNN through `torch.ops.onednn`, as Inductor calls it.
@@ -27,16 +27,16 @@ class Int8Conv:
         bias: (K,).
     """
 
-    scale = 1  # of the picture
+    scale = 1  # of the image
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         weight = weight.detach().float()
         largest = weight.abs().amax((1, 2, 3))  # (K,)
         self._scales = torch.where(largest > 0, largest, torch.ones_like(largest)) / _LARGEST_WEIGHT
         rounded = torch.round(weight / self._scales[:, None, None, None])
-        self._sums = self._scales * rounded.sum((1, 2, 3))  # (K,): what one step of zero point adds
+        self._sums = self._scales * rounded.sum((1, 2, 3))  # (K,): share of one step of the zero point
         self._bias = bias.detach().float().clone()
-        self._no_offsets = torch.zeros(len(weight), dtype=torch.int32)
+        self._no_offsets = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self.channels_in, self.channels_out = weight.shape[1], weight.shape[0]
         shape = [1, self.channels_in, 18, 66]  # a hint: other sizes run with the same packing
         self._packed = torch.ops.onednn.qconv_prepack(
@@ -44,11 +44,11 @@ class Int8Conv:
         )
 
     def __call__(self, padded: Tensor, out: Tensor, *, x_scale: float, zero_point: int, add: bool) -> None:
-        """Convolves rows of one picture.
+        """Convolves rows of one image.
 
         Args:
             padded: (H + 2, W + 2, C) uint8, contiguous: H rows with a neighbour row above and below and a column left
-                and right, `zero_point` where the picture ends.
+                and right, `zero_point` where the image ends.
             out: (H, W, K) float32, contiguous; written.
             add: onto what `out` holds.
         """
@@ -76,7 +76,9 @@ def quantise(values: Tensor, out: Tensor, *, x_scale: float, zero_point: int) ->
     """round(values / x_scale) + zero_point, cut to 0..255: (...) float32 -> out (...) uint8."""
     rounded = torch.quantize_per_tensor(values, x_scale, zero_point, torch.quint8)
     # `int_repr` copies element by element, four times slower than the rounding; the bytes are there already.
-    stored = torch.empty(0, dtype=torch.uint8).set_(rounded.untyped_storage(), 0, rounded.shape, rounded.stride())
+    stored = torch.empty(0, dtype=torch.uint8, device=values.device).set_(
+        rounded.untyped_storage(), 0, rounded.shape, rounded.stride()
+    )
     out.copy_(stored)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer for few rows with what stands around it: LayerNorm before, GEGLU or the residual sum after.
+"""A linear layer for few rows, fused with LayerNorm before it and GEGLU or the residual sum after it.
 
 R rows, K inputs, N outputs.
 
@@ -11,21 +11,21 @@ At 16 rows a layer's limit is the read of its weights (29.4 MB, 6.8 us at 4.3 TB
 the weight are the M side of the matrix unit and the batch is the N side, padded to 16, 32, 64 or 128.
 
     norm    a program takes mean and variance from its rows itself, 2 KiB each and in L2: cheaper than a kernel
-    gated   half of a program's weight rows are values, half are the gates of the same columns: nothing is laid out anew
+    gated   half of a program's weight rows are values, half are the gates of the same columns: no layout changes
     splits  a wide layer of few outputs (shrink: K = 4096, N = 1024) would keep 16 of an H100's 132 processors busy: K is
-            cut, a program's partial product goes to memory in float32, and the last of a tile's programs adds them up
+            split, a program's partial product goes to memory in float32, and the last of a tile's programs adds them up
 
 A row's bits depend on that row alone:
 
-* Tiles of the weight, tiles of K and splits follow (N, K, dtype). Only the tile of the batch follows R, and it is no
-  dimension that is summed over.
+* Tiles of the weight, tiles of K and splits follow (N, K, dtype). Only the tile of the batch follows R, and it is not
+  a dimension that is summed over.
 * Partial products are added in the order of their index, whichever program does it. No float is added atomically.
 * Statistics are taken of 16 rows at a time for every tile of the batch: one shape, one order of sums.
 * Multiplications and additions outside the matrix unit are not fused, which a compiler may do in one variant only.
 
-Who is last is told by an integer counter a tile. The last one puts it back to 0 when all have counted, so a launch
-leaves its counters as it found them and a CUDA graph can be replayed. A second kernel in place of counters would be
-as safe, and cost another 1.3 us or more a layer (a launch inside a graph on an H100, as Hazy Research measured it).
+An integer counter a tile tells which program is last. That one resets it to 0, so a launch leaves its counters as it
+found them and a CUDA graph can be replayed. A second kernel in place of counters would be as safe, and cost another
+1.3 us or more a layer (a launch inside a graph on an H100, as Hazy Research measured it).
 """
 
 from typing import NamedTuple
@@ -39,11 +39,11 @@ from kernels.reference import Norm, Residual
 try:
     import triton
     import triton.language as tl
-except ImportError:  # said when the kernel is called
+except ImportError:  # reported when the kernel is called
     triton = None
 
 _STATISTICS_TILE = 1024  # inputs of a row at a time; 16 rows of them stay in registers between mean and variance
-_STAGE_BYTES = 80 * 1024  # of shared memory for tiles under way: 32 KB a processor keep an H100's memory busy
+_STAGE_BYTES = 80 * 1024  # of shared memory for tiles in flight: 32 KB a processor keep an H100's memory busy
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -63,22 +63,22 @@ def linear(
     does it. Float32 products are exact (no TF32).
 
     Args:
-        x: (R, K) float32, float16 or bfloat16. Rows may be strided, channels not.
-        weight: (N, K) as nn.Linear has it; rows may be strided, channels not.
+        x: (R, K) float32, float16 or bfloat16. Rows may be strided, columns not.
+        weight: (N, K) as nn.Linear has it; rows may be strided, columns not.
         bias: (N,), contiguous.
         norm: a LayerNorm of x's rows: weight and bias (K,), contiguous, and eps.
         gated: weight rows are [value: N/2 | gate: N/2]; the result is value * gelu(gate), erf.
         residual: x of the result's shape, rows may be strided, and scale, one number a column, contiguous.
         counters: (n,) int32 zeros, n at least `num_counters(R, N, K)`, left as zeros: one tensor serves all layers of a
-            step, which saves each a memset. Launches that may run at the same time must not share it. Not given: made.
+            step, which saves each a memset. Launches that may run at the same time must not share it. None: made here.
 
-        All of x's dtype (but counters) and device.
+        All of x's dtype (except counters) and device.
 
     Returns:
-        (R, N) or, gated, (R, N/2), contiguous, of x's dtype. Nothing given is overwritten.
+        (R, N) or, gated, (R, N/2), contiguous, of x's dtype. No argument is overwritten.
 
     Raises:
-        ValueError: a tensor of another shape, dtype, device or layout, or one that wants a gradient.
+        ValueError: a tensor of another shape, dtype, device or layout, or one that needs a gradient.
         ImportError: triton is not installed.
     """
     _check(x, weight, bias, norm, gated, residual, counters)
@@ -91,7 +91,9 @@ def linear(
         partials = counters = out  # stand-ins that are never read, as others below
     else:
         programs = tiling.row_tiles * tiling.weight_tiles
-        partials = torch.empty(tiling.splits * programs * tiling.weight_tile * tiling.row_tile, device=x.device)
+        partials = torch.empty(
+            tiling.splits * programs * tiling.weight_tile * tiling.row_tile, dtype=torch.float32, device=x.device
+        )
         if counters is None:
             counters = torch.zeros(programs, dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
@@ -112,13 +114,13 @@ def linear(
 
 
 def num_counters(num_rows: int, num_outputs: int, num_inputs: int) -> int:
-    """How many counters `linear` wants for R rows, N outputs and K inputs; 0 where it does not split K."""
+    """How many counters `linear` needs for R rows, N outputs and K inputs; 0 where it does not split K."""
     tiling = _tiling(num_rows, num_outputs, num_inputs, element_bytes=2)
     return tiling.row_tiles * tiling.weight_tiles if tiling.splits > 1 else 0
 
 
 class _Tiling(NamedTuple):
-    """How a product is cut. What decides a row's bits (weight_tile, k_tile, splits, k_split) does not follow R."""
+    """How a product is tiled. What decides a row's bits (weight_tile, k_tile, splits, k_split) does not follow R."""
 
     row_tile: int
     row_tiles: int
@@ -127,7 +129,7 @@ class _Tiling(NamedTuple):
     k_tile: int
     splits: int
     k_split: int  # inputs of a split
-    num_stages: int  # tiles of K under way
+    num_stages: int  # tiles of K in flight
 
 
 def _tiling(R: int, N: int, K: int, element_bytes: int) -> _Tiling:
@@ -182,7 +184,7 @@ def _check(
             raise ValueError(f"{name}: {words(vector)}; must be ({size},) {x.dtype}, contiguous")
     for name, matrix in matrices.items():
         if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-            raise ValueError(f"{name}: {words(matrix)}; channels must lie together in memory: make it contiguous")
+            raise ValueError(f"{name}: {words(matrix)}; columns must be contiguous")
     floats = {**matrices, **{name: vector for name, (vector, _) in vectors.items()}}
     check_beside("x", x, floats)
     check_no_gradient(floats)
@@ -201,7 +203,7 @@ def _check_counters(counters: Tensor | None, wanted: int, x: Tensor) -> None:
 
 
 def _alignment(*matrices: Tensor | None) -> int:
-    """Of how many elements every row's first one is a multiple, as the compiler is told: 16 bytes or 1 element.
+    """The alignment of every row's first element that the compiler may assume, in elements: 16 bytes or 1 element.
 
     Load width follows from this, and with it the order of the sums of a norm. Left to itself the compiler looks at the
     first row only, which for an odd K is aligned where the next is not.

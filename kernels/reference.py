@@ -1,14 +1,15 @@
 """Every op in plain PyTorch: the definition of right for the kernels, and the CPU path.
 
-B rows, T positions, H heads, D head dim, V vocabulary, S survivors of a filter.
-In decoding: G captions, P prefix positions, N slots of a row's own. In a linear layer: R rows, K inputs, N outputs.
+B sequences, T positions, H heads, D head dim, V vocabulary, S survivors of a filter.
+In decoding: G captions, P prefix positions, N own positions. In a linear layer: R rows, K inputs, N outputs.
 
-The draw. token = argmax(filtered logits / temperature + Gumbel noise), ties to the lowest id. The noise is a pure
-function of (seed, candidate, image position, token id) by counter-based Philox, never of the batch row, so a
-candidate is the same picture whatever runs beside it. Everything in a draw is either elementwise, a comparison, or an
-integer sum: nothing whose order could change the result.
+Sampling. token = argmax(filtered logits / temperature + Gumbel noise), ties to the lowest id. The noise is a pure
+function of (seed, candidate, image position, token id) by counter-based Philox, never of the place in the batch, so a
+candidate is the same image whatever runs beside it. Every operation is either elementwise, a comparison, or an integer
+sum: nothing whose order could change the result.
 
-Cost, 16 rows x 16,384 tokens, one core (AVX-512, shared machine): about 6 ms, nearly all of it the 65,536 Philox calls.
+Cost, 16 sequences x 16,384 tokens, one core (AVX-512, shared machine): about 6 ms, nearly all of it the 65,536 Philox
+calls.
 """
 
 import math
@@ -24,7 +25,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 _SAMPLING_STREAM = 0  # counter word 3; any other use of the same seeds takes another tag
-_PHILOX_BLOCK = 65536  # calls at a time; smaller blocks pay more for dispatch than they win in cache
+_PHILOX_BLOCK = 65536  # calls at a time; smaller blocks pay more for dispatch than they save in cache
 
 
 # ------------------------------------------------------------------------------------------------ transformer ops
@@ -54,7 +55,7 @@ def decode_attention(
     q: Tensor,
     prefix_keys: Tensor,
     prefix_values: Tensor,
-    caption_of_row: Tensor,
+    prefix_of_sequence: Tensor,
     keys: Tensor,
     values: Tensor,
     num_filled: Tensor,
@@ -62,64 +63,40 @@ def decode_attention(
     new_keys: Tensor | None = None,
     new_values: Tensor | None = None,
 ) -> Tensor:
-    """One query a row over its caption's prefix and then its own filled slots, one softmax over both.
+    """One query a sequence over its caption's prefix and then its own filled positions, one softmax over both.
 
     Args:
         q: (B, H, D).
         prefix_keys, prefix_values: (G, P, H, D).
-        caption_of_row: (B,) int, each row's index into the prefixes.
-        keys, values: (B, N, H, D); slots from num_filled on may hold anything, NaN included.
+        prefix_of_sequence: (B,) int, each sequence's index into the prefixes.
+        keys, values: (B, N, H, D); positions from num_filled on may hold anything, NaN included.
         num_filled: (B,) int in [0, N].
-        new_keys, new_values: (B, H, D), both or neither: first written to slot num_filled of `keys` and `values`
-            (in place) and then attended to as well. A row whose N slots are all filled drops them; N at least 1.
+        new_keys, new_values: (B, H, D), both or neither: first written to position num_filled of `keys` and `values`
+            (in place) and then attended to as well. A sequence whose N positions are all filled drops them; N >= 1.
 
     Returns:
         (B, H, D) in q's dtype; scores and softmax in float32 or better.
     """
     P, N, D = prefix_keys.shape[1], keys.shape[1], q.shape[2]
     if new_keys is not None and new_values is not None:
-        rows, slots = torch.arange(q.shape[0], device=q.device), num_filled.long().clamp(max=N - 1)
+        sequences = torch.arange(q.shape[0], dtype=torch.int64, device=q.device)
+        places = num_filled.long().clamp(max=N - 1)
         has_room = (num_filled < N)[:, None, None]
         for cache, new in ((keys, new_keys), (values, new_values)):
-            cache[rows, slots] = torch.where(has_room, new, cache[rows, slots])
+            cache[sequences, places] = torch.where(has_room, new, cache[sequences, places])
         num_filled = (num_filled + 1).clamp(max=N)
     wide = torch.promote_types(q.dtype, torch.float32)
-    caption = caption_of_row.long()
+    caption = prefix_of_sequence.long()
     all_keys = torch.cat([prefix_keys[caption], keys], dim=1).to(wide)  # (B, P + N, H, D)
     all_values = torch.cat([prefix_values[caption], values], dim=1).to(wide)
-    unread = torch.arange(P + N, device=q.device) >= P + num_filled[:, None]  # (B, P + N)
+    unread = torch.arange(P + N, dtype=torch.int64, device=q.device) >= P + num_filled[:, None]  # (B, P + N)
     scores = torch.einsum("bhd,bthd->bht", q.to(wide), all_keys) / math.sqrt(D)
     weights = scores.masked_fill(unread[:, None], -math.inf).softmax(-1)
     return torch.einsum("bht,bthd->bhd", weights, all_values.masked_fill(unread[:, :, None, None], 0)).to(q.dtype)
 
 
-def residual_norm(
-    x: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float,
-    branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y = x + scale * (branch + branch_bias), and LayerNorm(y).
-
-    Args:
-        x, branch: (..., C); branch None: y is x.
-        scale, weight, bias, branch_bias: (C,); scale is given with branch and only with it.
-
-    Returns:
-        y and LayerNorm(y) * weight + bias, each (..., C).
-    """
-    y = x
-    if branch is not None and scale is not None:
-        y = x + scale * (branch if branch_bias is None else branch + branch_bias)
-    return y, F.layer_norm(y, y.shape[-1:], weight, bias, eps)
-
-
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float, silu: bool) -> Tensor:
-    """GroupNorm of channels-last pictures, SiLU after it with `silu`; float32 or better inside.
+    """GroupNorm of channels-last images, SiLU after it with `silu`; float32 or better inside.
 
     Args:
         x: (B, P, C), P pixels; neighbouring channels make a group.
@@ -138,7 +115,7 @@ def geglu(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         # PyTorch's own GELU ends each thread's share with scalar code, which differs in the last bit: with 3, 5 or 7
-        # threads a row depended on how many others there were. oneDNN's, for contiguous tensors, does not.
+        # threads a row's bits depended on the number of rows. oneDNN's, for contiguous tensors, do not.
         gate = gate.contiguous()
     return value * F.gelu(gate)
 
@@ -167,7 +144,7 @@ def linear(
     gated: bool = False,
     residual: Residual | None = None,
 ) -> Tensor:
-    """A linear layer and what stands around it in a transformer: LayerNorm before, GEGLU or the residual sum after.
+    """A linear layer as it is used in a transformer: LayerNorm before it, GEGLU or the residual sum after it.
 
     Args:
         x: (R, K).
@@ -191,7 +168,7 @@ def linear(
 
 
 def philox_4x32_10(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox; the same bits as Triton's `tl.philox(seed, c0, c1, c2, c3, n_rounds=10)`.
+    """Ten rounds of Philox, the same bits as Triton's `tl.philox(seed, c0, c1, c2, c3, n_rounds=10)`.
 
     Args:
         seed: int64, the 64-bit key (seeds of 2^63 and more as their two's complement).
@@ -206,7 +183,7 @@ def philox_4x32_10(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor)
     p0, p1 = torch.empty_like(w0), torch.empty_like(w0)
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2^64, which leaves every bit of a 32 x 32 product in place. Words 1 and 3 keep
-        # rubbish above bit 31 until they meet a mask: four operations fewer a round.
+        # stray bits above bit 31 until they are masked: four operations fewer a round.
         torch.mul(w0, _MULTIPLIERS[0], out=p0)
         torch.mul(w2, _MULTIPLIERS[1], out=p1)
         torch.bitwise_right_shift(p1, 32, out=w0).bitwise_xor_(w1).bitwise_xor_(k0).bitwise_and_(_MASK32)
@@ -227,8 +204,8 @@ def gumbel_noise(seeds: Tensor, candidates: Tensor, positions: Tensor, num_token
         (B, V) float32. Token t takes lane t & 3 of the Philox call with counter (t >> 2, position, candidate, 0).
     """
     B, num_calls = seeds.shape[0], -(-num_tokens // 4)
-    calls = torch.arange(num_calls, device=seeds.device)
-    bits = torch.empty(B, num_calls, 4, device=seeds.device)
+    calls = torch.arange(num_calls, dtype=torch.int64, device=seeds.device)
+    bits = torch.empty(B, num_calls, 4, dtype=torch.float32, device=seeds.device)
     rows = max(1, _PHILOX_BLOCK // num_calls) if seeds.device.type == "cpu" else B
     for start in range(0, B, rows):
         block = slice(start, start + rows)
@@ -252,7 +229,7 @@ def _to_gumbel(bits: Tensor) -> Tensor:
     """32 random bits as float32 -> -log(-log1p(-v)), v = (bits + 1/2) / 2^32 kept below 1 (overwrites `bits`).
 
     -log(-log(u)) would cap the noise at 16.6, because a float32 uniform near 1 has a spacing of 2^-24: among 16,384
-    equal logits the top two would tie in 5e-4 of the draws. This form reaches 22.9 and ties in 2e-6.
+    equal logits the top two would tie in 5e-4 of the samples. This form reaches 22.9 and ties in 2e-6.
     """
     uniform = bits.add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
@@ -274,11 +251,11 @@ def filter_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
     """Temperature, then top-k, then (on the renormalised survivors) top-p.
 
     Ties: every token whose logit equals the last one kept is kept too, by either filter, so that the result does not
-    depend on an order among equals. The likeliest token always survives.
+    depend on the order of equals. The likeliest token always survives.
 
     Args:
         logits: (B, V).
-        temperature: (B,) float; rows at 0 are filtered as at 1 (they take the argmax anyway).
+        temperature: (B,) float; 0 filters as 1 does (the argmax is taken anyway).
         top_k: (B,) int64; 0, or V and more: off.
         top_p: (B,) float in (0, 1]; 1: off. Keeps the fewest tokens whose probabilities reach it.
 
@@ -310,7 +287,7 @@ def sample(
     top_k: Tensor,
     top_p: Tensor,
 ) -> Tensor:
-    """Draws one token a row.
+    """Samples one token a sequence.
 
     Args:
         logits: (B, V).
@@ -327,7 +304,7 @@ def sample(
     scores = filter_logits(logits, temperature, top_k, top_p)
     if (((top_k > 0) & (top_k < V)) | (top_p < 1)).any():
         row, token = (scores > -math.inf).nonzero().unbind(1)
-        if 4 * token.numel() < B * V:  # a Philox call makes four tokens' noise, of which a survivor uses one
+        if 4 * token.numel() < B * V:  # a Philox call has the noise of four tokens, of which a survivor uses one
             noise = gumbel_noise_at(seeds[row], candidates[row], positions[row], token)
             scores[row, token] += noise.masked_fill_(~random[row], 0)
             return scores.argmax(1)
@@ -339,7 +316,7 @@ def _top_p_threshold(scaled: Tensor, top_p: Tensor) -> Tensor:
     """(B, 1): the smallest logit that top-p keeps.
 
     Mass is fixed point, exp(logit - max) * 2^40 rounded to an integer: sums of up to 2^23 tokens stay exact in int64,
-    so neither a sort's order among equals nor a kernel's reduction tree can move the threshold.
+    so neither a sort's order of equals nor a kernel's reduction tree can move the threshold.
     """
     V = scaled.shape[1]
     mass = (scaled - scaled.amax(1, keepdim=True)).exp().double().mul_(2.0**40).round_().long()  # (B, V)

@@ -1,24 +1,24 @@
-"""One token a row: guidance, temperature, top-k, top-p and the Gumbel draw in one kernel, or the head and the draw.
+"""One token a sequence: temperature, top-k, top-p and Gumbel noise in one kernel, or the head and sampling.
 
-B rows, V vocabulary, C model dim, R rows a tile.
+B sequences, V vocabulary, C model dim, R sequences a tile.
 
 The definition is `kernels.reference.sample`; this file is the same function for CUDA.
 
-    sample          logits (B, V) -> tokens. One program a row, the row in registers, read once.
-    head_sample     hidden (B, C) -> tokens, no top-k and no top-p. Logits never leave the chip: a program makes a tile
-                    of 128 tokens x R rows, adds the noise and keeps one (score, id) a row; a second kernel takes the
-                    best of a row's tiles.
+    sample          logits (B, V) -> tokens. One program a sequence, its logits in registers, read once.
+    head_sample     hidden (B, C) -> tokens, no top-k and no top-p. Logits never leave the chip: a program computes a
+                    tile of 128 tokens x R sequences, adds the noise and keeps one (score, id) a sequence; a second
+                    kernel takes the best of a sequence's tiles.
 
-* Noise is keyed by (seed, candidate, position, token id), so a row draws the same beside any others.
+* Noise is keyed by (seed, candidate, position, token id), so a sequence gets the same token in any batch.
 * Thresholds come without a sort. Floats in order are 32-bit integers in order, so the k-th largest logit is found by
   halving an integer interval: at most 32 counts over registers, where PyTorch's top-k of 32,768 takes 94 to 1,200 us
   (vLLM #51507). For top-p the counts are sums of fixed-point mass in int64. Integer sums have no order to depend on.
-* Every option is read from the device by the row that it concerns: no host sync, fit for a CUDA graph, and a row with
-  a filter off pays nothing for its neighbours'.
+* Every parameter is read from the device by the sequence that it concerns: no host sync, fit for a CUDA graph, and a
+  sequence without a filter pays nothing for those of others.
 * Multiplications and additions are not fused (`enable_fp_fusion=False`) and divisions are rounded as IEEE has it:
-  scores then agree with the reference's but for the last bit of exp and log.
+  scores then agree with the reference's except for the last bit of exp and log.
 
-The vocabulary decides the block sizes. Only R follows the number of rows, and R is no dimension that is summed over.
+The vocabulary decides the block sizes. Only R follows the batch, and R is not a dimension that is summed over.
 """
 
 import torch
@@ -29,7 +29,7 @@ from kernels.contract import check_beside, check_runs, is_interpreted, words
 try:
     import triton
     import triton.language as tl
-except ImportError:  # said when a kernel is called
+except ImportError:  # reported when a kernel is called
     triton = None
 
 _VOCABULARY_MAX = 65536  # what a program can hold in registers, spilling some
@@ -45,11 +45,8 @@ def sample(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
-    *,
-    null_logits: Tensor | None = None,
-    guidance: Tensor | None = None,
 ) -> Tensor:
-    """Draws one token a row, as `kernels.reference.sample` does.
+    """Samples one token a sequence, as `kernels.reference.sample` does.
 
     Args:
         logits: (B, V) float32, float16 or bfloat16, any strides; V at most 65,536.
@@ -57,15 +54,12 @@ def sample(
         temperature: (B,) float32; 0 takes the argmax, ties to the lowest id.
         top_k: (B,) int64; 0, or V and more: off.
         top_p: (B,) float32 in (0, 1]; 1: off.
-        null_logits: like `logits`: what the empty caption predicts.
-        guidance: (B,) float32 g; a row draws from null + g * (logits - null), in float32. Rows at 1 take their logits
-            as they are and do not read `null_logits`.
 
     Returns:
         (B,) int64 token ids.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device; values are not looked at, that would wait for them.
+        ValueError: a tensor of another shape, dtype or device; values are not checked, which would wait for them.
         ImportError: triton is not installed.
     """
     if logits.dim() != 2 or logits.dtype not in _DTYPES:
@@ -75,16 +69,6 @@ def sample(
         raise ValueError(f"logits: V = {V}; must be 1 to {_VOCABULARY_MAX}")
     _check_rows(logits, seeds=seeds, candidates=candidates, positions=positions, top_k=top_k)
     _check_rows(logits, torch.float32, temperature=temperature, top_p=top_p)
-    if (null_logits is None) != (guidance is None):
-        raise ValueError("null_logits and guidance: give both or neither")
-    if null_logits is None or guidance is None:
-        null_logits, guidance, guided = logits, temperature, False  # stand-ins that are never read
-    else:
-        guided = True
-        _check_rows(logits, torch.float32, guidance=guidance)
-        if null_logits.shape != logits.shape or null_logits.dtype != logits.dtype:
-            raise ValueError(f"null_logits: {words(null_logits)}; must be as logits, {words(logits)}")
-        check_beside("the others", logits, {"null_logits": null_logits})
     check_runs(
         "kernels.sampling.sample", "logits", logits, triton and _sample_kernel, reference="kernels.reference.sample"
     )
@@ -94,10 +78,8 @@ def sample(
     block = max(triton.next_power_of_2(V), 4)
     with torch.cuda.device_of(logits):
         _sample_kernel[(B,)](
-            tokens, logits, null_logits, guidance, seeds, candidates, positions, temperature, top_k, top_p,
-            *logits.stride(), *null_logits.stride(),
-            V=V, BLOCK=block, GUIDED=guided,
-            num_warps=min(max(block // 1024, 4), 32), enable_fp_fusion=False,
+            tokens, logits, seeds, candidates, positions, temperature, top_k, top_p, *logits.stride(),
+            V=V, BLOCK=block, num_warps=min(max(block // 1024, 4), 32), enable_fp_fusion=False,
         )  # fmt: skip
     return tokens
 
@@ -111,13 +93,13 @@ def head_sample(
     positions: Tensor,
     temperature: Tensor,
 ) -> Tensor:
-    """Draws one token a row from softmax((hidden weight^T + bias) / temperature), logits kept in float32.
+    """Samples one token a sequence from softmax((hidden weight^T + bias) / temperature), logits kept in float32.
 
     For guidance, guide `hidden`: the head is linear, so null + g * (hidden - null) has the guided logits.
 
     Args:
-        hidden: (B, C) float32, float16 or bfloat16, normalised; rows may be strided, channels not.
-        weight: (V, C); rows may be strided, channels not. Float32 products are exact (no TF32).
+        hidden: (B, C) float32, float16 or bfloat16, normalised; rows may be strided, columns not.
+        weight: (V, C); rows may be strided, columns not. Float32 products are exact (no TF32).
         bias: (V,), contiguous.
         seeds, candidates, positions: (B,) int64, see `reference.gumbel_noise`.
         temperature: (B,) float32; 0 takes the argmax, ties to the lowest id.
@@ -130,12 +112,12 @@ def head_sample(
         ImportError: triton is not installed.
     """
     if hidden.dim() != 2 or hidden.dtype not in _DTYPES or hidden.stride(1) != 1:
-        raise ValueError(f"hidden: {words(hidden)}; must be (B, C) float32, float16 or bfloat16, channels together")
+        raise ValueError(f"hidden: {words(hidden)}; must be (B, C) float32, float16 or bfloat16, columns contiguous")
     (B, C), V = hidden.shape, weight.shape[0]
     if not 0 < V <= _VOCABULARY_MAX:
         raise ValueError(f"weight: V = {V}; must be 1 to {_VOCABULARY_MAX}")
     if weight.shape != (V, C) or weight.dtype != hidden.dtype or weight.stride(1) != 1:
-        raise ValueError(f"weight: {words(weight)}; must be (V, {C}) {hidden.dtype}, channels together")
+        raise ValueError(f"weight: {words(weight)}; must be (V, {C}) {hidden.dtype}, columns contiguous")
     if bias.shape != (V,) or bias.dtype != hidden.dtype or not bias.is_contiguous():
         raise ValueError(f"bias: {words(bias)}; must be ({V},) {hidden.dtype}, contiguous")
     check_beside("the others", hidden, {"weight": weight, "bias": bias})
@@ -148,7 +130,7 @@ def head_sample(
     if B == 0:
         return tokens
     num_tiles, row_tile = triton.cdiv(V, _HEAD_TILE), _row_tile(B)
-    best_scores = torch.empty(num_tiles, B, device=hidden.device)
+    best_scores = torch.empty(num_tiles, B, dtype=torch.float32, device=hidden.device)
     best_ids = torch.empty(num_tiles, B, dtype=torch.int32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         _head_kernel[(num_tiles, triton.cdiv(B, row_tile))](
@@ -165,10 +147,10 @@ def head_sample(
 
 
 def _row_tile(num_rows: int) -> int:
-    """Rows a head program works on: few tiles, since each reads the whole weight again (from L2).
+    """Sequences of a head program: few tiles, since each reads the whole weight again (from L2).
 
-    Rows are the N side of the product (weight rows are M, always 128 of them), so every tile size runs the same
-    instructions over the same channels in the same order and a row's bits stay the same.
+    Sequences are the N side of the product (weight rows are M, always 128 of them), so every tile size runs the same
+    instructions over the same channels in the same order and a sequence's bits stay the same.
     """
     return 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
 
@@ -185,20 +167,13 @@ if triton is not None:
 
     @triton.jit
     def _sample_kernel(  # type: ignore[no-untyped-def]
-        tokens, logits, null_logits, guidance, seeds, candidates, positions, temperature, top_k, top_p,
-        row_stride, token_stride, null_row_stride, null_token_stride,
-        V: tl.constexpr, BLOCK: tl.constexpr, GUIDED: tl.constexpr,
+        tokens, logits, seeds, candidates, positions, temperature, top_k, top_p, row_stride, token_stride,
+        V: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         ids = tl.arange(0, BLOCK)
         inside = ids < V
         scores = tl.load(logits + row * row_stride + ids * token_stride, mask=inside, other=0).to(tl.float32)
-        if GUIDED:
-            scale = tl.load(guidance + row)
-            if scale != 1:
-                null = tl.load(null_logits + row * null_row_stride + ids * null_token_stride, mask=inside, other=0)
-                null = null.to(tl.float32)
-                scores = null + scale * (scores - null)
         scores = tl.where(inside, scores, float("-inf"))  # (BLOCK,)
         heat = tl.load(temperature + row)
         if heat > 0:
@@ -220,17 +195,17 @@ if triton is not None:
         while low < high:  # the k-th largest has its key in low .. high
             middle = low + ((high - low + 1) >> 1)
             count = tl.sum((scores >= _value(middle)).to(tl.int32), axis=0)
-            # Exactly k: any threshold between the k-th largest and the next one does, no need to find the largest.
+            # Exactly k: any threshold between the k-th largest and the next one will do.
             high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
             low = tl.where(count >= k, middle, low)
         return tl.where(scores >= _value(low), scores, float("-inf"))
 
     @triton.jit
     def _keep_top_p(scores, p):  # type: ignore[no-untyped-def]
-        """-inf for what is not needed to reach the share p of all mass; see `reference._top_p_threshold`."""
+        """-inf for what is not needed to reach the share p of the mass; see `reference._top_p_threshold`."""
         largest = tl.max(scores, axis=0)
         mass = tl.exp(scores - largest) * 1099511627776.0  # 2^40
-        # Adding and taking away 2^23 rounds a smaller float32 to an integer, halves to even; larger ones are integers.
+        # Adding and subtracting 2^23 rounds a smaller float32 to an integer, halves to even; larger ones are integers.
         mass = tl.where(mass < 8388608.0, (mass + 8388608.0) - 8388608.0, mass).to(tl.int64)
         wanted = p.to(tl.float64) * tl.sum(mass, axis=0).to(tl.float64)
         low, high = _key(tl.full((), float("-inf"), tl.float32)), _key(largest)
@@ -255,7 +230,7 @@ if triton is not None:
 
     @triton.jit
     def _gumbel_noise(seed, candidate, position, calls):  # type: ignore[no-untyped-def]
-        """Noise (..., 4 n) of the tokens that Philox calls (..., n) make: 4 * calls and the three after."""
+        """Noise (..., 4 n) of Philox calls (..., n): tokens 4 * call to 4 * call + 3."""
         lane_0, lane_1, lane_2, lane_3 = tl.philox(
             seed, calls.to(tl.uint32), position.to(tl.uint32), candidate.to(tl.uint32), tl.full((), 0, tl.uint32)
         )
@@ -263,12 +238,12 @@ if triton is not None:
         # As `reference._to_gumbel`: (bits + 1/2) / 2^32, kept at or below 1 - 2^-24
         uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994039535522)
         rest = 1.0 - uniform
-        # log1p(-u) = log(w) u / (1 - w) with w = 1 - u as rounded: the quotient makes good what the rounding lost.
+        # log1p(-u) = log(w) u / (1 - w) with w = 1 - u as rounded: the quotient restores what the rounding lost.
         lost = tl.where(rest == 1.0, 1.0, 1.0 - rest)
         exponential = tl.where(rest == 1.0, uniform, -tl.log(rest) * tl.div_rn(uniform, lost))
         return -tl.log(exponential)
 
-    # The number of rows is no constant of a compiled kernel: 1, 16 and 17 rows run the same one.
+    # The number of rows is not a constant of the compiled kernel: 1, 16 and 17 rows run the same one.
     @triton.jit(do_not_specialize=["num_rows"])
     def _head_kernel(  # type: ignore[no-untyped-def]
         best_scores, best_ids, hidden, weight, bias, seeds, candidates, positions, temperature,
@@ -321,5 +296,5 @@ if triton is not None:
         tiles = tl.arange(0, BLOCK)
         scores = tl.load(best_scores + tiles * num_rows + row, mask=tiles < NUM_TILES, other=float("-inf"))
         # Tiles hold ascending ids, so the first of equal tiles holds the lowest.
-        best = tl.minimum(tl.argmax(scores, axis=0), NUM_TILES - 1)  # of NaNs any, but one that is there
+        best = tl.minimum(tl.argmax(scores, axis=0), NUM_TILES - 1)  # of NaNs any, but a valid one
         tl.store(tokens + row, tl.load(best_ids + best * num_rows + row).to(tl.int64))

@@ -1,15 +1,15 @@
-"""3x3 convolutions of one picture by Winograd's algorithm, for CPUs: 4x4 pixels a tile, a quarter of the products.
+"""3x3 convolutions of one image by Winograd's algorithm, for CPUs: 4x4 pixels a tile, a quarter of the products.
 
     out tile = A^T [ (G w G^T) * (B^T in tile B) ] A        summed over the channels in
 
 A 6x6 tile goes in, a 4x4 tile comes out, 36 products for 144. The products of one frequency are a matrix product over
 tiles and channels, so all of it is three GEMMs: the transforms are ones with their Kronecker squares (36 x 36 and
-16 x 36), which in a cache beats the two dozen additions that they stand for. Tiles are taken a few rows of them at a
-time, so that nothing leaves the cache between the three.
+16 x 36), which in a cache beats the two dozen additions that they stand for. A few rows of tiles are
+computed at a time, so that nothing leaves the cache between the three.
 
-After a nearest-neighbour doubling the tile of the large picture is E (small tile) E^T, E repeating each pixel: with the
+After a nearest-neighbour doubling the tile of the large image is E (small tile) E^T, E repeating each pixel: with the
 points 0, 1, -1, p, -p the row of B^T E that belongs to -1 is zero, since its polynomial x (x - 1) (x^2 - p^2) has
-coefficients that cancel in pairs. So 25 products for 144, and the large picture is never made.
+coefficients that cancel in pairs. So 25 products for 144, and the large image is never computed.
 
 One core of a busy machine, 128 channels, 256 x 256 pixels, GroupNorm and SiLU with it, ms: torch 495, this 200 (the
 convolution alone 196 by oneDNN); 256 channels, 128 x 128: 301 and 137; 512 channels, 16 x 16: 19 and 12. Errors are 2.5 times those of a
@@ -24,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
 TILE = 4  # pixels a tile has on a side, out
 _EDGE = TILE + 2  # in, with the neighbours that a 3x3 kernel reads
 # Four finite points beside 0, and infinity. The first four have a 2.5 times smaller error than the usual 1, -1, 2, -2
@@ -32,11 +33,11 @@ _POINTS = (0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 _POINTS_DOUBLED = (1.0, -1.0, 1.5, -1.5)
 
 Scratch = Callable[..., Tensor]
-"""`scratch(name, *shape)`: a float32 buffer, contents undefined, that nobody else writes while a call lasts."""
+"""`scratch(name, *shape)`: a float32 buffer, contents undefined, that no other call writes while this one lasts."""
 
 
 class WinogradConv:
-    """A 3x3 convolution, stride 1, zero padding 1; with `doubled`, of the picture enlarged twofold first.
+    """A 3x3 convolution, stride 1, zero padding 1; with `doubled`, of the image enlarged twofold first.
 
     Args:
         weight: (K, C, 3, 3). Kept transformed, in float32: four times its size (with `doubled` 2.8 times).
@@ -46,10 +47,9 @@ class WinogradConv:
     def __init__(self, weight: Tensor, bias: Tensor, *, doubled: bool = False) -> None:
         out_transform, weight_transform, in_transform = _transforms(_POINTS_DOUBLED if doubled else _POINTS)
         if doubled:
-            repeat = torch.zeros(
-                _EDGE, TILE, dtype=torch.float64
-            )  # tile row i lies in the small picture's (i + 1) // 2
-            repeat[torch.arange(_EDGE), (torch.arange(_EDGE) + 1) // 2] = 1
+            repeat = torch.zeros(_EDGE, TILE, dtype=torch.float64, device=_CPU)
+            for row in range(_EDGE):  # row i of a tile lies in the small image's row (i + 1) // 2
+                repeat[row, (row + 1) // 2] = 1
             in_transform = in_transform @ repeat
             lives = in_transform.abs().amax(1) > 1e-12
             out_transform, weight_transform = out_transform[:, lives], weight_transform[lives]
@@ -63,20 +63,22 @@ class WinogradConv:
         self._in_transform = torch.kron(in_transform, in_transform).float()  # (F, in pixels of a tile)
         # The bias rides on the transform out, as one frequency more that every pixel has once.
         out = torch.kron(out_transform, out_transform)
-        self._out_transform = torch.cat([out, torch.ones(len(out), 1, dtype=out.dtype)], dim=1).float()  # (16, F + 1)
+        self._out_transform = torch.cat(
+            [out, torch.ones(len(out), 1, dtype=out.dtype, device=_CPU)], dim=1
+        ).float()  # (16, F + 1)
 
     @staticmethod
     def fits(height: int, width: int, *, doubled: bool = False) -> bool:
-        """Whether a picture (before doubling) is whole tiles."""
+        """Whether an image (before doubling) is whole tiles."""
         side = TILE // 2 if doubled else TILE
         return height % side == 0 and width % side == 0
 
     def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None:
-        """Convolves rows of one picture.
+        """Convolves rows of one image.
 
         Args:
             padded: (H + 2, W + 2, C) float32, contiguous: H rows, a neighbour row above and below, a column left and
-                right; zeros where the picture ends. H and W must make whole tiles, see `fits`.
+                right; zeros where the image ends. H and W must make whole tiles, see `fits`.
             out: (scale * H, scale * W, K) float32, contiguous; written.
             add: onto what `out` holds.
         """
@@ -107,13 +109,13 @@ def _transforms(points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
     Each frequency's B^T row is scaled to at most 1, its G row the other way: their sizes differ eightfold otherwise.
     """
-    finite = torch.tensor((0.0, *points), dtype=torch.float64)
+    finite = torch.tensor((0.0, *points), dtype=torch.float64, device=_CPU)
 
     def powers(count: int) -> Tensor:
         """(6, count): each point's powers; infinity has the highest alone."""
-        infinity = torch.zeros(1, count, dtype=torch.float64)
+        infinity = torch.zeros(1, count, dtype=torch.float64, device=_CPU)
         infinity[0, -1] = 1
-        return torch.cat([finite[:, None] ** torch.arange(count), infinity])
+        return torch.cat([finite[:, None] ** torch.arange(count, dtype=torch.int64, device=_CPU), infinity])
 
     in_transform = torch.linalg.inv(powers(_EDGE)).T
     in_transform[in_transform.abs() < 1e-12] = 0

@@ -1,13 +1,14 @@
-"""Which decoder draws where, and keeping the one that is expensive to make.
+"""Which decoder runs where, and a cache of the one that is expensive to make.
 
-    CPU     SlotDecoder      reads each prefix once for all its siblings and computes only rows that are there; made
-                             anew for each drawing, which costs its buffers and nothing else
+    CPU     SlotDecoder      reads each prefix once for all its siblings and computes only rows that are taken; made
+                             anew for each generation, which costs its buffers and nothing else
             JacobiDecoder    one or two slots: several tokens a pass
-            AdaptiveDecoder  more, of rows that come and go: either of the two, by how many slots are taken
-    CUDA    GraphDecoder   replays captured steps; kept for the next drawing, which need not capture them again, and
-                             grown to the next power of two when a drawing has more rows
+            AdaptiveDecoder  more slots, continuous batching: either of the two, by how many slots are taken
+    CUDA    GraphDecoder     replays captured steps; cached, so that the next generation need not capture them again,
+                             and grown to the next power of two when a generation has more sequences
 
-Both draw a row from the same numbers: logits differ by rounding, in the order of sums.
+All give a sequence the same tokens from the same arithmetic; on CUDA logits differ from a CPU's by rounding, in the
+order of sums.
 """
 
 import contextlib
@@ -28,45 +29,60 @@ from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
-# Windows of 8 for one or two rows: such a pass costs 1.25 (1.55) times a step and gives a row 2.5 tokens or more. With 16
-# one row wins no more on photographs and has twice as much to lose; four rows hardly win (benchmarks/LOG.md).
+# Windows of 8 for one or two sequences: such a pass costs 1.25 (1.55) times a step and gives a sequence 2.5 tokens or
+# more. With 16 one sequence gains no more on photographs and has twice as much to lose; four sequences hardly gain
+# (benchmarks/LOG.md).
 _WINDOW = 8
-_GUESSING_SLOTS = 2
+_SPECULATIVE_SLOTS = 2
 
 
 class Decoder(Protocol):
-    """Rows in flight; see engine/decoding/slot_decoder.py."""
+    """Sequences in flight: added and removed between any two steps, each at its own position."""
 
     @property
-    def num_joined(self) -> int: ...
+    def num_sequences(self) -> int:
+        """Sequences that have not been removed, finished ones included."""
+
     @property
-    def num_free(self) -> int: ...
-    def join(self, prefix: Prefix, request: SequenceRequest, *, given: Tensor | None = None) -> int: ...
-    def leave(self, slot: int) -> Tensor: ...
-    def num_tokens(self, slot: int) -> int: ...
-    def tokens(self, slot: int) -> Tensor: ...
-    def step(self) -> list[int]: ...
+    def num_free(self) -> int:
+        """Free slots; a guided sequence needs two."""
+
+    def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
+        """Adds a sequence and returns its slot; see `engine.decoding.slot_table.SlotTable.add`."""
+
+    def remove(self, slot: int) -> Tensor:
+        """Removes a sequence, finished or not, and returns its (n,) tokens so far."""
+
+    def num_tokens(self, slot: int) -> int:
+        """Tokens that a sequence has so far; cheaper than a view of them."""
+
+    def tokens(self, slot: int) -> Tensor:
+        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
+
+    def step(self) -> list[int]:
+        """Gives every unfinished sequence at least one token and returns the slots of those that finished."""
 
 
 def can_graph(device: torch.device) -> bool:
-    """Whether `GraphDecoder` draws on this device; where only Triton is missing, says so on stderr."""
+    """Whether `GraphDecoder` runs on this device; where only Triton is missing, stderr says so."""
     if device.type != "cuda":
         return False
     if importlib.util.find_spec("triton") is None:
-        print("triton is not installed: drawing without CUDA graphs; pip install triton", file=sys.stderr)
+        print("triton is not installed: decoding without CUDA graphs; pip install triton", file=sys.stderr)
         return False
     return True
 
 
 class DecoderCache:
-    """Lends a decoder to one drawing after the other, from one thread.
+    """Decoders for one generation after the other, from one thread.
 
     Args:
-        model: its weights must neither change nor move while the keeper lives.
-        step_model: the model as `SlotDecoder` is to read it (packed), asked for when one is made; None: as it is.
-        batch_invariant: False: as `SlotDecoder` has it; with `GraphDecoder` the fastest attention there is.
-        speculative: let one or two rows on a CPU take several tokens a step, the same ones (engine/decoding/speculative/jacobi.py).
-        graphed: whether to lend a `GraphDecoder`; None: where `can_graph` says so.
+        model: its weights must neither change nor move while the cache lives.
+        step_model: makes the model as `SlotDecoder` reads it (packed), when one is needed; None: as it is.
+        batch_invariant: see `SlotDecoder`; False: `GraphDecoder` takes the fastest attention there is.
+        speculative: let one or two sequences on a CPU take several tokens a step, the same ones
+            (engine/decoding/speculative/jacobi.py).
+        graphed: whether to use `GraphDecoder`; None: where `can_graph` says so.
     """
 
     def __init__(
@@ -85,47 +101,47 @@ class DecoderCache:
         on_cpu = model.head.weight.device.type == "cpu"
         self._speculates = speculative and batch_invariant and on_cpu and model.config.image_seq_len > 1
         self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
-        self._kept: GraphDecoder | None = None
+        self._cached: GraphDecoder | None = None
         self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
-        self._is_lent = False
+        self._is_borrowed = False
 
     @contextlib.contextmanager
-    def lend(
+    def borrow(
         self, num_slots: int, *, null_prefix: Prefix | None, continuous_batching: bool = False
     ) -> Iterator[Decoder]:
-        """A decoder with at least `num_slots` free slots. Afterwards, or when the drawing raises, all its rows leave.
+        """A decoder with at least `num_slots` free slots. Its sequences are removed afterwards, after an error as well.
 
         Args:
-            null_prefix: the empty caption, read; needed for guidance.
-            continuous_batching: False: all join at once and finish together.
+            null_prefix: the empty caption, prefilled; needed for guidance.
+            continuous_batching: False: all sequences are added at once and finish together.
         """
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
-            if self._speculates and num_slots <= _GUESSING_SLOTS:
+            if self._speculates and num_slots <= _SPECULATIVE_SLOTS:
                 yield JacobiDecoder(model, num_slots, window=_WINDOW, null_prefix=null_prefix)
             elif self._speculates and continuous_batching:
                 yield AdaptiveDecoder(
-                    model, num_slots, window=_WINDOW, guessing_slots=_GUESSING_SLOTS, null_prefix=null_prefix
+                    model, num_slots, window=_WINDOW, speculative_slots=_SPECULATIVE_SLOTS, null_prefix=null_prefix
                 )
             else:
                 yield SlotDecoder(model, num_slots, null_prefix=null_prefix, batch_invariant=self._batch_invariant)
             return
         self._null_prefix = null_prefix or self._null_prefix
-        if self._is_lent:  # a drawing within a drawing
-            yield self._graphed(num_slots)
+        if self._is_borrowed:  # a generation within a generation
+            yield self._make_graphed(num_slots)
             return
-        kept = self._kept
-        if kept is None or kept.num_slots < num_slots or (null_prefix is not None and not kept.can_guide):
-            size = max(num_slots, 0 if kept is None else kept.num_slots)
-            self._kept = kept = None  # its memory first
-            kept = self._kept = self._graphed(1 << (size - 1).bit_length())
-        self._is_lent = True
+        cached = self._cached
+        if cached is None or cached.num_slots < num_slots or (null_prefix is not None and not cached.can_guide):
+            size = max(num_slots, 0 if cached is None else cached.num_slots)
+            self._cached = cached = None  # its memory first
+            cached = self._cached = self._make_graphed(1 << (size - 1).bit_length())
+        self._is_borrowed = True
         try:
-            yield kept
+            yield cached
         finally:
-            self._is_lent = False
-            kept.clear()
+            self._is_borrowed = False
+            cached.clear()
 
-    def _graphed(self, num_slots: int) -> GraphDecoder:
+    def _make_graphed(self, num_slots: int) -> GraphDecoder:
         attention = "triton" if self._batch_invariant else "auto"
         return GraphDecoder(self._model, num_slots, null_prefix=self._null_prefix, attention=attention)

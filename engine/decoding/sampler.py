@@ -1,13 +1,14 @@
-"""Image tokens from text tokens: one prefill a caption, then one small step an image token.
+"""The sampler: image tokens from text tokens, one prefill a caption and one small step an image token.
 
-G captions, B rows, N image tokens, C model dim.
+G captions, B sequences, N image tokens, C model dim.
 
     sampler = Sampler(model, null_text_tokens=ids_of_empty_caption)
-    rows = [SequenceRequest(0, SamplingParams(seed=7), candidate=i) for i in range(16)]
-    image_tokens = sampler.draw(text_tokens, rows)  # (16, 256)
+    requests = [SequenceRequest(0, SamplingParams(seed=7), candidate=i) for i in range(16)]
+    image_tokens = sampler.generate(text_tokens, requests)  # (16, 256)
 
-A row's tokens are a function of its caption, seed, candidate, options and given tokens alone: see
-engine/decoding/slot_decoder.py, which holds the rows in flight. Captions are prefilled one at a time, for the same reason.
+A sequence's tokens are a function of its caption, seed, candidate, sampling parameters and init tokens alone: see
+engine/decoding/slot_decoder.py. Captions are prefilled one at a time, for the same reason. Nothing depends on torch's
+global state: default dtype, autocast, inference mode.
 """
 
 import contextlib
@@ -31,16 +32,17 @@ OnStep = Callable[[int, Tensor], None]
 
 
 class Sampler:
-    """Draws with one model; holds between calls what is constant: packed weights and the empty caption's prefix.
+    """Generates with one model; keeps what is constant: packed weights and the empty caption's prefix.
 
     Args:
         model: its weights must not change while the sampler lives. Train or eval mode is left as it was found.
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
         batch_invariant: see engine/decoding/slot_decoder.py.
         speculative: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
-        weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed" and "int8" are copies for a CPU, made by
-            the first drawing; "plain" calls the model's modules, step by step on a GPU too, which is what a model in
-            training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same function.
+        weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed" and "int8" are copies for a
+            CPU, made by the first generation; "plain" calls the model's modules, step by step on a GPU too, which is
+            what a model in training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same
+            function.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Sampler:
         self.model = model
         self.batch_invariant = batch_invariant
         self.weights = choose_weights(model, weights)
-        # Not a method: the keeper would hold the sampler, and only Python's collector would free a GPU's graphs then.
+        # Not a method: the cache would hold the sampler, and only Python's collector would free a GPU's graphs then.
         self.step_model: Callable[[], StepModel] = functools.cache(
             functools.partial(make_step_model, model, self.weights)
         )
@@ -70,19 +72,19 @@ class Sampler:
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
 
-    def draw(
+    def generate(
         self,
         text_tokens: Tensor,
-        rows: list[SequenceRequest],
+        requests: list[SequenceRequest],
         *,
-        given: Tensor | None = None,
+        init_tokens: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """`prefill` and `decode` in one: text_tokens (G, text_seq_len) -> (B, N) int64."""
-        return self.decode(self.prefill(text_tokens), rows, given=given, on_step=on_step)
+        return self.decode(self.prefill(text_tokens), requests, init_tokens=init_tokens, on_step=on_step)
 
     def prefill(self, text_tokens: Tensor) -> Prefix:
-        """Reads captions.
+        """Runs captions through the model and keeps their keys and values.
 
         Args:
             text_tokens: (G, text_seq_len) ids from [CLS] on, padded with [PAD].
@@ -110,61 +112,61 @@ class Sampler:
     def decode(
         self,
         prefix: Prefix,
-        rows: list[SequenceRequest],
+        requests: list[SequenceRequest],
         *,
-        given: Tensor | None = None,
+        init_tokens: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draws the rows, in step.
+        """Generates the image tokens of prefilled captions.
 
         Args:
-            prefix: read captions; rows point into it.
-            given: (B, n) image tokens that are kept instead of drawn, n <= N, -1 where to draw: first rows of a
-                picture to complete, or a whole one with a hole to repaint.
-            on_step: called after each position with (position, tokens (B,)), given ones included. To cancel, raise:
-                the exception passes through and nothing is left behind.
+            prefix: prefilled captions; `request.prefix_index` counts them.
+            init_tokens: (B, n) image tokens that are kept instead of sampled, n <= N, -1 where to sample: an image
+                prefix to continue, or a whole image with a hole to inpaint.
+            on_step: called after each position with (position, tokens (B,)), init tokens included. To cancel, raise:
+                the exception passes through, and every sequence is removed.
 
         Returns:
             (B, N) int64, on the model's device.
 
         Raises:
-            InputError: a row of no caption; guidance without null tokens; given tokens that do not fit.
+            InputError: a request of no caption; guidance without null tokens; init tokens that do not fit.
         """
-        if not rows:
-            raise InputError("rows", "[]", "give at least one row to draw")
-        given = self._check_given(given, len(rows))
-        num_guided = sum(row.sampling_params.is_guided for row in rows)
+        if not requests:
+            raise InputError("requests", "[]", "give at least one sequence to generate")
+        init_tokens = self._check_init_tokens(init_tokens, len(requests))
+        num_guided = sum(request.sampling_params.is_guided for request in requests)
         with evaluating(self.model):
             null_prefix = self.null_prefix() if num_guided else None
-            with self._decoders.lend(len(rows) + num_guided, null_prefix=null_prefix) as decoder:
+            with self._decoders.borrow(len(requests) + num_guided, null_prefix=null_prefix) as decoder:
                 slots = [
-                    decoder.join(prefix, row, given=None if given is None else given[index])
-                    for index, row in enumerate(rows)
+                    decoder.add(prefix, request, init_tokens=None if init_tokens is None else init_tokens[index])
+                    for index, request in enumerate(requests)
                 ]
-                drawn = 0  # positions that every row has
-                while drawn < self.model.config.image_seq_len:
+                done = 0  # positions that every sequence has
+                while done < self.model.config.image_seq_len:
                     decoder.step()
-                    before, drawn = drawn, min(decoder.num_tokens(slot) for slot in slots)
+                    before, done = done, min(decoder.num_tokens(slot) for slot in slots)
                     if on_step is not None:
                         tokens_so_far = [decoder.tokens(slot) for slot in slots]
-                        for position in range(before, drawn):
+                        for position in range(before, done):
                             on_step(position, torch.stack([tokens[position] for tokens in tokens_so_far]))
-                tokens = torch.stack([decoder.leave(slot) for slot in slots])
+                tokens = torch.stack([decoder.remove(slot) for slot in slots])
         return tokens.clone()  # out of inference mode: an ordinary tensor, fit for any later use
 
     @contextlib.contextmanager
     def borrow_decoder(self, num_slots: int) -> Iterator[Decoder]:
-        """A decoder for rows that come and go, guided ones too, for as long as the block lasts: what a server steps.
+        """A decoder for continuous batching, guided sequences included, for as long as the block lasts.
 
         Its thread is in inference mode inside.
         """
         with evaluating(self.model):
             null_prefix = None if self._null_text_tokens is None else self.null_prefix()
-            with self._decoders.lend(num_slots, null_prefix=null_prefix, continuous_batching=True) as decoder:
+            with self._decoders.borrow(num_slots, null_prefix=null_prefix, continuous_batching=True) as decoder:
                 yield decoder
 
     def null_prefix(self) -> Prefix:
-        """The empty caption, read once.
+        """The empty caption, prefilled once.
 
         Raises:
             InputError: the sampler was made without `null_text_tokens`.
@@ -175,29 +177,32 @@ class Sampler:
             self._null_prefix = self.prefill(self._null_text_tokens[None])
         return self._null_prefix
 
-    def _check_given(self, given: Tensor | None, num_rows: int) -> Tensor | None:
-        """(B, n) -> (B, N), -1 where to draw; None when nothing is given."""
+    def _check_init_tokens(self, init_tokens: Tensor | None, num_sequences: int) -> Tensor | None:
+        """(B, n) -> (B, N), -1 where to sample; None where there are none."""
         config, device = self.model.config, self.model.head.weight.device
-        if given is None or given.numel() == 0:
+        if init_tokens is None or init_tokens.numel() == 0:
             return None
-        if given.dim() != 2 or given.shape[0] != num_rows or given.shape[1] > config.image_seq_len:
-            expected = f"({num_rows}, at most {config.image_seq_len})"
-            raise InputError("given", tuple(given.shape), f"must be {expected} image tokens")
-        if int(given.min()) < -1 or int(given.max()) >= config.image_vocab_size:
-            bad = int(given.max()) if int(given.max()) >= config.image_vocab_size else int(given.min())
-            raise InputError("given", bad, f"tokens must be in [0, {config.image_vocab_size}), or -1 where to draw")
-        whole = torch.full((num_rows, config.image_seq_len), -1, dtype=torch.int64, device=device)
-        whole[:, : given.shape[1]] = given.to(device, torch.int64)
+        if init_tokens.dim() != 2 or len(init_tokens) != num_sequences or init_tokens.shape[1] > config.image_seq_len:
+            expected = f"({num_sequences}, at most {config.image_seq_len})"
+            raise InputError("init_tokens", tuple(init_tokens.shape), f"must be {expected} image tokens")
+        lowest, highest = int(init_tokens.min()), int(init_tokens.max())
+        if lowest < -1 or highest >= config.image_vocab_size:
+            bad = highest if highest >= config.image_vocab_size else lowest
+            remedy = f"tokens must be in [0, {config.image_vocab_size}), or -1 where to sample"
+            raise InputError("init_tokens", bad, remedy)
+        whole = torch.full((num_sequences, config.image_seq_len), -1, dtype=torch.int64, device=device)
+        whole[:, : init_tokens.shape[1]] = init_tokens.to(device, torch.int64)
         return whole
 
 
 @contextlib.contextmanager
 def evaluating(model: KoDalle) -> Iterator[None]:
-    """No dropout and no autograd inside; the model's mode is put back."""
+    """No dropout, no autograd and no autocast inside; the model's mode is restored."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # Autocast would cast some of the products, and a model in its own dtype is what was trained and loaded.
+        with torch.inference_mode(), torch.autocast(model.head.weight.device.type, enabled=False):
             yield
     finally:
         model.train(was_training)

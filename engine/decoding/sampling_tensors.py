@@ -1,6 +1,6 @@
-"""Rows' seeds and options as the arithmetic of a draw takes them.
+"""Seeds and sampling parameters of a batch, as tensors.
 
-B rows, V vocabulary.
+B sequences, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from kernels import reference
 
 
 class SamplingTensors:
-    """The rows' seeds and options as tensors, made once."""
+    """The columns that `kernels.reference.sample` takes, each (B,)."""
 
-    def __init__(self, rows: Sequence[SequenceRequest], device: torch.device) -> None:
+    def __init__(self, requests: Sequence[SequenceRequest], device: torch.device) -> None:
         def column(values: list[int] | list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
-        options = [row.sampling_params for row in rows]
+        params = [request.sampling_params for request in requests]
         # int64 holds seeds of 2^63 and more as their two's complement
-        self.seeds = column([row.seed - 2**64 * (row.seed >= 2**63) for row in rows], torch.int64)
-        self.candidates = column([row.candidate for row in rows], torch.int64)
-        self.temperature = column([option.temperature for option in options], torch.float32)
-        self.top_k = column([option.top_k or 0 for option in options], torch.int64)
-        self.top_p = column([1.0 if option.top_p is None else option.top_p for option in options], torch.float32)
+        self.seeds = column([request.seed - 2**64 * (request.seed >= 2**63) for request in requests], torch.int64)
+        self.candidates = column([request.candidate for request in requests], torch.int64)
+        self.temperature = column([one.temperature for one in params], torch.float32)
+        self.top_k = column([one.top_k or 0 for one in params], torch.int64)
+        self.top_p = column([1.0 if one.top_p is None else one.top_p for one in params], torch.float32)
 
     def sample(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """(B, V), (B,) -> (B,)."""
+        """Samples one token a sequence: logits (B, V) at positions (B,) -> (B,) int64."""
         return reference.sample(
             logits, self.seeds, self.candidates, positions, self.temperature, self.top_k, self.top_p
         )

@@ -1,4 +1,4 @@
-"""What a decode step needs of the model, apart from attention over the cache: four small functions of rows.
+"""What a decode step needs of the model, apart from attention over the cache: four functions of matrix rows.
 
 R rows, C model dim, H heads, D head dim, V image vocabulary, N image tokens.
 
@@ -7,6 +7,7 @@ R rows, C model dim, H heads, D head dim, V image vocabulary, N image tokens.
 The plain step model calls the model's own modules. engine/decoding/cpu/packed_weights.py makes others, for processors.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -28,17 +29,22 @@ class StepLayer(Protocol):
 
 
 class PaddingRule(NamedTuple):
-    """How many rows to compute together, so that each row's bits agree whatever the number that is wanted."""
+    """How many rows to compute together, so that a row's bits do not depend on how many are needed."""
 
     multiple: int
     minimum: int
     tile: int | None  # rows at a time; None: all
 
     def padded(self, num_rows: int) -> int:
-        """Rows to compute for `num_rows`."""
+        """Rows to compute where `num_rows` are needed."""
         full, rest = divmod(num_rows, self.tile) if self.tile else (0, num_rows)
         rest = max(self.minimum, -(-rest // self.multiple) * self.multiple) if rest else 0
         return full * (self.tile or 0) + rest
+
+    def fill(self, rows: Tensor) -> Tensor:
+        """(n, ...) -> (padded(n), ...), the first row repeated."""
+        missing = self.padded(len(rows)) - len(rows)
+        return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
     def tiled(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """`function` over at most `tile` rows at a time."""
@@ -55,10 +61,10 @@ class StepModel:
     """A model as a decode step uses it; its weights must not change while it lives.
 
     Args:
-        model: gives the embeddings and the norm before the head.
+        model: has the embeddings and the norm before the head.
         layers: first to last.
         image_logits: (R, C), normed -> (R, V).
-        padding_rule: what its arithmetic needs for a row's bits to be free of its company.
+        padding_rule: what its arithmetic needs to be batch-invariant.
     """
 
     def __init__(
@@ -78,6 +84,18 @@ class StepModel:
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Image tokens (R,) at grid cells (R,) -> (R, C)."""
         return self._tokens[tokens] + self._positions[positions]
+
+    def without_padding(self) -> "StepModel":
+        """The same weights, computing only the rows that are needed: not batch-invariant."""
+        unpadded = copy.copy(self)
+        unpadded.padding_rule = NO_PADDING
+        return unpadded
+
+
+def as_step_model(model: KoDalle | StepModel, *, batch_invariant: bool) -> StepModel:
+    """A step model as a decoder uses it; a model's own modules where it is none yet."""
+    step_model = plain_step_model(model) if isinstance(model, KoDalle) else model
+    return step_model if batch_invariant else step_model.without_padding()
 
 
 def plain_step_model(model: KoDalle) -> StepModel:

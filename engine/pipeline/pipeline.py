@@ -313,7 +313,7 @@ class Pipeline:
             total = self.transformer.config.image_seq_len
             on_step = None if on_position is None else lambda position, _: on_position(position + 1, total)
             tokens = self.sampler.decode(
-                prefix, sequences, given=self._init_tokens(requests), on_step=on_step
+                prefix, sequences, init_tokens=self._init_tokens(requests), on_step=on_step
             )  # (B, N)
         return list(tokens.split([len(request.candidates) for request in requests]))
 

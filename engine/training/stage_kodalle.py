@@ -129,7 +129,7 @@ class KodalleStage:
         with gathered_parameters(self.engine):
             requests = [SequenceRequest(index, params, candidate=index) for index in range(len(text_tokens))]
             # Speculative decoding takes a varying number of passes, and ranks of ZeRO-3 must run equally many.
-            generated = Sampler(self._module, weights="plain", speculative=False).draw(text_tokens, requests)
+            generated = Sampler(self._module, weights="plain", speculative=False).generate(text_tokens, requests)
         return image_grid(
             torch.cat([self.vqgan.decode(image_tokens), self.vqgan.decode(generated)]), columns=len(text_tokens)
         )

@@ -188,7 +188,7 @@ class DecodeLoop:
         self._refuse_overdue(begun)
         with self._changed:
             for slot in self._leaving:
-                self._metrics.drew(tokens=len(decoder.leave(slot)))
+                self._metrics.drew(tokens=len(decoder.remove(slot)))
                 del self._seats[slot]
             self._leaving.clear()
             is_held = self._postprocessor.num_waiting > self._num_slots
@@ -290,7 +290,7 @@ class DecodeLoop:
         with self._changed:
             if state.is_over:
                 return
-            slot = decoder.join(prefix, request.sequences()[candidate], given=request.init_tokens)
+            slot = decoder.add(prefix, request.sequences()[candidate], init_tokens=request.init_tokens)
             state.slots[candidate] = slot
             self._seats[slot] = state, candidate
         if state.joined_s is None:
@@ -302,7 +302,7 @@ class DecodeLoop:
             if slot in self._leaving:  # cancelled while it was drawn
                 return
             state, candidate = self._seats.pop(slot)
-            state.rows[candidate] = decoder.leave(slot).cpu()
+            state.rows[candidate] = decoder.remove(slot).cpu()
             self._metrics.drew(tokens=len(state.rows[candidate]))
             del state.slots[candidate]
             is_last = self.scheduler.row_finished(state.job.request_id, candidate)

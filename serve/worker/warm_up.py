@@ -32,7 +32,7 @@ def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, obs
     kinds = [SamplingParams(), SamplingParams(top_k=2)] if is_cuda else [SamplingParams()]
     for params in kinds:
         for count in counts:
-            slots = [decoder.join(prefix, SequenceRequest(0, params, candidate=row)) for row in range(count)]
+            slots = [decoder.add(prefix, SequenceRequest(0, params, candidate=row)) for row in range(count)]
             for number in range(_STEPS):
                 begun = time.perf_counter()
                 decoder.step()
@@ -40,4 +40,4 @@ def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, obs
                 if number:
                     observe(time.perf_counter() - begun, count)
             for slot in slots:
-                decoder.leave(slot)
+                decoder.remove(slot)

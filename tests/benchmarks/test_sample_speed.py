@@ -147,7 +147,7 @@ def test_the_ancestors_loop_draws_our_tokens(model: KoDalle, caption: torch.Tens
     """No cache and the joint head on each position, with our noise: the same function."""
     from sampling.baselines import draw_uncached
 
-    ours = Sampler(model).draw(
+    ours = Sampler(model).generate(
         caption, [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(3)]
     )
     assert torch.equal(draw_uncached(model, caption, seed=5, candidates=range(3), num_tokens=16), ours)

@@ -1,7 +1,7 @@
 """Every kernel, compiled for Hopper (sm_90) at the published sizes on a machine without a GPU.
 
 The interpreter says that a kernel is right; it cannot say that it compiles, fits, or keeps its numbers in registers.
-Triton brings its own ptxas, so a driver that knows a target and no device is enough: the launchers run as they are,
+Triton ships its own ptxas, so a driver that knows a target and no device is enough: the launchers run as they are,
 their tensors lie on the CPU and say otherwise, and what would be launched is compiled instead. This file is run as a
 program for that, because triton reads TRITON_INTERPRET once, when it is imported.
 
@@ -87,7 +87,7 @@ def _decode_attention(B: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
-def _sample(B: int, dtype: torch.dtype, guided: bool) -> None:
+def _sample(B: int, dtype: torch.dtype) -> None:
     from kernels.sampling import sample
 
     logits, rows, floats = (
@@ -95,8 +95,7 @@ def _sample(B: int, dtype: torch.dtype, guided: bool) -> None:
         _tensor(B, dtype=torch.int64),
         _tensor(B, dtype=torch.float32),
     )
-    guidance = {"null_logits": logits, "guidance": floats} if guided else {}
-    sample(logits, rows, rows, rows, floats, rows, floats, **guidance)
+    sample(logits, rows, rows, rows, floats, rows, floats)
 
 
 def _head_sample(B: int, dtype: torch.dtype) -> None:
@@ -105,19 +104,6 @@ def _head_sample(B: int, dtype: torch.dtype) -> None:
     weights = _tensor(16384, 1024, dtype=dtype), _tensor(16384, dtype=dtype)
     rows = _tensor(B, dtype=torch.int64)
     head_sample(_tensor(B, 1024, dtype=dtype), *weights, rows, rows, rows, _tensor(B, dtype=torch.float32))
-
-
-def _residual_norm(B: int, dtype: torch.dtype) -> None:
-    from kernels.residual_norm import residual_norm
-
-    x, channels = _tensor(B, 1024, dtype=dtype), _tensor(1024, dtype=dtype)
-    residual_norm(x, x, channels, channels, channels, eps=1e-5, branch_bias=channels)
-
-
-def _geglu(B: int, dtype: torch.dtype) -> None:
-    from kernels.geglu import geglu
-
-    geglu(_tensor(B, 8192, dtype=dtype), _tensor(8192, dtype=dtype))
 
 
 def _feed_tokens(R: int, dtype: torch.dtype) -> None:
@@ -144,7 +130,7 @@ def _group_norm(C: int, dtype: torch.dtype) -> None:
 
 
 def _cases() -> dict[str, Callable[[], None]]:
-    """The variants of a 16-row step in bfloat16, and of every other choice the ones that could differ in kind."""
+    """A step of 16 sequences in bfloat16, and the variants that compile to other code."""
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
     return {
         **{
@@ -157,8 +143,8 @@ def _cases() -> dict[str, Callable[[], None]]:
         "grow 16 fp32": lambda: _linear("grow", 16, fp32),
         "attention 16 bf16": lambda: _decode_attention(16, bf16),
         "attention 16 fp16": lambda: _decode_attention(16, fp16),
-        "sample 16 bf16": lambda: _sample(16, bf16, guided=True),
-        "sample 16 fp16": lambda: _sample(16, fp16, guided=False),
+        "sample 16 bf16": lambda: _sample(16, bf16),
+        "sample 16 fp16": lambda: _sample(16, fp16),
         "head 16 bf16": lambda: _head_sample(16, bf16),
         "head 64 bf16": lambda: _head_sample(64, bf16),
         "grow 256 bf16": lambda: _linear("grow", 256, bf16),
@@ -167,8 +153,6 @@ def _cases() -> dict[str, Callable[[], None]]:
         "guided norm 16 bf16": lambda: _guided_norm(16, bf16),
         "group norm 128 fp16": lambda: _group_norm(128, fp16),
         "group norm 512 fp32": lambda: _group_norm(512, fp32),
-        "residual norm 16 bf16": lambda: _residual_norm(16, bf16),
-        "geglu 16 fp16": lambda: _geglu(16, fp16),
     }
 
 
@@ -206,7 +190,7 @@ def compile_all(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Case -> kernel -> what is known of it."""
+    """Case -> kernel -> its resources, PTX and TTGIR."""
     pytest.importorskip("triton.backends.nvidia", reason="this triton has no NVIDIA backend")
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -237,8 +221,7 @@ def test_every_kernel_compiles_for_hopper_and_keeps_its_numbers_in_registers(com
     kernels = [kernel for case in compiled.values() for kernel in case.values()]
     assert {kernel["kernel"] for kernel in kernels} == {
         "_linear_kernel", "_decode_attention_kernel", "_sample_kernel", "_head_kernel", "_best_tile_kernel",
-        "_residual_norm_kernel", "_geglu_kernel", "_feed_tokens_kernel", "_guided_norm_kernel", "_moments_kernel",
-        "_affine_kernel", "_apply_kernel",
+        "_feed_tokens_kernel", "_guided_norm_kernel", "_moments_kernel", "_affine_kernel", "_apply_kernel",
     }  # fmt: skip
     for kernel in kernels:
         where = f"{kernel['case']}: {kernel['kernel']}"
@@ -259,7 +242,7 @@ def _layout_of_sums(ttgir: str) -> set[str]:
 
 @pytest.mark.slow
 def test_the_tile_of_rows_changes_no_order_of_sums(compiled: Compiled) -> None:
-    """Bits of a row that depend on that row alone begin here; that they are the hardware's too, a GPU must say."""
+    """A necessary condition for a row's bits to depend on that row alone; only a GPU can prove it."""
     for layer, instruction in {"out": "m16k16", "grow": "m64k16"}.items():
         few, many = (compiled[f"{layer} {rows} bf16"]["_linear_kernel"] for rows in (16, 64))
         assert _layout_of_sums(few["ttgir"]) == _layout_of_sums(many["ttgir"])

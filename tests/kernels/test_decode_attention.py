@@ -1,6 +1,6 @@
 """The decode attention kernel against its definition: interpreted on the CPU, compiled on a GPU.
 
-Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. The interpreter works a (row, head) in
+Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. The interpreter computes a (sequence, head) in
 Python (some 10 ms), so cases are few and small.
 """
 
@@ -37,7 +37,7 @@ def _case(
     floats = {
         "q": 2 * q, "prefix_keys": prefix_keys, "prefix_values": prefix_values, "keys": keys, "values": values
     }  # fmt: skip
-    integers = {"caption_of_row": torch.arange(B).flip(0) % G, "num_filled": num_filled}
+    integers = {"prefix_of_sequence": torch.arange(B).flip(0) % G, "num_filled": num_filled}
     case = {name: tensor.to(device, dtype) for name, tensor in floats.items()}
     return case | {name: tensor.to(device) for name, tensor in integers.items()}
 
@@ -48,7 +48,7 @@ def _exact(case: dict[str, Tensor]) -> Tensor:
 
 def _plain(case: dict[str, Tensor]) -> Tensor:
     """The same in PyTorch, every product in the inputs' dtype."""
-    q, caption, P = case["q"], case["caption_of_row"].long(), case["prefix_keys"].shape[1]
+    q, caption, P = case["q"], case["prefix_of_sequence"].long(), case["prefix_keys"].shape[1]
     keys = torch.cat([case["prefix_keys"][caption], case["keys"].nan_to_num()], dim=1)
     values = torch.cat([case["prefix_values"][caption], case["values"].nan_to_num()], dim=1)
     unread = torch.arange(keys.shape[1], device=q.device) >= P + case["num_filled"][:, None]
@@ -82,11 +82,11 @@ def test_error_is_at_most_twice_that_of_pytorch(device: str, dtype: torch.dtype,
     _check_error(ours, _exact(case), _plain(case), device)
 
 
-def test_reference_is_attention_over_the_row_laid_out(device: str) -> None:
+def test_reference_is_attention_over_the_whole_sequence(device: str) -> None:
     case = _case(device, torch.float32, B=4, G=2, H=2, D=16, P=9, N=7)
     ours = reference.decode_attention(**case)
     for row in range(4):
-        caption, filled = case["caption_of_row"][row], case["num_filled"][row]
+        caption, filled = case["prefix_of_sequence"][row], case["num_filled"][row]
         keys, values = (
             torch.cat([case[f"prefix_{part}"][caption], case[part][row, :filled]])[None] for part in ("keys", "values")
         )
@@ -95,19 +95,19 @@ def test_reference_is_attention_over_the_row_laid_out(device: str) -> None:
 
 
 @pytest.mark.parametrize("D", [16, 13])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(device: str, D: int) -> None:
+def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(device: str, D: int) -> None:
     case = _case(device, torch.float32, B=4, G=2, H=2, D=D, P=67, N=70)
     whole = decode_attention(**case)
-    per_row = ("q", "caption_of_row", "keys", "values", "num_filled")
+    per_sequence = ("q", "prefix_of_sequence", "keys", "values", "num_filled")
     for row in range(4):
-        alone = case | {name: case[name][row : row + 1] for name in per_row}
+        alone = case | {name: case[name][row : row + 1] for name in per_sequence}
         assert torch.equal(decode_attention(**alone)[0], whole[row])
     order = torch.tensor([2, 2, 0], device=device)
-    mixed = case | {name: case[name][order] for name in per_row}
+    mixed = case | {name: case[name][order] for name in per_sequence}
     assert torch.equal(decode_attention(**mixed), whole[order])
 
 
-def test_a_row_does_not_feel_how_many_slots_there_are(device: str) -> None:
+def test_the_number_of_positions_changes_no_bits(device: str) -> None:
     case = _case(device, torch.float32, B=2, G=1, H=1, D=16, P=10, N=80)
     case["num_filled"] = torch.tensor([70, 3], device=device)
     case["keys"], case["values"] = case["keys"].nan_to_num(), case["values"].nan_to_num()
@@ -127,12 +127,12 @@ def test_any_strides_give_the_same_bits(device: str) -> None:
     wide = torch.zeros(2, 30, 2, 48, device=device)
     wide[..., 16:32] = case["keys"]
     assert torch.equal(decode_attention(**case | {"keys": wide[..., 16:32]}), expected)
-    narrow = {"num_filled": case["num_filled"].int(), "caption_of_row": case["caption_of_row"].int()}
+    narrow = {"num_filled": case["num_filled"].int(), "prefix_of_sequence": case["prefix_of_sequence"].int()}
     assert torch.equal(decode_attention(**case | narrow), expected)
 
 
 def _with_new(case: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The case and a new key and value a row, views of one projection as the model makes them; own cache."""
+    """The case and a new key and value a sequence, views of one projection as the model makes them; own cache."""
     B, H, D = case["q"].shape
     projected = torch.randn(B, 3, H, D, generator=torch.Generator().manual_seed(B)).to(case["q"])
     copies = {name: case[name].clone(memory_format=torch.preserve_format) for name in ("keys", "values")}
@@ -181,8 +181,8 @@ def test_appending_is_writing_and_then_attending(
             assert torch.equal(cache.nan_to_num(9e4), written[name].nan_to_num(9e4)), name
 
 
-def test_a_full_row_writes_nowhere(device: str) -> None:
-    """The slots after the last one belong to the next row: memory there must stay as it is."""
+def test_a_full_sequence_writes_nothing(device: str) -> None:
+    """Memory after the last position belongs to the next sequence and must stay as it is."""
     case = _with_new(_case(device, torch.float32, B=2, G=1, H=2, D=16, P=3, N=5))
     case["num_filled"] = torch.tensor([5, 7], device=device)
     case["keys"], case["values"] = torch.randn(2, 2, 8, 2, 16, device=device).unbind(0)
@@ -194,12 +194,12 @@ def test_a_full_row_writes_nowhere(device: str) -> None:
         assert torch.equal(case[name], tensor)
 
 
-def test_an_appended_row_has_the_same_bits_alone_and_in_any_batch(device: str) -> None:
+def test_an_appended_sequence_has_the_same_bits_alone_and_in_any_batch(device: str) -> None:
     case = _with_new(_case(device, torch.float32, B=4, G=2, H=2, D=16, P=67, N=70))
     whole = decode_attention(**case)
-    per_row = ("q", "caption_of_row", "keys", "values", "num_filled", "new_keys", "new_values")
+    per_sequence = ("q", "prefix_of_sequence", "keys", "values", "num_filled", "new_keys", "new_values")
     for row in range(4):
-        alone = case | {name: case[name][row : row + 1] for name in per_row}
+        alone = case | {name: case[name][row : row + 1] for name in per_sequence}
         assert torch.equal(decode_attention(**alone)[0], whole[row])
 
 
@@ -220,11 +220,11 @@ def test_large_scores_do_not_overflow(device: str) -> None:
         ({"keys": torch.zeros(2, 6, 3, 16, dtype=torch.float16)}, "keys"),
         ({"keys": torch.zeros(3, 6, 3, 16)}, "keys, values"),
         ({"values": torch.zeros(2, 6, 3, 32)[..., ::2]}, "values"),
-        ({"caption_of_row": torch.zeros(2)}, "caption_of_row"),
+        ({"prefix_of_sequence": torch.zeros(2)}, "prefix_of_sequence"),
         ({"num_filled": torch.zeros(3, dtype=torch.int64)}, "num_filled"),
         ({"num_filled": torch.zeros(2, dtype=torch.int64, device="meta")}, "num_filled"),
         ({"q": torch.zeros(2, 3, 16, requires_grad=True)}, "q"),
-        ({"new_keys": torch.zeros(2, 3, 16)}, "new_keys, new_values: give both"),
+        ({"new_keys": torch.zeros(2, 3, 16)}, "new_keys, new_values: pass both"),
         ({"new_keys": torch.zeros(2, 3, 16), "new_values": torch.zeros(2, 3, 8)}, "new_values"),
         ({"new_keys": torch.zeros(2, 3, 32)[..., ::2], "new_values": torch.zeros(2, 3, 16)}, "new_keys"),
         ({"new_keys": torch.zeros(2, 3, 16, device="meta"), "new_values": torch.zeros(2, 3, 16)}, "new_keys"),
@@ -247,29 +247,29 @@ def test_without_triton_the_module_imports_and_its_function_says_what_is_missing
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_gpu_the_published_sizes_have_the_same_bits_for_any_number_of_rows(dtype: torch.dtype) -> None:
+def test_on_a_gpu_the_published_sizes_have_the_same_bits_in_every_batch_size(dtype: torch.dtype) -> None:
     case = _case("cuda", dtype, B=256, G=16, H=8, D=64, P=129, N=255)
     whole = decode_attention(**case)
     _check_error(whole, _exact(case), _plain(case), "cuda")
-    per_row = ("q", "caption_of_row", "keys", "values", "num_filled")
+    per_sequence = ("q", "prefix_of_sequence", "keys", "values", "num_filled")
     for B in (1, 2, 8, 16, 17, 64, 128):
-        part = case | {name: case[name][256 - B :] for name in per_row}
+        part = case | {name: case[name][256 - B :] for name in per_sequence}
         assert torch.equal(decode_attention(**part), whole[256 - B :]), B
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_gpu_appending_at_the_published_sizes_has_the_same_bits_for_any_number_of_rows(dtype: torch.dtype) -> None:
+def test_on_a_gpu_appending_at_the_published_sizes_has_the_same_bits_in_every_batch_size(dtype: torch.dtype) -> None:
     case = _with_new(_case("cuda", dtype, B=256, G=16, H=8, D=64, P=129, N=255))
     written = _write(case)
     whole = decode_attention(**case)
     _check_error(whole, _exact(written), _plain(written), "cuda")
     for name in ("keys", "values"):
         assert torch.equal(case[name].nan_to_num(), written[name].nan_to_num())
-    per_row = ("q", "caption_of_row", "keys", "values", "num_filled", "new_keys", "new_values")
+    per_sequence = ("q", "prefix_of_sequence", "keys", "values", "num_filled", "new_keys", "new_values")
     for B in (1, 2, 16, 17, 64, 128):
-        part = case | {name: case[name][256 - B :] for name in per_row}
+        part = case | {name: case[name][256 - B :] for name in per_sequence}
         assert torch.equal(decode_attention(**part), whole[256 - B :]), B
 
 

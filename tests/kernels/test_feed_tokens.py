@@ -1,4 +1,4 @@
-"""The kernel between draw and layers against its definition: interpreted on the CPU, compiled on a GPU."""
+"""The kernel between sampling and layers against its definition: interpreted on the CPU, compiled on a GPU."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -21,11 +21,11 @@ def _case(
     device: str, dtype: torch.dtype, *, S: int, R: int, N: int, V: int = 11, C: int = 13, seed: int = 0
 ) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    given = torch.randint(0, V, (S, N))
+    init_tokens = torch.randint(0, V, (S, N))
     case = {
-        "drawn": torch.randint(0, V, (R,)),
+        "sampled": torch.randint(0, V, (R,)),
         "source": torch.randint(0, R, (R,)),
-        "given": torch.where(torch.rand(S, N) < 0.5, given, -1),
+        "init_tokens": torch.where(torch.rand(S, N) < 0.5, init_tokens, -1),
         "tokens": torch.full((S, N + 1), -7),
         "positions": torch.randint(0, N + 1, (R,)),
         "embedding": torch.randn(V, C).to(dtype),
@@ -59,9 +59,9 @@ def test_kernel_does_what_the_definition_says(device: str, dtype: torch.dtype, S
 
 def test_definition_by_hand() -> None:
     case = _case("cpu", torch.float32, S=4, R=3, N=4, C=2)
-    case["drawn"] = torch.tensor([5, 6, 7])
-    case["source"] = torch.tensor([0, 1, 0])  # the third row partners the first
-    case["given"] = torch.tensor([[-1, 9, -1, -1], [-1, -1, -1, 3], [4, 4, 4, 4], [8, 8, 8, 8]])
+    case["sampled"] = torch.tensor([5, 6, 7])
+    case["source"] = torch.tensor([0, 1, 0])  # the third slot is fed the first one's token
+    case["init_tokens"] = torch.tensor([[-1, 9, -1, -1], [-1, -1, -1, 3], [4, 4, 4, 4], [8, 8, 8, 8]])
     case["positions"] = torch.tensor([1, 2, 1])
     x, num_read = reference_slots.feed_tokens(**case)
     assert case["tokens"][:3].tolist() == [[-7, 9, -7, -7, -7], [-7, -7, 6, -7, -7], [-7, 9, -7, -7, -7]]
@@ -71,7 +71,7 @@ def test_definition_by_hand() -> None:
     assert torch.equal(x[1], case["embedding"][6] + case["position_table"][2])
 
 
-def test_a_finished_row_changes_nothing_of_its_own(device: str) -> None:
+def test_a_finished_sequence_keeps_its_tokens(device: str) -> None:
     case = _case(device, torch.float32, S=2, R=2, N=3)
     case["positions"] = torch.tensor([2, 3], device=device)
     _, num_read = feed_tokens(**case)
@@ -83,8 +83,8 @@ def test_a_finished_row_changes_nothing_of_its_own(device: str) -> None:
 
 def test_stale_indices_stay_in_bounds(device: str) -> None:
     case = _case(device, torch.float32, S=4, R=2, N=3)
-    case |= {"given": torch.full_like(case["given"], -1), "positions": torch.tensor([0, 3], device=device)}
-    case |= {"source": torch.tensor([0, 10**9], device=device), "drawn": torch.tensor([2**40, -5], device=device)}
+    case |= {"init_tokens": torch.full_like(case["init_tokens"], -1), "positions": torch.tensor([0, 3], device=device)}
+    case |= {"source": torch.tensor([0, 10**9], device=device), "sampled": torch.tensor([2**40, -5], device=device)}
     (x, num_read, tokens, positions), expected = _both(case)
     assert tokens[0, 0] == 10  # the last token there is
     assert tokens[1, 3] == 0
@@ -96,7 +96,7 @@ def test_stale_indices_stay_in_bounds(device: str) -> None:
 def test_rows_may_be_strided(device: str) -> None:
     case = _case(device, torch.float32, S=5, R=4, N=6)
     expected = _both(case)[0]
-    for name in ("given", "tokens", "embedding", "position_table"):
+    for name in ("init_tokens", "tokens", "embedding", "position_table"):
         wide = torch.zeros(case[name].shape[0], 40, dtype=case[name].dtype, device=device)
         wide[:, 3 : 3 + case[name].shape[1]] = case[name]
         case[name] = wide[:, 3 : 3 + case[name].shape[1]]
@@ -111,13 +111,13 @@ def test_rows_may_be_strided(device: str) -> None:
         ({"embedding": torch.zeros(11, 13, dtype=torch.float64)}, "embedding"),
         ({"embedding": torch.zeros(11, 13, requires_grad=True)}, "embedding"),
         ({"embedding": torch.zeros(11, 26)[:, ::2]}, "embedding"),
-        ({"given": torch.zeros(4, 5)}, "given"),
+        ({"init_tokens": torch.zeros(4, 5)}, "init_tokens"),
         ({"tokens": torch.zeros(4, 5, dtype=torch.int64)}, "tokens"),
         ({"position_table": torch.zeros(4, 13)}, "position_table"),
-        ({"drawn": torch.zeros(3, dtype=torch.int32)}, "drawn"),
+        ({"sampled": torch.zeros(3, dtype=torch.int32)}, "sampled"),
         ({"source": torch.zeros(2, dtype=torch.int64)}, "source"),
         ({"positions": torch.zeros(6, dtype=torch.int64)[::2]}, "positions"),
-        ({name: torch.zeros(5, dtype=torch.int64) for name in ("drawn", "source", "positions")}, "drawn"),
+        ({name: torch.zeros(5, dtype=torch.int64) for name in ("sampled", "source", "positions")}, "sampled"),
         ({"tokens": torch.zeros(4, 6, dtype=torch.int64, device="meta")}, "tokens"),
     ],
 )

@@ -62,7 +62,7 @@ def test_variance_survives_a_large_mean(device: str) -> None:
     torch.testing.assert_close(found.double(), exact, atol=2e-3, rtol=1e-3)
 
 
-def test_a_picture_has_the_same_bits_alone_and_in_any_batch(device: str) -> None:
+def test_an_image_has_the_same_bits_alone_and_in_any_batch(device: str) -> None:
     x, weight, bias = _case(device, torch.float32, 5, 200, 64)
     whole = group_norm(x, weight, bias, groups=16, eps=EPS, silu=True)
     for rows in (slice(0, 1), slice(4, 5), slice(1, 4)):
@@ -102,7 +102,7 @@ def test_without_triton_the_module_imports_and_its_function_says_what_is_missing
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_gpu_the_published_sizes_have_the_same_bits_for_any_number_of_pictures(dtype: torch.dtype) -> None:
+def test_on_a_gpu_the_published_sizes_have_the_same_bits_in_every_batch_size(dtype: torch.dtype) -> None:
     for C, pixels in ((512, 256), (128, 65536)):
         x, weight, bias = _case("cuda", dtype, 8, pixels, C)
         whole = group_norm(x, weight, bias, groups=32, eps=EPS, silu=True)

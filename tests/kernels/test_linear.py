@@ -34,14 +34,14 @@ def _case(
     generator = torch.Generator().manual_seed(K + N)
     bias, norm, gated, residual = parts
 
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
     width = N // 2 if gated else N
-    case: Case = {"weight": draw(N, K, scale=K**-0.5), "bias": draw(N) if bias else None, "gated": gated}
-    case["norm"] = Norm(1 + draw(K, scale=0.3), draw(K, scale=0.3), 1e-5) if norm else None
-    case["x"] = draw(R, K, scale=2.0) + 0.5
-    case["residual"] = Residual(draw(R, width), draw(width)) if residual else None
+    case: Case = {"weight": random(N, K, scale=K**-0.5), "bias": random(N) if bias else None, "gated": gated}
+    case["norm"] = Norm(1 + random(K, scale=0.3), random(K, scale=0.3), 1e-5) if norm else None
+    case["x"] = random(R, K, scale=2.0) + 0.5
+    case["residual"] = Residual(random(R, width), random(width)) if residual else None
     return case
 
 

@@ -42,7 +42,7 @@ def _settings(B: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1
 def _z_of_chi_square(counts: Tensor, probabilities: Tensor) -> float:
     """How many standard deviations the chi-square statistic lies above its mean (Wilson-Hilferty)."""
     expected = probabilities.double() * counts.sum()
-    assert expected.min() >= 5, "too few draws for a chi-square test"
+    assert expected.min() >= 5, "too few samples for a chi-square test"
     statistic = float(((counts - expected) ** 2 / expected).sum())
     spread = 2 / (9 * (len(counts) - 1))
     return ((statistic / (len(counts) - 1)) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
@@ -166,10 +166,10 @@ def test_ancestors_threshold_counts_the_joint_vocabulary() -> None:
     assert ancestor_top_k(1.0, joint) == 1
 
 
-# ------------------------------------------------------------------------------------------------------ the draws
+# ------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_draw_is_argmax_of_filtered_logits_plus_noise() -> None:
+def test_a_token_is_the_argmax_of_filtered_logits_plus_noise() -> None:
     torch.manual_seed(0)
     logits, rows = torch.randn(30, 600), _rows(30)
     for settings in ((1.0, 0, 1.0), (0.7, 20, 1.0), (1.5, 0, 0.8), (1.0, 500, 0.99), (1.0, 9, 0.5)):
@@ -178,7 +178,7 @@ def test_draw_is_argmax_of_filtered_logits_plus_noise() -> None:
         assert torch.equal(sample(logits, *rows, *tensors), expected)
 
 
-def test_mixed_rows_draw_as_alone() -> None:
+def test_mixed_parameters_sample_as_alone() -> None:
     torch.manual_seed(0)
     logits, rows = torch.randn(8, 900), _rows(8)
     temperature = torch.tensor([0, 1, 1, 0.5, 2, 1, 0, 1])
@@ -197,7 +197,7 @@ def test_temperature_0_takes_the_first_of_the_largest() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_draws_follow_softmax(temperature: float) -> None:
+def test_tokens_follow_the_softmax(temperature: float) -> None:
     torch.manual_seed(0)
     logits, B = torch.randn(40), 20_000
     tokens = sample(logits.expand(B, -1), *_rows(B), *_settings(B, temperature=temperature))
@@ -205,7 +205,7 @@ def test_draws_follow_softmax(temperature: float) -> None:
     assert abs(_z_of_chi_square(counts, (logits / temperature).softmax(0))) < 4
 
 
-def test_flat_draws_are_flat() -> None:
+def test_tokens_of_flat_logits_are_flat() -> None:
     tokens = sample(torch.zeros(8000, 512), *_rows(8000), *_settings(8000))
     assert abs(_z_of_chi_square(tokens.bincount(minlength=512), torch.full((512,), 1 / 512))) < 4
 
@@ -220,7 +220,7 @@ def test_the_chi_square_test_notices_a_planted_bias() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.6), (10, 0.8)])
-def test_filtered_draws_follow_the_renormalised_rest(top_k: int, top_p: float) -> None:
+def test_filtered_tokens_follow_the_renormalised_rest(top_k: int, top_p: float) -> None:
     torch.manual_seed(0)
     logits, B = torch.randn(40), 20_000
     settings = _settings(B, top_k=top_k, top_p=top_p)

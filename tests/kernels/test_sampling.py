@@ -1,7 +1,7 @@
 """The sampling kernels against their definition: interpreted on the CPU, compiled on a GPU.
 
-Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. The interpreter works a row in Python
-(some 20 ms, with filters 100 ms), so cases are few and small.
+Without a GPU, TRITON_INTERPRET=1 must be set before anything imports triton. The interpreter computes a
+sequence in Python (some 20 ms, with filters 100 ms), so cases are few and small.
 """
 
 import math
@@ -48,7 +48,7 @@ def _off(B: int, device: str, temperature: float = 1.0) -> tuple[Tensor, Tensor,
 
 
 def _mixed(B: int, V: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A different choice of options in each of up to five rows."""
+    """Different sampling parameters for each of up to five sequences."""
     temperature, top_k = [1.0, 0.7, 0.0, 1.6, 1.0], [0, max(V // 3, 1), 2, V, 1 + V // 2]
     return _settings(device, temperature[:B], top_k[:B], [0.9, 1.0, 0.3, 0.6, 0.97][:B])
 
@@ -60,7 +60,7 @@ def _check_tokens(
     settings: tuple[Tensor, ...],
     near_tie: float = NEAR_TIE,
 ) -> None:
-    """Equal to the reference's, but where its two best scores all but tie."""
+    """Equal to the reference's, except where its two best scores almost tie."""
     expected = reference.sample(logits, *rows, *settings)
     assert tokens.dtype == torch.int64
     for row in (tokens != expected).nonzero()[:, 0].tolist():
@@ -75,7 +75,7 @@ def _check_tokens(
 def _z_of_chi_square(counts: Tensor, probabilities: Tensor) -> float:
     """How many standard deviations the chi-square statistic lies above its mean (Wilson-Hilferty)."""
     expected = probabilities.double() * counts.sum()
-    assert expected.min() >= 5, "too few draws for a chi-square test"
+    assert expected.min() >= 5, "too few samples for a chi-square test"
     statistic = float(((counts - expected) ** 2 / expected).sum())
     spread = 2 / (9 * (len(counts) - 1))
     return ((statistic / (len(counts) - 1)) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
@@ -165,7 +165,7 @@ def test_tokens_are_the_references(device: str, B: int, V: int, dtype: torch.dty
     ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (299, 1.0), (300, 1.0), (0, 1e-6), (0, 0.5), (0, 0.9999), (40, 0.5)]
 )
 def test_each_filter_is_the_references(device: str, top_k: int, top_p: float) -> None:
-    """Flat enough that most of what a filter keeps could be drawn: a threshold off by one token would show."""
+    """Flat enough that most of what a filter keeps could be sampled: a threshold off by one token would show."""
     torch.manual_seed(0)
     logits, rows = torch.randn(4, 300).to(device) * 0.1, _rows(4, device)
     settings = _settings(device, [1.0] * 4, [top_k] * 4, [top_p] * 4)
@@ -173,7 +173,7 @@ def test_each_filter_is_the_references(device: str, top_k: int, top_p: float) ->
 
 
 def test_ties_with_the_last_one_kept_are_kept(device: str) -> None:
-    """Both zeros are one number. With this many seeds each survivor is drawn, and none but survivors."""
+    """Both zeros are one number. With this many seeds each survivor is sampled, and nothing else."""
     B = 32
     rows = (torch.arange(B, device=device), *_rows(B, device)[1:])
     logits = torch.tensor([[0.5, 0.0, -0.0, 0.0, -0.5]], device=device).expand(B, -1)
@@ -197,7 +197,7 @@ def test_temperature_0_takes_the_first_of_the_largest(device: str) -> None:
     assert sample(logits, *_rows(3, device), *settings).tolist() == [1, 0, 1]
 
 
-def test_what_is_masked_is_never_drawn(device: str) -> None:
+def test_masked_tokens_are_never_sampled(device: str) -> None:
     logits = torch.full((6, 20), -torch.inf, device=device)
     logits[:, 3], logits[:, 17] = 0.0, 0.1
     settings = _settings(device, [1.0] * 6, [0, 0, 2, 10, 19, 0], [1.0, 0.9, 1.0, 1.0, 0.99, 1.0])
@@ -206,21 +206,7 @@ def test_what_is_masked_is_never_drawn(device: str) -> None:
     _check_tokens(tokens, logits, _rows(6, device), settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_guidance_is_mixed_in_float32(device: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    B, V = 5, 500
-    logits, null = torch.randn(2, B, V).to(device, dtype).unbind(0)
-    guidance = torch.tensor([2.0, 1.0, 0.0, 3.5, 1.0], device=device)
-    null[1] = torch.nan  # a row at 1 takes its logits as they are
-    mixed = null.float() + guidance[:, None] * (logits.float() - null.float())
-    mixed[guidance == 1] = logits[guidance == 1].float()
-    settings = _mixed(B, V, device)
-    tokens = sample(logits, *_rows(B, device), *settings, null_logits=null, guidance=guidance)
-    _check_tokens(tokens, mixed, _rows(B, device), settings)
-
-
-def test_a_row_draws_alone_as_in_any_batch(device: str) -> None:
+def test_a_sequence_gets_the_same_token_in_any_batch(device: str) -> None:
     torch.manual_seed(0)
     B, V = 5, 700
     arguments = (torch.randn(B, V, device=device), *_rows(B, device), *_mixed(B, V, device))
@@ -245,10 +231,10 @@ def test_any_strides_and_nothing_overwritten(device: str) -> None:
     assert sample(logits[:0], *(value[:0] for value in rows + settings)).shape == (0,)
 
 
-# ------------------------------------------------------------------------------------------------------ the draws
+# ------------------------------------------------------------------------------------------------------ statistics
 
 
-def test_draws_follow_softmax_and_a_planted_bias_is_noticed(device: str) -> None:
+def test_tokens_follow_the_softmax_and_a_planted_bias_is_noticed(device: str) -> None:
     logits, B = torch.tensor([0.0, 1.0, -0.5], device=device), 160 if device == "cpu" else 20_000
     rows = (torch.arange(B, device=device) // 50, torch.arange(B, device=device) % 50, torch.full((B,), 3).to(device))
     counts = sample(logits.expand(B, -1), *rows, *_off(B, device)).bincount(minlength=3).cpu()
@@ -260,7 +246,7 @@ def test_draws_follow_softmax_and_a_planted_bias_is_noticed(device: str) -> None
     assert _z_of_chi_square(counts, probabilities) > 4
 
 
-# ------------------------------------------------------------------------------------------------- head and draw
+# ------------------------------------------------------------------------------------------------- head and sampling
 
 
 def _head(B: int, C: int, V: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,7 +265,7 @@ def _head(B: int, C: int, V: int, device: str, dtype: torch.dtype) -> tuple[Tens
         (33, 100, 128, torch.float32),
     ],
 )
-def test_head_draws_as_the_product_and_the_reference_do(
+def test_head_samples_as_the_product_and_the_reference_do(
     device: str, B: int, C: int, V: int, dtype: torch.dtype
 ) -> None:
     hidden, weight, bias = _head(B, C, V, device, dtype)
@@ -296,8 +282,8 @@ def test_head_takes_the_first_of_the_largest_across_tiles(device: str) -> None:
     assert head_sample(hidden, weight, bias, *_rows(2, device), torch.zeros(2, device=device)).tolist() == [200, 200]
 
 
-def test_head_draws_a_row_alone_as_in_any_batch(device: str) -> None:
-    """17 rows take wider tiles than one row does."""
+def test_head_samples_the_same_token_in_any_batch(device: str) -> None:
+    """17 sequences take wider tiles than one does."""
     hidden, weight, bias = _head(17, 96, 300, device, torch.float32)
     arguments = (hidden, *_rows(17, device), torch.full((17,), 1.3, device=device))
     whole = head_sample(hidden, weight, bias, *arguments[1:])
@@ -329,9 +315,6 @@ def test_head_reads_rows_of_larger_tables(device: str) -> None:
         ({"temperature": torch.ones(2, dtype=torch.float64)}, "temperature"),
         ({"top_k": torch.ones(2)}, "top_k"),
         ({"top_p": torch.ones(2, device="meta")}, "top_p"),
-        ({"null_logits": torch.zeros(2, 9)}, "null_logits and guidance"),
-        ({"null_logits": torch.zeros(2, 8), "guidance": torch.ones(2)}, "null_logits"),
-        ({"null_logits": torch.zeros(2, 9), "guidance": torch.ones(3)}, "guidance"),
     ],
 )
 def test_contract_errors_name_the_tensor(changes: dict[str, Tensor], field: str) -> None:
@@ -372,7 +355,7 @@ def test_the_cpu_is_refused_where_kernels_are_compiled(monkeypatch: pytest.Monke
         sample(torch.zeros(1, 4), *_rows(1, "cpu"), *_off(1, "cpu"))
 
 
-def test_without_triton_the_module_imports_and_its_functions_say_what_is_missing(
+def test_without_triton_the_module_imports_and_its_functions_name_the_remedy(
     without_triton: Callable[[ModuleType], Any],
 ) -> None:
     module = without_triton(sampling)
@@ -386,7 +369,7 @@ def test_without_triton_the_module_imports_and_its_functions_say_what_is_missing
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("V", [16384, 65536])
-def test_on_a_gpu_many_rows_draw_as_alone_and_as_the_reference(V: int) -> None:
+def test_on_a_gpu_large_batches_equal_small_ones_and_the_reference(V: int) -> None:
     torch.manual_seed(0)
     B = 256
     choice = torch.arange(B) % 5
@@ -402,7 +385,7 @@ def test_on_a_gpu_many_rows_draw_as_alone_and_as_the_reference(V: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_gpu_the_head_draws_the_same_for_every_number_of_rows(dtype: torch.dtype) -> None:
+def test_on_a_gpu_the_head_samples_the_same_in_every_batch_size(dtype: torch.dtype) -> None:
     hidden, weight, bias = _head(256, 1024, 16384, "cuda", dtype)
     rows, temperature = _rows(256, "cuda"), torch.ones(256, device="cuda")
     whole = head_sample(hidden, weight, bias, *rows, temperature)
@@ -421,18 +404,18 @@ def test_on_a_gpu_nothing_waits_for_the_device_and_a_graph_replays() -> None:
     settings = tuple(value[torch.arange(8, device="cuda") % 5] for value in settings)
     hidden, weight, bias = _head(8, 64, 1000, "cuda", torch.bfloat16)
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor]:
         return sample(logits, *rows, *settings), head_sample(hidden, weight, bias, *rows, settings[0])
 
-    eager = draw()
+    eager = run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        draw()
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = draw()
+        captured = run()
     graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(captured, eager, strict=True))

@@ -39,7 +39,7 @@ def test_error_is_of_float32s_size(C: int, K: int, H: int, W: int, doubled: bool
 
 
 @pytest.mark.parametrize("doubled", [False, True])
-def test_rows_of_a_picture_are_the_pictures_rows(doubled: bool) -> None:
+def test_rows_of_an_image_are_the_images_rows(doubled: bool) -> None:
     x, weight, bias = _case(16, 8, 16, 8)
     conv = WinogradConv(weight, bias, doubled=doubled)
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))

@@ -1,30 +1,30 @@
-"""Room on the device for the captions that rows in flight read: each is copied in once, however many rows read it.
+"""The captions that the sequences in flight read, on the device: each is copied in once, however many read it.
 
-L layers, M places, P prefix positions, H heads, D head dim.
+L layers, M entries, P prefix positions, H heads, D head dim.
 
-    place 0   [ empty caption ]      for good, when there is one
-    place 1   [ caption a     ]      held by 16 rows
-    place 2   [               ]      free
-    place 3   [ caption b     ]      held by 1 row
+    entry 0   [ empty caption ]      permanent, when there is one
+    entry 1   [ caption a     ]      held by 16 sequences
+    entry 2   [               ]      free
+    entry 3   [ caption b     ]      held by 1 sequence
 
-A kernel finds a row's prefix by its place, read from the device, so a captured step serves any captions. A copy of 129
-positions is 4.2 MB at the published size (16 bit).
+A kernel finds a sequence's prefix by the number of its entry, read from the device, so a captured step serves any
+captions. A copy of 129 positions is 4.2 MB at the published size (16 bit).
 """
 
 import torch
 from torch import Tensor
 
-from engine.decoding.kv_cache import Caption, Prefix
+from engine.decoding.kv_cache import Prefix, PrefixRef
 from engine.errors import InputError
 
 
 class PrefixPool:
-    """Captions in places, counted by how many rows hold them.
+    """Captions in entries, reference-counted by the sequences that read them.
 
     Args:
-        num_captions: places beside that of the empty caption.
+        num_captions: entries beside that of the empty caption.
         prefix_shape: (L, P, H, D).
-        null_prefix: the empty caption, read.
+        null_prefix: the empty caption, prefilled.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class PrefixPool:
     ) -> None:
         L, P, H, D = prefix_shape
         self.num_captions = num_captions
-        # Heads before positions in memory, as the cache; zeros, for rows that nobody has read place 0.
+        # Heads before positions in memory, as in the cache. Zeros: free slots read entry 0.
         self._keys = torch.zeros(L, 1 + num_captions, H, P, D, dtype=dtype, device=device).transpose(2, 3)
         self._values = torch.zeros_like(self._keys)
         self._free = list(range(num_captions, 0, -1))
-        self._place_of: dict[Caption, int] = {}
-        self._holders: dict[int, int] = {}
+        self._entry_of: dict[PrefixRef, int] = {}
+        self._num_holders: dict[int, int] = {}
         if null_prefix is not None:
-            caption = Caption(null_prefix, 0)
-            self._place_of[caption] = 0
-            self._holders[0] = 1  # never given up
-            self._copy(caption, 0)
+            ref = PrefixRef(null_prefix, 0)
+            self._entry_of[ref] = 0
+            self._num_holders[0] = 1  # never released
+            self._copy(ref, 0)
 
     @property
     def num_free(self) -> int:
@@ -63,34 +63,34 @@ class PrefixPool:
         """(M, P, H, D); a view."""
         return self._values[layer]
 
-    def hold(self, caption: Caption) -> int:
+    def hold(self, ref: PrefixRef) -> int:
         """Copies a caption in, unless it is there, and counts its new holder.
 
         Returns:
-            Its place.
+            Its entry.
 
         Raises:
-            InputError: no place is free.
+            InputError: no entry is free.
         """
-        place = self._place_of.get(caption)
-        if place is None:
+        entry = self._entry_of.get(ref)
+        if entry is None:
             if not self._free:
-                raise InputError("captions", self.num_captions, "all places are taken: wait, or make room for more")
-            place = self._place_of[caption] = self._free.pop()
-            self._holders[place] = 0
-            self._copy(caption, place)
-        self._holders[place] += 1
-        return place
+                raise InputError("captions", self.num_captions, "all entries are taken: wait, or make room for more")
+            entry = self._entry_of[ref] = self._free.pop()
+            self._num_holders[entry] = 0
+            self._copy(ref, entry)
+        self._num_holders[entry] += 1
+        return entry
 
-    def release(self, caption: Caption) -> None:
-        """Takes one holder off; the last one frees the place. What it held stays there, unread, until it is reused."""
-        place = self._place_of[caption]
-        self._holders[place] -= 1
-        if not self._holders[place]:
-            del self._place_of[caption], self._holders[place]
-            self._free.append(place)
+    def release(self, ref: PrefixRef) -> None:
+        """Counts one holder less; the last one frees the entry. Its contents stay there, unread, until it is reused."""
+        entry = self._entry_of[ref]
+        self._num_holders[entry] -= 1
+        if not self._num_holders[entry]:
+            del self._entry_of[ref], self._num_holders[entry]
+            self._free.append(entry)
 
-    def _copy(self, caption: Caption, place: int) -> None:
+    def _copy(self, ref: PrefixRef, entry: int) -> None:
         """Queued behind the steps that still read what was there before; the host waits for neither."""
-        self._keys[:, place] = caption.prefix.keys[:, caption.index]
-        self._values[:, place] = caption.prefix.values[:, caption.index]
+        self._keys[:, entry] = ref.keys
+        self._values[:, entry] = ref.values

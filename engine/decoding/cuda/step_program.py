@@ -1,13 +1,13 @@
 """One step of decoding on a GPU, as a fixed program over buffers that never move.
 
-S slots, R rows computed (the first R slots), C model dim, N image tokens, V image vocabulary, L layers, H heads,
-D head dim, P prefix positions, F feed-forward inner dim.
+S slots, R slots computed (the first R), C model dim, N image tokens, V image vocabulary, L layers, H heads, D head dim,
+P prefix positions, F feed-forward inner dim.
 
     hidden (R, C)                                                     launches
       guided_norm      head's LayerNorm, guidance mixed in             1
-      head_sample      head product and draw, logits never stored      2
-      (linear, sample  where some row filters: its logits, its draw    4)
-      feed_tokens      given tokens, record, embedding, position       1
+      head_sample      head product and sampling, logits never stored  2
+      (linear, sample  where some sequence filters: logits, sampling   4)
+      feed_tokens      init tokens, record, embedding, position        1
       of each layer:
         linear         LayerNorm + qkv                                 1
         attend         append key and value, attention                 1
@@ -16,12 +16,12 @@ D head dim, P prefix positions, F feed-forward inner dim.
         linear         shrink + LayerScale + residual                  1
     hidden (R, C)      copied to where the next step starts            1
 
-85 launches at 16 layers, 89 with filters. Everything that differs between steps or rows is read from the device, so the
-program can be captured once for each R. Every op is a kernel of kernels/ whose rows do not depend on how many there are; library
-matrix products, which promise no such thing, are not used.
+85 launches at 16 layers, 89 with filters. Everything that differs between steps or sequences is read from the device,
+so the program can be captured once for each R. Every op is a kernel of kernels/ whose rows do not depend on how many
+there are; library matrix products, which promise no such thing, are not used.
 
-Where some row filters, the others are still drawn by the fused head: a neighbour's top-k would otherwise decide
-whether a row's logits are rounded to 16 bits. It costs a second read of the head, 7 % of a step's weights.
+Where some sequence filters, the others are still sampled by the fused head: another sequence's top-k would otherwise
+decide whether one's logits are rounded to 16 bits. It costs a second read of the head, 7 % of a step's weights.
 """
 
 from typing import cast
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from engine.decoding.cuda.attention_choice import LayerCache, decode_attention_by, fastest_attention
 from engine.decoding.cuda.prefix_pool import PrefixPool
 from engine.decoding.cuda.sequence_table import SequenceTable
+from engine.decoding.slot_table import SlotTable
 from engine.models.transformer import KoDalle, Layer
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
@@ -43,44 +44,41 @@ from kernels.sampling import head_sample, sample
 class StepProgram:
     """The buffers of all slots, and the step over the first R of them.
 
-    hidden: (S, C), the last layer's output, which the next draw starts from; a row that joins brings its caption's.
-    tokens: (S, N + 1), what was drawn; column N takes what finished rows compute.
-    given: (S, N), -1 where to draw.
+    hidden: (S, C), the last layer's output, which the next token is sampled from; of a new sequence, its caption's.
 
     Args:
         model: its weights must neither change nor move while the program lives.
-        table, pool: what rows read; see there.
+        slots: its tokens and init tokens are read and written; the host's part of it is not.
+        table, pool: what sequences read; see there.
         attention: a name of engine/decoding/cuda/attention_choice.py, or "auto".
     """
 
     def __init__(
-        self, model: KoDalle, num_slots: int, table: SequenceTable, pool: PrefixPool, *, attention: str
+        self, model: KoDalle, slots: SlotTable, table: SequenceTable, pool: PrefixPool, *, attention: str
     ) -> None:
-        config, weight = model.config, model.head.weight
+        config, weight, S = model.config, model.head.weight, slots.num_slots
         L, H, D, N = config.num_layers, config.num_heads, config.head_dim, config.image_seq_len
         dtype, device = weight.dtype, weight.device
-        self._model, self._table, self._pool = model, table, pool
+        self._model, self._slots, self._table, self._pool = model, slots, table, pool
         self._layers = cast(list[Layer], list(model.layers))
         self._position_table = model.image_embedding.position_table()  # (N, C)
-        self.hidden = torch.zeros(num_slots, config.dim, dtype=dtype, device=device)
-        self.tokens = torch.zeros(num_slots, N + 1, dtype=torch.int64, device=device)
-        self.given = torch.full((num_slots, N), -1, dtype=torch.int64, device=device)
-        # Zeros: other attentions than ours multiply what nobody wrote by zero. Heads before positions in memory.
-        own = torch.zeros(2, L, num_slots, H, max(N - 1, 1), D, dtype=dtype, device=device)
+        self.hidden = torch.zeros(S, config.dim, dtype=dtype, device=device)
+        # Zeros: attentions other than ours multiply unwritten positions by zero. Heads before positions in memory.
+        own = torch.zeros(2, L, S, H, max(N - 1, 1), D, dtype=dtype, device=device)
         self._keys, self._values = own.transpose(3, 4).unbind()  # (L, S, N - 1, H, D)
         # One for all: the program's launches follow each other.
-        self._counters = torch.zeros(_most_counters(model, num_slots), dtype=torch.int32, device=device)
+        self._counters = torch.zeros(_most_counters(model, S), dtype=torch.int32, device=device)
         if attention == "auto":
-            attention = fastest_attention([self._cache(layer, num_slots) for layer in range(L)], dtype, device)
+            attention = fastest_attention([self._cache(layer, S) for layer in range(L)], dtype, device)
         self.attention = attention
         self._attend = decode_attention_by(attention, device)
 
     def run(self, R: int, *, filters: bool) -> None:
-        """Every row's next token, and the layers over it. `filters`: some row's top-k or top-p removes something."""
-        self._feed(R, *self.draw(R, filters=filters))
+        """Every sequence's next token, and the layers over it. `filters`: some top-k or top-p removes something."""
+        self._feed(R, *self.sample(R, filters=filters))
 
-    def draw(self, R: int, *, filters: bool) -> tuple[Tensor, Tensor]:
-        """Every row's next token, recorded.
+    def sample(self, R: int, *, filters: bool) -> tuple[Tensor, Tensor]:
+        """Every sequence's next token, recorded.
 
         Returns:
             (R, C) and (R,): the layers' input, and how many tokens they read before it.
@@ -88,24 +86,26 @@ class StepProgram:
         model, table = self._model, self._table
         norm, (weight, bias) = model.head.norm, model.head.image_rows()
         seeds, candidates, positions = table.seeds[:R], table.candidates[:R], table.positions[:R]
-        temperature = table.temperature[:R]
-        normed = guided_norm(self.hidden, table.partner[:R], table.guidance[:R], norm.weight, norm.bias, eps=norm.eps)
-        drawn = head_sample(normed, weight, bias, seeds, candidates, positions, temperature)  # (R,)
+        temperature, unconditional = table.temperature[:R], table.unconditional[:R]
+        normed = guided_norm(self.hidden, unconditional, table.guidance[:R], norm.weight, norm.bias, eps=norm.eps)
+        sampled = head_sample(normed, weight, bias, seeds, candidates, positions, temperature)  # (R,)
         if filters:
             logits = linear(normed, weight, bias, counters=self._counters)  # (R, V)
             filtered = sample(logits, seeds, candidates, positions, temperature, table.top_k[:R], table.top_p[:R])
-            drawn = torch.where(table.filters[:R] > 0, filtered, drawn)
-        embedding = model.image_embedding.tokens
-        return feed_tokens(drawn, table.source[:R], self.given, self.tokens, positions, embedding, self._position_table)
+            sampled = torch.where(table.filters[:R] > 0, filtered, sampled)
+        return feed_tokens(
+            sampled, table.source[:R], self._slots.init_tokens, self._slots.tokens, positions,
+            model.image_embedding.tokens, self._position_table,
+        )  # fmt: skip
 
     def _feed(self, R: int, x: Tensor, num_read: Tensor) -> None:
         """x (R, C) through the layers, to `hidden`."""
-        config, captions, counters = self._model.config, self._table.captions[:R], self._counters
+        config, prefixes, counters = self._model.config, self._table.prefixes[:R], self._counters
         for number, layer in enumerate(self._layers):
             norm, qkv, out = layer.attention.norm, layer.attention.qkv, layer.attention.out
             projected = linear(x, qkv.weight, norm=_norm(norm), counters=counters)  # (R, 3 H D)
             q, k, v = projected.view(R, 3, config.num_heads, config.head_dim).unbind(1)  # (R, H, D) each
-            attended = self._attend(q, self._cache(number, R), captions, num_read, k, v).flatten(1)  # (R, H D)
+            attended = self._attend(q, self._cache(number, R), prefixes, num_read, k, v).flatten(1)  # (R, H D)
             residual = Residual(x, layer.attention.scale)
             x = linear(attended, out.weight, out.bias, residual=residual, counters=counters)
             norm, grow, shrink = layer.feed_forward.norm, layer.feed_forward.grow, layer.feed_forward.shrink
@@ -125,7 +125,7 @@ def _norm(norm: nn.LayerNorm) -> Norm:
 
 
 def _most_counters(model: KoDalle, num_slots: int) -> int:
-    """Counters that the largest of a step's products needs, for any number of rows."""
+    """Counters that the largest of a step's products needs, for any number of slots."""
     layer = cast(Layer, model.layers[0])
     branches = (layer.attention.qkv, layer.attention.out, layer.feed_forward.grow, layer.feed_forward.shrink)
     weights = [*(linear.weight for linear in branches), model.head.image_rows()[0]]

@@ -1,20 +1,20 @@
-"""Several tokens a pass, exactly those that one at a time would give: fixed-noise Jacobi decoding.
+"""Fixed-noise Jacobi decoding: several tokens a pass, exactly those that single steps give.
 
-B rows, R rows computed, w window, C model dim, N image tokens, V image vocabulary.
+B sequences, R cache rows computed, w window, C model dim, N image tokens, V image vocabulary.
 
-A draw is argmax(logits / temperature + noise), and the noise belongs to the candidate and the position. So a token is a
-function of the tokens before it, and a guess of it can be checked by equality, without a draft model:
+A token is argmax(logits / temperature + noise), and the noise belongs to the candidate and the position. So a token is
+a function of the tokens before it, and a guess of it can be checked by equality, without a draft model:
 
     inputs of a pass     t6   [g7   g8   g9 ]      the last known token and w - 1 guesses
-    what it draws        d7    d8   d9   d10
-    g7 == d7, g8 == d8, g9 != d9   ->   d7, d8, d9 are final; d10 was drawn after a wrong token: it is the next guess
+    what it samples      s7    s8   s9   s10
+    g7 == s7, g8 == s8, g9 != s9   ->   s7, s8, s9 are final; s10 was sampled after a wrong token: it is the next guess
 
-The first draw of a pass is always final, so no drawing takes more passes than tokens. Which tokens come out depends on
-nothing but the equality of arithmetic: a position has the same bits in any window (engine/decoding/speculative/window_cache.py),
-and a row in any company. A position that was never drawn is guessed to look like the cell above it.
+The first token of a pass is always final, so no sequence takes more passes than tokens. Which tokens come out depends
+on nothing but the equality of arithmetic: a position has the same bits in any window (engine/decoding/kv_cache.py), and
+a sequence in any batch. A position that was never sampled is guessed to look like the cell above it.
 
-What it wins depends on the model and on what rows cost. Two small trained models took 2.5 and 3.4 times fewer passes
-with w = 8 at temperature 1; such a pass costs 1.25 times a step of one row at the published sizes (two cores). See
+The gain depends on the model and on the cost of rows. Two small trained models took 2.5 and 3.4 times fewer passes with
+w = 8 at temperature 1; such a pass costs 1.25 times a step of one sequence at the published sizes (two cores). See
 benchmarks/LOG.md.
 
 (Jacobi for autoregressive models: Song et al., arXiv 2002.03629. With fixed noise: Wiggers and Hoogeboom, "Predictive
@@ -24,17 +24,16 @@ sampling with forecasting autoregressive models", arXiv 2002.09928.)
 import torch
 from torch import Tensor
 
+from engine.decoding.batch_step import BatchMetadata, batch_metadata, guided_logits, next_tokens, run_layers
 from engine.decoding.kv_cache import KVCache, Prefix
-from engine.decoding.sampling_tensors import SamplingTensors
-from engine.decoding.slot_decoder import Plan, Row, SlotDecoder
-from engine.decoding.speculative.window_cache import WindowCache
-from engine.decoding.step_model import StepModel
+from engine.decoding.slot_table import SlotTable
+from engine.decoding.step_model import StepModel, as_step_model
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
 
-class JacobiDecoder(SlotDecoder):
-    """`SlotDecoder` with windows: a step gives every unfinished row 1 to `window` tokens, the same ones.
+class JacobiDecoder:
+    """Sequences in flight, 1 to `window` tokens a step. Use it as `SlotDecoder`.
 
     Args:
         model, num_slots, null_prefix, batch_invariant: see `SlotDecoder`.
@@ -50,151 +49,173 @@ class JacobiDecoder(SlotDecoder):
         null_prefix: Prefix | None = None,
         batch_invariant: bool = True,
     ) -> None:
-        assert window >= 2, window
-        super().__init__(model, num_slots, null_prefix=null_prefix, batch_invariant=batch_invariant)
-        config = self.model.config
-        assert config.image_seq_len >= 2, config.image_seq_len
-        self.window = window
-        self._windows = WindowCache(
-            num_slots, config.image_seq_len - 1,
-            (config.num_layers, config.prefix_len, config.num_heads, config.head_dim),
-            window=window, dtype=self._dtype, device=self._device,
-        )  # fmt: skip
-        self._guesses = torch.zeros(num_slots, config.image_seq_len, dtype=torch.int64, device=self._device)
-        self._guessed = torch.zeros(num_slots, dtype=torch.int64, device=self._device)  # how many of them were drawn
-        self._offsets = torch.arange(window, device=self._device)
+        self.model = as_step_model(model, batch_invariant=batch_invariant)
+        self._table = SlotTable(
+            num_slots, self.model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device
+        )
+        self._passes = WindowPasses(self.model, self._table, num_rows=num_slots, window=window)
 
-    def go_on_from(self, slot: int, tokens: Tensor, cache: KVCache, rows: list[int]) -> None:
-        """Takes over a row that has joined and not been stepped, as far as another decoder drew it.
+    @property
+    def num_slots(self) -> int:
+        return self._table.num_slots
 
-        Args:
-            tokens: (n,) what it has so far.
-            cache: where its keys and values of these lie.
-            rows: its row there, and for a guided row its partner's.
-        """
-        n = len(tokens)
-        if n == 0:
-            return
-        self._rows[slot].position = n
-        self._tokens[slot, :n] = self._guesses[slot, :n] = tokens
-        self._guessed[slot] = n
-        for own, other in zip(self._slots_of(slot), rows, strict=True):
-            self._windows.copy_row(own, cache, other)
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have not been removed, finished ones included."""
+        return self._table.num_sequences
 
-    def give_cache(self, slot: int, cache: KVCache, rows: list[int]) -> None:
-        """Copies a row's keys and values, which end before its last token, into `rows` of another cache."""
-        for own, other in zip(self._slots_of(slot), rows, strict=True):
-            cache.copy_row(other, self._windows, own)
+    @property
+    def num_free(self) -> int:
+        """Free slots; a guided sequence needs two."""
+        return self._table.num_free
 
-    def _slots_of(self, slot: int) -> list[int]:
-        partner = self._rows[slot].partner
-        return [slot] if partner is None else [slot, partner]
+    def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
+        """See `SlotTable.add`."""
+        slot = self._table.add(prefix, request, init_tokens=init_tokens)
+        self._passes.enter(slot)
+        return slot
+
+    def remove(self, slot: int) -> Tensor:
+        """See `SlotTable.remove`."""
+        self._passes.leave(slot)
+        return self._table.remove(slot)
+
+    def num_tokens(self, slot: int) -> int:
+        """Tokens that a sequence has so far; cheaper than a view of them."""
+        return self._table.num_tokens(slot)
+
+    def tokens(self, slot: int) -> Tensor:
+        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
+        return self._table.tokens_of(slot)
 
     def step(self) -> list[int]:
-        """Gives every joined row that is not finished at least one token.
+        """Gives every unfinished sequence at least one token.
 
         Returns:
-            The slots of rows that finished in this step.
+            The slots of sequences that finished in this step.
         """
-        N = self.model.config.image_seq_len
-        if self._plan is None and not self._begin():
+        return self._passes.step()
+
+
+class WindowPasses:
+    """Passes of w tokens over the sequences of a slot table, cached in rows that are given out lowest first.
+
+    Few rows, whatever the slots: the sequences of a large table may enter and leave while few are in flight.
+
+    cache: keys and values of all tokens but the last, which is the first input of the next pass.
+
+    Args:
+        num_rows: room for so many sequences, unconditional ones included.
+        window: w, 2 or more.
+    """
+
+    def __init__(self, model: StepModel, table: SlotTable, *, num_rows: int, window: int) -> None:
+        config = model.config
+        assert window >= 2, window
+        assert config.image_seq_len >= 2, config.image_seq_len
+        self._model, self._table, self._window = model, table, window
+        prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
+        self.cache = KVCache(
+            num_rows, config.image_seq_len - 1, prefix_shape, window=window, dtype=model.dtype, device=model.device
+        )
+        self.rows_of: dict[int, list[int]] = {}  # by slot: the sequence's row and its unconditional sequence's
+        self._free_rows = list(range(num_rows))
+        # By slot: what the last passes sampled, final or not, and for how many positions they sampled anything.
+        shape = (table.num_slots, config.image_seq_len)
+        self._guesses = torch.zeros(shape, dtype=torch.int64, device=model.device)
+        self._num_guesses = torch.zeros(table.num_slots, dtype=torch.int64, device=model.device)
+        self._offsets = torch.arange(window, dtype=torch.int64, device=model.device)
+        self._batch: BatchMetadata | None = None  # None: a sequence entered or left
+
+    def enter(self, slot: int, source: KVCache | None = None) -> None:
+        """Takes a sequence on, as far as it is.
+
+        Args:
+            source: where its keys and values are, at its slots; None: it has no tokens yet.
+        """
+        n = self._table.num_tokens(slot)
+        own_slots = self._table.slots_of(slot)
+        rows = self.rows_of[slot] = [self._free_rows.pop(0) for _ in own_slots]
+        self._guesses[slot, :n] = self._table.tokens_of(slot)
+        self._num_guesses[slot] = n
+        if source is not None and n > 0:
+            for row, own in zip(rows, own_slots, strict=True):
+                self.cache.copy_sequence(row, source, own)
+        self._batch = None
+
+    def leave(self, slot: int) -> None:
+        """Frees a sequence's rows, where it has some."""
+        self._free_rows = sorted(self._free_rows + self.rows_of.pop(slot, []))
+        self._batch = None
+
+    def step(self) -> list[int]:
+        """See `JacobiDecoder.step`. Finished sequences leave."""
+        if not self.rows_of:
             return []
-        plan = self._plan
-        assert plan is not None
-        inputs = self._inputs(plan)  # (B, w)
-        drawn = self._draw_window(plan, self._forward_window(plan, inputs))  # (B, w)
-        at = plan.positions[:, None] + self._offsets  # (B, w)
-        right = (inputs[:, 1:] == drawn[:, :-1]) & (at[:, 1:] < N)
+        table, N = self._table, self._model.config.image_seq_len
+        batch = self._current_batch()
+        inputs = self._inputs(batch)  # (B, w)
+        at = batch.positions[:, None] + self._offsets  # (B, w)
+        sampled = self._sample_windows(batch, inputs, at.clamp(max=N - 1))  # (B, w)
+        right = (inputs[:, 1:] == sampled[:, :-1]) & (at[:, 1:] < N)
         accepted = 1 + right.long().cumprod(1).sum(1)  # (B,)
-        self._keep(self._guesses, plan.draws, at, drawn, at < N)
-        self._keep(self._tokens, plan.draws, at, drawn, self._offsets < accepted[:, None])
-        self._guessed[plan.draws] = at[:, -1].clamp(max=N - 1) + 1
-        plan.positions += accepted
-        finished = []
-        for slot, count in zip(plan.slots, accepted.tolist(), strict=True):
-            self._rows[slot].position += count
-            if self._rows[slot].position == N:
-                finished.append(slot)
-        if finished:
-            self._plan = None
+        _put(self._guesses, batch.slots, at, sampled, where=at < N)
+        _put(table.tokens, batch.slots, at, sampled, where=self._offsets < accepted[:, None])
+        self._num_guesses[batch.slots] = at[:, -1].clamp(max=N - 1) + 1
+        batch.positions.add_(accepted)
+        counts = zip(batch.slot_list, accepted.tolist(), strict=True)
+        finished = [slot for slot, count in counts if table.advance(slot, count)]
+        for slot in finished:
+            self.leave(slot)
         return finished
 
-    def _begin(self) -> bool:
-        """First tokens of rows that are new, and the plan of all; False when every row is finished."""
-        unfinished = {slot: row for slot, row in self._rows.items() if row.position < self.model.config.image_seq_len}
-        if not unfinished:
-            return False
-        new = {slot: row for slot, row in unfinished.items() if row.position == 0}
-        if new:
-            self._draw_first(new)
-        self._plan = Plan(unfinished, self._captions, self._rule, self._device, self._dtype)
-        self._windows.seat({slot: self._captions[slot] for slot in self._plan.seated})
-        requests: list[SequenceRequest] = [unfinished[slot].request for slot in self._plan.slots]
-        self._window_parameters = SamplingTensors([r for r in requests for _ in range(self.window)], self._device)
-        return True
+    def _current_batch(self) -> BatchMetadata:
+        """The sequences that have entered; new ones have their first token then."""
+        if self._batch is None:
+            new = {slot: rows for slot, rows in self.rows_of.items() if self._table.num_tokens(slot) == 0}
+            if new:
+                self._sample_first(batch_metadata(self._model, self._table, new))
+            self._batch = batch_metadata(self._model, self._table, self.rows_of, window=self._window)
+            self.cache.set_prefixes(self._batch.prefix_refs)
+        return self._batch
 
-    def _draw_first(self, new: dict[int, Row]) -> None:
-        """The captions already predict them: no pass."""
-        plan = Plan(new, self._captions, self._rule, self._device, self._dtype)
-        drawn = self._draw(plan)
-        self._tokens[plan.draws, 0] = self._guesses[plan.draws, 0] = drawn
-        self._guessed[plan.draws] = 1
-        for row in new.values():
-            row.position = 1
+    def _sample_first(self, batch: BatchMetadata) -> None:
+        """First tokens of new sequences: their captions predict them, without a pass."""
+        hidden = torch.zeros(
+            batch.num_rows, 1, self._model.config.dim, dtype=self._model.dtype, device=self._model.device
+        )
+        for row, ref in batch.prefix_refs.items():
+            hidden[row, 0] = ref.hidden
+        logits = guided_logits(self._model, batch, hidden)
+        sampled = next_tokens(self._table, batch, logits, batch.positions[:, None])[:, 0]
+        self._table.tokens[batch.slots, 0] = self._guesses[batch.slots, 0] = sampled
+        self._num_guesses[batch.slots] = 1
+        for slot in batch.slot_list:
+            self._table.advance(slot, 1)
 
-    def _inputs(self, plan: Plan) -> Tensor:
-        """(B, w) tokens: the last final one, what the last pass drew after it, then copies of the cells above."""
-        N, width = self.model.config.image_seq_len, self.model.config.image_grid_size
-        cells = (plan.positions[:, None] - 1 + self._offsets).clamp(max=N - 1)  # (B, w)
-        guessed = self._guessed[plan.draws, None]  # (B, 1)
+    def _inputs(self, batch: BatchMetadata) -> Tensor:
+        """(B, w) tokens: the last final one, what the last pass sampled after it, then copies of the cells above."""
+        N, width = self._model.config.image_seq_len, self._model.config.image_grid_size
+        cells = (batch.positions[:, None] - 1 + self._offsets).clamp(max=N - 1)  # (B, w)
+        guessed = self._num_guesses[batch.slots, None]  # (B, 1)
         rows_up = (cells - guessed).div(width, rounding_mode="floor") + 1
         above = cells - rows_up * width
         source = torch.where(cells < guessed, cells, torch.where(above >= 0, above, guessed - 1))
-        inputs = self._guesses[plan.draws].gather(1, source)
-        if plan.has_given:
-            given = self._given[plan.draws].gather(1, cells)
+        inputs = self._guesses[batch.slots].gather(1, source)
+        if batch.has_init_tokens:
+            given = self._table.init_tokens[batch.slots].gather(1, cells)
             inputs = torch.where(given >= 0, given, inputs)
         return inputs
 
-    def _forward_window(self, plan: Plan, inputs: Tensor) -> Tensor:
-        """(B, w) -> the last layer's output (slots, w, C); slots that nobody has compute rubbish."""
-        N, w = self.model.config.image_seq_len, self.window
-        R = max(plan.seated) + 1
-        fed, lengths = inputs.new_zeros(R, w), inputs.new_zeros(R)
-        fed[plan.draws], lengths[plan.draws] = inputs, plan.positions - 1
-        if plan.guided.numel():
-            fed[plan.partners], lengths[plan.partners] = inputs[plan.guided], plan.positions[plan.guided] - 1
-        cells = (lengths[:, None] + self._offsets).clamp(max=N - 1)
-        x = self._filled_up(self.model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
-        self._windows.begin_step(lengths, int(lengths.max()))
-        for number, layer in enumerate(self.model.layers):
-            qkv = self._rule.tiled(layer.project, x)  # (at least R * w, 3, H, D)
-            attended = self._windows.append_and_attend(number, qkv[: R * w].unflatten(0, (R, w))).flatten(0, 1)
-            x = self._rule.tiled(layer.finish, x, self._filled_up(attended))
-        return x[: R * w].unflatten(0, (R, w))
+    def _sample_windows(self, batch: BatchMetadata, inputs: Tensor, cells: Tensor) -> Tensor:
+        """The tokens (B, w) of `cells` (B, w), one further than those of the inputs (B, w)."""
+        lengths = batch.positions - 1
+        hidden = run_layers(
+            self._model, self.cache, batch, inputs, lengths, longest=int(lengths.max()), num_rows=batch.num_rows
+        )
+        return next_tokens(self._table, batch, guided_logits(self._model, batch, hidden), cells)
 
-    def _draw_window(self, plan: Plan, hidden: Tensor) -> Tensor:
-        """(slots, w, C) -> (B, w) tokens, given ones in their places."""
-        N, w = self.model.config.image_seq_len, self.window
-        normed = self.model.head_norm(hidden[plan.draws].flatten(0, 1)).unflatten(0, (-1, w))  # (B, w, C)
-        if plan.guided.numel():
-            null = self.model.head_norm(hidden[plan.partners].flatten(0, 1)).unflatten(0, (-1, w))
-            mixed = null + plan.guidance[:, None] * (normed[plan.guided] - null)
-            normed = normed.index_copy(0, plan.guided, mixed)
-        rows = normed.flatten(0, 1)
-        logits = self._rule.tiled(self.model.image_logits, self._filled_up(rows))[: len(rows)]  # (B * w, V)
-        cells = (plan.positions[:, None] + self._offsets).clamp(max=N - 1)
-        drawn = self._window_parameters.sample(logits, cells.flatten()).unflatten(0, (-1, w))
-        if plan.has_given:
-            given = self._given[plan.draws].gather(1, cells)
-            drawn = torch.where(given >= 0, given, drawn)
-        return drawn
 
-    def _filled_up(self, rows: Tensor) -> Tensor:
-        """(n, ...) -> as many rows as the model's arithmetic needs, the first one repeated."""
-        missing = self._rule.padded(len(rows)) - len(rows)
-        return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
-
-    def _keep(self, table: Tensor, slots: Tensor, at: Tensor, values: Tensor, wanted: Tensor) -> None:
-        """table[slots, at] = values, where wanted; all three (B, w)."""
-        table[slots[:, None].expand_as(at)[wanted], at[wanted]] = values[wanted]
+def _put(table: Tensor, slots: Tensor, at: Tensor, values: Tensor, *, where: Tensor) -> None:
+    """table[slots, at] = values, where `where`; at, values and where are (B, w)."""
+    table[slots[:, None].expand_as(at)[where], at[where]] = values[where]

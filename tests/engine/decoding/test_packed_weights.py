@@ -80,8 +80,8 @@ def _logits(model: KoDalle, weights: Weights, count: int = 5) -> Tensor:
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), count)
         for candidate in range(count):
-            decoder.join(
-                prefix, SequenceRequest(candidate % 2, SamplingParams(seed=1), candidate=candidate), given=given
+            decoder.add(
+                prefix, SequenceRequest(candidate % 2, SamplingParams(seed=1), candidate=candidate), init_tokens=given
             )
         for _ in range(CONFIG.image_seq_len - 1):
             decoder.step()

@@ -1,34 +1,18 @@
-"""The sampler: cached == uncached, alone == in company, and what its options promise."""
-
-from typing import Any
+"""The sampler: cached == uncached, alone == in a batch, and what its sampling parameters promise."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
-from engine.decoding.kv_cache import Caption, KVCache, Prefix
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
+from tests.engine.decoding.cases import CONFIG, NULL, TEXT, random_model
 
-CONFIG = TransformerConfig(
-    dim=32,
-    num_layers=3,
-    num_heads=2,
-    head_dim=16,
-    text_vocab_size=30,
-    text_seq_len=8,
-    text_position_rows=12,
-    image_vocab_size=64,
-    image_grid_size=4,
-)
 N = CONFIG.image_seq_len
-NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
-TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
 MIXED = [
     SamplingParams(),
     SamplingParams(temperature=0.7, top_k=10),
@@ -39,19 +23,7 @@ MIXED = [
 ]
 
 
-def _model(config: TransformerConfig = CONFIG) -> KoDalle:
-    torch.manual_seed(0)
-    model = KoDalle(config)
-    with torch.no_grad():  # a fresh model's tokens depend on hardly anything but their neighbour and the noise
-        for name, parameter in model.named_parameters():
-            if name.endswith("scale"):
-                parameter.fill_(1.0)
-            elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
-                parameter *= 3
-    return model
-
-
-def _mixed_rows(count: int) -> list[SequenceRequest]:
+def _requests(count: int) -> list[SequenceRequest]:
     return [SequenceRequest(i % 3, MIXED[i % len(MIXED)].updated(seed=i // 4), candidate=i % 4) for i in range(count)]
 
 
@@ -64,79 +36,78 @@ def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float)
 
 
 @torch.no_grad()
-def _uncached_draw(model: KoDalle, row: SequenceRequest) -> Tensor:
+def _uncached_tokens(model: KoDalle, request: SequenceRequest) -> Tensor:
     tokens = torch.zeros(N, dtype=torch.int64)
-    option = row.sampling_params
+    params = request.sampling_params
     for position in range(N):
-        logits = _uncached_logits(model, TEXT[row.prefix_index], tokens[: position + 1], option.guidance_scale)
+        logits = _uncached_logits(model, TEXT[request.prefix_index], tokens[: position + 1], params.guidance_scale)
         tokens[position] = reference.sample(
             logits[-1:],
-            torch.tensor([row.seed]),
-            torch.tensor([row.candidate]),
+            torch.tensor([request.seed]),
+            torch.tensor([request.candidate]),
             torch.tensor([position]),
-            torch.tensor([option.temperature]),
-            torch.tensor([option.top_k or 0]),
-            torch.tensor([option.top_p or 1.0]),
+            torch.tensor([params.temperature]),
+            torch.tensor([params.top_k or 0]),
+            torch.tensor([params.top_p or 1.0]),
         )[0]
     return tokens
 
 
 def test_cached_tokens_equal_uncached_tokens() -> None:
-    model, rows = _model(), _mixed_rows(6)
-    drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
-    assert drawn.shape == (6, N)
-    assert drawn.dtype == torch.int64
-    for row, tokens in zip(rows, drawn, strict=True):
-        assert torch.equal(tokens, _uncached_draw(model, row)), row
+    model, requests = random_model(), _requests(6)
+    tokens = Sampler(model, null_text_tokens=NULL).generate(TEXT, requests)
+    assert tokens.shape == (6, N)
+    assert tokens.dtype == torch.int64
+    for request, one in zip(requests, tokens, strict=True):
+        assert torch.equal(one, _uncached_tokens(model, request)), request
 
 
-def test_cached_logits_equal_uncached_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rows = _model(), _mixed_rows(6)
-    seen: list[Tensor] = []
-    logits_of = SlotDecoder.logits
-
-    def record(decoder: SlotDecoder, plan: Any) -> Tensor:
-        logits = logits_of(decoder, plan)
-        seen.append(logits[: len(rows)].clone())
-        return logits
-
-    monkeypatch.setattr(SlotDecoder, "logits", record)
-    drawn = Sampler(model, null_text_tokens=NULL).draw(TEXT, rows)
+def test_cached_logits_equal_uncached_logits() -> None:
+    model, requests = random_model(), _requests(6)
+    sampler = Sampler(model, null_text_tokens=NULL)
+    prefix, seen = sampler.prefill(TEXT), []
+    with evaluating(model):
+        decoder = SlotDecoder(sampler.step_model(), 8, null_prefix=sampler.null_prefix())  # two are guided
+        slots = [decoder.add(prefix, request) for request in requests]
+        for _ in range(N):
+            seen.append(decoder.next_logits().clone())
+            decoder.step()
+        generated = torch.stack([decoder.remove(slot) for slot in slots])
     with torch.no_grad():
-        for index, row in enumerate(rows):
-            text, scale = TEXT[row.prefix_index], row.sampling_params.guidance_scale
-            expected = _uncached_logits(model, text, drawn[index], scale)
+        for index, request in enumerate(requests):
+            text, scale = TEXT[request.prefix_index], request.sampling_params.guidance_scale
+            expected = _uncached_logits(model, text, generated[index], scale)
             cached = torch.stack([logits[index] for logits in seen])
-            amplified = abs(scale) + abs(1 - scale)  # guidance takes multiples of both rows' rounding
+            amplified = abs(scale) + abs(1 - scale)  # guidance takes multiples of both sequences' rounding
             torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5 * amplified)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_alone_equals_the_row_in_company(dtype: torch.dtype) -> None:
+def test_a_sequence_is_the_same_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     """Bit by bit, over sizes that fill less than a tile, several tiles, and groups of one or many siblings."""
     config = CONFIG.model_copy(update={"dim": 192, "head_dim": 64, "num_layers": 1, "image_grid_size": 3})
-    sampler = Sampler(_model(config).to(dtype), null_text_tokens=NULL)
-    rows = _mixed_rows(70)
-    whole = sampler.draw(TEXT, rows)
-    for company in ([0], [5, 3], list(range(7)), [69, *range(20, 1, -1)]):
-        some = sampler.draw(TEXT, [rows[index] for index in company])
-        assert torch.equal(some, whole[company]), company
+    sampler = Sampler(random_model(config).to(dtype), null_text_tokens=NULL)
+    requests = _requests(70)
+    whole = sampler.generate(TEXT, requests)
+    for chosen in ([0], [5, 3], list(range(7)), [69, *range(20, 1, -1)]):
+        some = sampler.generate(TEXT, [requests[index] for index in chosen])
+        assert torch.equal(some, whole[chosen]), chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype) -> None:
+def test_logits_have_the_same_bits_in_any_batch_at_the_published_width(dtype: torch.dtype) -> None:
     """Tokens hide small differences; logits do not."""
     config = CONFIG.model_copy(update={"dim": 1024, "num_heads": 8, "head_dim": 64, "num_layers": 1})
-    model = _model(config).to(dtype)
+    model = random_model(config).to(dtype)
     prefix = Sampler(model).prefill(TEXT)
     logits = {}
     for count in (1, 3, 16, 21, 64, 90):
-        rows = [SequenceRequest(0, SamplingParams(seed=1), candidate=i) for i in range(count)]
+        requests = [SequenceRequest(0, SamplingParams(seed=1), candidate=i) for i in range(count)]
         given = torch.tensor([7, 8, 9] + [-1] * (N - 3))
         with evaluating(model):
             decoder = SlotDecoder(model, count)
-            for row in rows:
-                decoder.join(prefix, row, given=given)
+            for request in requests:
+                decoder.add(prefix, request, init_tokens=given)
             for _ in range(3):
                 decoder.step()
             logits[count] = decoder.next_logits()[0]
@@ -144,7 +115,7 @@ def test_same_hidden_states_bit_by_bit_at_the_published_width(dtype: torch.dtype
 
 
 def test_prefix_is_the_same_alone_and_with_others() -> None:
-    sampler = Sampler(_model())
+    sampler = Sampler(random_model())
     whole, alone = sampler.prefill(TEXT), sampler.prefill(TEXT[1:2])
     assert torch.equal(whole.keys[:, 1], alone.keys[:, 0])
     assert torch.equal(whole.values[:, 1], alone.values[:, 0])
@@ -152,34 +123,34 @@ def test_prefix_is_the_same_alone_and_with_others() -> None:
 
 
 def test_seeds_and_candidates() -> None:
-    sampler = Sampler(_model())
-    rows = [
+    sampler = Sampler(random_model())
+    requests = [
         SequenceRequest(0, SamplingParams(seed=5), candidate=0),
         SequenceRequest(0, SamplingParams(seed=5), candidate=0),
         SequenceRequest(0, SamplingParams(seed=5), candidate=1),
         SequenceRequest(0, SamplingParams(seed=6), candidate=0),
         SequenceRequest(1, SamplingParams(seed=5), candidate=0),
     ]
-    drawn = sampler.draw(TEXT, rows)
-    assert torch.equal(drawn[0], drawn[1])
+    tokens = sampler.generate(TEXT, requests)
+    assert torch.equal(tokens[0], tokens[1])
     for other in (2, 3, 4):
-        assert not torch.equal(drawn[0], drawn[other])
+        assert not torch.equal(tokens[0], tokens[other])
     largest = SequenceRequest(0, SamplingParams(seed=2**64 - 1), candidate=2**32 - 1)
-    assert torch.equal(sampler.draw(TEXT, [largest]), sampler.draw(TEXT, [largest]))
+    assert torch.equal(sampler.generate(TEXT, [largest]), sampler.generate(TEXT, [largest]))
 
 
 def test_first_tokens_follow_the_models_softmax() -> None:
-    """4,000 candidates of a one-token picture: also the smallest grid, with no cache slot at all."""
+    """4,000 candidates of a one-token image: also the smallest grid, with no cache slot at all."""
     config = CONFIG.model_copy(update={"image_grid_size": 1, "image_vocab_size": 30})
-    model = _model(config)
+    model = random_model(config)
     sampler = Sampler(model)
-    drawn = sampler.draw(
+    tokens = sampler.generate(
         TEXT[:1], [SequenceRequest(0, SamplingParams(seed=1), candidate=candidate) for candidate in range(4000)]
     )[:, 0]
     probabilities = model.eval().logits(TEXT[:1], torch.zeros(1, 1, dtype=torch.int64))[1][0, 0].softmax(0).detach()
     expected = probabilities.double() * 4000
     likely = expected >= 5
-    counts = drawn.bincount(minlength=30)
+    counts = tokens.bincount(minlength=30)
     statistic = float(((counts - expected) ** 2 / expected)[likely].sum())
     freedom = int(likely.sum())
     assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
@@ -188,105 +159,60 @@ def test_first_tokens_follow_the_models_softmax() -> None:
 
 
 def test_guidance_1_is_none_and_0_is_the_null_caption() -> None:
-    sampler = Sampler(_model(), null_text_tokens=NULL)
-    plain = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=3))])
-    one = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=1.0, seed=3))])
+    sampler = Sampler(random_model(), null_text_tokens=NULL)
+    plain = sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=3))])
+    one = sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=1.0, seed=3))])
     assert torch.equal(plain, one)
-    zero = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=0.0, seed=3))])
-    assert torch.equal(zero, sampler.draw(NULL[None], [SequenceRequest(0, SamplingParams(seed=3))]))
-    three = sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=3.0, seed=3))])
+    zero = sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=0.0, seed=3))])
+    assert torch.equal(zero, sampler.generate(NULL[None], [SequenceRequest(0, SamplingParams(seed=3))]))
+    three = sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=3.0, seed=3))])
     assert not torch.equal(plain, three)
 
 
-def test_given_first_tokens_are_kept_and_continued() -> None:
-    sampler = Sampler(_model(), null_text_tokens=NULL)
-    rows = _mixed_rows(6)
-    drawn = sampler.draw(TEXT, rows)
+def test_init_tokens_are_kept_and_continued() -> None:
+    sampler = Sampler(random_model(), null_text_tokens=NULL)
+    requests = _requests(6)
+    tokens = sampler.generate(TEXT, requests)
     for count in (0, 1, 7, N):
-        assert torch.equal(sampler.draw(TEXT, rows, given=drawn[:, :count]), drawn)
-    other = (drawn[:, :7] + 1) % CONFIG.image_vocab_size
-    continued = sampler.draw(TEXT, rows, given=other)
+        assert torch.equal(sampler.generate(TEXT, requests, init_tokens=tokens[:, :count]), tokens)
+    other = (tokens[:, :7] + 1) % CONFIG.image_vocab_size
+    continued = sampler.generate(TEXT, requests, init_tokens=other)
     assert torch.equal(continued[:, :7], other)
-    assert not torch.equal(continued[:, 7:], drawn[:, 7:])
+    assert not torch.equal(continued[:, 7:], tokens[:, 7:])
 
 
 def test_on_step_reports_and_cancels() -> None:
-    sampler = Sampler(_model())
+    sampler = Sampler(random_model())
     seen: list[tuple[int, Tensor]] = []
-    drawn = sampler.draw(
+    tokens = sampler.generate(
         TEXT,
         [SequenceRequest(0, SamplingParams(seed=1)), SequenceRequest(2, SamplingParams(seed=1))],
         on_step=lambda p, t: seen.append((p, t.clone())),
     )
     assert [position for position, _ in seen] == list(range(N))
-    assert torch.equal(torch.stack([tokens for _, tokens in seen], dim=1), drawn)
+    assert torch.equal(torch.stack([tokens for _, tokens in seen], dim=1), tokens)
 
     def stop(position: int, tokens: Tensor) -> None:
         if position == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], on_step=stop)
-    assert torch.equal(sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0], drawn[0])
+        sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], on_step=stop)
+    assert torch.equal(sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0], tokens[0])
 
 
-def test_models_mode_is_put_back_and_dropout_is_off() -> None:
-    model = _model(CONFIG.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})).train()
-    drawn = Sampler(model).draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])
+def test_the_models_mode_is_restored_and_dropout_is_off() -> None:
+    model = random_model(CONFIG.model_copy(update={"attention_dropout": 0.5, "ff_dropout": 0.5})).train()
+    tokens = Sampler(model).generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])
     assert model.training
-    assert torch.equal(drawn, Sampler(_model()).draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))]))
-    assert not drawn.is_inference()
+    assert torch.equal(tokens, Sampler(random_model()).generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))]))
+    assert not tokens.is_inference()
 
 
-def test_without_padding_the_tokens_are_drawn_too() -> None:
-    rows = _mixed_rows(5)
-    drawn = Sampler(_model(), null_text_tokens=NULL, batch_invariant=False).draw(TEXT, rows)
-    assert torch.equal(drawn, Sampler(_model(), null_text_tokens=NULL).draw(TEXT, rows))
-
-
-def _cache(prefix: Prefix, captions: list[int], num_positions: int) -> KVCache:
-    L, _, P, H, D = prefix.keys.shape
-    cache = KVCache(len(captions), num_positions, (L, P, H, D), dtype=torch.float32, device=torch.device("cpu"))
-    cache.seat({row: Caption(prefix, caption) for row, caption in enumerate(captions)})
-    return cache
-
-
-def test_cache_holds_a_caption_once_and_keeps_the_layout() -> None:
-    prefix = Sampler(_model()).prefill(TEXT)
-    assert prefix.keys.shape == (3, 3, 9, 2, 16)  # (L, G, P, H, D)
-    cache = _cache(prefix, [0] * 10 + [2], 5)
-    assert sum(len(group.rows) for group in cache._siblings) == 2
-    qkv = torch.randn(11, 3, 2, 16)
-    lengths = [4, 0, 3, 2, 1, 4, 4, 4, 4, 4, 1]
-    cache.begin_step(torch.tensor(lengths), max(lengths))
-    cache.append_and_attend(1, qkv)
-    for row, length in enumerate(lengths):
-        keys, values = cache.own(row)
-        assert torch.equal(keys[1, length], qkv[row, 1])
-        assert torch.equal(values[1, length], qkv[row, 2])
-        assert keys[1].count_nonzero() == 32
-
-
-@pytest.mark.parametrize("lengths", [[4] * 8, [1, 100, 64, 65, 63, 128, 3, 2]])
-def test_cached_attention_equals_plain_attention_in_any_row_order(lengths: list[int]) -> None:
-    prefix = Sampler(_model()).prefill(TEXT)
-    captions = [2, 0, 2, 1, 0, 2, 2, 2]
-    cache = _cache(prefix, captions, 130)
-    torch.manual_seed(0)
-    qkv = torch.randn(128, 8, 3, 2, 16)
-    for position in range(max(lengths)):
-        cache.begin_step(torch.full((8,), position), position)
-        cache.append_and_attend(2, qkv[position])
-    q = torch.randn(8, 2, 16)
-    last = torch.tensor(lengths) - 1  # what each row appends again, with a new query
-    cache.begin_step(last, max(lengths) - 1)
-    attended = cache.append_and_attend(2, torch.cat([q[:, None] * 16**-0.5, qkv[last, torch.arange(8), 1:]], dim=1))
-    own_k, own_v = qkv.transpose(0, 1)[:, :, 1:].unbind(2)  # (rows, positions, H, D)
-    for row, (caption, length) in enumerate(zip(captions, lengths, strict=True)):
-        k = torch.cat([prefix.keys[2, caption], own_k[row, :length]])[None]
-        v = torch.cat([prefix.values[2, caption], own_v[row, :length]])[None]
-        expected = reference.attention(q[row, None, None], k, v, causal=True)[0, 0]
-        torch.testing.assert_close(attended[row], expected, rtol=0, atol=1e-5)
+def test_without_padding_tokens_are_generated_too() -> None:
+    requests = _requests(5)
+    tokens = Sampler(random_model(), null_text_tokens=NULL, batch_invariant=False).generate(TEXT, requests)
+    assert torch.equal(tokens, Sampler(random_model(), null_text_tokens=NULL).generate(TEXT, requests))
 
 
 @pytest.mark.parametrize(
@@ -294,42 +220,42 @@ def test_cached_attention_equals_plain_attention_in_any_row_order(lengths: list[
     [("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)]
     + [("guidance_scale", -0.5), ("guidance_scale", float("inf"))],
 )
-def test_bad_options_are_named(field: str, value: float) -> None:
+def test_bad_parameters_are_named(field: str, value: float) -> None:
     with pytest.raises(InputError, match=field):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
 
 
 def test_bad_requests_are_named() -> None:
-    sampler = Sampler(_model())
+    sampler = Sampler(random_model())
     with pytest.raises(InputError, match="seed"):
         SequenceRequest(0, SamplingParams(seed=-1))
     with pytest.raises(InputError, match="candidate"):
         SequenceRequest(0, SamplingParams(seed=1), candidate=2**32)
     with pytest.raises(InputError, match="null_text_tokens"):
-        sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=2.0, seed=1))])
+        sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=2.0, seed=1))])
     with pytest.raises(InputError, match="text_tokens"):
         sampler.prefill(TEXT[:, :5])
     with pytest.raises(InputError, match="prefix_index"):
-        sampler.draw(TEXT, [SequenceRequest(3, SamplingParams(seed=1))])
-    with pytest.raises(InputError, match="at least one row"):
-        sampler.draw(TEXT, [])
+        sampler.generate(TEXT, [SequenceRequest(3, SamplingParams(seed=1))])
+    with pytest.raises(InputError, match="at least one sequence"):
+        sampler.generate(TEXT, [])
     for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
-        with pytest.raises(InputError, match="given"):
-            sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], given=given)
+        with pytest.raises(InputError, match="init_tokens"):
+            sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], init_tokens=given)
 
 
-def test_rows_that_come_and_go_draw_what_draw_draws() -> None:
-    sampler, rows = Sampler(_model(), null_text_tokens=NULL), _mixed_rows(6)
-    expected = sampler.draw(TEXT, rows)
-    with sampler.borrow_decoder(4) as decoder:  # two of the six rows are guided and want two slots: they take turns
-        prefix, waiting = sampler.prefill(TEXT), list(enumerate(rows))
-        joined: dict[int, int] = {}
-        drawn: dict[int, Tensor] = {}
-        while waiting or joined:
+def test_sequences_that_come_and_go_get_the_tokens_of_generate() -> None:
+    sampler, requests = Sampler(random_model(), null_text_tokens=NULL), _requests(6)
+    expected = sampler.generate(TEXT, requests)
+    with sampler.borrow_decoder(4) as decoder:  # two of the six are guided and need two slots
+        prefix, waiting = sampler.prefill(TEXT), list(enumerate(requests))
+        running: dict[int, int] = {}
+        tokens: dict[int, Tensor] = {}
+        while waiting or running:
             while waiting and decoder.num_free >= 1 + waiting[0][1].sampling_params.is_guided:
-                number, row = waiting.pop(0)
-                joined[decoder.join(prefix, row)] = number
+                number, request = waiting.pop(0)
+                running[decoder.add(prefix, request)] = number
             for slot in decoder.step():
-                drawn[joined.pop(slot)] = decoder.leave(slot)
-        tokens = torch.stack([drawn[number] for number in range(len(rows))])
+                tokens[running.pop(slot)] = decoder.remove(slot)
+        tokens = torch.stack([tokens[number] for number in range(len(requests))])
     assert torch.equal(tokens, expected)

@@ -1,18 +1,18 @@
-"""The table of rows: what the host sets is what the device reads, as the sampling kernels take it."""
+"""The sequence table: what the host sets is what the device reads, as the sampling kernels take it."""
 
 import torch
 
 from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.sampling_params import SamplingParams, SequenceRequest
 
-COLUMNS = ("seeds", "candidates", "positions", "top_k", "partner", "source", "captions", "filters")
+COLUMNS = ("seeds", "candidates", "positions", "top_k", "unconditional", "source", "prefixes", "filters")
 
 
 def _table(num_slots: int = 5) -> SequenceTable:
-    return SequenceTable(num_slots, parked=9, device=torch.device("cpu"))
+    return SequenceTable(num_slots, idle_position=9, vocab_size=64, device=torch.device("cpu"))
 
 
-def _row(table: SequenceTable, slot: int) -> dict[str, float]:
+def _columns_of(table: SequenceTable, slot: int) -> dict[str, float]:
     names = (*COLUMNS, "temperature", "top_p", "guidance")
     return {name: getattr(table, name)[slot].item() for name in names}
 
@@ -29,37 +29,40 @@ def test_columns_are_what_kernels_take() -> None:
         assert (column.data_ptr() - table.seeds.data_ptr()) % 16 == 0
 
 
-def test_a_seated_row_arrives_with_the_upload() -> None:
+def test_a_sequence_arrives_with_the_upload() -> None:
     table = _table()
-    parked = _row(table, 2)
+    idle = _columns_of(table, 2)
     options = SamplingParams(temperature=0.75, top_k=12, top_p=0.5, guidance_scale=3.0)
-    table.seat(
-        2, SequenceRequest(0, options.updated(seed=2**63 + 5), candidate=2**32 - 1), caption=4, partner=3, filters=True
+    table.set_sequence(
+        2,
+        SequenceRequest(0, options.updated(seed=2**63 + 5), candidate=2**32 - 1),
+        prefix_entry=4,
+        unconditional_slot=3,
     )
-    table.seat_partner(3, drawn=2, caption=1)
-    table.place(2, 6)
-    table.place(3, 6)
-    assert _row(table, 2) == parked
+    table.set_unconditional(3, source=2, prefix_entry=1)
+    table.set_position(2, 6)
+    table.set_position(3, 6)
+    assert _columns_of(table, 2) == idle
     table.upload()
-    assert _row(table, 2) == {
-        "seeds": 5 - 2**63, "candidates": 2**32 - 1, "positions": 6, "top_k": 12, "partner": 3, "source": 2,
-        "captions": 4, "filters": 1, "temperature": 0.75, "top_p": 0.5, "guidance": 3.0,
+    assert _columns_of(table, 2) == {
+        "seeds": 5 - 2**63, "candidates": 2**32 - 1, "positions": 6, "top_k": 12, "unconditional": 3, "source": 2,
+        "prefixes": 4, "filters": 1, "temperature": 0.75, "top_p": 0.5, "guidance": 3.0,
     }  # fmt: skip
-    assert _row(table, 3) == {
-        "seeds": 0, "candidates": 0, "positions": 6, "top_k": 0, "partner": 3, "source": 2, "captions": 1,
+    assert _columns_of(table, 3) == {
+        "seeds": 0, "candidates": 0, "positions": 6, "top_k": 0, "unconditional": 3, "source": 2, "prefixes": 1,
         "filters": 0, "temperature": 0.0, "top_p": 1.0, "guidance": 1.0,
     }  # fmt: skip
 
 
-def test_parked_slots_ask_for_nothing() -> None:
+def test_idle_slots_filter_and_guide_nothing() -> None:
     table = _table()
-    table.seat(1, SequenceRequest(0, SamplingParams(seed=3)), caption=2, partner=None, filters=False)
+    table.set_sequence(1, SequenceRequest(0, SamplingParams(seed=3)), prefix_entry=2, unconditional_slot=None)
     table.upload()
-    table.park(1)
+    table.set_idle(1)
     table.upload()
     for slot in range(5):
-        assert _row(table, slot) == {
-            "seeds": 0, "candidates": 0, "positions": 9, "top_k": 0, "partner": slot, "source": slot, "captions": 0,
+        assert _columns_of(table, slot) == {
+            "seeds": 0, "candidates": 0, "positions": 9, "top_k": 0, "unconditional": slot, "source": slot, "prefixes": 0,
             "filters": 0, "temperature": 0.0, "top_p": 1.0, "guidance": 1.0,
         }  # fmt: skip
 
@@ -67,6 +70,6 @@ def test_parked_slots_ask_for_nothing() -> None:
 def test_columns_keep_their_address() -> None:
     table = _table()
     addresses = [getattr(table, name).data_ptr() for name in COLUMNS]
-    table.seat(0, SequenceRequest(0, SamplingParams(seed=3)), caption=2, partner=None, filters=False)
+    table.set_sequence(0, SequenceRequest(0, SamplingParams(seed=3)), prefix_entry=2, unconditional_slot=None)
     table.upload()
     assert [getattr(table, name).data_ptr() for name in COLUMNS] == addresses

@@ -1,4 +1,4 @@
-"""Rows that join and leave at any step draw what they draw alone."""
+"""Continuous batching: sequences that come and go at any step get the tokens that they get alone."""
 
 import copy
 
@@ -14,6 +14,7 @@ from engine.decoding.slot_decoder import SlotDecoder
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
+from tests.engine.decoding.cases import NULL, TEXT, random_model
 
 CONFIG = TransformerConfig(
     dim=64,
@@ -27,8 +28,6 @@ CONFIG = TransformerConfig(
     image_grid_size=9,  # 81 tokens: more than one split of the cache
 )
 N = CONFIG.image_seq_len
-NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
-TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
 MIXED = [
     SamplingParams(),
     SamplingParams(guidance_scale=3.0),
@@ -36,28 +35,20 @@ MIXED = [
     SamplingParams(top_p=0.8, guidance_scale=0.5),
 ]
 
-_ROWS = 14
+_NUM_REQUESTS = 14
 
 
 @pytest.fixture(scope="module")
 def model() -> KoDalle:
-    torch.manual_seed(0)
-    model = KoDalle(CONFIG)
-    with torch.no_grad():  # a fresh model's tokens depend on hardly anything but their neighbour and the noise
-        for name, parameter in model.named_parameters():
-            if name.endswith("scale"):
-                parameter.fill_(1.0)
-            elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
-                parameter *= 3
-    return model
+    return random_model(CONFIG)
 
 
-def _row(number: int) -> SequenceRequest:
+def _request(number: int) -> SequenceRequest:
     return SequenceRequest(number % 3, MIXED[number % 4].updated(seed=number // 5), candidate=number % 5)
 
 
-def _given(number: int) -> Tensor | None:
-    """Every third row has some of its tokens given, anywhere."""
+def _init_tokens(number: int) -> Tensor | None:
+    """Every third sequence has some of its tokens given, anywhere."""
     if number % 3:
         return None
     generator = np.random.default_rng(number)
@@ -69,34 +60,34 @@ def _given(number: int) -> Tensor | None:
     ("dtype", "weights"),
     [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "plain"), (torch.float32, "int8")],
 )
-def test_rows_that_come_and_go_draw_what_they_draw_alone(
+def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     model: KoDalle, dtype: torch.dtype, weights: Weights | None
 ) -> None:
     model = copy.deepcopy(model).to(dtype)
     sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
     prefix = sampler.prefill(TEXT)
     generator = np.random.default_rng(7)
-    waiting, drawn, abandoned = list(range(_ROWS)), {}, 0
+    waiting, generated, abandoned = list(range(_NUM_REQUESTS)), dict[int, Tensor](), 0
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), 10, null_prefix=sampler.null_prefix())
         slots: dict[int, int] = {}
         while waiting or slots:
             while waiting and decoder.num_free >= 2 and generator.random() < 0.3:
                 number = waiting.pop(0)
-                slots[decoder.join(prefix, _row(number), given=_given(number))] = number
-            if slots and generator.random() < 0.02:  # somebody hangs up
+                slots[decoder.add(prefix, _request(number), init_tokens=_init_tokens(number))] = number
+            if slots and generator.random() < 0.02:  # a user hangs up
                 slot = int(generator.choice(list(slots)))
-                assert len(decoder.leave(slot)) <= N
+                assert len(decoder.remove(slot)) <= N
                 del slots[slot]
                 abandoned += 1
             for slot in decoder.step():
-                drawn[slots.pop(slot)] = decoder.leave(slot)
+                generated[slots.pop(slot)] = decoder.remove(slot)
         assert decoder.num_free == 10
     assert abandoned
-    assert len(drawn) + abandoned == _ROWS
-    for number, tokens in drawn.items():
-        given = _given(number)
-        alone = sampler.decode(prefix, [_row(number)], given=None if given is None else given[None])[0]
+    assert len(generated) + abandoned == _NUM_REQUESTS
+    for number, tokens in generated.items():
+        given = _init_tokens(number)
+        alone = sampler.decode(prefix, [_request(number)], init_tokens=None if given is None else given[None])[0]
         assert torch.equal(tokens, alone), number
         if given is not None:
             assert torch.equal(tokens[given >= 0], given[given >= 0])
@@ -107,12 +98,12 @@ def test_tokens_so_far_can_be_read(model: KoDalle) -> None:
     prefix = sampler.prefill(TEXT)
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), 2)
-        slot = decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=1)))
+        slot = decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=1)))
         for count in range(5):
             assert len(decoder.tokens(slot)) == count
             decoder.step()
-        so_far = decoder.leave(slot)
-    assert torch.equal(so_far, sampler.draw(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0, :5])
+        so_far = decoder.remove(slot)
+    assert torch.equal(so_far, sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))])[0, :5])
 
 
 def test_what_does_not_fit_is_refused(model: KoDalle) -> None:
@@ -122,12 +113,12 @@ def test_what_does_not_fit_is_refused(model: KoDalle) -> None:
     with evaluating(model):
         decoder = SlotDecoder(model, 1, null_prefix=sampler.null_prefix())
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, guided)
+            decoder.add(prefix, guided)
         assert decoder.step() == []
-        decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=1)))
+        decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=1)))
         with pytest.raises(InputError, match="slots"):
-            decoder.join(prefix, SequenceRequest(0, SamplingParams(seed=2)))
+            decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=2)))
         with pytest.raises(InputError, match="guidance_scale"):
-            SlotDecoder(model, 2).join(prefix, guided)
+            SlotDecoder(model, 2).add(prefix, guided)
         with pytest.raises(InputError, match="prefix_index"):
-            SlotDecoder(model, 2).join(prefix, SequenceRequest(3, SamplingParams(seed=1)))
+            SlotDecoder(model, 2).add(prefix, SequenceRequest(3, SamplingParams(seed=1)))

@@ -237,7 +237,7 @@ def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, 
     assert len({tuple(row) for row in drawn[:, regenerated].tolist()}) == 5
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
     rows = [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(5)]
-    assert torch.equal(Sampler(pipeline.transformer).draw(text, rows, given=tokens.expand(5, -1)), drawn)
+    assert torch.equal(Sampler(pipeline.transformer).generate(text, rows, init_tokens=tokens.expand(5, -1)), drawn)
 
 
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:

@@ -1,0 +1,26 @@
+"""What the tests of decoding share: a small model whose tokens depend on all that they should, and its captions."""
+
+import torch
+
+from engine.config import TransformerConfig
+from engine.models.transformer import KoDalle
+
+NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
+TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1], [0, 29, 28, 27, 26, 25, 24, 2]])
+CONFIG = TransformerConfig(
+    dim=32, num_layers=3, num_heads=2, head_dim=16, text_vocab_size=30, text_seq_len=8, text_position_rows=12,
+    image_vocab_size=64, image_grid_size=4,
+)  # fmt: skip
+
+
+def random_model(config: TransformerConfig = CONFIG) -> KoDalle:
+    """Fresh weights, enlarged: a fresh model's tokens depend on hardly anything but their neighbour and the noise."""
+    torch.manual_seed(0)
+    model = KoDalle(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(1.0)
+            elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
+                parameter *= 3
+    return model
