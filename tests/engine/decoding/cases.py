@@ -22,5 +22,5 @@ def random_model(config: TransformerConfig = CONFIG) -> KoDalle:
             if name.endswith("scale"):
                 parameter.fill_(1.0)
             elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
-                parameter *= 3
+                parameter.mul_(3)
     return model

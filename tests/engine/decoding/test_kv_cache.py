@@ -54,7 +54,8 @@ def test_a_position_has_the_same_bits_in_any_window(window: int, dtype: torch.dt
     """The same queries, keys and values through both caches, at different lengths, wrong guesses overwritten."""
     L, R, P, H, D, N = 2, 3, 9, 2, 16, 72
     torch.manual_seed(0)
-    prefix = Prefix(*torch.randn(2, L, 3, P, H, D, dtype=dtype), torch.zeros(3, H * D, dtype=dtype))
+    keys, values = torch.randn(2, L, 3, P, H, D, dtype=dtype)
+    prefix = Prefix(keys, values, torch.zeros(3, H * D, dtype=dtype))
     refs = {0: PrefixRef(prefix, 0), 1: PrefixRef(prefix, 2), 2: PrefixRef(prefix, 0)}
     single = KVCache(R, N, (L, P, H, D), dtype=dtype, device=CPU)
     windows = KVCache(R, N, (L, P, H, D), window=window, dtype=dtype, device=CPU)
