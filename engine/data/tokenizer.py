@@ -63,7 +63,7 @@ class CaptionTokenizer:
             InputError: with `strict`, a caption that does not fit, with the number of tokens that would be cut.
         """
         if not captions:  # transformers 5 takes no empty list
-            return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.long), [])
+            return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.int64, device="cpu"), [])
         lists = self._tokenizer(list(captions), add_special_tokens=True, truncation=False, padding=False)["input_ids"]
         rows, cut = [], []
         for caption, ids in zip(captions, lists, strict=True):
@@ -79,7 +79,7 @@ class CaptionTokenizer:
             kept = ids[: text_seq_len - 1] + ids[-1:] if excess else ids
             rows.append(kept + [self.pad_id] * (text_seq_len - len(kept)))
             cut.append(excess)
-        return EncodedCaptions(torch.tensor(rows, dtype=torch.long), cut)
+        return EncodedCaptions(torch.tensor(rows, dtype=torch.int64, device="cpu"), cut)
 
     def empty(self, text_seq_len: int) -> Tensor:
         """Tokens of the empty caption, (1, T): the unconditional side of guidance."""

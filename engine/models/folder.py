@@ -215,7 +215,8 @@ def read_part(folder: Path, name: PartName) -> Part:
 def load_part(folder: Path, name: PartName) -> Any:
     """The network itself (`Vqgan`, `KoDalle` or `KoClip`), in eval mode, float32, on the CPU."""
     part = read_part(folder, name)
-    module: nn.Module = _MODULES[name](part.config).float()  # built in torch's default dtype where it is not ours
+    with torch.device("cpu"):  # whatever torch's default device and dtype are
+        module: nn.Module = _MODULES[name](part.config).float()
     module.load_state_dict(part.weights, strict=True)
     return module.eval()
 

@@ -94,7 +94,7 @@ def continue_caption(
 
 def allowed_tokens(tokenizer: CaptionTokenizer) -> Tensor:
     """(V,) bool over the tokenizer's entries: words, pieces, and what ends a caption."""
-    allowed = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
+    allowed = torch.ones(tokenizer.vocab_size, dtype=torch.bool, device="cpu")
     allowed[sorted(tokenizer.special_ids - tokenizer.end_ids)] = False
     return allowed
 

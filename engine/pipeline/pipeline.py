@@ -18,6 +18,8 @@ G captions, n candidates each, B = G * n sequences, T text positions, N image to
 """
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -59,6 +61,7 @@ from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.sampling_params import RankBy, SamplingParams, check_captions
 
+_IMPORTED_IN = os.getpid()
 _AT_ONCE = 16  # images decoded and embedded together: bounds memory
 OnPosition = Callable[[int, int], None]
 """Called with (image tokens that every sequence has, N)."""
@@ -94,7 +97,7 @@ class Pipeline:
         self.attributes: Attributes = attributes or {}
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
-        self._int8, self._codec_backend = int8, codec_backend
+        self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
         null = tokenizer.empty(transformer.config.text_seq_len)[0]
         self.sampler = Sampler(
             transformer,
@@ -130,13 +133,14 @@ class Pipeline:
         Raises:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
         """
+        device = torch.device(device)
+        _survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
         transformer: KoDalle = load_part(folder, "transformer")
         vqgan: Vqgan = load_part(folder, "vqgan")
         koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
         _check_fit(transformer, vqgan, folder)
         card = folder / "model_card.md"
-        device = torch.device(device)
         dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
         transformer.to(device=device, dtype=dtype)
         codec_dtype = torch.float32 if device.type == "cpu" else dtype
@@ -172,6 +176,12 @@ class Pipeline:
             Path(folder), parts, card=self._card,
             tokenizer=self.tokenizer, generation=self._generation, attributes=self.attributes, dtype=dtype,
         )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Packed weights, graphs and sessions are rebuilt; what they are built from is pickled.
+        parts = (self.transformer, self.vqgan, self.koclip, self.tokenizer, self._card)
+        state = (self._generation, self.attributes, self._int8, self._speculative, self._codec_backend)
+        return _unpickled, (*parts, *state, self.model_id, self._folder)
 
     @property
     def device(self) -> torch.device:
@@ -411,9 +421,31 @@ class Pipeline:
             return torch.stack(rows).float().cpu()
 
 
-def _exact(device: torch.device) -> torch.autocast:
-    """Switches off an autocast that the caller may have entered."""
-    return torch.autocast(device.type, enabled=False)
+@contextlib.contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """The arithmetic of this pipeline inside: no autocast that the caller entered; in a forked process, one thread."""
+    _survive_fork(device)
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _survive_fork(device: torch.device) -> None:
+    """Makes torch usable in a process that was forked from one in which it has computed.
+
+    Its threads do not live on in the child, where the first parallel operation would wait for them for ever. A single
+    thread computes the same bits.
+
+    Raises:
+        InputError: CUDA, which a fork ends.
+    """
+    if os.getpid() == _IMPORTED_IN:
+        return
+    if device.type == "cuda":
+        remedy = "CUDA does not work in a forked process: start it with `spawn`, or load the pipeline in one of its own"
+        raise InputError("device", device, remedy)
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        print("note: one thread in this forked process; start it with `spawn` to compute with all", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -421,6 +453,42 @@ def _inference(device: torch.device) -> Iterator[None]:
     """No autograd and no autocast inside."""
     with torch.inference_mode(), _exact(device):
         yield
+
+
+def _unpickled(
+    transformer: KoDalle,
+    vqgan: Vqgan,
+    koclip: KoClip | None,
+    tokenizer: CaptionTokenizer,
+    card: str,
+    generation: GenerationConfig,
+    attributes: Attributes,
+    int8: bool,
+    speculative: bool,
+    codec_backend: CodecBackend,
+    model_id: str,
+    folder: Path | None,
+) -> Pipeline:
+    """Raises InputError: an ONNX codec whose model folder is gone."""
+    device, codec = transformer.head.weight.device, None
+    _survive_fork(device)
+    if codec_backend == "onnx" and folder is not None:
+        codec = open_codec(folder, vqgan, koclip, backend="onnx", device=device)
+    return Pipeline(
+        transformer,
+        vqgan,
+        koclip,
+        tokenizer,
+        card,
+        codec,
+        generation=generation,
+        attributes=attributes,
+        int8=int8,
+        speculative=speculative,
+        codec_backend=codec_backend,
+        model_id=model_id,
+        folder=folder,
+    )
 
 
 def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
