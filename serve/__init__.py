@@ -1,1 +1,1 @@
-"""The network edge: Ray Serve replicas behind an HTTP endpoint. Imports `engine`; nothing imports `serve`."""
+"""HTTP serving: API servers and workers, on Ray Serve or in one process. Imports `engine`; nothing imports `serve`."""

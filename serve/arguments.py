@@ -1,7 +1,6 @@
-"""Arguments of the Ray Serve application: what one server is (serve/settings.py), and how many processes share it.
+"""Arguments of the Ray Serve application: the settings of a server (serve/settings.py) and its numbers of processes.
 
-They stand under `args:` in configs/serve.yaml and configs/kuberay.yaml, and `python -m serve --config` reads the same
-file.
+They are the `args:` of configs/serve.yaml and configs/kuberay.yaml; `python -m serve --config` reads the same file.
 
 No torch, no ray.
 """
@@ -19,30 +18,34 @@ from serve.settings import ServeSettings
 class AppArguments(ServeSettings):
     """A server on Ray Serve."""
 
-    num_workers: int = Field(1, ge=1, description="processes that draw, each with its copy of the model")
-    max_workers: int = Field(0, ge=0, description="more are started under load, up to so many; 0: none")
-    target_share: float = Field(0.75, gt=0, le=1, description="of all slots that the autoscaler wants in use")
-    scale_up_after_s: float = Field(10.0, ge=0, description="of a load that wants more workers")
-    scale_down_after_s: float = Field(300.0, ge=0, description="of a load that wants fewer")
-    num_api_servers: int = Field(1, ge=1, description="processes that speak HTTP; one feeds several workers")
-    cpus_per_worker: float = Field(1.0, gt=0, description="cores that Ray counts for one, and threads it computes with")
+    num_workers: int = Field(1, ge=1, description="processes that generate, each with its own copy of the model")
+    max_workers: int = Field(0, ge=0, description="upper bound of autoscaling under load; 0: no autoscaling")
+    target_share: float = Field(0.75, gt=0, le=1, description="share of all slots that autoscaling keeps in use")
+    scale_up_after_s: float = Field(10.0, ge=0, description="seconds of load before workers are added")
+    scale_down_after_s: float = Field(300.0, ge=0, description="seconds of low load before workers are removed")
+    num_api_servers: int = Field(1, ge=1, description="HTTP processes; one serves several workers")
+    cpus_per_worker: float = Field(
+        1.0, gt=0, description="cores that Ray reserves for a worker, and its compute threads"
+    )
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="1/2: two share a card; null: one where the cluster has GPUs and device is not cpu"
+        None,
+        ge=0,
+        description="0.5: two workers share a GPU; null: one each if the cluster has GPUs and device is not cpu",
     )
 
     @model_validator(mode="after")
     def _range_of_workers(self) -> "AppArguments":
         if 0 < self.max_workers < self.num_workers:
-            raise ValueError("max_workers must be 0, or num_workers and more")
+            raise ValueError("max_workers must be 0, or at least num_workers")
         return self
 
     def settings(self) -> ServeSettings:
-        """Without what says how many: a change of that restarts nobody."""
+        """The settings without the numbers of processes, so that changing a number restarts no replica."""
         return ServeSettings(**{name: getattr(self, name) for name in ServeSettings.model_fields})
 
 
 def read_arguments(values: dict[str, Any], *, source: str) -> AppArguments:
-    """Raises InputError: an unknown field, or a value that does not fit, by name; `source` says where it was read."""
+    """Validated arguments; raises InputError naming an unknown field or a bad value, and `source`, where it was read."""
     try:
         return AppArguments.model_validate(values)
     except ValidationError as error:

@@ -1,13 +1,13 @@
-"""`python -m serve`: one command, one port, the page and the API.
+"""The `python -m serve` command: serves the page and the API on one port, and creates API keys.
 
     python -m serve [MODEL] [--host 127.0.0.1] [--port 8000] [--workers N] [--keys FILE] [--config FILE] [--without-ray]
     python -m serve key NAME --file keys.yaml
 
-Starts a Ray of its own, or with --without-ray one worker in this process; says where it listens and with what it draws
-once it does. SIGTERM and SIGINT: refuses what is new, finishes what is being drawn, exits with 0.
+Starts a private Ray, or with --without-ray one worker in this process. Once the server is ready, prints its address and
+its model. SIGTERM and SIGINT: refuses new requests, finishes the accepted ones, exits with 0.
 
-Exit codes: 0 stopped as told, 1 drawings were cut off or Ray died, 2 bad input: one line on stderr naming field, value
-and remedy.
+Exit codes: 0 stopped by a signal, 1 requests were cut off or Ray died, 2 bad input: one line on stderr naming field,
+value and remedy.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import typer
 from engine.commands.error_lines import run_app
 from engine.errors import InputError
 from engine.files import is_hub_name
-from serve.api.keys import KeyRing, Scope, add_key
+from serve.api.keys import KeyRing, KeyScope, add_key
 from serve.arguments import AppArguments, read_arguments, read_serve_config
 from serve.cluster.gate import MAX_BODY_VARIABLE
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
@@ -52,78 +52,86 @@ def start(
     model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: models/clothing")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default 8000")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes that draw; default 1")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes that generate; default 1")] = None,
     keys: Annotated[Path | None, typer.Option(help="API keys, see `python -m serve key --help`")] = None,
     config: Annotated[Path | None, typer.Option(help="a Ray Serve config, e.g. configs/serve.yaml")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly other")] = False,
-    no_page: Annotated[bool, typer.Option("--no-page", help="the API alone")] = False,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="write captions into the log")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly different images")
+    ] = False,
+    no_page: Annotated[bool, typer.Option("--no-page", help="serve the API only")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log captions")] = False,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one worker")] = False,
 ) -> None:
-    """Serves a model: the designers' page and an API in the manner of OpenAI's. `key NAME`: makes an API key."""
+    """Serves a model: the designers' page and an API compatible with OpenAI's. `key NAME` creates an API key."""
     values, http_options = ({}, {}) if config is None else read_serve_config(config)
-    given = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys), "device": device}
-    given |= {"int8": int8 or None, "log_prompts": log_prompts or None, "page": False if no_page else None}
-    values |= {name: value for name, value in given.items() if value is not None}
+    options = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys)}
+    options |= {"device": device, "int8": int8 or None, "log_prompts": log_prompts or None}
+    options |= {"page": False if no_page else None}
+    values |= {name: value for name, value in options.items() if value is not None}
     arguments = read_arguments(values, source="the command line" if config is None else str(config))
     host = host or str(http_options.get("host", "127.0.0.1"))
     port = int(http_options.get("port", 8000)) if port is None else port
     check_model(arguments.model)
     check_exposure(host, arguments.keys_file)
     if arguments.keys_file:
-        KeyRing(Path(arguments.keys_file))  # read again by whoever serves; here so that a fault is told at once
+        KeyRing(Path(arguments.keys_file))  # read again by the API servers; here so that an error is reported at once
     port = free_port(host, port)
-    how_long = "" if without_ray else ", starting Ray: half a minute or so"
-    print(f"loading {arguments.model}{how_long}", file=sys.stderr, flush=True)
+    note = "" if without_ray else ", starting Ray: about half a minute"
+    print(f"loading {arguments.model}{note}", file=sys.stderr, flush=True)
     run = _run_without_ray if without_ray else _run_with_ray
     raise typer.Exit(run(_absolute(arguments), host=host, port=port))
 
 
 @app.command("key")
 def key(
-    name: Annotated[str, typer.Argument(help="who it is for: a word that will stand in logs")],
-    file: Annotated[Path, typer.Option(help="keys file; made when missing")],
-    per_minute: Annotated[float | None, typer.Option(help="pictures it may draw a minute; default: no limit")] = None,
-    no_metrics: Annotated[bool, typer.Option("--no-metrics", help="it may draw and not read /metrics")] = False,
+    name: Annotated[str, typer.Argument(help="id of the key's holder, as it appears in logs")],
+    file: Annotated[Path, typer.Option(help="keys file; created when missing")],
+    per_minute: Annotated[
+        float | None, typer.Option(help="images a minute, candidates included; default: no limit")
+    ] = None,
+    no_metrics: Annotated[bool, typer.Option("--no-metrics", help="allow generation but not /metrics")] = False,
 ) -> None:
-    """Makes an API key, prints it once, and keeps its hash."""
-    scopes: tuple[Scope, ...] = ("draw",) if no_metrics else ("draw", "metrics")
+    """Creates an API key, prints it once, and stores its hash."""
+    scopes: tuple[KeyScope, ...] = ("generate",) if no_metrics else ("generate", "metrics")
     print(add_key(file, name, scopes=scopes, per_minute=per_minute), flush=True)
-    print(f"This is the only time it is shown: {file} keeps its hash.", file=sys.stderr)
+    print(f"The key is shown only this once: {file} stores its hash.", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------- before it starts
+# -------------------------------------------------------------------------------------------- checks before the start
 
 
 def check_model(model: str) -> None:
-    """Raises InputError where no model can be there; what is in the folder is checked by who loads it."""
+    """Raises InputError unless `model` is a model folder or a hub name; its contents are checked when it is loaded."""
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError("MODEL", model, "is no model folder: config.json is missing")
+            raise InputError("MODEL", model, "is not a model folder: config.json is missing")
     elif folder.exists() or not is_hub_name(model):
-        raise InputError("MODEL", model, "no such model folder: name one that training exported, or models/clothing")
+        raise InputError("MODEL", model, "no such model folder: give one that training exported, or models/clothing")
 
 
 def check_exposure(host: str, keys_file: str) -> None:
-    """Raises InputError: an address that others can reach, and no keys."""
+    """Raises InputError for an address that other machines can reach, without API keys."""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError as error:
-        raise InputError("--host", host, f"is no address of this machine ({error})") from error
+        raise InputError("--host", host, f"is not an address of this machine ({error})") from error
     if not keys_file and not all(ipaddress.ip_address(address).is_loopback for address in addresses):
-        remedy = "others can reach it: make a key with `python -m serve key NAME --file keys.yaml`, and give --keys"
+        remedy = (
+            "other machines can reach it: create a key with `python -m serve key NAME --file keys.yaml` and pass --keys"
+        )
         raise InputError("--host", host, remedy)
 
 
 def free_port(host: str, port: int) -> int:
-    """The port; for 0, one that is free.
+    """`port`, after checking that it is free; for 0, a free port.
 
-    Ray's proxy binds with SO_REUSEPORT: a second server would start without a word and get every other request.
+    Ray's proxy binds with SO_REUSEPORT, so a second server on the same port would start without an error and get every
+    other request.
 
     Raises:
-        InputError: somebody listens there, or it cannot be bound.
+        InputError: the port is in use or cannot be bound.
     """
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as probe:
@@ -132,12 +140,12 @@ def free_port(host: str, port: int) -> int:
             probe.bind(address)
             probe.listen(1)
         except OSError as error:
-            raise InputError("--port", port, f"cannot be used on {host} ({error.strerror}): give another") from error
+            raise InputError("--port", port, f"cannot be used on {host} ({error.strerror}): choose another") from error
         return int(probe.getsockname()[1])
 
 
 def _absolute(arguments: AppArguments) -> AppArguments:
-    """Replicas run in folders of Ray's own choice."""
+    """Arguments with absolute paths: replicas run in folders that Ray chooses."""
     paths = {"model": arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model).resolve())}
     if arguments.keys_file:
         paths["keys_file"] = str(Path(arguments.keys_file).resolve())
@@ -149,28 +157,28 @@ def _absolute(arguments: AppArguments) -> AppArguments:
 
 def _run_with_ray(arguments: AppArguments, *, host: str, port: int) -> int:
     os.umask(0o077)  # the session's logs and its token are this user's
-    private = Path(tempfile.mkdtemp(prefix="kodalle-"))  # and stays so: the folder that Ray is given it opens to all
+    private = Path(tempfile.mkdtemp(prefix="kodalle-"))  # and stays so: Ray opens its own temp_dir to all users
     _set_environment(arguments, private)
     from serve.local_ray import drain, end_local, is_alive, served_model, start_local
 
-    told = threading.Event()
+    stop_signal = threading.Event()
     try:
         try:
             start_local(_with_cores(arguments), host=host, port=port, temp_dir=str(private / "ray"))
         except RuntimeError as error:
-            raise _why_not_started(error) from error
+            raise _start_error(error) from error
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
-            signal.signal(number, lambda *_: told.set())
+            signal.signal(number, lambda *_: stop_signal.set())
         _wait_until_ready(host, port)
         _announce(served_model(), host=host, port=port, page=arguments.page, workers=arguments.num_workers)
-        return 0 if _wait_for(told, is_alive) and drain(within_s=arguments.drain_s) else 1
+        return 0 if _wait_for(stop_signal, is_alive) and drain(within_s=arguments.drain_s) else 1
     finally:
         end_local()
         _remove(private)
 
 
 def _remove(folder: Path) -> None:
-    """Processes that are ending may still write into it."""
+    """Deletes a folder; retries, because processes that are ending may still write into it."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
@@ -179,7 +187,10 @@ def _remove(folder: Path) -> None:
 
 
 def _set_environment(arguments: AppArguments, folder: Path) -> None:
-    """What must stand before ray is imported; what the user has set stays, but for the token and what it guards."""
+    """Sets Ray's environment variables before ray is imported.
+
+    Values that the user has set are kept, except for the token and the settings that it protects.
+    """
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     token = folder / "token"
@@ -194,7 +205,7 @@ def _set_environment(arguments: AppArguments, folder: Path) -> None:
 
 
 def _with_cores(arguments: AppArguments) -> AppArguments:
-    """All cores for the workers, where nobody said how many: Ray gives a process so many threads as it counts cores."""
+    """All cores divided among the workers, unless `cpus_per_worker` is given: Ray sets a process's threads to its cores."""
     if "cpus_per_worker" in arguments.model_fields_set:
         return arguments
     most_workers = max(arguments.num_workers, arguments.max_workers)
@@ -228,7 +239,7 @@ def _announce_when_ready(info: ModelInfo, host: str, port: int, page: bool) -> N
 
 
 def _wait_until_ready(host: str, port: int) -> None:
-    """Raises InputError: it does not answer, or not as ready."""
+    """Returns once GET /readyz is 200; raises InputError after `_READY_WITHIN_S`."""
     ends_at = time.monotonic() + _READY_WITHIN_S
     while time.monotonic() < ends_at:
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -245,8 +256,9 @@ def _announce(info: ModelInfo, *, host: str, port: int, page: bool, workers: int
     address = _own_address(host)
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     where = "CPU" if info.device == "cpu" else f"GPU {info.device}"
-    many = f", {workers} workers" if workers > 1 else ""
-    print(f"KoDALLE draws {info.model_id} ({info.num_parameters / 1e6:.1f} M, {info.image_size} px) on {where}{many}")
+    several = f", {workers} workers" if workers > 1 else ""
+    size = f"{info.num_parameters / 1e6:.1f} M, {info.image_size} px"
+    print(f"KoDALLE serves {info.model_id} ({size}) on {where}{several}")
     if page:
         print(f"page  {url}/")
     print(f"API   {url}/v1", flush=True)
@@ -254,28 +266,28 @@ def _announce(info: ModelInfo, *, host: str, port: int, page: bool, workers: int
 
 
 def _own_address(host: str) -> str:
-    """Where this machine reaches what listens at `host`."""
+    """An address at which this machine reaches a server that listens at `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _wait_for(told: threading.Event, is_alive: Callable[[], bool]) -> bool:
-    """Until a signal comes; False where Ray died before."""
+def _wait_for(stop_signal: threading.Event, is_alive: Callable[[], bool]) -> bool:
+    """Waits until the stop signal; False when Ray died before."""
     num_failed = 0
-    while not told.wait(_CHECK_EVERY_S):
+    while not stop_signal.wait(_CHECK_EVERY_S):
         num_failed = 0 if is_alive() else num_failed + 1
         if num_failed >= _CHECKS_FAILED:
-            print("error: Ray does not answer any more: start it again", file=sys.stderr)
+            print("error: Ray no longer answers: start the server again", file=sys.stderr)
             return False
     return True
 
 
-def _why_not_started(error: RuntimeError) -> Exception:
-    """A fault of the model, of which Ray tells the whole traceback, as the InputError that it was."""
+def _start_error(error: RuntimeError) -> Exception:
+    """The InputError inside the traceback that Ray reports for a replica that did not start; else `error` itself."""
     found = re.search(r"InputError: (.+?): (.+?): (.+)", str(error))
     return error if found is None else InputError(*(part.strip() for part in found.groups()))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`key` is the only word that cannot name a model: write ./key."""
+    """Runs the command line. `key` is a subcommand, so a model folder of that name is written ./key."""
     arguments = sys.argv[1:] if arguments is None else arguments
     run_app(app, arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="kodalle serve")

@@ -10,10 +10,10 @@ from serve.worker.worker import Worker
 
 
 class LocalPool:
-    """What the edge draws with (serve/pool.py); `close` ends the worker.
+    """`WorkerPool` (serve/pool.py) over one worker in this process; `close` stops the worker.
 
     Raises:
-        InputError: the settings name no model that can be drawn with.
+        InputError: the settings name no model that can be loaded.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -23,8 +23,8 @@ class LocalPool:
     async def model_info(self) -> ModelInfo:
         return self.worker.info
 
-    def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
-        return self.worker.draw(job)
+    def generate(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+        return self.worker.generate(job)
 
     async def metrics_text(self) -> str:
         return self.worker.metrics_text()

@@ -1,8 +1,8 @@
-"""A Ray of its own on one machine, for nobody else: what `python -m serve` starts, waits for and ends.
+"""A private Ray on one machine: started, watched and stopped by `python -m serve`.
 
-Every port that its processes open is on 127.0.0.1; the proxy alone listens where it is told to. Without a token that only
-this user can read they answer nothing, but for three that give Ray's own counters to Prometheus: any program on this
-machine may read those. No dashboard, no client server.
+Every port that its processes open is on 127.0.0.1; only the proxy listens at the requested address. All ports require a
+token that only this user can read, except three that export Ray's own counters to Prometheus: any program on this machine
+may read those. No dashboard, no client server.
 """
 
 import logging
@@ -12,20 +12,21 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.app import API_SERVER, APP_NAME, ASK_TIMEOUT_S, LOGGING, LOST, WORKER, brief, build
+from serve.app import API_SERVER, APP_NAME, LOGGING, WORKER, build
 from serve.arguments import AppArguments
+from serve.cluster.ray_pool import CALL_TIMEOUT_S, CONNECTION_ERRORS, one_line
 from serve.messages import ModelInfo
 
 _log = logging.getLogger(__name__)
 
 
 def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str) -> None:
-    """Starts a Ray that listens on loopback only, a proxy at `host:port`, and the application; returns when it runs.
+    """Starts Ray on loopback, a proxy at `host:port`, and the application; returns when it runs.
 
     The environment (serve/cluster/ray_environment.py) must have been set before this module was imported.
 
     Raises:
-        RuntimeError: the application did not start; the message holds the reason's traceback.
+        RuntimeError: the application did not start; the message holds the traceback of the cause.
     """
     ray.init(
         address="local",
@@ -33,7 +34,7 @@ def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str)
         namespace="serve",
         log_to_driver=True,
         logging_level=logging.WARNING,
-        object_store_memory=128 * 2**20,  # pictures do not pass it: they are gRPC messages
+        object_store_memory=128 * 2**20,  # images do not pass through it: they are gRPC messages
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
     )
@@ -44,37 +45,37 @@ def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str)
     try:
         ray_serve.run(build(arguments.model_dump()), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise RuntimeError(_why_not_running() or str(error)) from error
+        raise RuntimeError(_deployment_errors() or str(error)) from error
 
 
-def _why_not_running() -> str:
-    """What Ray Serve knows of deployments that are not healthy."""
+def _deployment_errors() -> str:
+    """Ray Serve's messages about deployments that are not healthy."""
     status = ray_serve.status().applications[APP_NAME]
     return "\n".join(one.message for one in status.deployments.values() if one.message)
 
 
 def drain(*, within_s: float) -> bool:
-    """Lets what is being drawn be finished and answered; what is new is refused.
+    """Refuses new requests and waits until the accepted ones are answered.
 
-    Ray Serve's own shutdown kills the proxy first, and every answer that it is passing on.
+    Ray Serve's own shutdown kills the proxy first, and with it every answer that is being sent.
 
     Returns:
-        False where something was still being drawn after `within_s` seconds.
+        False when some request was still open after `within_s` seconds.
     """
     try:
-        _handle(WORKER).broadcast("take_no_more").results(timeout_s=ASK_TIMEOUT_S)
-        _handle(API_SERVER).broadcast("finish").results(timeout_s=within_s)
+        _handle(WORKER).broadcast("start_draining").results(timeout_s=CALL_TIMEOUT_S)
+        _handle(API_SERVER).broadcast("wait_for_open_requests").results(timeout_s=within_s)
     except TimeoutError:
         return False
-    except LOST as error:
-        _log.warning("could not wait for the last drawings: %s", brief(error))
+    except CONNECTION_ERRORS as error:
+        _log.warning("could not wait for the open requests: %s", one_line(error))
         return False
-    time.sleep(0.2)  # for the proxy to pass on the last bytes
+    time.sleep(0.2)  # for the proxy to send the last bytes
     return True
 
 
 def end_local() -> None:
-    """Ends all that `start_local` started, at once."""
+    """Stops everything that `start_local` started, at once."""
     ray.shutdown()
 
 
@@ -82,7 +83,7 @@ def is_alive() -> bool:
     """Whether Ray and Serve's controller still answer."""
     try:
         return APP_NAME in ray_serve.status().applications
-    except LOST:
+    except CONNECTION_ERRORS:
         return False
 
 

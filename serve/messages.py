@@ -1,13 +1,13 @@
-"""What passes between the edge and a worker: one job in, events out until `Finished` or `Refused`.
+"""Messages between API server and worker: a job, and its events up to `Finished` or `Refused`.
 
-    edge (HTTP, limits, keys)  ── GenerationJob ──►  worker (slots, pictures, ranking)
-                               ◄── Queued, Progress, Partial …, Finished | Refused ──
+    API server (HTTP, limits, keys)  ── GenerationJob ──►  worker (slots, images, ranking)
+                                     ◄── Queued, Progress, Partial …, Finished | Refused ──
 
-Plain frozen values, so that they travel as they are: in one process, or pickled between Ray Serve replicas. Everything
-that decides the images (parameters, seed, init image) is fixed before a job is sent, so that a job whose worker died
-is sent again and gives the same bytes.
+Frozen dataclasses of plain values, passed within one process or pickled between Ray Serve replicas. Everything that
+determines the images (seed, sampling parameters, init image) is fixed before a job is sent, so a job whose worker died can
+be sent again and gives the same bytes.
 
-No torch, no ray. S pixels of the model's square pictures, g x g grid of tokens, N = g * g.
+No torch, no ray. S pixels of the model's square images, g x g grid of tokens, N = g * g.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from engine.pipeline.image_encoding import ImageFormat
 from engine.pipeline.init_image import InitImage
 from engine.sampling_params import RankBy, SamplingParams
 
-# Why a worker did not draw: the edge has a status and texts in two languages for each (serve/api/errors.py).
+# Reasons of `Refused`; serve/api/errors.py has a status and texts in two languages for each.
 RefusalReason = Literal["queue_full", "deadline", "draining", "invalid", "failed"]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the edge and the page must know of a model without loading it."""
+    """Description of a model, for API servers and the page, which do not load it."""
 
     model_id: str  # the folder's name, or owner/name
     created: int  # Unix seconds: when its weights were written
@@ -36,27 +36,29 @@ class ModelInfo:
     has_ranker: bool
     device: str  # "cpu", or the GPU's name
     tokenizer_json: str  # for `tokenizers.Tokenizer.from_str`: counts tokens without torch
-    default_sampling_params: SamplingParams = field(default_factory=SamplingParams)  # where a request says nothing
-    # What its captions told of, garment to attribute to values, commonest first; {}: not known.
+    default_sampling_params: SamplingParams = field(
+        default_factory=SamplingParams
+    )  # for parameters that a request omits
+    # Attributes in its training captions: garment -> attribute -> values, most frequent first; {}: not known.
     attributes: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request, checked: `num_candidates` images of a caption are generated, the best `num_images` returned."""
+    """A validated request: `num_candidates` images of a caption are generated, the best `num_images` returned."""
 
     request_id: str
-    key_id: str  # whose fair share of the slots it uses
+    key_id: str  # for fair queueing
     caption: str
     sampling_params: SamplingParams
-    deadline_s: float  # seconds that are left; clocks of two machines are not compared
+    deadline_s: float  # seconds left, because clocks of two machines are not comparable
     rank_by: RankBy = "koclip"
     init_image: InitImage | None = None  # at the model's size: `InitImage.resized`
     image_format: ImageFormat = "png"
     compression: int = 100  # 0-100: quality of webp and jpeg; 100 is lossless webp
     num_partials: int = 0  # previews of each of the first `num_images` candidates
     wants_progress: bool = False  # Queued and Progress events
-    wants_all: bool = False  # the pictures of the candidates that are not among the best, too
+    wants_all: bool = False  # also return the images of the candidates that are not among the best
 
     @property
     def seed(self) -> int:
@@ -73,7 +75,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class Queued:
-    """Sent at once when a job must wait, and whenever its place changes."""
+    """Queue position: sent at once when a job must wait, and whenever the position changes."""
 
     position: int  # 1: next
     wait_s: float | None  # estimate; None before the first measurement
@@ -81,26 +83,26 @@ class Queued:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the drawing is; at most about ten a second."""
+    """Number of tokens sampled; sent at most about ten times a second."""
 
-    tokens_generated: int  # of all its rows together
+    tokens_generated: int  # of all candidates together
     tokens_total: int
 
 
 @dataclass(frozen=True)
 class Partial:
-    """A candidate as far as it is drawn: its rows of tokens decoded, plain below."""
+    """A preview of a candidate: its rows of tokens so far, decoded, above a plain area."""
 
     candidate: int
     partial_index: int  # 0-based, of this candidate
     rows_generated: int
     rows_total: int
-    data: bytes  # encoded as the job asks
+    data: bytes  # encoded in the job's format
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished picture, encoded as the job asks, its making in its metadata."""
+    """A finished image in the job's format, with its generation parameters as metadata."""
 
     candidate: int
     seed: int
@@ -113,18 +115,18 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Finished:
-    """All candidates, best first; the first `num_images` have their pictures, the rest where `wants_all`."""
+    """All candidates, best first; the first `num_images` have image data, with `wants_all` the others too."""
 
     images: tuple[GeneratedImage, ...]
-    text_tokens: int  # read of the caption, [CLS] and [SEP] included
-    tokens_cut: int  # that did not fit the model and were left out
-    image_tokens: int  # drawn, all candidates together
+    text_tokens: int  # of the caption, [CLS] and [SEP] included
+    tokens_cut: int  # of the caption, beyond the model's text length
+    image_tokens: int  # sampled, all candidates together
     timings_s: dict[str, float] = field(default_factory=dict)  # queue, prefill, decode, vqgan, ranking, encoding, total
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The job ends without pictures."""
+    """The job ends without images."""
 
     reason: RefusalReason
     message: str = ""  # for `invalid`: field, value and remedy; for `failed`: one line, no caption in it

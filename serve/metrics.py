@@ -1,7 +1,7 @@
-"""Figures for Prometheus: what an edge counts, what a worker counts, and how the texts of many become one.
+"""Prometheus metrics of API servers and workers, and the merging of several processes' expositions into one.
 
-Each process has a registry of its own, never the library's global one: several workers and edges live in one process in
-tests and on small machines. Replicas are told apart by a `replica` label, which `merge_expositions` adds.
+Each object has a registry of its own, never the library's global one, because several workers and API servers live in one
+process in tests and on small machines. A `replica` label, added by `merge_expositions`, distinguishes the processes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,41 +13,41 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PHASES = ("queue", "prefill", "decode", "vqgan", "ranking", "encoding", "total")
-# From a cached 48-pixel picture on a GPU (10 ms) to a full queue on two cores (two minutes).
+# From a cached 48-pixel image on a GPU (10 ms) to a full queue on two cores (two minutes).
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _PHASE_SECONDS = (0.001, 0.0025, 0.005, *_SECONDS)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class ApiMetrics:
-    """What one HTTP edge counts."""
+    """Metrics of one API server."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("kodalle_requests", "Requests answered.", ["route", "status"], registry=self.registry)
         self.request_seconds = Histogram(
             "kodalle_request_seconds",
-            "From a request's arrival to its last byte.",
+            "Seconds from a request's arrival to its last byte.",
             ["route"],
             buckets=_SECONDS,
             registry=self.registry,
         )
         self.phase_seconds = Histogram(
             "kodalle_request_phase_seconds",
-            "Seconds of answered drawings, by phase.",
+            "Seconds of answered generations, by phase.",
             ["phase"],
             buckets=_PHASE_SECONDS,
             registry=self.registry,
         )
-        self.images = Counter("kodalle_images", "Pictures returned.", registry=self.registry)
+        self.images = Counter("kodalle_images", "Images returned.", registry=self.registry)
         self.rejected = Counter(
             "kodalle_rejected", "Requests answered with an error, by its code.", ["reason"], registry=self.registry
         )
         self.cancelled = Counter("kodalle_cancelled", "Requests whose client hung up.", registry=self.registry)
         self.in_flight = Gauge("kodalle_requests_in_flight", "Requests being answered.", registry=self.registry)
 
-    def count_drawing(self, num_images: int, timings_s: Mapping[str, float]) -> None:
-        """An answered drawing."""
+    def count_generation(self, num_images: int, timings_s: Mapping[str, float]) -> None:
+        """Counts an answered generation."""
         self.images.inc(num_images)
         _observe_phases(self.phase_seconds, timings_s)
 
@@ -56,57 +56,59 @@ class ApiMetrics:
 
 
 class WorkerMetrics:
-    """What one worker counts; called from its threads."""
+    """Metrics of one worker; called from its threads."""
 
     def __init__(self, *, num_slots: int) -> None:
         self.registry = registry = CollectorRegistry()
-        slots = Gauge("kodalle_slots", "Rows that fit into a step.", registry=registry)
+        slots = Gauge("kodalle_slots", "Sequences that fit into a step.", registry=registry)
         slots.set(num_slots)
-        self._slots_in_use = Gauge("kodalle_slots_in_use", "Rows being drawn.", registry=registry)
-        self._queued_sequences = Gauge("kodalle_queued_sequences", "Rows that wait for a slot.", registry=registry)
+        self._slots_in_use = Gauge("kodalle_slots_in_use", "Slots taken by sequences in flight.", registry=registry)
+        self._queued_sequences = Gauge("kodalle_queued_sequences", "Sequences that wait for a slot.", registry=registry)
         self._queued_requests = Gauge(
-            "kodalle_queued_requests", "Requests with no row in a slot yet.", registry=registry
+            "kodalle_queued_requests", "Requests with no sequence in a slot yet.", registry=registry
         )
         self._tokens = Counter(
-            "kodalle_tokens", "Image tokens drawn, counted when their picture is whole or given up.", registry=registry
+            "kodalle_tokens",
+            "Image tokens sampled, counted when a sequence is finished or cancelled.",
+            registry=registry,
         )
         self._steps = Counter("kodalle_steps", "Steps of the decoder.", registry=registry)
         self._step_seconds = Histogram(
-            "kodalle_step_seconds", "Seconds of a step.", buckets=_STEP_SECONDS, registry=registry
+            "kodalle_step_seconds", "Seconds per step.", buckets=_STEP_SECONDS, registry=registry
         )
-        self._drawn = Counter("kodalle_images_generated", "Pictures drawn, all candidates.", registry=registry)
-        self._cancelled = Counter("kodalle_worker_cancelled", "Drawings given up by their client.", registry=registry)
+        self._images = Counter("kodalle_images_generated", "Images generated, all candidates.", registry=registry)
+        self._cancelled = Counter("kodalle_worker_cancelled", "Jobs cancelled by their client.", registry=registry)
         self._rejected = Counter("kodalle_worker_rejected", "Jobs refused, by reason.", ["reason"], registry=registry)
         self._phase_seconds = Histogram(
             "kodalle_worker_phase_seconds",
-            "Seconds of finished drawings, by phase.",
+            "Seconds of finished jobs, by phase.",
             ["phase"],
             buckets=_PHASE_SECONDS,
             registry=registry,
         )
 
-    def occupied(self, *, slots_in_use: int, queued_sequences: int, queued_requests: int) -> None:
+    def set_occupancy(self, *, slots_in_use: int, queued_sequences: int, queued_requests: int) -> None:
         self._slots_in_use.set(slots_in_use)
         self._queued_sequences.set(queued_sequences)
         self._queued_requests.set(queued_requests)
 
-    def stepped(self, *, seconds: float) -> None:
-        """A step of all rows in flight."""
+    def observe_step(self, *, seconds: float) -> None:
+        """Counts a step of all sequences in flight."""
         self._steps.inc()
         self._step_seconds.observe(seconds)
 
-    def drew(self, *, tokens: int) -> None:
-        """A row that ended: a step may draw several tokens of a row, so they are not counted by steps."""
+    def count_tokens(self, tokens: int) -> None:
+        """Counts a sequence's tokens when it ends: a step may sample several tokens of a sequence."""
         self._tokens.inc(tokens)
 
-    def finished(self, *, images: int, timings_s: Mapping[str, float]) -> None:
-        self._drawn.inc(images)
+    def observe_finished(self, *, images: int, timings_s: Mapping[str, float]) -> None:
+        self._images.inc(images)
         _observe_phases(self._phase_seconds, timings_s)
 
-    def cancelled(self) -> None:
+    def count_cancelled(self) -> None:
         self._cancelled.inc()
 
-    def rejected(self, reason: str) -> None:
+    def count_rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
 
     def text(self) -> str:
@@ -114,7 +116,7 @@ class WorkerMetrics:
 
 
 def _observe_phases(histogram: Histogram, timings_s: Mapping[str, float]) -> None:
-    for phase in PHASES:  # and no other: labels stay few
+    for phase in PHASES:  # and no others, which bounds the number of labels
         if phase in timings_s:
             histogram.labels(phase).observe(timings_s[phase])
 
@@ -128,16 +130,15 @@ class _Merged(Collector):
 
 
 def merge_expositions(texts: Mapping[str, str]) -> str:
-    """The texts of several processes as one: each family once, each sample with the label `replica`.
+    """The Prometheus texts of several processes as one: each family once, each sample with the label `replica`.
 
-    A sample that has that label keeps it, so that merged texts can be merged again. The times at which counters were
-    created are left out.
+    A sample that has the label keeps it, so merged texts can be merged again. Creation times of counters are left out.
 
     Args:
         texts: the text of each process by its replica's name.
 
     Raises:
-        ValueError: a text is no Prometheus text, or a family is of another type in another process.
+        ValueError: a text that is not Prometheus text, or a family that has different types in two processes.
     """
     families: dict[str, Metric] = {}
     for replica, text in texts.items():

@@ -1,7 +1,7 @@
-"""What the edge asks of the workers, wherever they run: in this process, or as Ray Serve replicas.
+"""`WorkerPool`: the interface between the HTTP application and the workers, in this process or as Ray Serve replicas.
 
-One protocol, so that the same HTTP application is tested against a worker in its own process, serves from one without
-Ray, and serves a cluster. No torch, no ray.
+The same application runs against a scripted pool in tests, a worker in its own process (serve/local_pool.py) and a cluster
+(serve/cluster/ray_pool.py). No torch, no ray.
 """
 
 from collections.abc import AsyncIterator
@@ -11,32 +11,32 @@ from serve.messages import GenerationEvent, GenerationJob, ModelInfo
 
 
 class WorkerPool(Protocol):
-    """All workers of one model, as the edge sees them. Every method may be called at the same time by many requests."""
+    """All workers of one model, as an API server sees them. Many requests may call every method at the same time."""
 
     async def model_info(self) -> ModelInfo:
-        """The model that is served. Asked for by each request, so it must be cheap: the pool keeps it."""
+        """The served model. Every request calls this, so implementations cache it."""
         ...
 
-    def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+    def generate(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         """The job's events; the last is `Finished` or `Refused`.
 
         An asynchronous generator: closing it (`aclose`), or cancelling the task that waits for its next event, cancels
-        the drawing and frees its slots.
+        the job and frees its slots.
         """
         ...
 
     async def metrics_text(self) -> str:
-        """Prometheus text of all workers and of the other edges, each sample with a `replica` label."""
+        """Prometheus text of all workers and of the other API servers, each sample with a `replica` label."""
         ...
 
     async def take(self, key_id: str, per_minute: float, cost: float) -> float:
-        """Counts `cost` against a key's rate, across all edges.
+        """Takes `cost` from a key's rate limit, which all API servers share.
 
         Returns:
-            0.0 when it was taken; else the seconds after which it could be, with nothing taken.
+            0.0 when it was taken; otherwise nothing was taken, and a retry can succeed after so many seconds.
         """
         ...
 
     async def ready(self) -> bool:
-        """True when a worker is up and takes jobs."""
+        """Whether a worker is up and accepts jobs."""
         ...

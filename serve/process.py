@@ -1,4 +1,4 @@
-"""What one process of a server is called, and where it writes its log.
+"""Process-wide settings of a server's processes: their names in metrics, logging, thread priorities.
 
 No torch, no ray.
 """
@@ -9,19 +9,19 @@ import socket
 import sys
 import threading
 
-_DRAWING_NICE = 10  # what nice(1) adds
+_COMPUTE_NICENESS = 10  # the default increment of nice(1)
 
 
 def process_name(kind: str) -> str:
-    """The `replica` label of a process's figures; its last part is the process id."""
+    """The `replica` label of a process's metrics; its last part is the process id."""
     return f"{kind}-{socket.gethostname()}-{os.getpid()}"
 
 
 def log_to_stderr() -> None:
-    """One line a request (serve/api/middleware.py), and warnings of everything else.
+    """Logs the package `serve` to standard error: one line per request (serve/api/middleware.py), and warnings.
 
     In a Ray replica, standard error is a file of Ray's session, which Ray prints where the server was started. Ray Serve
-    puts a logger of its own in the place of `sys.stderr`, whose level hides everything: the real one is written to.
+    replaces `sys.stderr` by a logger whose level hides everything, so the original stream is used.
     """
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -31,12 +31,12 @@ def log_to_stderr() -> None:
     logger.propagate = False
 
 
-def step_behind() -> None:
-    """Lets every other thread of the machine go before the calling one, and before those that it will start.
+def lower_thread_priority() -> None:
+    """Lowers the scheduling priority of the calling thread and of the threads that it will start.
 
-    For threads that compute on the CPU for seconds: what they share the cores with (event loops, Ray's proxy and edge)
-    has microseconds to do, and somebody waits for it. On Linux a thread has a nice value of its own, and the OpenMP
-    threads of its first parallel product inherit it; elsewhere nothing happens.
+    For threads that compute on the CPU for seconds: event loops, Ray's proxy and API servers share the cores with them,
+    need microseconds, and have clients waiting. On Linux a thread has a nice value of its own, and the OpenMP threads of
+    its first parallel operation inherit it; on other systems nothing happens.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DRAWING_NICE)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPUTE_NICENESS)

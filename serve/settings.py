@@ -1,7 +1,7 @@
-"""Every knob of serving, once: what a server draws with, how much it takes on, and what it refuses.
+"""Settings of a server: model, slots, queue, deadlines, keys, and limits on requests.
 
 Strict like the training configs (engine/config.py): an unknown key or a wrong type is one line naming the field. The same
-fields are arguments of the Ray Serve application (`args:` in configs/serve.yaml) and of `python -m serve`.
+fields are arguments of the Ray Serve application (`args:` in configs/serve.yaml).
 
 No torch, no ray.
 """
@@ -18,45 +18,49 @@ MIB = 2**20
 
 
 class Limits(Section):
-    """What a request may ask for and cost before anything is drawn. No client header changes any of them."""
+    """Limits on a request, checked before anything is generated. No client header changes any of them."""
 
     max_json_bytes: int = Field(1 * MIB, gt=0)
     max_edit_bytes: int = Field(10 * MIB, gt=0, description="the whole multipart body")
-    max_pixels: int = Field(16_000_000, gt=0, description="of an uploaded picture, read from its header")
+    max_pixels: int = Field(16_000_000, gt=0, description="of an uploaded image, read from its header")
     max_prompt_characters: int = Field(1000, gt=0)
     max_images: int = Field(10, gt=0, le=FIELDS["top"].greatest, description="n")
     max_candidates: int = Field(64, gt=0, le=FIELDS["candidates"].greatest, description="generated for one request")
-    max_partials: int = Field(16, ge=0, description="previews a candidate; OpenAI's API knows 0 to 3")
+    max_partials: int = Field(16, ge=0, description="previews of a candidate; OpenAI's API allows 0 to 3")
     body_timeout_s: float = Field(30.0, gt=0, description="for a whole body to arrive")
 
 
 class ServeSettings(Section):
     """One server: a model, its slots, its queue, its keys."""
 
-    # `models/clothing` would be a name on the hub, too: somebody else's
+    # `models/clothing` without `./` would be a valid repository name on the hub
     model: str = Field("./models/clothing", description="model folder, or owner/name on the hub")
     model_id: str = Field(
         "", description="its name in the API; empty: the folder's, or its parent's if that is `model`"
     )
     device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda where there is one")
-    int8: bool = Field(False, description="8-bit arithmetic on a CPU: faster, slightly other pictures")
-    num_slots: int = Field(0, ge=0, description="rows in flight in a worker; 0: 32 on a CPU, 256 on a GPU")
+    int8: bool = Field(False, description="8-bit arithmetic on a CPU: faster, slightly different images")
+    num_slots: int = Field(0, ge=0, description="sequences in flight in a worker; 0: 32 on a CPU, 256 on a GPU")
     max_queued_sequences: int = Field(
         256,
         ge=0,
-        description="waiting in a worker, besides the slots; more is 429, unless the key holds less than its equal part",
+        description="sequences waiting in a worker beyond its slots; more is 429, unless the key has less than its share",
     )
-    deadline_s: float = Field(120.0, gt=0, description="from arrival to the last byte; what cannot be met is 429")
-    drain_s: float = Field(60.0, gt=0, description="how long a stopping worker may finish what it took on")
-    default_candidates: int = Field(16, gt=0, description="drawn and ranked when a request names no number")
-    keys_file: str = Field("", description="API keys (serve/api/keys.py); empty: none, and only loopback is answered")
-    log_prompts: bool = Field(False, description="write captions into the log")
+    deadline_s: float = Field(
+        120.0, gt=0, description="from arrival to the last byte; a request that cannot meet it is 429"
+    )
+    drain_s: float = Field(60.0, gt=0, description="how long a stopping worker may finish accepted requests")
+    default_candidates: int = Field(16, gt=0, description="generated and ranked when a request gives no number")
+    keys_file: str = Field(
+        "", description="API keys (serve/api/keys.py); empty: no keys, and only loopback clients are served"
+    )
+    log_prompts: bool = Field(False, description="log captions")
     page: bool = Field(True, description="serve the designers' page")
     limits: Limits = Limits()
 
 
 def read_settings(values: dict[str, Any], *, source: str) -> ServeSettings:
-    """Raises InputError: an unknown field, or a value that does not fit, by name; `source` says where it was read."""
+    """Validated settings; raises InputError naming an unknown field or a bad value, and `source`, where it was read."""
     try:
         return ServeSettings.model_validate(values)
     except ValidationError as error:

@@ -1,6 +1,5 @@
-"""An HTTP edge under the real listener on a free port, raw requests to it, and a pool whose worker follows a script."""
+"""An API server under the real listener on a free port, raw requests to it, and a scripted pool."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -22,7 +21,7 @@ Script = Callable[[GenerationJob], AsyncIterator[GenerationEvent]]
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[int]:
-    """Runs `app` in a thread of its own; gives the port on 127.0.0.1."""
+    """Runs `app` in a thread of its own; yields its port on 127.0.0.1."""
     server = listener(app, host="127.0.0.1", port=0, drain_s=5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
@@ -37,7 +36,7 @@ def serving(app: FastAPI) -> Iterator[int]:
 
 @dataclass
 class Reply:
-    """What came back on a raw connection; status 0: nothing."""
+    """The reply on a raw connection; status 0: none."""
 
     status: int
     headers: dict[str, str]
@@ -48,7 +47,7 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, its shape checked."""
+        """The error object, after a check of its fields."""
         error = self.json()["error"]
         assert error.keys() == {"message", "message_ko", "type", "param", "code"}
         assert all(isinstance(error[name], str) and error[name] for name in ("message", "message_ko", "type", "code"))
@@ -58,7 +57,7 @@ class Reply:
 def request_bytes(
     method: str, path: str, *, body: bytes = b"", port: int = 80, headers: dict[str, str] | None = None
 ) -> bytes:
-    """A whole HTTP/1.1 request; a header with an empty value is left out."""
+    """A complete HTTP/1.1 request; headers with an empty value are left out."""
     fields = {"host": f"127.0.0.1:{port}", "connection": "close"}
     if body or method == "POST":
         fields |= {"content-type": "application/json", "content-length": str(len(body))}
@@ -112,11 +111,11 @@ def post_json(port: int, path: str, value: Any, **headers: str) -> Reply:
     return ask(port, "POST", path, json_body=value, headers=named)
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Waits for it. The minute ends a test that fails; no test passes or fails by a machine's speed."""
-    ends = time.monotonic() + 60
+def wait_until(holds: Callable[[], bool], *, within_s: float = 60.0) -> None:
+    """Polls a condition; the bound only ends a test that fails."""
+    ends_at = time.monotonic() + within_s
     while not holds():
-        assert time.monotonic() < ends
+        assert time.monotonic() < ends_at, f"not within {within_s:g} s"
         time.sleep(0.005)
 
 
@@ -155,8 +154,8 @@ def made(job: GenerationJob, candidate: int) -> dict[str, Any]:
     return provenance(_MODEL, job.caption, job.sampling_params, candidate, rank_by=job.rank_by, init_image=None)
 
 
-def finished(job: GenerationJob, *, data: bytes = b"a picture") -> Finished:
-    """An answer as a worker would give it, without a worker."""
+def finished(job: GenerationJob, *, data: bytes = b"an image") -> Finished:
+    """A worker's result, without a worker."""
     images = tuple(
         GeneratedImage(
             number,
@@ -178,7 +177,7 @@ async def at_once(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
 
 @dataclass
 class ScriptedPool:
-    """Plays `script` for each job, and keeps count of what becomes of it: for faults that no real worker shows."""
+    """A `WorkerPool` that plays `script` for each job and counts open jobs: for faults that no real worker shows."""
 
     script: Script = at_once
     info: ModelInfo = INFO
@@ -186,21 +185,19 @@ class ScriptedPool:
     is_ready: bool = True
     jobs: list[GenerationJob] = field(default_factory=list)
     taken: list[tuple[str, float, float]] = field(default_factory=list)
-    generation: int = 0
-    ended_at: list[float] = field(default_factory=list)
+    num_open: int = 0
 
     async def model_info(self) -> ModelInfo:
         return replace(self.info)
 
-    async def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+    async def generate(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         self.jobs.append(job)
-        self.generation += 1
+        self.num_open += 1
         try:
             async for event in self.script(job):
                 yield event
         finally:
-            self.generation -= 1
-            self.ended_at.append(asyncio.get_running_loop().time())
+            self.num_open -= 1
 
     async def metrics_text(self) -> str:
         return '# TYPE kodalle_slots gauge\nkodalle_slots{replica="worker-1"} 4.0\n'

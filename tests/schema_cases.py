@@ -1,4 +1,4 @@
-"""Requests generated from the server's own OpenAPI document, valid and not, and every reply held against it."""
+"""Requests generated from the server's own OpenAPI document, valid and invalid, with every reply validated against it."""
 
 import io
 from collections import Counter
@@ -17,8 +17,8 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.core.result import Ok
 
-# A schema cannot say that one field goes with another: valid data may be refused for these, with `invalid_value`.
-_GO_TOGETHER = {
+# A schema cannot express that one field requires another: valid data may be rejected for these, with `invalid_value`.
+_DEPENDENT_FIELDS = {
     "n", "candidates", "num_candidates", "guidance_scale", "output_compression", "partial_images", "progress", "rank_by",
     "keep_rows", "mask",
 }  # fmt: skip
@@ -26,7 +26,7 @@ _GO_TOGETHER = {
 
 @dataclass
 class Outcome:
-    """What the cases met."""
+    """Counts of the cases and their replies."""
 
     sent: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -37,22 +37,22 @@ def send_cases(url: str, *, per_operation: int, seed: int) -> Outcome:
     """Sends up to `per_operation` valid and, but for forms, as many invalid cases to each operation at `url`.
 
     Raises:
-        AssertionError, or schemathesis' group of failures, with the smallest case found: a status of 500 and above, a
-        status, type or body that the document does not promise, invalid JSON accepted, valid data refused.
+        AssertionError, or schemathesis' group of failures, with the smallest case found: a status of 500 and above, an
+        undocumented status, type or body, invalid JSON accepted, valid data rejected.
     """
-    _register_pictures()
+    _register_images()
     outcome = Outcome()
     document = schemathesis.openapi.from_url(f"{url}/openapi.json")
     for found in document.get_all_operations():
-        assert isinstance(found, Ok), f"the document describes an operation badly: {found.err()}"
+        assert isinstance(found, Ok), f"invalid operation in the document: {found.err()}"
         operation = found.ok()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             if (
                 mode is GenerationMode.NEGATIVE
                 and "multipart/form-data" in operation.get_request_payload_content_types()
             ):
-                continue  # schemathesis cannot hold files against a negated schema: see tests/byte_mutants.py
-            with suppress(Unsatisfiable):  # nothing invalid can be sent to an operation without fields
+                continue  # schemathesis cannot validate files against a negated schema: see tests/byte_mutants.py
+            with suppress(Unsatisfiable):  # an operation without fields has no invalid cases
                 cases = operation.as_strategy(generation_mode=mode)
                 _sender(cases, mode, outcome, count=per_operation, seed=seed)()
     return outcome
@@ -73,19 +73,19 @@ def _sender(
         if mode is GenerationMode.POSITIVE and response.status_code == 400:
             error = response.json()["error"]
             assert error["code"] == "invalid_value", (case.as_curl_command(), error)
-            assert error["param"] in _GO_TOGETHER, (case.as_curl_command(), error)
+            assert error["param"] in _DEPENDENT_FIELDS, (case.as_curl_command(), error)
 
     return send
 
 
 @lru_cache(maxsize=1)
-def _register_pictures() -> None:
-    """Files of a form are pictures of one size, so that masks fit as often as not."""
+def _register_images() -> None:
+    """Generates files of forms as images of one size, so that masks often match."""
     generator = st.tuples(st.sampled_from(["RGB", "RGBA", "L"]), st.sampled_from(["PNG", "WEBP"]), st.integers(0, 20))
-    schemathesis.openapi.format("binary", generator.map(lambda drawn: _picture(*drawn)))
+    schemathesis.openapi.format("binary", generator.map(lambda values: _image(*values)))
 
 
-def _picture(mode: str, form: str, grey: int) -> bytes:
+def _image(mode: str, form: str, grey: int) -> bytes:
     image = Image.new(mode, (32, 32), "black" if mode == "L" else (grey, grey, grey))
     image.paste("white" if mode != "RGBA" else (0, 0, 0, 0), (0, 0, grey, grey))
     file = io.BytesIO()

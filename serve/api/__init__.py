@@ -1,1 +1,1 @@
-"""HTTP: what is asked, what is answered, who may ask, and how much. No torch, no ray."""
+"""The HTTP API: routes, schemas, keys, rate limits, errors, streaming. No torch, no ray."""

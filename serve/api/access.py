@@ -1,14 +1,14 @@
-"""Who is answered: holders of a key; or, on a server without keys, programs on the same machine and nobody else.
+"""Access control: requests with an API key, or, on a server without keys, requests from the same machine only.
 
-Without keys three things are checked, because "it listens on loopback" is not enough:
+Without keys three things are checked, because listening on loopback alone is not enough:
 
-    the connection's own end is a loopback address    a server that listens elsewhere by mistake answers nobody
-    the Host header names loopback                    a web page whose name was rebound to 127.0.0.1 sends its own name
-    an Origin header equals the Host                  another website's page may post forms to any address it likes
+    the local end of the connection is loopback    a server that listens elsewhere by mistake rejects every request
+    the Host header names loopback                 a web page whose name was rebound to 127.0.0.1 sends its own name
+    an Origin header equals the Host               another website's page can post forms to any address
 
-With keys none of them matters: a browser adds no key to another page's requests by itself.
+With keys none of them is needed: a browser does not add a key to another page's requests.
 
-Always open: /healthz, /readyz and the page's files. Everything else, unknown addresses included, needs the key.
+Always open: /healthz, /readyz and the page's files. All other paths, unknown ones included, need access.
 """
 
 import ipaddress
@@ -20,33 +20,32 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from serve.api.errors import Failure
-from serve.api.keys import ApiKey, KeyRing, MalformedAuthorization, parse_authorization
-from serve.api.keys import Scope as KeyScope
+from serve.api.keys import ApiKey, KeyRing, KeyScope, MalformedAuthorization, parse_authorization
 
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.ico"})
 _OPEN_FOLDER = "/page/"
-_SCOPE_OF: dict[str, KeyScope] = {"/metrics": "metrics"}  # everything else: draw
+_SCOPE_OF: dict[str, KeyScope] = {"/metrics": "metrics"}  # everything else: generate
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whom a request is from."""
+    """The sender of a request."""
 
     key_id: str
     key: ApiKey | None = None  # None: the server has no keys
 
 
 LOCAL = Caller("local")
-NOBODY = Caller("")  # turned away
+REJECTED = Caller("")
 
 
 def admit(scope: Scope, path: str, keys: KeyRing | None) -> Caller:
-    """Raises Failure when this connection or this key is not answered at `path`."""
+    """The caller of a request to `path`; raises Failure when the connection or the key has no access to it."""
     if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
         return LOCAL
     headers = Headers(scope=scope)
     if keys is not None:
-        return _holder(headers, keys, _SCOPE_OF.get(path, "draw"))
+        return _holder(headers, keys, _SCOPE_OF.get(path, "generate"))
     _check_local(scope, headers)
     return LOCAL
 
@@ -80,7 +79,7 @@ def _check_local(scope: Scope, headers: Headers) -> None:
     if server is None or not _is_loopback(server[0]):
         raise Failure(
             "not_local",
-            "It listens on another address, too: give it a keys file.",
+            "It listens on another address, too: start it with a keys file.",
             "다른 주소에서도 쓰려면 키 파일을 지정하세요.",
         )
     hosts = headers.getlist("host")

@@ -1,10 +1,10 @@
-"""The HTTP application: its routes, and the way of a request from its bytes to a worker and back.
+"""The HTTP application: routes, and the path of a request from its bytes to a worker and back.
 
-    bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► GenerationJob ─► pool ─► answers | streaming ─► bytes
+    bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► GenerationJob ─► pool ─► responses | streaming ─► bytes
 
-The same application runs under plain uvicorn and inside a Ray Serve ingress; what it draws with is a `WorkerPool`.
-Bodies are read by serve/api/body.py and not by FastAPI, whose own reader has no limits and whose own validation answers in
-another shape; FastAPI routes, and publishes what serve/api/openapi.py says.
+The same application runs under plain uvicorn and inside a Ray Serve ingress; it generates through a `WorkerPool`. Bodies
+are read by serve/api/body.py and not by FastAPI, whose reader has no limits and whose validation errors have another shape;
+FastAPI only routes. The OpenAPI document is that of serve/api/openapi.py.
 
 No torch, no ray: it imports in half a second.
 """
@@ -28,10 +28,10 @@ from serve.api.body import read_json
 from serve.api.errors import Failure
 from serve.api.forms import closing_form, read_form
 from serve.api.keys import KeyRing
-from serve.api.middleware import Guard, RequestRecord
+from serve.api.middleware import ApiMiddleware, RequestRecord
 from serve.api.openapi import describe, described_page
 from serve.api.page_files import add_page
-from serve.api.responses import AnswerStyle, Route, answer_body
+from serve.api.responses import Operation, ResponseContext, response_body
 from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, finished_job
 from serve.api.uploads import UploadReader
@@ -41,45 +41,47 @@ from serve.pool import WorkerPool
 from serve.settings import ServeSettings
 
 _NO_STORE = {"cache-control": "no-store"}
-# Fewer bytes are made into JSON in less time than a thread takes to start on them.
+# Below this size encoding JSON takes less time than handing it to a thread.
 _IN_A_THREAD_BYTES = 256 * 1024
 
 
-def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "edge") -> FastAPI:
-    """The application, its counts in `app.state.metrics`.
+def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "api-server") -> FastAPI:
+    """The application, with its metrics in `app.state.metrics`.
 
     Args:
-        replica: its name among the figures of GET /metrics, the same whichever edge is asked for them.
+        replica: its `replica` label in GET /metrics, the same at whichever API server they are read.
 
     Raises:
         InputError: the keys file cannot be read.
     """
     keys = KeyRing.read(Path(settings.keys_file)) if settings.keys_file else None
-    api_server = _Edge(pool, settings, replica)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each broken form, at anybody's bidding
+    handlers = _Handlers(pool, settings, replica)
+    logging.getLogger("python_multipart").setLevel(
+        logging.ERROR
+    )  # any client could flood the log: it warns of each malformed form
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with api_server.uploads:
+        with handlers.uploads:
             yield
 
     app = FastAPI(
         title="KoDALLE", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.state.metrics = api_server.metrics
-    for path, method, endpoint in api_server.routes():
+    app.state.metrics = handlers.metrics
+    for path, method, endpoint in handlers.routes():
         methods = [method, "HEAD"] if method == "GET" else [method]
         app.add_api_route(path, endpoint, methods=methods, response_model=None, include_in_schema=False)
     if settings.page:
         add_page(app)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(Guard, metrics=api_server.metrics, keys=keys)
+    app.add_middleware(ApiMiddleware, metrics=handlers.metrics, keys=keys)
     return app
 
 
-class _Edge:
-    """What the handlers share."""
+class _Handlers:
+    """Handlers of all routes, and the state that they share."""
 
     def __init__(self, pool: WorkerPool, settings: ServeSettings, replica: str) -> None:
         self.metrics = ApiMetrics()
@@ -100,13 +102,13 @@ class _Edge:
             ("/docs", "GET", self.docs),
         ]
 
-    # ------------------------------------------------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------------------------------------------- generation
 
     async def generations(self, request: Request) -> Response:
-        asked = schemas.read_request(GenerationRequest, await self._json(request))
+        body = schemas.read_request(GenerationRequest, await self._json(request))
         info = await self._pool.model_info()
-        return await self._draw(
-            request, self._job(request, asked, info), asked, _style(request, info, "image_generation")
+        return await self._generate(
+            request, self._job(request, body, info), body, _context(request, info, "image_generation")
         )
 
     async def edits(self, request: Request) -> Response:
@@ -115,43 +117,47 @@ class _Edge:
             request.receive, request.headers, max_bytes=limits.max_edit_bytes, timeout_s=limits.body_timeout_s
         )
         with closing_form(form):
-            asked = schemas.read_text_request(EditRequest, form.fields)
+            body = schemas.read_text_request(EditRequest, form.fields)
             info = await self._pool.model_info()
-            job = self._job(request, asked, info, has_picture=True)
-            init_image = await self.uploads.read(form.files, asked, info)
+            job = self._job(request, body, info, has_init_image=True)
+            init_image = await self.uploads.read(form.files, body, info)
         job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
-        return await self._draw(request, job, asked, _style(request, info, "image_edit"))
+        return await self._generate(request, job, body, _context(request, info, "image_edit"))
 
     def _job(
-        self, request: Request, asked: ImageRequest, info: ModelInfo, *, has_picture: bool = False
+        self, request: Request, body: ImageRequest, info: ModelInfo, *, has_init_image: bool = False
     ) -> GenerationJob:
         record: RequestRecord = request.state.record
-        job = schemas.draw_job(
-            asked,
+        job = schemas.generation_job(
+            body,
             info,
             self._settings,
             request_id=record.job_id,
             key_id=record.caller.key_id,
             deadline_s=self._left_s(request),
-            has_picture=has_picture,
+            has_init_image=has_init_image,
         )
-        record.noted = {"n": job.num_images, "candidates": job.num_candidates, "stream": bool(asked.stream)}
+        record.details = {"n": job.num_images, "candidates": job.num_candidates, "stream": bool(body.stream)}
         if self._settings.log_prompts:
-            record.noted["prompt"] = job.caption
+            record.details["prompt"] = job.caption
         return job
 
-    async def _draw(self, request: Request, job: GenerationJob, asked: ImageRequest, style: AnswerStyle) -> Response:
+    async def _generate(
+        self, request: Request, job: GenerationJob, body: ImageRequest, context: ResponseContext
+    ) -> Response:
         record: RequestRecord = request.state.record
-        await self._take(record, cost=job.num_candidates)
+        await self._take_rate(record, cost=job.num_candidates)
         ends_at = self._ends_at(request)
         count = partial(self._count, job)
-        if asked.stream:
+        if body.stream:
             return EventStream(
-                self._pool, job, style, ends_at=ends_at, on_finished=count, on_failure=record.note_failure
+                self._pool, job, context, ends_at=ends_at, on_finished=count, on_failure=record.note_failure
             )
         finished = await finished_job(self._pool, job, receive=request.receive, ends_at=ends_at)
         count(finished)
-        return Response(await _encoded(job, finished, style), media_type="application/json", headers=_NO_STORE)
+        return Response(
+            await _encode_response(job, finished, context), media_type="application/json", headers=_NO_STORE
+        )
 
     def _ends_at(self, request: Request) -> float:
         record: RequestRecord = request.state.record
@@ -166,19 +172,19 @@ class _Edge:
             request.receive, request.headers, max_bytes=limits.max_json_bytes, timeout_s=limits.body_timeout_s
         )
 
-    async def _take(self, record: RequestRecord, *, cost: float) -> None:
-        """Counts `cost` pictures against the key's rate; raises Failure where it is used up."""
+    async def _take_rate(self, record: RequestRecord, *, cost: float) -> None:
+        """Takes `cost` images from the key's rate limit; raises Failure when it is exhausted."""
         key = record.caller.key
         if key is None or key.per_minute is None:
             return
         wait_s = await self._pool.take(key.key_id, key.per_minute, cost)
         if wait_s > 0:
-            told = f"The key may draw {key.per_minute:g} pictures a minute, candidates included."
-            told_ko = f"이 키는 분당 {key.per_minute:g}장까지 그릴 수 있습니다(후보 포함)."
-            raise Failure("rate_limit_exceeded", told, told_ko, retry_after_s=wait_s)
+            detail = f"The key's limit is {key.per_minute:g} images a minute, candidates included."
+            detail_ko = f"이 키는 분당 이미지 {key.per_minute:g}장까지 생성할 수 있습니다(후보 포함)."
+            raise Failure("rate_limit_exceeded", detail, detail_ko, retry_after_s=wait_s)
 
     def _count(self, job: GenerationJob, finished: Finished) -> None:
-        self.metrics.count_drawing(job.num_images, finished.timings_s)
+        self.metrics.count_generation(job.num_images, finished.timings_s)
 
     # ---------------------------------------------------------------------------------------------------- the model
 
@@ -193,14 +199,14 @@ class _Edge:
         return JSONResponse(_model_card(info, self._settings), headers=_NO_STORE)
 
     async def tokenize(self, request: Request) -> Response:
-        asked = schemas.read_request(TokenizeRequest, await self._json(request))
-        prompt = schemas.checked_prompt(asked.prompt, self._settings.limits)
+        body = schemas.read_request(TokenizeRequest, await self._json(request))
+        prompt = schemas.checked_prompt(body.prompt, self._settings.limits)
         info = await self._pool.model_info()
         count = len(_tokenizer(info.tokenizer_json).encode(prompt).ids)
-        told = {"object": "tokens", "tokens": count, "limit": info.text_seq_len, "characters": len(prompt)}
-        return JSONResponse(told, headers=_NO_STORE)
+        answer = {"object": "tokens", "tokens": count, "limit": info.text_seq_len, "characters": len(prompt)}
+        return JSONResponse(answer, headers=_NO_STORE)
 
-    # -------------------------------------------------------------------------------------------------- the operator
+    # ------------------------------------------------------------------------------------------------------ operation
 
     async def healthz(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"}, headers=_NO_STORE)
@@ -223,25 +229,25 @@ class _Edge:
         return Response(page, media_type="text/html", headers=_NO_STORE)
 
 
-def _style(request: Request, info: ModelInfo, route: Route) -> AnswerStyle:
-    return AnswerStyle(
-        route=route,
+def _context(request: Request, info: ModelInfo, operation: Operation) -> ResponseContext:
+    return ResponseContext(
+        operation=operation,
         request_id=request.state.record.request_id,
         model_id=info.model_id,
         image_size=info.image_size,
-        image_tokens_given=info.grid_size**2 if route == "image_edit" else 0,
+        init_image_tokens=info.grid_size**2 if operation == "image_edit" else 0,
     )
 
 
-async def _encoded(job: GenerationJob, finished: Finished, style: AnswerStyle) -> bytes:
+async def _encode_response(job: GenerationJob, finished: Finished, context: ResponseContext) -> bytes:
     size_bytes = sum(len(image.data or b"") for image in finished.images)
     if size_bytes < _IN_A_THREAD_BYTES:
-        return answer_body(job, finished, style)
-    return await asyncio.to_thread(answer_body, job, finished, style)
+        return response_body(job, finished, context)
+    return await asyncio.to_thread(response_body, job, finished, context)
 
 
 def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
-    """OpenAI's four fields, and what a program or the page must know to ask for something that fits."""
+    """OpenAI's four fields of a model, and what a client needs to know to send valid requests."""
     limits = settings.limits
     return {
         "id": info.model_id,
@@ -286,7 +292,7 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What the router itself refuses."""
+    """Error object for the router's own errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     return await _answer_failure(request, Failure(code, headers=dict(error.headers or {})))

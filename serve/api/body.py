@@ -1,53 +1,54 @@
-"""Reads what a client sends: bounded in bytes and in time, then parsed strictly, so that nothing later can choke on it.
+"""Request bodies: read with limits on bytes and time, then parsed strictly.
 
 Stock FastAPI reads a body of any size, and answers a body with NaN, 1e400 or a lone surrogate with a 500, because its
-validation error repeats the value and cannot be encoded. Here such values never come past the parser, and no message
-repeats raw input.
+validation error repeats the value and cannot be encoded. Here such values do not pass the parser, and no message repeats
+raw input.
 
-JSON is UTF-8 without NUL and surrogates, its numbers are finite and short, its objects have no key twice, and it is at
-most `MAX_DEPTH` deep. Forms are in serve/api/forms.py.
+JSON must be UTF-8 without NUL and surrogates, with finite and short numbers, without duplicate keys, and at most
+`MAX_DEPTH` deep. Forms are in serve/api/forms.py.
 """
 
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
+from starlette.types import Receive
 
 from serve.api.errors import Failure
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
 MAX_DEPTH = 4  # every field is a plain value; `svg`, which is refused by name, is an object
 MAX_NUMBER_CHARACTERS = 40  # a seed has 20; Python's own parser takes quadratic time
-_IN_A_THREAD_BYTES = 32 * 1024  # 1 MiB of brackets is parsed in 40 ms, during which the event loop would stand
+_IN_A_THREAD_BYTES = 32 * 1024  # 1 MiB of brackets takes 40 ms to parse, which would block the event loop
 
 
 class ClientGone(Exception):
-    """The client hung up: nobody reads an answer."""
+    """The client closed the connection; no answer can be sent."""
 
 
 def content_type(headers: Headers, *wanted: str) -> tuple[str, dict[str, str]]:
-    """The body's media type, one of `wanted`, and its parameters in lower case names.
+    """The body's media type, one of `wanted`, and its parameters with lower-case names.
 
     Raises:
         Failure: another type, none, several, a character set that is not UTF-8, or a compressed body.
     """
-    told, told_ko = f"Send {' or '.join(wanted)}.", f"{' 또는 '.join(wanted)} 형식으로 보내 주세요."
+    remedy, remedy_ko = f"Send {' or '.join(wanted)}.", f"{' 또는 '.join(wanted)} 형식으로 보내 주세요."
     values = headers.getlist("content-type")
     if len(values) != 1:
-        raise Failure("unsupported_media_type", f"There is no Content-Type header, or more than one. {told}", told_ko)
+        raise Failure(
+            "unsupported_media_type", f"There is no Content-Type header, or more than one. {remedy}", remedy_ko
+        )
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        # 25 MB of gzip have become 14.9 GB in another server
+        # in another server 25 MB of gzip became 14.9 GB
         raise Failure(
             "unsupported_media_type", "Send it uncompressed, without Content-Encoding.", "압축하지 않고 보내 주세요."
         )
     media_type, _, rest = values[0].partition(";")
     media_type = media_type.strip().lower()
     if media_type not in wanted:
-        raise Failure("unsupported_media_type", told, told_ko)
+        raise Failure("unsupported_media_type", remedy, remedy_ko)
     parameters = {}
     for part in rest.split(";"):
         name, _, value = part.partition("=")
@@ -58,11 +59,11 @@ def content_type(headers: Headers, *wanted: str) -> tuple[str, dict[str, str]]:
 
 
 async def body_chunks(receive: Receive, headers: Headers, *, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
-    """The body as it arrives. The declared length is judged before a byte is read, the real one while reading.
+    """The body as it arrives. The declared length is checked before a byte is read, the actual one while reading.
 
     Raises:
-        Failure: larger than `max_bytes`, or not whole after `timeout_s` seconds in all.
-        ClientGone: the client hung up.
+        Failure: larger than `max_bytes`, or incomplete after `timeout_s` seconds in all.
+        ClientGone: the client closed the connection.
     """
     declared = headers.get("content-length", "0")
     if not declared.isdecimal() or int(declared[:20]) > max_bytes:
@@ -76,7 +77,7 @@ async def body_chunks(receive: Receive, headers: Headers, *, max_bytes: int, tim
                 message = await receive()
         except TimeoutError:
             raise Failure(
-                "request_timeout", f"It may take {timeout_s:g} seconds.", f"{timeout_s:g}초 안에 보내 주세요."
+                "request_timeout", f"The limit is {timeout_s:g} seconds.", f"{timeout_s:g}초 안에 보내 주세요."
             ) from None
         if message["type"] != "http.request":
             raise ClientGone
@@ -90,7 +91,7 @@ async def body_chunks(receive: Receive, headers: Headers, *, max_bytes: int, tim
 
 
 async def read_json(receive: Receive, headers: Headers, *, max_bytes: int, timeout_s: float) -> dict[str, Any]:
-    """The body's object. Raises what `content_type`, `body_chunks` and `parse_object` raise."""
+    """The body's JSON object. Raises what `content_type`, `body_chunks` and `parse_object` raise."""
     content_type(headers, "application/json")
     body = b"".join([chunk async for chunk in body_chunks(receive, headers, max_bytes=max_bytes, timeout_s=timeout_s)])
     if len(body) > _IN_A_THREAD_BYTES:
@@ -99,10 +100,10 @@ async def read_json(receive: Receive, headers: Headers, *, max_bytes: int, timeo
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object of text, finite numbers, switches, nulls, and little else.
+    """The JSON object in `body`, under the restrictions of the module's docstring.
 
     Raises:
-        Failure: anything else, with what is wrong but without repeating it.
+        Failure: anything else; the message names the fault without repeating the input.
     """
     try:
         text = body.decode("utf-8")
@@ -114,7 +115,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
             parse_int=_whole_number,
             parse_float=_finite_number,
             parse_constant=_no_constant,
-            object_pairs_hook=_without_twins,
+            object_pairs_hook=_unique_keys,
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -128,11 +129,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def check_text(text: str) -> None:
-    """Raises Failure for what no field's text may hold: NUL, and halves of surrogate pairs, which have no encoding."""
+    """Raises Failure for text with NUL or with a lone surrogate, which has no encoding."""
     if "\0" in text:
-        raise Failure("invalid_value", "A text holds a NUL character.", "텍스트에 NUL 문자가 있습니다.")
+        raise Failure("invalid_value", "A text contains a NUL character.", "텍스트에 NUL 문자가 있습니다.")
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Failure("invalid_value", "A text holds half a surrogate pair.", "텍스트에 잘못된 유니코드가 있습니다.")
+        raise Failure("invalid_value", "A text contains a lone surrogate.", "텍스트에 잘못된 유니코드가 있습니다.")
 
 
 def _check_values(value: dict[str, Any]) -> None:
@@ -167,18 +168,18 @@ def _finite_number(digits: str) -> float:
     number = float(digits) if len(digits) <= MAX_NUMBER_CHARACTERS else math.inf
     if not math.isfinite(number):
         raise _bad_json("It has a number that is too large or too long.", "숫자가 너무 크거나 너무 깁니다.")
-    # JSON has one kind of number: 2.0 is a whole one (JSON Schema, section 4.2.3), as far as floats tell them apart.
+    # JSON has one type of number: 2.0 is an integer (JSON Schema, section 4.2.3), as far as floats distinguish them.
     return int(number) if number.is_integer() and abs(number) <= 2**53 else number
 
 
 def _no_constant(_: str) -> NoReturn:
-    raise _bad_json("NaN and Infinity are no JSON.", "NaN과 Infinity는 사용할 수 없습니다.")
+    raise _bad_json("NaN and Infinity are not JSON.", "NaN과 Infinity는 사용할 수 없습니다.")
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise _bad_json("An object has a key twice.", "같은 키가 두 번 있습니다.")
+        raise _bad_json("An object has a duplicate key.", "같은 키가 두 번 있습니다.")
     return values
 
 
@@ -191,5 +192,5 @@ def _too_deep() -> Failure:
 
 
 def _too_large(max_bytes: int) -> Failure:
-    told = f"{max_bytes / 2**20:g} MiB" if max_bytes >= 2**20 else f"{max_bytes} bytes"
-    return Failure("request_too_large", f"At most {told} are read.", f"최대 {told}까지 보낼 수 있습니다.")
+    limit = f"{max_bytes / 2**20:g} MiB" if max_bytes >= 2**20 else f"{max_bytes} bytes"
+    return Failure("request_too_large", f"The limit is {limit}.", f"최대 {limit}까지 보낼 수 있습니다.")

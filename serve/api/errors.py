@@ -1,12 +1,11 @@
-"""What can go wrong with a request: one table of codes with status, type, text in two languages, and who may try again.
+"""Errors of the API: a table of codes with status, type, English and Korean text, and whether a retry can help.
 
 Every reply that is not a success carries OpenAI's error object with all its four keys, and the Korean text beside it:
 
     {"error": {"message": …, "message_ko": …, "type": …, "param": …, "code": …}}
 
-OpenAI's clients repeat a request by themselves on 408, 409, 429 and every 5xx, up to two times: without
-`x-should-retry: false`, a picture that misses its deadline would be drawn three times. Each code says in the table
-whether a repeat can help.
+OpenAI's clients retry by themselves on 408, 409, 429 and every 5xx, up to two times: without `x-should-retry: false`, a
+request that misses its deadline would be generated three times.
 
 No torch, no ray, no web framework.
 """
@@ -22,13 +21,13 @@ from serve.messages import Refused
 ErrorType = Literal[
     "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
 ]
-# How a client should take it: repeat (after Retry-After), never repeat, or as its own rules for the status say.
+# What a client should do: retry (after Retry-After), never retry, or follow its own rules for the status.
 Retry = Literal["yes", "no", "client"]
 
 
 @dataclass(frozen=True)
 class FailureKind:
-    """A row of the table. The texts are whole sentences; what is known of the single case is put behind them."""
+    """One entry of the table. The texts are whole sentences; a failure's details are appended to them."""
 
     status: int
     type: ErrorType
@@ -40,34 +39,34 @@ class FailureKind:
 _BAD: ErrorType = "invalid_request_error"
 
 FAILURES: dict[str, FailureKind] = {
-    # ------------------------------------------------------------------------------------------------ what was sent
+    # -------------------------------------------------------------------------------------------- request contents
     "invalid_json": FailureKind(400, _BAD, "The body is not valid JSON.", "본문이 올바른 JSON이 아닙니다."),
     "invalid_form": FailureKind(
         400, _BAD, "The body is not a valid multipart form.", "본문이 올바른 multipart 양식이 아닙니다."
     ),
     "missing_required_parameter": FailureKind(400, _BAD, "A field is missing.", "필수 항목이 없습니다."),
     "unknown_parameter": FailureKind(
-        400, _BAD, "This server does not know a field.", "이 서버가 알지 못하는 항목입니다."
+        400, _BAD, "A field is unknown to this server.", "이 서버가 알지 못하는 항목입니다."
     ),
     "unsupported_parameter": FailureKind(
         400, _BAD, "This model does not support a field.", "이 모델이 지원하지 않는 항목입니다."
     ),
     "invalid_type": FailureKind(400, _BAD, "A field has the wrong type.", "항목의 자료형이 맞지 않습니다."),
-    "invalid_value": FailureKind(400, _BAD, "A field has a value that does not fit.", "항목의 값이 맞지 않습니다."),
+    "invalid_value": FailureKind(400, _BAD, "A field has an invalid value.", "항목의 값이 맞지 않습니다."),
     "invalid_image": FailureKind(
-        400, _BAD, "An uploaded picture cannot be used.", "올린 그림을 사용할 수 없습니다."
+        400, _BAD, "An uploaded image cannot be used.", "업로드한 이미지를 사용할 수 없습니다."
     ),
     "image_too_large": FailureKind(
-        400, _BAD, "An uploaded picture has too many pixels.", "올린 그림의 픽셀 수가 너무 많습니다."
+        400, _BAD, "An uploaded image has too many pixels.", "업로드한 이미지의 픽셀 수가 너무 많습니다."
     ),
     "request_timeout": FailureKind(
         408, _BAD, "The body did not arrive in time.", "본문이 제시간에 도착하지 않았습니다.", "no"
     ),
     "request_too_large": FailureKind(413, _BAD, "The body is too large.", "본문이 너무 큽니다."),
     "unsupported_media_type": FailureKind(
-        415, _BAD, "The body is of a type that is not read here.", "여기서 읽을 수 없는 형식의 본문입니다."
+        415, _BAD, "The body has an unsupported media type.", "지원하지 않는 형식의 본문입니다."
     ),
-    # --------------------------------------------------------------------------------------------- who, and to whom
+    # ------------------------------------------------------------------------------------------------------- access
     "missing_api_key": FailureKind(
         401,
         "authentication_error",
@@ -83,58 +82,58 @@ FAILURES: dict[str, FailureKind] = {
     "not_local": FailureKind(
         403,
         "permission_error",
-        "This server has no API keys, so it answers only programs on its own machine.",
+        "This server has no API keys, so it answers only requests from its own machine.",
         "API 키 없이 실행 중이므로 같은 컴퓨터에서 온 요청에만 응답합니다.",
     ),
     "cross_site": FailureKind(
         403,
         "permission_error",
-        "Another website's page sent this request, which a server without API keys does not answer.",
+        "A page of another website sent this request; a server without API keys does not answer it.",
         "다른 웹사이트의 페이지가 보낸 요청에는 응답하지 않습니다.",
     ),
-    # --------------------------------------------------------------------------------------------------------- where
-    "model_not_found": FailureKind(404, _BAD, "There is no such model.", "그런 모델이 없습니다."),
-    "not_found": FailureKind(404, _BAD, "There is nothing at this address.", "이 주소에는 아무것도 없습니다."),
+    # -------------------------------------------------------------------------------------------------------- routing
+    "model_not_found": FailureKind(404, _BAD, "No such model.", "그런 모델이 없습니다."),
+    "not_found": FailureKind(404, _BAD, "No such path.", "이 주소에는 아무것도 없습니다."),
     "method_not_allowed": FailureKind(
-        405, _BAD, "This address does not take this method.", "이 주소에서 허용되지 않는 메서드입니다."
+        405, _BAD, "This path does not allow this method.", "이 주소에서 허용되지 않는 메서드입니다."
     ),
     "http_error": FailureKind(400, _BAD, "The request cannot be answered.", "요청에 응답할 수 없습니다."),
     "client_closed_request": FailureKind(
-        499, _BAD, "The client hung up.", "클라이언트가 연결을 끊었습니다.", "no"
+        499, _BAD, "The client closed the connection.", "클라이언트가 연결을 끊었습니다.", "no"
     ),
-    # ---------------------------------------------------------------------------------------------- too much, too late
+    # --------------------------------------------------------------------------------------------- load and deadlines
     "rate_limit_exceeded": FailureKind(
         429,
         "rate_limit_error",
-        "The key's rate limit is reached: try again later.",
+        "The key's rate limit is exceeded: try again later.",
         "API 키의 사용량 한도에 도달했습니다. 잠시 후 다시 시도해 주세요.",
     ),
     "queue_full": FailureKind(
         429,
         "rate_limit_error",
-        "The server has all the work that it can finish in time: try again later.",
+        "The server's queue is full: try again later.",
         "지금은 작업이 가득 찼습니다. 잠시 후 다시 시도해 주세요.",
     ),
     "unavailable": FailureKind(
         503,
         "server_error",
-        "No worker takes requests at the moment: try again soon.",
-        "지금은 그림을 그릴 수 있는 서버가 없습니다. 잠시 후 다시 시도해 주세요.",
+        "No worker accepts requests at the moment: try again soon.",
+        "지금은 이미지를 생성할 수 있는 서버가 없습니다. 잠시 후 다시 시도해 주세요.",
     ),
     "deadline_exceeded": FailureKind(
         504,
         "server_error",
-        "The pictures were not finished in time.",
-        "제한 시간 안에 그림을 완성하지 못했습니다.",
+        "The images were not finished before the deadline.",
+        "제한 시간 안에 이미지를 완성하지 못했습니다.",
         "no",
     ),
-    "drawing_failed": FailureKind(
-        500, "server_error", "The drawing failed.", "그림을 그리는 중에 오류가 발생했습니다."
+    "generation_failed": FailureKind(
+        500, "server_error", "The generation failed.", "이미지를 생성하는 중에 오류가 발생했습니다."
     ),
     "internal_error": FailureKind(
         500,
         "server_error",
-        "The server made a mistake; it is logged under the request id.",
+        "Internal error; it is logged under the request id.",
         "서버 내부 오류가 발생했습니다. 요청 ID로 기록되었습니다.",
         "no",
     ),
@@ -145,23 +144,23 @@ REFUSALS = {
     "deadline": "deadline_exceeded",
     "draining": "unavailable",
     "invalid": "invalid_value",
-    "failed": "drawing_failed",
+    "failed": "generation_failed",
 }
 
-# Where a worker does not say how long to wait.
-_WAIT_S = {"queue_full": 1.0, "draining": 1.0}
+# Default of `retry_after_s` when a worker gives none.
+_RETRY_AFTER_S = {"queue_full": 1.0, "draining": 1.0}
 
 
 class Failure(Exception):
-    """A request that is not answered with pictures: a code of the table and what is known of this case.
+    """An error reply: a code of the table and the details of this request.
 
     Args:
-        code: of `FAILURES`.
-        detail: one or more sentences, added to the code's own; never the caption.
+        code: key of `FAILURES`.
+        detail: one or more sentences, appended to the code's own; never the caption.
         detail_ko: the same in Korean.
-        param: the field that is to blame.
-        retry_after_s: when a repeat can help.
-        headers: more headers of the reply.
+        param: the field at fault.
+        retry_after_s: seconds after which a retry can succeed.
+        headers: further headers of the reply.
     """
 
     def __init__(
@@ -188,7 +187,7 @@ class Failure(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the reply must carry besides its body."""
+        """The reply's headers."""
         headers = {"content-type": "application/json", "cache-control": "no-store"} | self._headers
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -207,28 +206,29 @@ class Failure(Exception):
         }
 
     def body(self) -> bytes:
-        # Readable Korean in a terminal; and whatever is in a text, it can be encoded.
+        # Korean stays readable in a terminal, and any text can be encoded.
         return json.dumps({"error": self.as_object()}, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
 
 
 def refusal(refused: Refused) -> Failure:
-    """A worker's refusal as the client is told it."""
+    """A worker's refusal as an error of the API."""
     detail_ko = f"({refused.message})" if refused.message else ""
     return Failure(
         REFUSALS[refused.reason],
         refused.message,
         detail_ko,
         param=refused.param,
-        retry_after_s=refused.retry_after_s or _WAIT_S.get(refused.reason),
+        retry_after_s=refused.retry_after_s or _RETRY_AFTER_S.get(refused.reason),
     )
 
 
-def input_failure(error: InputError, *, param: str | None = None, told_ko: str = "") -> Failure:
-    """The engine's word on a bad field, for the field `param` of the request (else the engine's own name of it).
+def input_failure(error: InputError, *, param: str | None = None, detail_ko: str = "") -> Failure:
+    """The engine's InputError as an error of the API.
 
     Args:
-        told_ko: the same in Korean; empty: the English words in brackets.
+        param: the request's field; None: the engine's name of it.
+        detail_ko: the message in Korean; empty: the English message in brackets.
     """
     param = param or error.field
-    told = f"{error.value}: {error.remedy}"
-    return Failure("invalid_value", f"`{param}`: {told}.", f"`{param}`: {told_ko or f'({told})'}.", param=param)
+    detail = f"{error.value}: {error.remedy}"
+    return Failure("invalid_value", f"`{param}`: {detail}.", f"`{param}`: {detail_ko or f'({detail})'}.", param=param)

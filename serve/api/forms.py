@@ -1,7 +1,7 @@
-"""Reads multipart forms: text fields and a few files, each strictly, nothing larger in memory than `SPOOL_BYTES`.
+"""Multipart forms: text fields and a few files, parsed strictly, with at most `SPOOL_BYTES` of a file in memory.
 
-Parsed by python-multipart as the body arrives. Starlette's own form reader stands on the same parser, but decodes text
-that is not UTF-8 as Latin-1 without a word, which turns a caption into other letters; here that is an error.
+Parsed by python-multipart as the body arrives. Starlette's form reader uses the same parser, but silently decodes text
+that is not UTF-8 as Latin-1, which garbles a caption; here that is an error.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -13,22 +13,23 @@ from typing import IO, TYPE_CHECKING, Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
+from starlette.types import Receive
 
-from serve.api.body import Receive, body_chunks, check_text, content_type
+from serve.api.body import body_chunks, check_text, content_type
 from serve.api.errors import Failure
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_FIELDS = 64
-MAX_FILES = 17  # 16 pictures and a mask are what OpenAI's API takes; that only one is drawn from is said by name later
+MAX_FILES = 17  # OpenAI's API takes 16 images and a mask; that only one image is supported is reported by name later
 MAX_FIELD_BYTES = 64 * 1024
-SPOOL_BYTES = 256 * 1024  # more of a file lies on disk
+SPOOL_BYTES = 256 * 1024  # the rest of a file is spooled to disk
 
 
 @dataclass
 class Form:
-    """A form's text fields and files, by name. Close it: files on disk go then."""
+    """A form's text fields and files, by name. `close` deletes the files on disk."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, IO[bytes]] = field(default_factory=dict)
@@ -50,8 +51,8 @@ async def read_form(receive: Receive, headers: Headers, *, max_bytes: int, timeo
     """The whole form.
 
     Raises:
-        Failure: not a form, a part twice, too many or too large parts, text that is not UTF-8; what `body_chunks` says.
-        ClientGone: the client hung up.
+        Failure: not a form, a duplicate part, too many or too large parts, text that is not UTF-8; as `body_chunks`.
+        ClientGone: the client closed the connection.
     """
     _, parameters = content_type(headers, "multipart/form-data")
     boundary = parameters.get("boundary", "")
@@ -67,7 +68,7 @@ async def read_form(receive: Receive, headers: Headers, *, max_bytes: int, timeo
 
 
 class _FormReader:
-    """The parser's callbacks and what they gather: the part that is being read, the form so far."""
+    """The parser's callbacks and their state: the current part, and the form so far."""
 
     def __init__(self, boundary: str) -> None:
         callbacks: MultipartCallbacks = {
@@ -91,7 +92,7 @@ class _FormReader:
                 self._parser.write(chunk)
             self._parser.finalize()
         except FormParserError:
-            raise _bad_form("A part's beginning or boundary is broken.", "형식이 잘못된 부분이 있습니다.") from None
+            raise _bad_form("A part's header or boundary is malformed.", "형식이 잘못된 부분이 있습니다.") from None
         if not self._ended:
             raise _bad_form("It ends before its last boundary.", "끝 경계가 없습니다.")
 
@@ -116,8 +117,8 @@ class _FormReader:
             raise _bad_form("A part has no `Content-Disposition: form-data; name=…`.", "이름이 없는 부분이 있습니다.")
         self._name = _decoded(options[b"name"])
         if self._name in self.form.fields or self._name in self.form.files:
-            told = f"`{shown(self._name)}` is there more than once."
-            raise Failure("invalid_value", told, f"`{shown(self._name)}`", param=shown(self._name))
+            detail = f"`{printable(self._name)}` appears more than once."
+            raise Failure("invalid_value", detail, f"`{printable(self._name)}`", param=printable(self._name))
         if b"filename" in options:
             if len(self.form.files) >= MAX_FILES:
                 raise _bad_form(f"It has more than {MAX_FILES} files.", f"파일은 {MAX_FILES}개까지입니다.")
@@ -133,9 +134,9 @@ class _FormReader:
         if len(self._text) > MAX_FIELD_BYTES:
             raise Failure(
                 "invalid_value",
-                f"`{shown(self._name)}` is longer than {MAX_FIELD_BYTES} bytes.",
-                f"`{shown(self._name)}` 항목이 너무 깁니다.",
-                param=shown(self._name),
+                f"`{printable(self._name)}` is longer than {MAX_FIELD_BYTES} bytes.",
+                f"`{printable(self._name)}` 항목이 너무 깁니다.",
+                param=printable(self._name),
             )
 
     def _end_part(self) -> None:
@@ -156,8 +157,8 @@ class _FormReader:
     _file: Any
 
 
-def shown(name: str) -> str:
-    """A field's name as a client sent it, fit for a message: printable and short."""
+def printable(name: str) -> str:
+    """A field's name from a request, made printable and short for a message."""
     return "".join(letter if letter.isprintable() else "?" for letter in name[:64])
 
 

@@ -1,16 +1,16 @@
-"""API keys: who may call, kept as hashes in a YAML file that is read again when it changes.
+"""API keys, stored as hashes in a YAML file that is read again when it changes.
 
     keys:
-    - id: shop                  # in logs, in fair sharing, in the rate limit
-      sha256: 5f0c…             # of the key; the key itself is shown once, when it is made
-      scopes: [draw, metrics]
-      per_minute: 120           # images a minute, candidates included; left out: no limit
+    - id: shop                  # in logs, in fair queueing, in the rate limit
+      sha256: 5f0c…             # of the key; the key itself is shown once, when it is created
+      scopes: [generate, metrics]
+      per_minute: 120           # images a minute, candidates included; without it: no limit
       expires: 2027-06-30T00:00:00+09:00
 
 Why a plain SHA-256: slow hashes (bcrypt, scrypt, Argon2) protect secrets that people choose, which can be guessed. A
-key here is 32 bytes from the system's generator: whoever steals the file faces 2^256 guesses at any speed, while a slow
-hash would cost the server 50 ms or more a request, wrong keys included. For the same reason others may read the file;
-one that anybody may write is refused, since they could add a key of their own.
+key here is 32 bytes from the system's generator: a stolen file leaves 2^256 guesses at any speed, while a slow hash would
+cost the server 50 ms or more a request, wrong keys included. For the same reason the file may be world-readable; a
+world-writable one is refused, because anyone could add a key.
 
 No torch, no ray.
 """
@@ -36,14 +36,14 @@ from engine.config_files import load_yaml, parse_section
 from engine.errors import InputError
 from engine.files import atomic_file
 
-KEY_PREFIX = "sk-kodalle-"  # lets secret scanners know a leaked key when they see one
+KEY_PREFIX = "sk-kodalle-"  # lets secret scanners recognize a leaked key
 _KEY_BYTES = 32
-_LOOK_EVERY_S = 1.0
+_CHECK_EVERY_S = 1.0
 _BEARER = re.compile(r"bearer +([A-Za-z0-9\-._~+/]+=*) *", re.IGNORECASE | re.ASCII)  # RFC 6750, section 2.1
 _MAX_HEADER_CHARACTERS = 512
-_HEAD = "# API keys, as hashes. Changes are seen within a second. Comments do not survive the next key that is added.\n"
+_HEADER = "# API keys, as hashes. Changes take effect within a second. Adding a key removes comments.\n"
 
-Scope = Literal["draw", "metrics"]
+KeyScope = Literal["generate", "metrics"]
 Rejection = Literal["unknown", "expired"]
 _Stamp = tuple[int, int, int]
 
@@ -55,11 +55,11 @@ class ApiKey(Section):
 
     key_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(alias="id")
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] = Field(repr=False)
-    scopes: tuple[Scope, ...] = Field(min_length=1)
+    scopes: tuple[KeyScope, ...] = Field(min_length=1)
     per_minute: float | None = Field(None, gt=0, allow_inf_nan=False, description="images; None: no limit")
     expires: AwareDatetime | None = None
 
-    def allows(self, scope: Scope) -> bool:
+    def allows(self, scope: KeyScope) -> bool:
         return scope in self.scopes
 
 
@@ -68,22 +68,22 @@ class _KeyFile(Section):
 
 
 class MalformedAuthorization(ValueError):
-    """An Authorization header that is there but is not `Bearer` and a token."""
+    """An Authorization header that is not `Bearer` and a token."""
 
 
 class KeyRing:
     """The keys in force. Not thread-safe: it belongs to one event loop.
 
     Args:
-        clock: seconds that never go back; tells when to look at the file again.
+        clock: monotonic seconds, for checking the file again.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises InputError: the file is missing, broken, or open to others' writing."""
+        """Raises InputError: the file is missing, malformed, or world-writable."""
         self._path, self._clock = path, clock
         self._stamp = _stamp(path)
         self._keys = _with_digests(_read(path))
-        self._looked_at = clock()
+        self._checked_at = clock()
 
     @classmethod
     def read(cls, path: Path) -> "KeyRing":
@@ -94,18 +94,18 @@ class KeyRing:
         return len(self._keys)
 
     def find(self, presented: str, now: float) -> ApiKey | Rejection:
-        """Whose key this is.
+        """The entry of a presented key, or the reason for its rejection.
 
-        All entries are compared, each in constant time, so that the time tells nothing about which one is close.
+        All entries are compared, each in constant time, so that timing reveals nothing about them.
 
         Args:
-            presented: as the caller sent it.
-            now: seconds since 1970, for `expires`.
+            presented: the key as the client sent it.
+            now: Unix seconds, for `expires`.
 
         Returns:
-            The entry; or why not: "expired" is only ever said to the holder of the right key.
+            The entry; or why not: only the holder of a valid key learns that it has expired.
         """
-        self._look()
+        self._reload_if_changed()
         digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest()
         found: ApiKey | None = None
         for key, own_digest in self._keys:
@@ -115,11 +115,11 @@ class KeyRing:
             return "unknown"
         return "expired" if found.expires is not None and found.expires.timestamp() <= now else found
 
-    def _look(self) -> None:
-        """Reads the file again when it has changed; a broken one changes nothing, and is told once."""
-        if self._clock() - self._looked_at < _LOOK_EVERY_S:
+    def _reload_if_changed(self) -> None:
+        """Reads the file again when it has changed; a malformed file changes nothing and is logged once."""
+        if self._clock() - self._checked_at < _CHECK_EVERY_S:
             return
-        self._looked_at = self._clock()
+        self._checked_at = self._clock()
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
@@ -133,15 +133,15 @@ class KeyRing:
 
 
 def make_key(
-    key_id: str, *, scopes: Sequence[Scope], per_minute: float | None = None, expires: datetime | None = None
+    key_id: str, *, scopes: Sequence[KeyScope], per_minute: float | None = None, expires: datetime | None = None
 ) -> tuple[str, ApiKey]:
     """A new key and its entry.
 
     Returns:
-        The key, which is kept nowhere, and what to keep of it.
+        The key, which is stored nowhere, and the entry to store.
 
     Raises:
-        InputError: an id, scope, limit or date that no entry may have.
+        InputError: an invalid id, scope, limit or date.
     """
     plain = KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     entry: dict[str, Any] = {"id": key_id, "sha256": _sha256(plain), "scopes": list(scopes)}
@@ -157,20 +157,19 @@ def add_key(
     path: Path,
     key_id: str,
     *,
-    scopes: Sequence[Scope],
+    scopes: Sequence[KeyScope],
     per_minute: float | None = None,
     expires: datetime | None = None,
 ) -> str:
-    """Makes a key and adds it to a file, which is made where there is none, for its owner alone.
+    """Creates a key and adds it to a file, which is created, private to its owner, when missing.
 
-    A file that exists keeps its mode: whoever opened it to a group did so on purpose. Servers that have it open see
-    either the old content or the new.
+    An existing file keeps its mode. The file is replaced atomically: servers read either the old content or the new.
 
     Returns:
-        The key: show it, it cannot be had again.
+        The key; it cannot be recovered later.
 
     Raises:
-        InputError: the id is taken, the entry is not valid, or the file is broken.
+        InputError: the id is taken, the entry is invalid, or the file is malformed.
     """
     keys = _read(path) if path.exists() else ()
     if any(key.key_id == key_id for key in keys):
@@ -180,7 +179,7 @@ def add_key(
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600
     with atomic_file(path) as temporary:
         temporary.chmod(mode)
-        temporary.write_text(_HEAD + yaml.safe_dump({"keys": entries}, sort_keys=False), encoding="utf-8")
+        temporary.write_text(_HEADER + yaml.safe_dump({"keys": entries}, sort_keys=False), encoding="utf-8")
     return plain
 
 
@@ -188,7 +187,7 @@ def parse_authorization(header: str | None) -> str | None:
     """The token of `Authorization: Bearer …`; None without a header.
 
     Raises:
-        MalformedAuthorization: another scheme, no token, or characters that no token has.
+        MalformedAuthorization: another scheme, no token, or characters that are not allowed in a token.
     """
     if header is None:
         return None
@@ -201,24 +200,24 @@ def parse_authorization(header: str | None) -> str | None:
 def _read(path: Path) -> tuple[ApiKey, ...]:
     try:
         if os.name == "posix" and path.stat().st_mode & stat.S_IWOTH:
-            raise InputError("keys_file", path, "anybody may write it: chmod o-w it, and look who is in it")
+            raise InputError("keys_file", path, "is world-writable: chmod o-w it, and check its entries")
         tree = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            "keys_file", path, f"cannot be read ({error.strerror}): add a key, or mend the path"
+            "keys_file", path, f"cannot be read ({error.strerror}): add a key, or correct the path"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError):
-        # Neither the parser's excerpt nor a wrong value is told: a key may stand there by mistake.
-        raise InputError("keys_file", path, "is not valid YAML: mend it, or go back to the last one") from None
+        # Neither the parser's excerpt nor a bad value is reported: it may be a key, put there by mistake.
+        raise InputError("keys_file", path, "is not valid YAML: correct it, or restore the previous one") from None
     if not isinstance(tree, dict):
-        raise InputError("keys_file", path, "must hold `keys:` and a list of them")
+        raise InputError("keys_file", path, "must contain `keys:` and a list of keys")
     try:
         keys: tuple[ApiKey, ...] = parse_section(_KeyFile, tree, source=str(path)).keys
     except InputError as error:
         raise InputError(error.field, "(not shown)", error.remedy) from None
     for field, values in (("id", [key.key_id for key in keys]), ("sha256", [key.sha256 for key in keys])):
         if len(set(values)) < len(values):
-            raise InputError(f"keys.{field}", "(not shown)", f"two keys have the same one, in {path}")
+            raise InputError(f"keys.{field}", "(not shown)", f"two keys have the same value, in {path}")
     return keys
 
 
@@ -231,7 +230,7 @@ def _sha256(plain: str) -> str:
 
 
 def _stamp(path: Path) -> _Stamp | None:
-    """Changes when the file does; None when there is none."""
+    """Changes whenever the file does; None for a missing file."""
     try:
         status = path.stat()
     except OSError:

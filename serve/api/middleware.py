@@ -1,8 +1,7 @@
-"""The outermost layer of the HTTP application: every request passes it on the way in, every reply on the way out.
+"""The outermost middleware of the HTTP application: request ids, access control, security headers, logging, metrics.
 
-In: a request id, whose request it is (serve/api/access.py). Out: security headers, the error shape for whatever was not
-caught, one line of log, the counts. As plain ASGI, not as one of Starlette's decorated middlewares, because those
-stand between a handler and `http.disconnect`.
+It also turns uncaught exceptions into the error object. Plain ASGI and not one of Starlette's decorated middlewares,
+because those hide `http.disconnect` from the handlers.
 """
 
 import asyncio
@@ -19,13 +18,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.access import NOBODY, Caller, admit
+from serve.api.access import REJECTED, Caller, admit
 from serve.api.body import ClientGone
 from serve.api.errors import Failure
 from serve.api.keys import KeyRing
 from serve.metrics import ApiMetrics
 
-# The page's own files, pictures that it holds in memory, this server's API; nothing from elsewhere, nothing inline.
+# The page's own files, images that it holds in memory, and this server's API; no other origin, nothing inline.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,7 +40,7 @@ _SECURITY_HEADERS = {
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RETRY_COUNT = re.compile(r"[0-9]{1,3}")
 
-# How long a client that is refused may go on sending. Closing at once would reset its connection, and the reply with it.
+# How long a refused client may go on sending its body. Closing at once would reset the connection and lose the reply.
 _LINGER_S = 2.0
 
 _log = logging.getLogger("serve.requests")
@@ -49,25 +48,25 @@ _log = logging.getLogger("serve.requests")
 
 @dataclass
 class RequestRecord:
-    """What is known of a request while it is answered; its log line in the end. Handlers find it in the scope's state."""
+    """A request's data for its log line and metrics. Handlers find it in the scope's state."""
 
-    request_id: str  # the client's, where it sent a proper one
-    job_id: str  # ours: no two requests share it
+    request_id: str  # the client's, if it sent a valid one
+    job_id: str  # the server's own, unique
     arrived_at: float  # the event loop's clock
     method: str
-    caller: Caller = NOBODY  # until it is admitted
+    caller: Caller = REJECTED  # until it is admitted
     status: int = 0
     code: str = ""  # of serve/api/errors.py
-    retry_count: int | None = None  # as the client tells it
-    noted: dict[str, Any] = field(default_factory=dict)  # n, candidates, …: never the caption unless asked for
+    retry_count: int | None = None  # as reported by the client
+    details: dict[str, Any] = field(default_factory=dict)  # n, candidates, …: the caption only with `log_prompts`
     is_body_read: bool = True
 
     def note_failure(self, failure: Failure) -> None:
         self.code = failure.code
 
 
-class Guard:
-    """ASGI middleware."""
+class ApiMiddleware:
+    """Outermost ASGI middleware of the application."""
 
     def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, keys: KeyRing | None) -> None:
         self._app, self._metrics, self._keys = app, metrics, keys
@@ -77,7 +76,7 @@ class Guard:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "no WebSockets here"})
+            await send({"type": "websocket.close", "code": 1008, "reason": "WebSockets are not supported"})
         else:
             await self._answer(scope, receive, send)
 
@@ -85,12 +84,12 @@ class Guard:
         record = _new_record(scope)
         scope.setdefault("state", {})["record"] = record
 
-        async def receive_noted() -> Message:
+        async def receive_tracked() -> Message:
             message = await receive()
             record.is_body_read = not message.get("more_body", False)
             return message
 
-        async def send_guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -99,34 +98,34 @@ class Guard:
                     headers.setdefault(name, value)
             elif not message.get("more_body", False) and not record.is_body_read:
                 await send({**message, "more_body": True})
-                await _linger(receive_noted, record)
+                await _linger(receive_tracked, record)
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         self._metrics.in_flight.inc()
         try:
             record.caller = admit(scope, get_route_path(scope), self._keys)
-            await self._app(scope, receive_noted, send_guarded)
+            await self._app(scope, receive_tracked, send_with_headers)
         except ClientGone:
             self._metrics.cancelled.inc()
-            await self._refuse(Failure("client_closed_request"), record, send_guarded)
+            await self._refuse(Failure("client_closed_request"), record, send_with_headers)
         except Failure as failure:
-            await self._refuse(failure, record, send_guarded)
+            await self._refuse(failure, record, send_with_headers)
         except asyncio.CancelledError:
             self._metrics.cancelled.inc()
             record.code = "client_closed_request"
             raise
         except Exception:
-            # Of the request only its id: a traceback shows no values, and so no caption.
+            # Logs the request id only: a traceback shows no values, and so no caption.
             _log.exception("request %s failed", record.request_id)
-            await self._refuse(Failure("internal_error"), record, send_guarded)
+            await self._refuse(Failure("internal_error"), record, send_with_headers)
         finally:
             self._finish(scope, record)
 
     async def _refuse(self, failure: Failure, record: RequestRecord, send: Send) -> None:
         record.note_failure(failure)
         if record.status:
-            return  # the reply has begun: the server closes the connection
+            return  # the reply has started: the server closes the connection
         await send_failure(failure, send)
 
     def _finish(self, scope: Scope, record: RequestRecord) -> None:
@@ -149,20 +148,20 @@ class Guard:
             "seconds": round(seconds, 4),
             "retry": record.retry_count,
         }
-        _log.info(json.dumps(line | record.noted, ensure_ascii=False))
+        _log.info(json.dumps(line | record.details, ensure_ascii=False))
 
 
 def _route(scope: Scope) -> str:
-    """The path of the application's route, never of the request: `other` where none is there."""
+    """The path template of the matched route, never the request's own path; `other` without a route."""
     route = scope.get("route")
-    if route is None and "app" in scope:  # turned away before it was routed
+    if route is None and "app" in scope:  # rejected before it was routed
         routes = (one for one in scope["app"].routes if isinstance(one, Route))
         route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
     return getattr(route, "path", None) or "other"
 
 
 async def send_failure(failure: Failure, send: Send) -> None:
-    """A failure as a whole reply."""
+    """Sends a failure as a complete reply."""
     body = failure.body()
     headers = failure.headers | {"content-length": str(len(body))}
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
@@ -171,7 +170,7 @@ async def send_failure(failure: Failure, send: Send) -> None:
 
 
 async def _linger(receive: Receive, record: RequestRecord) -> None:
-    """Reads what a client still sends, and drops it."""
+    """Reads and drops the rest of a client's body."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_LINGER_S):
             while not record.is_body_read:
@@ -181,10 +180,10 @@ async def _linger(receive: Receive, record: RequestRecord) -> None:
 def _new_record(scope: Scope) -> RequestRecord:
     headers = Headers(scope=scope)
     job_id = f"req_{secrets.token_hex(12)}"
-    given = headers.get("x-request-id", "")
+    client_id = headers.get("x-request-id", "")
     retries = headers.get("x-stainless-retry-count", "")
     return RequestRecord(
-        request_id=given if _REQUEST_ID.fullmatch(given) else job_id,
+        request_id=client_id if _REQUEST_ID.fullmatch(client_id) else job_id,
         job_id=job_id,
         arrived_at=asyncio.get_running_loop().time(),
         method=scope["method"] if scope["method"].isalpha() else "other",

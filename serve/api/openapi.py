@@ -1,8 +1,8 @@
-"""The API's description: an OpenAPI 3.1 document, and the same as a page that needs no script and no network.
+"""The OpenAPI 3.1 document of the API, and the same as an HTML page without scripts or external resources.
 
-Written here and not derived by FastAPI, because bodies are read by our own reader, and because the limits that the
-document promises are those of the running server. Field lists come from the models of serve/api/schemas.py, so that
-they cannot differ from what is checked.
+Written here and not derived by FastAPI, because the API does not use FastAPI's body reader, and because the document
+contains the running server's limits. Field lists come from the models of serve/api/schemas.py, so they cannot differ from
+what is validated.
 """
 
 import html
@@ -23,7 +23,7 @@ _EXAMPLES: Json = {
     "English": {"value": {"prompt": "a red top and a mini dress", "n": 1, "candidates": 16, "output_format": "webp"}},
     "streaming": {"value": {"prompt": "상의에서 소재는 니트이다.", "stream": True, "partial_images": 3}},
 }
-_PICTURES: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
+_IMAGE_PARTS: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
 _WHOLE: Json = {"type": "integer"}
 _TEXT: Json = {"type": "string"}
 _TEXTS: Json = {"type": "array", "items": _TEXT}
@@ -42,10 +42,10 @@ _PARAMETER: Json = {
     "required": ["type", "minimum", "maximum", "or_zero", "description"],
 }
 
-# Which failures a route can answer with, besides the server's own 500.
+# Failures of groups of routes, besides internal errors.
 _ACCESS = ("missing_api_key", "insufficient_scope")
 _BODY = ("invalid_value", "request_timeout", "request_too_large", "unsupported_media_type")
-_DRAWING = ("model_not_found", "rate_limit_exceeded", "unavailable", "deadline_exceeded")
+_GENERATION = ("model_not_found", "rate_limit_exceeded", "unavailable", "deadline_exceeded")
 
 
 def describe(settings: ServeSettings, info: ModelInfo) -> Json:
@@ -55,9 +55,9 @@ def describe(settings: ServeSettings, info: ModelInfo) -> Json:
         "info": {
             "title": "KoDALLE",
             "version": "1",
-            "summary": "Pictures from captions, in the manner of OpenAI's Images API",
-            "description": "Candidates are drawn and ranked, the best n returned. Every error has the same body, with "
-            "its text in English and Korean. Every reply carries `x-request-id`.",
+            "summary": "Images from captions, compatible with OpenAI's Images API",
+            "description": "Candidates are generated and ranked, the best n are returned. Every error has the same body, "
+            "with its text in English and Korean. Every reply carries `x-request-id`.",
         },
         "security": [{"key": []}] if settings.keys_file else [],
         "paths": _paths(settings, info),
@@ -76,21 +76,21 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
     return {
         "/v1/images/generations": {
             "post": _operation(
-                "Draw pictures of a caption",
+                "Generate images from a caption",
                 "Images | SSE",
-                _ACCESS + _BODY + _DRAWING,
+                _ACCESS + _BODY + _GENERATION,
                 body={"application/json": {"schema": _ref("GenerationRequest"), "examples": _EXAMPLES}},
             )
         },
         "/v1/images/edits": {
             "post": _operation(
-                "Repaint what a mask marks, or all but a picture's upper rows",
+                "Inpaint the masked part of an image, or regenerate all but its upper rows",
                 "Images | SSE",
-                _ACCESS + _BODY + _DRAWING,
-                body={"multipart/form-data": {"schema": _ref("EditRequest"), "encoding": _PICTURES}},
+                _ACCESS + _BODY + _GENERATION,
+                body={"multipart/form-data": {"schema": _ref("EditRequest"), "encoding": _IMAGE_PARTS}},
             )
         },
-        "/v1/models": {"get": _operation("The model that is served, as a list", "ModelList", _ACCESS)},
+        "/v1/models": {"get": _operation("The served model, as a list", "ModelList", _ACCESS)},
         "/v1/models/{model_id}": {
             "get": _operation("A model by its id", "Model", (*_ACCESS, "model_not_found"), parameters=[model_id])
         },
@@ -103,9 +103,9 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 example=tokens,
             )
         },
-        "/healthz": {"get": _operation("The server runs", "Status", (), is_open=True)},
-        "/readyz": {"get": _operation("A worker takes requests", "Status", ("unavailable",), is_open=True)},
-        "/metrics": {"get": _operation("Figures for Prometheus", "text/plain", _ACCESS)},
+        "/healthz": {"get": _operation("The server is running", "Status", (), is_open=True)},
+        "/readyz": {"get": _operation("A worker accepts requests", "Status", ("unavailable",), is_open=True)},
+        "/metrics": {"get": _operation("Prometheus metrics", "text/plain", _ACCESS)},
     }
 
 
@@ -145,11 +145,11 @@ _EVENTS = [
     for event in ("queued", "progress", "partial_image", "candidate", "completed")
 ] + ["error"]
 _NO_NUL, _NOT_BLANK = r"^[^\u0000]*$", r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
-_HEADERS: Json = {"x-request-id": {"description": "names the request in the server's log", "schema": _TEXT}}
+_HEADERS: Json = {"x-request-id": {"description": "identifies the request in the server's log", "schema": _TEXT}}
 
 
 def _errors(codes: tuple[str, ...]) -> Json:
-    """One response a status: several codes share it."""
+    """One response per status, which several codes may share."""
     by_status: dict[int, list[str]] = {}
     for code in (*codes, "internal_error"):
         status = FAILURES[code].status
@@ -165,7 +165,7 @@ def _errors(codes: tuple[str, ...]) -> Json:
 
 
 def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
-    picture = {
+    image = {
         "b64_json": {"type": ["string", "null"]},
         "seed": _WHOLE,
         "candidate": _WHOLE,
@@ -178,7 +178,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
     usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
     images = {
         "created": _WHOLE,
-        "data": {"type": "array", "items": _ref("Picture")},
+        "data": {"type": "array", "items": _ref("Image")},
         "background": {"const": "opaque"},
         "output_format": {"enum": ["png", "webp", "jpeg"]},
         "quality": {"enum": ["low", "medium", "high", "xhigh", "max"]},
@@ -207,10 +207,10 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "GenerationRequest": _fields(GenerationRequest, settings, info),
         "EditRequest": _with_files(_fields(EditRequest, settings, info)),
         "TokenizeRequest": _fields(TokenizeRequest, settings, info),
-        "Picture": _object(picture),
+        "Image": _object(image),
         **_provenance_schemas(),
         "Event": _object({"event": {"enum": _EVENTS}, "data": _TEXT | {"contentMediaType": "application/json"}}),
-        "Images": _object(images, candidates={"type": "array", "items": _ref("Picture")}),
+        "Images": _object(images, candidates={"type": "array", "items": _ref("Image")}),
         "Model": _object(model | dict.fromkeys(whole, _WHOLE)),
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
         "Tokens": _object({"object": {"const": "tokens"}, "tokens": _WHOLE, "limit": _WHOLE, "characters": _WHOLE}),
@@ -225,7 +225,7 @@ def _provenance_schemas() -> Json:
 
 
 def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> Json:
-    """A request's fields with the running server's limits, and only what it accepts."""
+    """The schema of a request with the running server's limits, restricted to accepted values."""
     schema = kind.model_json_schema()
     schema.pop("description", None)
     for name, (least, most) in bounds(settings.limits).items():
@@ -259,7 +259,7 @@ def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> 
 
 
 def _with_files(schema: Json) -> Json:
-    """A form: pictures beside the fields, and no nulls, because a form has only text."""
+    """A form's schema: image files beside the fields, and no nulls, because a form has only text."""
     for name, field in list(schema["properties"].items()):
         choices = [choice for choice in field.pop("anyOf", []) if choice.get("type") != "null"]
         field |= choices[0] if choices else {}
@@ -272,13 +272,13 @@ def _with_files(schema: Json) -> Json:
         "image": {
             "type": "string",
             "format": "binary",
-            "description": "the picture to start from: PNG, WebP or JPEG (`image[]` is taken, too, but only one file)",
+            "description": "the init image: PNG, WebP or JPEG (`image[]` is accepted, too, but only one file)",
         },
         "mask": {
             "type": "string",
             "format": "binary",
-            "description": "as large as the image; its transparent pixels are regenerated, or its white ones where it has no "
-            "transparency. Without a mask a picture's own transparent pixels are regenerated",
+            "description": "as large as the image; its transparent pixels are regenerated, or its white ones if it has no "
+            "transparency. Without a mask the image's own transparent pixels are regenerated",
         },
     }
     schema["required"] = ["image", "prompt"]
@@ -297,7 +297,7 @@ def _ref(name: str) -> Json:
 
 
 def described_page(document: Json) -> str:
-    """The document as HTML: no script, no style sheet from elsewhere, so that it works offline and under our policy."""
+    """The document as HTML without scripts or style sheets, which works offline and under the security policy."""
     parts = []
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -322,13 +322,13 @@ def _fields_table(schema: Json) -> str:
     rows = []
     for name, field in schema["properties"].items():
         choices = field.get("anyOf", [field])
-        told = " or ".join(filter(None, map(_told, choices)))
+        values = " or ".join(filter(None, map(_values, choices)))
         needed = "required" if name in schema.get("required", ()) else ""
-        rows.append((name, needed, told, field.get("description", "")))
+        rows.append((name, needed, values, field.get("description", "")))
     return _table(("field", "", "values", ""), rows)
 
 
-def _told(choice: Json) -> str:
+def _values(choice: Json) -> str:
     if "enum" in choice:
         return ", ".join(str(value) for value in choice["enum"] if value is not None)
     if "minimum" in choice:

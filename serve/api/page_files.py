@@ -1,4 +1,4 @@
-"""The designers' page as files: `/` is serve/page/index.html, everything beside it lies under /page/."""
+"""Static files of the designers' page: `/` is serve/page/index.html, all other files are under /page/."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 PAGE_FOLDER = Path(__file__).parents[1] / "page"
-# Written out: the operating system's own table calls .js text/plain on some machines, which browsers refuse to run.
-# What is not listed is not served.
+# Explicit, because some systems' own tables map .js to text/plain, which browsers refuse to run. Other suffixes are not
+# served.
 _MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -25,7 +25,7 @@ _MEDIA_TYPES = {
     ".ico": "image/x-icon",
     ".woff2": "font/woff2",
 }
-# Kept by the browser and asked for again each time: an update is seen at once, and costs nothing otherwise.
+# Browsers cache the files and revalidate them each time, so an update is visible at once.
 _CACHE_CONTROL = "no-cache"
 
 
@@ -42,7 +42,7 @@ class _PageFiles(StaticFiles):
 
 
 def add_page(app: FastAPI, folder: Path = PAGE_FOLDER) -> None:
-    """Serves the page; without its folder `/` is a 404 and the API works."""
+    """Adds the page's routes; without its folder `/` is a 404 and the API works."""
     if not folder.is_dir():
         return
     files = _PageFiles(directory=folder)

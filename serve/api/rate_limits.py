@@ -1,17 +1,17 @@
-"""How much a key may draw a minute: a token bucket a key, each kept as one number.
+"""Rate limits of API keys: one token bucket per key, stored as one number.
 
-A bucket holds a minute's worth and fills at an even rate. What is kept is the moment at which it will be full again,
-from which all follows (the "virtual scheduling" form of the generic cell rate algorithm, ITU-T I.371); a full bucket
-is not kept at all, so keys that rest cost nothing. In any time t a key gets at most a minute's worth plus rate * t,
-and what its last request costs above a minute's worth.
+A bucket holds a minute's allowance and refills at a constant rate. Only the time at which it will be full again is stored,
+from which its level follows (the "virtual scheduling" form of the generic cell rate algorithm, ITU-T I.371). Full buckets
+are not stored, so idle keys cost nothing. In any time t a key gets at most a minute's allowance plus rate * t, plus
+whatever its last request costs above a minute's allowance.
 
-One process holds the limiter for all edges; it has no clock of its own.
+One process holds the limiter for all API servers; the limiter has no clock of its own.
 """
 
 import math
 
-_SWEEP_AT = 1024  # keys; dictionaries this small are left alone
-_SLACK = 1e-9  # of a minute's worth: whoever waits as long as told is not refused for the rounding of a difference
+_SWEEP_AT = 1024  # keys; smaller dictionaries are not swept
+_SLACK = 1e-9  # of a minute's allowance: a client that waits the reported time is not refused because of rounding
 
 
 class RateLimiter:
@@ -22,21 +22,21 @@ class RateLimiter:
         self._sweep_at = _SWEEP_AT
 
     def __len__(self) -> int:
-        """Buckets that are kept."""
+        """The number of stored buckets."""
         return len(self._full_at)
 
     def take(self, key_id: str, per_minute: float, cost: float, now: float) -> float:
         """Takes `cost` from a key's bucket, or nothing.
 
-        A request that costs more than a minute's worth is let through by a full bucket, which then takes longer to
-        fill: a small limit slows large requests, it does not forbid them.
+        A request that costs more than a minute's allowance is admitted by a full bucket, which then takes longer to
+        refill: a small limit slows large requests and does not forbid them.
 
         Args:
             per_minute: the key's limit; it may change from call to call.
-            now: seconds, of a clock that never goes back.
+            now: monotonic seconds.
 
         Returns:
-            0.0 when it was taken, else the seconds after which it can be if the key asks for nothing else.
+            0.0 when it was taken, else the seconds after which it can be, if the key requests nothing else.
 
         Raises:
             ValueError: a limit that is not above 0, a cost below 0, or either not finite.
@@ -55,6 +55,6 @@ class RateLimiter:
         return 0.0
 
     def _sweep(self, now: float) -> None:
-        """Forgets full buckets; next time when there are twice as many, so that a call costs O(1) on average."""
+        """Drops full buckets; runs again at twice the remaining number, so a call costs O(1) amortized."""
         self._full_at = {key_id: full_at for key_id, full_at in self._full_at.items() if full_at > now}
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._full_at))

@@ -1,10 +1,10 @@
-"""Answers and events in OpenAI's shape: what a worker's events become on the wire.
+"""JSON responses and server-sent events in OpenAI's format, made from a worker's events.
 
-An answer holds OpenAI's fields and ours beside them: of each picture its seed, candidate, rank and score, of the
-request its timings and how much of the caption was cut. OpenAI's client keeps unknown fields as attributes.
+A response has OpenAI's fields and additions: seed, candidate, rank and score of each image, timings, and how much of the
+caption was cut. OpenAI's client keeps unknown fields as attributes.
 
-Pictures are put into the JSON as bytes, behind their other fields: looking through base64 for what must be escaped
-takes three times as long as making it (9 ms and 3 ms for ten pictures of 130 kB).
+Images are spliced into the JSON as bytes, behind their other fields: scanning base64 for characters to escape takes three
+times as long as encoding it (9 ms and 3 ms for ten images of 130 kB).
 """
 
 import base64
@@ -17,70 +17,70 @@ from typing import Any, Literal
 from serve.api.schemas import quality_of
 from serve.messages import Finished, GeneratedImage, GenerationJob, Partial, Progress, Queued
 
-Route = Literal["image_generation", "image_edit"]
+Operation = Literal["image_generation", "image_edit"]
 
 
 @dataclass(frozen=True)
-class AnswerStyle:
-    """What all answers and events of a request have in common."""
+class ResponseContext:
+    """Fields that all responses and events of a request share."""
 
-    route: Route
+    operation: Operation
     request_id: str
     model_id: str
     image_size: int
-    image_tokens_given: int  # tokens of the picture that an edit starts from
+    init_image_tokens: int  # tokens of an edit's init image
 
     @property
     def size(self) -> str:
         return f"{self.image_size}x{self.image_size}"
 
 
-def answer_body(job: GenerationJob, finished: Finished, style: AnswerStyle) -> bytes:
-    """The JSON of a plain answer. Call it in a thread where there are megabytes of pictures."""
+def response_body(job: GenerationJob, finished: Finished, context: ResponseContext) -> bytes:
+    """The JSON of a response that is not streamed. Call it in a thread for megabytes of images."""
     best, rest = finished.images[: job.num_images], finished.images[job.num_images :]
-    told = {
+    fields = {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": job.image_format,
         "quality": quality_of(job.num_candidates),
-        "size": style.size,
-        "usage": usage(finished, style),
-        "model": style.model_id,
-        "request_id": style.request_id,
+        "size": context.size,
+        "usage": usage(finished, context),
+        "model": context.model_id,
+        "request_id": context.request_id,
         "tokens_cut": finished.tokens_cut,
         "timings_s": finished.timings_s,
     }
     lists = {"data": best} | ({"candidates": rest} if job.wants_all else {})
-    answer = _json(told)[:-1]
+    answer = _json(fields)[:-1]
     for name, images in lists.items():
-        pictures = b", ".join(_with_picture(_about(image), image.data) for image in images)
-        answer += b', "%b": [%b]' % (name.encode(), pictures)
+        entries = b", ".join(_with_image_data(_image_fields(image), image.data) for image in images)
+        answer += b', "%b": [%b]' % (name.encode(), entries)
     return answer + b"}"
 
 
-def usage(finished: Finished, style: AnswerStyle) -> dict[str, Any]:
-    """Tokens of the whole request: of the caption and the given picture, and of all candidates drawn."""
-    read = finished.text_tokens + style.image_tokens_given
+def usage(finished: Finished, context: ResponseContext) -> dict[str, Any]:
+    """Token counts of a request: input of the caption and the init image, output of all candidates."""
+    read = finished.text_tokens + context.init_image_tokens
     return {
         "input_tokens": read,
         "output_tokens": finished.image_tokens,
         "total_tokens": read + finished.image_tokens,
-        "input_tokens_details": {"text_tokens": finished.text_tokens, "image_tokens": style.image_tokens_given},
+        "input_tokens_details": {"text_tokens": finished.text_tokens, "image_tokens": context.init_image_tokens},
         "output_tokens_details": {"text_tokens": 0, "image_tokens": finished.image_tokens},
     }
 
 
-def queued_event(queued: Queued, style: AnswerStyle) -> bytes:
-    return sse(f"{style.route}.queued", {"position": queued.position, "wait_s": queued.wait_s})
+def queued_event(queued: Queued, context: ResponseContext) -> bytes:
+    return sse(f"{context.operation}.queued", {"position": queued.position, "wait_s": queued.wait_s})
 
 
-def progress_event(progress: Progress, style: AnswerStyle) -> bytes:
-    told = {"tokens_generated": progress.tokens_generated, "tokens_total": progress.tokens_total}
-    return sse(f"{style.route}.progress", told)
+def progress_event(progress: Progress, context: ResponseContext) -> bytes:
+    fields = {"tokens_generated": progress.tokens_generated, "tokens_total": progress.tokens_total}
+    return sse(f"{context.operation}.progress", fields)
 
 
-def partial_event(partial: Partial, job: GenerationJob, style: AnswerStyle) -> bytes:
-    event = f"{style.route}.partial_image"
+def partial_event(partial: Partial, job: GenerationJob, context: ResponseContext) -> bytes:
+    event = f"{context.operation}.partial_image"
     fields = {
         "type": event,
         "partial_image_index": partial.partial_index,
@@ -90,52 +90,52 @@ def partial_event(partial: Partial, job: GenerationJob, style: AnswerStyle) -> b
         "rows_generated": partial.rows_generated,
         "rows_total": partial.rows_total,
     }
-    return _line(event, _with_picture(fields | _common(job, style), partial.data))
+    return _line(event, _with_image_data(fields | _common(job, context), partial.data))
 
 
-def finished_events(finished: Finished, job: GenerationJob, style: AnswerStyle) -> Iterator[bytes]:
-    """One event a picture: first the candidates that are not among the best, where asked for, then the best."""
+def finished_events(finished: Finished, job: GenerationJob, context: ResponseContext) -> Iterator[bytes]:
+    """One event per image: first, if requested, the candidates that are not among the best, then the best."""
     for image in finished.images[job.num_images :]:
         if image.data is not None and job.wants_all:
-            yield _final_event(f"{style.route}.candidate", image, job, style, {})
+            yield _final_event(f"{context.operation}.candidate", image, job, context, {})
     shared = {
-        "usage": usage(finished, style),
+        "usage": usage(finished, context),
         "tokens_cut": finished.tokens_cut,
         "timings_s": finished.timings_s,
-        "model": style.model_id,
-        "request_id": style.request_id,
+        "model": context.model_id,
+        "request_id": context.request_id,
     }
     for image in finished.images[: job.num_images]:
-        yield _final_event(f"{style.route}.completed", image, job, style, shared)
+        yield _final_event(f"{context.operation}.completed", image, job, context, shared)
 
 
 def sse(event: str, fields: dict[str, Any]) -> bytes:
-    """A server-sent event whose name is also its `type`: OpenAI's client reads the one, browsers the other."""
+    """A server-sent event with its name repeated as `type`: browsers read the name, OpenAI's client the `type`."""
     return _line(event, _json({"type": event} | fields))
 
 
 def _final_event(
-    event: str, image: GeneratedImage, job: GenerationJob, style: AnswerStyle, more: dict[str, Any]
+    event: str, image: GeneratedImage, job: GenerationJob, context: ResponseContext, more: dict[str, Any]
 ) -> bytes:
-    fields = {"type": event, "image_index": image.rank - 1} | _about(image) | _common(job, style) | more
-    return _line(event, _with_picture(fields, image.data))
+    fields = {"type": event, "image_index": image.rank - 1} | _image_fields(image) | _common(job, context) | more
+    return _line(event, _with_image_data(fields, image.data))
 
 
 def _line(event: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (event.encode(), data)
 
 
-def _common(job: GenerationJob, style: AnswerStyle) -> dict[str, Any]:
+def _common(job: GenerationJob, context: ResponseContext) -> dict[str, Any]:
     return {
         "created_at": int(time.time()),
-        "size": style.size,
+        "size": context.size,
         "quality": quality_of(job.num_candidates),
         "background": "opaque",
         "output_format": job.image_format,
     }
 
 
-def _about(image: GeneratedImage) -> dict[str, Any]:
+def _image_fields(image: GeneratedImage) -> dict[str, Any]:
     return {
         "seed": image.seed,
         "candidate": image.candidate,
@@ -146,10 +146,10 @@ def _about(image: GeneratedImage) -> dict[str, Any]:
     }
 
 
-def _with_picture(fields: dict[str, Any], data: bytes | None) -> bytes:
-    """A JSON object of `fields`, which are not empty, and the picture as `b64_json`."""
-    picture = b"null" if data is None else b'"%b"' % base64.b64encode(data)
-    return b'%b, "b64_json": %b}' % (_json(fields)[:-1], picture)
+def _with_image_data(fields: dict[str, Any], data: bytes | None) -> bytes:
+    """A JSON object of `fields`, which must not be empty, and the image as `b64_json`."""
+    encoded = b"null" if data is None else b'"%b"' % base64.b64encode(data)
+    return b'%b, "b64_json": %b}' % (_json(fields)[:-1], encoded)
 
 
 def _json(fields: dict[str, Any]) -> bytes:

@@ -1,10 +1,10 @@
-"""What may be asked for, field by field: OpenAI's names and meanings, this server's additions, and the way to a job.
+"""Request schemas with OpenAI's fields and this server's additions, and their conversion to a `GenerationJob`.
 
-OpenAI's servers and their imitators pass over what they do not know; here an unknown field is an error that names it,
-because a misspelt `temprature` that is ignored costs an afternoon. What OpenAI's API has and this model has not
-(`background: transparent`, GIF, SVG) is an error too. Fields without effect here are marked so.
+OpenAI's servers and compatible ones ignore unknown fields; here an unknown field is an error that names it, because a
+misspelt `temprature` that is ignored costs an afternoon. Features of OpenAI's API that this model lacks (`background:
+transparent`, GIF, SVG) are errors too. Fields without effect here say so.
 
-The seed is settled here, when none is asked for: from then on the job gives the same pictures wherever it runs. Random
+A random seed is chosen here if the request has none: from then on the job gives the same images wherever it runs. Random
 seeds are below 2**32, because JavaScript loses digits of numbers above 2**53.
 
 No torch, no ray.
@@ -23,47 +23,50 @@ from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
 from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
 from serve.api.errors import Failure, input_failure
-from serve.api.forms import shown
+from serve.api.forms import printable
 from serve.messages import GenerationJob, ModelInfo
 from serve.settings import Limits, ServeSettings
 
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 
-# Candidates that are drawn and ranked when `quality` is given and `candidates` is not.
+# Candidates that are generated and ranked if `quality` is given and `candidates` is not.
 QUALITIES: dict[Quality, int] = {"low": 4, "medium": 8, "high": 16, "xhigh": 32, "max": 64}
-_OLD_QUALITIES: dict[str, Quality] = {"standard": "medium", "hd": "high"}
+_DALLE_QUALITIES: dict[str, Quality] = {"standard": "medium", "hd": "high"}
 
-_NO_EFFECT = "accepted for OpenAI's clients, without effect here"
-_MODELS_OWN = "; the model's default_sampling_params if left out"
+_NO_EFFECT = "accepted for compatibility with OpenAI's clients, without effect"
+_MODEL_DEFAULT = "; default: the model's default_sampling_params"
 _NOT_HERE = "part of OpenAI's API that this model does not support: leave it out"
 
 
 class ImageRequest(BaseModel):
-    """Fields that generations and edits share."""
+    """Fields shared by generations and edits."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    prompt: str = Field(description="the caption; what does not fit the model's text is cut and reported as tokens_cut")
-    model: str | None = Field(None, description="an id of /v1/models; the model that is served when left out")
-    n: int | None = Field(None, description="pictures returned: the best of the candidates; 1 when left out")
+    prompt: str = Field(
+        description="the caption; tokens beyond the model's text length are cut and reported as tokens_cut"
+    )
+    model: str | None = Field(None, description="an id of /v1/models; default: the served model")
+    n: int | None = Field(None, description="images returned: the best of the candidates; default 1")
     size: str | None = Field(None, description="auto, or the model's own WIDTHxHEIGHT")
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = Field(
         None,
-        description="how many candidates are drawn and ranked when `candidates` is left out: low 4, medium 8, high 16, "
+        description="number of candidates generated and ranked if `candidates` is not given: low 4, medium 8, high 16, "
         "xhigh 32, max 64, at most the server's limit; standard is medium, hd is high; auto is the server's default",
     )
-    output_format: ImageFormat | None = Field(None, description="png when left out")
+    output_format: ImageFormat | None = Field(None, description="default png")
     output_compression: int | None = Field(
-        None, description="quality of webp and jpeg; 100, the default, is lossless webp; not for png"
+        None, description="quality of webp and jpeg; 100, the default, is lossless webp; not allowed for png"
     )
     background: Literal["transparent", "opaque", "auto"] | None = Field(
-        None, description="pictures are opaque: transparent is refused"
+        None, description="images are opaque: transparent is rejected"
     )
-    stream: bool | None = Field(None, description="answer with server-sent events")
+    stream: bool | None = Field(None, description="respond with server-sent events")
     partial_images: int | None = Field(
-        None, description="previews of each of the first n candidates, decoded from the rows drawn so far; with stream"
+        None,
+        description="previews of each of the first n candidates, decoded from the rows generated so far; requires stream",
     )
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json; url is refused")
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json; url is rejected")
     user: str | None = Field(None, description=f"{_NO_EFFECT}; never logged")
     safety_identifier: str | None = Field(None, description=f"{_NO_EFFECT}; never logged")
     complexity: Any = Field(None, description=_NOT_HERE)
@@ -71,47 +74,42 @@ class ImageRequest(BaseModel):
     frame_duration_ms: Any = Field(None, description=_NOT_HERE)
     svg: Any = Field(None, description=_NOT_HERE)
     # ------------------------------------------------------------------------------------------ additions of this server
-    seed: int | None = Field(
-        None, description=f"{FIELDS['seed'].description}; chosen at random, and returned, if left out"
-    )
+    seed: int | None = Field(None, description=f"{FIELDS['seed'].description}; default: chosen at random, and returned")
     candidates: int | None = Field(None, description=f"{FIELDS['candidates'].description}, at least n")
-    num_candidates: int | None = Field(None, description="the same as candidates")
-    temperature: float | None = Field(None, description=f"{FIELDS['temperature'].description}{_MODELS_OWN}")
-    top_k: int | None = Field(None, description=f"{FIELDS['top_k'].description}{_MODELS_OWN}")
-    top_p: float | None = Field(None, description=f"{FIELDS['top_p'].description}{_MODELS_OWN}")
-    guidance: float | None = Field(None, description=f"{FIELDS['guidance_scale'].description}{_MODELS_OWN}")
-    guidance_scale: float | None = Field(None, description="the same as guidance")
+    num_candidates: int | None = Field(None, description="alias of candidates")
+    temperature: float | None = Field(None, description=f"{FIELDS['temperature'].description}{_MODEL_DEFAULT}")
+    top_k: int | None = Field(None, description=f"{FIELDS['top_k'].description}{_MODEL_DEFAULT}")
+    top_p: float | None = Field(None, description=f"{FIELDS['top_p'].description}{_MODEL_DEFAULT}")
+    guidance: float | None = Field(None, description=f"{FIELDS['guidance_scale'].description}{_MODEL_DEFAULT}")
+    guidance_scale: float | None = Field(None, description="alias of guidance")
     rank_by: RankBy | None = Field(
         None,
-        description="koclip: how well an image matches the caption; log_likelihood: how likely what is kept is after a "
-        "regenerated hole",
+        description="koclip: similarity of image and caption; log_likelihood: that of the kept part after an inpainted hole",
     )
-    all_candidates: bool | None = Field(None, description="return the candidates beyond the best n, too")
-    progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens drawn")
+    all_candidates: bool | None = Field(None, description="also return the candidates beyond the best n")
+    progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens generated")
 
 
 class GenerationRequest(ImageRequest):
-    """POST /v1/images/generations."""
+    """Body of POST /v1/images/generations."""
 
     moderation: Literal["low", "auto"] | None = Field(None, description=_NO_EFFECT)
     style: Literal["vivid", "natural"] | None = Field(None, description=_NO_EFFECT)
 
 
 class EditRequest(ImageRequest):
-    """POST /v1/images/edits, besides its pictures."""
+    """Text fields of POST /v1/images/edits."""
 
     input_fidelity: Literal["high", "low"] | None = Field(None, description=_NO_EFFECT)
     markup: Any = Field(None, description=_NOT_HERE)
-    keep_rows: int | None = Field(
-        None, description="without a mask: rows of tokens that are kept, from the top; 7 of 16 if left out"
-    )
+    keep_rows: int | None = Field(None, description="without a mask: rows of tokens kept from the top; default 7 of 16")
     paste: bool | None = Field(
-        None, description="true: kept pixels get the original's values; false: all as the codec decodes them"
+        None, description="true: kept pixels have the original's values; false: the whole image is decoded from tokens"
     )
 
 
 class TokenizeRequest(BaseModel):
-    """POST /v1/tokenize."""
+    """Body of POST /v1/tokenize."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -121,14 +119,14 @@ class TokenizeRequest(BaseModel):
 AnyRequest = TypeVar("AnyRequest", GenerationRequest, EditRequest, TokenizeRequest)
 
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")
-# Names of this API for parameters that the engine calls otherwise.
+# Request fields whose names differ from the engine's.
 _ALIASES = {"n": "top", "num_candidates": "candidates", "guidance": "guidance_scale"}
 
 
 def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
-    """The least and the greatest value of each number, as checked and as documented.
+    """The least and greatest value of each numeric field, as validated and as documented.
 
-    Sampling parameters have the engine's bounds (`engine.sampling_params.FIELDS`), where the server is not stricter.
+    Sampling parameters have the engine's bounds (`engine.sampling_params.FIELDS`), unless the server's are stricter.
     """
     found: dict[str, tuple[float, float]] = {name: (spec.least, spec.greatest) for name, spec in FIELDS.items()}
     stricter = {"candidates": limits.max_candidates, "top": limits.max_images}
@@ -143,12 +141,12 @@ def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
 
 
 def spec_of(name: str) -> FieldSpec | None:
-    """The engine's sampling parameter that a field of a request is, or None."""
+    """The engine's sampling parameter of a request field, or None."""
     return FIELDS.get(_ALIASES.get(name, name))
 
 
 def parameter_limits(limits: Limits) -> dict[str, dict[str, Any]]:
-    """Sampling parameters for `/v1/models`: type, bounds and meaning of each, by its name in a request."""
+    """Sampling parameters for `/v1/models`: type, bounds and description by field name."""
     every = bounds(limits)
     names = ("n", "candidates", "seed", "temperature", "top_k", "top_p", "guidance_scale")
     return {name: _parameter_limit(spec, every[name]) for name in names if (spec := spec_of(name)) is not None}
@@ -165,20 +163,20 @@ def _parameter_limit(spec: FieldSpec, span: tuple[float, float]) -> dict[str, An
 
 
 def read_request(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
-    """`values` of a JSON object as a request; raises Failure naming the first field that does not fit."""
+    """`values` of a JSON object as a request; raises Failure naming the first invalid field."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        # never include the input: it may be large, and it is the caption as often as not
+        # never include the input: it may be large, and it is often the caption
         raise _as_failure(error.errors(include_url=False, include_input=False, include_context=False)[0]) from None
 
 
 def read_text_request(kind: type[AnyRequest], fields: Mapping[str, str]) -> AnyRequest:
-    """The same for a form, where numbers and switches arrive as text."""
+    """`read_request` for a form, whose numbers and booleans arrive as text."""
     return read_request(kind, {name: _from_text(kind, name, text) for name, text in fields.items()})
 
 
-def draw_job(
+def generation_job(
     request: ImageRequest,
     info: ModelInfo,
     settings: ServeSettings,
@@ -186,12 +184,12 @@ def draw_job(
     request_id: str,
     key_id: str,
     deadline_s: float,
-    has_picture: bool = False,
+    has_init_image: bool = False,
 ) -> GenerationJob:
-    """The job that a request asks for, but for the picture to start from: that is decoded when all else is right.
+    """The job of a request, without its init image, which is decoded when everything else is valid.
 
     Raises:
-        Failure: a value out of its bounds, or one that does not go with another.
+        Failure: a value out of its bounds, or one that cannot be combined with another.
     """
     _check_support(request, info)
     _check_bounds(request, settings.limits)
@@ -200,13 +198,13 @@ def draw_job(
     stream = bool(request.stream)
     for name in ("partial_images", "progress"):
         if getattr(request, name) and not stream:
-            raise _clash(name, "goes with `stream`: true only", "`stream`이 true일 때만 쓸 수 있습니다")
-    if request.rank_by == "log_likelihood" and not has_picture:
-        told_ko = "`log_likelihood`는 마스크가 있는 그림에만 쓸 수 있습니다"
-        raise _clash("rank_by", "`log_likelihood` needs an image with a mask", told_ko)
+            raise _invalid(name, "requires `stream`: true", "`stream`이 true일 때만 쓸 수 있습니다")
+    if request.rank_by == "log_likelihood" and not has_init_image:
+        detail_ko = "`log_likelihood`는 마스크가 있는 이미지에만 쓸 수 있습니다"
+        raise _invalid("rank_by", "`log_likelihood` needs an image with a mask", detail_ko)
     image_format: ImageFormat = request.output_format or "png"
     if request.output_compression is not None and image_format == "png":
-        raise _clash("output_compression", "goes with webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")
+        raise _invalid("output_compression", "is for webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")
     return GenerationJob(
         request_id=request_id,
         key_id=key_id,
@@ -223,13 +221,13 @@ def draw_job(
 
 
 def checked_prompt(prompt: str, limits: Limits) -> str:
-    """NFC, as tokenizers expect Korean; raises Failure when it is too long."""
+    """The prompt in NFC, as tokenizers expect Korean; raises Failure if it is too long."""
     prompt = unicodedata.normalize("NFC", prompt)
     if len(prompt) > limits.max_prompt_characters:
         most = limits.max_prompt_characters
         raise Failure(
             "invalid_value",
-            f"`prompt` has {len(prompt)} characters: at most {most} are taken.",
+            f"`prompt` has {len(prompt)} characters: the limit is {most}.",
             f"`prompt`는 {most}자까지 쓸 수 있습니다(지금 {len(prompt)}자).",
             param="prompt",
         )
@@ -237,14 +235,14 @@ def checked_prompt(prompt: str, limits: Limits) -> str:
 
 
 def quality_of(num_candidates: int) -> Quality:
-    """The quality that a number of candidates amounts to, for the answer: the least that draws as many."""
+    """The lowest quality with at least so many candidates, for the response."""
     return next((name for name, count in QUALITIES.items() if num_candidates <= count), "max")
 
 
 def _caption(prompt: str, limits: Limits) -> str:
     prompt = checked_prompt(prompt, limits)
     if not prompt.strip():
-        raise _clash("prompt", "must not be empty", "설명을 입력해 주세요")
+        raise _invalid("prompt", "must not be empty", "설명을 입력해 주세요")
     return prompt
 
 
@@ -256,17 +254,17 @@ def _check_support(request: ImageRequest, info: ModelInfo) -> None:
             raise Failure("unsupported_parameter", f"Leave out `{name}`.", f"`{name}` 항목을 빼 주세요.", param=name)
     own = f"{info.image_size}x{info.image_size}"
     if request.size not in (None, "auto", own):
-        raise _clash("size", f"must be {own}, as this model draws, or auto", f"이 모델의 크기는 {own}입니다")
+        raise _invalid("size", f"must be {own}, the model's size, or auto", f"이 모델의 크기는 {own}입니다")
     if request.background == "transparent":
-        raise _clash("background", "pictures are opaque", "투명한 배경은 지원하지 않습니다")
+        raise _invalid("background", "images are opaque", "투명한 배경은 지원하지 않습니다")
     if request.response_format == "url":
-        raise _clash("response_format", "pictures are sent as b64_json only", "b64_json만 지원합니다")
+        raise _invalid("response_format", "images are sent as b64_json only", "b64_json만 지원합니다")
 
 
 def model_not_found(info: ModelInfo) -> Failure:
     return Failure(
         "model_not_found",
-        f"This server draws with `{info.model_id}`.",
+        f"This server's model is `{info.model_id}`.",
         f"이 서버의 모델은 `{info.model_id}`입니다.",
         param="model",
     )
@@ -278,24 +276,26 @@ def _check_bounds(request: ImageRequest, limits: Limits) -> None:
         if value is None or least <= value <= most:
             continue
         if spec is None or not spec.takes_zero:
-            raise _clash(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
+            raise _invalid(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
         if value != 0:
-            told_ko = f"0이거나 {least:,}부터 {most:,}까지 쓸 수 있습니다"
-            raise _clash(name, f"must be 0, or {least:,} to {most:,}", told_ko)
+            detail_ko = f"0이거나 {least:,}부터 {most:,}까지 쓸 수 있습니다"
+            raise _invalid(name, f"must be 0, or {least:,} to {most:,}", detail_ko)
 
 
 def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSettings) -> int:
     most = settings.limits.max_candidates
     if num_images > most:
-        raise _clash("n", f"at most {most} pictures are drawn for a request", f"최대 {most}장입니다")
-    asked = _one_of(request, "candidates", "num_candidates")
-    if asked is None:
-        quality = _OLD_QUALITIES.get(request.quality or "auto", request.quality)
+        raise _invalid(
+            "n", f"must be at most {most}, the limit of images generated for a request", f"최대 {most}장입니다"
+        )
+    requested = _one_of(request, "candidates", "num_candidates")
+    if requested is None:
+        quality = _DALLE_QUALITIES.get(request.quality or "auto", request.quality)
         count = settings.default_candidates if quality in (None, "auto") else QUALITIES[quality]  # type: ignore[index]
         return min(max(count, num_images), most)
-    if asked < num_images:
-        raise _clash("candidates", f"must be at least n, {num_images}", f"n({num_images}) 이상이어야 합니다")
-    return int(asked)
+    if requested < num_images:
+        raise _invalid("candidates", f"must be at least n, {num_images}", f"n({num_images}) 이상이어야 합니다")
+    return int(requested)
 
 
 def _sampling_params(
@@ -319,31 +319,31 @@ def _sampling_params(
 def _one_of(request: ImageRequest, name: str, alias: str) -> Any:
     value, other = getattr(request, name), getattr(request, alias)
     if value is not None and other is not None:
-        raise _clash(alias, f"is the same as `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요")
+        raise _invalid(alias, f"is an alias of `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요")
     return other if value is None else value
 
 
-def _clash(name: str, told: str, told_ko: str) -> Failure:
-    return Failure("invalid_value", f"`{name}` {told}.", f"`{name}`: {told_ko}.", param=name)
+def _invalid(name: str, detail: str, detail_ko: str) -> Failure:
+    return Failure("invalid_value", f"`{name}` {detail}.", f"`{name}`: {detail_ko}.", param=name)
 
 
 # ------------------------------------------------------------------------------------------------ text to values
 
-_WHOLE = re.compile(r"-?[0-9]{1,20}")
-_SWITCHES = {"true": True, "false": False}
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_BOOLEANS = {"true": True, "false": False}
 
 
 def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
     field = kind.model_fields.get(name)
     wanted = () if field is None else get_args(field.annotation)
     if int in wanted:
-        if not _WHOLE.fullmatch(text):
-            raise _wrong_type(name, "a whole number", "정수")
+        if not _INTEGER.fullmatch(text):
+            raise _wrong_type(name, "an integer", "정수")
         return int(text)
     if bool in wanted:
-        if text not in _SWITCHES:
+        if text not in _BOOLEANS:
             raise _wrong_type(name, "true or false", "true 또는 false")
-        return _SWITCHES[text]
+        return _BOOLEANS[text]
     if float in wanted:
         try:
             number = float(text) if len(text) <= 40 and text.isascii() else math.nan
@@ -356,7 +356,7 @@ def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
 
 
 _TYPES = {
-    "int_type": ("a whole number", "정수"),
+    "int_type": ("an integer", "정수"),
     "float_type": ("a number", "숫자"),
     "finite_number": ("a finite number", "유한한 숫자"),
     "string_type": ("a string", "문자열"),
@@ -365,16 +365,19 @@ _TYPES = {
 
 
 def _as_failure(fault: Any) -> Failure:
-    name = shown(".".join(map(str, fault["loc"][:1])))
+    name = printable(".".join(map(str, fault["loc"][:1])))
     if fault["type"] == "extra_forbidden":
         return Failure(
-            "unknown_parameter", f"Remove `{name}` or mend its spelling.", f"`{name}` 항목을 확인해 주세요.", param=name
+            "unknown_parameter",
+            f"Remove `{name}` or correct its spelling.",
+            f"`{name}` 항목을 확인해 주세요.",
+            param=name,
         )
     if fault["type"] == "missing":
         return Failure("missing_required_parameter", f"Add `{name}`.", f"`{name}` 항목을 넣어 주세요.", param=name)
     if fault["type"] in _TYPES:
         return _wrong_type(name, *_TYPES[fault["type"]])
-    return _clash(name, fault["msg"][:1].lower() + fault["msg"][1:], f"허용되지 않는 값입니다({fault['msg']})")
+    return _invalid(name, fault["msg"][:1].lower() + fault["msg"][1:], f"허용되지 않는 값입니다({fault['msg']})")
 
 
 def _wrong_type(name: str, wanted: str, wanted_ko: str) -> Failure:

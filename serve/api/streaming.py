@@ -1,9 +1,8 @@
-"""Listens to a worker and to the client at the same time, and writes server-sent events.
+"""A job's events under a deadline and with disconnect detection, and server-sent events.
 
-A client that hangs up is noticed here, by waiting for `http.disconnect` beside the worker's next event, and its drawing
-is cancelled. The server underneath is not relied on for that: under Ray Serve the header
-`x-request-disconnect-disabled` of any client switches its own cancelling off. The deadline is kept here for the same
-reason.
+A disconnected client is detected here, by waiting for `http.disconnect` beside the worker's next event, and its job is
+cancelled. The server underneath is not relied on for that: under Ray Serve any client can disable cancellation with the
+header `x-request-disconnect-disabled`. The deadline is enforced here for the same reason.
 
 A stream's status line is sent with its first event, so that a job that is refused at once gets its proper status; or
 after `KEEP_ALIVE_S` without an event, with the first comment line that keeps proxies from closing a silent connection.
@@ -16,12 +15,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from serve.api import responses as answers
-from serve.api.body import ClientGone, Receive
+from serve.api import responses
+from serve.api.body import ClientGone
 from serve.api.errors import Failure, refusal
-from serve.api.responses import AnswerStyle
+from serve.api.responses import ResponseContext
 from serve.messages import Finished, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 from serve.pool import WorkerPool
 
@@ -38,41 +37,40 @@ OnFinished = Callable[[Finished], None]
 OnFailure = Callable[[Failure], None]
 
 
-async def drawn_events(
+async def generation_events(
     pool: WorkerPool, job: GenerationJob, *, receive: Receive, ends_at: float, keep_alive_s: float | None = None
 ) -> AsyncGenerator[GenerationEvent | None, None]:
-    """The job's events up to `Finished`; None whenever `keep_alive_s` seconds went by without one.
+    """The job's events up to `Finished`; None after every `keep_alive_s` seconds without one.
 
-    However it ends, the drawing is cancelled or over when the generator is closed: use it inside
-    `contextlib.aclosing`.
+    When the generator is closed the job is finished or cancelled, however it ended: use it inside `contextlib.aclosing`.
 
     Args:
-        receive: of the request, its body read: nothing but `http.disconnect` comes any more.
-        ends_at: the event loop's time by which the last byte must be out.
+        receive: the request's `receive` after its body has been read: only `http.disconnect` is left.
+        ends_at: the event loop's time by which the last byte must be sent.
 
     Raises:
-        Failure: the worker refused, or the time is over.
-        ClientGone: the client hung up.
+        Failure: the worker refused, or the deadline has passed.
+        ClientGone: the client closed the connection.
     """
     loop = asyncio.get_running_loop()
-    events = aiter(pool.draw(job))
-    gone = asyncio.create_task(_hung_up(receive))
-    coming: asyncio.Future[GenerationEvent] | None = None
+    events = aiter(pool.generate(job))
+    gone = asyncio.create_task(_disconnected(receive))
+    pending: asyncio.Future[GenerationEvent] | None = None
     try:
         while True:
             left_s = ends_at - loop.time()
             if left_s <= 0:
                 raise Failure("deadline_exceeded")
-            if coming is None:
-                coming = asyncio.ensure_future(anext(events))
-            either: set[asyncio.Future[Any]] = {gone, coming}
+            if pending is None:
+                pending = asyncio.ensure_future(anext(events))
+            either: set[asyncio.Future[Any]] = {gone, pending}
             wait_s = left_s if keep_alive_s is None else min(left_s, keep_alive_s)
             await asyncio.wait(either, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 raise ClientGone
-            if coming.done():
-                event = _next_of(coming)
-                coming = None
+            if pending.done():
+                event = _next_of(pending)
+                pending = None
                 yield event
                 if isinstance(event, Finished):
                     return
@@ -80,29 +78,29 @@ async def drawn_events(
                 yield None
     finally:
         await _stop(gone)
-        if coming is not None:
-            await _stop(coming)
+        if pending is not None:
+            await _stop(pending)
         if isinstance(events, AsyncGenerator):
             await events.aclose()
 
 
 async def finished_job(pool: WorkerPool, job: GenerationJob, *, receive: Receive, ends_at: float) -> Finished:
-    """The job's pictures; raises as `drawn_events` does."""
-    async with contextlib.aclosing(drawn_events(pool, job, receive=receive, ends_at=ends_at)) as events:
+    """The job's last event; raises as `generation_events` does."""
+    async with contextlib.aclosing(generation_events(pool, job, receive=receive, ends_at=ends_at)) as events:
         async for event in events:
             if isinstance(event, Finished):
                 return event
-    raise Failure("drawing_failed", "The worker stopped without a picture.", "그림 없이 끝났습니다.")
+    raise Failure("generation_failed", "The worker stopped without a result.", "결과 없이 끝났습니다.")
 
 
 class EventStream(Response):
-    """A streamed answer. Not Starlette's, whose own watch for a hang-up would compete for the same message."""
+    """A streamed response. Starlette's own would compete for `http.disconnect`, which it watches for as well."""
 
     def __init__(
         self,
         pool: WorkerPool,
         job: GenerationJob,
-        style: AnswerStyle,
+        context: ResponseContext,
         *,
         ends_at: float,
         on_finished: OnFinished,
@@ -110,13 +108,13 @@ class EventStream(Response):
     ) -> None:
         super().__init__(status_code=200, headers=_STREAM_HEADERS)
         del self.headers["content-length"]
-        self._pool, self._job, self._style = pool, job, style
+        self._pool, self._job, self._context = pool, job, context
         self._ends_at, self._on_finished, self._on_failure = ends_at, on_finished, on_failure
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # A client that does not read stops us in send: the deadline is its limit, too.
+            # `send` blocks while a client does not read: the deadline bounds that, too.
             async with asyncio.timeout_at(self._ends_at + 1):
                 await self._send_events(receive, send)
         except TimeoutError:
@@ -130,16 +128,18 @@ class EventStream(Response):
         except Exception:
             if not self._started:
                 raise
-            _log.exception("request %s failed while it was streamed", self._style.request_id)
+            _log.exception("request %s failed while it was streamed", self._context.request_id)
             await self._send_error(send, Failure("internal_error"))
 
     async def _send_events(self, receive: Receive, send: Send) -> None:
-        stream = drawn_events(self._pool, self._job, receive=receive, ends_at=self._ends_at, keep_alive_s=KEEP_ALIVE_S)
+        stream = generation_events(
+            self._pool, self._job, receive=receive, ends_at=self._ends_at, keep_alive_s=KEEP_ALIVE_S
+        )
         async with contextlib.aclosing(stream) as events:
             async for event in events:
                 if isinstance(event, Finished):
                     self._on_finished(event)
-                for chunk in _as_chunks(event, self._job, self._style):
+                for chunk in _as_chunks(event, self._job, self._context):
                     await self._send(send, chunk)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -155,41 +155,41 @@ class EventStream(Response):
 
 
 def error_event(failure: Failure) -> bytes:
-    """What ends a stream whose status line is out: OpenAI's client raises its `error`."""
-    return answers.sse("error", {"error": failure.as_object()})
+    """The last event of a stream that fails after its status line: OpenAI's client raises its `error`."""
+    return responses.sse("error", {"error": failure.as_object()})
 
 
-def _as_chunks(event: GenerationEvent | None, job: GenerationJob, style: AnswerStyle) -> Iterator[bytes]:
+def _as_chunks(event: GenerationEvent | None, job: GenerationJob, context: ResponseContext) -> Iterator[bytes]:
     if event is None:
         yield _KEEP_ALIVE
     elif isinstance(event, Queued):
-        yield answers.queued_event(event, style)
+        yield responses.queued_event(event, context)
     elif isinstance(event, Progress):
-        yield answers.progress_event(event, style)
+        yield responses.progress_event(event, context)
     elif isinstance(event, Partial):
-        yield answers.partial_event(event, job, style)
+        yield responses.partial_event(event, job, context)
     elif isinstance(event, Finished):
-        yield from answers.finished_events(event, job, style)
+        yield from responses.finished_events(event, job, context)
 
 
-def _next_of(coming: "asyncio.Future[GenerationEvent]") -> GenerationEvent:
+def _next_of(pending: "asyncio.Future[GenerationEvent]") -> GenerationEvent:
     try:
-        event = coming.result()
+        event = pending.result()
     except StopAsyncIteration:
-        raise Failure("drawing_failed", "The worker stopped without a picture.", "그림 없이 끝났습니다.") from None
+        raise Failure("generation_failed", "The worker stopped without a result.", "결과 없이 끝났습니다.") from None
     if isinstance(event, Refused):
         raise refusal(event)
     return event
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _stop(task: "asyncio.Future[Any]") -> None:
-    """Cancels it and waits until it is over, so that its drawing is cancelled before the answer goes on."""
+    """Cancels a task and waits until it has ended, so that its job is cancelled before the response goes on."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # asked for, so that asyncio does not report it as overlooked: nobody waits for it any more
+        task.exception()  # retrieved, so that asyncio does not report it as never retrieved

@@ -1,13 +1,13 @@
-"""Uploaded pictures: judged before they are decoded, decoded off the event loop, brought to what the model takes.
+"""Uploaded images: checked before decoding, decoded in threads, resized and medit for the model.
 
-A PNG of 21 KB can hold 13,300 x 13,300 pixels, of which Pillow only warns and which cost about 860 MB as RGB. Here the
-size is read from the header first; more than `limits.max_pixels` is refused. Two pictures at most are decoded at a time.
+A PNG of 21 KB can hold 13,300 x 13,300 pixels, for which Pillow only warns and which take about 860 MB as RGB. Here the
+size is read from the header first, and more than `limits.max_pixels` is rejected. At most two images are decoded at a time.
 
-Masks come in two kinds. OpenAI's has transparent pixels, and those are regenerated; ours has none, and its white is regenerated
-(engine/pipeline/init_image.py). A picture that has transparent pixels itself and comes without a mask is its own mask, as
-with OpenAI.
+There are two types of masks. With OpenAI's, transparent pixels are regenerated; with ours, which has no transparency, white
+pixels are (engine/pipeline/init_image.py). As with OpenAI, an image with transparent pixels and without a mask is its own
+mask.
 
-S pixels of the model's picture, g x g grid of tokens.
+S pixels of the model's images, g x g grid of tokens.
 """
 
 import asyncio
@@ -24,28 +24,28 @@ from engine.data.crops import DECODE_ERRORS
 from engine.errors import InputError
 from engine.pipeline.init_image import InitImage, check_kept_after
 from serve.api.errors import Failure, input_failure
-from serve.api.forms import shown
+from serve.api.forms import printable
 from serve.api.schemas import EditRequest
 from serve.messages import ModelInfo
 from serve.settings import Limits
 
 FORMATS = ("PNG", "WEBP", "JPEG")
-_DECODED_AT_ONCE = 2  # 16 million pixels are about 200 MB while a mask is worked out
+_MAX_CONCURRENT = 2  # 16 million pixels take about 200 MB while a mask is computed
 
-# What engine/pipeline/init_image.py says of a mask, by the value that it names.
+# Korean messages for the mask errors of engine/pipeline/init_image.py, by their `value`.
 _MASKS_KO = {
-    "all black": "다시 그릴 부분(투명하거나 흰 픽셀)이 가운데 정사각형 안에 없습니다",
-    "all white": "그림 전체가 표시되어 남는 부분이 없습니다. 일부만 표시해 주세요",
+    "all black": "다시 생성할 부분(투명하거나 흰 픽셀)이 가운데 정사각형 안에 없습니다",
+    "all white": "이미지 전체가 표시되어 남는 부분이 없습니다. 일부만 표시해 주세요",
     "white": "모든 칸에 표시가 닿아 남는 부분이 없습니다. 더 좁게 표시해 주세요",
 }
 
 
 class UploadReader:
-    """Threads that decode; use it as a context manager, or they start with the first picture and are never joined."""
+    """A thread pool that decodes uploads; as a context manager it joins its threads."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._threads = ThreadPoolExecutor(_DECODED_AT_ONCE, thread_name_prefix="uploads")
+        self._threads = ThreadPoolExecutor(_MAX_CONCURRENT, thread_name_prefix="uploads")
 
     def __enter__(self) -> "UploadReader":
         return self
@@ -53,31 +53,30 @@ class UploadReader:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    async def read(self, files: Mapping[str, IO[bytes]], asked: EditRequest, info: ModelInfo) -> InitImage:
-        """The image that an edit starts from, at the model's size.
+    async def read(self, files: Mapping[str, IO[bytes]], edit: EditRequest, info: ModelInfo) -> InitImage:
+        """The init image of an edit, at the model's size.
 
         Raises:
-            Failure: parts that are missing or unknown, pictures that cannot be read or are too large, a mask that does
-                not fit.
+            Failure: missing or unknown parts, images that cannot be read or are too large, an unsuitable mask.
         """
         image_file, mask_file = _parts(files)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, read_init_image, image_file, mask_file, asked, info, self._limits.max_pixels
+            self._threads, read_init_image, image_file, mask_file, edit, info, self._limits.max_pixels
         )
 
 
 def read_init_image(
-    image_file: IO[bytes], mask_file: IO[bytes] | None, asked: EditRequest, info: ModelInfo, max_pixels: int
+    image_file: IO[bytes], mask_file: IO[bytes] | None, edit: EditRequest, info: ModelInfo, max_pixels: int
 ) -> InitImage:
-    """Decodes and fits; raises Failure as `UploadReader.read`."""
+    """Decodes, crops and resizes an upload; raises Failure as `UploadReader.read`."""
     image = open_upload(image_file, "image", max_pixels=max_pixels)
-    mask, mask_param = _mask(image, mask_file, asked, max_pixels)
-    paste = True if asked.paste is None else asked.paste
-    _check_rows(asked.keep_rows, info.grid_size)
+    mask, mask_param = _mask(image, mask_file, edit, max_pixels)
+    paste = True if edit.paste is None else edit.paste
+    _check_rows(edit.keep_rows, info.grid_size)
     try:
-        init_image = InitImage(image, keep_rows=asked.keep_rows, mask_image=mask, paste=paste)
-        if asked.rank_by == "log_likelihood":
+        init_image = InitImage(image, keep_rows=edit.keep_rows, mask_image=mask, paste=paste)
+        if edit.rank_by == "log_likelihood":
             check_kept_after(init_image.regenerated_tokens(info.image_size, info.grid_size))
         return init_image.resized(info.image_size, info.grid_size)
     except InputError as error:
@@ -89,11 +88,11 @@ def read_init_image(
             raise Failure("invalid_value", told, told_ko, param="rank_by") from error
         if error.field != "mask_image":
             raise input_failure(error) from error
-        raise input_failure(error, param=mask_param, told_ko=_MASKS_KO.get(str(error.value), "")) from error
+        raise input_failure(error, param=mask_param, detail_ko=_MASKS_KO.get(str(error.value), "")) from error
 
 
 def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
-    """A picture, upright, decoded completely; its metadata goes no further than here.
+    """A completely decoded, upright image; its metadata is dropped.
 
     Raises:
         Failure: not PNG, WebP or JPEG; animated; more pixels than allowed, by its header; truncated or damaged.
@@ -103,22 +102,22 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
             if image.width * image.height > max_pixels:
                 raise _too_many_pixels(param, max_pixels)
             if getattr(image, "is_animated", False):
-                raise _bad_image(param, "is animated: send a single picture", "움직이는 그림은 쓸 수 없습니다")
+                raise _bad_image(param, "is animated: send a single image", "움직이는 이미지는 쓸 수 없습니다")
             image.load()
             return ImageOps.exif_transpose(image)
     except Image.UnidentifiedImageError:
-        raise _bad_image(param, "is not a PNG, WebP or JPEG picture", "PNG, WebP, JPEG 그림이 아닙니다") from None
+        raise _bad_image(param, "is not a PNG, WebP or JPEG image", "PNG, WebP, JPEG 이미지가 아닙니다") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(param, max_pixels) from None
     except DECODE_ERRORS:
-        raise _bad_image(param, "is truncated or damaged", "그림 파일이 손상되었습니다") from None
+        raise _bad_image(param, "is truncated or damaged", "이미지 파일이 손상되었습니다") from None
 
 
 def _parts(files: Mapping[str, IO[bytes]]) -> tuple[IO[bytes], IO[bytes] | None]:
     for name in files:
         if name not in ("image", "image[]", "mask", "markup"):
-            name = shown(name)
-            raise Failure("unknown_parameter", f"No file is called `{name}`.", f"`{name}`", param=name)
+            name = printable(name)
+            raise Failure("unknown_parameter", f"There is no file field `{name}`.", f"`{name}`", param=name)
     if "markup" in files:
         raise Failure("unsupported_parameter", "Leave out `markup`.", "`markup` 항목을 빼 주세요.", param="markup")
     images = [files[name] for name in ("image", "image[]") if name in files]
@@ -127,35 +126,35 @@ def _parts(files: Mapping[str, IO[bytes]]) -> tuple[IO[bytes], IO[bytes] | None]
             "missing_required_parameter", "Add the file `image`.", "`image` 파일을 넣어 주세요.", param="image"
         )
     if len(images) > 1:
-        raise _bad_image("image", "is there twice: one picture is drawn from", "그림은 한 장만 보낼 수 있습니다")
+        raise _bad_image("image", "is given twice: only one image is supported", "이미지는 한 장만 보낼 수 있습니다")
     return images[0], files.get("mask")
 
 
 def _mask(
-    image: Image.Image, mask_file: IO[bytes] | None, asked: EditRequest, max_pixels: int
+    image: Image.Image, mask_file: IO[bytes] | None, edit: EditRequest, max_pixels: int
 ) -> tuple[Image.Image | None, str]:
-    """White where to redraw, or None; and the part of the form that says so."""
+    """The mask, white where to regenerate, or None; and the form field that it is from."""
     if mask_file is None:
-        return (_own_mask(image) if asked.keep_rows is None else None), "image"
-    if asked.keep_rows is not None:
-        told = "`keep_rows` goes with no mask: give one of the two."
-        raise Failure("invalid_value", told, "`keep_rows`: 마스크와 함께 쓸 수 없습니다.", param="keep_rows")
+        return (_own_mask(image) if edit.keep_rows is None else None), "image"
+    if edit.keep_rows is not None:
+        detail = "`keep_rows` cannot be combined with a mask: give one of the two."
+        raise Failure("invalid_value", detail, "`keep_rows`: 마스크와 함께 쓸 수 없습니다.", param="keep_rows")
     mask = _black_and_white(open_upload(mask_file, "mask", max_pixels=max_pixels))
     if mask.size != image.size:
-        told = f"is {mask.width} x {mask.height}: it must be as large as the image, {image.width} x {image.height}"
-        raise _bad_image("mask", told, f"그림과 크기가 같아야 합니다({image.width} x {image.height})")
+        detail = f"is {mask.width} x {mask.height}: it must be as large as the image, {image.width} x {image.height}"
+        raise _bad_image("mask", detail, f"이미지와 크기가 같아야 합니다({image.width} x {image.height})")
     return mask, "mask"
 
 
 def _check_rows(keep_rows: int | None, grid_size: int) -> None:
     if keep_rows is not None and not 1 <= keep_rows < grid_size:
-        told = f"`keep_rows` must be 1 to {grid_size - 1}: pictures have {grid_size} rows of tokens."
-        told_ko = f"`keep_rows`: 1부터 {grid_size - 1}까지 쓸 수 있습니다."
-        raise Failure("invalid_value", told, told_ko, param="keep_rows")
+        detail = f"`keep_rows` must be 1 to {grid_size - 1}: images have {grid_size} rows of tokens."
+        detail_ko = f"`keep_rows`: 1부터 {grid_size - 1}까지 쓸 수 있습니다."
+        raise Failure("invalid_value", detail, detail_ko, param="keep_rows")
 
 
 def _black_and_white(mask: Image.Image) -> Image.Image:
-    """White where to redraw: transparent pixels of a mask that has some, else as it is."""
+    """A mask that is white where to regenerate: from its transparent pixels if it has any, else as it is."""
     if not mask.has_transparency_data:
         return mask
     alpha = _alpha(mask)
@@ -164,7 +163,7 @@ def _black_and_white(mask: Image.Image) -> Image.Image:
     if alpha.min() > 0:
         raise _bad_image(
             "mask",
-            "has half transparent pixels but no fully transparent one, which is what is regenerated",
+            "has partially transparent pixels but no fully transparent ones, which are what is regenerated",
             "완전히 투명한 픽셀이 없습니다",
         )
     return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
@@ -181,12 +180,12 @@ def _alpha(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
-def _bad_image(param: str, told: str, told_ko: str) -> Failure:
-    return Failure("invalid_image", f"`{param}` {told}.", f"`{param}`: {told_ko}.", param=param)
+def _bad_image(param: str, detail: str, detail_ko: str) -> Failure:
+    return Failure("invalid_image", f"`{param}` {detail}.", f"`{param}`: {detail_ko}.", param=param)
 
 
 def _too_many_pixels(param: str, max_pixels: int) -> Failure:
-    told = f"`{param}`: at most {max_pixels / 1e6:g} million pixels are taken."
+    detail = f"`{param}`: the limit is {max_pixels / 1e6:g} million pixels."
     return Failure(
-        "image_too_large", told, f"`{param}`: 최대 {max_pixels / 1e6:g}백만 픽셀까지 쓸 수 있습니다.", param=param
+        "image_too_large", detail, f"`{param}`: 최대 {max_pixels / 1e6:g}백만 픽셀까지 쓸 수 있습니다.", param=param
     )

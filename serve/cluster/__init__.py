@@ -1,1 +1,1 @@
-"""More than one process: what Ray Serve is told, and what it does not do by itself."""
+"""Serving from several processes: replicas, the coordinator, re-runs, autoscaling, and the gate in Ray's proxy."""

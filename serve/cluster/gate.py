@@ -1,20 +1,20 @@
-"""What stands in Ray Serve's HTTP proxy before everything else: ASGI middleware that Ray loads by its import path.
+"""ASGI middleware that hardens Ray Serve's HTTP proxy; Ray loads it by its import path, outermost.
 
-    client ─► uvicorn ─► gate ─► Ray's proxy ─► an edge replica (serve/api/application.py)
+    client ─► uvicorn ─► gate ─► Ray's proxy ─► an API server replica (serve/api/application.py)
 
-Ray's proxy has habits that a public address cannot afford, and this takes them away:
+Behaviour of Ray's proxy that is unsafe at a public address, and what the gate does about it:
 
-    headers with power     `x-request-timeout-seconds` and `x-request-disconnect-disabled` of any client override the
-                           server's own; two more steer routing. They are taken off.
-    a body of any size     the proxy reads it into memory before an edge has seen a byte. It ends at the largest body
-                           that the edge reads.
-    a head of any size     and for any time. Both end where serve/api/listener.py ends them.
-    errors as plain text   become the error object that every other reply carries.
-    /-/routes              tells anyone what is deployed. It is gone; /-/healthz stays for probes.
-    an edge that dies      its requests become 500. They are sent to another edge, once, where nothing was answered yet:
-                           a drawing may be repeated.
+    control headers        `x-request-timeout-seconds` and `x-request-disconnect-disabled` of any client override the
+                           server's own settings, and two more steer routing. They are removed.
+    unbounded bodies       the proxy reads a body into memory before an API server has seen a byte. Bodies are cut off at
+                           the largest size that an API server reads.
+    unbounded heads        in bytes and in time. Both are limited as in serve/api/listener.py.
+    plain-text errors      become the error object that every other reply carries.
+    /-/routes              lists the deployments to anyone. It is 404; /-/healthz stays for probes.
+    a dying API server     its requests become 500. A request without any reply yet is sent to another API server, once:
+                           generation may be repeated.
 
-The edge keeps its own limits and its own deadline: it is safe without this, and this is the second net.
+The API server has its own limits and its own deadline and is safe without the gate, which is a second line of defence.
 
 No torch, no ray.
 """
@@ -31,26 +31,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.errors import Failure
 from serve.settings import Limits
 
-# Read where the proxy starts: the callback that Ray calls takes no arguments.
+# Read when the proxy starts: the callback that Ray calls takes no arguments.
 MAX_BODY_VARIABLE = "KODALLE_MAX_BODY_BYTES"
 
 _STEERING = frozenset(
     ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
 )
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_OURS = b"content-security-policy"  # on every reply of an edge (serve/api/middleware.py), on none of Ray's
+_API_SERVER_HEADER = (
+    b"content-security-policy"  # on every reply of an API server (serve/api/middleware.py), on none of Ray's
+)
 
 
 def middlewares() -> list[Middleware]:
-    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: called in the proxy, before it makes its uvicorn server."""
-    # Ray gives uvicorn no protocol, so that it takes what this table calls "auto".
+    """Callback of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, called in the proxy before it creates its uvicorn server."""
+    # Ray names no protocol to uvicorn, which then uses this table's entry "auto".
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve.api.listener:BoundedHttp"
     max_bytes = int(os.environ.get(MAX_BODY_VARIABLE, Limits().max_edit_bytes))
     return [Middleware(Gate, max_body_bytes=max_bytes)]
 
 
 class Gate:
-    """ASGI middleware."""
+    """ASGI middleware in front of Ray Serve's proxy application."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
@@ -58,7 +60,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "no WebSockets here"})
+            await send({"type": "websocket.close", "code": 1008, "reason": "WebSockets are not supported"})
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"] == "/-/routes":
@@ -66,27 +68,27 @@ class Gate:
         elif _declared_bytes(scope) > self._max_body_bytes:
             await _send_failure(Failure("request_too_large"), send)
         else:
-            await self._pass_on({**scope, "headers": _harmless(scope["headers"])}, receive, send)
+            await self._forward({**scope, "headers": _safe_headers(scope["headers"])}, receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive, self._max_body_bytes)
-        for is_last in (False, True):
+        for is_last_attempt in (False, True):
             reply = _Reply(send, body)
-            await self._app(_own_copy(scope), body.from_start(), reply)
-            if reply.is_begun or body.is_gone:
+            await self._app(_scope_copy(scope), body.from_start(), reply)
+            if reply.is_started or body.is_gone:
                 return
             if body.is_too_large:
                 await _send_failure(Failure("request_too_large"), send)
                 return
-            # Of a replica that died Ray says nothing at all, which uvicorn would make a plain 500.
+            # Ray sends no reply at all for a replica that died, which uvicorn would turn into a plain 500.
             status = reply.withheld_status or 500
-            if status != 500 or is_last:
+            if status != 500 or is_last_attempt:
                 await _send_failure(_failure_for(status), send)
                 return
 
 
 class _Body:
-    """A request's body as it comes, kept until the reply begins so that it can be sent once more."""
+    """A request's body as it arrives, buffered until the reply starts so that the request can be sent a second time."""
 
     def __init__(self, receive: Receive, max_bytes: int) -> None:
         self._receive, self._max_bytes = receive, max_bytes
@@ -124,34 +126,34 @@ class _Body:
 
 
 class _Reply:
-    """Passes an edge's reply on and withholds one of Ray's own, of which only the status is kept."""
+    """Forwards an API server's reply, and withholds one of Ray's own, of which only the status is kept."""
 
     def __init__(self, send: Send, body: _Body) -> None:
         self._send, self._body = send, body
-        self.is_begun = False
+        self.is_started = False
         self.withheld_status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             names = [name.lower() for name, _ in message["headers"]]
-            if message["status"] >= 400 and _OURS not in names:
+            if message["status"] >= 400 and _API_SERVER_HEADER not in names:
                 self.withheld_status = message["status"]
                 return
             message = {**message, "headers": _one_request_id(message["headers"])}
-            self.is_begun = True
+            self.is_started = True
             self._body.forget()
-        if self.withheld_status or (self._body.is_too_large and not self.is_begun):
+        if self.withheld_status or (self._body.is_too_large and not self.is_started):
             return
         await self._send(message)
 
 
-def _own_copy(scope: Scope) -> Scope:
-    """What the layers below write into a scope must not be found by a second attempt."""
+def _scope_copy(scope: Scope) -> Scope:
+    """A copy for one attempt: what the layers below write into it must not leak into a second attempt."""
     return {**scope, "headers": list(scope["headers"]), "state": dict(scope.get("state", {}))}
 
 
-def _harmless(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Without those that steer Ray, and without a request id that does not belong into a log."""
+def _safe_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers without Ray's control headers, and without a request id that is unfit for a log."""
     return [
         (name, value)
         for name, value in headers
@@ -161,7 +163,7 @@ def _harmless(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 def _one_request_id(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Ray adds its own behind the edge's."""
+    """Headers with the first request id only: Ray appends its own to the API server's."""
     kept: MutableMapping[bytes, tuple[bytes, bytes]] = {}
     others = []
     for name, value in headers:
@@ -180,14 +182,14 @@ def _declared_bytes(scope: Scope) -> int:
 
 
 def _failure_for(status: int) -> Failure:
-    """One of Ray's own errors, told as ours."""
+    """One of Ray's own errors as our error object."""
     if status == 429:
         return Failure("queue_full", retry_after_s=1)
-    if status in (404, 503):  # no route yet, or not any more; no edge takes requests
+    if status in (404, 503):  # no route yet, or not any more; no API server accepts requests
         return Failure("unavailable", retry_after_s=1)
     if status == 408:
         return Failure("deadline_exceeded")
-    return Failure("drawing_failed", "The process that answered it died.", "응답하던 프로세스가 종료되었습니다.")
+    return Failure("generation_failed", "The process that was answering died.", "응답하던 프로세스가 종료되었습니다.")
 
 
 async def _send_failure(failure: Failure, send: Send) -> None:

@@ -1,6 +1,7 @@
-"""Which requests are being answered, so that a server that stops can wait for those that it took on.
+"""The set of open HTTP requests, so that a stopping server can wait for the ones it has accepted.
 
-Not a count: while it stops, clients go on asking and are refused, so that a busy server's count is never 0.
+A set and not a counter: while the server stops, new requests keep coming and are refused, so a counter might never reach
+0.
 
 No torch, no ray.
 """
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class OpenRequests:
-    """ASGI middleware."""
+    """ASGI middleware that tracks open requests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -29,7 +30,7 @@ class OpenRequests:
             self._open.discard(ended)
             ended.set_result(None)
 
-    async def finish(self) -> None:
-        """Returns when all requests that are open now have been answered."""
+    async def wait(self) -> None:
+        """Returns when every request that is open now has been answered."""
         if self._open:
             await asyncio.wait(set(self._open))

@@ -1,8 +1,8 @@
-"""What workers refused a moment ago, so that a crowd is refused without asking them about each of it.
+"""Cache of `queue_full` refusals in an API server, so that under overload the workers need not refuse every request.
 
-Far too many requests are refused by the very processes that could draw instead. For `KEPT_S` after every worker that was
-asked had no room, an edge gives the same answer by itself to what needs as much room and is the same key's: workers share
-their queues out by key.
+Refusing far too many requests would take time from the very processes that generate. For `TTL_S` after every worker tried
+had no room, an API server gives the same answer by itself to requests of the same key that need at least as many slots:
+workers divide their queues by key.
 
 No torch, no ray.
 """
@@ -13,35 +13,35 @@ from dataclasses import dataclass
 
 from serve.messages import GenerationJob, Refused
 
-KEPT_S = 0.25
+TTL_S = 0.25
 
 
 @dataclass(frozen=True)
-class _Note:
+class _Refusal:
     until_s: float
     num_slots: int
     refused: Refused
 
 
 class SaturatedWorkers:
-    """Called from one event loop."""
+    """The latest refusal of each key. Called from one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._notes: dict[str, _Note] = {}  # by key
+        self._refusals: dict[str, _Refusal] = {}  # by key
 
-    def note(self, job: GenerationJob, refused: Refused) -> None:
-        """No worker had room for this job."""
+    def record(self, job: GenerationJob, refused: Refused) -> None:
+        """Remembers that no worker had room for this job."""
         now = self._clock()
-        self._notes = {key: note for key, note in self._notes.items() if note.until_s > now}
-        self._notes[job.key_id] = _Note(now + KEPT_S, _num_slots(job), refused)
+        self._refusals = {key: one for key, one in self._refusals.items() if one.until_s > now}
+        self._refusals[job.key_id] = _Refusal(now + TTL_S, _num_slots(job), refused)
 
     def refusal(self, job: GenerationJob) -> Refused | None:
-        """The same answer, where this job would get it too."""
-        note = self._notes.get(job.key_id)
-        if note is None or self._clock() >= note.until_s or _num_slots(job) < note.num_slots:
+        """The cached refusal that applies to this job; None: ask a worker."""
+        found = self._refusals.get(job.key_id)
+        if found is None or self._clock() >= found.until_s or _num_slots(job) < found.num_slots:
             return None
-        return note.refused
+        return found.refused
 
 
 def _num_slots(job: GenerationJob) -> int:

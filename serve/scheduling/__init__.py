@@ -1,1 +1,1 @@
-"""What the scheduler is made of: fair shares between keys and requests, and promises about the time. Plain Python."""
+"""Scheduling: fair queueing between keys and requests, slot allocation, admission by deadline. Plain Python."""

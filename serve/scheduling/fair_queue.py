@@ -1,16 +1,16 @@
-"""Who is next among flows that share a server: start-time fair queueing.
+"""Start-time fair queueing of flows that share a server.
 
-Each flow has a tag: how much it has been served, in units of cost. The flow with the lowest tag is next, the elder of
-two equals; being served raises its tag by the cost. So of two flows that both wait, neither gets ahead of the other by
-more than what one turn of each costs, whatever their numbers and sizes (Goyal, Vin, Cheng, "Start-time Fair Queueing",
-SIGCOMM 1996, theorem 1).
+Each flow has a tag: how much it has been served, in units of cost. The flow with the lowest tag is next, the older one of
+equals; being served raises its tag by the cost. So of two waiting flows, neither gets ahead of the other by more than the
+cost of one turn of each, whatever their numbers and sizes (Goyal, Vin, Cheng, "Start-time Fair Queueing", SIGCOMM 1996,
+theorem 1).
 
-A newcomer's tag is the clock. In the paper the clock is the tag at which the latest turn started; here it is the tag at
-which it ended, as in self-clocked fair queueing (Golestani, INFOCOM 1994). By the start, each of an endless stream of
-newcomers stands before an old flow's second turn, and the old flow starves: flows here are requests, which come without
-end, while the paper's are connections that stay. By the end, every turn moves the clock past somebody, and those that
-join later stand behind. It also follows that a flow gains nothing by leaving and returning, and that nothing has to be
-remembered of one that left.
+A new flow's tag is the virtual clock. In the paper the clock is the tag at which the latest turn started; here it is the
+tag at which it ended, as in self-clocked fair queueing (Golestani, INFOCOM 1994). With the start tag, an endless stream of
+new flows would each be served before an old flow's second turn and starve it: flows here are requests, which keep coming,
+whereas the paper's are long-lived connections. With the end tag, every turn moves the clock past some flow, and flows that
+are added later queue behind it. It also follows that a flow gains nothing by being removed and added again, and that no
+state is kept of removed flows.
 """
 
 import itertools
@@ -40,31 +40,31 @@ class FairQueue(Generic[Flow]):
     def get(self, name: str) -> Flow | None:
         return self._flows.get(name)
 
-    def join(self, name: str, flow: Flow) -> None:
-        """Raises ValueError for a name that is here already."""
+    def add(self, name: str, flow: Flow) -> None:
+        """Adds a flow; raises ValueError for a name that is in the queue already."""
         if name in self._flows:
-            raise ValueError(f"{name} waits already")
+            raise ValueError(f"{name} is in the queue already")
         self._flows[name] = flow
         self._heap.put(name, (self._clock, next(self._arrivals)))
 
-    def leave(self, name: str) -> None:
-        """Takes a flow out, if it is here."""
+    def discard(self, name: str) -> None:
+        """Removes a flow, if present."""
         self._flows.pop(name, None)
         self._heap.discard(name)
 
     def first(self) -> Flow | None:
-        """The flow whose turn it is; None when nobody waits."""
+        """The flow that is next; None when the queue is empty."""
         name = self._heap.first()
         return None if name is None else self._flows[name]
 
     def charge(self, name: str, cost: float) -> None:
-        """Counts a turn of a flow."""
+        """Charges a flow for a turn."""
         tag, arrival = self._heap.order(name)
         self._heap.put(name, (tag + cost, arrival))
         self._clock = max(self._clock, tag + cost)
 
     def items(self) -> Iterable[tuple[str, Flow]]:
-        """(name, flow) of all, in no order."""
+        """(name, flow) of all flows, unordered."""
         return self._flows.items()
 
     def in_turn(self) -> list[tuple[float, float, Flow]]:

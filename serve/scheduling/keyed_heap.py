@@ -1,8 +1,8 @@
-"""A heap whose members are known by name: the first in order, and any one taken out again.
+"""A priority queue of names that supports removal of any name.
 
-`heapq` alone cannot take out what stands in the middle. Here that only forgets the name; the entry left behind is
-dropped when it comes to the top, or with all others of its kind once they are the larger half. So `put`, `discard` and
-`first` cost O(log n) on average, and memory follows the number of members: a cancelled request leaves nothing behind.
+`heapq` alone cannot remove an entry from the middle. Here a removal only forgets the name; its stale entry is dropped when
+it reaches the top, or with all other stale entries once they are the majority. So `put`, `discard` and `first` cost
+O(log n) on average, and memory is proportional to the number of names: a cancelled request leaves nothing behind.
 """
 
 import heapq
@@ -12,7 +12,7 @@ _STALE_ALLOWED = 16  # a heap this small is not worth cleaning
 
 
 class KeyedHeap:
-    """Names, each with a tuple by which they are ordered."""
+    """Names ordered by a tuple each."""
 
     def __init__(self) -> None:
         self._orders: dict[str, Order] = {}
@@ -29,25 +29,25 @@ class KeyedHeap:
         return self._orders[name]
 
     def put(self, name: str, order: Order) -> None:
-        """Adds a name, or moves it."""
+        """Adds a name, or changes its order."""
         self._orders[name] = order
         heapq.heappush(self._entries, (order, name))
         self._clean()
 
     def discard(self, name: str) -> None:
-        """Takes a name out; an unknown one is left as it is: not there."""
+        """Removes a name, if present."""
         if self._orders.pop(name, None) is not None:
             self._clean()
 
     def first(self) -> str | None:
-        """The name that is first in order; None when there is none."""
+        """The first name in order; None when empty."""
         entries = self._entries
         while entries and not self._is_member(entries[0]):
             heapq.heappop(entries)
         return entries[0][1] if entries else None
 
     def before(self, order: Order) -> list[str]:
-        """The names whose order is less than `order`, in no order; walks only entries that are."""
+        """The names whose order is less than `order`, unordered; visits only such entries."""
         found, places = [], [0]
         while places:
             place = places.pop()

@@ -1,38 +1,37 @@
-"""How long a step of the decoder takes, by how full it is: what every promise about time rests on.
+"""Seconds per decoder step by occupancy: the estimate that all predicted times are based on.
 
-A step over a full house may take many times a step of one row (on a CPU it does, on a GPU hardly), so one average would
-promise far too much when load comes up from nothing. Each eighth of the slots has its own moving average; the time for
-a number of rows that was not seen yet is that of the nearest fuller eighth that was, else of the nearest emptier one.
+A step with all slots taken may take many times as long as a step of one sequence (on a CPU it does, on a GPU hardly), so a
+single average would be far too optimistic when the load rises from nothing. Each eighth of the slots has its own moving
+average; an eighth without measurements uses the nearest fuller one that has some, else the nearest emptier one.
 """
 
 _CLASSES = 8
-_WEIGHT = (
-    1 / 32
-)  # of a new step: noise of single steps is damped to an eighth, a lasting change is known in a second or two
+# Of a new step: damps the noise of single steps to an eighth; a lasting change is followed within a second or two.
+_WEIGHT = 1 / 32
 
 
 class StepTimes:
-    """Moving averages of seconds a step.
+    """Moving averages of the seconds per step.
 
     Args:
-        num_slots: a full house.
+        num_slots: all slots of the decoder.
     """
 
     def __init__(self, *, num_slots: int) -> None:
         self._num_slots = num_slots
         self._means_s: list[float | None] = [None] * _CLASSES
 
-    def observe(self, *, seconds: float, rows: int) -> None:
-        """Counts a step of `rows` slots in."""
-        place = self._place(rows)
+    def observe(self, *, seconds: float, slots: int) -> None:
+        """Adds a step with `slots` slots taken."""
+        place = self._place(slots)
         mean_s = self._means_s[place]
         self._means_s[place] = seconds if mean_s is None else mean_s + _WEIGHT * (seconds - mean_s)
 
-    def seconds(self, rows: int) -> float | None:
-        """Of a step with `rows` slots taken; None before the first measurement."""
-        place = self._place(rows)
+    def seconds(self, slots: int) -> float | None:
+        """Estimate for a step with `slots` slots taken; None before the first measurement."""
+        place = self._place(slots)
         fuller, emptier = self._means_s[place:], self._means_s[:place][::-1]
         return next((mean_s for mean_s in fuller + emptier if mean_s is not None), None)
 
-    def _place(self, rows: int) -> int:
-        return max(0, min(_CLASSES, -(-rows * _CLASSES // self._num_slots)) - 1)
+    def _place(self, slots: int) -> int:
+        return max(0, min(_CLASSES, -(-slots * _CLASSES // self._num_slots)) - 1)

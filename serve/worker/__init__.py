@@ -1,1 +1,1 @@
-"""One accelerator: jobs in, pictures out. The only room of `serve` with torch."""
+"""The worker: generates a job's images on one accelerator. The only package of `serve` that imports torch."""

@@ -1,13 +1,15 @@
-"""The thread that steps the decoder: rows of many requests join, share each step, and leave.
+"""The decode loop: a thread that steps the decoder with continuous batching of many requests' sequences.
 
-    submit ─► scheduler (who owns which slots) ─► prefix read, row joined ─► step, step … ─► all rows done ─► pictures thread
+    submit ─► scheduler grants slots ─► prefill, add sequence ─► step, step … ─► request complete ─► postprocessing thread
     cancel ─► its slots are free before the next step
 
-Between two steps at most one new caption is read (a prefix costs as much arithmetic as a step of 129 rows), so that a burst
-of captions does not hold up the rows in flight. No row joins while more pictures wait to be decoded than there are slots: where
-the VQGAN is slower than the steps, drawing on would fill the memory and promise what cannot be kept. Captions read lately are kept: their rows share one prefix in the cache.
+Between two steps at most one new caption is prefilled (which costs as much arithmetic as a step of 129 sequences), so a
+burst of captions does not stall the sequences in flight. Recent prefixes are cached and shared by their sequences. No
+sequence is started while more candidates wait for postprocessing than there are slots: if the VQGAN is slower than the
+steps, decoding on would fill the memory and delay results beyond their estimates.
 
-The scheduler is asked under a lock by whoever submits or cancels, so a full queue is told at once, not after the step.
+The scheduler is called under a lock by the threads that submit or cancel, so a full queue is reported at once and not after
+the step.
 """
 
 import logging
@@ -23,23 +25,23 @@ from engine.errors import InputError
 from engine.pipeline.pipeline import Pipeline
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import WorkerMetrics
-from serve.process import step_behind
+from serve.process import lower_thread_priority
 from serve.scheduling.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
 from serve.worker.postprocessing import Postprocessor
 from serve.worker.previews import fill_rows, preview_rows
 from serve.worker.request_state import Preview, RequestState
 from serve.worker.warm_up import warm_up
 
-_CAPTIONS_KEPT = 16  # 8 MiB each at the published size in float32
+_PREFIXES_CACHED = 16  # 8 MiB each at the published size in float32
 _IDLE_WAIT_S = 0.25
-_TELL_EVERY_S = 0.1
-_STEPS_AHEAD = 2  # a GPU works on one step while the host issues the next; more would make newcomers wait
+_PROGRESS_EVERY_S = 0.1
+_STEPS_AHEAD = 2  # a GPU runs one step while the host issues the next; more would delay new sequences
 
 log = logging.getLogger(__name__)
 
 
 class DecodeLoop:
-    """Owns the decoder and the scheduler; flights whose rows are all there, and previews, go to the finisher."""
+    """Owns the decoder and the scheduler; passes complete requests and previews on to the postprocessor."""
 
     def __init__(
         self,
@@ -57,43 +59,42 @@ class DecodeLoop:
         self._grid_size = pipeline.vqgan.config.grid_size
         self._changed = threading.Condition()  # guards the scheduler and the fields below
         self._states: dict[str, RequestState] = {}
-        self._leaving: list[int] = []  # slots of cancelled rows
+        self._cancelled_slots: list[int] = []
         self._is_stopping = False
-        self._granted: deque[tuple[RequestState, int]] = (
-            deque()
-        )  # rows to seat; the stepping thread's own, as the following
-        self._seats: dict[int, tuple[RequestState, int]] = {}  # slot -> flight and candidate
+        # The fields below belong to the loop's thread.
+        self._granted: deque[tuple[RequestState, int]] = deque()  # (request, candidate) not yet added to the decoder
+        self._running: dict[int, tuple[RequestState, int]] = {}  # slot -> (request, candidate)
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._issued: deque[torch.cuda.Event] = deque()
-        self._stepped_s: float | None = None  # when the last step ended; None after a pause
+        self._stepped_s: float | None = None  # end of the last step; None after an idle phase
         self._is_warm = threading.Event()
-        self.last_turn_s = time.monotonic()
+        self.last_iteration_s = time.monotonic()
         self.failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="stepper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
 
     def start(self) -> None:
-        """Returns when the thread has warmed up and takes requests.
+        """Starts the thread; returns when it has warmed up and accepts requests.
 
         Raises:
-            RuntimeError: it died of what it met.
+            RuntimeError: the warm-up failed.
         """
         self._thread.start()
         self._is_warm.wait()
         if self.failure is not None:
-            raise RuntimeError("the stepping thread died before its first request") from self.failure
+            raise RuntimeError("the decode loop failed during its warm-up") from self.failure
 
     def stop(self) -> None:
-        """Ends the thread after its current step; flights that are not over are refused."""
+        """Stops the thread after its current step; unfinished requests are refused."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
         self._thread.join()
 
     def submit(self, state: RequestState) -> Queued | None:
-        """Takes a flight on.
+        """Admits a request.
 
         Returns:
-            Its place in the queue; None when its first row joins before the next step.
+            Its position in the queue; None if its first sequence starts before the next step.
 
         Raises:
             QueueFull, DeadlineTooShort: see serve/scheduling/scheduler.py.
@@ -103,13 +104,13 @@ class DecodeLoop:
         ticket = Ticket(
             request_id=job.request_id,
             key_id=job.key_id,
-            num_rows=job.num_candidates,
+            num_sequences=job.num_candidates,
             slots_per_sequence=1 + is_guided,
             steps_per_sequence=self._grid_size**2,
             deadline=state.arrived_s + job.deadline_s - self._postprocessor.expected_s(job.num_candidates),
         )
         with self._changed:
-            self._check_pictures(job.num_candidates, until_s=state.arrived_s + job.deadline_s, now=now)
+            self._check_postprocessing(job.num_candidates, until_s=state.arrived_s + job.deadline_s, now=now)
             self.scheduler.submit(ticket, now=now)
             self._states[job.request_id] = state
             must_wait = self.scheduler.queued_sequences > job.num_candidates or (
@@ -119,52 +120,48 @@ class DecodeLoop:
             self._changed.notify()
         return place
 
-    def _check_pictures(self, num_rows: int, *, until_s: float, now: float) -> None:
-        """Raises DeadlineTooShort: the pictures ahead of these, drawn or not, would be decoded too late.
+    def _check_postprocessing(self, num_candidates: int, *, until_s: float, now: float) -> None:
+        """Raises DeadlineTooShort if postprocessing of the candidates ahead would make these miss their deadline.
 
-        The scheduler knows steps only. Where decoding and ranking a picture takes longer than its share of the steps,
-        as it does on a CPU, they are what everybody waits for.
+        The scheduler knows only steps. Where decoding and ranking an image takes longer than its share of the steps, as on
+        a CPU, postprocessing is the bottleneck.
         """
-        rows_ahead = self.scheduler.slots_in_use + self.scheduler.queued_sequences
+        num_ahead = self.scheduler.slots_in_use + self.scheduler.queued_sequences
         if not self._states and not self._postprocessor.num_waiting:
-            return  # an idle worker takes anything: only drawing teaches it better
-        late_s = now + SAFETY * self._postprocessor.expected_s(rows_ahead + num_rows) - until_s
+            return  # an idle worker admits any request: only work can correct its estimates
+        late_s = now + SAFETY * self._postprocessor.expected_s(num_ahead + num_candidates) - until_s
         if late_s > 0:
             raise DeadlineTooShort(max(MIN_RETRY_S, min(late_s, MAX_RETRY_S)))
 
     def cancel(self, state: RequestState) -> bool:
-        """Takes a flight out at any stage; its slots are free before the next step. False: it was over already."""
+        """Cancels a request at any stage; its slots are free before the next step. False: it had ended already."""
         with self._changed:
-            if self._states.pop(state.job.request_id, None) is None:
+            if self._states.get(state.job.request_id) is not state:  # ended, and another request may have its id now
                 return False
+            del self._states[state.job.request_id]
             state.is_over = True
-            rows = self.scheduler.cancel(state.job.request_id)
-            # A row that was granted and has not joined holds no slot of the decoder yet.
-            self._leaving += [state.slots.pop(row) for row in rows if row in state.slots]
+            candidates = self.scheduler.cancel(state.job.request_id)
+            # A candidate that was granted but not added yet holds no slot of the decoder.
+            self._cancelled_slots += [state.slots.pop(one) for one in candidates if one in state.slots]
             self._changed.notify()
         return True
 
-    @property
-    def num_flights(self) -> int:
-        """Requests waiting or being drawn."""
-        return len(self._states)
-
     def _run(self) -> None:
         if self._pipeline.device.type == "cpu":
-            step_behind()
+            lower_thread_priority()
         try:
             with self._pipeline.sampler.borrow_decoder(self._num_slots) as decoder:
                 self._warm_up(decoder)
                 self._is_warm.set()
                 while not self._is_stopping:
-                    self.last_turn_s = time.monotonic()
-                    if not self._turn(decoder):
+                    self.last_iteration_s = time.monotonic()
+                    if not self._iterate(decoder):
                         with self._changed:
-                            if not self._is_stopping and not self._has_news():
+                            if not self._is_stopping and not self._has_work():
                                 self._changed.wait(_IDLE_WAIT_S)
-        except Exception as error:  # the thread's outermost edge: the worker is unhealthy from here on
+        except Exception as error:  # top of the thread: the worker is unhealthy from here on
             self.failure = error
-            log.exception("the stepping thread died")
+            log.exception("the decode loop failed")
             self._is_warm.set()
         with self._changed:
             states, self._states = list(self._states.values()), {}
@@ -176,44 +173,44 @@ class DecodeLoop:
             self._pipeline.sampler,
             decoder,
             null_text_tokens=self._pipeline.tokenizer.empty(self._pipeline.transformer.config.text_seq_len),
-            observe=lambda seconds, rows: self.scheduler.observe_step(seconds=seconds, rows=rows),
+            observe=lambda seconds, slots: self.scheduler.observe_step(seconds=seconds, slots=slots),
         )
 
-    def _has_news(self) -> bool:
-        return bool(self._leaving) or self.scheduler.num_waiting > 0
+    def _has_work(self) -> bool:
+        return bool(self._cancelled_slots) or self.scheduler.num_waiting > 0
 
-    def _turn(self, decoder: Decoder) -> bool:
-        """Everything between two steps, and a step. False: there is nothing to do until somebody comes."""
-        begun = time.monotonic()
-        self._refuse_overdue(begun)
+    def _iterate(self, decoder: Decoder) -> bool:
+        """One iteration: bookkeeping between two steps, and a step. False: idle until a request arrives."""
+        started_s = time.monotonic()
+        self._refuse_overdue(started_s)
         with self._changed:
-            for slot in self._leaving:
-                self._metrics.drew(tokens=len(decoder.remove(slot)))
-                del self._seats[slot]
-            self._leaving.clear()
+            for slot in self._cancelled_slots:
+                self._metrics.count_tokens(len(decoder.remove(slot)))
+                del self._running[slot]
+            self._cancelled_slots.clear()
             is_held = self._postprocessor.num_waiting > self._num_slots
             if not is_held:
-                grants = self.scheduler.grant(now=begun)
-                self._granted += [(self._states[one.request_id], one.row) for one in grants]
-        is_seated = self._seat(decoder)
-        self._metrics.occupied(
+                grants = self.scheduler.grant(now=started_s)
+                self._granted += [(self._states[one.request_id], one.candidate) for one in grants]
+        has_added = self._add_granted(decoder)
+        self._metrics.set_occupancy(
             slots_in_use=self.scheduler.slots_in_use,
             queued_sequences=self.scheduler.queued_sequences,
             queued_requests=self.scheduler.num_waiting,
         )
-        if not self._seats:
-            # While pictures are decoded, or given ones encoded, rows wait for them: that counts as time of the next step.
-            if is_held or (self._granted and not is_seated):
+        if not self._running:
+            # Sequences wait for postprocessing, or for their init images: that counts as time of the next step.
+            if is_held or (self._granted and not has_added):
                 time.sleep(0.001)
                 return True
             self._stepped_s = None
             return False
         finished = decoder.step()
         self._pace()
-        self._count_step(begun)
-        self._look(decoder)
+        self._count_step(started_s)
+        self._send_updates(decoder)
         for slot in finished:
-            self._finish_row(decoder, slot)
+            self._finish_sequence(decoder, slot)
         return True
 
     def _refuse_overdue(self, now: float) -> None:
@@ -222,19 +219,19 @@ class DecodeLoop:
         for state in overdue:
             state.emit(Refused("deadline"))
             self.cancel(state)
-            self._metrics.rejected("deadline")
+            self._metrics.count_rejected("deadline")
 
-    def _count_step(self, begun_s: float) -> None:
-        """A step lasts from the end of the one before: what rows wait for it, prefills and all."""
+    def _count_step(self, started_s: float) -> None:
+        """Records a step's duration, from the end of the previous one: prefills between them are included."""
         now = time.monotonic()
-        seconds = now - (begun_s if self._stepped_s is None else self._stepped_s)
+        seconds = now - (started_s if self._stepped_s is None else self._stepped_s)
         self._stepped_s = now
         with self._changed:
-            self.scheduler.observe_step(seconds=seconds, rows=self.scheduler.slots_in_use)
-        self._metrics.stepped(seconds=seconds)
+            self.scheduler.observe_step(seconds=seconds, slots=self.scheduler.slots_in_use)
+        self._metrics.observe_step(seconds=seconds)
 
     def _pace(self) -> None:
-        """On a GPU: waits until at most `_STEPS_AHEAD` steps are issued and not done."""
+        """On a GPU: waits until at most `_STEPS_AHEAD` issued steps are unfinished."""
         if self._pipeline.device.type != "cuda":
             return
         event = torch.cuda.Event()
@@ -243,9 +240,9 @@ class DecodeLoop:
         if len(self._issued) > _STEPS_AHEAD:
             self._issued.popleft().synchronize()
 
-    def _seat(self, decoder: Decoder) -> bool:
-        """Joins granted rows whose caption and picture are read; reads one caption more where that is what lacks."""
-        waiting, may_read, seated = deque[tuple[RequestState, int]](), True, False
+    def _add_granted(self, decoder: Decoder) -> bool:
+        """Adds granted sequences whose prefix and init image are ready, after at most one new prefill."""
+        waiting, may_prefill, has_added = deque[tuple[RequestState, int]](), True, False
         for state, candidate in self._granted:
             if state.is_over:
                 continue  # cancelled; the scheduler has its slots back
@@ -256,14 +253,14 @@ class DecodeLoop:
                 self._refuse_unprepared(state, error)
                 continue
             key = tuple(state.request.text_tokens[0].tolist())
-            if key not in self._prefixes and not may_read:
+            if key not in self._prefixes and not may_prefill:
                 waiting.append((state, candidate))
                 continue
-            may_read &= key in self._prefixes
-            self._join(decoder, state, candidate, self._prefix(state, key))
-            seated = True
+            may_prefill &= key in self._prefixes
+            self._add(decoder, state, candidate, self._prefix(state, key))
+            has_added = True
         self._granted = waiting
-        return seated
+        return has_added
 
     def _refuse_unprepared(self, state: RequestState, error: BaseException) -> None:
         if isinstance(error, InputError):
@@ -274,50 +271,50 @@ class DecodeLoop:
         self.cancel(state)
 
     def _prefix(self, state: RequestState, key: tuple[int, ...]) -> Prefix:
-        begun = time.perf_counter()
+        started_s = time.perf_counter()
         prefix = self._prefixes.get(key)
         if prefix is None:
             prefix = self._pipeline.sampler.prefill(state.request.text_tokens)
             self._prefixes[key] = prefix
-            while len(self._prefixes) > _CAPTIONS_KEPT:
+            while len(self._prefixes) > _PREFIXES_CACHED:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
-        state.timings_s.setdefault("prefill", time.perf_counter() - begun)
+        state.timings_s.setdefault("prefill", time.perf_counter() - started_s)
         return prefix
 
-    def _join(self, decoder: Decoder, state: RequestState, candidate: int, prefix: Prefix) -> None:
+    def _add(self, decoder: Decoder, state: RequestState, candidate: int, prefix: Prefix) -> None:
         request, now = state.request, time.monotonic()
         with self._changed:
             if state.is_over:
                 return
             slot = decoder.add(prefix, request.sequences()[candidate], init_tokens=request.init_tokens)
             state.slots[candidate] = slot
-            self._seats[slot] = state, candidate
-        if state.joined_s is None:
-            state.joined_s = now
+            self._running[slot] = state, candidate
+        if state.started_s is None:
+            state.started_s = now
             state.timings_s["queue"] = max(0.0, now - state.arrived_s - state.timings_s["prefill"])
 
-    def _finish_row(self, decoder: Decoder, slot: int) -> None:
+    def _finish_sequence(self, decoder: Decoder, slot: int) -> None:
         with self._changed:
-            if slot in self._leaving:  # cancelled while it was drawn
+            if slot in self._cancelled_slots:  # cancelled while it was running
                 return
-            state, candidate = self._seats.pop(slot)
-            state.rows[candidate] = decoder.remove(slot).cpu()
-            self._metrics.drew(tokens=len(state.rows[candidate]))
+            state, candidate = self._running.pop(slot)
+            state.image_tokens[candidate] = decoder.remove(slot).cpu()
+            self._metrics.count_tokens(len(state.image_tokens[candidate]))
             del state.slots[candidate]
-            is_last = self.scheduler.row_finished(state.job.request_id, candidate)
+            is_last = self.scheduler.sequence_finished(state.job.request_id, candidate)
             if is_last:
                 del self._states[state.job.request_id]
         if is_last:
-            assert state.joined_s is not None
-            state.timings_s["decode"] = time.monotonic() - state.joined_s
+            assert state.started_s is not None
+            state.timings_s["decode"] = time.monotonic() - state.started_s
             self._postprocessor.finish(state)
 
-    def _look(self, decoder: Decoder) -> None:
-        """Previews that are due, and word to those who want to know how far they are."""
+    def _send_updates(self, decoder: Decoder) -> None:
+        """Submits due previews, and sends queue positions and progress to the clients that want them."""
         now, g = time.monotonic(), self._grid_size
-        for slot, (state, candidate) in list(self._seats.items()):
-            if state.job.num_partials == 0 or candidate >= state.job.num_images or slot in self._leaving:
+        for slot, (state, candidate) in list(self._running.items()):
+            if state.job.num_partials == 0 or candidate >= state.job.num_images or slot in self._cancelled_slots:
                 continue
             rows = preview_rows(state.job.num_partials, g)
             index, tokens = state.previews_due.get(candidate, 0), decoder.tokens(slot)
@@ -328,28 +325,28 @@ class DecodeLoop:
             init_tokens = state.request.init_tokens
             filled = fill_rows(tokens, rows_generated=rows[due - 1], grid_size=g, init_tokens=init_tokens).clone()
             is_new = candidate not in state.previews_waiting
-            # On the CPU: the pictures' thread has a stream of its own, which does not wait for this one.
+            # On the CPU: the postprocessing thread has a stream of its own, which does not wait for this one.
             state.previews_waiting[candidate] = Preview(due - 1, rows[due - 1], filled.cpu())
             if is_new:
                 self._postprocessor.preview(state, candidate)
         with self._changed:
             listeners = [one for one in self._states.values() if one.job.wants_progress]
         for state in listeners:
-            if now - state.told_s >= _TELL_EVERY_S:
-                self._tell(state, decoder, now)
+            if now - state.reported_s >= _PROGRESS_EVERY_S:
+                self._report_progress(state, decoder, now)
 
-    def _tell(self, state: RequestState, decoder: Decoder, now: float) -> None:
-        if state.joined_s is None:
+    def _report_progress(self, state: RequestState, decoder: Decoder, now: float) -> None:
+        if state.started_s is None:
             with self._changed:
                 place = self._place(state, now)
-            if place is not None and place.position != state.told_position:
-                state.told_s, state.told_position = now, place.position
+            if place is not None and place.position != state.reported_position:
+                state.reported_s, state.reported_position = now, place.position
                 state.emit(place)
             return
-        state.told_s = now
-        drawn = self._grid_size**2 * len(state.rows)
-        drawn += sum(len(decoder.tokens(slot)) for slot in list(state.slots.values()) if slot in self._seats)
-        state.emit(Progress(drawn, self._grid_size**2 * state.job.num_candidates))
+        state.reported_s = now
+        sampled = self._grid_size**2 * len(state.image_tokens)
+        sampled += sum(len(decoder.tokens(slot)) for slot in list(state.slots.values()) if slot in self._running)
+        state.emit(Progress(sampled, self._grid_size**2 * state.job.num_candidates))
 
     def _place(self, state: RequestState, now: float) -> Queued | None:
         position = self.scheduler.position(state.job.request_id)

@@ -1,11 +1,13 @@
-"""From tokens to bytes, beside the steps: one thread for pictures (VQGAN, KoCLIP), a few for encoding.
+"""Postprocessing of image tokens: a thread for VQGAN and KoCLIP, and a thread pool for image encoding.
 
-    first    given pictures to encode: rows wait for them in slots
-    second   drawings whose rows are all there: decode, paste, rank, then encode what was asked for
-    last     previews; one that is not decoded before its next is due is left out
+The thread's tasks by priority:
 
-On a GPU this thread has a stream of its own: decoding tokens is bound by memory, decoding pictures by arithmetic. On a
-CPU it shares the cores with the steps. Nothing here runs on the event loop: a PNG of 256 x 256 takes 7 ms.
+    0    encode init images: their sequences hold slots and wait
+    1    complete requests: decode, paste, rank, then encode the requested images
+    2    previews; one that is not decoded before the next of its candidate is due is dropped
+
+On a GPU the thread has a stream of its own, because sampling tokens is bound by memory and decoding images by arithmetic.
+On a CPU it shares the cores with the decode loop. Nothing here runs on the event loop: a PNG of 256 x 256 takes 7 ms.
 """
 
 import contextlib
@@ -30,12 +32,12 @@ from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.provenance import ModelRecord
 from serve.messages import Finished, GeneratedImage, GenerationJob, ModelInfo, Partial, Refused
 from serve.metrics import WorkerMetrics
-from serve.process import step_behind
-from serve.worker.previews import plain_undrawn
+from serve.process import lower_thread_priority
+from serve.worker.previews import blank_missing
 from serve.worker.request_state import RequestState
 
 _ENCODERS = 2
-_WEIGHT = 1 / 8  # of a drawing in the moving average of seconds a picture
+_WEIGHT = 1 / 8  # of a request in the moving average of seconds per image
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,13 @@ log = logging.getLogger(__name__)
 @dataclass(order=True)
 class _Task:
     priority: int
-    number: int  # first come, first served among equals
+    number: int  # first in, first out within a priority
     state: RequestState | None = field(compare=False)
     run: Callable[[], None] = field(compare=False)
 
 
 class Postprocessor:
-    """Owns the pictures thread and the encoding threads."""
+    """Owns the postprocessing thread and the encoding threads."""
 
     def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: WorkerMetrics) -> None:
         self._pipeline, self._info, self._metrics = pipeline, info, metrics
@@ -57,29 +59,29 @@ class Postprocessor:
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoder")
-        self._thread = threading.Thread(target=self._run, name="pictures", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="postprocessing", daemon=True)
         self._is_stopping = False
-        self._picture_s = 0.0  # moving average of a candidate's share of decoding and ranking
-        self.num_waiting = 0  # candidates that are drawn and not yet pictures
+        self._image_s = 0.0  # moving average of the seconds that a candidate's decoding and ranking take
+        self.num_waiting = 0  # candidates whose tokens are sampled and whose images are not decoded
         self._counting = threading.Lock()
         self.failure: BaseException | None = None
 
     def start(self) -> None:
         self._thread.start()
 
-    def expected_s(self, num_pictures: int) -> float:
-        """Seconds until so many more candidates would be pictures, behind those that wait."""
-        return self._picture_s * (self.num_waiting + num_pictures)
+    def expected_s(self, num_candidates: int) -> float:
+        """Estimated seconds until so many further candidates are decoded and ranked, behind the waiting ones."""
+        return self._image_s * (self.num_waiting + num_candidates)
 
     def stop(self) -> None:
-        """Ends the threads after their current task."""
+        """Stops the threads after their current tasks."""
         self._is_stopping = True
         self._put(-1, None, lambda: None)
         self._thread.join()
         self._encoders.shutdown(wait=True, cancel_futures=True)
 
     def prepare(self, state: RequestState) -> None:
-        """Fills `state.prepared` of a job with an init image, whose encoding is too long for the event loop."""
+        """Sets `state.prepared` of a job with an init image, whose encoding would block the event loop."""
 
         def run() -> None:
             try:
@@ -106,9 +108,9 @@ class Postprocessor:
     def preview(self, state: RequestState, candidate: int) -> None:
         self._put(2, state, lambda: self._preview(state, candidate))
 
-    def _count(self, num_pictures: int) -> None:
+    def _count(self, num_candidates: int) -> None:
         with self._counting:
-            self.num_waiting += num_pictures
+            self.num_waiting += num_candidates
 
     def _put(self, priority: int, state: RequestState | None, run: Callable[[], None]) -> None:
         self._tasks.put(_Task(priority, next(self._numbers), state, run))
@@ -116,18 +118,18 @@ class Postprocessor:
     def _run(self) -> None:
         cuda = self._pipeline.device.type == "cuda"
         if not cuda:
-            step_behind()
+            lower_thread_priority()
         stream = torch.cuda.stream(torch.cuda.Stream(self._pipeline.device)) if cuda else contextlib.nullcontext()
         with stream, torch.inference_mode():
             while not self._is_stopping:
                 task = self._tasks.get()
                 try:
                     task.run()
-                except Exception as error:  # one drawing's failure is told to its reader and ends there
-                    log.exception("a picture task failed")
+                except Exception as error:  # a task's failure is reported to its request only
+                    log.exception("a postprocessing task failed")
                     if task.state is not None:
-                        task.state.emit(Refused("failed", "the picture could not be decoded"))
-                    if cuda and not isinstance(error, ValueError):  # an error of the device is not of one drawing
+                        task.state.emit(Refused("failed", "the image could not be decoded"))
+                    if cuda and not isinstance(error, ValueError):  # a device error affects all requests
                         self.failure = error
                         return
 
@@ -137,7 +139,7 @@ class Postprocessor:
                 raise _Over
 
         request = state.request
-        tokens = torch.stack([state.rows[number] for number in request.candidates])  # (n, N)
+        tokens = torch.stack([state.image_tokens[number] for number in request.candidates])  # (n, N)
         timings_s: dict[str, float] = {}
         try:
             generation = self._pipeline.finish(request, tokens, timings_s=timings_s, before_part=stop_if_over)
@@ -145,7 +147,7 @@ class Postprocessor:
             return
         state.timings_s |= timings_s
         share_s = sum(timings_s.values()) / len(request.candidates)
-        self._picture_s += _WEIGHT * (share_s - self._picture_s) if self._picture_s else share_s
+        self._image_s += _WEIGHT * (share_s - self._image_s) if self._image_s else share_s
         _Encoding(state, generation.candidates, self).start()
 
     def _preview(self, state: RequestState, candidate: int) -> None:
@@ -155,38 +157,38 @@ class Postprocessor:
         request, g = state.request, self._info.grid_size
         tokens = preview.image_tokens[None].to(self._pipeline.device)
         images = self._pipeline.decode_images(tokens, init_image=request.init_image)
-        images = plain_undrawn(
+        images = blank_missing(
             images, rows_generated=preview.rows_generated, grid_size=g, init_tokens=request.init_tokens
         )
-        picture = Image.fromarray(to_uint8(images)[0].numpy())
+        image = Image.fromarray(to_uint8(images)[0].numpy())
 
         def encode() -> None:
-            data = self.encoded(state, candidate, picture)
+            data = self.encoded(state, candidate, image)
             state.emit(Partial(candidate, preview.index, preview.rows_generated, g, data))
 
-        self._encoders.submit(_told, state, encode)
+        self._encoders.submit(_run_encoding, state, encode)
 
-    def encoded(self, state: RequestState, candidate: int, picture: Image.Image) -> bytes:
+    def encoded(self, state: RequestState, candidate: int, image: Image.Image) -> bytes:
         """An image in the job's format, with its provenance as metadata."""
         job = state.job
         return encode_image(
-            picture, job.image_format, compression=job.compression, metadata=self.provenance(state, candidate)
+            image, job.image_format, compression=job.compression, metadata=self.provenance(state, candidate)
         )
 
     def provenance(self, state: RequestState, candidate: int) -> dict[str, Any]:
-        """How a candidate's image is made, with the model's id in the API."""
+        """A candidate's provenance, with the model's id in the API."""
         return self._pipeline.provenance(state.request, candidate, model=self._model)
 
     def submit_encoding(self, state: RequestState, run: Callable[[], None]) -> None:
-        self._encoders.submit(_told, state, run)
+        self._encoders.submit(_run_encoding, state, run)
 
-    def ended(self, state: RequestState) -> None:
-        """Counts a finished drawing."""
-        self._metrics.finished(images=state.job.num_candidates, timings_s=state.timings_s)
+    def count_finished(self, state: RequestState) -> None:
+        """Counts a finished request."""
+        self._metrics.observe_finished(images=state.job.num_candidates, timings_s=state.timings_s)
 
 
 class _Encoding:
-    """A drawing's last step: its pictures encoded side by side; whoever is last sends `Finished`."""
+    """Parallel encoding of a request's images; the last one to finish sends `Finished`."""
 
     def __init__(self, state: RequestState, candidates: tuple[Candidate, ...], postprocessor: Postprocessor) -> None:
         self._state, self._candidates, self._postprocessor = state, candidates, postprocessor
@@ -194,7 +196,7 @@ class _Encoding:
         self._wanted = [one for one in candidates if one.rank <= job.num_images or job.wants_all]
         self._data: dict[int, bytes] = {}
         self._lock = threading.Lock()
-        self._begun = time.perf_counter()
+        self._started_s = time.perf_counter()
 
     def start(self) -> None:
         for one in self._wanted:
@@ -212,7 +214,7 @@ class _Encoding:
 
     def _send(self) -> None:
         state, job = self._state, self._state.job
-        state.timings_s["encoding"] = time.perf_counter() - self._begun
+        state.timings_s["encoding"] = time.perf_counter() - self._started_s
         state.timings_s["total"] = time.monotonic() - state.arrived_s
         images = tuple(
             GeneratedImage(
@@ -237,23 +239,23 @@ class _Encoding:
             image_tokens=job.num_candidates * num_sampled,
             timings_s=dict(state.timings_s),
         )
-        self._postprocessor.ended(state)
+        self._postprocessor.count_finished(state)
         state.emit(finished)
 
 
-def _told(state: RequestState, run: Callable[[], None]) -> None:
-    """An encoding thread's outermost edge."""
+def _run_encoding(state: RequestState, run: Callable[[], None]) -> None:
+    """Runs a task in an encoding thread and reports its failure to the request."""
     try:
         run()
     except Exception:
-        log.exception("a picture could not be encoded")
-        state.emit(Refused("failed", "the picture could not be encoded"))
+        log.exception("an image could not be encoded")
+        state.emit(Refused("failed", "the image could not be encoded"))
 
 
 def prepare(pipeline: Pipeline, job: GenerationJob) -> PreparedRequest:
-    """A job's request; raises InputError as `Pipeline.prepare`."""
+    """A job's prepared request; raises InputError as `Pipeline.prepare`."""
     return pipeline.prepare([job.caption], job.sampling_params, init_image=job.init_image, rank_by=job.rank_by)[0]
 
 
 class _Over(Exception):
-    """The request is cancelled or refused: its images are not decoded."""
+    """The request has ended, so its images need not be decoded."""

@@ -1,9 +1,9 @@
-"""A job between its admission and its last event: what the worker's threads share about it.
+"""The state of a job from its admission to its last event, shared by the worker's threads.
 
-    event loop   RequestState(job) ──► stepping thread ──► pictures thread ──► encoding threads
-                   events ◄─────────┴──────────────────┴──────────────────┘
+    event loop   RequestState(job) ──► decode loop ──► postprocessing thread ──► encoding threads
+                   events ◄────────────────┴─────────────────────┴────────────────────────┘
 
-Each field is written by one thread at a time, in that order; `is_over` alone is set by whoever ends it.
+Each field is written by one thread at a time, in that order; only `is_over` is set by whichever thread ends the job.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
 class RequestState:
     """One job in a worker.
 
-    prepared: what `Pipeline.prepare` makes of the job; at once without an init image, else when that is encoded.
+    prepared: the result of `Pipeline.prepare`: set at once without an init image, else when that is encoded.
     """
 
     job: GenerationJob
@@ -28,15 +28,15 @@ class RequestState:
     loop: asyncio.AbstractEventLoop
     arrived_s: float  # time.monotonic
     events: asyncio.Queue[GenerationEvent] = field(default_factory=asyncio.Queue)
-    rows: dict[int, Tensor] = field(default_factory=dict)  # candidate -> (N,) tokens on the CPU, when finished
-    slots: dict[int, int] = field(default_factory=dict)  # candidate -> slot, while it is drawn
+    image_tokens: dict[int, Tensor] = field(default_factory=dict)  # candidate -> (N,) tokens on the CPU, when finished
+    slots: dict[int, int] = field(default_factory=dict)  # candidate -> slot, while it is running
     previews_due: dict[int, int] = field(default_factory=dict)  # candidate -> index of its next preview
     previews_waiting: dict[int, "Preview"] = field(default_factory=dict)  # candidate -> the newest, not yet decoded
     timings_s: dict[str, float] = field(default_factory=dict)
-    joined_s: float | None = None  # when its first row took a slot
-    told_s: float = 0.0  # when Queued or Progress was sent last
-    told_position: int | None = None
-    is_over: bool = False  # cancelled, refused or finished: nothing more is done for it
+    started_s: float | None = None  # when its first sequence got a slot
+    reported_s: float = 0.0  # when Queued or Progress was sent last
+    reported_position: int | None = None
+    is_over: bool = False  # cancelled, refused or finished: no more work is done for it
 
     @property
     def request(self) -> PreparedRequest:
@@ -44,19 +44,19 @@ class RequestState:
         return self.prepared.result(timeout=0)
 
     def emit(self, event: GenerationEvent) -> None:
-        """Hands an event to the job's reader, from any thread; the last one ends the flight."""
+        """Sends an event to the job's reader, from any thread; `Finished` or `Refused` ends the job."""
         if self.is_over:
             return
         if isinstance(event, Finished | Refused):
             self.is_over = True
-        if not self.loop.is_closed():  # a reader whose loop is gone hears nothing
+        if not self.loop.is_closed():  # otherwise the reader is gone
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """A candidate's tokens so far, to be decoded."""
+    """A candidate's tokens so far, for a preview."""
 
     index: int
     rows_generated: int
-    image_tokens: Tensor  # (N,), those that are not drawn yet filled in
+    image_tokens: Tensor  # (N,), missing ones filled in

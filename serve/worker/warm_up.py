@@ -1,8 +1,8 @@
-"""Steps before the first request: graphs captured, caches filled, and the scheduler told how long a step takes.
+"""Warm-up steps before the first request: capture graphs, fill caches, and measure step times for the scheduler.
 
-A worker that has never stepped with all slots taken knows nothing of how long that takes, and would promise the first
-crowd too much. On a GPU a graph is captured for each power of two of rows, without and with the sampling filters: half a
-second each, which no request should wait for.
+A worker that has never stepped with all slots taken has no estimate of how long that takes, and would admit too many of
+the first requests. On a GPU a graph is captured for each power of two of sequences, with and without sampling filters:
+half a second each, which no request should wait for.
 """
 
 import time
@@ -14,30 +14,30 @@ from engine.decoding.decoders import Decoder
 from engine.decoding.sampler import Sampler
 from engine.sampling_params import SamplingParams, SequenceRequest
 
-_STEPS = 3  # the first pays for what is made once; the others are counted
+_STEPS = 3  # the first includes one-time work; the others are measured
 ObserveStep = Callable[[float, int], None]
 
 
 def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, observe: ObserveStep) -> None:
-    """Steps the empty decoder with 1, 2, 4 … and all rows; it is empty again afterwards.
+    """Steps the empty decoder with 1, 2, 4 … and as many sequences as fit; it is empty again afterwards.
 
     Args:
         null_text_tokens: (1, T), the empty caption.
-        observe: called with (seconds, rows) of each step that counts.
+        observe: called with (seconds, slots) of each measured step.
     """
     prefix = sampler.prefill(null_text_tokens)
-    room = decoder.num_free
-    counts = sorted({1 << power for power in range(room.bit_length()) if 1 << power < room} | {room})
+    num_free = decoder.num_free
+    counts = sorted({1 << power for power in range(num_free.bit_length()) if 1 << power < num_free} | {num_free})
     is_cuda = sampler.model.head.weight.device.type == "cuda"
-    kinds = [SamplingParams(), SamplingParams(top_k=2)] if is_cuda else [SamplingParams()]
-    for params in kinds:
+    variants = [SamplingParams(), SamplingParams(top_k=2)] if is_cuda else [SamplingParams()]
+    for params in variants:
         for count in counts:
-            slots = [decoder.add(prefix, SequenceRequest(0, params, candidate=row)) for row in range(count)]
-            for number in range(_STEPS):
-                begun = time.perf_counter()
+            slots = [decoder.add(prefix, SequenceRequest(0, params, candidate=number)) for number in range(count)]
+            for step in range(_STEPS):
+                started_s = time.perf_counter()
                 decoder.step()
                 decoder.tokens(slots[0]).cpu()  # waits for a GPU
-                if number:
-                    observe(time.perf_counter() - begun, count)
+                if step:
+                    observe(time.perf_counter() - started_s, count)
             for slot in slots:
                 decoder.remove(slot)

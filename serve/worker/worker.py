@@ -1,15 +1,15 @@
-"""A worker: one accelerator, one copy of the model, and the threads that draw with it.
+"""A worker: one accelerator, one copy of the model, and the threads that generate images with it.
 
-    async for event in worker.draw(job): ...     many at once; closing the iterator cancels the drawing
+    async for event in worker.generate(job): ...     many concurrently; closing the iterator cancels the job
 
-    event loop    admission, events                  never computes
-    stepper       steps the decoder (serve/worker/decode_loop.py)
-    pictures      VQGAN, KoCLIP (serve/worker/postprocessing.py)
-    encoders      PNG, WebP, JPEG
+    event loop        admission, events                  never computes
+    decode-loop       steps the decoder (serve/worker/decode_loop.py)
+    postprocessing    VQGAN, KoCLIP (serve/worker/postprocessing.py)
+    encoder           PNG, WebP, JPEG
 
-The same worker works in one process with the HTTP server (serve/local_pool.py) and as a Ray Serve replica (serve/app.py).
-What a job returns is a function of the job and the model alone: which worker drew it, and beside whom, changes no byte
-(on a CPU in float32 and 8 bits; see engine/decoding/slot_decoder.py).
+The same class works in one process with the HTTP server (serve/local_pool.py) and as a Ray Serve replica
+(serve/cluster/replicas.py). A job's result is a function of the job and the model alone: neither the worker nor the other
+jobs in the batch change a byte (on a CPU in float32 and 8 bits; see engine/decoding/slot_decoder.py).
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from serve.worker.postprocessing import Postprocessor, prepare
 from serve.worker.request_state import RequestState
 
 _SLOTS_CPU, _SLOTS_CUDA = 32, 256
-# A turn of the stepper is a step and at most one prefill; one that takes longer hangs.
+# An iteration of the decode loop is a step and at most one prefill; one that takes longer hangs.
 _STUCK_AFTER_S = 60.0
 _DRAIN_POLL_S = 0.05
 
@@ -43,14 +43,14 @@ log = logging.getLogger(__name__)
 
 
 class WorkerFailed(RuntimeError):
-    """The worker cannot draw any more and must be started anew."""
+    """The worker cannot generate any more and must be replaced."""
 
 
 class Worker:
-    """Loads the model, starts the threads and warms them up; `close` ends them.
+    """Loads the model, starts the threads and warms up; `close` stops the threads.
 
     Raises:
-        InputError: no such model or device, weights that do not fit, int8 where it cannot be.
+        InputError: no such model or device, weights of the wrong shape, int8 where it is not supported.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -77,19 +77,19 @@ class Worker:
         self._decode_loop.start()
 
     def _capture_codec(self) -> None:
-        """Graphs of the codec and the ranker, while there is one thread; else the first request would pay for them."""
+        """Captures the codec's and the ranker's graphs before there are other threads, and before the first request."""
         pipeline = self.pipeline
         with torch.inference_mode():
             tokens = torch.zeros(1, self.info.grid_size**2, dtype=torch.int64, device=pipeline.device)
             pipeline.rank_scores(["."], pipeline.decode_images(tokens)[None])
 
-    async def draw(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
-        """Draws a job; the last event is `Finished` or `Refused`. Closing the iterator frees its slots at once."""
+    async def generate(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+        """A job's events; the last is `Finished` or `Refused`. Closing the iterator frees the job's slots at once."""
         arrived_s = time.monotonic()
         if self.is_draining:
             yield Refused("draining", retry_after_s=1.0)
             return
-        refused = self._unfit(job)
+        refused = self._invalid(job)
         if refused is not None:
             yield refused
             return
@@ -102,7 +102,7 @@ class Worker:
             place = self._decode_loop.submit(state)
         except (QueueFull, DeadlineTooShort) as full:
             reason = "queue_full" if isinstance(full, QueueFull) else "deadline_unreachable"
-            self._metrics.rejected(reason)
+            self._metrics.count_rejected(reason)
             yield Refused("queue_full", retry_after_s=full.retry_after_s)
             return
         self._states.add(state)
@@ -120,7 +120,7 @@ class Worker:
             self._states.discard(state)
             if not state.is_over:
                 state.is_over = True
-                self._metrics.cancelled()
+                self._metrics.count_cancelled()
             self._decode_loop.cancel(state)
 
     def _state(self, job: GenerationJob, arrived_s: float) -> RequestState:
@@ -130,10 +130,10 @@ class Worker:
             state.prepared.set_result(prepare(self.pipeline, job))
         return state
 
-    def _unfit(self, job: GenerationJob) -> Refused | None:
-        """What no queue can mend: the edge checks the same before, so this tells of an edge of another version."""
+    def _invalid(self, job: GenerationJob) -> Refused | None:
+        """Refusal of a job that can never run. API servers check the same; one of another version may not."""
         if 1 + job.sampling_params.is_guided > self.num_slots:
-            return Refused("invalid", "this server has one slot and guidance needs two", param="guidance")
+            return Refused("invalid", "this server has one slot, and guidance needs two", param="guidance")
         return None
 
     @property
@@ -146,7 +146,7 @@ class Worker:
 
     @property
     def num_active(self) -> int:
-        """Drawings that have not ended."""
+        """Jobs that have not ended."""
         return len(self._states)
 
     def metrics_text(self) -> str:
@@ -154,22 +154,22 @@ class Worker:
         return self._metrics.text()
 
     def check_health(self) -> None:
-        """Raises WorkerFailed: a thread died or hangs."""
+        """Raises WorkerFailed if a thread has died or hangs."""
         failure = self._decode_loop.failure or self._postprocessor.failure
         if failure is not None:
-            raise WorkerFailed(f"a drawing thread died: {type(failure).__name__}") from failure
-        silent_s = time.monotonic() - self._decode_loop.last_turn_s
+            raise WorkerFailed(f"a worker thread died: {type(failure).__name__}") from failure
+        silent_s = time.monotonic() - self._decode_loop.last_iteration_s
         if silent_s > _STUCK_AFTER_S:
-            raise WorkerFailed(f"the stepping thread has not turned for {silent_s:.0f} s")
+            raise WorkerFailed(f"the decode loop has not finished an iteration for {silent_s:.0f} s")
 
     async def drain(self) -> None:
-        """Takes on nothing more and waits until what was taken on is drawn."""
+        """Refuses new jobs and waits until the accepted ones have ended."""
         self.is_draining = True
         while self._states:
             await asyncio.sleep(_DRAIN_POLL_S)
 
     def close(self) -> None:
-        """Ends the threads; drawings that have not ended are refused."""
+        """Stops the threads; unfinished jobs are refused."""
         self.is_draining = True
         self._decode_loop.stop()
         self._postprocessor.stop()
@@ -178,7 +178,7 @@ class Worker:
 
 
 def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
-    """What the edge tells of a model."""
+    """Description of a model for API servers and clients."""
     device = pipeline.device
     return ModelInfo(
         model_id=name,
@@ -197,7 +197,7 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
 
 
 def _name(model: str) -> str:
-    """`runs/demo/kodalle/model` is called kodalle."""
+    """A model's name in the API: of `runs/demo/kodalle/model` it is kodalle."""
     path = Path(model)
     if not path.exists() and is_hub_name(model):
         return model

@@ -1,4 +1,4 @@
-"""`python -m serve`: what it refuses in one line, what it tells, and how it ends."""
+"""The `python -m serve` command: input errors in one line, settings, keys, start and stop."""
 
 import http.client
 import json
@@ -24,7 +24,7 @@ from serve.arguments import AppArguments, read_arguments
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Looks like a model folder from outside."""
+    """A folder that passes for a model folder without being loaded."""
     (tmp_path / "kodalle").mkdir()
     (tmp_path / "kodalle" / "config.json").write_text("{}")
     return tmp_path / "kodalle"
@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on standard error of a start that was refused with code 2."""
+    """The one line on standard error of a start that ended with code 2."""
     assert run(monkeypatch, *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -49,20 +49,20 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return line
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------- input errors
 
 
-def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert "MODEL: ./none" in refusal(monkeypatch, capsys, "./none")
 
 
-def test_a_folder_that_is_no_model(
+def test_a_folder_that_is_not_a_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert "config.json is missing" in refusal(monkeypatch, capsys, str(tmp_path))
 
 
-def test_a_port_that_is_taken_even_by_one_who_would_share_it(
+def test_a_port_in_use_even_by_a_process_that_would_share_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     with socket.socket() as other:
@@ -79,7 +79,7 @@ def test_a_port_that_is_taken_even_by_one_who_would_share_it(
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_an_address_that_others_reach_without_keys(
+def test_an_address_that_other_machines_can_reach_without_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, host: str
 ) -> None:
     line = refusal(monkeypatch, capsys, str(folder), "--host", host)
@@ -94,7 +94,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "keys: [1]", "keys: {", "- a"])
-def test_a_keys_file_that_is_missing_or_broken(
+def test_a_missing_or_malformed_keys_file(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     folder: Path,
@@ -108,7 +108,7 @@ def test_a_keys_file_that_is_missing_or_broken(
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "field"),
     [
         ({"num_worker": 2}, "num_worker"),
         ({"num_workers": 0}, "num_workers"),
@@ -116,20 +116,20 @@ def test_a_keys_file_that_is_missing_or_broken(
         ({"deadline_s": -1}, "deadline_s"),
     ],
 )
-def test_a_config_with_a_wrong_field(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, args: Any, told: str
+def test_a_config_with_an_invalid_field(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, args: Any, field: str
 ) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump({"applications": [{"args": args}]}))
     line = refusal(monkeypatch, capsys, "--config", str(config))
-    assert told in line
+    assert field in line
     assert str(config) in line
 
 
 @pytest.mark.parametrize(
     "content", ["[1]", "applications: 3", "applications: [1, 2]", "a: {", "applications: [{args: 1}]"]
 )
-def test_a_config_of_another_kind(
+def test_a_malformed_config(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str
 ) -> None:
     config = tmp_path / "serve.yaml"
@@ -138,18 +138,18 @@ def test_a_config_of_another_kind(
     assert "nowhere.yaml" in refusal(monkeypatch, capsys, "--config", "nowhere.yaml")
 
 
-def test_a_fault_of_the_model_that_ray_tells_is_told_in_one_line() -> None:
-    told = (
+def test_a_model_error_in_rays_traceback_is_reported_in_one_line() -> None:
+    traceback = (
         "Deploying application kodalle failed: The deployment failed to start 3 times in a row. Error:\n"
         "ray::ServeReplica:kodalle:Worker.initialize() (pid=1, ip=127.0.0.1)\n"
         '  File "engine/models/folder.py", line 1, in load_part\n'
         "engine.errors.InputError: model folder: /models/x: has no transformer: train one\n"
     )
-    found = command._why_not_started(RuntimeError(told))
+    found = command._start_error(RuntimeError(traceback))
     assert isinstance(found, InputError)
     assert str(found) == "model folder: /models/x: has no transformer: train one"
     other = RuntimeError("the raylet died")
-    assert command._why_not_started(other) is other
+    assert command._start_error(other) is other
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -173,7 +173,7 @@ def test_the_command_line_overrides_the_config(monkeypatch: pytest.MonkeyPatch, 
     assert (seen["host"], seen["port"] > 0) == ("::1", True)
 
 
-def test_workers_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for args, cores in (
         ({"num_workers": 2}, 4.0),
@@ -184,14 +184,14 @@ def test_workers_share_the_cores_unless_told_otherwise(monkeypatch: pytest.Monke
         assert command._with_cores(read_arguments(args, source="test")).cpus_per_worker == cores
 
 
-def test_a_change_of_numbers_alone_leaves_what_replicas_are_given_as_it_is() -> None:
+def test_a_change_of_process_numbers_does_not_change_the_replicas_settings() -> None:
     few = read_arguments({"model": "m", "num_workers": 1}, source="test")
     many = read_arguments({"model": "m", "num_workers": 4, "num_api_servers": 2, "max_workers": 8}, source="test")
     assert few.settings() == many.settings()
     assert few.settings() != read_arguments({"model": "n"}, source="test").settings()
 
 
-def test_rays_token_is_a_file_of_this_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rays_token_file_is_private_to_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         os, "environ", os.environ.copy() | {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "disabled"}
     )
@@ -204,13 +204,13 @@ def test_rays_token_is_a_file_of_this_user_alone(monkeypatch: pytest.MonkeyPatch
     assert token.stat().st_mode & 0o777 == 0o600
     assert re.fullmatch("[0-9a-f]{64}", token.read_text())
     assert os.environ["RAY_AUTH_MODE"] == "token", "it cannot be switched off"
-    assert "RAY_ADDRESS" not in os.environ, "it is a Ray of its own"
+    assert "RAY_ADDRESS" not in os.environ, "the Ray is private"
 
 
 # ------------------------------------------------------------------------------------------------------------------- keys
 
 
-def test_a_key_is_made_printed_once_and_found(
+def test_a_key_is_created_printed_once_and_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "keys.yaml"
@@ -266,12 +266,12 @@ def request(address: str, method: str, path: str, fields: Any = None) -> tuple[i
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_where_it_is_once_it_draws_and_ends_with_0_when_told(
+def test_it_prints_its_address_when_ready_and_exits_with_0_on_a_signal(
     server: tuple["subprocess.Popen[str]", str], number: signal.Signals
 ) -> None:
     process, address = server
     assert request(address, "GET", "/readyz")[0] == 200
-    status, told = request(address, "POST", "/v1/images/generations", {"prompt": "빨강", "seed": 1, "candidates": 2})
-    assert (status, len(told["data"])) == (200, 1)
+    status, answer = request(address, "POST", "/v1/images/generations", {"prompt": "빨강", "seed": 1, "candidates": 2})
+    assert (status, len(answer["data"])) == (200, 1)
     process.send_signal(number)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=60) == 0

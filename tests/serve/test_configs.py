@@ -1,4 +1,4 @@
-"""The configs for Ray Serve and Kubernetes: they fit their schemas, our own arguments, and what the code relies on."""
+"""The configs for Ray Serve and Kubernetes, checked against their schemas, our arguments and the code's assumptions."""
 
 import json
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def serve_configs(service: Tree) -> dict[str, Tree]:
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "kuberay.yaml"])
-def test_ray_serve_takes_the_config_and_we_take_its_args(service: Tree, name: str) -> None:
+def test_ray_serve_accepts_the_config_and_we_accept_its_args(service: Tree, name: str) -> None:
     tree = serve_configs(service)[name]
     config = ServeDeploySchema.model_validate(tree)
     (application,) = config.applications
@@ -64,7 +64,7 @@ def test_ray_serve_takes_the_config_and_we_take_its_args(service: Tree, name: st
     assert arguments.model_fields_set == tree["applications"][0]["args"].keys()
 
 
-def test_a_server_that_others_reach_has_keys(service: Tree) -> None:
+def test_a_server_that_other_machines_can_reach_has_keys(service: Tree) -> None:
     for name, tree in serve_configs(service).items():
         arguments = read_arguments(tree["applications"][0]["args"], source=name)
         assert tree["http_options"]["host"] == "127.0.0.1" or arguments.keys_file, name
@@ -79,7 +79,7 @@ def test_our_command_reads_the_same_file() -> None:
 # ---------------------------------------------------------------------------------------------------------- Kubernetes
 
 
-def test_the_service_fits_kuberays_types(service: Tree, schema: Tree) -> None:
+def test_the_service_matches_kuberays_schema(service: Tree, schema: Tree) -> None:
     jsonschema.validate(service, schema)
 
 
@@ -93,14 +93,14 @@ def test_the_service_fits_kuberays_types(service: Tree, schema: Tree) -> None:
         lambda spec: spec["rayClusterConfig"]["workerGroupSpecs"][0].update(minReplicas="2"),
     ],
 )
-def test_the_schema_refuses_what_kuberay_would(service: Tree, schema: Tree, change: Any) -> None:
+def test_the_schema_rejects_what_kuberay_would(service: Tree, schema: Tree, change: Any) -> None:
     wrong = json.loads(json.dumps(service))
     change(wrong["spec"])
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
 
 
-def test_pods_and_policies_fit_kubernetes(documents: list[Tree], service: Tree) -> None:
+def test_pods_and_policies_match_kubernetes_schemas(documents: list[Tree], service: Tree) -> None:
     for pod in pods(service):
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     for document in documents:
@@ -112,7 +112,7 @@ def test_pods_and_policies_fit_kubernetes(documents: list[Tree], service: Tree) 
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-def test_no_container_runs_as_root_or_may_become_it(service: Tree) -> None:
+def test_no_container_runs_as_root_or_can_become_root(service: Tree) -> None:
     for pod in pods(service):
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         assert pod["spec"]["securityContext"]["runAsUser"] > 0
@@ -128,12 +128,12 @@ def test_no_container_runs_as_root_or_may_become_it(service: Tree) -> None:
 
 def test_every_container_has_the_environment_that_the_code_relies_on(service: Tree) -> None:
     wanted = SERVE_ENVIRONMENT | CLUSTER_ENVIRONMENT
-    given_by_kuberay = {"RAY_AUTH_MODE": service["spec"]["rayClusterConfig"]["authOptions"]["mode"]}
+    set_by_kuberay = {"RAY_AUTH_MODE": service["spec"]["rayClusterConfig"]["authOptions"]["mode"]}
     for container in containers(service):
-        assert {entry["name"]: entry["value"] for entry in container["env"]} | given_by_kuberay == wanted
+        assert {entry["name"]: entry["value"] for entry in container["env"]} | set_by_kuberay == wanted
 
 
-def test_a_pod_has_time_to_finish_and_room_for_its_worker(service: Tree) -> None:
+def test_a_pod_has_time_to_drain_and_resources_for_its_worker(service: Tree) -> None:
     arguments = read_arguments(serve_configs(service)["kuberay.yaml"]["applications"][0]["args"], source="kuberay.yaml")
     (worker,) = [pod for pod in pods(service) if pod["metadata"]["labels"]["kodalle.example.com/part"] == "worker"]
     assert worker["spec"]["terminationGracePeriodSeconds"] > arguments.drain_s
@@ -144,7 +144,7 @@ def test_a_pod_has_time_to_finish_and_room_for_its_worker(service: Tree) -> None
     assert (group["minReplicas"], group["maxReplicas"]) == (arguments.num_workers, arguments.max_workers)
 
 
-def test_the_policies_let_in_the_declared_port_and_no_other_from_outside(documents: list[Tree], service: Tree) -> None:
+def test_the_policies_admit_only_the_declared_port_from_outside(documents: list[Tree], service: Tree) -> None:
     (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
     labels = policy["spec"]["podSelector"]["matchLabels"]
     for pod in pods(service):

@@ -1,4 +1,4 @@
-"""Which threads of a server go first."""
+"""Thread priorities."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from serve.process import step_behind
+from serve.process import lower_thread_priority
 
 
 def nice(thread_id: int) -> int:
@@ -15,12 +15,12 @@ def nice(thread_id: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nice values of threads are Linux's")
-def test_a_computing_thread_and_those_it_starts_stand_behind_all_others() -> None:
+def test_a_compute_thread_and_the_threads_it_starts_have_a_lower_priority() -> None:
     found: dict[str, list[int]] = {}
     before = {int(name) for name in os.listdir("/proc/self/task")}
 
     def compute() -> None:
-        step_behind()
+        lower_thread_priority()
         threads = torch.get_num_threads()
         torch.set_num_threads(2)  # of this process; the team is the calling thread's own
         torch.randn(512, 512) @ torch.randn(512, 512)

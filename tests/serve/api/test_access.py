@@ -16,7 +16,7 @@ from serve.api.keys import make_key
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, request_bytes, serving, wait_until
 
-# Every address with the methods that it takes; the page is there for `/` and /page/.
+# Paths with their methods; the page is served at `/` and /page/.
 OPEN = [("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/")]
 CLOSED = [
     ("POST", "/v1/images/generations"),
@@ -41,9 +41,9 @@ CLOSED = [
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A keys file and the keys in it."""
     made = {
-        "shop": make_key("shop", scopes=["draw"], per_minute=60),
+        "shop": make_key("shop", scopes=["generate"], per_minute=60),
         "watch": make_key("watch", scopes=["metrics"]),
-        "old": make_key("old", scopes=["draw", "metrics"], expires=datetime(2020, 1, 1, tzinfo=UTC)),
+        "old": make_key("old", scopes=["generate", "metrics"], expires=datetime(2020, 1, 1, tzinfo=UTC)),
     }
     path = tmp_path_factory.mktemp("keys") / "keys.yaml"
     entries = [entry.model_dump(mode="json", by_alias=True, exclude_none=True) for _, entry in made.values()]
@@ -64,7 +64,7 @@ def _status(port: int, method: str, path: str, **headers: str) -> tuple[int, str
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
-def test_every_address_but_the_open_ones_needs_a_key_that_may(
+def test_every_path_but_the_open_ones_needs_a_key_with_the_scope(
     guarded: tuple[int, ScriptedPool], keys: tuple[Path, dict[str, str]], method: str, path: str
 ) -> None:
     port, plain = guarded[0], keys[1]
@@ -89,24 +89,24 @@ def test_every_address_but_the_open_ones_needs_a_key_that_may(
 
 @pytest.mark.parametrize(("method", "path"), OPEN)
 def test_health_and_the_page_are_open(guarded: tuple[int, ScriptedPool], method: str, path: str) -> None:
-    assert _status(guarded[0], method, path, host="draw.example")[0] == 200
+    assert _status(guarded[0], method, path, host="kodalle.example")[0] == 200
 
 
-def test_without_the_check_the_same_addresses_answer_anybody(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
+def test_without_the_check_the_same_paths_are_open(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
     monkeypatch.setattr(access, "_holder", lambda *_: access.LOCAL)
     with serving(build_api(ScriptedPool(), ServeSettings(keys_file=str(keys[0]), page=False))) as port:
         assert {_status(port, method, path)[0] for method, path in CLOSED[3:8]} == {200}
 
 
-def test_two_authorization_headers_are_none(guarded: tuple[int, ScriptedPool], keys: Any) -> None:
-    line = f"authorization: Bearer {keys[1]['shop']}\r\n".encode()
+def test_two_authorization_headers_are_rejected(guarded: tuple[int, ScriptedPool], keys: Any) -> None:
+    header = f"authorization: Bearer {keys[1]['shop']}\r\n".encode()
     request = request_bytes("GET", "/v1/models", port=guarded[0])
-    twice = request.replace(b"connection", line + line + b"connection")
+    twice = request.replace(b"connection", header + header + b"connection")
     assert exchange(guarded[0], twice).error["code"] == "invalid_api_key"
-    assert exchange(guarded[0], request.replace(b"connection", line + b"connection")).status == 200
+    assert exchange(guarded[0], request.replace(b"connection", header + b"connection")).status == 200
 
 
-def test_who_is_turned_away_stands_in_the_log_as_nobody(
+def test_a_rejected_request_is_logged_without_a_key_id(
     guarded: tuple[int, ScriptedPool], caplog: pytest.LogCaptureFixture
 ) -> None:
     request = request_bytes("GET", "/v1/models", port=guarded[0])
@@ -114,19 +114,24 @@ def test_who_is_turned_away_stands_in_the_log_as_nobody(
     with caplog.at_level(logging.INFO, logger="serve.requests"):
         assert exchange(guarded[0], wrong).status == 401
         wait_until(lambda: len(caplog.records) == 1)  # written after the last byte
-    told = json.loads(caplog.records[0].message)
-    assert (told["status"], told["code"], told["key_id"]) == (401, "invalid_api_key", None)
-    assert told["route"] == "/v1/models"
+    line = json.loads(caplog.records[0].message)
+    assert (line["status"], line["code"], line["key_id"]) == (401, "invalid_api_key", None)
+    assert line["route"] == "/v1/models"
 
 
-def test_who_is_turned_away_is_counted_where_he_wanted_to_go(
+def test_a_rejected_request_is_logged_with_its_route(
     guarded: tuple[int, ScriptedPool], caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = [("POST", "/v1/images/generations"), ("GET", "/v1/models/secret"), ("GET", "/secret"), ("GET", "/metrics")]
+    requests = [
+        ("POST", "/v1/images/generations"),
+        ("GET", "/v1/models/secret"),
+        ("GET", "/secret"),
+        ("GET", "/metrics"),
+    ]
     with caplog.at_level(logging.INFO, logger="serve.requests"):
-        for method, path in asked:
+        for method, path in requests:
             assert _status(guarded[0], method, path)[0] == 401
-        wait_until(lambda: len(caplog.records) == len(asked))
+        wait_until(lambda: len(caplog.records) == len(requests))
     routes = [json.loads(record.message)["route"] for record in caplog.records]
     assert routes == ["/v1/images/generations", "/v1/models/{model_id:path}", "other", "/metrics"]
     assert "secret" not in caplog.text
@@ -147,7 +152,7 @@ def test_openais_client_sends_the_key_and_raises_its_own_errors(
         openai.OpenAI(base_url=url, api_key=keys[1]["watch"]).images.generate(prompt="a")
 
 
-def test_a_keys_rate_counts_candidates_and_is_told_with_the_wait(
+def test_a_keys_rate_limit_counts_candidates_and_gives_retry_after(
     guarded: tuple[int, ScriptedPool], keys: tuple[Path, dict[str, str]]
 ) -> None:
     port, pool = guarded
@@ -174,7 +179,7 @@ def local() -> Iterator[int]:
 @pytest.mark.parametrize(
     "host", ["localhost", "127.0.0.1", "127.8.9.1:80", "[::1]:8000", "app.localhost:1", "LOCALHOST"]
 )
-def test_without_keys_this_machine_is_answered(local: int, host: str) -> None:
+def test_without_keys_requests_from_this_machine_are_answered(local: int, host: str) -> None:
     assert _status(local, "GET", "/v1/models", host=host)[0] == 200
 
 
@@ -182,18 +187,18 @@ def test_without_keys_this_machine_is_answered(local: int, host: str) -> None:
     "host",
     ["evil.example", "localhost.evil.example", "192.168.0.7", "0.0.0.0", "[::2]", "[", "127.0.0.1@evil.example", ""],
 )
-def test_without_keys_a_name_that_was_rebound_to_this_machine_is_not_answered(local: int, host: str) -> None:
+def test_without_keys_a_name_rebound_to_this_machine_is_rejected(local: int, host: str) -> None:
     expected = (403, "not_local")
     assert _status(local, "GET", "/v1/models", host=host) == expected
     assert _status(local, "GET", "/healthz", host=host)[0] == 200
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://127.0.0.1"])
-def test_without_keys_another_sites_page_is_not_answered(local: int, origin: str) -> None:
+def test_without_keys_another_sites_page_is_rejected(local: int, origin: str) -> None:
     assert _status(local, "POST", "/v1/images/edits", origin=origin) == (403, "cross_site")
 
 
-def test_without_keys_the_own_page_is_answered(local: int) -> None:
+def test_without_keys_the_servers_own_page_is_answered(local: int) -> None:
     body = {"prompt": "a"}
     headers = {"origin": f"http://127.0.0.1:{local}"}
     assert ask(local, "POST", "/v1/images/generations", json_body=body, headers=headers).status == 200
@@ -210,7 +215,7 @@ def test_without_the_local_check_another_sites_page_would_be_answered(
 @pytest.mark.parametrize(
     "server", [None, ("192.168.0.7", 8000), ("0.0.0.0", 8000), ("fe80::1", 1), ("/run/socket", None)]
 )
-def test_without_keys_a_connection_from_outside_is_not_answered(server: Any) -> None:
+def test_without_keys_a_connection_from_another_machine_is_rejected(server: Any) -> None:
     scope = {"type": "http", "server": server, "headers": [(b"host", b"localhost")]}
     with pytest.raises(Failure) as raised:
         access.admit(scope, "/v1/models", None)

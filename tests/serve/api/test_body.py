@@ -41,7 +41,7 @@ BAD_BODIES = [
 ]
 
 
-def test_what_is_sent_properly_is_read_as_json_reads_it() -> None:
+def test_a_valid_body_equals_what_json_parses() -> None:
     value = {
         "prompt": "빨강 니트 \U0001f457",
         "n": 2,
@@ -54,7 +54,7 @@ def test_what_is_sent_properly_is_read_as_json_reads_it() -> None:
         assert parse_object(text.encode()) == value
 
 
-def test_a_whole_number_may_be_written_with_a_point_and_an_exponent() -> None:
+def test_an_integer_may_have_a_decimal_point_or_an_exponent() -> None:
     value = parse_object(b'{"n": 2.0, "seed": 1e3, "top_p": 0.5, "temperature": 1e300, "guidance": -0.0}')
     assert [(type(one), one) for one in value.values()] == [
         (int, 2), (int, 1000), (float, 0.5), (float, 1e300), (int, 0),
@@ -62,28 +62,28 @@ def test_a_whole_number_may_be_written_with_a_point_and_an_exponent() -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), BAD_BODIES, ids=range(len(BAD_BODIES)))
-def test_what_later_steps_would_choke_on_is_refused(sent: bytes, code: str) -> None:
+def test_unsafe_bodies_are_rejected(sent: bytes, code: str) -> None:
     with pytest.raises(Failure) as raised:
         parse_object(sent)
     assert raised.value.code == code
     raised.value.body().decode("utf-8")
 
 
-def test_without_the_guards_the_same_bodies_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_checks_the_same_bodies_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "MAX_DEPTH", 10)
     monkeypatch.setattr(body, "MAX_NUMBER_CHARACTERS", 6000)
     monkeypatch.setattr(body, "_no_constant", float)
     monkeypatch.setattr(body, "_finite_number", float)
-    monkeypatch.setattr(body, "_without_twins", dict)
+    monkeypatch.setattr(body, "_unique_keys", dict)
     monkeypatch.setattr(body, "check_text", lambda _: None)
-    came_through = []
+    passed = []
     for sent, _ in BAD_BODIES:
         try:
             parse_object(sent)
-        except (Failure, ValueError):  # a whole number of more than 4,300 digits is Python's own error
+        except (Failure, ValueError):  # an integer of more than 4,300 digits is Python's own error
             continue
-        came_through.append(sent)
-    assert len(came_through) == 13
+        passed.append(sent)
+    assert len(passed) == 13
 
 
 @pytest.mark.parametrize(
@@ -111,22 +111,22 @@ def test_two_content_types_are_415_and_case_does_not_matter() -> None:
 
 
 def _read(messages: list[dict[str, Any]], headers: dict[str, str], **limits: Any) -> tuple[bytes, int]:
-    """The body, and how many messages were taken for it."""
-    taken = 0
+    """The body, and the number of messages received for it."""
+    received = 0
 
     async def receive() -> dict[str, Any]:
-        nonlocal taken
-        taken += 1
-        return messages[taken - 1]
+        nonlocal received
+        received += 1
+        return messages[received - 1]
 
     async def run() -> bytes:
         chunks = body_chunks(receive, Headers(headers), **({"max_bytes": 10, "timeout_s": 1.0} | limits))
         return b"".join([chunk async for chunk in chunks])
 
     try:
-        return asyncio.run(run()), taken
+        return asyncio.run(run()), received
     except Failure as failure:
-        failure.taken = taken  # type: ignore[attr-defined]
+        failure.received = received  # type: ignore[attr-defined]
         raise
 
 
@@ -137,24 +137,24 @@ def _parts(*bodies: bytes) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def test_a_body_of_just_the_limit_is_read() -> None:
+def test_a_body_of_exactly_the_limit_is_read() -> None:
     assert _read(_parts(b"12345", b"67890"), {"content-length": "10"}) == (b"1234567890", 2)
 
 
-def test_a_declared_length_above_the_limit_is_refused_before_a_byte_is_read() -> None:
+def test_a_declared_length_above_the_limit_is_rejected_before_a_byte_is_read() -> None:
     for declared in ("11", "99999999999999999999999", "-1", "0x5"):
         with pytest.raises(Failure) as raised:
             _read(_parts(b"1"), {"content-length": declared})
         assert raised.value.status == 413
-        assert raised.value.taken == 0  # type: ignore[attr-defined]
+        assert raised.value.received == 0  # type: ignore[attr-defined]
 
 
-def test_counted_bytes_above_the_limit_are_refused_whatever_was_declared() -> None:
+def test_received_bytes_above_the_limit_are_rejected_whatever_was_declared() -> None:
     for headers in ({}, {"content-length": "5"}, {"transfer-encoding": "chunked"}):
         with pytest.raises(Failure) as raised:
             _read(_parts(b"12345", b"67890", b"!", b"never read"), headers)
         assert raised.value.status == 413
-        assert raised.value.taken == 3  # type: ignore[attr-defined]
+        assert raised.value.received == 3  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------------------------------------- on a real socket
@@ -179,7 +179,7 @@ def test_a_large_body_is_413_whether_declared_or_chunked(port: int, path: str) -
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
 
 
-def test_a_body_that_trickles_in_is_408_and_is_not_to_be_repeated(port: int) -> None:
+def test_an_incomplete_body_is_408_and_must_not_be_retried(port: int) -> None:
     whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}', port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(whole[:-5])
@@ -187,8 +187,8 @@ def test_a_body_that_trickles_in_is_408_and_is_not_to_be_repeated(port: int) -> 
     assert (reply.status, reply.error["code"], reply.headers["x-should-retry"]) == (408, "request_timeout", "false")
 
 
-def test_a_client_that_sends_a_byte_now_and_then_gains_no_time(port: int) -> None:
-    """Five bytes in each time-out: where each byte began it anew, the body would arrive whole, ten time-outs late."""
+def test_a_client_that_trickles_bytes_gains_no_time(port: int) -> None:
+    """Five bytes per timeout: if each byte restarted it, the whole body would arrive."""
     whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}' + b" " * 50, port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(whole[:-50])
@@ -200,7 +200,7 @@ def test_a_client_that_sends_a_byte_now_and_then_gains_no_time(port: int) -> Non
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
-def test_a_client_that_hangs_up_while_sending_leaves_nothing_behind(port: int) -> None:
+def test_a_client_that_disconnects_while_sending_is_counted_as_499(port: int) -> None:
     whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}', port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(whole[:-5])

@@ -6,8 +6,8 @@ from engine.errors import InputError
 from serve.api.errors import FAILURES, REFUSALS, Failure, input_failure, refusal
 from serve.messages import Refused
 
-# What OpenAI's client does of itself: it repeats these, unless told not to.
-REPEATED = {408, 409, 429}
+# OpenAI's client retries these statuses, unless `x-should-retry` is false.
+RETRIED = {408, 409, 429}
 
 
 @pytest.mark.parametrize("code", FAILURES)
@@ -21,17 +21,22 @@ def test_each_code_has_openais_four_keys_and_both_languages(code: str) -> None:
     assert failure.headers["content-type"] == "application/json"
 
 
-def test_what_a_repeat_cannot_mend_is_not_repeated_by_clients() -> None:
+def test_clients_do_not_retry_errors_that_a_retry_cannot_fix() -> None:
     for code in ("deadline_exceeded", "internal_error", "request_timeout"):
         assert Failure(code).headers["x-should-retry"] == "false"
     for code, kind in FAILURES.items():
-        if kind.status < 500 and kind.status not in REPEATED:
+        if kind.status < 500 and kind.status not in RETRIED:
             continue
-        told = Failure(code).headers.get("x-should-retry")
-        assert told == "false" or code in ("queue_full", "rate_limit_exceeded", "unavailable", "drawing_failed"), code
+        should_retry = Failure(code).headers.get("x-should-retry")
+        assert should_retry == "false" or code in (
+            "queue_full",
+            "rate_limit_exceeded",
+            "unavailable",
+            "generation_failed",
+        ), code
 
 
-def test_waits_are_whole_seconds_and_never_none() -> None:
+def test_retry_after_is_in_whole_seconds_and_never_0() -> None:
     assert Failure("queue_full", retry_after_s=0.01).headers["retry-after"] == "1"
     assert Failure("queue_full", retry_after_s=2.2).headers["retry-after"] == "3"
     assert "retry-after" not in Failure("queue_full").headers
@@ -48,13 +53,13 @@ def test_a_workers_refusal_has_a_status(reason: str, status: int) -> None:
     assert set(REFUSALS) == {"queue_full", "deadline", "draining", "invalid", "failed"}
 
 
-def test_the_engines_word_is_kept_with_the_requests_name_of_the_field() -> None:
+def test_the_engines_message_is_kept_with_the_requests_name_of_the_field() -> None:
     failure = input_failure(InputError("mask_image", "all white", "keeps nothing"), param="mask")
     assert (failure.param, failure.status) == ("mask", 400)
     assert "`mask`: all white: keeps nothing" in failure.message
 
 
-def test_a_text_that_cannot_be_encoded_is_still_answered() -> None:
+def test_a_message_that_cannot_be_encoded_is_escaped() -> None:
     body = Failure("unknown_parameter", "\ud800").body()
     assert "\\ud800" in body.decode("utf-8")
     assert json.loads(body)["error"]["code"] == "unknown_parameter"

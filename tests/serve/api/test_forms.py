@@ -17,7 +17,7 @@ def part(name: str, data: bytes, *, filename: str | None = None) -> bytes:
 
 
 def read(body: bytes, *, content_type: str = f"multipart/form-data; boundary={BOUNDARY}", chunk: int = 7) -> Form:
-    """The form, arriving in small pieces."""
+    """The form, received in small chunks."""
     pieces = [body[start : start + chunk] for start in range(0, len(body), chunk)] or [b""]
 
     async def receive() -> dict[str, Any]:
@@ -33,7 +33,7 @@ def whole(*parts: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
-def test_fields_and_files_arrive_whole_in_pieces_of_any_size(chunk: int) -> None:
+def test_fields_and_files_arrive_complete_in_chunks_of_any_size(chunk: int) -> None:
     data = bytes(range(256)) * 40 + b"\r\n--b0undar\r\n--"
     form = read(whole(part("prompt", "빨강 니트".encode()), part("image", data, filename="그림.png")), chunk=chunk)
     assert form.fields == {"prompt": "빨강 니트"}
@@ -42,12 +42,12 @@ def test_fields_and_files_arrive_whole_in_pieces_of_any_size(chunk: int) -> None
     assert form.files["image"].closed
 
 
-def test_a_quoted_boundary_and_one_with_capitals_are_read() -> None:
+def test_a_quoted_boundary_with_capitals_is_read() -> None:
     body = whole(part("n", b"2")).replace(BOUNDARY.encode(), b"Ab-1 2")
     assert read(body, content_type='multipart/form-data; boundary="Ab-1 2"').fields == {"n": "2"}
 
 
-def test_an_empty_form_is_one() -> None:
+def test_an_empty_form_is_valid() -> None:
     assert read(whole()) == Form()
 
 
@@ -74,7 +74,7 @@ def test_an_empty_form_is_one() -> None:
         (whole(*(part(f"f{number}", b"", filename="a") for number in range(18))), "invalid_form"),
     ],
 )  # fmt: skip
-def test_a_broken_or_excessive_form_is_refused(body: bytes, code: str) -> None:
+def test_a_malformed_or_excessive_form_is_rejected(body: bytes, code: str) -> None:
     with pytest.raises(Failure) as raised:
         read(body)
     assert raised.value.code == code
@@ -92,7 +92,7 @@ def test_a_broken_or_excessive_form_is_refused(body: bytes, code: str) -> None:
         ("application/json", 415),
     ],
 )
-def test_a_content_type_that_is_no_form_is_refused(content_type: str, status: int) -> None:
+def test_a_content_type_other_than_a_form_is_rejected(content_type: str, status: int) -> None:
     with pytest.raises(Failure) as raised:
         read(whole(part("n", b"2")), content_type=content_type)
     assert raised.value.status == status
@@ -113,7 +113,7 @@ def test_files_of_a_form_that_fails_are_closed(monkeypatch: pytest.MonkeyPatch) 
     assert made[0].closed
 
 
-def test_without_the_limits_the_same_parts_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_limits_the_same_parts_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "MAX_FIELD_BYTES", 10**6)
     monkeypatch.setattr(forms, "MAX_FIELDS", 1000)
     assert len(read(whole(part("prompt", b"a" * 70_000))).fields["prompt"]) == 70_000

@@ -34,24 +34,24 @@ def found_id(ring: KeyRing, presented: str, *, now: float = NOW) -> str:
     return found if isinstance(found, str) else found.key_id
 
 
-# ----------------------------------------------------------------------------------------------------- whose key it is
+# ------------------------------------------------------------------------------------------------------ finding a key
 
 
-def test_a_key_that_was_added_is_found_and_nothing_near_it_is(path: Path) -> None:
-    plain = add_key(path, "shop", scopes=["draw"], per_minute=120)
-    other = add_key(path, "robot", scopes=["draw", "metrics"])
+def test_an_added_key_is_found_and_similar_ones_are_not(path: Path) -> None:
+    plain = add_key(path, "shop", scopes=["generate"], per_minute=120)
+    other = add_key(path, "robot", scopes=["generate", "metrics"])
     ring = KeyRing.read(path)
     assert (found_id(ring, plain), found_id(ring, other)) == ("shop", "robot")
     key = ring.find(plain, NOW)
     assert isinstance(key, ApiKey)
-    assert (key.per_minute, key.allows("draw"), key.allows("metrics")) == (120, True, False)
+    assert (key.per_minute, key.allows("generate"), key.allows("metrics")) == (120, True, False)
     for wrong in ("", plain[:-1], plain + "x", plain.upper(), key.sha256, "shop", "sk-kodalle-", "키", "\ud800", "\0"):
         assert ring.find(wrong, NOW) == "unknown"
 
 
-def test_an_expired_key_is_told_apart_by_the_moment_not_the_zone(path: Path) -> None:
+def test_expiry_is_a_point_in_time_in_any_time_zone(path: Path) -> None:
     ends = datetime(2027, 6, 30, 0, 0, tzinfo=timezone(timedelta(hours=9)))
-    plain = add_key(path, "summer", scopes=["draw"], expires=ends)
+    plain = add_key(path, "summer", scopes=["generate"], expires=ends)
     ring = KeyRing.read(path)
     assert found_id(ring, plain, now=ends.timestamp() - 1) == "summer"
     assert found_id(ring, plain, now=ends.timestamp()) == "expired"
@@ -59,8 +59,8 @@ def test_an_expired_key_is_told_apart_by_the_moment_not_the_zone(path: Path) -> 
     assert ends.timestamp() == datetime(2027, 6, 29, 15, tzinfo=UTC).timestamp()
 
 
-def test_all_entries_are_compared_whichever_one_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plains = [add_key(path, f"key-{index}", scopes=["draw"]) for index in range(5)]
+def test_all_entries_are_compared_whichever_one_matches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plains = [add_key(path, f"key-{index}", scopes=["generate"]) for index in range(5)]
     ring, compared = KeyRing.read(path), []
 
     def counted(one: bytes, other: bytes) -> bool:
@@ -75,11 +75,11 @@ def test_all_entries_are_compared_whichever_one_fits(path: Path, monkeypatch: py
 
 
 def test_keys_are_random_and_long_and_their_entries_hold_only_the_hash(path: Path) -> None:
-    made = [make_key("shop", scopes=["draw"]) for _ in range(100)]
+    made = [make_key("shop", scopes=["generate"]) for _ in range(100)]
     plains = {plain for plain, _ in made}
     assert len(plains) == 100
     assert all(re.fullmatch(r"sk-kodalle-[A-Za-z0-9_-]{43}", plain) for plain in plains)
-    plain = add_key(path, "shop", scopes=["draw"])
+    plain = add_key(path, "shop", scopes=["generate"])
     assert plain not in path.read_text()
     assert plain.removeprefix("sk-kodalle-") not in path.read_text()
     assert all(key.sha256 not in repr(key) for _, key in made)
@@ -88,38 +88,38 @@ def test_keys_are_random_and_long_and_their_entries_hold_only_the_hash(path: Pat
 # ---------------------------------------------------------------------------------------------------------- the file
 
 
-def test_a_new_file_is_its_owners_and_an_old_one_keeps_its_mode(path: Path) -> None:
-    add_key(path, "shop", scopes=["draw"])
+def test_a_new_file_is_private_and_an_existing_one_keeps_its_mode(path: Path) -> None:
+    add_key(path, "shop", scopes=["generate"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     path.chmod(0o640)
-    add_key(path, "robot", scopes=["draw"])
+    add_key(path, "robot", scopes=["generate"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [entry["id"] for entry in yaml.safe_load(path.read_text())["keys"]] == ["shop", "robot"]
-    assert list(path.parent.iterdir()) == [path]  # nothing half-written is left
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
 
-def test_a_taken_id_or_a_bad_entry_leaves_the_file_as_it_was(path: Path) -> None:
-    add_key(path, "shop", scopes=["draw"])
+def test_a_taken_id_or_an_invalid_entry_leaves_the_file_unchanged(path: Path) -> None:
+    add_key(path, "shop", scopes=["generate"])
     before = path.read_bytes()
     with pytest.raises(InputError, match="is taken"):
-        add_key(path, "shop", scopes=["draw"])
+        add_key(path, "shop", scopes=["generate"])
     with pytest.raises(InputError, match=r"^id: "):
-        add_key(path, "no spaces please", scopes=["draw"])
+        add_key(path, "no spaces please", scopes=["generate"])
     with pytest.raises(InputError, match="scopes"):
         add_key(path, "robot", scopes=[])
     with pytest.raises(InputError, match="scopes"):
         add_key(path, "robot", scopes=["everything"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="per_minute"):
-        add_key(path, "robot", scopes=["draw"], per_minute=0)
+        add_key(path, "robot", scopes=["generate"], per_minute=0)
     with pytest.raises(InputError, match="expires"):
-        add_key(path, "robot", scopes=["draw"], expires=datetime(2027, 1, 1))
+        add_key(path, "robot", scopes=["generate"], expires=datetime(2027, 1, 1))
     assert path.read_bytes() == before
 
 
 def test_a_file_written_by_hand_is_read(path: Path) -> None:
-    plain, key = make_key("shop", scopes=["draw"])
+    plain, key = make_key("shop", scopes=["generate"])
     path.write_text(
-        f"# ours\nkeys:\n- id: shop\n  sha256: {key.sha256}\n  scopes: [draw, metrics]\n"
+        f"# ours\nkeys:\n- id: shop\n  sha256: {key.sha256}\n  scopes: [generate, metrics]\n"
         "  per_minute: 30\n  expires: 2027-06-30T00:00:00+09:00\n"
     )
     path.chmod(0o644)  # others may read it
@@ -133,9 +133,9 @@ def test_a_file_written_by_hand_is_read(path: Path) -> None:
     [
         ("id: shop -> name: shop", "keys.0"),
         ("sha256: -> sha256: f", "keys.0.sha256"),
-        ("[draw] -> [draw, all]", "keys.0.scopes"),
-        ("[draw] -> []", "keys.0.scopes"),
-        ("[draw] -> draw", "keys.0.scopes"),
+        ("[generate] -> [generate, all]", "keys.0.scopes"),
+        ("[generate] -> []", "keys.0.scopes"),
+        ("[generate] -> generate", "keys.0.scopes"),
         ("per_minute: 30 -> per_minute: -1", "keys.0.per_minute"),
         ("per_minute: 30 -> per_minute: '30'", "keys.0.per_minute"),
         ("per_minute: 30 -> per_hour: 30", "keys.0.per_hour"),
@@ -147,13 +147,11 @@ def test_a_file_written_by_hand_is_read(path: Path) -> None:
         ("per_minute: 30 -> per_minute: 30\n  scopes: [metrics]", "keys_file"),  # twice
     ],
 )
-def test_a_broken_entry_is_an_error_that_names_the_field_and_shows_no_value(
+def test_an_invalid_entry_is_an_error_that_names_the_field_and_shows_no_value(
     path: Path, change: str, field: str
 ) -> None:
-    entry = (
-        "keys:\n- id: shop\n  sha256: SHA\n  scopes: [draw]\n  per_minute: 30\n  expires: 2027-06-30T00:00:00+09:00\n"
-    )
-    _, key = make_key("shop", scopes=["draw"])
+    entry = "keys:\n- id: shop\n  sha256: SHA\n  scopes: [generate]\n  per_minute: 30\n  expires: 2027-06-30T00:00:00+09:00\n"
+    _, key = make_key("shop", scopes=["generate"])
     old, _, new = change.partition(" -> ")
     assert old in entry
     path.write_text(entry.replace(old, new).replace("SHA", key.sha256))
@@ -163,9 +161,9 @@ def test_a_broken_entry_is_an_error_that_names_the_field_and_shows_no_value(
     assert key.sha256 not in str(caught.value)
 
 
-def test_a_plain_key_pasted_for_its_hash_is_not_told(path: Path) -> None:
-    plain, _ = make_key("shop", scopes=["draw"])
-    path.write_text(f"keys:\n- id: shop\n  sha256: {plain}\n  scopes: [draw]\n")
+def test_a_key_pasted_in_place_of_its_hash_is_not_reported(path: Path) -> None:
+    plain, _ = make_key("shop", scopes=["generate"])
+    path.write_text(f"keys:\n- id: shop\n  sha256: {plain}\n  scopes: [generate]\n")
     with pytest.raises(InputError) as caught:
         KeyRing.read(path)
     assert plain not in str(caught.value)
@@ -175,8 +173,8 @@ def test_a_plain_key_pasted_for_its_hash_is_not_told(path: Path) -> None:
     assert plain not in str(caught.value)
 
 
-def test_two_entries_share_neither_id_nor_hash(path: Path) -> None:
-    plain = add_key(path, "shop", scopes=["draw"])
+def test_two_entries_must_not_share_an_id_or_a_hash(path: Path) -> None:
+    plain = add_key(path, "shop", scopes=["generate"])
     entry = yaml.safe_load(path.read_text())["keys"][0]
     for change, field in (({"sha256": "0" * 64}, "keys.id"), ({"id": "robot"}, "keys.sha256")):
         path.write_text(yaml.safe_dump({"keys": [entry, entry | change]}))
@@ -186,12 +184,12 @@ def test_two_entries_share_neither_id_nor_hash(path: Path) -> None:
         assert plain not in str(caught.value)
 
 
-def test_a_missing_file_and_one_that_anybody_may_write_are_refused(path: Path) -> None:
+def test_a_missing_file_and_a_world_writable_one_are_refused(path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         KeyRing.read(path)
-    add_key(path, "shop", scopes=["draw"])
+    add_key(path, "shop", scopes=["generate"])
     path.chmod(0o646)
-    with pytest.raises(InputError, match="anybody may write"):
+    with pytest.raises(InputError, match="world-writable"):
         KeyRing.read(path)
     path.chmod(0o644)
     assert len(KeyRing.read(path)) == 1
@@ -201,20 +199,20 @@ def test_a_missing_file_and_one_that_anybody_may_write_are_refused(path: Path) -
 
 
 def test_a_changed_file_is_read_again_at_most_once_a_second(path: Path) -> None:
-    first, clock = add_key(path, "shop", scopes=["draw"]), Clock()
+    first, clock = add_key(path, "shop", scopes=["generate"]), Clock()
     ring = KeyRing(path, clock=clock)
-    second = add_key(path, "robot", scopes=["draw"])
+    second = add_key(path, "robot", scopes=["generate"])
     clock.now_s = 0.9
     assert found_id(ring, second) == "unknown"
     clock.now_s = 1.0
     assert (found_id(ring, first), found_id(ring, second)) == ("shop", "robot")
-    path.write_text("keys: []\n")  # a key that is taken out is refused
+    path.write_text("keys: []\n")  # a removed key is rejected
     clock.now_s = 2.0
     assert found_id(ring, first) == "unknown"
 
 
 def test_a_file_that_did_not_change_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, clock, reads = add_key(path, "shop", scopes=["draw"]), Clock(), []
+    plain, clock, reads = add_key(path, "shop", scopes=["generate"]), Clock(), []
     ring = KeyRing(path, clock=clock)
     read = keys_module._read
     monkeypatch.setattr(keys_module, "_read", lambda where: (reads.append(where), read(where))[1])
@@ -229,10 +227,10 @@ def test_a_file_that_did_not_change_is_not_read_again(path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("fault", ["broken", "gone", "open to all"])
-def test_a_broken_new_file_keeps_the_old_keys_and_says_so_once(
+def test_a_malformed_new_file_keeps_the_old_keys_and_is_logged_once(
     path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, clock = add_key(path, "shop", scopes=["draw"]), Clock()
+    plain, clock = add_key(path, "shop", scopes=["generate"]), Clock()
     ring = KeyRing(path, clock=clock)
     if fault == "broken":
         path.write_text(f"keys: [{plain}]\n")
@@ -249,7 +247,7 @@ def test_a_broken_new_file_keeps_the_old_keys_and_says_so_once(
         assert "1 keys read before stay in force" in caplog.text
         assert plain not in caplog.text
         path.unlink(missing_ok=True)
-        added = add_key(path, "robot", scopes=["draw"])
+        added = add_key(path, "robot", scopes=["generate"])
         clock.now_s = 30.0
         assert (found_id(ring, added), found_id(ring, plain)) == ("robot", "unknown")
 
@@ -258,7 +256,7 @@ def test_a_broken_new_file_keeps_the_old_keys_and_says_so_once(
 
 
 @pytest.mark.parametrize("header", ["Bearer abc-._~+/123==", "bearer abc-._~+/123==", "BEARER   abc-._~+/123==  "])
-def test_a_bearer_header_holds_a_token(header: str) -> None:
+def test_a_bearer_header_contains_a_token(header: str) -> None:
     assert parse_authorization(header) == "abc-._~+/123=="
 
 
@@ -271,7 +269,7 @@ def test_a_missing_header_is_none() -> None:
     ["", "Bearer", "Bearer ", "Bearer a b", "Basic dXNlcjpwYXNz", "abc", "Bearerabc", " Bearer abc", "Bearer a\n"]
     + ["Bearer 키", "Bearer a,b", "Bearer =a", "Bearer\tabc", "Bearer " + "a" * 506],
 )
-def test_a_malformed_header_is_told_apart(header: str) -> None:
+def test_a_malformed_header_is_an_error(header: str) -> None:
     with pytest.raises(MalformedAuthorization):
         parse_authorization(header)
 

@@ -13,12 +13,12 @@ from serve.api.application import build_api
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, finished, post_json, read_reply, request_bytes, serving
 
-DRAW = "/v1/images/generations"
+GENERATE = "/v1/images/generations"
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.3)
     with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
         yield port
 
@@ -27,7 +27,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     "request_",
     [
         b"garbage\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100,  # somebody speaks TLS
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100,  # a TLS client
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nhost: a\r\n\r\n",
         b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
@@ -39,7 +39,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     ],
     ids=range(10),
 )
-def test_what_is_no_http_or_has_too_large_a_head_is_400_in_the_shape_of_all_errors(port: int, request_: bytes) -> None:
+def test_malformed_http_and_large_heads_are_400_with_the_error_object(port: int, request_: bytes) -> None:
     reply = exchange(port, request_)
     assert (reply.status, reply.error["code"]) == (400, "http_error")
     assert ask(port, "GET", "/healthz").status == 200
@@ -49,33 +49,33 @@ def test_a_head_of_almost_16_kib_is_read(port: int) -> None:
     assert ask(port, "GET", "/healthz", headers={"x-long": "a" * 15_000}).status == 200
 
 
-def test_a_head_that_does_not_come_is_not_waited_for(port: int) -> None:
+def test_an_incomplete_head_times_out(port: int) -> None:
     for sent in (b"", b"GET /healthz HTTP/1.1\r\n"):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(sent)
-            assert connection.recv(100) == b""
+            assert connection.recv(100) == b"", "closed by the server"
 
 
-def test_a_connection_is_used_again_and_its_next_head_is_bounded_too(port: int) -> None:
+def test_a_connection_is_reused_and_its_next_head_times_out_too(port: int) -> None:
     request = request_bytes("GET", "/healthz", port=port, headers={"connection": ""})
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         for _ in range(3):
             connection.sendall(request)
             assert b'{"status":"ok"}' in connection.recv(65536)
         connection.sendall(request[:-4])
-        assert connection.recv(100) == b""
+        assert connection.recv(100) == b"", "closed by the server"
 
 
-def test_bytes_after_the_body_end_the_connection_and_not_the_answer(port: int) -> None:
-    request = request_bytes("POST", DRAW, body=b'{"prompt": "a"}', port=port, headers={"connection": ""})
-    reply = exchange(port, request + b"\0\0 and more that nobody declared")
+def test_bytes_after_the_body_end_the_connection_and_not_the_response(port: int) -> None:
+    request = request_bytes("POST", GENERATE, body=b'{"prompt": "a"}', port=port, headers={"connection": ""})
+    reply = exchange(port, request + b"\0\0 and more than was declared")
     assert reply.status == 200
     assert reply.headers["connection"] == "close"
 
 
-def test_two_requests_at_once_are_answered_in_order(port: int) -> None:
-    first = request_bytes("POST", DRAW, body=b'{"prompt": "a", "seed": 1}', port=port, headers={"connection": ""})
-    second = request_bytes("POST", DRAW, body=b'{"prompt": "a", "seed": 2}', port=port)
+def test_pipelined_requests_are_answered_in_order(port: int) -> None:
+    first = request_bytes("POST", GENERATE, body=b'{"prompt": "a", "seed": 1}', port=port, headers={"connection": ""})
+    second = request_bytes("POST", GENERATE, body=b'{"prompt": "a", "seed": 2}', port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(first + second)
         body = read_reply(connection).body
@@ -93,12 +93,12 @@ def test_no_websocket_is_opened(port: int) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 404")
 
 
-def test_the_name_of_the_server_is_not_told(port: int) -> None:
+def test_the_server_header_is_not_sent(port: int) -> None:
     assert "server" not in ask(port, "GET", "/healthz").headers
 
 
-def test_stock_uvicorn_takes_a_head_of_any_size() -> None:
-    """What the bounds are for: without them the same head is read."""
+def test_stock_uvicorn_reads_a_head_of_any_size() -> None:
+    """The reason for the limits: without them the same head is read."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
@@ -120,7 +120,7 @@ def test_stock_uvicorn_takes_a_head_of_any_size() -> None:
     assert asyncio.run(run()).startswith(b"HTTP/1.1 200")
 
 
-def test_a_stopping_server_finishes_what_it_answers() -> None:
+def test_a_stopping_server_finishes_open_requests() -> None:
     async def slow(job: Any) -> Any:
         await asyncio.sleep(0.5)
         yield finished(job)
@@ -128,9 +128,9 @@ def test_a_stopping_server_finishes_what_it_answers() -> None:
     pool = ScriptedPool(slow)
     replies = []
     with serving(build_api(pool, ServeSettings(page=False))) as port:
-        asking = threading.Thread(target=lambda: replies.append(post_json(port, DRAW, {"prompt": "a"})))
-        asking.start()
-        while not pool.generation:
+        sender = threading.Thread(target=lambda: replies.append(post_json(port, GENERATE, {"prompt": "a"})))
+        sender.start()
+        while not pool.num_open:
             time.sleep(0.01)
-    asking.join()
+    sender.join()
     assert [reply.status for reply in replies] == [200]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from serve.api import middleware as guard
+from serve.api import middleware
 from serve.api.application import build_api
 from serve.messages import GenerationEvent, GenerationJob
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, post_json, serving, wait_until
 from tests.paths import REPOSITORY
 
-DRAW = "/v1/images/generations"
+GENERATE = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def port(app: FastAPI) -> Iterator[int]:
         yield port
 
 
-def test_importing_the_edge_brings_neither_torch_nor_ray() -> None:
+def test_importing_the_api_imports_neither_torch_nor_ray() -> None:
     code = "import serve.api.application, serve.api.listener, sys; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     root = REPOSITORY
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
@@ -53,7 +53,7 @@ def test_importing_the_edge_brings_neither_torch_nor_ray() -> None:
         ("GET", "/healthz/", 404, "not_found"),
     ],
 )  # fmt: skip
-def test_what_the_router_refuses_has_the_error_shape(port: int, method: str, path: str, status: int, code: str) -> None:
+def test_the_routers_errors_are_error_objects(port: int, method: str, path: str, status: int, code: str) -> None:
     reply = ask(port, method, path)
     assert (reply.status, reply.error["code"]) == (status, code)
     assert reply.headers["content-type"] == "application/json"
@@ -65,9 +65,9 @@ def test_every_reply_has_a_request_id_and_security_headers(port: int) -> None:
     for reply in (
         ask(port, "GET", "/healthz"),
         ask(port, "GET", "/nowhere"),
-        post_json(port, DRAW, {"prompt": "a"}),
-        post_json(port, DRAW, {"prompt": "a", "stream": True}),
-        post_json(port, DRAW, {}),
+        post_json(port, GENERATE, {"prompt": "a"}),
+        post_json(port, GENERATE, {"prompt": "a", "stream": True}),
+        post_json(port, GENERATE, {}),
         ask(port, "GET", "/v1/models", headers={"host": "evil.example"}),
     ):
         ids.add(reply.headers["x-request-id"])
@@ -90,14 +90,14 @@ def test_a_clients_request_id_is_kept_only_if_short_and_plain(port: int) -> None
 def test_two_requests_with_one_id_are_two_jobs() -> None:
     pool = ScriptedPool()
     with serving(build_api(pool, ServeSettings(page=False))) as port:
-        replies = [post_json(port, DRAW, {"prompt": "a"}, x_request_id="same") for _ in range(2)]
+        replies = [post_json(port, GENERATE, {"prompt": "a"}, x_request_id="same") for _ in range(2)]
     assert {reply.json()["request_id"] for reply in replies} == {"same"}
     assert len({job.request_id for job in pool.jobs}) == 2
 
 
 def test_no_header_of_a_client_changes_a_limit(port: int) -> None:
-    """What has power elsewhere (Ray Serve, proxies, method overrides) has none here."""
-    powerful = {
+    """Headers that control Ray Serve, proxies or method overrides have no effect."""
+    control_headers = {
         "x_request_timeout_seconds": "0",
         "x_request_disconnect_disabled": "?1",
         "x_forwarded_for": "127.0.0.1",
@@ -108,30 +108,28 @@ def test_no_header_of_a_client_changes_a_limit(port: int) -> None:
         "serve_multiplexed_model_id": "x",
     }
     body = {"prompt": "a", "seed": 3}
-    plain, other = post_json(port, DRAW, body), post_json(port, DRAW, body, **powerful)
+    plain, other = post_json(port, GENERATE, body), post_json(port, GENERATE, body, **control_headers)
     assert plain.json()["data"] == other.json()["data"]
-    assert post_json(port, DRAW, body, host="evil.example", **powerful).status == 403
+    assert post_json(port, GENERATE, body, host="evil.example", **control_headers).status == 403
 
 
 def _lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [json.loads(record.message) for record in caplog.records if record.name == "serve.requests"]
 
 
-def test_one_line_a_request_without_the_caption_and_without_the_user(
-    port: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_log_line_per_request_without_the_caption_and_the_user(port: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="serve.requests"):
         body = {"prompt": "비밀 니트", "user": "홍길동", "safety_identifier": "길동", "n": 2, "candidates": 3}
-        post_json(port, DRAW, body, x_stainless_retry_count="1")
-        post_json(port, DRAW, body | {"stream": True})
-        post_json(port, DRAW, body | {"비밀": 1})
+        post_json(port, GENERATE, body, x_stainless_retry_count="1")
+        post_json(port, GENERATE, body | {"stream": True})
+        post_json(port, GENERATE, body | {"비밀": 1})
         ask(port, "GET", "/%EB%B9%84%EB%B0%80")
         wait_until(lambda: len(_lines(caplog)) == 4)  # written after the last byte
     lines = _lines(caplog)
     assert [line["status"] for line in lines] == [200, 200, 400, 404]
     first = lines[0]
     assert (first["route"], first["key_id"], first["n"], first["candidates"], first["retry"]) == (
-        DRAW,
+        GENERATE,
         "local",
         2,
         3,
@@ -143,10 +141,10 @@ def test_one_line_a_request_without_the_caption_and_without_the_user(
     assert not re.search("비밀|길동", caplog.text)
 
 
-def test_captions_are_logged_where_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_are_logged_on_request(caplog: pytest.LogCaptureFixture) -> None:
     settings = ServeSettings(page=False, log_prompts=True)
     with caplog.at_level(logging.INFO, logger="serve.requests"), serving(build_api(ScriptedPool(), settings)) as port:
-        post_json(port, DRAW, {"prompt": "비밀 니트", "user": "홍길동"})
+        post_json(port, GENERATE, {"prompt": "비밀 니트", "user": "홍길동"})
         wait_until(lambda: len(_lines(caplog)) == 1)
     assert _lines(caplog)[0]["prompt"] == "비밀 니트"
     assert "길동" not in caplog.text
@@ -156,23 +154,23 @@ def test_requests_are_counted_by_route_and_status(app: FastAPI, port: int) -> No
     def count(name: str, **labels: str) -> float:
         return app.state.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    before = count("kodalle_requests_total", route=DRAW, status="400")
+    before = count("kodalle_requests_total", route=GENERATE, status="400")
     images = count("kodalle_images_total")
     rejected = count("kodalle_rejected_total", reason="missing_required_parameter")
-    post_json(port, DRAW, {})
-    post_json(port, DRAW, {"prompt": "a", "n": 3})
+    post_json(port, GENERATE, {})
+    post_json(port, GENERATE, {"prompt": "a", "n": 3})
     for number in range(5):
         ask(port, "GET", f"/random/{number}")
     wait_until(lambda: count("kodalle_requests_in_flight") == 0)
-    assert count("kodalle_requests_total", route=DRAW, status="400") == before + 1
+    assert count("kodalle_requests_total", route=GENERATE, status="400") == before + 1
     assert count("kodalle_images_total") == images + 3
     assert count("kodalle_rejected_total", reason="missing_required_parameter") == rejected + 1
     text = app.state.metrics.text()
     assert "/random/" not in text
-    assert f'kodalle_request_seconds_count{{route="{DRAW}"}}' in text
+    assert f'kodalle_request_seconds_count{{route="{GENERATE}"}}' in text
 
 
-def test_a_fault_of_the_server_itself_is_a_500_of_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_a_500_with_the_error_object(monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken() -> bool:
         raise KeyError("비밀")
 
@@ -184,16 +182,16 @@ def test_a_fault_of_the_server_itself_is_a_500_of_the_same_shape(monkeypatch: py
     assert "비밀" not in reply.body.decode()
 
 
-def test_without_the_guard_a_fault_has_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def through(self: guard.Guard, scope: Any, receive: Any, send: Any) -> None:
+def test_without_the_middleware_an_error_has_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def through(self: middleware.ApiMiddleware, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
     async def broken(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         raise KeyError
         yield finished(_)
 
-    monkeypatch.setattr(guard.Guard, "__call__", through)
+    monkeypatch.setattr(middleware.ApiMiddleware, "__call__", through)
     with serving(build_api(ScriptedPool(broken), ServeSettings(page=False))) as port:
         reply = ask(port, "GET", "/healthz")
         assert "x-request-id" not in reply.headers
-        assert post_json(port, DRAW, {"prompt": "a"}).headers["content-type"].startswith("text/plain")
+        assert post_json(port, GENERATE, {"prompt": "a"}).headers["content-type"].startswith("text/plain")

@@ -20,7 +20,7 @@ def templates() -> list[Template]:
     """Valid requests of the three routes that take bodies."""
     file = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(file, "PNG")
-    asked = {"prompt": "빨강 네모", "n": 1, "candidates": 1, "seed": 7, "temperature": 0.5, "output_format": "jpeg"}
+    plain = {"prompt": "빨강 네모", "n": 1, "candidates": 1, "seed": 7, "temperature": 0.5, "output_format": "jpeg"}
     stream = {"prompt": "빨강", "candidates": 2, "stream": True, "partial_images": 1, "progress": True, "user": "a"}
     fields = whole(
         part("prompt", "빨강 네모".encode()),
@@ -28,10 +28,10 @@ def templates() -> list[Template]:
         part("keep_rows", b"3"),
         part("image", file.getvalue(), filename="a.png"),
     )
-    draw = b"/v1/images/generations"
+    generate = b"/v1/images/generations"
     return [
-        Template(draw, b"application/json", json.dumps(asked).encode()),
-        Template(draw, b"application/json", json.dumps(stream, ensure_ascii=False).encode()),
+        Template(generate, b"application/json", json.dumps(plain).encode()),
+        Template(generate, b"application/json", json.dumps(stream, ensure_ascii=False).encode()),
         Template(b"/v1/tokenize", b"application/json", b'{"prompt": "a"}'),
         Template(b"/v1/images/edits", b"multipart/form-data; boundary=b0undary", fields),
     ]
@@ -39,7 +39,7 @@ def templates() -> list[Template]:
 
 @pytest.fixture(scope="module")
 def port(kodalle_run: Path) -> Iterator[int]:
-    """The whole server: edge, worker, a tiny trained model."""
+    """A complete server: API server, worker, a tiny trained model."""
     limits = Limits(max_candidates=4, body_timeout_s=1)
     settings = ServeSettings(model=str(kodalle_run / "model"), default_candidates=1, page=False, limits=limits)
     pool = LocalPool(settings)
@@ -56,18 +56,18 @@ def test_the_templates_are_valid(port: int) -> None:
         assert ask(port, "POST", template.path.decode(), body=template.body, headers=headers).status == 200
 
 
-def test_a_thousand_broken_requests_find_no_server_error_and_no_reset(port: int) -> None:
+def test_a_thousand_mutated_requests_cause_no_server_error_and_no_reset(port: int) -> None:
     result = attack(port, templates(), count=1000, seed=20261121)
     assert result.faults == []
     assert result.sent == 1000
     assert result.statuses[400] > 300
-    assert result.statuses[200] > 50  # mutants that happen to be valid are drawn
+    assert result.statuses[200] > 50  # mutants that happen to be valid
     assert ask(port, "GET", "/readyz").status == 200
     assert post_json(port, "/v1/images/generations", {"prompt": "a"}).status == 200
 
 
-def test_the_same_attack_finds_stock_fastapis_faults() -> None:
-    class Asked(BaseModel):
+def test_the_same_mutants_cause_faults_in_stock_fastapi() -> None:
+    class Body(BaseModel):
         prompt: str
         n: int = 1
         seed: int = 0
@@ -77,8 +77,8 @@ def test_the_same_attack_finds_stock_fastapis_faults() -> None:
     app = FastAPI()
 
     @app.post("/v1/images/generations")
-    async def draw(asked: Asked) -> dict[str, str]:
-        return {"prompt": asked.prompt}
+    async def generate(body: Body) -> dict[str, str]:
+        return {"prompt": body.prompt}
 
     with serving(app) as port:
         result = attack(port, templates()[:1], count=300, seed=1)

@@ -30,22 +30,22 @@ def port(kodalle_run: Path) -> Iterator[int]:
         pool.close()
 
 
-def test_generated_requests_are_answered_as_the_document_says(port: int) -> None:
-    outcome = send_cases(f"http://127.0.0.1:{port}", per_operation=26, seed=20261121)
-    assert outcome.sent >= 150
+def test_generated_requests_get_the_documented_responses(port: int) -> None:
+    outcome = send_cases(f"http://127.0.0.1:{port}", per_operation=15, seed=20261121)
+    assert outcome.sent >= 90
     assert {200, 400, 404} == set(outcome.statuses)
-    assert outcome.operations["positive POST /v1/images/generations"] >= 15
-    assert outcome.operations["positive POST /v1/images/edits"] >= 15
+    assert outcome.operations["positive POST /v1/images/generations"] >= 10
+    assert outcome.operations["positive POST /v1/images/edits"] >= 10
 
 
-def test_generated_requests_find_errors_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Failure, "body", lambda _: b'{"detail": "as stock FastAPI says it"}')
+def test_generated_requests_detect_errors_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Failure, "body", lambda _: b'{"detail": "as in stock FastAPI"}')
     app = build_api(ScriptedPool(), ServeSettings(page=False))
     with serving(app) as port, pytest.raises(FailureGroup, match='"error" is a required property'):
         send_cases(f"http://127.0.0.1:{port}", per_operation=10, seed=1)
 
 
-def test_every_field_is_described_with_the_running_servers_limits() -> None:
+def test_every_field_is_documented_with_the_running_servers_limits() -> None:
     document = describe(SETTINGS, INFO)["components"]["schemas"]
     assert set(document["GenerationRequest"]["properties"]) == set(GenerationRequest.model_fields)
     unsupported = {"complexity", "frame_count", "frame_duration_ms", "svg", "markup"}
@@ -58,22 +58,22 @@ def test_every_field_is_described_with_the_running_servers_limits() -> None:
     assert all(field["description"] for field in fields.values())
 
 
-def test_every_route_says_what_it_can_answer() -> None:
+def test_every_route_documents_its_responses() -> None:
     document = describe(SETTINGS, INFO)
     generation = document["paths"]["/v1/images/generations"]["post"]
     assert set(generation["responses"]) == {
         "200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503", "504",
     }  # fmt: skip
-    told = " ".join(answer["description"] for answer in generation["responses"].values())
+    descriptions = " ".join(answer["description"] for answer in generation["responses"].values())
     elsewhere = {"method_not_allowed", "client_closed_request"}
-    assert set(FAILURES) - elsewhere <= set(re.findall(r"\w+", told))
+    assert set(FAILURES) - elsewhere <= set(re.findall(r"\w+", descriptions))
     examples = generation["requestBody"]["content"]["application/json"]["examples"]
     assert {"한국어", "English"} <= examples.keys()
     for example in examples.values():
         schemas.read_request(GenerationRequest, example["value"])
 
 
-def test_the_same_is_a_page_without_scripts_and_without_the_network() -> None:
+def test_the_html_page_needs_no_scripts_and_no_network() -> None:
     page = described_page(describe(SETTINGS, INFO))
     assert "POST /v1/images/edits" in page
     assert "integer 1 to 7" in page
@@ -83,7 +83,7 @@ def test_the_same_is_a_page_without_scripts_and_without_the_network() -> None:
     assert "<script>" not in described_page(hostile)
 
 
-def test_both_are_served() -> None:
+def test_the_document_and_the_page_are_served() -> None:
     with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
         assert ask(port, "GET", "/openapi.json").json()["openapi"] == "3.1.0"
         docs = ask(port, "GET", "/docs")

@@ -1,9 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
 
-from serve.api import page_files
 from serve.api.application import build_api
 from serve.api.page_files import add_page
 from serve.settings import ServeSettings
@@ -18,37 +17,33 @@ FILES = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "page"
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A server with a page of its own, beside files that must not be served."""
+    parent = tmp_path_factory.mktemp("server")
+    folder = parent / "page"
     for name in (*FILES, "notes.md", ".hidden", "tool.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"<p>{name}</p>")
-    (tmp_path / "secret.json").write_text("{}")
-    (folder / "link.json").symlink_to(tmp_path / "secret.json")
-    monkeypatch.setattr(page_files, "PAGE_FOLDER", folder)
-    return folder
-
-
-@pytest.fixture
-def app(folder: Path) -> FastAPI:
+    (parent / "secret.json").write_text("{}")
+    (folder / "link.json").symlink_to(parent / "secret.json")
     app = build_api(ScriptedPool(), ServeSettings(page=False))
     add_page(app, folder)
-    return app
-
-
-def test_files_have_their_types_and_are_asked_for_again_each_time(app: FastAPI) -> None:
     with serving(app) as port:
-        for name, media_type in FILES.items():
-            reply = ask(port, "GET", f"/page/{name}")
-            assert (reply.status, reply.headers["content-type"]) == (200, media_type)
-            assert reply.headers["cache-control"] == "no-cache"
-            assert reply.headers["content-security-policy"]
-            again = ask(port, "GET", f"/page/{name}", headers={"if-none-match": reply.headers["etag"]})
-            assert (again.status, again.body) == (304, b"")
-        index = ask(port, "GET", "/")
-        assert index.body == b"<p>index.html</p>"
-        assert index.headers["content-type"].startswith("text/html")
+        yield port
+
+
+def test_files_have_their_media_types_and_are_revalidated(port: int) -> None:
+    for name, media_type in FILES.items():
+        reply = ask(port, "GET", f"/page/{name}")
+        assert (reply.status, reply.headers["content-type"]) == (200, media_type)
+        assert reply.headers["cache-control"] == "no-cache"
+        assert reply.headers["content-security-policy"]
+        again = ask(port, "GET", f"/page/{name}", headers={"if-none-match": reply.headers["etag"]})
+        assert (again.status, again.body) == (304, b"")
+    index = ask(port, "GET", "/")
+    assert index.body == b"<p>index.html</p>"
+    assert index.headers["content-type"].startswith("text/html")
 
 
 @pytest.mark.parametrize(
@@ -58,19 +53,17 @@ def test_files_have_their_types_and_are_asked_for_again_each_time(app: FastAPI) 
         "%2e%2e/secret.json", "link.json", "a%00.js", "%ff.js", "a" * 5000 + ".js", "/etc/passwd.json",
     ],
 )  # fmt: skip
-def test_nothing_else_is_served(app: FastAPI, path: str) -> None:
-    with serving(app) as port:
-        reply = ask(port, "GET", f"/page/{path}")
-        assert (reply.status, reply.error["code"]) == (404, "not_found")
+def test_no_other_file_is_served(port: int, path: str) -> None:
+    reply = ask(port, "GET", f"/page/{path}")
+    assert (reply.status, reply.error["code"]) == (404, "not_found")
 
 
-def test_files_are_read_only(app: FastAPI) -> None:
-    with serving(app) as port:
-        for method in ("POST", "PUT", "DELETE"):
-            assert ask(port, method, "/page/main.js").error["code"] == "method_not_allowed"
+def test_files_are_read_only(port: int) -> None:
+    for method in ("POST", "PUT", "DELETE"):
+        assert ask(port, method, "/page/main.js").error["code"] == "method_not_allowed"
 
 
-def test_without_its_folder_the_api_works(tmp_path: Path) -> None:
+def test_without_the_pages_folder_the_api_works(tmp_path: Path) -> None:
     app = build_api(ScriptedPool(), ServeSettings(page=False))
     add_page(app, tmp_path / "missing")
     with serving(app) as port:

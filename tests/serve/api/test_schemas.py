@@ -12,7 +12,7 @@ from serve.api.schemas import (
     EditRequest,
     GenerationRequest,
     bounds,
-    draw_job,
+    generation_job,
     parameter_limits,
     quality_of,
     read_request,
@@ -28,24 +28,24 @@ SETTINGS = ServeSettings()
 
 def job(*, is_edit: bool = False, settings: ServeSettings = SETTINGS, **fields: Any) -> GenerationJob:
     values = {"prompt": "빨강 니트"} | fields
-    asked = read_request(EditRequest, values) if is_edit else read_request(GenerationRequest, values)
-    return draw_job(asked, INFO, settings, request_id="r", key_id="k", deadline_s=9.0, has_picture=is_edit)
+    parsed = read_request(EditRequest, values) if is_edit else read_request(GenerationRequest, values)
+    return generation_job(parsed, INFO, settings, request_id="r", key_id="k", deadline_s=9.0, has_init_image=is_edit)
 
 
-def refused(**fields: Any) -> Failure:
+def failure_of(**fields: Any) -> Failure:
     with pytest.raises(Failure) as raised:
         job(**fields)
     return raised.value
 
 
-def test_a_caption_alone_gets_the_servers_defaults() -> None:
-    asked = job()
-    assert 0 <= asked.seed < 2**32
-    assert asked == GenerationJob("r", "k", "빨강 니트", SamplingParams(seed=asked.seed, candidates=16, top=1), 9.0)
+def test_a_request_with_only_a_prompt_gets_the_servers_defaults() -> None:
+    parsed = job()
+    assert 0 <= parsed.seed < 2**32
+    assert parsed == GenerationJob("r", "k", "빨강 니트", SamplingParams(seed=parsed.seed, candidates=16, top=1), 9.0)
     assert job().seed != job().seed or job().seed != job().seed
 
 
-def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_sampling_params_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     own = SamplingParams(temperature=0.7, top_p=0.9, guidance_scale=2)
     monkeypatch.setitem(globals(), "INFO", replace(INFO, default_sampling_params=own))
     assert job(seed=0).sampling_params == own.updated(top=1)
@@ -53,16 +53,16 @@ def test_a_models_own_options_count_where_a_request_says_nothing(monkeypatch: py
     assert cooler == SamplingParams(temperature=1, top_p=0.9, top=1)
 
 
-def test_null_means_left_out_for_every_field_but_the_prompt() -> None:
+def test_null_equals_an_omitted_field_except_for_the_prompt() -> None:
     nulls = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
-    asked, plain = job(**nulls), job()
-    assert replace(asked, sampling_params=asked.sampling_params.updated(seed=0)) == replace(
+    parsed, plain = job(**nulls), job()
+    assert replace(parsed, sampling_params=parsed.sampling_params.updated(seed=0)) == replace(
         plain, sampling_params=plain.sampling_params.updated(seed=0)
     )
 
 
 def test_every_field_reaches_the_job() -> None:
-    asked = job(
+    parsed = job(
         is_edit=True,
         n=2,
         model="tiny",
@@ -86,7 +86,7 @@ def test_every_field_reaches_the_job() -> None:
         safety_identifier="s",
         input_fidelity="high",
     )
-    assert asked == GenerationJob(
+    assert parsed == GenerationJob(
         request_id="r",
         key_id="k",
         caption="빨강 니트",
@@ -101,7 +101,7 @@ def test_every_field_reaches_the_job() -> None:
     )
 
 
-def test_a_form_says_the_same_as_json() -> None:
+def test_a_form_equals_json() -> None:
     values: dict[str, Any] = {
         "prompt": "2", "n": 2, "seed": 7, "candidates": 4, "temperature": 0.5, "top_k": 3, "guidance": 2.0,
         "stream": True, "progress": False, "all_candidates": True, "partial_images": 2, "quality": "low", "paste": False,
@@ -117,7 +117,7 @@ def test_a_form_says_the_same_as_json() -> None:
      ("temperature", "nan"), ("temperature", "inf"), ("temperature", "1e400"), ("temperature", "١"), ("temperature", "x"),
      ("temperature", "0" * 50)],
 )  # fmt: skip
-def test_text_that_is_no_number_or_switch_is_refused_by_name(name: str, text: str) -> None:
+def test_form_text_that_is_not_a_number_or_boolean_is_rejected_by_name(name: str, text: str) -> None:
     with pytest.raises(Failure) as raised:
         read_text_request(EditRequest, {"prompt": "a", name: text})
     assert (raised.value.code, raised.value.param) == ("invalid_type", name)
@@ -172,34 +172,34 @@ def test_text_that_is_no_number_or_switch_is_refused_by_name(name: str, text: st
         ({"rank_by": "log_likelihood"}, "invalid_value", "rank_by"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(fields: dict[str, Any], code: str, param: str) -> None:
-    failure = refused(**fields)
+def test_invalid_fields_are_rejected_by_name(fields: dict[str, Any], code: str, param: str) -> None:
+    failure = failure_of(**fields)
     assert (failure.code, failure.param) == (code, param)
     assert f"`{param}`" in failure.message or code == "model_not_found"
     assert f"`{param}`" in failure.message_ko or code == "model_not_found"
 
 
-def test_a_missing_prompt_is_called_missing() -> None:
+def test_a_missing_prompt_is_reported_as_missing() -> None:
     with pytest.raises(Failure) as raised:
         read_request(GenerationRequest, {})
     assert (raised.value.code, raised.value.param) == ("missing_required_parameter", "prompt")
 
 
-def test_no_error_repeats_what_was_sent() -> None:
+def test_no_error_repeats_the_input() -> None:
     secret = "비밀스러운 설명"
     for fields in ({"n": secret}, {"quality": secret}, {"prompt": {"a": secret}}, {"svg": secret}, {"size": secret}):
-        failure = refused(**fields)
+        failure = failure_of(**fields)
         assert secret not in failure.body().decode()
-    name = refused(**{"\x1b[31m" + "x" * 500: 1}).param
+    name = failure_of(**{"\x1b[31m" + "x" * 500: 1}).param
     assert name is not None
     assert name.isprintable()
     assert len(name) == 64
 
 
-def test_the_prompt_is_brought_to_nfc_before_it_is_measured() -> None:
-    apart = "\u1100\u1161" * 1000  # NFD: two code points each
-    assert job(prompt=apart).caption == "가" * 1000
-    assert refused(prompt="가" * 1001).param == "prompt"
+def test_the_prompt_is_normalized_to_nfc_before_its_length_is_checked() -> None:
+    decomposed = "\u1100\u1161" * 1000  # NFD: two code points each
+    assert job(prompt=decomposed).caption == "가" * 1000
+    assert failure_of(prompt="가" * 1001).param == "prompt"
 
 
 @pytest.mark.parametrize(
@@ -208,25 +208,25 @@ def test_the_prompt_is_brought_to_nfc_before_it_is_measured() -> None:
      ({"quality": "max"}, 64), ({"quality": "low", "n": 6}, 6), ({"quality": "low", "candidates": 9}, 9),
      ({"num_candidates": 3}, 3)],
 )  # fmt: skip
-def test_quality_is_the_number_of_candidates_where_none_is_given(fields: dict[str, Any], count: int) -> None:
+def test_quality_sets_the_number_of_candidates_if_none_is_given(fields: dict[str, Any], count: int) -> None:
     assert job(**fields).num_candidates == count
 
 
-def test_the_servers_limit_bounds_what_quality_asks_for() -> None:
+def test_the_servers_limit_bounds_the_candidates_of_quality() -> None:
     settings = ServeSettings(limits=Limits(max_candidates=5))
     assert job(settings=settings, quality="max").num_candidates == 5
     with pytest.raises(Failure):
         job(settings=settings, n=6)
 
 
-def test_an_answers_quality_is_the_least_that_draws_as_many() -> None:
+def test_a_responses_quality_is_the_lowest_with_as_many_candidates() -> None:
     assert [quality_of(count) for count in (1, 4, 5, 8, 16, 17, 64, 500)] == [
         "low", "low", "medium", "medium", "high", "xhigh", "max", "max",
     ]  # fmt: skip
 
 
 def test_without_the_bounds_a_huge_number_would_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused(candidates=10**9).status == 400
+    assert failure_of(candidates=10**9).status == 400
     monkeypatch.setattr(schemas, "bounds", lambda _: {})
     assert job(candidates=10**9).num_candidates == 10**9
 

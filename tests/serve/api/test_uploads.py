@@ -75,23 +75,23 @@ def white_square() -> Image.Image:
     return Image.fromarray(mask)
 
 
-def test_a_black_and_white_mask_means_what_it_means_to_the_pipeline() -> None:
+def test_a_black_and_white_mask_is_that_of_the_pipeline() -> None:
     image = photo()
     assert read(encoded(image), encoded(white_square())) == expected(InitImage(image, mask_image=white_square()))
 
 
-def test_openais_mask_marks_what_is_transparent() -> None:
+def test_openais_mask_marks_transparent_pixels() -> None:
     image = photo()
     as_ours = read(encoded(image), encoded(white_square()))
     for ground in (photo(), Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64), "white")):
-        assert read(encoded(image), encoded(holed(ground))) == as_ours  # whatever colours it has
+        assert read(encoded(image), encoded(holed(ground))) == as_ours  # in any colours
     palette = holed(Image.new("RGB", (64, 64), "red")).quantize(8)
     assert read(encoded(image), encoded(palette)) == as_ours
     opaque = white_square().convert("RGBA")
-    assert read(encoded(image), encoded(opaque)) == as_ours  # an alpha channel that hides nothing
+    assert read(encoded(image), encoded(opaque)) == as_ours  # an opaque alpha channel
 
 
-def test_a_picture_with_transparent_pixels_is_its_own_mask() -> None:
+def test_an_image_with_transparent_pixels_is_its_own_mask() -> None:
     own = read(encoded(holed(photo())))
     assert own.regenerated_tokens == read(encoded(photo()), encoded(white_square())).regenerated_tokens
     rows = read(encoded(holed(photo())), keep_rows=2)
@@ -105,7 +105,7 @@ def test_without_a_mask_rows_are_kept() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
-def test_pictures_of_all_formats_and_modes_are_read(form: str, mode: str) -> None:
+def test_images_of_all_formats_and_modes_are_read(form: str, mode: str) -> None:
     image = photo((50, 40)).convert(mode)
     if form == "JPEG" and mode in ("RGBA", "P"):
         image = image.convert("RGB")
@@ -115,7 +115,7 @@ def test_pictures_of_all_formats_and_modes_are_read(form: str, mode: str) -> Non
     assert read(file).pixels == expected(InitImage(Image.open(io.BytesIO(file.getvalue())))).pixels
 
 
-def test_a_photo_that_lies_on_its_side_is_turned_with_its_mask() -> None:
+def test_a_photo_with_exif_orientation_is_rotated_with_its_mask() -> None:
     upright = holed(photo((64, 48)))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 270 degrees to see it upright
@@ -130,7 +130,7 @@ def speckled() -> Image.Image:
     return Image.fromarray(mask)
 
 
-def test_a_hole_with_something_kept_after_it_may_be_ranked_by_log_likelihood() -> None:
+def test_a_hole_with_a_kept_part_after_it_can_be_ranked_by_log_likelihood() -> None:
     assert read(encoded(photo()), encoded(white_square()), rank_by="log_likelihood") == read(
         encoded(photo()), encoded(white_square())
     )
@@ -151,7 +151,7 @@ def test_a_hole_with_something_kept_after_it_may_be_ranked_by_log_likelihood() -
         (encoded(photo()), None, {"keep_rows": 8}, "invalid_value", "keep_rows"),
         (encoded(photo()), None, {"keep_rows": 0}, "invalid_value", "keep_rows"),
         (io.BytesIO(b""), None, {}, "invalid_image", "image"),
-        (io.BytesIO(b"not a picture"), None, {}, "invalid_image", "image"),
+        (io.BytesIO(b"not an image"), None, {}, "invalid_image", "image"),
         (encoded(photo(), "GIF"), None, {}, "invalid_image", "image"),
         (encoded(photo(), "BMP"), None, {}, "invalid_image", "image"),
         (encoded(photo()), io.BytesIO(b"no"), {}, "invalid_image", "mask"),
@@ -161,7 +161,7 @@ def test_a_hole_with_something_kept_after_it_may_be_ranked_by_log_likelihood() -
     ],
     ids=range(19),
 )  # fmt: skip
-def test_what_cannot_be_used_is_refused_by_name(
+def test_unusable_uploads_are_rejected_by_name(
     image: io.BytesIO, mask: io.BytesIO | None, fields: dict[str, Any], code: str, param: str
 ) -> None:
     with pytest.raises(Failure) as raised:
@@ -172,7 +172,7 @@ def test_what_cannot_be_used_is_refused_by_name(
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
-def test_a_truncated_picture_is_refused_at_every_length(form: str) -> None:
+def test_a_truncated_image_is_rejected_at_every_length(form: str) -> None:
     whole = encoded(photo(), form).getvalue()
     for length in range(0, int(len(whole) * 0.95), max(1, len(whole) // 60)):
         with pytest.raises(Failure) as raised:
@@ -181,7 +181,7 @@ def test_a_truncated_picture_is_refused_at_every_length(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
-def test_damaged_pictures_are_read_or_refused_and_nothing_else(form: str) -> None:
+def test_damaged_images_are_read_or_rejected_without_other_errors(form: str) -> None:
     generator = np.random.default_rng(11)
     whole = np.frombuffer(encoded(photo((40, 40)), form).getvalue(), np.uint8)
     statuses = set()
@@ -208,7 +208,7 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     def decoded(_: Any) -> None:
         raise AssertionError("its pixels were decoded")
 
@@ -236,7 +236,7 @@ print(peak_mb() - before)
 
 
 def _growth_mb(data: bytes, max_pixels: int) -> tuple[str, float]:
-    """What opening it costs a process of its own: the code of its refusal, the growth of its peak memory."""
+    """Opens an image in a process of its own: the code of its rejection, the growth of its peak memory."""
     root = REPOSITORY
     answer = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _GROWTH, str(max_pixels)], input=data, capture_output=True, check=True, cwd=root
@@ -246,7 +246,7 @@ def _growth_mb(data: bytes, max_pixels: int) -> tuple[str, float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_a_bomb_costs_no_memory_and_without_the_guard_it_does() -> None:
+def test_a_decompression_bomb_takes_no_memory_and_without_the_limit_it_does() -> None:
     data = bomb(13_300)
     assert len(data) < 25_000
     code, growth_mb = _growth_mb(data, 16_000_000)
@@ -257,7 +257,7 @@ def test_a_bomb_costs_no_memory_and_without_the_guard_it_does() -> None:
     assert growth_mb > 300
 
 
-def test_parts_that_are_missing_unknown_or_too_many_are_named() -> None:
+def test_missing_unknown_and_duplicate_parts_are_named() -> None:
     one = encoded(photo())
     for files, code, param in (
         ({}, "missing_required_parameter", "image"),

@@ -1,4 +1,4 @@
-"""One coordinator for all: rates and figures."""
+"""The coordinator: rate limits and metrics of all processes."""
 
 from serve.cluster.coordinator import Coordinator
 
@@ -10,7 +10,7 @@ class Clock:
         return self.now
 
 
-def test_a_key_has_one_rate_whoever_counts() -> None:
+def test_a_key_has_one_rate_limit() -> None:
     clock = Clock()
     coordinator = Coordinator(clock)
     assert coordinator.take("shop", 60, 60) == 0.0
@@ -21,7 +21,7 @@ def test_a_key_has_one_rate_whoever_counts() -> None:
     assert coordinator.take("shop", 60, 30) == 0.0
 
 
-def test_the_latest_report_counts_and_the_dead_are_forgotten() -> None:
+def test_the_latest_report_counts_and_dead_processes_are_dropped() -> None:
     clock = Clock()
     coordinator = Coordinator(clock)
     coordinator.report("worker-b", "old")

@@ -1,4 +1,4 @@
-"""The layer in front of Ray's proxy: what it takes off, what it ends, what it sends again."""
+"""The middleware in front of Ray's proxy: removed headers, limits, errors, re-sent requests."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.cluster.gate import MAX_BODY_VARIABLE, Gate, middlewares
 
-OURS = [(b"content-security-policy", b"default-src 'none'"), (b"content-type", b"application/json")]
+API_SERVER_HEADERS = [(b"content-security-policy", b"default-src 'none'"), (b"content-type", b"application/json")]
 Headers = list[tuple[bytes, bytes]]
 Inner = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -24,7 +24,7 @@ def through(
     body: tuple[bytes, ...] = (b"",),
     max_body_bytes: int = 100,
 ) -> list[Message]:
-    """What a client gets; it hangs up after its last chunk when that is None."""
+    """The messages that a client receives."""
     sent: list[Message] = []
     chunks: list[Message] = [
         {"type": "http.request", "body": chunk, "more_body": number < len(body) - 1}
@@ -62,8 +62,8 @@ async def whole_body(receive: Receive) -> bytes:
             return body
 
 
-def replying(status: int = 200, headers: Headers = OURS, *, seen: list[Any] | None = None) -> Inner:
-    """An edge, or with other headers Ray's proxy itself."""
+def replying(status: int = 200, headers: Headers = API_SERVER_HEADERS, *, seen: list[Any] | None = None) -> Inner:
+    """An API server, or with other headers Ray's proxy itself."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if seen is not None:
@@ -76,7 +76,7 @@ def replying(status: int = 200, headers: Headers = OURS, *, seen: list[Any] | No
 
 # ------------------------------------------------------------------------------------------------------------- headers
 
-STEERING = [
+CONTROL_HEADERS = [
     (b"x-request-timeout-seconds", b"0"),
     (b"X-Request-Disconnect-Disabled", b"?1"),
     (b"serve_multiplexed_model_id", b"m"),
@@ -85,42 +85,42 @@ STEERING = [
 ]
 
 
-def test_headers_that_steer_ray_do_not_reach_it_and_others_do() -> None:
+def test_only_control_headers_are_removed() -> None:
     seen: list[Any] = []
-    through(replying(seen=seen), headers=[*STEERING, (b"accept", b"*/*"), (b"x-stainless-retry-count", b"1")])
+    through(replying(seen=seen), headers=[*CONTROL_HEADERS, (b"accept", b"*/*"), (b"x-stainless-retry-count", b"1")])
     assert seen[0][0]["headers"] == [(b"accept", b"*/*"), (b"x-stainless-retry-count", b"1")]
 
 
-def test_without_the_gate_ray_obeys_them() -> None:
-    given = dict(STEERING[:1]) | {b"x-request-disconnect-disabled": b"?1"}
-    assert parse_request_timeout_header(given, 30.0) is None, "the server's timeout is off"
-    assert parse_disconnect_disabled_header(given)
+def test_without_the_gate_ray_obeys_control_headers() -> None:
+    sent = dict(CONTROL_HEADERS[:1]) | {b"x-request-disconnect-disabled": b"?1"}
+    assert parse_request_timeout_header(sent, 30.0) is None, "the server's timeout is off"
+    assert parse_disconnect_disabled_header(sent)
     seen: list[Any] = []
-    through(replying(seen=seen), headers=list(given.items()))
+    through(replying(seen=seen), headers=list(sent.items()))
     left = dict(seen[0][0]["headers"])
     assert parse_request_timeout_header(left, 30.0) == 30.0
     assert not parse_disconnect_disabled_header(left)
 
 
-@pytest.mark.parametrize("given", [b"a b", b"x" * 65, b"\xff", b"a\tb", b""])
-def test_a_request_id_that_does_not_belong_into_a_log_is_taken_off(given: bytes) -> None:
+@pytest.mark.parametrize("request_id", [b"a b", b"x" * 65, b"\xff", b"a\tb", b""])
+def test_a_request_id_that_is_unfit_for_a_log_is_removed(request_id: bytes) -> None:
     seen: list[Any] = []
-    through(replying(seen=seen), headers=[(b"x-request-id", given)])
+    through(replying(seen=seen), headers=[(b"x-request-id", request_id)])
     assert seen[0][0]["headers"] == []
     through(replying(seen=seen), headers=[(b"x-request-id", b"my-id.7")])
     assert seen[1][0]["headers"] == [(b"x-request-id", b"my-id.7")]
 
 
-def test_a_reply_has_one_request_id_which_is_the_edges() -> None:
-    twice = [*OURS, (b"x-request-id", b"edge"), (b"X-Request-ID", b"ray")]
+def test_a_reply_has_only_the_api_servers_request_id() -> None:
+    twice = [*API_SERVER_HEADERS, (b"x-request-id", b"api-server"), (b"X-Request-ID", b"ray")]
     sent = through(replying(headers=twice))
-    assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"edge"]
+    assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"api-server"]
 
 
 # -------------------------------------------------------------------------------------------------------------- bodies
 
 
-def test_a_body_declared_too_large_is_refused_unread() -> None:
+def test_a_body_declared_too_large_is_rejected_unread() -> None:
     seen: list[Any] = []
     status, body = status_and_body(through(replying(seen=seen), headers=[(b"content-length", b"101")]))
     assert (status, body["error"]["code"]) == (413, "request_too_large")
@@ -128,7 +128,7 @@ def test_a_body_declared_too_large_is_refused_unread() -> None:
     assert status_and_body(through(replying(seen=seen), headers=[(b"content-length", b"100")]))[0] == 200
 
 
-def test_a_body_that_grows_too_large_ends_for_ray_as_a_hang_up_and_for_the_client_as_413() -> None:
+def test_a_body_that_grows_too_large_is_a_disconnect_for_ray_and_413_for_the_client() -> None:
     read: list[int] = []
 
     async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,10 +137,10 @@ def test_a_body_that_grows_too_large_ends_for_ray_as_a_hang_up_and_for_the_clien
 
     status, body = status_and_body(through(proxy, body=(b"x" * 60, b"x" * 60, b"x" * 60)))
     assert (status, body["error"]["code"]) == (413, "request_too_large")
-    assert read == [60], "nothing beyond the limit is passed on"
+    assert read == [60], "no byte beyond the limit is forwarded"
 
 
-def test_a_body_within_the_limit_arrives_as_it_is() -> None:
+def test_a_body_within_the_limit_arrives_unchanged() -> None:
     seen: list[Any] = []
     assert status_and_body(through(replying(seen=seen), body=(b"a" * 50, b"b" * 50)))[0] == 200
     assert seen[0][1] == b"a" * 50 + b"b" * 50
@@ -165,34 +165,34 @@ def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
         (408, 504, "deadline_exceeded"),
     ],
 )
-def test_rays_own_errors_get_the_shape_of_all_others(rays: int, status: int, code: str) -> None:
-    told, body = status_and_body(through(replying(rays, [(b"content-type", b"text/plain")])))
-    assert (told, body["error"]["code"]) == (status, code)
+def test_rays_own_errors_become_the_error_object(rays: int, status: int, code: str) -> None:
+    found, body = status_and_body(through(replying(rays, [(b"content-type", b"text/plain")])))
+    assert (found, body["error"]["code"]) == (status, code)
     assert body["error"].keys() == {"message", "message_ko", "type", "param", "code"}
 
 
 @pytest.mark.parametrize("status", [200, 400, 404, 429, 500, 503])
-def test_an_edges_replies_pass_unchanged(status: int) -> None:
+def test_an_api_servers_replies_pass_unchanged(status: int) -> None:
     assert status_and_body(through(replying(status))) == (status, {"a": 1})
 
 
-def test_what_is_deployed_is_nobodys_business_and_probes_still_work() -> None:
+def test_rays_list_of_deployments_is_404_and_probes_still_work() -> None:
     assert status_and_body(through(replying(), path="/-/routes"))[0] == 404
     assert status_and_body(through(replying(), path="/-/healthz"))[0] == 200
 
 
-# ------------------------------------------------------------------------------------------------------ edges that die
+# ------------------------------------------------------------------------------------------------- dying API servers
 
 
 def dying(times: int, *, seen: list[Any], with_reply: bool = False) -> Inner:
-    """Ray's proxy, whose edge dies `times` times: it says nothing at all, or, with_reply, in the middle of an answer."""
+    """Ray's proxy with an API server that dies `times` times: without a reply, or, with_reply, in the middle of one."""
     api_server = replying(seen=seen)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if len(seen) < times:
             seen.append((scope, await whole_body(receive)))
             if with_reply:
-                await send({"type": "http.response.start", "status": 200, "headers": OURS})
+                await send({"type": "http.response.start", "status": 200, "headers": API_SERVER_HEADERS})
                 await send({"type": "http.response.body", "body": b"half", "more_body": True})
             return
         await api_server(scope, receive, send)
@@ -200,28 +200,28 @@ def dying(times: int, *, seen: list[Any], with_reply: bool = False) -> Inner:
     return app
 
 
-def test_a_request_whose_edge_died_is_sent_once_more_with_its_whole_body() -> None:
+def test_a_request_whose_api_server_died_is_sent_once_more_with_its_whole_body() -> None:
     seen: list[Any] = []
     sent = through(dying(1, seen=seen), body=(b"one ", b"two"))
     assert status_and_body(sent) == (200, {"a": 1})
     assert [body for _, body in seen] == [b"one two", b"one two"]
 
 
-def test_a_request_that_kills_two_edges_is_given_up() -> None:
+def test_a_request_that_kills_two_api_servers_is_given_up() -> None:
     seen: list[Any] = []
     status, body = status_and_body(through(dying(9, seen=seen), body=(b"one",)))
-    assert (status, body["error"]["code"]) == (500, "drawing_failed")
+    assert (status, body["error"]["code"]) == (500, "generation_failed")
     assert len(seen) == 2
 
 
-def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+def test_a_reply_that_has_started_is_not_started_again() -> None:
     seen: list[Any] = []
     sent = through(dying(1, seen=seen, with_reply=True), body=(b"one",))
     assert [message.get("body") for message in sent[1:]] == [b"half"], "the server closes the connection"
     assert len(seen) == 1
 
 
-def test_a_client_that_hung_up_is_not_drawn_for_again() -> None:
+def test_a_disconnected_clients_request_is_not_sent_again() -> None:
     calls: list[int] = []
 
     async def proxy(scope: Scope, receive: Receive, send: Send) -> None:

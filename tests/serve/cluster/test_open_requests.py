@@ -1,4 +1,4 @@
-"""A server that stops waits for those that it took on, and for nobody who came later."""
+"""A stopping server waits for the requests that are open, and not for later ones."""
 
 import asyncio
 
@@ -15,36 +15,37 @@ async def nowhere(message: Message) -> None:
     pass
 
 
-def test_it_waits_for_what_is_open_and_not_for_what_comes_later() -> None:
+def test_it_waits_for_open_requests_and_not_for_later_ones() -> None:
     async def run() -> None:
-        go_on = {"first": asyncio.Event(), "late": asyncio.Event()}
+        finish = {"first": asyncio.Event(), "late": asyncio.Event()}
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await go_on[scope["path"]].wait()
+            await finish[scope["path"]].wait()
             if scope["path"] == "first":
-                raise ConnectionResetError  # however it ends
+                raise ConnectionResetError  # an error ends a request, too
 
         requests = OpenRequests(app)
         first = asyncio.create_task(requests({"type": "http", "path": "first"}, nothing, nowhere))
         await asyncio.sleep(0)
-        finishing = asyncio.create_task(requests.finish())
+        waiting = asyncio.create_task(requests.wait())
         await asyncio.sleep(0)
         late = asyncio.create_task(requests({"type": "http", "path": "late"}, nothing, nowhere))
-        await asyncio.sleep(0.02)
-        assert not finishing.done(), "the first is still being answered"
-        go_on["first"].set()
-        await asyncio.wait({finishing}, timeout=5)
-        assert finishing.done()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not waiting.done(), "the first request is still open"
+        finish["first"].set()
+        await asyncio.wait({waiting}, timeout=5)
+        assert waiting.done()
         assert not late.done()
-        go_on["late"].set()
+        finish["late"].set()
         await late
         assert isinstance(first.exception(), ConnectionResetError)
-        await asyncio.wait_for(requests.finish(), 1)  # nothing is open
+        await asyncio.wait_for(requests.wait(), 5)  # none is open
 
     asyncio.run(run())
 
 
-def test_what_is_no_request_passes() -> None:
+def test_other_scopes_pass_through() -> None:
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

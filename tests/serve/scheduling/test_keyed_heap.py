@@ -10,7 +10,7 @@ _STEPS = st.lists(st.tuples(st.sampled_from(["put", "put", "discard"]), st.sampl
 
 @settings(max_examples=200, deadline=None)
 @given(_STEPS, st.integers(0, 10))
-def test_it_answers_as_a_sorted_dictionary_does(steps: list[tuple[str, str, int]], limit: int) -> None:
+def test_it_equals_a_sorted_dictionary(steps: list[tuple[str, str, int]], limit: int) -> None:
     heap, model = KeyedHeap(), {}
     for kind, name, order in steps:
         if kind == "put":
@@ -26,11 +26,11 @@ def test_it_answers_as_a_sorted_dictionary_does(steps: list[tuple[str, str, int]
         assert all(heap.order(name) == model[name] for name in model)
 
 
-def test_memory_follows_the_members_not_the_calls() -> None:
-    heap, draw = KeyedHeap(), random.Random(0)
-    heap.put("first", (-1.0,))  # stays on top, so that nothing behind it is ever popped
+def test_memory_is_proportional_to_the_members_and_not_to_the_calls() -> None:
+    heap, rng = KeyedHeap(), random.Random(0)
+    heap.put("first", (-1.0,))  # stays on top, so that no entry behind it is ever popped
     for index in range(20_000):
-        heap.put(f"request {index}", (draw.random(),))
+        heap.put(f"request {index}", (rng.random(),))
         heap.discard(f"request {index}")
     assert len(heap._entries) < 100
     assert heap.first() == "first"

@@ -17,8 +17,8 @@ STEPS = 10
 FAR = 1e9
 
 
-def ticket(name: str, num_rows: int = 1, *, key: str = "key", width: int = 1, deadline: float = FAR) -> Ticket:
-    return Ticket(name, key, num_rows, width, STEPS, deadline)
+def ticket(name: str, num_sequences: int = 1, *, key: str = "key", width: int = 1, deadline: float = FAR) -> Ticket:
+    return Ticket(name, key, num_sequences, width, STEPS, deadline)
 
 
 def scheduler(*, num_slots: int = 4, max_queued_sequences: int = 1000) -> Scheduler:
@@ -26,16 +26,16 @@ def scheduler(*, num_slots: int = 4, max_queued_sequences: int = 1000) -> Schedu
 
 
 def drain(subject: Scheduler) -> list[tuple[str, int]]:
-    """Finishes one row after another, longest seated first; returns all rows in the order in which they were granted."""
+    """Finishes one sequence after another, longest running first; all (request, candidate) in the order of their grants."""
     granted: list[tuple[str, int]] = []
-    seated: deque[tuple[str, int]] = deque()
+    running: deque[tuple[str, int]] = deque()
     while True:
-        rows = [(grant.request_id, grant.row) for grant in subject.grant(now=0)]
-        granted += rows
-        seated += rows
-        if not seated:
+        granted_now = [(grant.request_id, grant.candidate) for grant in subject.grant(now=0)]
+        granted += granted_now
+        running += granted_now
+        if not running:
             return granted
-        subject.row_finished(*seated.popleft())
+        subject.sequence_finished(*running.popleft())
 
 
 # ------------------------------------------------------------------------------------------------------ the model
@@ -45,7 +45,7 @@ def drain(subject: Scheduler) -> list[tuple[str, int]]:
 class Modelled:
     ticket: Ticket
     granted: int = 0
-    seated: set[int] = field(default_factory=set)
+    running: set[int] = field(default_factory=set)
 
 
 class SchedulerModel(RuleBasedStateMachine):
@@ -59,11 +59,11 @@ class SchedulerModel(RuleBasedStateMachine):
         self.model: dict[str, Modelled] = {}
         self.num_submitted = 0
 
-    @rule(target=ids, key=st.sampled_from("xyz"), num_rows=st.integers(1, 7), width=st.integers(1, 2))
-    def submit(self, key: str, num_rows: int, width: int) -> str:
+    @rule(target=ids, key=st.sampled_from("xyz"), num_sequences=st.integers(1, 7), width=st.integers(1, 2))
+    def submit(self, key: str, num_sequences: int, width: int) -> str:
         self.num_submitted += 1
-        new = Ticket(f"r{self.num_submitted}", key, num_rows, width, STEPS, FAR)
-        fits_at_once = self.subject.queued_sequences == 0 and num_rows * width <= 5 - self.subject.slots_in_use
+        new = Ticket(f"r{self.num_submitted}", key, num_sequences, width, STEPS, FAR)
+        fits_at_once = self.subject.queued_sequences == 0 and num_sequences * width <= 5 - self.subject.slots_in_use
         try:
             self.subject.submit(new, now=0)
         except QueueFull:
@@ -76,57 +76,59 @@ class SchedulerModel(RuleBasedStateMachine):
     def grant(self) -> None:
         for grant in self.subject.grant(now=0):
             request = self.model[grant.request_id]  # a cancelled one is not here
-            assert grant.row == request.granted  # each once, in order
+            assert grant.candidate == request.granted  # each once, in order
             request.granted += 1
-            request.seated.add(grant.row)
+            request.running.add(grant.candidate)
 
     @rule(pick=st.randoms(use_true_random=False))
     def finish(self, pick: random.Random) -> None:
-        seated = [(name, row) for name, request in self.model.items() for row in sorted(request.seated)]
-        if not seated:
+        running = [(name, one) for name, request in self.model.items() for one in sorted(request.running)]
+        if not running:
             return
-        name, row = pick.choice(seated)
+        name, candidate = pick.choice(running)
         request = self.model[name]
-        request.seated.remove(row)
-        is_last = not request.seated and request.granted == request.ticket.num_rows
-        assert self.subject.row_finished(name, row) == is_last
+        request.running.remove(candidate)
+        is_last = not request.running and request.granted == request.ticket.num_sequences
+        assert self.subject.sequence_finished(name, candidate) == is_last
         if is_last:
             del self.model[name]
 
     @rule(name=consumes(ids))
     def cancel(self, name: str) -> None:
         request = self.model.pop(name, None)
-        assert sorted(self.subject.cancel(name)) == (sorted(request.seated) if request else [])
+        assert sorted(self.subject.cancel(name)) == (sorted(request.running) if request else [])
 
     @rule(seconds=st.floats(0.001, 1))
     def step(self, seconds: float) -> None:
-        self.subject.observe_step(seconds=seconds, rows=self.subject.slots_in_use)
+        self.subject.observe_step(seconds=seconds, slots=self.subject.slots_in_use)
 
     @invariant()
     def counts_agree(self) -> None:
         requests = self.model.values()
-        in_use = sum(len(request.seated) * request.ticket.slots_per_sequence for request in requests)
+        in_use = sum(len(request.running) * request.ticket.slots_per_sequence for request in requests)
         assert self.subject.slots_in_use == in_use <= 5
-        assert self.subject.queued_sequences == sum(request.ticket.num_rows - request.granted for request in requests)
+        assert self.subject.queued_sequences == sum(
+            request.ticket.num_sequences - request.granted for request in requests
+        )
         assert self.subject.num_active == sum(request.granted > 0 for request in requests)
         assert self.subject.num_waiting == sum(request.granted == 0 for request in requests)
         assert self.subject.queued_sequences <= 5 + 12 * (
             1 + 1 / 2 + 1 / 3
-        )  # rows for free slots, and three keys' parts
+        )  # sequences for free slots, and three keys' shares
 
     @invariant()
-    def places_are_numbered_without_gaps(self) -> None:
+    def positions_are_numbered_without_gaps(self) -> None:
         waiting = [name for name, request in self.model.items() if request.granted == 0]
         places = {name: self.subject.position(name) for name in self.model}
         assert sorted(places[name] for name in waiting) == list(range(1, len(waiting) + 1))
         assert all(places[name] is None for name in self.model if name not in waiting)
 
     def teardown(self) -> None:
-        """Nobody starves: as rows keep finishing, everything ends, and all counts are back at nothing."""
-        left = [(name, row) for name, r in self.model.items() for row in range(r.granted, r.ticket.num_rows)]
+        """No request starves: as sequences keep finishing, every request ends, and all counts return to 0."""
+        left = [(name, one) for name, r in self.model.items() for one in range(r.granted, r.ticket.num_sequences)]
         for name, request in self.model.items():
-            for row in request.seated:
-                self.subject.row_finished(name, row)
+            for candidate in request.running:
+                self.subject.sequence_finished(name, candidate)
         assert sorted(drain(self.subject)) == sorted(left)
         assert (self.subject.slots_in_use, self.subject.queued_sequences) == (0, 0)
         assert (self.subject.num_waiting, self.subject.num_active) == (0, 0)
@@ -140,22 +142,22 @@ TestSchedulerModel.settings = settings(max_examples=100, stateful_step_count=40,
 # ------------------------------------------------------------------------------------------------------- fairness
 
 
-def test_a_greedy_key_and_a_modest_one_get_the_same_within_a_row() -> None:
+def test_a_greedy_key_and_a_modest_one_get_equal_shares_within_a_sequence() -> None:
     subject = scheduler(num_slots=4)
     for index in range(50):
         subject.submit(ticket(f"greedy {index}", 16, key="greedy"), now=0)
     for index in range(5):
         subject.submit(ticket(f"modest {index}", 16, key="modest"), now=0)
-    rows = [name.split()[0] for name, _ in drain(subject)]
+    names = [name.split()[0] for name, _ in drain(subject)]
     counts: Counter[str] = Counter()
-    for place, name in enumerate(rows):
+    for place, name in enumerate(names):
         counts[name] += 1
         if counts["modest"] < 80:
             assert abs(counts["greedy"] - counts["modest"]) <= 1, place
     assert counts == {"greedy": 800, "modest": 80}
 
 
-def test_wide_rows_pay_for_both_slots() -> None:
+def test_wide_sequences_are_charged_for_both_slots() -> None:
     subject = scheduler(num_slots=2)
     subject.submit(ticket("guided", 60, key="a", width=2), now=0)
     subject.submit(ticket("plain", 60, key="b"), now=0)
@@ -163,49 +165,49 @@ def test_wide_rows_pay_for_both_slots() -> None:
     assert abs(2 * first["guided"] - first["plain"]) <= 2
 
 
-def test_one_row_is_not_stuck_behind_sixty_four() -> None:
+def test_one_sequence_is_not_stuck_behind_sixty_four() -> None:
     for key in ("key", "another"):
         subject = scheduler(num_slots=4)
         subject.submit(ticket("big", 64), now=0)
         subject.grant(now=0)
         subject.submit(ticket("small", 1, key=key), now=0)
-        subject.row_finished("big", 0)
-        subject.row_finished("big", 1)
+        subject.sequence_finished("big", 0)
+        subject.sequence_finished("big", 1)
         assert [grant.request_id for grant in subject.grant(now=0)] == ["big", "small"]
 
 
 def test_a_stream_of_small_requests_does_not_starve_a_big_one() -> None:
     subject = scheduler(num_slots=1)
     subject.submit(ticket("big", 30), now=0)
-    rows: Counter[str] = Counter()
+    granted: Counter[str] = Counter()
     for index in range(120):
-        while subject.num_waiting < 3:  # there is always somebody new
+        while subject.num_waiting < 3:  # new requests keep arriving
             subject.submit(ticket(f"small {index} {subject.num_waiting}"), now=0)
         (grant,) = subject.grant(now=0)
-        rows[grant.request_id.split()[0]] += 1
-        subject.row_finished(grant.request_id, grant.row)
-    assert rows["big"] >= 29
+        granted[grant.request_id.split()[0]] += 1
+        subject.sequence_finished(grant.request_id, grant.candidate)
+    assert granted["big"] >= 29
 
 
-def test_a_row_that_does_not_fit_keeps_its_turn() -> None:
+def test_a_wide_sequence_that_does_not_fit_keeps_its_turn() -> None:
     subject = scheduler(num_slots=2)
     subject.submit(ticket("a", 2, key="a"), now=0)
     subject.grant(now=0)
     subject.submit(ticket("guided", 1, key="b", width=2), now=0)
     for index in range(20):
         subject.submit(ticket(f"new {index}", key=f"new {index}"), now=0)  # each would fit the slot that comes free
-    subject.row_finished("a", 0)
+    subject.sequence_finished("a", 0)
     assert subject.grant(now=0) == []
     assert subject.slots_in_use == 1  # the price
     assert subject.position("guided") == 1
-    subject.row_finished("a", 1)
+    subject.sequence_finished("a", 1)
     assert [grant.request_id for grant in subject.grant(now=0)] == ["guided"]
 
 
 # ------------------------------------------------------------------------------------------------------ admission
 
 
-def test_what_free_slots_can_take_is_not_queued() -> None:
+def test_sequences_that_fit_free_slots_are_not_queued() -> None:
     subject = scheduler(num_slots=4, max_queued_sequences=0)
     with pytest.raises(QueueFull):
         subject.submit(ticket("too many", 5), now=0)
@@ -217,12 +219,12 @@ def test_what_free_slots_can_take_is_not_queued() -> None:
     assert len(subject.grant(now=0)) == 3
     with pytest.raises(QueueFull):
         subject.submit(ticket("c"), now=0)
-    subject.row_finished("b", 0)
+    subject.sequence_finished("b", 0)
     subject.submit(ticket("c"), now=0)
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_the_bound_counts_rows_whatever_their_width(width: int) -> None:
+def test_the_queue_bound_counts_sequences_of_any_width(width: int) -> None:
     subject = scheduler(num_slots=4, max_queued_sequences=6)
     subject.submit(ticket("a", 4 // width + 5, width=width), now=0)
     with pytest.raises(QueueFull):
@@ -232,7 +234,7 @@ def test_the_bound_counts_rows_whatever_their_width(width: int) -> None:
     assert subject.queued_sequences == 6
 
 
-def test_a_key_that_fills_the_queue_does_not_shut_out_the_others() -> None:
+def test_a_key_that_fills_the_queue_does_not_lock_out_the_others() -> None:
     subject = scheduler(num_slots=4, max_queued_sequences=12)
     subject.submit(ticket("greedy", 16, key="greedy"), now=0)
     subject.grant(now=0)
@@ -253,22 +255,22 @@ def test_retry_after_a_full_queue_is_when_there_is_room() -> None:
         subject.submit(ticket("b", 4), now=0)
     assert unmeasured.value.retry_after_s == MIN_RETRY_S
     for _ in range(3):
-        subject.observe_step(seconds=2.0, rows=4)
+        subject.observe_step(seconds=2.0, slots=4)
     with pytest.raises(QueueFull) as measured:
         subject.submit(ticket("b", 4), now=0)
     assert measured.value.retry_after_s == (STEPS - 3) * 2.0
-    for row in range(4):
-        subject.row_finished("a", row)
+    for candidate in range(4):
+        subject.sequence_finished("a", candidate)
     subject.grant(now=0)
     subject.submit(ticket("b", 4), now=0)
 
 
-def test_a_deadline_is_promised_only_where_fair_sharing_keeps_it() -> None:
+def test_a_request_is_admitted_only_if_fair_queueing_meets_its_deadline() -> None:
     subject = scheduler(num_slots=4)
     subject.submit(ticket("running", 4, key="a", deadline=100), now=0)
     subject.grant(now=0)
-    subject.observe_step(seconds=1.0, rows=4)
-    # 9 steps until slots come free, 10 of its own, at 1 s each, and more for safety.
+    subject.observe_step(seconds=1.0, slots=4)
+    # 9 steps until slots are released, 10 of its own, at 1 s each, times the safety factor.
     needed_s = SAFETY * 19
     with pytest.raises(DeadlineTooShort) as refused:
         subject.submit(ticket("late", 4, key="b", deadline=needed_s - 2), now=0)
@@ -278,12 +280,12 @@ def test_a_deadline_is_promised_only_where_fair_sharing_keeps_it() -> None:
         subject.submit(ticket("harmful", 4, key="c", deadline=1000), now=0)
 
 
-def test_the_longest_and_widest_waiting_rows_count_until_nothing_waits() -> None:
+def test_the_longest_and_widest_waiting_sequences_count_until_none_waits() -> None:
     subject = scheduler(num_slots=4)
     subject.submit(Ticket("long", "a", 6, 2, 40, FAR), now=0)
     subject.grant(now=0)
-    subject.observe_step(seconds=1.0, rows=4)
-    # Two of its rows are in flight, for 39 steps more; four wait, for 40 and 40 after; then the short row's own 10.
+    subject.observe_step(seconds=1.0, slots=4)
+    # Two of its sequences are in flight for 39 more steps; four wait, for 40 and then 40; then the short one's own 10.
     with pytest.raises(DeadlineTooShort):
         subject.submit(ticket("short", 1, key="b", deadline=SAFETY * 79), now=0)
     subject.cancel("long")
@@ -292,11 +294,11 @@ def test_the_longest_and_widest_waiting_rows_count_until_nothing_waits() -> None
     subject.submit(ticket("short", 4, key="b", deadline=SAFETY * (STEPS + STEPS)), now=0)
 
 
-def test_nothing_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_worker() -> None:
+def test_no_request_is_refused_for_its_deadline_before_a_measurement_or_by_an_idle_worker() -> None:
     subject = scheduler(num_slots=4)
     subject.submit(ticket("a", 60, deadline=0.001), now=0)
     subject.submit(ticket("b", 60, deadline=0.001), now=0)
-    subject.observe_step(seconds=1e6, rows=4)
+    subject.observe_step(seconds=1e6, slots=4)
     with pytest.raises(DeadlineTooShort) as refused:
         subject.submit(ticket("c", deadline=1), now=0)
     assert refused.value.retry_after_s == MAX_RETRY_S
@@ -318,14 +320,14 @@ def test_refusals_change_nothing_and_survive_pickling() -> None:
     "wrong", [ticket("a", 0), ticket("a", width=0), ticket("a", width=5), Ticket("a", "key", 1, 1, 0, FAR)]
 )
 def test_a_ticket_that_can_never_run_is_an_error(wrong: Ticket) -> None:
-    with pytest.raises(ValueError, match="row"):
+    with pytest.raises(ValueError, match="sequence"):
         scheduler(num_slots=4).submit(wrong, now=0)
 
 
 def test_an_id_is_used_once_at_a_time() -> None:
     subject = scheduler()
     subject.submit(ticket("a"), now=0)
-    with pytest.raises(ValueError, match="here already"):
+    with pytest.raises(ValueError, match="known already"):
         subject.submit(ticket("a"), now=0)
     assert len(drain(subject)) == 1
     subject.submit(ticket("a"), now=0)
@@ -334,19 +336,19 @@ def test_an_id_is_used_once_at_a_time() -> None:
 # -------------------------------------------------------------------------------------- places, cancellation, deadlines
 
 
-def test_places_are_the_order_of_first_rows() -> None:
-    draw = random.Random(0)
+def test_positions_are_the_order_of_first_grants() -> None:
+    rng = random.Random(0)
     for _ in range(20):
         subject = scheduler(num_slots=3)
         for index in range(20):
-            new = ticket(f"r{index}", draw.randint(1, 5), key=draw.choice("abc"), width=draw.randint(1, 2))
+            new = ticket(f"r{index}", rng.randint(1, 5), key=rng.choice("abc"), width=rng.randint(1, 2))
             subject.submit(new, now=0)
-        told = {f"r{index}": subject.position(f"r{index}") for index in range(20)}
-        firsts = [name for name, row in drain(subject) if row == 0]
-        assert [told[name] for name in firsts] == list(range(1, 21))
+        positions = {f"r{index}": subject.position(f"r{index}") for index in range(20)}
+        firsts = [name for name, candidate in drain(subject) if candidate == 0]
+        assert [positions[name] for name in firsts] == list(range(1, 21))
 
 
-def test_places_move_up_as_rows_are_granted_and_others_leave() -> None:
+def test_positions_move_up_as_sequences_are_granted_and_requests_cancelled() -> None:
     subject = scheduler(num_slots=1)
     for name in "abcd":
         subject.submit(ticket(name), now=0)
@@ -354,12 +356,12 @@ def test_places_move_up_as_rows_are_granted_and_others_leave() -> None:
     assert [subject.position(name) for name in "abcd"] == [None, 1, 2, 3]
     subject.cancel("c")
     assert [subject.position(name) for name in "abcd"] == [None, 1, None, 2]
-    subject.row_finished("a", 0)
+    subject.sequence_finished("a", 0)
     subject.grant(now=0)
     assert [subject.position(name) for name in "bd"] == [None, 1]
 
 
-def test_the_estimated_wait_is_when_the_first_row_is_granted() -> None:
+def test_the_estimated_wait_ends_at_the_first_grant() -> None:
     subject = scheduler(num_slots=2)
     subject.submit(ticket("a", 2), now=0)
     subject.grant(now=0)
@@ -368,27 +370,27 @@ def test_the_estimated_wait_is_when_the_first_row_is_granted() -> None:
     subject.submit(ticket("d", 1), now=0)
     assert subject.estimated_wait_s("b", now=0) is None
     for _ in range(4):
-        subject.observe_step(seconds=2.0, rows=2)
-    assert subject.estimated_wait_s("a", now=8) is None  # drawn
+        subject.observe_step(seconds=2.0, slots=2)
+    assert subject.estimated_wait_s("a", now=8) is None  # running
     assert subject.estimated_wait_s("b", now=8) == (STEPS - 4) * 2.0
     assert subject.estimated_wait_s("c", now=8) == (STEPS - 4) * 2.0
     assert subject.estimated_wait_s("d", now=8) == (STEPS - 4 + STEPS) * 2.0
     assert subject.estimated_wait_s("c", now=20) == 5.0  # it is cancelled then, at the latest
-    assert subject.estimated_wait_s("nobody", now=8) is None
+    assert subject.estimated_wait_s("unknown", now=8) is None
 
 
-def test_a_row_that_finishes_early_shortens_the_wait() -> None:
+def test_a_sequence_that_finishes_early_shortens_the_wait() -> None:
     subject = scheduler(num_slots=2)
     subject.submit(ticket("a", 2), now=0)
     subject.grant(now=0)
     subject.submit(ticket("b"), now=0)
-    subject.observe_step(seconds=2.0, rows=2)
+    subject.observe_step(seconds=2.0, slots=2)
     assert subject.estimated_wait_s("b", now=0) == (STEPS - 1) * 2.0
-    subject.row_finished("a", 0)  # some decoders take several tokens a step
+    subject.sequence_finished("a", 0)  # some decoders sample several tokens a step
     assert subject.estimated_wait_s("b", now=0) == 0.0
 
 
-@pytest.mark.parametrize("stage", ["waiting", "partly granted", "drawn", "over"])
+@pytest.mark.parametrize("stage", ["waiting", "partly granted", "running", "finished"])
 def test_cancelling_frees_everything_at_each_stage(stage: str) -> None:
     subject = scheduler(num_slots=4)
     subject.submit(ticket("a", 3, width=2, deadline=5), now=0)
@@ -396,13 +398,13 @@ def test_cancelling_frees_everything_at_each_stage(stage: str) -> None:
     if stage != "waiting":
         subject.grant(now=0)
         expected = [0, 1]
-    if stage in ("drawn", "over"):
-        subject.row_finished("a", 0)
+    if stage in ("running", "finished"):
+        subject.sequence_finished("a", 0)
         subject.grant(now=0)
         expected = [1, 2]
-    if stage == "over":
-        assert not subject.row_finished("a", 1)
-        assert subject.row_finished("a", 2)
+    if stage == "finished":
+        assert not subject.sequence_finished("a", 1)
+        assert subject.sequence_finished("a", 2)
         expected = []
     assert subject.cancel("a") == expected
     assert subject.cancel("a") == []
@@ -410,21 +412,21 @@ def test_cancelling_frees_everything_at_each_stage(stage: str) -> None:
     assert subject.grant(now=0) == []
     assert subject.overdue(now=math.inf) == []
     with pytest.raises(KeyError):
-        subject.row_finished("a", 2)
+        subject.sequence_finished("a", 2)
 
 
-def test_requests_past_their_deadline_are_named_until_cancelled_and_get_no_more_rows() -> None:
+def test_requests_past_their_deadline_are_overdue_until_cancelled_and_get_no_more_grants() -> None:
     subject = scheduler(num_slots=2)
-    subject.submit(ticket("drawn", 3, deadline=10), now=0)
+    subject.submit(ticket("runs", 3, deadline=10), now=0)
     subject.submit(ticket("waits", 2, deadline=11, key="b"), now=0)
     subject.submit(ticket("in time", 2, deadline=30, key="c"), now=0)
     subject.grant(now=0)
     assert subject.overdue(now=10) == []
-    assert subject.overdue(now=10.5) == ["drawn"]
-    assert sorted(subject.overdue(now=12)) == sorted(subject.overdue(now=12)) == ["drawn", "waits"]
-    subject.row_finished("drawn", 0)
-    assert [grant.request_id for grant in subject.grant(now=12)] == ["in time"]  # the last that was to come
-    assert subject.queued_sequences == 1  # its second row; the rows that are too late wait no more
+    assert subject.overdue(now=10.5) == ["runs"]
+    assert sorted(subject.overdue(now=12)) == sorted(subject.overdue(now=12)) == ["runs", "waits"]
+    subject.sequence_finished("runs", 0)
+    assert [grant.request_id for grant in subject.grant(now=12)] == ["in time"]  # its last grant
+    assert subject.queued_sequences == 1  # its second sequence; those past their deadline no longer wait
     assert sorted(subject.cancel(name) for name in subject.overdue(now=12)) == [[], [0]]
     assert subject.overdue(now=12) == []
     assert {grant.request_id for grant in subject.grant(now=12)} == {"in time"}
@@ -455,7 +457,7 @@ def _costs(num_waiting: int) -> dict[str, float]:
     for index in range(num_waiting):
         subject.submit(ticket(f"r{index}", 4, key=f"key {index % 50}", deadline=1e6), now=0)
     subject.grant(now=0)
-    subject.observe_step(seconds=0.01, rows=256)
+    subject.observe_step(seconds=0.01, slots=256)
     with _Lines() as refusal, pytest.raises(DeadlineTooShort):
         subject.submit(ticket("late", 4, key="new", deadline=0.05), now=0)
     with _Lines() as place:

@@ -1,4 +1,4 @@
-"""What a hostile request costs in memory, measured on an edge in a process of its own."""
+"""Peak memory of hostile requests, measured on an API server in a process of its own."""
 
 import io
 import socket
@@ -17,7 +17,7 @@ from tests.paths import REPOSITORY
 from tests.serve.api.test_forms import part, whole
 from tests.serve.api.test_uploads import bomb
 
-DRAW, EDIT = "/v1/images/generations", "/v1/images/edits"
+GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
 ROOT = REPOSITORY
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -37,7 +37,7 @@ with serving(build_api(ScriptedPool(), ServeSettings(page=False, limits=limits))
 
 @contextmanager
 def server(limits: Limits) -> Iterator[tuple[int, int]]:
-    """An edge whose memory is nobody else's: its port and process id."""
+    """An API server in its own process: its port and process id."""
     arguments = [str(limits.max_json_bytes), str(limits.max_pixels)]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER, *arguments],
@@ -46,7 +46,7 @@ def server(limits: Limits) -> Iterator[tuple[int, int]]:
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        assert post_json(port, DRAW, {"prompt": "a"}).status == 200  # what is loaded once is loaded
+        assert post_json(port, GENERATE, {"prompt": "a"}).status == 200  # modules that are loaded once are loaded now
         small = io.BytesIO()
         Image.new("RGB", (64, 64)).save(small, "PNG")
         form = whole(part("prompt", b"a"), part("image", small.getvalue(), filename="a"))
@@ -58,8 +58,8 @@ def server(limits: Limits) -> Iterator[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def api_server() -> Iterator[tuple[int, int]]:
-    with server(Limits()) as told:
-        yield told
+    with server(Limits()) as running:
+        yield running
 
 
 def _post_form(port: int, body: bytes) -> Reply:
@@ -72,8 +72,8 @@ def _peak_mb(pid: int) -> float:
 
 
 def _send_large(port: int, path: str, *, is_chunked: bool, mebibytes: int = 100) -> Reply:
-    content_type = "application/json" if path == DRAW else "multipart/form-data; boundary=b0undary"
-    start = b'{"prompt": "' if path == DRAW else part("image", b"", filename="a")[:-2]
+    content_type = "application/json" if path == GENERATE else "multipart/form-data; boundary=b0undary"
+    start = b'{"prompt": "' if path == GENERATE else part("image", b"", filename="a")[:-2]
     block = b"a" * 2**20
     headers = {"content-type": content_type}
     if is_chunked:
@@ -89,9 +89,9 @@ def _send_large(port: int, path: str, *, is_chunked: bool, mebibytes: int = 100)
         return read_reply(connection)
 
 
-@pytest.mark.parametrize("path", [DRAW, EDIT])
+@pytest.mark.parametrize("path", [GENERATE, EDIT])
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_of_100_mb_is_413_and_costs_no_memory(api_server: tuple[int, int], path: str, is_chunked: bool) -> None:
+def test_a_body_of_100_mb_is_413_and_takes_no_memory(api_server: tuple[int, int], path: str, is_chunked: bool) -> None:
     port, pid = api_server
     before = _peak_mb(pid)
     reply = _send_large(port, path, is_chunked=is_chunked)
@@ -99,7 +99,7 @@ def test_a_body_of_100_mb_is_413_and_costs_no_memory(api_server: tuple[int, int]
     assert _peak_mb(pid) - before < 10
 
 
-def test_a_picture_of_21_kb_that_holds_177_million_pixels_is_400_and_costs_no_memory(
+def test_an_image_of_21_kb_with_177_million_pixels_is_400_and_takes_no_memory(
     api_server: tuple[int, int],
 ) -> None:
     port, pid = api_server
@@ -113,10 +113,10 @@ def test_a_picture_of_21_kb_that_holds_177_million_pixels_is_400_and_costs_no_me
     assert _peak_mb(pid) - before < 50
 
 
-def test_without_the_limits_both_cost_what_they_hold() -> None:
+def test_without_the_limits_both_take_memory() -> None:
     with server(Limits(max_json_bytes=200 * 2**20, max_pixels=10**9)) as (port, pid):
         before = _peak_mb(pid)
-        assert _send_large(port, DRAW, is_chunked=False, mebibytes=30).error["code"] == "invalid_json"
+        assert _send_large(port, GENERATE, is_chunked=False, mebibytes=30).error["code"] == "invalid_json"
         assert _peak_mb(pid) - before > 30
         _post_form(port, whole(part("prompt", b"a"), part("image", bomb(13_300), filename="a.png")))
         assert _peak_mb(pid) - before > 400
