@@ -1,19 +1,19 @@
-"""Kills parts of a running server under load, and counts what its clients lost.
+"""Fault injection: kills processes of a running server under load, and counts lost requests.
 
     python benchmarks/serve_faults.py --model models/garments --out benchmarks/results/serve_faults
     python benchmarks/serve_faults.py --kills 2 --only workers,drain
 
-    workers      SIGKILL of one of two, again and again                      bar: 0 lost, every byte as ever
-    edges        SIGKILL of one of two                                       bar: 0 lost
+    workers      SIGKILL of one of two, again and again                      bar: 0 lost, no byte changed
+    api_servers  SIGKILL of one of two                                       bar: 0 lost
     controller   SIGKILL of Ray Serve's controller                           bar: 0 lost
     proxy        SIGKILL of the only proxy: seconds until it answers again   bar: 8
-    update       every process replaced by one with other settings           bar: 0 lost
+    update       every process is replaced by one with other settings        bar: 0 lost
     scaling      two workers to one; then by the autoscaler to two and back  bar: 0 lost
-    drain        SIGTERM: what was taken on is finished                      bar: 0 lost, exit code 0
+    drain        SIGTERM: accepted requests are finished                     bar: 0 lost, exit code 0
 
-Requests come without a pause (closed loop). Each answer's pixels are compared with the pipeline's, and its bytes with
-those of every other answer to the same request. A request is lost when its client got anything but its picture or, at
-once, the word that the queue is full; nothing is repeated by the client. Of 0 lost of N is known that fewer than 3 in N are lost (at 95 %).
+Requests come without a pause (closed loop). Each response's pixels are compared with the pipeline's, and its bytes with
+those of every other response to the same request. A request is lost when its client gets anything but its image or an
+immediate refusal because of a full queue; clients do not retry. 0 lost of N means a loss rate below 3 / N (at 95 %).
 
 The last line is one JSON document.
 """
@@ -41,9 +41,9 @@ from machine_facts import hardware_name, print_document, slug
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.deployer import operator_environment
-from serving.fault_load import Seen, pipeline_pictures, steady_load
+from serving.fault_load import Outcomes, pipeline_images, steady_load
 from serving.process import Server, end_on_sigterm, serving
-from serving.traffic import Asked, mixed
+from serving.traffic import LoadRequest, mixed
 
 from engine.facts import facts
 from engine.files import write_json
@@ -55,21 +55,25 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Scene:
-    """The server under test, and what is asked of it."""
+class TestBed:
+    """The server under test, and its load."""
+
+    __test__ = False  # not a test class
 
     server: Server
     arguments: Row
-    asked: list[Asked]
+    requests: list[LoadRequest]
     expected: dict[int, str]
     concurrency: int
-    chance: random.Random
+    rng: random.Random
 
     def load(self, concurrency: int | None = None) -> Any:
-        return steady_load(self.server.address, self.asked, self.expected, concurrency=concurrency or self.concurrency)
+        return steady_load(
+            self.server.address, self.requests, self.expected, concurrency=concurrency or self.concurrency
+        )
 
     def named(self, title: str) -> list[psutil.Process]:
-        """Processes of the server by the title that Ray gives them."""
+        """The server's processes with a title that Ray sets."""
         found = []
         for process in self.server.processes():
             with suppress(psutil.NoSuchProcess):
@@ -81,15 +85,15 @@ class Scene:
         return self.named("ServeReplica:kodalle:Worker")
 
     def ready_workers(self) -> int:
-        """Workers that run and have reported: the last part of their names is their process id."""
+        """Number of running workers that have reported; the last part of their names is their process id."""
         text = _get(self.server, "/metrics")
         reported = {int(pid) for pid in re.findall(r'^kodalle_slots\{replica="worker-.*-(\d+)"\}', text, re.MULTILINE)}
         return len(reported & {one.pid for one in self.workers()})
 
     def deploy(self, **changed: Any) -> float:
-        """Deploys with other arguments; seconds until it runs so."""
+        """Redeploys with other arguments; returns the seconds until the new deployment runs."""
         (raylet,) = self.named("raylet/raylet")
-        told = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "serving.deployer", json.dumps(self.arguments | changed)],
             env=operator_environment(raylet),
             capture_output=True,
@@ -97,7 +101,7 @@ class Scene:
             check=True,
             timeout=300,
         )
-        return float(json.loads(told.stdout.splitlines()[-1])["seconds"])
+        return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
 def main() -> int:
@@ -106,22 +110,22 @@ def main() -> int:
     document: Row = {"benchmark": "serve_faults", **facts(torch.device("cpu"))}
     document["config"] = {
         "workers": 2,
-        "edges": 2,
+        "api_servers": 2,
         "requests_in_flight": arguments.concurrency,
-        "candidates_a_request": arguments.candidates,
+        "candidates_per_request": arguments.candidates,
         "kills": arguments.kills,
     }
     with tempfile.TemporaryDirectory(prefix="serve-faults-") as folder:
         model = (arguments.model or Path(folder, "model")).resolve()
         if arguments.model is None:
             write_random_model(model, tiny=True)
-        asked = mixed(_NUM_DIFFERENT, seed=5, sizes=(arguments.candidates,))
-        expected = pipeline_pictures(model, asked)
+        requests = mixed(_NUM_DIFFERENT, seed=5, sizes=(arguments.candidates,))
+        expected = pipeline_images(model, requests)
         served = {"model": str(model), "num_workers": 2, "num_api_servers": 2, "num_slots": 32, "cpus_per_worker": 0.5}
         with serving("ray", served) as server:
-            scene = Scene(server, served, asked, expected, arguments.concurrency, random.Random(1))
+            bed = TestBed(server, served, requests, expected, arguments.concurrency, random.Random(1))
             document["config"]["model"] = asyncio.run(served_model(server.address))
-            document["phases"] = _run(scene, arguments)
+            document["phases"] = _run(bed, arguments)
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row["is_met"] for row in document["phases"].values())
     if arguments.out is not None:
@@ -132,8 +136,8 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
-    parser.add_argument("--kills", type=int, default=20, help="of workers; of everything else a quarter, at least 5")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one with random weights)")
+    parser.add_argument("--kills", type=int, default=20, help="of workers; of other processes a quarter, at least 5")
     parser.add_argument("--concurrency", type=int, default=6)
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--only", default=",".join(PHASES), help="phases, in this order; drain ends the server")
@@ -145,14 +149,14 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _run(scene: Scene, arguments: argparse.Namespace) -> Row:
+def _run(bed: TestBed, arguments: argparse.Namespace) -> Row:
     rows: Row = {}
     for name in arguments.only.split(","):
-        begun = time.monotonic()
+        started_s = time.monotonic()
         kills = arguments.kills if name == "workers" else max(min(5, arguments.kills), arguments.kills // 4)
-        rows[name] = PHASES[name](scene, kills) | {"seconds": time.monotonic() - begun}
+        rows[name] = PHASES[name](bed, kills) | {"seconds": time.monotonic() - started_s}
         print(
-            f"{name:10} {'as wanted' if rows[name]['is_met'] else 'NOT AS WANTED'}  {json.dumps(rows[name])}",
+            f"{name:10} {'met' if rows[name]['is_met'] else 'NOT MET'}  {json.dumps(rows[name])}",
             flush=True,
         )
     return rows
@@ -161,104 +165,102 @@ def _run(scene: Scene, arguments: argparse.Namespace) -> Row:
 # ----------------------------------------------------------------------------------------------------------- the faults
 
 
-def workers(scene: Scene, kills: int) -> Row:
-    reruns = scene.server.metric("kodalle_reruns_total")
+def workers(bed: TestBed, kills: int) -> Row:
+    reruns = bed.server.metric("kodalle_reruns_total")
     back_s = []
-    with scene.load() as seen:
+    with bed.load() as outcomes:
         for _ in range(kills):
-            time.sleep(scene.chance.uniform(0.5, 1.5))
-            back_s.append(
-                _kill_and_wait(scene, scene.chance.choice(scene.workers()), lambda: scene.ready_workers() == 2)
-            )
-    # Edges' counts start anew when they do: none dies here.
-    num_reruns = scene.server.metric("kodalle_reruns_total") - reruns
-    row = {"kills": kills, "reruns": num_reruns, "back_s": _spread(back_s)} | _judged(seen)
+            time.sleep(bed.rng.uniform(0.5, 1.5))
+            back_s.append(_kill_and_wait(bed, bed.rng.choice(bed.workers()), lambda: bed.ready_workers() == 2))
+    # API servers' counters restart with them: none dies here.
+    num_reruns = bed.server.metric("kodalle_reruns_total") - reruns
+    row = {"kills": kills, "reruns": num_reruns, "back_s": _spread(back_s)} | _judged(outcomes)
     return row | {"is_met": row["is_met"] and num_reruns > 0}
 
 
-def api_servers(scene: Scene, kills: int) -> Row:
-    title, back_s = "ServeReplica:kodalle:Edge", []
-    with scene.load() as seen:
+def api_servers(bed: TestBed, kills: int) -> Row:
+    title, back_s = "ServeReplica:kodalle:ApiServer", []
+    with bed.load() as outcomes:
         for _ in range(kills):
-            time.sleep(scene.chance.uniform(0.5, 1.5))
-            victim = scene.chance.choice(scene.named(title))
-            back_s.append(_kill_and_wait(scene, victim, lambda: len(scene.named(title)) == 2))
-            time.sleep(3.0)  # until the new one takes requests
-    return {"kills": kills, "back_s": _spread(back_s)} | _judged(seen)
+            time.sleep(bed.rng.uniform(0.5, 1.5))
+            victim = bed.rng.choice(bed.named(title))
+            back_s.append(_kill_and_wait(bed, victim, lambda: len(bed.named(title)) == 2))
+            time.sleep(3.0)  # until the new one accepts requests
+    return {"kills": kills, "back_s": _spread(back_s)} | _judged(outcomes)
 
 
-def controller(scene: Scene, kills: int) -> Row:
+def controller(bed: TestBed, kills: int) -> Row:
     back_s = []
-    with scene.load() as seen:
+    with bed.load() as outcomes:
         for _ in range(kills):
-            time.sleep(scene.chance.uniform(0.5, 1.5))
-            (victim,) = scene.named("ServeController")
-            back_s.append(_kill_and_wait(scene, victim, lambda: len(scene.named("ServeController")) == 1))
+            time.sleep(bed.rng.uniform(0.5, 1.5))
+            (victim,) = bed.named("ServeController")
+            back_s.append(_kill_and_wait(bed, victim, lambda: len(bed.named("ServeController")) == 1))
             time.sleep(3.0)
-    return {"kills": kills, "back_s": _spread(back_s)} | _judged(seen)
+    return {"kills": kills, "back_s": _spread(back_s)} | _judged(outcomes)
 
 
-def proxy(scene: Scene, kills: int) -> Row:
-    """What it was passing on is lost with it: clients repeat it themselves. What counts is for how long nobody answers."""
+def proxy(bed: TestBed, kills: int) -> Row:
+    """A proxy's open requests are lost with it, and clients retry them. Measured is the time until it answers again."""
     outages_s = []
-    with scene.load() as seen:
+    with bed.load() as outcomes:
         for _ in range(kills):
             time.sleep(2.0)
-            (victim,) = scene.named("ProxyActor")
-            outages_s.append(_kill_and_wait(scene, victim, lambda: "ok" in _get(scene.server, "/healthz")))
+            (victim,) = bed.named("ProxyActor")
+            outages_s.append(_kill_and_wait(bed, victim, lambda: "ok" in _get(bed.server, "/healthz")))
     spread = _spread(outages_s)
-    row = {"kills": kills, "outage_s": spread} | _judged(seen)
+    row = {"kills": kills, "outage_s": spread} | _judged(outcomes)
     return row | {"is_met": spread["median"] <= _PROXY_BAR_S and not row["wrong_pixels"]}
 
 
-def update(scene: Scene, _: int) -> Row:
+def update(bed: TestBed, _: int) -> Row:
     took_s = []
-    with scene.load() as seen:
+    with bed.load() as outcomes:
         for deadline_s in (119.0, 120.0):
-            before = {one.pid for one in scene.workers()}
-            took_s.append(scene.deploy(deadline_s=deadline_s))
-            assert not before & {one.pid for one in scene.workers()}, "every worker is another process"
-    return {"updates": len(took_s), "update_s": _spread(took_s)} | _judged(seen)
+            before = {one.pid for one in bed.workers()}
+            took_s.append(bed.deploy(deadline_s=deadline_s))
+            assert not before & {one.pid for one in bed.workers()}, "every worker is another process"
+    return {"updates": len(took_s), "update_s": _spread(took_s)} | _judged(outcomes)
 
 
-def scaling(scene: Scene, _: int) -> Row:
+def scaling(bed: TestBed, _: int) -> Row:
     one = {"num_workers": 1, "max_workers": 2, "scale_up_after_s": 2.0, "scale_down_after_s": 5.0}
-    with scene.load() as seen:
-        scene.deploy(num_workers=1)
-        fewer_s = _wait(lambda: len(scene.workers()) == 1)
-    scene.deploy(**one)
-    with scene.load(4 * scene.concurrency) as busy:
-        up_s = _wait(lambda: scene.ready_workers() == 2)
-    with scene.load(1) as calm:
-        down_s = _wait(lambda: len(scene.workers()) == 1)
-    scene.deploy()
-    _wait(lambda: scene.ready_workers() == 2)
-    all_seen = Seen(seen.outcomes + busy.outcomes + calm.outcomes, seen.files)
+    with bed.load() as outcomes:
+        bed.deploy(num_workers=1)
+        fewer_s = _wait(lambda: len(bed.workers()) == 1)
+    bed.deploy(**one)
+    with bed.load(4 * bed.concurrency) as busy:
+        up_s = _wait(lambda: bed.ready_workers() == 2)
+    with bed.load(1) as calm:
+        down_s = _wait(lambda: len(bed.workers()) == 1)
+    bed.deploy()
+    _wait(lambda: bed.ready_workers() == 2)
+    all_outcomes = Outcomes(outcomes.all + busy.all + calm.all, outcomes.files)
     for other in (busy, calm):
         for number, files in other.files.items():
-            all_seen.files.setdefault(number, set()).update(files)
-    return {"two_to_one_s": fewer_s, "scaled_up_after_s": up_s, "scaled_down_after_s": down_s} | _judged(all_seen)
+            all_outcomes.files.setdefault(number, set()).update(files)
+    return {"two_to_one_s": fewer_s, "scaled_up_after_s": up_s, "scaled_down_after_s": down_s} | _judged(all_outcomes)
 
 
-def drain(scene: Scene, _: int) -> Row:
-    (root, *_others) = scene.server.processes()
-    with scene.load() as seen:
+def drain(bed: TestBed, _: int) -> Row:
+    (root, *_others) = bed.server.processes()
+    with bed.load() as outcomes:
         time.sleep(2.0)
-        told_s = time.monotonic()
+        sigterm_s = time.monotonic()
         root.terminate()
-        code = scene.server._process.wait(timeout=120)
+        code = bed.server._process.wait(timeout=120)
         ended_s = time.monotonic()
-    taken_on = Seen([one for one in seen.outcomes if one.sent_s < told_s - 0.5], seen.files)
-    later = Seen([one for one in seen.outcomes if one.sent_s >= told_s - 0.5])
-    in_flight = sum(one.ended_s > told_s for one in taken_on.outcomes)
-    row: Row = {"exit_code": code, "ended_after_s": ended_s - told_s, "in_flight_when_told": in_flight}
-    row |= {"later": later.row()["lost"]} | _judged(taken_on)
+    accepted = Outcomes([one for one in outcomes.all if one.sent_s < sigterm_s - 0.5], outcomes.files)
+    later = Outcomes([one for one in outcomes.all if one.sent_s >= sigterm_s - 0.5])
+    in_flight = sum(one.ended_s > sigterm_s for one in accepted.all)
+    row: Row = {"exit_code": code, "ended_after_s": ended_s - sigterm_s, "in_flight_at_sigterm": in_flight}
+    row |= {"later": later.row()["lost"]} | _judged(accepted)
     return row | {"is_met": row["is_met"] and code == 0 and in_flight > 0}
 
 
-PHASES: dict[str, Callable[[Scene, int], Row]] = {
+PHASES: dict[str, Callable[[TestBed, int], Row]] = {
     "workers": workers,
-    "edges": api_servers,
+    "api_servers": api_servers,
     "controller": controller,
     "proxy": proxy,
     "update": update,
@@ -267,41 +269,41 @@ PHASES: dict[str, Callable[[Scene, int], Row]] = {
 }
 
 
-def _kill_and_wait(scene: Scene, victim: psutil.Process, is_back: Callable[[], bool]) -> float:
+def _kill_and_wait(bed: TestBed, victim: psutil.Process, is_back: Callable[[], bool]) -> float:
     victim.kill()
-    begun = time.monotonic()
+    started_s = time.monotonic()
     psutil.wait_procs([victim], timeout=10)
     while not is_back():
-        scene.server.check()
-        if time.monotonic() - begun > _BACK_WITHIN_S:
+        bed.server.check()
+        if time.monotonic() - started_s > _BACK_WITHIN_S:
             raise TimeoutError(f"not back within {_BACK_WITHIN_S:g} s")
         time.sleep(0.02)
-    return time.monotonic() - begun
+    return time.monotonic() - started_s
 
 
 def _wait(is_true: Callable[[], bool]) -> float:
-    begun = time.monotonic()
+    started_s = time.monotonic()
     while not is_true():
-        if time.monotonic() - begun > _BACK_WITHIN_S:
+        if time.monotonic() - started_s > _BACK_WITHIN_S:
             raise TimeoutError
         time.sleep(0.1)
-    return time.monotonic() - begun
+    return time.monotonic() - started_s
 
 
 def _get(server: Server, path: str) -> str:
-    """A body; empty where nobody answers."""
+    """The body of GET `path`; empty without an answer."""
     with suppress(OSError, http.client.HTTPException):
         return server.get(path, timeout_s=5)
     return ""
 
 
-def _nothing_lost(seen: Seen) -> bool:
-    row = seen.row()
+def _nothing_lost(outcomes: Outcomes) -> bool:
+    row = outcomes.row()
     return bool(row["requests"]) and not (row["lost"] or row["wrong_pixels"] or row["requests_with_two_files"])
 
 
-def _judged(seen: Seen) -> Row:
-    return seen.row() | {"is_met": _nothing_lost(seen)}
+def _judged(outcomes: Outcomes) -> Row:
+    return outcomes.row() | {"is_met": _nothing_lost(outcomes)}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

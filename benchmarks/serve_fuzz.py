@@ -1,13 +1,12 @@
-"""Broken requests to a running server: none may cost more than a refusal.
+"""Fuzzing: malformed requests to a running server must cause nothing worse than an error reply.
 
     python benchmarks/serve_fuzz.py --server direct --out benchmarks/results/serve_fuzz
     python benchmarks/serve_fuzz.py --server ray
 
-10,000 valid requests mutated as bytes and sent over raw sockets (tests/byte_mutants.py), and 3,000 requests generated
-from the server's own OpenAPI document (tests/schema_cases.py). Counted as faults: a status of 500 and above, a reset
-connection, no answer, a refusal without the error object, what the document does not promise. Among the statuses, 0 is a
-request whose client ended it before it was whole: it needs no answer. The server must go on drawing afterwards. The last
-line is one JSON document.
+Sends 10,000 valid requests mutated as bytes over raw sockets (tests/byte_mutants.py), and 3,000 requests generated from the
+server's own OpenAPI document (tests/schema_cases.py). Counted as faults: a status of 500 and above, a reset connection, no
+reply, an error without the error object, a reply that the document does not allow. Status 0 is an incomplete request, which
+needs no reply. The server must still generate afterwards. The last line is one JSON document.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from serving.traffic import mixed
 from engine.facts import facts
 from engine.files import write_json
 
-# Small drawings, and a client that never ends its body is given up soon: what is tested is the way there.
+# Small jobs, and a short timeout for incomplete bodies: what is tested is request handling.
 _ARGUMENTS: dict[str, Any] = {
     "page": False,
     "default_candidates": 1,
@@ -43,8 +42,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=("direct", "ray"), default="direct")
     parser.add_argument("--mutants", type=int, default=10_000)
-    parser.add_argument("--cases", type=int, default=3_000, help="at least so many generated ones")
-    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
+    parser.add_argument("--cases", type=int, default=3_000, help="least number of generated requests")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one with random weights)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     arguments = parser.parse_args()
@@ -60,7 +59,7 @@ def main() -> int:
             document["config"]["model"] = asyncio.run(served_model(server.address))
             document["mutants"] = send_mutants(server, count=arguments.mutants, seed=arguments.seed)
             document["cases"] = send_cases(server, at_least=arguments.cases, seed=arguments.seed)
-            document["draws_afterwards"] = draws(server)
+            document["generates_afterwards"] = generates(server)
     document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = is_met(document)
     if arguments.out is not None:
@@ -68,21 +67,21 @@ def main() -> int:
     for name in ("mutants", "cases"):
         row = document[name]
         print(f"{name}: {row['sent']} sent in {row['seconds']:.0f} s, {row['num_faults']} faults, {row['statuses']}")
-    print(f"draws afterwards: {document['draws_afterwards']}")
+    print(f"generates afterwards: {document['draws_afterwards']}")
     print_document(document)
     return 0 if document["is_met"] else 1
 
 
 def is_met(document: Row) -> bool:
     rows = [document["mutants"], document["cases"]]
-    return document["draws_afterwards"] and all(row["num_faults"] == 0 for row in rows)
+    return document["generates_afterwards"] and all(row["num_faults"] == 0 for row in rows)
 
 
 def send_mutants(server: Server, *, count: int, seed: int) -> Row:
     from tests.byte_mutants import attack
     from tests.serve.api.test_mutants import templates
 
-    begun = time.perf_counter()
+    started_s = time.perf_counter()
     result = attack(int(server.address.rpartition(":")[2]), templates(), count=count, seed=seed)
     kept = [{"fault": fault, "request": request.decode("latin-1")} for fault, request in result.faults[:_FAULTS_KEPT]]
     return {
@@ -90,15 +89,15 @@ def send_mutants(server: Server, *, count: int, seed: int) -> Row:
         "num_faults": len(result.faults),
         "faults": kept,
         "statuses": {str(status): number for status, number in sorted(result.statuses.items())},
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started_s,
     }
 
 
 def send_cases(server: Server, *, at_least: int, seed: int) -> Row:
-    """Goes on with other seeds until there were enough; a fault ends it, and is told as schemathesis words it."""
+    """Sends cases of increasing seeds until there are enough; stops at a fault, with schemathesis' own description."""
     from tests.schema_cases import send_cases as send
 
-    begun, sent, statuses, faults = time.perf_counter(), 0, dict[str, int](), list[Row]()
+    started_s, sent, statuses, faults = time.perf_counter(), 0, dict[str, int](), list[Row]()
     per_operation = max(2, min(200, at_least // 12))
     while sent < at_least and not faults:
         try:
@@ -117,12 +116,12 @@ def send_cases(server: Server, *, at_least: int, seed: int) -> Row:
         "num_faults": len(faults),
         "faults": faults,
         "statuses": dict(sorted(statuses.items())),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started_s,
     }
 
 
-def draws(server: Server) -> bool:
-    """Whether three requests are answered with pictures."""
+def generates(server: Server) -> bool:
+    """Whether three requests are answered with images."""
     run = asyncio.run(closed_loop(server.address, mixed(3, seed=5, sizes=(1,)), concurrency=1, timeout_s=60.0))
     return all(one.status == 200 for one in run.answers)
 

@@ -1,14 +1,14 @@
-"""Clients that hang up: whether the server goes on drawing for them, and for how long their slots are held.
+"""Disconnecting clients: whether the server goes on generating for them, and for how long their slots are held.
 
     python benchmarks/serve_hangups.py --server ray --model models/garments --out benchmarks/results/serve_hangups
     python benchmarks/serve_hangups.py --server direct --hangups 40
 
-Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, wait in the
-queue, or are drawn; half of them are streams, and half carry the header with which any client can tell Ray Serve not to
-cancel. Bars: no drawing of theirs is finished, and a second after the last one is gone no slot and no place in the queue
-is held, by the workers' own gauges.
+Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, queued or
+running; half of them are streams, and half have the header with which any client can tell Ray Serve not to cancel. Bars:
+none of them is finished, and a second after the last disconnect no slot and no queue position is held, according to the
+workers' own gauges.
 
-The negative control is a request that nobody gives up: it is finished, and its slots are seen to be held meanwhile.
+The negative control is a request whose client stays: it is finished, and its slots are seen to be held meanwhile.
 The last line is one JSON document.
 """
 
@@ -36,10 +36,10 @@ from serving.process import Server, end_on_sigterm, serving
 from engine.facts import facts
 from engine.files import write_json
 
-_AT_ONCE = 8
-_CANDIDATES = 64  # seconds of drawing
+_CONCURRENCY = 8
+_CANDIDATES = 64  # seconds of generation
 _FREE_WITHIN_S = 1.0
-_REPORTED_WITHIN_S = 1.5  # Ray: figures of other processes come once a second
+_REPORTED_WITHIN_S = 1.5  # Ray: metrics of other processes come once a second
 _GAUGES = ("kodalle_slots_in_use", "kodalle_queued_sequences", "kodalle_queued_requests", "kodalle_requests_in_flight")
 Row = dict[str, Any]
 
@@ -71,28 +71,28 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=("direct", "ray"), default="ray")
-    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one with random weights)")
     parser.add_argument("--hangups", type=int, default=400)
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     return parser.parse_args()
 
 
 def measure(server: Server, hangups: int) -> Row:
-    """Control, hang-ups, and what is held after them."""
+    """The control, the disconnects, and what is held after them."""
     report_s = 0.0 if server.kind == "direct" else _REPORTED_WITHIN_S
     held_at_most, control_status = _control(server)
     _wait_until_free(server, within_s=60.0)
-    drawn = server.metric("kodalle_images_generated_total")
-    stages = _hang_up(server, hangups)
+    generated = server.metric("kodalle_images_generated_total")
+    stages = _disconnect(server, hangups)
     gone_s = time.monotonic()
     free_after_s = _wait_until_free(server, within_s=60.0)
-    time.sleep(2.0 + report_s)  # what was drawn on would be finished and told of by now, or be in a slot
+    time.sleep(2.0 + report_s)  # by now jobs that went on would be finished and reported, or be in a slot
     row: Row = {
         "control": {"status": control_status, "slots_held": held_at_most},
-        "hung_up_after_ms": {"least": 20, "most": 600},
+        "disconnected_after_ms": {"least": 20, "most": 600},
         "seconds": gone_s - stages["begun_s"],
-        "answered_before_they_hung_up": stages["answered"],
-        "pictures_finished_for_them": server.metric("kodalle_images_generated_total") - drawn,
+        "answered_before_they_disconnected": stages["answered"],
+        "images_finished_for_them": server.metric("kodalle_images_generated_total") - generated,
         "free_after_s": free_after_s,
         "reported_within_s": report_s,
         "gauges_after": {name: server.metric(name) for name in _GAUGES},
@@ -101,15 +101,15 @@ def measure(server: Server, hangups: int) -> Row:
     row["is_met"] = (
         control_status == 200
         and held_at_most > 0
-        and row["pictures_finished_for_them"] == 0
+        and row["images_finished_for_them"] == 0
         and free_after_s <= _FREE_WITHIN_S + report_s
-        and not any(own.values())  # but for the scrape itself
+        and not any(own.values())  # except the scrape itself
     )
     return row
 
 
 def _control(server: Server) -> tuple[float, int]:
-    """A request that is waited for: the most slots that were seen to be held, and its status."""
+    """A request whose client stays: the most slots seen to be held, and its status."""
     status: list[int] = []
 
     def wait() -> None:
@@ -131,8 +131,8 @@ def _control(server: Server) -> tuple[float, int]:
     return most, status[0]
 
 
-def _hang_up(server: Server, count: int) -> Row:
-    """Sends and closes, `_AT_ONCE` at a time."""
+def _disconnect(server: Server, count: int) -> Row:
+    """Sends requests and closes their connections, `_CONCURRENCY` at a time."""
     numbers, lock, answered = iter(range(count)), threading.Lock(), []
     begun_s = time.monotonic()
 
@@ -142,10 +142,10 @@ def _hang_up(server: Server, count: int) -> Row:
                 number = next(numbers, None)
             if number is None:
                 return
-            if _send_and_leave(server, number):
+            if _send_and_disconnect(server, number):
                 answered.append(number)
 
-    threads = [threading.Thread(target=client) for _ in range(_AT_ONCE)]
+    threads = [threading.Thread(target=client) for _ in range(_CONCURRENCY)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -153,8 +153,8 @@ def _hang_up(server: Server, count: int) -> Row:
     return {"begun_s": begun_s, "answered": len(answered)}
 
 
-def _send_and_leave(server: Server, number: int) -> bool:
-    """True where an answer came before the client left: a refusal, since no drawing takes so little time."""
+def _send_and_disconnect(server: Server, number: int) -> bool:
+    """True if a response came before the disconnect: a refusal, since no generation is that fast."""
     parts, chance = urlsplit(server.address), random.Random(number)
     body = _body(number, stream=number % 2 == 1)
     lines = ["POST " + GENERATIONS + " HTTP/1.1", "host: localhost", "content-type: application/json"]
@@ -169,18 +169,18 @@ def _send_and_leave(server: Server, number: int) -> bool:
 
 
 def _body(number: int, *, stream: bool) -> bytes:
-    asked = {"prompt": "상의에서 색상은 레드이다.", "seed": number, "n": 1, "candidates": _CANDIDATES, "stream": stream}
-    return json.dumps(asked).encode()
+    body = {"prompt": "상의에서 색상은 레드이다.", "seed": number, "n": 1, "candidates": _CANDIDATES, "stream": stream}
+    return json.dumps(body).encode()
 
 
 def _wait_until_free(server: Server, *, within_s: float) -> float:
-    """Seconds until no worker holds a slot or a place in its queue."""
-    begun = time.monotonic()
+    """Seconds until no worker holds a slot or a queue position."""
+    started_s = time.monotonic()
     while any(server.metric(name) for name in _GAUGES[:3]):
-        if time.monotonic() - begun > within_s:
-            return time.monotonic() - begun
+        if time.monotonic() - started_s > within_s:
+            return time.monotonic() - started_s
         time.sleep(0.02)
-    return time.monotonic() - begun
+    return time.monotonic() - started_s
 
 
 if __name__ == "__main__":

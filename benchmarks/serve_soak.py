@@ -1,11 +1,11 @@
-"""What a server keeps of 20,000 small requests: memory, open files, slots, places in its queue. It should be nothing.
+"""Soak test: what a server retains after 20,000 small requests: memory, open files, slots, queue positions.
 
     python benchmarks/serve_soak.py --server direct --out benchmarks/results/serve_soak
     python benchmarks/serve_soak.py --server ray --requests 2000 --model models/garments
 
-Of twenty requests 16 are plain, one is streamed with previews, one is refused for its fields, one hangs up at once and
-one while it is drawn. The first tenth warms up: allocators and thread pools grow into their size. Over the rest a line
-is fitted to the memory of all processes; its rise over the whole soak must stay below 5 %.
+Of twenty requests 16 are plain, one is streamed with previews, one is rejected for its fields, one disconnects at once and
+one while it is running. The first tenth is a warm-up: allocators and thread pools reach their size. Over the rest a line is
+fitted to the memory of all processes; its rise over the whole soak must stay below 5 %.
 The last line is one JSON document.
 """
 
@@ -37,9 +37,9 @@ from engine.files import write_json
 _BAR = 0.05
 _SAMPLES = 60
 _CONCURRENCY = 12
-_FIRST = 60  # requests that open what stays open
+_FIRST = 60  # requests that open lasting connections
 _GAUGES = ("kodalle_slots_in_use", "kodalle_queued_sequences", "kodalle_queued_requests", "kodalle_requests_in_flight")
-_REST_S = 6.0  # longer than figures of other processes are kept by Ray's coordinator of ours
+_REST_S = 6.0  # longer than the coordinator keeps reports of other processes
 Row = dict[str, Any]
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=("direct", "ray"), default="direct")
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one of random weights)")
+    parser.add_argument("--model", type=Path, help="model folder (default: a tiny one with random weights)")
     parser.add_argument("--out", type=Path, help="folder for the JSON document")
     arguments = parser.parse_args()
     end_on_sigterm()
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def is_met(document: Row) -> bool:
-    """All bars: memory, files, gauges, and every answer as it should be."""
+    """Whether all bars are met: memory, files, gauges, and every response as expected."""
     return bool(
         document["rss_rise"] < _BAR
         and document["own_rise"] < _BAR
@@ -90,19 +90,19 @@ def is_met(document: Row) -> bool:
 
 
 async def soak(server: Server, count: int, *, rest_s: float = _REST_S) -> Row:
-    """Sends all requests and looks at the server sixty times, and before and after at rest."""
+    """Sends all requests; samples the server sixty times, and at rest before and after."""
     samples: list[Row] = []
     every = max(1, count // _SAMPLES)
 
-    async def look(number: int) -> None:
+    async def sample(number: int) -> None:
         if number % every == 0:
             samples.append({"requests": number} | await asyncio.to_thread(_sample, server))
 
     await _send_all(server, _FIRST, lambda _: asyncio.sleep(0))
     await asyncio.sleep(rest_s)
-    at_rest_before, begun = _sample(server), time.perf_counter()
-    ends = await _send_all(server, count, look)
-    seconds = time.perf_counter() - begun
+    at_rest_before, started_s = _sample(server), time.perf_counter()
+    ends = await _send_all(server, count, sample)
+    seconds = time.perf_counter() - started_s
     await asyncio.sleep(rest_s)
     samples.append({"requests": count} | _sample(server))
     settled = [row for row in samples if row["requests"] >= count / 10]
@@ -113,21 +113,21 @@ async def soak(server: Server, count: int, *, rest_s: float = _REST_S) -> Row:
         "unexpected": {name: number for name, number in ends.items() if name.startswith("unexpected")},
         "rss_rise": relative_rise(positions, [row["rss_mib"] for row in settled], over=count),
         "own_rise": relative_rise(positions, [row["own_mib"] for row in settled], over=count),
-        # At rest against at rest: connections of clients are files, too.
+        # Both at rest, because connections of clients are files, too.
         "files_rise": samples[-1]["files"] - at_rest_before["files"],
         "gauges_after": await gauges(server),
         "samples": samples,
     }
 
 
-async def _send_all(server: Server, count: int, look: Callable[[int], Awaitable[None]]) -> Counter[str]:
-    """How many requests ended how; `look` is called with each one's number before it is sent."""
+async def _send_all(server: Server, count: int, sample: Callable[[int], Awaitable[None]]) -> Counter[str]:
+    """Counts of requests by outcome; `sample` is called with each one's number before it is sent."""
     ends, numbers, prompts = Counter[str](), iter(range(count)), captions()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def sender() -> None:
             for number in numbers:
-                await look(number)
+                await sample(number)
                 ends[await _send(session, server.address, number, prompts)] += 1
 
         await asyncio.gather(*(sender() for _ in range(_CONCURRENCY)))
@@ -141,7 +141,7 @@ def relative_rise(positions: Sequence[float], values: Sequence[float], *, over: 
 
 
 async def gauges(server: Server) -> dict[str, float]:
-    """What should be 0 at rest; the request that asks is not counted."""
+    """Gauges that should be 0 at rest, without the scrape itself."""
     samples = await read_metrics(server.address)
     found = {name: sum(one.value for one in samples if one.name == name) for name in _GAUGES}
     return found | {"kodalle_requests_in_flight": found["kodalle_requests_in_flight"] - 1}
@@ -158,17 +158,17 @@ def _sample(server: Server) -> Row:
 
 
 async def _send(session: aiohttp.ClientSession, address: str, number: int, prompts: Sequence[str]) -> str:
-    """One request; how it ended, `unexpected …` where that is not how it should."""
+    """Sends one request; returns its outcome, `unexpected …` for a wrong one."""
     body: Row = {"prompt": prompts[number % len(prompts)], "seed": number, "candidates": 1}
-    kind = {3: "streamed", 8: "refused", 13: "hung up at once", 18: "hung up"}.get(number % 20, "plain")
+    kind = {3: "streamed", 8: "refused", 13: "disconnected at once", 18: "disconnected"}.get(number % 20, "plain")
     wanted = 200
     if kind == "streamed":
         body |= {"stream": True, "partial_images": 1}
     elif kind == "refused":
         body, wanted = body | {"temperature": -1}, 400
-    elif kind.startswith("hung up"):
-        # Sixteen candidates are drawn longer than the client listens.
-        timeout_s = 0.002 if kind == "hung up at once" else 0.03
+    elif kind.startswith("disconnected"):
+        # Sixteen candidates take longer than the client stays.
+        timeout_s = 0.002 if kind == "disconnected at once" else 0.03
         body["candidates"] = 16
         with suppress(TimeoutError, aiohttp.ClientError):
             timeout = aiohttp.ClientTimeout(total=timeout_s)

@@ -1,13 +1,13 @@
-"""The same model behind stock `@serve.batch`: what one writes with Ray Serve's documentation open, to compare with.
+"""Baseline: the same model behind stock `@serve.batch`, written as in Ray Serve's documentation.
 
     python -m serving.batch_baseline '{"model": "runs/demo/kodalle/model", "max_batch_size": 8}'
 
-One deployment with one replica. Requests that arrive within `batch_wait_timeout_s` become one batch, which is drawn as a
-whole: who comes later waits for its end, and whoever asked for one picture waits for whoever asked for sixteen.
-The pictures are ours to the byte: the same pipeline, one prefill, one decoding, ranking and PNG encoding. Three things
-are better than in the documentation's examples, so that the comparison is with the idea and not with a careless use of
-it: drawing is done in a thread, so that the replica's event loop goes on accepting; requests of different sizes and
-seeds share a batch; `max_ongoing_requests` is far above the batch size (its default of 5 would cap the batch).
+One deployment with one replica. Requests that arrive within `batch_wait_timeout_s` form one static batch: later requests
+wait for its end, and a request for one image waits for one for sixteen. The images are the same to the byte: the same
+pipeline, one prefill, one decoding, ranking and PNG encoding. Three things are better than in the documentation's
+examples, to compare with the idea and not with a careless use of it: generation runs in a thread, so the replica's event
+loop keeps accepting requests; requests of different sizes and seeds share a batch; `max_ongoing_requests` is far above the
+batch size (its default of 5 would cap the batch).
 
 Source: Ray Serve's guide "Dynamic Request Batching" (docs.ray.io).
 """
@@ -39,9 +39,9 @@ _MAX_ONGOING = 1024
 Json = dict[str, Any]
 
 
-def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
-    """Bodies of POST /v1/images/generations -> answers, drawn as one static batch."""
-    begun = time.perf_counter()
+def generate_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
+    """Bodies of POST /v1/images/generations -> responses, generated as one static batch."""
+    started_s = time.perf_counter()
     prepared = [
         pipeline.prepare([one["prompt"]], SamplingParams(seed=one["seed"], candidates=int(one["candidates"])))[0]
         for one in requests
@@ -50,19 +50,19 @@ def draw_batch(pipeline: Pipeline, requests: Sequence[Json]) -> list[Json]:
     for request, tokens in zip(prepared, pipeline.decode(prepared), strict=True):
         best = pipeline.finish(request, tokens).candidates[0]
         data = encode_image(best.image, "png", metadata={"caption": request.caption, "seed": best.seed})
-        picture = {
+        image = {
             "b64_json": base64.b64encode(data).decode("ascii"),
             "seed": best.seed,
             "candidate": best.candidate,
             "clip_score": best.score,
         }
-        answers.append({"created": int(time.time()), "data": [picture]})
-    drawn_s = time.perf_counter() - begun
-    return [answer | {"timings_s": {"total": drawn_s}} for answer in answers]
+        answers.append({"created": int(time.time()), "data": [image]})
+    total_s = time.perf_counter() - started_s
+    return [answer | {"timings_s": {"total": total_s}} for answer in answers]
 
 
 class BatchedWorker:
-    """The deployment; importing this module imports no Ray."""
+    """The deployment class; importing this module does not import Ray."""
 
     def __init__(self, model: str, max_batch_size: int, batch_wait_timeout_s: float) -> None:
         from ray import serve as ray_serve
@@ -72,9 +72,9 @@ class BatchedWorker:
 
         @ray_serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=batch_wait_timeout_s)
         async def batched(requests: list[Json]) -> list[Json]:
-            return await asyncio.to_thread(draw_batch, self._pipeline, requests)
+            return await asyncio.to_thread(generate_batch, self._pipeline, requests)
 
-        self._batched: Any = batched  # called with one body, gives one answer
+        self._batched: Any = batched  # called with one body, returns one response
 
     async def __call__(self, request: Request) -> Json:
         body = await request.json()
@@ -89,7 +89,7 @@ class BatchedWorker:
 def serve(model: str, *, max_batch_size: int = 8, batch_wait_timeout_s: float = 0.01) -> None:
     """Serves on a free port of this machine until SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="stock-", ignore_cleanup_errors=True) as folder:
-        # A token of its own: Ray would leave one in the user's home.
+        # A private token: Ray would leave one in the user's home.
         Path(folder, "token").write_text(secrets.token_hex(32), encoding="ascii")
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path(folder, "token"))}
         os.environ.pop("RAY_ADDRESS", None)  # another cluster's
@@ -112,15 +112,15 @@ def _serve_from(folder: str, arguments: tuple[str, int, float]) -> None:
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     deployment = ray_serve.deployment(
         max_ongoing_requests=_MAX_ONGOING,
-        # All cores: Ray gives a process so many threads as it counts cores.
+        # All cores: Ray sets a process's threads to its cores.
         ray_actor_options={"num_cpus": os.cpu_count() or 1, "num_gpus": int(torch.cuda.is_available())},
     )(BatchedWorker)
     ray_serve.run(deployment.bind(*arguments), route_prefix="/")
-    told = threading.Event()
+    stop_signal = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda *_: stop_signal.set())
     print(json.dumps({"ready": True, "url": f"http://127.0.0.1:{port}"}), flush=True)
-    told.wait()
+    stop_signal.wait()
     ray_serve.shutdown()
     ray.shutdown()
 

@@ -1,9 +1,9 @@
-"""An operator's hand on a running `python -m serve`: deploys its application once more, with other arguments.
+"""Redeploys the application of a running `python -m serve` with other arguments, as an operator would.
 
     python -m serving.deployer '{"model": …, "num_workers": 1}'
 
 Attaches to the Ray whose address and token file the environment names (see `operator_environment`), as `serve deploy`
-would over the dashboard, which such a server does not have. Returns when the application runs as asked.
+does through the dashboard, which such a server does not have. Returns when the new deployment runs.
 """
 
 import json
@@ -18,15 +18,15 @@ from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRON
 
 
 def operator_environment(raylet: psutil.Process) -> dict[str, str]:
-    """What this script needs to attach to the Ray that a raylet belongs to."""
+    """The environment with which this script attaches to the Ray of a raylet."""
     (address,) = [part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--gcs-address=")]
-    told: Mapping[str, str] = raylet.environ()
+    environment: Mapping[str, str] = raylet.environ()
     return {
         **child_environment(),
         **SERVE_ENVIRONMENT,
         **ONE_MACHINE_ENVIRONMENT,
         "RAY_ADDRESS": address,
-        "RAY_AUTH_TOKEN_PATH": told["RAY_AUTH_TOKEN_PATH"],
+        "RAY_AUTH_TOKEN_PATH": environment["RAY_AUTH_TOKEN_PATH"],
     }
 
 
@@ -37,9 +37,9 @@ def main() -> None:
     from serve.app import APP_NAME, build
 
     ray.init(namespace="serve", log_to_driver=False)
-    begun = time.perf_counter()
+    started_s = time.perf_counter()
     ray_serve.run(build(json.loads(sys.argv[1])), name=APP_NAME, route_prefix="/")
-    print(json.dumps({"seconds": time.perf_counter() - begun}))
+    print(json.dumps({"seconds": time.perf_counter() - started_s}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The engine alone, to compare a server with: a worker in a process without HTTP, jobs given directly.
+"""The engine alone, as a baseline for servers: a worker in a process of its own, without HTTP.
 
-The process is told what to draw by lines of JSON on its standard input, and answers each with one, so that it stays
-loaded while servers take turns with it:
+The process reads a run per line of JSON from its standard input and answers each with one line, so that it stays loaded
+while servers take turns with it:
 
-    {"way": "worker", "concurrency": 24, "asked": [...]}     jobs in turn, so many at a time
-    {"way": "pipeline", "asked": [...]}                      one after the other through engine.pipeline.Pipeline
+    {"way": "worker", "concurrency": 24, "requests": [...]}     jobs in order, so many at a time
+    {"way": "pipeline", "requests": [...]}                      one after the other through engine.pipeline.Pipeline
 """
 
 import asyncio
@@ -21,14 +21,14 @@ from typing import Any, Literal
 import psutil  # type: ignore[import-untyped]
 from machine_facts import child_environment
 
-from serving.traffic import Asked
+from serving.traffic import LoadRequest
 
 Way = Literal["worker", "pipeline"]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One job's end."""
+class JobResult:
+    """The result of one job."""
 
     number: int  # of the request
     took_s: float
@@ -38,35 +38,35 @@ class Drawn:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """All jobs of a run."""
+    """The results of a run."""
 
-    drawn: list[Drawn]
+    results: list[JobResult]
     seconds: float
 
 
 class Engine:
-    """The process, seen from outside."""
+    """A handle of the engine's process."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
     def cpu_s(self) -> float:
-        """What the process has used."""
+        """CPU seconds that the process has used."""
         times = psutil.Process(self._process.pid).cpu_times()
         return float(times.user + times.system)
 
-    def run(self, asked: Sequence[Asked], *, way: Way = "worker", concurrency: int = 1) -> EngineRun:
-        """Raises RuntimeError: the process ended; its own words are on stderr."""
-        told = {"way": way, "concurrency": concurrency, "asked": [asdict(one) for one in asked]}
+    def run(self, requests: Sequence[LoadRequest], *, way: Way = "worker", concurrency: int = 1) -> EngineRun:
+        """Runs the requests; raises RuntimeError if the process has ended, with its error on stderr."""
+        message = {"way": way, "concurrency": concurrency, "requests": [asdict(one) for one in requests]}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(told) + "\n")
+        self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the engine's process ended with code {self._process.wait()}")
         answer = json.loads(line)
-        return EngineRun([Drawn(**one) for one in answer["drawn"]], answer["seconds"])
+        return EngineRun([JobResult(**one) for one in answer["results"]], answer["seconds"])
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
         arguments: fields of serve.settings.ServeSettings.
     """
     command = [sys.executable, "-m", "serving.engine", json.dumps(dict(arguments))]
-    # A session of its own, as the servers have: Linux shares a busy processor out by session.
+    # A session of its own, like the servers: Linux divides a busy processor by session.
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -90,7 +90,7 @@ def engine(arguments: Mapping[str, Any]) -> Iterator[Engine]:
         yield Engine(process)
     finally:
         assert process.stdin is not None
-        process.stdin.close()  # its last line: it ends
+        process.stdin.close()  # the process ends
         try:
             process.wait(60)
         finally:
@@ -108,62 +108,62 @@ def main() -> None:
     pipeline = _own_pipeline(worker.pipeline)
     try:
         for number, line in enumerate(sys.stdin):
-            told = json.loads(line)
-            asked = [Asked(**one) for one in told["asked"]]
-            if told["way"] == "worker":
-                run = asyncio.run(_draw(worker, asked, told["concurrency"], name=f"run{number}"))
+            message = json.loads(line)
+            requests = [LoadRequest(**one) for one in message["requests"]]
+            if message["way"] == "worker":
+                run = asyncio.run(_run_jobs(worker, requests, message["concurrency"], name=f"run{number}"))
             else:
-                run = _draw_by_pipeline(pipeline, asked)
+                run = _run_pipeline(pipeline, requests)
             print(json.dumps(asdict(run)), flush=True)
     finally:
         worker.close()
 
 
-async def _draw(worker: Any, asked: Sequence[Asked], concurrency: int, *, name: str) -> EngineRun:
+async def _run_jobs(worker: Any, requests: Sequence[LoadRequest], concurrency: int, *, name: str) -> EngineRun:
     from serve.messages import Finished
 
-    coming, drawn = iter(asked), list[Drawn]()
+    pending, results = iter(requests), list[JobResult]()
 
-    async def draw_in_turn() -> None:
-        for one in coming:
-            begun = time.perf_counter()
-            async for event in worker.draw(one.job(name)):
+    async def run_in_turn() -> None:
+        for one in pending:
+            started_s = time.perf_counter()
+            async for event in worker.generate(one.job(name)):
                 last = event
-            took_s = time.perf_counter() - begun
+            took_s = time.perf_counter() - started_s
             timings_s = last.timings_s if isinstance(last, Finished) else {}
-            drawn.append(Drawn(one.number, took_s, timings_s, isinstance(last, Finished)))
+            results.append(JobResult(one.number, took_s, timings_s, isinstance(last, Finished)))
 
-    begun = time.perf_counter()
-    await asyncio.gather(*(draw_in_turn() for _ in range(concurrency)))
-    return EngineRun(drawn, time.perf_counter() - begun)
+    started_s = time.perf_counter()
+    await asyncio.gather(*(run_in_turn() for _ in range(concurrency)))
+    return EngineRun(results, time.perf_counter() - started_s)
 
 
 def _own_pipeline(theirs: Any) -> Any:
-    """The worker's pipeline with a sampler of its own: the decoder of the worker's is lent to the worker for good."""
+    """The worker's pipeline with a sampler of its own, because the worker has borrowed its sampler's decoder for good."""
     from engine.decoding.sampler import Sampler
 
     pipeline = copy.copy(theirs)
     null = pipeline.tokenizer.empty(pipeline.transformer.config.text_seq_len)[0].to(pipeline.device)
-    # by name, "plain" would draw without graphs
+    # the name "plain" would mean no graphs
     weights = None if pipeline.device.type == "cuda" else pipeline.sampler.weights
     pipeline.sampler = Sampler(pipeline.transformer, null_text_tokens=null, weights=weights)
     return pipeline
 
 
-def _draw_by_pipeline(pipeline: Any, asked: Sequence[Asked]) -> EngineRun:
-    """Without encoding, which the pipeline leaves to its caller.
+def _run_pipeline(pipeline: Any, requests: Sequence[LoadRequest]) -> EngineRun:
+    """Runs the requests through the pipeline, without image encoding, which is its caller's.
 
-    On a GPU each number of candidates is drawn once before the clock starts: its graphs are captured then.
+    On a GPU each number of candidates is generated once before the measurement, which captures its graphs.
     """
     if pipeline.device.type == "cuda":
-        for number in sorted({one.num_candidates for one in asked}, reverse=True):
+        for number in sorted({one.num_candidates for one in requests}, reverse=True):
             pipeline(["."], candidates=number)
-    drawn, begun = [], time.perf_counter()
-    for one in asked:
-        started = time.perf_counter()
+    results, started_s = [], time.perf_counter()
+    for one in requests:
+        one_started_s = time.perf_counter()
         generation = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)[0]
-        drawn.append(Drawn(one.number, time.perf_counter() - started, dict(generation.timings_s), True))
-    return EngineRun(drawn, time.perf_counter() - begun)
+        results.append(JobResult(one.number, time.perf_counter() - one_started_s, dict(generation.timings_s), True))
+    return EngineRun(results, time.perf_counter() - started_s)
 
 
 if __name__ == "__main__":

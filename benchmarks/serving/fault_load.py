@@ -1,7 +1,7 @@
-"""Steady requests at a server in which things are killed, each answer compared with what the pipeline draws.
+"""Steady load on a server whose processes are killed, with every image compared with the pipeline's.
 
-As a program, for a client on another host (benchmarks/serving/hosts.py): reads a `Plan` as JSON from standard input, sends
-until `seconds` are over, and prints the outcomes.
+As a program, for a client on another host (benchmarks/serving/hosts.py): reads a `LoadSpec` as JSON from standard input,
+sends requests for `seconds`, and prints the outcomes.
 """
 
 import asyncio
@@ -26,53 +26,53 @@ from PIL import Image
 
 from engine.pipeline.pipeline import Pipeline
 from serving.client import GENERATIONS, percentile
-from serving.traffic import Asked
+from serving.traffic import LoadRequest
 
 _CLIENT_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one request ended."""
+    """The outcome of one request."""
 
     sent_s: float  # time.monotonic, which all processes of a machine share
     ended_s: float
-    status: int  # 0: no whole answer
-    code: str  # of an error; the exception's name without an answer
-    picture: str  # SHA-256 of the PNG; empty without one
-    is_right: bool  # its pixels are the pipeline's
+    status: int  # 0: no complete response
+    code: str  # of an error; the exception's name without a response
+    image: str  # SHA-256 of the PNG; empty without one
+    is_right: bool  # its pixels equal the pipeline's
 
 
 @dataclass
-class Seen:
-    """All outcomes of a load, and the different files that came for one request."""
+class Outcomes:
+    """All outcomes of a load, and the different files received for each request."""
 
-    outcomes: list[Outcome] = field(default_factory=list)
+    all: list[Outcome] = field(default_factory=list)
     files: dict[int, set[str]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """Counts for the record."""
-        answered = [one for one in self.outcomes if one.status == 200]
+        """Counts for the benchmark's document."""
+        answered = [one for one in self.all if one.status == 200]
         took_s = [one.ended_s - one.sent_s for one in answered]
         return {
-            "requests": len(self.outcomes),
+            "requests": len(self.all),
             "answered": len(answered),
-            "refused": sum(one.status == 429 for one in self.outcomes),
-            "lost": dict(Counter(f"{one.status} {one.code}" for one in self.outcomes if one.status not in (200, 429))),
+            "refused": sum(one.status == 429 for one in self.all),
+            "lost": dict(Counter(f"{one.status} {one.code}" for one in self.all if one.status not in (200, 429))),
             "wrong_pixels": sum(not one.is_right for one in answered),
             "requests_with_two_files": sum(len(files) > 1 for files in self.files.values()),
             "latency_s": {"p50": percentile(took_s, 0.5), "most": max(took_s)} if took_s else None,
         }
 
 
-def pipeline_pictures(model: Path, asked: Sequence[Asked]) -> dict[int, str]:
+def pipeline_images(model: Path, requests: Sequence[LoadRequest]) -> dict[int, str]:
     """SHA-256 of the pixels that the pipeline alone returns for each request, by its number."""
     pipeline = Pipeline.from_pretrained(model)
-    pictures = {}
-    for one in asked:
+    images = {}
+    for one in requests:
         (generation,) = pipeline([one.caption], candidates=one.num_candidates, seed=one.seed)
-        pictures[one.number] = _pixels(generation.top(1)[0].image)
-    return pictures
+        images[one.number] = _pixels(generation.top(1)[0].image)
+    return images
 
 
 def _pixels(image: Image.Image) -> str:
@@ -80,15 +80,17 @@ def _pixels(image: Image.Image) -> str:
 
 
 @contextmanager
-def steady_load(address: str, asked: Sequence[Asked], expected: dict[int, str], *, concurrency: int) -> Iterator[Seen]:
-    """`concurrency` requests in flight while the block runs, and until the last of them has ended."""
-    seen, is_over = Seen(), threading.Event()
+def steady_load(
+    address: str, requests: Sequence[LoadRequest], expected: dict[int, str], *, concurrency: int
+) -> Iterator[Outcomes]:
+    """`concurrency` requests in flight while the block runs; on exit waits for the last of them."""
+    outcomes, is_over = Outcomes(), threading.Event()
     thread = threading.Thread(
-        target=lambda: asyncio.run(_load(address, asked, expected, concurrency, seen, is_over.is_set))
+        target=lambda: asyncio.run(_load(address, requests, expected, concurrency, outcomes, is_over.is_set))
     )
     thread.start()
     try:
-        yield seen
+        yield outcomes
     finally:
         is_over.set()
         thread.join()
@@ -96,32 +98,32 @@ def steady_load(address: str, asked: Sequence[Asked], expected: dict[int, str], 
 
 async def _load(
     address: str,
-    asked: Sequence[Asked],
+    requests: Sequence[LoadRequest],
     expected: dict[int, str],
     concurrency: int,
-    seen: Seen,
+    outcomes: Outcomes,
     is_over: Callable[[], bool],
 ) -> None:
-    coming = itertools.cycle(asked)
+    pending = itertools.cycle(requests)
     timeout = aiohttp.ClientTimeout(total=_CLIENT_TIMEOUT_S)
-    # A connection a request: one that was kept would be found closed after a fault that has long passed.
+    # One connection per request: a kept one could turn out closed long after a fault.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def sender() -> None:
             while not is_over():
-                one = next(coming)
-                outcome = await _ask(session, address + GENERATIONS, one, expected[one.number])
-                seen.outcomes.append(outcome)
-                if outcome.picture:
-                    seen.files.setdefault(one.number, set()).add(outcome.picture)
+                one = next(pending)
+                outcome = await _send(session, address + GENERATIONS, one, expected[one.number])
+                outcomes.all.append(outcome)
+                if outcome.image:
+                    outcomes.files.setdefault(one.number, set()).add(outcome.image)
                 if outcome.status == 0:
-                    await asyncio.sleep(0.1)  # nobody listens: once in a while is enough
+                    await asyncio.sleep(0.1)  # no listener: retry slowly
 
         await asyncio.gather(*(sender() for _ in range(concurrency)))
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, one: Asked, expected: str) -> Outcome:
+async def _send(session: aiohttp.ClientSession, url: str, one: LoadRequest, expected: str) -> Outcome:
     sent_s = time.monotonic()
     try:
         headers = {"authorization": f"Bearer {one.key}"} if one.key else {}
@@ -131,52 +133,52 @@ async def _ask(session: aiohttp.ClientSession, url: str, one: Asked, expected: s
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         return Outcome(sent_s, time.monotonic(), 0, type(error).__name__, "", False)
     ended_s = time.monotonic()
-    told = json.loads(body)
+    answer = json.loads(body)
     if status != 200:
-        return Outcome(sent_s, ended_s, status, str(told["error"]["code"]), "", False)
-    content = base64.b64decode(told["data"][0]["b64_json"])
+        return Outcome(sent_s, ended_s, status, str(answer["error"]["code"]), "", False)
+    content = base64.b64decode(answer["data"][0]["b64_json"])
     is_right = _pixels(Image.open(io.BytesIO(content))) == expected
     return Outcome(sent_s, ended_s, status, "", hashlib.sha256(content).hexdigest(), is_right)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A load of its own process."""
+class LoadSpec:
+    """A load to be run by a process of its own."""
 
     address: str
-    asked: list[Asked]
+    requests: list[LoadRequest]
     expected: dict[int, str]
     concurrency: int
     seconds: float
-    begun_file: str  # made when the first answer is there: the process takes seconds to start
+    started_file: str  # created at the first answer, because the process takes seconds to start
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str) -> "LoadSpec":
         tree = json.loads(text)
-        tree["asked"] = [Asked(**one) for one in tree["asked"]]
-        tree["expected"] = {int(number): picture for number, picture in tree["expected"].items()}
+        tree["requests"] = [LoadRequest(**one) for one in tree["requests"]]
+        tree["expected"] = {int(number): image for number, image in tree["expected"].items()}
         return cls(**tree)
 
 
-def seen_of(printed: str) -> Seen:
-    """What such a process printed."""
+def parse_outcomes(printed: str) -> Outcomes:
+    """The outcomes that such a process printed."""
     tree = json.loads(printed)
     files = {int(number): set(files) for number, files in tree["files"].items()}
-    return Seen([Outcome(**one) for one in tree["outcomes"]], files)
+    return Outcomes([Outcome(**one) for one in tree["outcomes"]], files)
 
 
 def main() -> None:
-    plan = Plan.from_json(sys.stdin.read())
-    with steady_load(plan.address, plan.asked, plan.expected, concurrency=plan.concurrency) as seen:
-        while not seen.outcomes:
+    spec = LoadSpec.from_json(sys.stdin.read())
+    with steady_load(spec.address, spec.requests, spec.expected, concurrency=spec.concurrency) as outcomes:
+        while not outcomes.all:
             time.sleep(0.05)
-        Path(plan.begun_file).touch()
-        time.sleep(plan.seconds)
-    told = {number: sorted(files) for number, files in seen.files.items()}
-    print(json.dumps({"outcomes": [asdict(one) for one in seen.outcomes], "files": told}))
+        Path(spec.started_file).touch()
+        time.sleep(spec.seconds)
+    file_lists = {number: sorted(files) for number, files in outcomes.files.items()}
+    print(json.dumps({"outcomes": [asdict(one) for one in outcomes.all], "files": file_lists}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The highest offered rate at which 95 of 100 requests have their pictures within a bound, by server.
+"""Goodput: the highest offered rate at which 95 of 100 requests get their images within a latency bound, by server.
 
-A request that is refused, lost or late counts against the server. The bound is a multiple of what a request takes on an
-idle server of ours. All servers get the same patterns of arrivals and the same requests; each rate that is tried is a
-point of the plot.
+A request that is refused, lost or late counts against the server. The bound is a multiple of the latency of an idle server
+of ours. All servers get the same arrival patterns and the same requests; each rate is a point of the plot.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.client import Answer, closed_loop, open_loop, percentile, share_within, summary
-from serving.plan import Bench, Plan, in_turn
+from serving.plan import Bench, LoadPlan, in_turn
 from serving.process import Server
 from serving.traffic import mixed, poisson_times, with_keys
 
@@ -25,7 +24,7 @@ _SHARES = {"p50": 0.5, "p95": GOOD_SHARE, "p99": 0.99}
 
 @dataclass
 class RateSearch:
-    """Bisects the rate between one that held and one that did not."""
+    """Bisection between rates that held the bound and rates that did not."""
 
     highest_guess: float
     held: list[float] = field(default_factory=list)
@@ -37,7 +36,7 @@ class RateSearch:
         return max(self.held, default=0.0)
 
     def next_rate(self) -> float:
-        """Half-way to the lowest rate above the found one that did not hold, or beyond while none is known."""
+        """Half-way to the lowest failed rate above the found one, or higher while there is none."""
         above = [rate for rate in self.failed if rate > self.found]
         if above:
             return (self.found + min(above)) / 2
@@ -48,7 +47,7 @@ class RateSearch:
 
 
 def goodput(bench: Bench, calibration: Row) -> Row:
-    """Ours against stock, or ours alone where stock is not among the servers."""
+    """Goodput of our server, and of stock if it is among the servers."""
     plan, ours = bench.plan, bench.ours
     kinds: list[str] = [ours.kind, *(kind for kind in bench.servers if kind == "stock")]
     servers = calibration["servers"]
@@ -89,11 +88,11 @@ def goodput(bench: Bench, calibration: Row) -> Row:
 
 
 def probe(server: Server, rate: float, *, seed: int, duration_s: float, bound_s: float) -> Row:
-    """One offered rate."""
+    """Measures one offered rate."""
     times_s = poisson_times(rate, duration_s, seed=seed)
-    asked = with_keys(mixed(len(times_s), seed=seed), server.keys)
-    # Who waits four times as long as is good has hung up.
-    run = asyncio.run(open_loop(server.address, asked, times_s, timeout_s=4 * bound_s))
+    requests = with_keys(mixed(len(times_s), seed=seed), server.keys)
+    # A client disconnects after four times the bound.
+    run = asyncio.run(open_loop(server.address, requests, times_s, timeout_s=4 * bound_s))
     settled_after_s = settle(server, bound_s)
     share = share_within(run.answers, bound_s) if run.answers else 1.0
     return {
@@ -110,7 +109,7 @@ def probe(server: Server, rate: float, *, seed: int, duration_s: float, bound_s:
 
 
 def _of_all(answers: Sequence[Answer], share: float) -> float | None:
-    """A percentile in which a request without a picture waits for ever; None where it does."""
+    """A percentile of the latency, infinite without an image; None if the percentile is infinite."""
     found = percentile([one.latency_s for one in answers], share) if answers else math.inf
     return found if math.isfinite(found) else None
 
@@ -119,37 +118,37 @@ def settle(server: Server, bound_s: float) -> float | None:
     """Waits until the server is idle again: a small request is answered within the bound, twice in a row.
 
     Returns:
-        Seconds; None where it was still busy a minute after its last request.
+        Seconds; None if it was still busy a minute after its last request.
     """
-    begun, quick = time.monotonic(), 0
+    started_s, quick = time.monotonic(), 0
     small = with_keys(mixed(1, seed=4, sizes=(1,)), server.keys)
     while quick < 2:
-        if time.monotonic() - begun > _SETTLED_WITHIN_S:
+        if time.monotonic() - started_s > _SETTLED_WITHIN_S:
             return None
         (answer,) = asyncio.run(closed_loop(server.address, small, concurrency=1)).answers
         quick = quick + 1 if answer.latency_s < bound_s else 0
-    return time.monotonic() - begun
+    return time.monotonic() - started_s
 
 
-def tune(server: Server, calibrated: Row, plan: Plan, bound_s: float) -> Row:
-    """Chooses the stock server's batch size and wait: the most requests within the bound near its throughput."""
+def tune(server: Server, calibrated: Row, plan: LoadPlan, bound_s: float) -> Row:
+    """Tunes the stock server's batch size and wait for the most requests within the bound near its throughput."""
     rate, tried = 0.75 * calibrated["requests_per_s"], []
     choices = (
         [(2, 0.01), (4, 0.01), (8, 0.01), (16, 0.01), (4, 0.05)] if plan.bisections > 1 else [(4, 0.01), (8, 0.01)]
     )
     for size, wait_s in choices:
         setting = {"max_batch_size": size, "batch_wait_timeout_s": wait_s}
-        asyncio.run(tell(server, "/tune", setting))
+        asyncio.run(post(server, "/tune", setting))
         point = probe(server, rate, seed=400, duration_s=plan.probe_s, bound_s=bound_s)
         tried.append(setting | _brief(point))
     best = max(tried, key=lambda row: (row["share_within"], -(row["p95_s"] or math.inf)))
     chosen = {name: best[name] for name in ("max_batch_size", "batch_wait_timeout_s")}
-    asyncio.run(tell(server, "/tune", chosen))
+    asyncio.run(post(server, "/tune", chosen))
     return {"rate": rate, "chosen": chosen, "tried": tried}
 
 
-async def tell(server: Server, path: str, body: Row) -> None:
-    """Sends JSON that is no request for pictures."""
+async def post(server: Server, path: str, body: Row) -> None:
+    """Posts JSON to a path of a server."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session, session.post(server.address + path, json=body) as reply:
@@ -167,5 +166,5 @@ def _brief(point: Row) -> Row:
 
 
 def rates_of(points: Sequence[Row], kind: str) -> list[Row]:
-    """A server's points, slowest first."""
+    """A server's points by ascending rate."""
     return sorted((point for point in points if point["server"] == kind), key=lambda point: float(point["rate"]))

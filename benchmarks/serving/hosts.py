@@ -1,12 +1,12 @@
-"""Two hosts on one machine: network namespaces with a cable between them, and processes inside.
+"""Two simulated hosts on one machine: network namespaces with a link between them, and processes inside.
 
     with two_hosts() as (first, second):
-        process = first.start(["python", "-m", …], log=path)      its loopback and its addresses are its own
-        first.cut()                                               the cable is pulled
+        process = first.start(["python", "-m", …], log=path)      with its own loopback and addresses
+        first.cut()                                               the link goes down
         first.mend()
 
-Linux, iproute2 and root: `why_not()` tells what is missing. Both hosts see the same files. What was started is ended by
-process id, children found first; namespaces are removed with their links.
+Needs Linux, iproute2 and root: `missing_requirement()` says what is missing. Both hosts share the file system. Processes
+are ended by id; namespaces are removed with their links.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-_NETWORK = "10.231.7"  # nobody outside the two namespaces sees it
+_NETWORK = "10.231.7"  # visible only inside the two namespaces
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Host:
     """One namespace."""
 
     name: str
-    link: str  # its end of the cable
+    link: str  # its end of the veth pair
     address: str
     processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def start(self, command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Runs a command on this host until the hosts are gone; its output goes to `log`."""
+        """Starts a command on this host; its output goes to `log`, and it is killed when the hosts are removed."""
         with log.open("ab") as out:
             process = subprocess.Popen(
                 self._inside(command), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
@@ -41,14 +41,14 @@ class Host:
         self.processes.append(process)
         return process
 
-    def run(self, command: Sequence[str], *, env: Mapping[str, str], timeout_s: float, told: str = "") -> str:
-        """Runs a command on this host to its end; what it printed.
+    def run(self, command: Sequence[str], *, env: Mapping[str, str], timeout_s: float, text: str = "") -> str:
+        """Runs a command on this host to its end; returns its output.
 
         Raises:
             RuntimeError: it failed; with the end of its errors.
         """
         done = subprocess.run(
-            self._inside(command), input=told, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+            self._inside(command), input=text, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if done.returncode:
             raise RuntimeError(f"{command[:4]} on {self.name}: {done.stderr[-2000:]}")
@@ -61,7 +61,7 @@ class Host:
         _ip("-n", self.name, "link", "set", self.link, "up")
 
     def kill_all(self) -> None:
-        """SIGKILL to all that was started here, and to their children."""
+        """Kills all processes started here, and their children."""
         for process in self.processes:
             tree = []
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -75,43 +75,43 @@ class Host:
         self.processes.clear()
 
     def left_over(self) -> list[int]:
-        """Processes that are still inside."""
+        """Ids of the processes that are still inside."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         return ["ip", "netns", "exec", self.name, *command]
 
 
-def why_not() -> str:
-    """Why there can be no namespaces here; empty: they can."""
+def missing_requirement() -> str:
+    """Why network namespaces cannot be created here; empty: they can."""
     if sys.platform != "linux":
-        return "network namespaces are Linux's"
+        return "needs Linux, for network namespaces"
     if shutil.which("ip") is None:
         return "needs iproute2 (the command ip)"
     if os.geteuid() != 0:
-        return "needs root, to make network namespaces"
+        return "needs root, to create network namespaces"
     probe = f"kodalle-{os.getpid()}"
     try:
         _ip("netns", "add", probe)
     except RuntimeError as error:
-        return f"network namespaces cannot be made here: {error}"
+        return f"network namespaces cannot be created here: {error}"
     _ip("netns", "del", probe)
     return ""
 
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other and nobody else."""
+    """Two hosts that can reach only each other."""
     number = os.getpid()
     hosts = (
         Host(f"kodalle-a{number}", f"ka{number}"[:15], f"{_NETWORK}.1"),
         Host(f"kodalle-b{number}", f"kb{number}"[:15], f"{_NETWORK}.2"),
     )
-    made: list[Host] = []
+    created: list[Host] = []
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
-            made.append(host)
+            created.append(host)
         _ip("link", "add", hosts[0].link, "netns", hosts[0].name, "type", "veth",
             "peer", "name", hosts[1].link, "netns", hosts[1].name)  # fmt: skip
         for host in hosts:
@@ -120,9 +120,9 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             host.mend()
         yield hosts
     finally:
-        for host in made:
+        for host in created:
             host.kill_all()
-            for pid in host.left_over():  # started by us, inside, and no longer anybody's child
+            for pid in host.left_over():  # started inside, and orphaned
                 with contextlib.suppress(psutil.NoSuchProcess):
                     psutil.Process(pid).kill()
             _ip("netns", "del", host.name)

@@ -1,4 +1,4 @@
-"""Many at once: latency by size under load, a modest sender beside a greedy one, and ten times what can be drawn."""
+"""Concurrent load: latency by request size, fairness between a modest and a greedy sender, and tenfold overload."""
 
 import asyncio
 from collections import Counter
@@ -9,7 +9,7 @@ from serving.client import Answer, Run, closed_loop, open_loop, percentiles, sum
 from serving.plan import GREEDY, MODEST, Bench
 from serving.process import Server
 from serving.speed import usage_row
-from serving.traffic import SIZES, Asked, mixed, poisson_times, with_keys
+from serving.traffic import SIZES, LoadRequest, mixed, poisson_times, with_keys
 
 Row = dict[str, Any]
 _GREEDY_CONCURRENCY = 8  # requests of 16 candidates: four times the slots of a CPU
@@ -18,7 +18,7 @@ _HEAD_START_S = 1.0
 
 
 def sizes(bench: Bench, rate: float) -> Row:
-    """Percentiles by number of candidates, ours at a rate that it bears."""
+    """Latency percentiles by number of candidates, of our server at a sustainable rate."""
     server, duration_s = bench.ours, bench.plan.sizes_s
     times_s = poisson_times(rate, duration_s, seed=500)
     run = asyncio.run(
@@ -26,7 +26,7 @@ def sizes(bench: Bench, rate: float) -> Row:
     )
     by_size = {}
     for size in SIZES:
-        own = [one for one in run.answers if one.asked.num_candidates == size]
+        own = [one for one in run.answers if one.request.num_candidates == size]
         by_size[str(size)] = {
             "requests": len(own),
             "latency_s": percentiles([one.latency_s for one in own if one.status == 200]),
@@ -35,7 +35,7 @@ def sizes(bench: Bench, rate: float) -> Row:
 
 
 def fairness(bench: Bench) -> Row:
-    """A modest sender's waits alone, and beside one that always has eight large requests waiting."""
+    """Latencies of a modest sender alone, and beside one with eight large requests always in flight."""
     servers = [bench.ours, *(server for kind, server in bench.servers.items() if kind == "stock")]
     return {"modest_candidates": _MODEST_SIZE, "servers": {one.kind: _beside_greedy(bench, one) for one in servers}}
 
@@ -44,7 +44,7 @@ def _beside_greedy(bench: Bench, server: Server) -> Row:
     duration_s = bench.plan.fairness_s
     times_s = poisson_times(max(0.4, 3 / duration_s), duration_s, seed=600) or [0.0]
     modest = [
-        Asked(one.number, one.caption, one.seed, one.num_candidates, server.key_of.get(MODEST, ""))
+        LoadRequest(one.number, one.caption, one.seed, one.num_candidates, server.key_of.get(MODEST, ""))
         for one in mixed(len(times_s), seed=600, sizes=(_MODEST_SIZE,))
     ]
     alone = asyncio.run(open_loop(server.address, modest, times_s, timeout_s=120.0))
@@ -52,17 +52,17 @@ def _beside_greedy(bench: Bench, server: Server) -> Row:
     return {
         "alone": _waits(alone.answers),
         "beside_greedy": _waits(beside.answers),
-        "greedy_pictures": summary(greedy)["pictures"],
+        "greedy_images": summary(greedy)["images"],
         "greedy_seconds": greedy.seconds,
     }
 
 
 async def _together(
-    server: Server, modest: Sequence[Asked], times_s: Sequence[float], duration_s: float
+    server: Server, modest: Sequence[LoadRequest], times_s: Sequence[float], duration_s: float
 ) -> tuple[Run, Run]:
     key = server.key_of.get(GREEDY, "")
     endless = [
-        Asked(one.number, one.caption, one.seed, one.num_candidates, key)
+        LoadRequest(one.number, one.caption, one.seed, one.num_candidates, key)
         for one in mixed(2000, seed=700, sizes=(max(SIZES),))
     ]
     return await asyncio.gather(
@@ -72,26 +72,26 @@ async def _together(
 
 
 def _waits(answers: Sequence[Answer]) -> Row:
-    drawn = [one for one in answers if one.status == 200]
-    queued_s = [one.timings_s["queue"] for one in drawn if "queue" in one.timings_s]
+    answered = [one for one in answers if one.status == 200]
+    queued_s = [one.timings_s["queue"] for one in answered if "queue" in one.timings_s]
     return {
         "requests": len(answers),
-        "answered": len(drawn),
-        "latency_s": percentiles([one.latency_s for one in drawn]),
+        "answered": len(answered),
+        "latency_s": percentiles([one.latency_s for one in answered]),
         "queue_s": percentiles(queued_s),
     }
 
 
 def overload(server: Server, *, rate: float, duration_s: float, deadline_s: float) -> Row:
-    """Far more than can be drawn: who is taken on is drawn in time, all others are told so at once.
+    """Overload: admitted requests meet their deadline, all others are refused at once.
 
     Args:
-        deadline_s: the server's; a client waits a little longer.
+        deadline_s: the server's; clients wait a little longer.
     """
     before = usage_row(server)
     times_s = poisson_times(rate, duration_s, seed=800)
-    asked = with_keys(mixed(len(times_s), seed=800), server.keys)
-    run = asyncio.run(open_loop(server.address, asked, times_s, timeout_s=deadline_s + 10.0))
+    requests = with_keys(mixed(len(times_s), seed=800), server.keys)
+    run = asyncio.run(open_loop(server.address, requests, times_s, timeout_s=deadline_s + 10.0))
     refused = [one for one in run.answers if one.status == 429]
     others = [one for one in run.answers if one.status not in (200, 429)]
     return {
@@ -103,9 +103,9 @@ def overload(server: Server, *, rate: float, duration_s: float, deadline_s: floa
         "refused_with_retry_after": sum(one.retry_after_s is not None for one in refused),
         "refused_s": percentiles([one.took_s for one in refused]),
         "refused_from_sending_s": percentiles([one.ended_s - one.sent_s for one in refused]),
-        "not_drawn_though_taken_on": len(others),
+        "admitted_not_answered": len(others),
         "others": dict(Counter(f"{one.status} {one.code}" for one in others)),
-        # Between the phases that a worker times: mostly tokens that wait for the thread that makes pictures of them.
+        # Time outside the phases that a worker measures: mostly waiting for the postprocessing thread.
         "between_phases_s": percentiles([_between_phases_s(one) for one in run.answers if one.status == 200]),
         "usage_before": before,
         "usage_after": usage_row(server),

@@ -1,4 +1,4 @@
-"""How long each part of the serving benchmark measures, and what it measures on."""
+"""Sizes of the serving benchmark's parts, and the servers that they measure."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from serving.client import Run, closed_loop
 from serving.engine import Engine
 from serving.process import Server
-from serving.traffic import Asked, mixed, with_keys
+from serving.traffic import LoadRequest, mixed, with_keys
 
 PARTS = ("saturation", "concurrency_one", "goodput", "sizes", "fairness", "overload")
-GREEDY, MODEST = "greedy", "modest"  # the holders of the two API keys
+GREEDY, MODEST = "greedy", "modest"  # ids of the two API keys
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes of all parts; `full` ends in a quarter of an hour on two cores, `quick` is for whether it runs."""
+class LoadPlan:
+    """Sizes of all parts: `FULL` takes a quarter of an hour on two cores, `QUICK` checks that it runs."""
 
-    rounds: int  # in which the servers take turns
+    rounds: int  # of turns of the servers
     requests: int  # of a saturated run
-    concurrency: int  # of a saturated run: more rows than there are slots
+    concurrency: int  # of a saturated run: more sequences than slots
     single_requests: int  # one at a time
     probe_s: float  # of one offered rate
     ladder: tuple[float, ...]  # offered rates that are always probed, as shares of the throughput
@@ -28,12 +28,12 @@ class Plan:
     sizes_s: float
     fairness_s: float
     overload_s: float
-    short_deadline_s: float  # of a server that is overloaded, too
+    short_deadline_s: float  # of a second overloaded server
     overload_factor: float = 10.0
-    bound_factor: float = 3.0  # of the unloaded p95: the latency that counts as good
+    bound_factor: float = 3.0  # times the unloaded p95: the latency bound of goodput
 
 
-FULL = Plan(
+FULL = LoadPlan(
     rounds=4,
     requests=36,
     concurrency=24,
@@ -47,7 +47,7 @@ FULL = Plan(
     overload_s=6.0,
     short_deadline_s=5.0,
 )
-QUICK = Plan(
+QUICK = LoadPlan(
     rounds=1,
     requests=9,
     concurrency=6,
@@ -65,46 +65,48 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: the engine alone, and servers of the same model, all running, one at a time in use."""
+    """The systems under test: the engine alone, and servers of the same model, all running, used one at a time."""
 
     engine: Engine
     servers: dict[str, Server]  # by kind
-    hurried: Server | None  # with a short deadline
-    plan: Plan
+    short_deadline: Server | None
+    plan: LoadPlan
 
     @property
     def ours(self) -> Server:
-        """With Ray where it is among them."""
+        """Our server on Ray if it is measured, else the one without."""
         return self.servers.get("ray") or self.servers["direct"]
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """The names in an order that starts elsewhere in each round, so that none is always the first."""
+    """The names, rotated by the round's number, so that none is always the first."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
-def load_fully(server: Server, asked: Sequence[Asked], *, concurrency: int) -> Run:
+def load_fully(server: Server, requests: Sequence[LoadRequest], *, concurrency: int) -> Run:
     """A saturated run; every request must be answered."""
-    run = asyncio.run(closed_loop(server.address, with_keys(asked, server.keys), concurrency=concurrency))
+    run = asyncio.run(closed_loop(server.address, with_keys(requests, server.keys), concurrency=concurrency))
     check_answered(server, run)
     return run
 
 
 def warm_up(server: Server) -> None:
-    """First requests are slow: connections between processes, first sizes of batches. A short deadline may refuse some.
+    """Sends first requests, which are slow: connections between processes, first batch sizes.
+
+    Some may be refused by a short deadline.
 
     Raises:
-        RuntimeError: the server does not draw.
+        RuntimeError: the server does not generate.
     """
-    asked = with_keys(mixed(6, seed=99), server.keys)
-    asyncio.run(closed_loop(server.address, asked, concurrency=6))
+    several = with_keys(mixed(6, seed=99), server.keys)
+    asyncio.run(closed_loop(server.address, several, concurrency=6))
     one = with_keys(mixed(1, seed=98, sizes=(1,)), server.keys)
     check_answered(server, asyncio.run(closed_loop(server.address, one, concurrency=1)))
 
 
 def check_answered(server: Server, run: Run) -> None:
-    """Raises RuntimeError: where nothing may be refused, something was."""
+    """Raises RuntimeError if any request was not answered."""
     lost = [one for one in run.answers if one.status != 200]
     if lost:
         raise RuntimeError(f"{server.kind}: {len(lost)} of {len(run.answers)} not answered: {lost[0]}")

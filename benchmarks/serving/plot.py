@@ -1,4 +1,4 @@
-"""The serving benchmark as a picture: latency and goodput against the offered rate, ours and stock."""
+"""Plot of the serving benchmark: latency and goodput by offered rate, of our servers and stock."""
 
 import math
 import statistics
@@ -18,10 +18,10 @@ _STYLES = {
 }
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
-    """Writes a PNG. Upper panel: p50 and p95 of all requests, log scale; a percentile that falls on a request without a
-    picture is not drawn. Lower: share within the bound."""
-    from matplotlib.figure import Figure  # half a second, and not needed where no plot is drawn
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Writes a PNG. Upper panel: p50 and p95 of all requests, log scale, without infinite percentiles. Lower panel: share of
+    requests within the bound."""
+    from matplotlib.figure import Figure  # takes half a second to import
 
     row = document["goodput"]
     figure = Figure(figsize=(8.5, 7.5), layout="constrained")
@@ -34,9 +34,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
         colour, marker, name = _STYLES[kind]
         points = by_rate(rates_of(row["points"], kind))
         for which, line in (("p95", "-"), ("p50", ":")):
-            told = [(rate, values[which]) for rate, values in points if math.isfinite(values[which])]
-            if told:
-                rates, seconds = zip(*told, strict=True)
+            finite = [(rate, values[which]) for rate, values in points if math.isfinite(values[which])]
+            if finite:
+                rates, seconds = zip(*finite, strict=True)
                 upper.plot(rates, seconds, line, marker=marker, color=colour, label=f"{name}, {which}", markersize=5)
         shares = [100 * values["share_within"] for _, values in points]
         lower.plot([rate for rate, _ in points], shares, "-", marker=marker, color=colour, label=name, markersize=5)
@@ -49,9 +49,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
         100 * row["good_share"], color="#555555", linewidth=1, linestyle="--", label=f"{row['good_share']:.0%}"
     )
     upper.set_yscale("log")
-    upper.set_ylabel("seconds from the intended sending to the picture", fontsize=9)
+    upper.set_ylabel("seconds from the intended time to the image", fontsize=9)
     lower.set_ylabel("% of requests within the bound", fontsize=9)
-    lower.set_xlabel("requests offered a second", fontsize=9)
+    lower.set_xlabel("requests offered per second", fontsize=9)
     lower.set_ylim(-3, 105)
     lower.set_xlim(left=0)
     for axes in (upper, lower):
@@ -63,7 +63,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def by_rate(points: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
-    """Points of the same rate as one, at their medians; requests without a picture wait for ever."""
+    """Points of the same rate as one, at their medians; a percentile of None is infinite."""
     found = []
     for rate in sorted({point["rate"] for point in points}):
         same = [point for point in points if point["rate"] == rate]

@@ -1,11 +1,11 @@
-"""Starts and stops the servers under test, each a tree of processes of its own, and reads what the tree uses.
+"""Servers under test: each a process tree that is started, stopped and measured.
 
     direct   python -m serve --without-ray      one process
-    ray      python -m serve                    Ray's processes, a proxy, an edge, workers
+    ray      python -m serve                    Ray's processes, a proxy, an API server, workers
     stock    serving/batch_baseline.py            Ray's processes, a proxy, one replica with @serve.batch
 
-A server says that it is ready, and where, as the last line of its standard output: {"ready": true, "url": …}. Processes
-are ended by their own ids, children first found, never by name: others may run a Ray on the same machine.
+A server prints {"ready": true, "url": …} as the last line of its standard output when it is ready. Processes are ended by
+their own ids and never by name, because other users may run Ray on the same machine.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ class ServerDied(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What all processes of a server hold and have used."""
+    """Resource usage of all processes of a server."""
 
     num_processes: int
-    rss_bytes: int  # pages that processes share are counted in each
-    own_bytes: int  # pages that no other process has
+    rss_bytes: int  # shared pages count in each process
+    own_bytes: int  # unshared pages
     num_files: int  # descriptors
     cpu_s: float
 
@@ -57,7 +57,7 @@ class Server:
         self, kind: ServerKind, process: "subprocess.Popen[str]", *, out: Path, log: Path, key_of: dict[str, str]
     ) -> None:
         self.kind, self._process, self._out, self._log = kind, process, out, log
-        self.key_of = key_of  # API keys by their holder's name; empty: none is asked for
+        self.key_of = key_of  # API keys by id; empty: no keys are needed
         self.address = ""
 
     @property
@@ -65,7 +65,7 @@ class Server:
         return list(self.key_of.values())
 
     def processes(self) -> list[psutil.Process]:
-        """The process that was started and all its descendants."""
+        """The root process and all its descendants."""
         root = psutil.Process(self._process.pid)
         return [root, *root.children(recursive=True)]
 
@@ -82,10 +82,10 @@ class Server:
         return Usage(num_processes, rss_bytes, own_bytes, num_files, cpu_s)
 
     def get(self, path: str, *, timeout_s: float = 30.0) -> str:
-        """A body, whatever its status.
+        """The body of GET `path`, whatever its status.
 
         Raises:
-            OSError, http.client.HTTPException: nobody answered.
+            OSError, http.client.HTTPException: no answer.
         """
         parts = urlsplit(self.address)
         with contextlib.closing(http.client.HTTPConnection(parts.netloc, timeout=timeout_s)) as connection:
@@ -93,17 +93,17 @@ class Server:
             return connection.getresponse().read().decode()
 
     def metric(self, name: str) -> float:
-        """A metric's sum over all replicas and labels, as it is told now; 0 where none tells it."""
+        """The current sum of a metric over all replicas and labels; 0 if no replica has it."""
         families = text_string_to_metric_families(self.get("/metrics"))
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
     def check(self) -> None:
-        """Raises ServerDied."""
+        """Raises ServerDied if the root process has ended."""
         if self._process.poll() is not None:
             raise ServerDied(f"{self.kind} ended with code {self._process.returncode}:\n{self._tail()}")
 
     def wait_until_ready(self) -> None:
-        """Raises ServerDied."""
+        """Returns when the server has printed its address; raises ServerDied."""
         ends_at = time.monotonic() + _READY_WITHIN_S
         while time.monotonic() < ends_at:
             self.check()
@@ -115,7 +115,7 @@ class Server:
         raise ServerDied(f"{self.kind} was not ready after {_READY_WITHIN_S:g} s:\n{self._tail()}")
 
     def stop(self) -> None:
-        """SIGTERM, as an operator would; what is left of the tree after a minute is killed."""
+        """Sends SIGTERM, as an operator would, and kills what is left of the tree after a minute."""
         try:
             processes = self.processes()
         except psutil.NoSuchProcess:
@@ -131,7 +131,7 @@ class Server:
         self._process.wait()
 
     def errors(self) -> str:
-        """All that it wrote to standard error."""
+        """Its standard error so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def _tail(self) -> str:
@@ -139,19 +139,19 @@ class Server:
 
 
 def end_on_sigterm() -> None:
-    """Makes SIGTERM raise SystemExit, so that servers which are running in `serving` blocks are stopped, not left."""
+    """Makes SIGTERM raise SystemExit, so that servers in `serving` blocks are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 @contextlib.contextmanager
 def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequence[str] = ()) -> Iterator[Server]:
-    """A server on a free port of this machine, ready, while the block runs.
+    """A ready server on a free port of this machine while the block runs.
 
-    Start one after the other: Ray gives up where its processes are not up after 30 s.
+    Start servers one after the other: Ray gives up when its processes are not up after 30 s.
 
     Args:
         arguments: direct, ray: fields of serve.arguments.AppArguments; stock: arguments of its deployment.
-        key_names: holders of API keys, which are made here; stock knows none.
+        key_names: ids of API keys to create; stock has none.
 
     Raises:
         ServerDied: it did not start.
@@ -160,7 +160,7 @@ def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequen
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="serving-")))
         key_of = {}
         if key_names and kind != "stock":
-            key_of = {name: add_key(folder / "keys.yaml", name, scopes=("draw", "metrics")) for name in key_names}
+            key_of = {name: add_key(folder / "keys.yaml", name, scopes=("generate", "metrics")) for name in key_names}
             arguments = {**arguments, "keys_file": str(folder / "keys.yaml")}
         out, log = stack.enter_context((folder / "out").open("w")), stack.enter_context((folder / "log").open("w"))
         process = subprocess.Popen(
@@ -169,7 +169,7 @@ def serving(kind: ServerKind, arguments: Mapping[str, Any], *, key_names: Sequen
             stdout=out,
             stderr=log,
             text=True,
-            env=child_environment(),  # the number of threads as it is set here, for all alike
+            env=child_environment(),  # the same number of threads for all servers
             start_new_session=True,  # Ctrl-C here ends the block, which stops it
         )
         server = Server(kind, process, out=folder / "out", log=folder / "log", key_of=key_of)

@@ -1,4 +1,4 @@
-"""The serving benchmark's document as tables, and its figures beside the bars that they were to reach."""
+"""The serving benchmark's document as tables, and its results against their targets."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ _NO_VALUE = "-"
 
 
 def bars(document: Row) -> list[Row]:
-    """Each measured figure that has a bar: what, server, value, bar, whether it is met."""
+    """Each result that has a target: what, server, value, bar, whether it is met."""
     rows = []
     for kind, share in document.get("saturation", {}).get("shares", {}).items():
         rows.append(_bar("throughput over the engine's", kind, share["median"], 0.9, is_met=share["median"] >= 0.9))
@@ -31,12 +31,12 @@ def bars(document: Row) -> list[Row]:
     if ratio is not None:
         rows.append(_bar("goodput over stock's", "", ratio, 3.0, is_met=ratio >= 3.0))
     for row in document.get("overload", []):
-        told = f"deadline {row['deadline_s']:.3g} s"
+        deadline = f"deadline {row['deadline_s']:.3g} s"
         if row["refused_s"] is not None:
             p99_s = row["refused_s"]["p99"]
-            rows.append(_bar(f"s until refused, p99, {told}", row["server"], p99_s, 0.1, is_met=p99_s <= 0.1))
-        lost = row["not_drawn_though_taken_on"]
-        rows.append(_bar(f"taken on and not drawn, {told}", row["server"], lost, 0, is_met=lost == 0))
+            rows.append(_bar(f"s until refused, p99, {deadline}", row["server"], p99_s, 0.1, is_met=p99_s <= 0.1))
+        lost = row["admitted_not_answered"]
+        rows.append(_bar(f"admitted and not answered, {deadline}", row["server"], lost, 0, is_met=lost == 0))
     return rows
 
 
@@ -45,7 +45,7 @@ def _bar(what: str, server: str, value: float, bar: float, *, is_met: bool) -> R
 
 
 def tables(document: Row) -> str:
-    """All parts that were measured."""
+    """Tables of all measured parts."""
     parts = [_head(document), _calibration(document["calibration"])]
     makers: dict[str, Callable[[Any], str]] = {
         "saturation": _saturation,
@@ -79,7 +79,7 @@ def _head(document: Row) -> str:
 
 
 def _calibration(row: Row) -> str:
-    equal = row["equal_pictures"]
+    equal = row["equal_images"]
     rows = [
         [
             _NAMES[kind],
@@ -90,7 +90,7 @@ def _calibration(row: Row) -> str:
         ]
         for kind, one in row["servers"].items()
     ]
-    header = ["server", "unloaded p50", "p95", "saturated requests/s", "pictures as the first server's"]
+    header = ["server", "unloaded p50", "p95", "saturated requests/s", "images equal to the first server's"]
     return table("Calibration, requests of 1, 4 and 16 candidates", header, rows)
 
 
@@ -98,11 +98,11 @@ def _saturation(row: Row) -> str:
     rows = []
     for way, rate in row["requests_per_s"].items():
         share = row["shares"].get(way)
-        told = _NO_VALUE if share is None else f"{share['median']:.1%} ({share['least']:.1%}-{share['most']:.1%})"
+        share_text = _NO_VALUE if share is None else f"{share['median']:.1%} ({share['least']:.1%}-{share['most']:.1%})"
         per_s = f"{rate['median']:.2f} ({rate['least']:.2f}-{rate['most']:.2f})"
         cpu_s = row["cpu_s_per_request"][way]["median"]
-        rows.append([_NAMES[way], per_s, f"{row['pictures_per_s'][way]:.1f}", f"{cpu_s:.2f}", told])
-    header = ["saturated", "requests/s (range)", "pictures/s", "CPU s a request", "share of the engine's own, by round"]
+        rows.append([_NAMES[way], per_s, f"{row['images_per_s'][way]:.1f}", f"{cpu_s:.2f}", share_text])
+    header = ["saturated", "requests/s (range)", "images/s", "CPU s per request", "share of the engine's own, by round"]
     return table("Throughput with a constant backlog", header, rows)
 
 
@@ -116,14 +116,14 @@ def _concurrency_one(row: Row) -> str:
             cells = [
                 f"{one['added_ms']['median']:.2f}",
                 f"{one['added_ms']['p95']:.2f}",
-                f"{one['mean_ms']['client_to_edge']:.2f}",
-                f"{one['mean_ms']['edge_to_worker']:.2f}",
+                f"{one['mean_ms']['client_to_api_server']:.2f}",
+                f"{one['mean_ms']['api_server_to_worker']:.2f}",
                 f"{one['worker_against_alone_ms']['median']:+.1f} ({low:+.1f} to {high:+.1f})",
             ]
         rows.append([_NAMES[way], seconds_text(total["p50"]), seconds_text(total["p95"]), *cells])
     header = [
-        "one at a time", "p50", "p95", "added ms, median", "p95", "client to edge, mean", "edge to worker, mean",
-        "worker inside less alone, ms (middle half)",
+        "one at a time", "p50", "p95", "added ms, median", "p95", "client to API server, mean", "API server to worker, mean",
+        "worker in server minus alone, ms (middle half)",
     ]  # fmt: skip
     return table("A single request", header, rows)
 
@@ -184,12 +184,12 @@ def _overload(rows: Sequence[Row]) -> str:
             _latency(row["refused_s"], "p99"),
             str(row["answered"]),
             _latency(row["latency_s"], "most"),
-            str(row["not_drawn_though_taken_on"]),
+            str(row["admitted_not_answered"]),
         ]
         for row in rows
     ]
     header = [
-        "server", "deadline", "offered/s", "refused", "with Retry-After", "refused p50", "p99", "drawn", "slowest", "lost",
+        "server", "deadline", "offered/s", "refused", "with Retry-After", "refused p50", "p99", "answered", "slowest", "lost",
     ]  # fmt: skip
     return table("Overload", header, cells)
 

@@ -1,8 +1,8 @@
-"""What is asked of a server under test, and when: requests of three sizes, and arrivals that wait for nobody.
+"""Synthetic traffic: requests of three sizes, and Poisson arrival times.
 
-Arrivals are a Poisson process fixed before the run: a slow server does not slow its clients down, so its queue is seen.
-Every run with the same seed has the same pattern, only faster or slower, and the same requests in the same order, so
-that two servers, or two rates, differ in nothing else.
+Arrival times are fixed before the run: a slow server does not slow its clients down, so its queue becomes visible. Every
+run with the same seed has the same pattern, only faster or slower, and the same requests in the same order, so that two
+servers, or two rates, differ in nothing else.
 """
 
 import itertools
@@ -22,8 +22,8 @@ SIZES = (1, 4, 16)  # candidates
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request: `num_candidates` pictures drawn and ranked, the best one returned."""
+class LoadRequest:
+    """One request: `num_candidates` images generated and ranked, the best one returned."""
 
     number: int
     caption: str
@@ -36,7 +36,7 @@ class Asked:
         return {"prompt": self.caption, "seed": self.seed, "candidates": self.num_candidates}
 
     def job(self, name: str) -> GenerationJob:
-        """The same for a worker that is asked directly; `name` tells one run's jobs from another's."""
+        """The same as a job for a worker; `name` distinguishes the jobs of several runs."""
         return GenerationJob(
             request_id=f"{name}-{self.number}",
             key_id=self.key or "local",
@@ -48,38 +48,38 @@ class Asked:
 
 def captions() -> list[str]:
     """All captions of the demo's garments, in the K-Fashion grammar: about 1,300."""
-    told = {
+    texts = {
         caption(Label("", "", None, None, (), (Garment(garment, 0, attributes),)))
         for drawn, colour in itertools.product(CATEGORIES, COLOURS)
         for third in drawn.third
         for garment, attributes in all_choices(drawn, colour, third)
     }
-    return sorted(told)
+    return sorted(texts)
 
 
-def mixed(count: int, *, seed: int, sizes: Sequence[int] = SIZES) -> list[Asked]:
-    """`count` requests with captions and seeds by chance.
+def mixed(count: int, *, seed: int, sizes: Sequence[int] = SIZES) -> list[LoadRequest]:
+    """`count` requests with random captions and seeds.
 
-    Each run of len(sizes) requests has every size once, in an order by chance: short runs hold equal work.
+    Each group of len(sizes) requests has every size once, in random order: short runs have equal work.
     """
-    chance, told = random.Random(seed), captions()
-    asked: list[Asked] = []
-    while len(asked) < count:
-        for size in chance.sample(list(sizes), len(sizes)):
-            asked.append(Asked(len(asked), chance.choice(told), chance.randrange(2**32), size))
-    return asked[:count]
+    rng, texts = random.Random(seed), captions()
+    requests: list[LoadRequest] = []
+    while len(requests) < count:
+        for size in rng.sample(list(sizes), len(sizes)):
+            requests.append(LoadRequest(len(requests), rng.choice(texts), rng.randrange(2**32), size))
+    return requests[:count]
 
 
-def with_keys(asked: Sequence[Asked], keys: Sequence[str]) -> list[Asked]:
-    """The same requests, their senders in turn; no keys: as they were."""
+def with_keys(requests: Sequence[LoadRequest], keys: Sequence[str]) -> list[LoadRequest]:
+    """The requests with the keys in turn; without keys unchanged."""
     if not keys:
-        return list(asked)
-    return [replace(one, key=keys[number % len(keys)]) for number, one in enumerate(asked)]
+        return list(requests)
+    return [replace(one, key=keys[number % len(keys)]) for number, one in enumerate(requests)]
 
 
 def poisson_times(rate: float, duration_s: float, *, seed: int) -> list[float]:
-    """Seconds from the start at which requests are sent: independent gaps, exponential with mean 1 / rate."""
-    chance, times, now_s = random.Random(seed), [], 0.0
-    while (now_s := now_s + chance.expovariate(1.0) / rate) < duration_s:
+    """Arrival times in seconds from the start: independent exponential gaps with mean 1 / rate."""
+    rng, times, now_s = random.Random(seed), [], 0.0
+    while (now_s := now_s + rng.expovariate(1.0) / rate) < duration_s:
         times.append(now_s)
     return times

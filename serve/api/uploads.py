@@ -81,11 +81,11 @@ def read_init_image(
         return init_image.resized(info.image_size, info.grid_size)
     except InputError as error:
         if error.field == "rank_by":
-            told = "`rank_by`: `log_likelihood` needs something kept right of the hole or below it: rank by koclip."
-            told_ko = (
-                "`rank_by`: 다시 그릴 부분의 오른쪽이나 아래에 남는 부분이 있어야 `log_likelihood`를 쓸 수 있습니다."
+            detail = "`rank_by`: `log_likelihood` needs a kept part right of the hole or below it: rank by koclip."
+            detail_ko = (
+                "`rank_by`: 다시 생성할 부분의 오른쪽이나 아래에 남는 부분이 있어야 `log_likelihood`를 쓸 수 있습니다."
             )
-            raise Failure("invalid_value", told, told_ko, param="rank_by") from error
+            raise Failure("invalid_value", detail, detail_ko, param="rank_by") from error
         if error.field != "mask_image":
             raise input_failure(error) from error
         raise input_failure(error, param=mask_param, detail_ko=_MASKS_KO.get(str(error.value), "")) from error

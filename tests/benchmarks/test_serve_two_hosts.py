@@ -1,4 +1,4 @@
-"""Two hosts as network namespaces: the cable is one, and a server over both outlives its being pulled."""
+"""Two hosts as network namespaces: their link, and a server over both that survives the loss of one."""
 
 import json
 import os
@@ -13,34 +13,34 @@ from tests.paths import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
 LISTEN = "import http.server as h; h.ThreadingHTTPServer(('0.0.0.0', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
-ASK = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)"
+REQUEST = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)"
 
 
 @pytest.fixture(autouse=True)
-def _where_there_can_be_namespaces() -> Iterator[None]:
+def _requires_namespaces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        from serving.hosts import why_not
+        from serving.hosts import missing_requirement
 
-        if reason := why_not():
+        if reason := missing_requirement():
             pytest.skip(reason)
         yield
 
 
-def test_hosts_reach_each_other_until_the_cable_is_pulled_and_nobody_else(tmp_path: Path) -> None:
+def test_hosts_reach_only_each_other_until_the_link_is_cut(tmp_path: Path) -> None:
     from serving.hosts import two_hosts
 
     with two_hosts() as (first, second):
         process = first.start([sys.executable, "-c", LISTEN], log=tmp_path / "log", env=dict(os.environ))
-        ask = [sys.executable, "-c", ASK, f"http://{first.address}:8000/"]
-        _until_it_listens(lambda: second.run(ask, env=dict(os.environ), timeout_s=20))
+        request = [sys.executable, "-c", REQUEST, f"http://{first.address}:8000/"]
+        _until_it_listens(lambda: second.run(request, env=dict(os.environ), timeout_s=20))
         first.cut()
         with pytest.raises(RuntimeError, match=r"timed out|unreachable"):
-            second.run(ask, env=dict(os.environ), timeout_s=20)
-        first.run(ask, env=dict(os.environ), timeout_s=20)  # it reaches itself
+            second.run(request, env=dict(os.environ), timeout_s=20)
+        first.run(request, env=dict(os.environ), timeout_s=20)  # it still reaches itself
         first.mend()
-        second.run(ask, env=dict(os.environ), timeout_s=20)
-        assert subprocess.run(ask, capture_output=True, check=False).returncode, "this machine is neither of them"
+        second.run(request, env=dict(os.environ), timeout_s=20)
+        assert subprocess.run(request, capture_output=True, check=False).returncode, "this machine cannot reach them"
         assert process.poll() is None
     assert process.poll() is not None
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
@@ -48,20 +48,20 @@ def test_hosts_reach_each_other_until_the_cable_is_pulled_and_nobody_else(tmp_pa
     assert second.name not in left
 
 
-def _until_it_listens(asking: Callable[[], str]) -> None:
+def _until_it_listens(send: Callable[[], str]) -> None:
     for _ in range(50):
         try:
-            asking()
+            send()
         except RuntimeError as error:
             if "refused" not in str(error):
                 raise
         else:
             return
-    pytest.fail("nobody listened")
+    pytest.fail("no listener")
 
 
 @pytest.mark.soak
-def test_a_server_over_two_hosts_outlives_one_that_is_cut_off() -> None:
+def test_a_server_over_two_hosts_survives_the_loss_of_one() -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "serve_two_hosts.py"), "--cut-s", "25"],
         capture_output=True,
@@ -72,8 +72,8 @@ def test_a_server_over_two_hosts_outlives_one_that_is_cut_off() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     phases = json.loads(done.stdout.splitlines()[-1])["phases"]
-    assert len(phases["both"]["pictures_by_worker"]) == 2
-    assert min(phases["both"]["pictures_by_worker"]) > 0, "both hosts' workers drew"
+    assert len(phases["both"]["images_by_worker"]) == 2
+    assert min(phases["both"]["images_by_worker"]) > 0, "both hosts' workers generated images"
     assert phases["cut"]["in_flight_at_the_cut"] > 0
     assert phases["cut"]["lost"] == {}
     assert phases["cut"]["wrong_pixels"] == phases["cut"]["requests_with_two_files"] == 0
