@@ -49,12 +49,13 @@ def train(run: Run) -> Path:
     Raises:
         InputError: anything a user can get wrong, before the first step where it can be known then.
     """
+    started_s = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
     check_keys(run.deepspeed)
-    micro_batch(run.deepspeed)
+    micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read
     check_folder(run)
-    return Trainer(run, make_stage(run, world), world).train()
+    return Trainer(run, make_stage(run, world), world, started_s=started_s).train()
 
 
 class Trainer:
@@ -62,11 +63,12 @@ class Trainer:
 
     Args:
         stage: its data is read; its engines are built here.
+        started_s: `time.monotonic()` at the start, for the duration that is printed at the end.
     """
 
-    def __init__(self, run: Run, stage: Stage, world: World) -> None:
+    def __init__(self, run: Run, stage: Stage, world: World, *, started_s: float) -> None:
         self.run, self.stage, self.world = run, stage, world
-        self._started_s = time.monotonic()
+        self._started_s = started_s
         batch_size, self.accumulation = micro_batch(run.deepspeed)
         self.micro_batch_size = batch_size * world.size  # images of all ranks
         self.images_per_step = self.micro_batch_size * self.accumulation

@@ -41,7 +41,9 @@ def test_our_models_import_neither_torchvision_nor_lightning() -> None:
     code = """
 import sys
 import engine.models.koclip, engine.models.vqgan, engine.models.vqgan_loss
+import engine.models.transformer
 assert "transformers" not in sys.modules, "importing koclip must stay cheap and safe"
+assert "torch._dynamo" not in sys.modules, "torch's compiler takes seconds to import"
 from transformers import EfficientNetModel, RobertaModel
 loaded = {name.split(".")[0] for name in sys.modules}
 print(sorted(loaded & {"torchvision", "pytorch_lightning", "lightning", "omegaconf", "timm"}))

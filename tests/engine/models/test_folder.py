@@ -129,7 +129,7 @@ def test_digest_follows_weights_and_config(model: Path) -> None:
     assert weights_digest(model, "transformer") not in (digest, changed)
 
 
-def _change_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def _change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         weights = load_file(folder / FILE)
         change(weights)
@@ -274,8 +274,8 @@ def test_converted_weights_are_the_originals_rounded(kodalle_run: Path, tmp_path
         for key, value in original.items():
             expected = value.to(dtype).float() if value.is_floating_point() else value
             assert torch.equal(converted[key], expected), (name, key)
-    for name in ("config.json", "tokenizer.json"):
-        assert json.loads((out / name).read_text()) == json.loads((source / name).read_text())
+    for file in ("config.json", "tokenizer.json"):
+        assert json.loads((out / file).read_text()) == json.loads((source / file).read_text())
     assert f"Converted to {str(dtype)[6:]}" in (out / "model_card.md").read_text()
 
 

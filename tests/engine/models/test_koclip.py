@@ -52,7 +52,7 @@ def koclip() -> KoClip:
 def test_published_parameter_counts() -> None:
     def build(**changes: object) -> KoClip:
         with torch.device("meta"):
-            return KoClip(KoclipConfig(**changes))  # type: ignore[arg-type]
+            return KoClip(KoclipConfig.model_validate(changes))
 
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())

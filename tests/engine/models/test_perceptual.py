@@ -13,7 +13,16 @@ from engine.errors import InputError
 from engine.models.perceptual import Perceptual, load_perceptual, perceptual_from_config
 
 # torchvision's VGG16 up to relu5_3: convolution index -> (in, out), "pool" between, LPIPS layers end at these indices
-PLAN = [(0, 3, 64), (2, 64, 64), "pool", (5, 64, 128), (7, 128, 128), "pool", (10, 128, 256), (12, 256, 256)]
+PLAN: list[tuple[int, int, int] | str] = [
+    (0, 3, 64),
+    (2, 64, 64),
+    "pool",
+    (5, 64, 128),
+    (7, 128, 128),
+    "pool",
+    (10, 128, 256),
+    (12, 256, 256),
+]
 PLAN += [(14, 256, 256), "pool", (17, 256, 512), (19, 512, 512), (21, 512, 512), "pool"]
 PLAN += [(24, 512, 512), (26, 512, 512), (28, 512, 512)]
 TAPS = [2, 7, 14, 21, 28]

@@ -29,7 +29,7 @@ def _tiny() -> KoDalle:
     with torch.no_grad():  # LayerNorms and scales away from their plain first values
         for name, parameter in model.named_parameters():
             if "norm" in name or "scale" in name:
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 

@@ -125,7 +125,7 @@ def test_features_of_the_discriminator_are_part_of_the_balance(
         hook.remove()
     mine, real = seen[: len(activations)], seen[len(activations) :]
     assert len(mine) == len(real) == 3  # one after the first convolution, one for each of two layers
-    features = sum((a - b).abs().mean() for a, b in zip(mine, real, strict=True)) / 3
+    features = torch.stack([(a - b).abs().mean() for a, b in zip(mine, real, strict=True)]).sum() / 3
     nll = (reconstruction - target).abs().mean() + 2.0 * features
     nll_gradient = torch.autograd.grad(nll, weight, retain_graph=True)[0]
     g_gradient = torch.autograd.grad(g_loss, weight, retain_graph=True)[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,16 +24,20 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def train(file: Path, *overrides: str) -> None:
+def start(file: Path) -> "subprocess.CompletedProcess[str]":
     """`engine/train.py` in a process of its own, on the GPU."""
-    answer = subprocess.run(
-        [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(file), *overrides],
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(file)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def train(file: Path) -> None:
+    answer = start(file)
     assert answer.returncode == 0, answer.stderr[-3000:]
 
 
@@ -87,3 +92,19 @@ def test_the_other_stages_train_in_16_bits(
     train(write_tree(tree, tmp_path / "run.yaml"))
     weights = load_file(tmp_path / "run" / "model" / f"{stage}.safetensors")
     assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_exploding_numbers_stop_the_run_with_one_line(
+    zero: int, tree_of: Callable[..., Tree], write_tree: Callable[[Tree, Path], Path], tmp_path: Path
+) -> None:
+    """The host reads the verdict of fused optimisers a few steps later; the message names the step all the same."""
+    tree = tree_of("kodalle", tmp_path / "run")
+    tree["deepspeed"] |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}, "gradient_clipping": 0.0}
+    tree["deepspeed"]["optimizer"] = {"type": "AdamW", "params": {"lr": 1e30, "torch_adam": True, "fused": True}}
+    del tree["deepspeed"]["scheduler"]
+    tree["loop"] |= {"validate_every": 8, "checkpoint_every": 8}
+    answer = start(write_tree(tree, tmp_path / "run.yaml"))
+    assert answer.returncode == 2
+    assert re.search(r"error: training: step [1-8]: .*: lower the learning rate", answer.stderr.splitlines()[-1])
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000008").exists()
