@@ -1,10 +1,10 @@
-"""What 8-bit arithmetic does to drawings: python benchmarks/int8_effect.py MODEL PAIRS [--captions 40] [--out FOLDER]
+"""The effect of 8-bit arithmetic on images: python benchmarks/int8_effect.py MODEL PAIRS [--captions 40] [--out FOLDER]
 
-Draws held-out captions of a prepared folder twice, in float32 and in 8 bits, same seeds, and compares
+Generates from held-out captions of a prepared folder twice, in float32 and in 8 bits, same seeds, and compares
 
-    tokens      how many are the same; and how many would be if both had drawn the same tokens so far
+    tokens      how many are the same; and how many would be if both had the same tokens so far
     scores      KoCLIP's of each candidate (its own arithmetic is float32 in both)
-    pictures    the same tokens, decoded by the VQGAN in float32 and in 8 bits: PSNR, grey levels
+    images      the same tokens, decoded by the VQGAN in float32 and in 8 bits: PSNR, grey levels
 
 The last line is one JSON document.
 """
@@ -34,7 +34,7 @@ from engine.sampling_params import SamplingParams, SequenceRequest
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("pairs", type=Path, help="prepared folder; captions of its validation split are drawn")
+    parser.add_argument("pairs", type=Path, help="prepared folder; captions of its validation split are used")
     parser.add_argument("--captions", type=int, default=40)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--seed", type=int, default=7)
@@ -67,7 +67,7 @@ def main() -> None:
         **summary(rows),
     }
     for name in ("same_tokens", "same_next_token", "score_float32", "score_int8", "score_change", "psnr_db"):
-        print(f"{name:16} {document[name]:.4f}")
+        print(f"{name:16} {'equal' if document[name] is None else format(document[name], '.4f')}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / "int8_effect.json", document)
@@ -78,13 +78,13 @@ def compare(
     exact: Pipeline,
     rough: Pipeline,
     caption: str,
-    drawn: Generation,
-    drawn_roughly: Generation,
+    generation: Generation,
+    rough_generation: Generation,
     seed: int,
     options: Any,
 ) -> dict[str, Any]:
     """One caption's candidates, by candidate number."""
-    candidates, others = (sorted(one.candidates, key=lambda c: c.candidate) for one in (drawn, drawn_roughly))
+    candidates, others = (sorted(one.candidates, key=lambda c: c.candidate) for one in (generation, rough_generation))
     tokens = torch.tensor([one.image_tokens for one in candidates])  # (n, N)
     other_tokens = torch.tensor([one.image_tokens for one in others])
     pixels = exact.decode_images(tokens) * 255
@@ -97,7 +97,7 @@ def compare(
     ]
     return {
         "same_tokens": float((tokens == other_tokens).float().mean()),
-        "same_drawings": float((tokens == other_tokens).all(1).float().mean()),
+        "same_images": float((tokens == other_tokens).all(1).float().mean()),
         "same_next_token": float((next_tokens[0] == next_tokens[1]).float().mean()),
         "scores": [one.score for one in candidates],
         "scores_int8": [one.score for one in others],
@@ -108,7 +108,7 @@ def compare(
 
 
 def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[SequenceRequest], tokens: Tensor) -> Tensor:
-    """What would be drawn at each position if everything before it were `tokens`: (n, N) -> (n, N)."""
+    """What would be sampled at each position if everything before it were `tokens`: (n, N) -> (n, N)."""
     prefix = sampler.prefill(text)
     parameters = SamplingTensors(requests, torch.device("cpu"))
     columns = []
@@ -124,24 +124,26 @@ def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[SequenceReq
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over captions; the score's change with its standard error, by candidate."""
-    told: dict[str, Any] = {
+    means: dict[str, Any] = {
         name: statistics.mean(row[name] for row in rows)
-        for name in ("same_tokens", "same_drawings", "same_next_token", "mean_grey_levels")
+        for name in ("same_tokens", "same_images", "same_next_token", "mean_grey_levels")
     }
     scores = [score for row in rows for score in row["scores"]]
     scores_int8 = [score for row in rows for score in row["scores_int8"]]
+    squared_error = statistics.mean(row["squared_error"] for row in rows)
     changes = [after - before for before, after in zip(scores, scores_int8, strict=True)]
-    told |= {
+    means |= {
         "score_float32": statistics.mean(scores),
         "score_int8": statistics.mean(scores_int8),
         "score_change": statistics.mean(changes),
         "score_change_standard_error": statistics.stdev(changes) / math.sqrt(len(changes)),
         "best_score_float32": statistics.mean(max(row["scores"]) for row in rows),
         "best_score_int8": statistics.mean(max(row["scores_int8"]) for row in rows),
-        "psnr_db": 10 * math.log10(255**2 / statistics.mean(row["squared_error"] for row in rows)),
+        # None: equal, where the processor has no 8-bit convolutions and the VQGAN runs in float32 both times
+        "psnr_db": 10 * math.log10(255**2 / squared_error) if squared_error else None,
         "largest_grey_levels": max(row["largest_grey_levels"] for row in rows),
     }
-    return told
+    return means
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""How many passes a drawing takes when several tokens are guessed at once and checked (fixed-noise Jacobi decoding).
+"""How many passes an image takes when several tokens are guessed at once and checked (fixed-noise Jacobi decoding).
 
     python benchmarks/jacobi_acceptance.py runs/demo/kodalle/model runs/demo/pairs [--cost cost.json] [--out result.json]
 
-A draw is argmax(logits / temperature + noise of (seed, candidate, position, token)), so a guess is right or wrong, and a
-drawing's passes can be counted on any machine. Guesses for cells that no pass has drawn yet:
+A token is argmax(logits / temperature + noise of (seed, candidate, position, token)), so a guess is right or wrong, and
+an image's passes can be counted on any machine. Guesses for cells that no pass has sampled yet:
 
     above     the token of the cell above; in the first row, the newest token
     left      the newest token
-    noise     argmax of the cell's noise alone: the draw of a model that likes all tokens alike
-    mode      the cell's most frequent token in other drawings
-    marginal  argmax of the log frequency in other drawings + the cell's noise
-    sibling   the token of another drawing of the same caption
+    noise     argmax of the cell's noise alone: the token of a model for which all are equally likely
+    mode      the cell's most frequent token in other images
+    marginal  argmax of the log frequency in other images + the cell's noise
+    sibling   the token of another image of the same caption
     regenerated   argmax of the logits of the cell above + the cell's own noise
 
-Cells that a pass has drawn after a wrong guess are guessed to stay what it drew; `fresh` guesses those anew as well.
-Every drawing that is counted is compared with `Sampler.draw`: `wrong` must be 0.
+Cells that a pass has sampled after a wrong guess are guessed to stay what they are; `fresh` guesses those anew as well.
+Every image that is counted is compared with `Sampler.generate`: `wrong` must be 0.
 
 Needs a trained model. With random weights hardly anything but the noise and the last token decides, so more guesses are
-right than a model that reads its picture allows, and the count says nothing about drawings (`--random-weights`).
+right than with a model that depends on its image, and the count says nothing about real images (`--random-weights`).
 
-B rows, A unfinished rows, w window, T positions, C model dim, N image tokens, V image vocabulary, P prefix positions.
+B sequences, A unfinished ones, w window, T positions, C model dim, N image tokens, V image vocabulary, P prefix positions.
 """
 
 import argparse
@@ -47,21 +47,21 @@ from kernels import reference
 
 SETTINGS = ((0.7, None), (0.7, 0.9), (1.0, None), (1.0, 0.9))  # temperature, top_p
 GUESSES = ("left", "noise", "mode", "marginal", "sibling", "regenerated")
-COPYING = ("above", "left", "regenerated")  # made from the drawing itself, the others are tables
+COPYING = ("above", "left", "regenerated")  # made from the image itself, the others are tables
 FREE_ROWS = 184  # of an H200 at 16 bit: below, a step takes as long as reading the weights
 
 
 @dataclass(frozen=True)
 class Count:
-    """Passes of the drawings of one setting. `depth[j]`: share of right guesses j + 1 ahead, of those reached."""
+    """Passes of the images of one setting. `depth[j]`: share of right guesses j + 1 ahead, of those reached."""
 
     temperature: float
     top_p: float | None
     guess: str
     fresh: bool
     window: int
-    tokens: int  # N - 1: what one at a time takes
-    passes: list[int]  # of each drawing
+    tokens: int  # N - 1: passes of one token at a time
+    passes: list[int]  # of each image
     depth: list[float]
     wrong: int
 
@@ -70,15 +70,15 @@ class Count:
         return self.tokens / statistics.mean(self.passes)
 
 
-class Rows:
-    """Keys and values of all drawings, and the model over a window of each. Plain code: only counts are wanted."""
+class Sequences:
+    """Keys and values of all sequences, and the model over a window of each. Plain code: only counts matter."""
 
     def __init__(self, model: KoDalle, prefix: Prefix, requests: list[SequenceRequest], window: int) -> None:
         config = model.config
-        self.model, self.prefix_len, self.options = model, config.prefix_len, requests[0].sampling_params
-        caption = torch.tensor([row.prefix_index for row in requests])
-        self.seeds = torch.tensor([row.seed for row in requests])
-        self.candidates = torch.tensor([row.candidate for row in requests])
+        self.model, self.prefix_len, self.params = model, config.prefix_len, requests[0].sampling_params
+        caption = torch.tensor([request.prefix_index for request in requests])
+        self.seeds = torch.tensor([request.seed for request in requests])
+        self.candidates = torch.tensor([request.candidate for request in requests])
         room = config.prefix_len + config.image_seq_len + window
         self._kv = torch.zeros(2, config.num_layers, len(requests), config.num_heads, room, config.head_dim)
         for number, read in enumerate((prefix.keys, prefix.values)):
@@ -87,7 +87,7 @@ class Rows:
         self._positions = model.image_embedding.position_table()
 
     def logits(self, rows: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
-        """tokens (A, w) at grid cells (A, w) of rows (A,) -> what they predict, (A, w, V)."""
+        """tokens (A, w) at grid cells (A, w) of sequences (A,) -> what they predict, (A, w, V)."""
         places = self.prefix_len + cells
         x = self.model.image_embedding.tokens[tokens] + self._positions[cells.clamp(max=len(self._positions) - 1)]
         seen = torch.arange(self._kv.shape[4]) <= places[:, :, None]  # (A, w, T)
@@ -99,87 +99,87 @@ class Rows:
             x = layer.feed_forward(layer.attention.add(x, attended.transpose(1, 2)))
         return self.model.head.image_logits(self.model.head.norm(x))
 
-    def draw(self, rows: Tensor, cells: Tensor, logits: Tensor) -> Tensor:
-        """rows (n,), cells (n,), logits (n, V) -> (n,)."""
-        options = self.options
+    def sample(self, rows: Tensor, cells: Tensor, logits: Tensor) -> Tensor:
+        """sequences (n,), cells (n,), logits (n, V) -> (n,)."""
+        params = self.params
         return reference.sample(
             logits, self.seeds[rows], self.candidates[rows], cells,
-            torch.full(rows.shape, options.temperature), torch.full(rows.shape, options.top_k or 0),
-            torch.full(rows.shape, 1.0 if options.top_p is None else options.top_p),
+            torch.full(rows.shape, params.temperature), torch.full(rows.shape, params.top_k or 0),
+            torch.full(rows.shape, 1.0 if params.top_p is None else params.top_p),
         )  # fmt: skip
 
 
 class Guesser:
-    """What is fed where no token is final. `told`: (B, N) tokens, final ones and what passes drew."""
+    """What is fed where no token is final. `tokens`: (B, N), final ones and what passes sampled."""
 
-    def __init__(self, name: str, table: Tensor | None, rows: Rows, *, fresh: bool) -> None:
-        config = rows.model.config
-        self._name, self._table, self._rows, self._fresh = name, table, rows, fresh
+    def __init__(self, name: str, table: Tensor | None, sequences: Sequences, *, fresh: bool) -> None:
+        config = sequences.model.config
+        self._name, self._table, self._sequences, self._fresh = name, table, sequences, fresh
         self._N, self._width = config.image_seq_len, config.image_grid_size
-        B = len(rows.seeds)
-        self.told = torch.zeros(B, self._N, dtype=torch.int64)
+        B = len(sequences.seeds)
+        self.tokens = torch.zeros(B, self._N, dtype=torch.int64)
         self.last_logits = torch.zeros(B, self._N, config.image_vocab_size) if name == "regenerated" else None
 
-    def inputs(self, rows: Tensor, cells: Tensor, final: Tensor, drawn: Tensor) -> Tensor:
-        """(A, w) tokens of cells (A, w), of which `final` (A,) are known and `drawn` (A,) were drawn."""
+    def inputs(self, rows: Tensor, cells: Tensor, final: Tensor, num_sampled: Tensor) -> Tensor:
+        """(A, w) tokens of cells (A, w), of which `final` (A,) are known and `num_sampled` (A,) were sampled."""
         cells = cells.clamp(max=self._N - 1)
-        known = (final if self._fresh else drawn)[:, None]  # (A, 1)
+        known = (final if self._fresh else num_sampled)[:, None]  # (A, 1)
         above = cells - ((cells - known).div(self._width, rounding_mode="floor") + 1) * self._width
         has_above = (above >= 0) & (self._name != "left")
         source = torch.where(cells < known, cells, torch.where(has_above, above, known - 1))
-        inputs = self.told[rows].gather(1, source)
+        inputs = self.tokens[rows].gather(1, source)
         if self._table is not None:
             inputs = torch.where(cells < known, inputs, self._table[rows].gather(1, cells))
         if self.last_logits is not None:
             guessed = (cells >= known).nonzero()
             row, cell, like = rows[guessed[:, 0]], cells[guessed.unbind(1)], source[guessed.unbind(1)]
-            inputs[guessed.unbind(1)] = self._rows.draw(row, cell, self.last_logits[row, like])
+            inputs[guessed.unbind(1)] = self._sequences.sample(row, cell, self.last_logits[row, like])
         return inputs
 
 
 def count_passes(
-    rows: Rows, expected: Tensor, guess: str, table: Tensor | None, window: int, *, fresh: bool = False
+    sequences: Sequences, expected: Tensor, guess: str, table: Tensor | None, window: int, *, fresh: bool = False
 ) -> Count:
-    """Draws all rows, each at its own pace. expected: (B, N), what one token at a time gives."""
+    """Samples all sequences, each at its own pace. expected: (B, N), the tokens of single steps."""
     B, N = expected.shape
-    guesser = Guesser(guess, table, rows, fresh=fresh)
-    told = guesser.told
-    told[:, 0] = rows.draw(torch.arange(B), torch.zeros(B, dtype=torch.int64), rows.first_logits)
+    guesser = Guesser(guess, table, sequences, fresh=fresh)
+    tokens = guesser.tokens
+    tokens[:, 0] = sequences.sample(torch.arange(B), torch.zeros(B, dtype=torch.int64), sequences.first_logits)
     if guesser.last_logits is not None:
-        guesser.last_logits[:, 0] = rows.first_logits
-    final, drawn = torch.ones(B, dtype=torch.int64), torch.ones(B, dtype=torch.int64)
+        guesser.last_logits[:, 0] = sequences.first_logits
+    final, num_sampled = torch.ones(B, dtype=torch.int64), torch.ones(B, dtype=torch.int64)
     passes = torch.zeros(B, dtype=torch.int64)
     reached, right = torch.zeros(window - 1), torch.zeros(window - 1)
     offsets = torch.arange(window)
     while (final < N).any():
         active = (final < N).nonzero()[:, 0]  # (A,)
         cells = final[active, None] - 1 + offsets  # (A, w)
-        inputs = guesser.inputs(active, cells, final[active], drawn[active])
-        logits = rows.logits(active, cells, inputs)
+        inputs = guesser.inputs(active, cells, final[active], num_sampled[active])
+        logits = sequences.logits(active, cells, inputs)
         at, flat = cells + 1, active[:, None].expand_as(cells).flatten()
         inside = at < N
-        result = rows.draw(flat, at.clamp(max=N - 1).flatten(), logits.flatten(0, 1)).view_as(at)
+        result = sequences.sample(flat, at.clamp(max=N - 1).flatten(), logits.flatten(0, 1)).view_as(at)
         matches = ((inputs[:, 1:] == result[:, :-1]) & inside[:, 1:]).long().cumprod(1)  # (A, w - 1)
         tried = torch.cat([torch.ones(len(active), 1, dtype=torch.int64), matches[:, :-1]], 1) * inside[:, 1:]
         reached += tried.sum(0)
         right += matches.sum(0)
-        told[flat.view_as(at)[inside], at[inside]] = result[inside]
+        tokens[flat.view_as(at)[inside], at[inside]] = result[inside]
         if guesser.last_logits is not None:
             guesser.last_logits[flat.view_as(at)[inside], at[inside]] = logits[inside]
-        drawn[active] = at[:, -1].clamp(max=N - 1) + 1
+        num_sampled[active] = at[:, -1].clamp(max=N - 1) + 1
         final[active] += 1 + matches.sum(1)
         passes[active] += 1
-    options = rows.options
+    params = sequences.params
     depth = [round(float(share), 4) for share in right / reached.clamp(min=1)]
-    wrong = int((told != expected).any(1).sum())
-    return Count(options.temperature, options.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
+    wrong = int((tokens != expected).any(1).sum())
+    return Count(params.temperature, params.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
 
 
 def tables(model: KoDalle, requests: list[SequenceRequest], others: Tensor) -> dict[str, Tensor]:
-    """Guesses (B, N) that do not follow the drawing. others: (B, N) drawings of the same captions, other seeds."""
+    """Guesses (B, N) that do not follow the image. others: (B, N) images of the same captions, other seeds."""
     (B, N), V = others.shape, model.config.image_vocab_size
-    seeds = torch.tensor([row.seed for row in requests])
-    candidates = torch.tensor([row.candidate for row in requests])
+    seeds = torch.tensor([request.seed for request in requests])
+    candidates = torch.tensor([request.candidate for request in requests])
     counts = torch.full((N, V), 1e-3).scatter_add_(1, others.T, torch.ones(N, B))
     log_frequency = (counts / counts.sum(1, keepdim=True)).log()
     noise, marginal = torch.empty(B, N, dtype=torch.int64), torch.empty(B, N, dtype=torch.int64)
@@ -196,13 +196,13 @@ def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> li
     windows = sorted({min(window, N - 1) for window in (*arguments.windows, N - 1)})
     results = []
     for temperature, top_p in SETTINGS:
-        options = SamplingParams(temperature=temperature, top_p=top_p)
+        params = SamplingParams(temperature=temperature, top_p=top_p)
 
-        def requests(seed: int, options: SamplingParams = options) -> list[SequenceRequest]:
+        def requests(seed: int, params: SamplingParams = params) -> list[SequenceRequest]:
             every = range(prefix.num_captions * arguments.candidates)
             return [
                 SequenceRequest(
-                    i // arguments.candidates, options.updated(seed=seed), candidate=i % arguments.candidates
+                    i // arguments.candidates, params.updated(seed=seed), candidate=i % arguments.candidates
                 )
                 for i in every
             ]
@@ -216,9 +216,9 @@ def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> li
             plans += [(guess, 16, True) for guess in ("above", "left", "noise")]
         with evaluating(model):
             for guess, window, fresh in plans:
-                rows = Rows(model, prefix, requests(arguments.seed), window)
+                sequences = Sequences(model, prefix, requests(arguments.seed), window)
                 table = None if guess in COPYING else made[guess]
-                count = count_passes(rows, expected, guess, table, window, fresh=fresh)
+                count = count_passes(sequences, expected, guess, table, window, fresh=fresh)
                 print(line(count), flush=True)
                 results.append(count)
     return results
@@ -237,7 +237,7 @@ def line(count: Count) -> str:
 
 
 def predict(counts: list[Count], costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """tokens / passes x cost of a step / cost of a pass, for `above`, each row at its own pace.
+    """tokens / passes x cost of a step / cost of a pass, for `above`, each sequence at its own pace.
 
     costs: {weights: {"B" or "Bxw": ms}} of jacobi_cost.py. Beside them a GPU that only reads: flat up to FREE_ROWS.
     """
@@ -261,22 +261,22 @@ def predict(counts: list[Count], costs: dict[str, dict[str, float]]) -> list[dic
 
 
 def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`JacobiDecoder` itself: `--check` drawings of it, 16 at a time, compared with `Sampler.decode`, both timed.
+    """`JacobiDecoder` itself: `--check` images of it, 16 at a time, compared with `Sampler.decode`, both timed.
 
     Temperature 0.7, window 16. Then the first 16 of them one at a time, both ways in turns.
     """
-    options, captions = SamplingParams(temperature=0.7), prefix.num_captions
+    params, captions = SamplingParams(temperature=0.7), prefix.num_captions
     requests = [
-        SequenceRequest(i % captions, options.updated(seed=arguments.seed), candidate=i // captions)
+        SequenceRequest(i % captions, params.updated(seed=arguments.seed), candidate=i // captions)
         for i in range(arguments.check)
     ]
     sampler = Sampler(model, speculative=False)
     equal, seconds = 0, {"sampler_16": 0.0, "jacobi_16": 0.0, "sampler_1": 0.0, "jacobi_1": 0.0}
 
-    def draw(name: str, part: list[SequenceRequest]) -> Tensor:
+    def run(name: str, part: list[SequenceRequest]) -> Tensor:
         start = time.perf_counter()
         if name.startswith("sampler"):
-            drawn = sampler.decode(prefix, part)
+            tokens = sampler.decode(prefix, part)
         else:
             with evaluating(model):
                 decoder = JacobiDecoder(sampler.step_model(), len(part), window=16)
@@ -284,30 +284,30 @@ def check(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> dict
                 unfinished = set(slots)
                 while unfinished:
                     unfinished -= set(decoder.step())
-                drawn = torch.stack([decoder.remove(slot) for slot in slots])
+                tokens = torch.stack([decoder.remove(slot) for slot in slots])
         seconds[name] += time.perf_counter() - start
-        return drawn
+        return tokens
 
     for start in range(0, len(requests), 16):
         part = requests[start : start + 16]
-        equal += int((draw("sampler_16", part) == draw("jacobi_16", part)).all(1).sum())
+        equal += int((run("sampler_16", part) == run("jacobi_16", part)).all(1).sum())
     for request in requests[:16]:
-        draw("sampler_1", [request]), draw("jacobi_1", [request])
-    result = {"drawings": len(requests), "equal": equal, "weights": sampler.weights, "seconds": seconds}
-    print(f"{equal} of {len(requests)} drawings of JacobiDecoder equal Sampler's, tokens whole; seconds {seconds}")
+        run("sampler_1", [request]), run("jacobi_1", [request])
+    result = {"images": len(requests), "equal": equal, "weights": sampler.weights, "seconds": seconds}
+    print(f"{equal} of {len(requests)} images of JacobiDecoder equal Sampler's, all tokens; seconds {seconds}")
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="model folder")
-    parser.add_argument("pairs", type=Path, help="prepared pairs: their validation captions are drawn")
+    parser.add_argument("pairs", type=Path, help="prepared pairs: their validation captions are used")
     parser.add_argument("--captions", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=2, help="of each caption")
     parser.add_argument("--windows", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 16])
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cost", type=Path, help="document of jacobi_cost.py")
-    parser.add_argument("--check", type=int, default=1000, help="drawings of the decoder itself, compared and timed")
+    parser.add_argument("--check", type=int, default=1000, help="images of the decoder itself, compared and timed")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--out", type=Path, help="where the document is also written")
     arguments = parser.parse_args()
@@ -323,9 +323,9 @@ def main() -> None:
     prefix = Sampler(model, speculative=False).prefill(texts.tokens)
     checked = check(model, prefix, arguments)
     counts = measure(model, prefix, arguments)
-    told = facts(torch.device("cpu"))
+    machine = facts(torch.device("cpu"))
     costs = json.loads(arguments.cost.read_text(encoding="utf-8"))["pass_ms"] if arguments.cost else {}
-    document = told | {
+    document = machine | {
         "model": str(arguments.model), "sizes": model.config.model_dump(), "random_weights": arguments.random_weights,
         "captions": len(texts.tokens), "candidates": arguments.candidates, "seed": arguments.seed,
         "counts": [asdict(count) | {"gain": round(count.gain, 4)} for count in counts],

@@ -2,14 +2,14 @@
 
     python benchmarks/jacobi_cost.py [--out benchmarks/results/jacobi/cost.json]
 
-The cost of a pass does not depend on what the weights say; how many passes a drawing takes does, so that is counted
+The cost of a pass does not depend on the values of the weights. How many passes an image takes does, so that is counted
 elsewhere, on trained models (benchmarks/jacobi_acceptance.py).
 
-Timed are whole passes of `JacobiDecoder` and whole steps of `SlotDecoder`, attention and draw included.
+Timed are whole passes of `JacobiDecoder` and whole steps of `SlotDecoder`, attention and sampling included.
 
-All tokens are given, so that every guess is right and a drawing passes through all lengths in few passes; the draw is
-made all the same. GarmentClasses are timed in turns, since the machine's speed may change: the least time of each kind and length
-counts, and `pass_ms` is its mean over lengths. On a shared machine only the ratios mean something.
+All tokens are init tokens, so that every guess is right and an image passes through all lengths in few passes; tokens
+are sampled all the same. Kinds are timed in turns, since the machine's speed may change: the least time of each kind and
+length counts, and `pass_ms` is its mean over lengths. On a shared machine only the ratios mean something.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
 
 STATIONS = 2  # lengths at which decoders are timed
-SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # rows, window
+SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # sequences, window
 
 
 def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
-    """{"1": step of one row, "4": of four, "1x16": pass of one row with a window of 16, ...}."""
+    """{"1": step of one sequence, "4": of four, "1x16": pass of one sequence with a window of 16, ...}."""
     N = model.config.image_seq_len
     given = torch.zeros(N, dtype=torch.int64)
-    kinds: dict[str, Callable[[], SlotDecoder]] = {
+    kinds: dict[str, Callable[[], SlotDecoder | JacobiDecoder]] = {
         str(B): lambda B=B: SlotDecoder(model, B)  # type: ignore[misc]
         for B in sorted({B for B, _ in SHAPES})
     }
     kinds |= {f"{B}x{w}": lambda B=B, w=w: JacobiDecoder(model, B, window=w) for B, w in SHAPES}  # type: ignore[misc]
     best: dict[str, list[float]] = {kind: [float("inf")] * STATIONS for kind in kinds}
-    decoders: dict[str, tuple[SlotDecoder, int]] = {}
+    decoders: dict[str, tuple[SlotDecoder | JacobiDecoder, int]] = {}
     for kind, make in kinds.items():
         decoder = make()
         slots = [
@@ -58,11 +58,11 @@ def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
     for station in range(STATIONS):
         until = (2 * station + 1) * N // (2 * STATIONS)
         for decoder, slot in decoders.values():
-            while len(decoder.tokens(slot)) < until:
+            while decoder.num_tokens(slot) < until:
                 decoder.step()
         for _ in range(repeat):
             for kind, (decoder, slot) in decoders.items():
-                if len(decoder.tokens(slot)) < N - 20:  # the widest window still fits
+                if decoder.num_tokens(slot) < N - 20:  # the widest window still fits
                     start = time.perf_counter()
                     decoder.step()
                     best[kind][station] = min(best[kind][station], time.perf_counter() - start)
@@ -86,7 +86,7 @@ def main() -> None:
         step_model = make_step_model(model, weights)
         with evaluating(model):
             document["pass_ms"][weights] = pass_ms(step_model, prefix, arguments.repeat)
-            print(weights, "pass ms by rows x window:", document["pass_ms"][weights], flush=True)
+            print(weights, "pass ms by sequences x window:", document["pass_ms"][weights], flush=True)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,8 +4,8 @@
     python benchmarks/kernel_speed.py --rows 16 --dtype bfloat16 --out /tmp/kernels
 
 On a GPU a kernel is timed as the sampler runs it: inside a CUDA graph, over as many copies of its inputs as the L2
-cache cannot hold, since a step reads each layer's weights once. PyTorch gets the same. Without CUDA the reference's draw
-is timed against the usual one, and the kernels' rows say "not measured".
+cache cannot hold, since a step reads each layer's weights once. PyTorch gets the same. Without CUDA the reference's
+sampling is timed against the usual one, and the kernels are listed as "not measured".
 Prints a table and, as the last line, one JSON document, also stored in <out>/results/kernel_speed/<hardware>.json.
 """
 
@@ -66,13 +66,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _cpu_rows(arguments: argparse.Namespace, device: torch.device, read_bytes_per_s: float) -> Iterator[Row]:
-    """The reference's draw; and the kernels' rows, empty."""
+    """The reference's sampling, and the kernels as not measured."""
     config = PublishedSizes()
     for name, make in cpu_cases(config, _CPU_ROWS).items():
         case = make()
         case.ours(), case.plain()
         ours, plain = [], []
-        for _ in range(10):  # in turn: a neighbour's load meets both
+        for _ in range(10):  # in turn: other load on the machine slows both
             ours += time_runs(case.ours, device, repeat=3)
             plain += time_runs(case.plain, device, repeat=3)
         row = {"kernel": f"reference: {name}", "rows": _CPU_ROWS, "dtype": "float32", "device": "cpu"}
@@ -115,8 +115,8 @@ def _gpu_figures(make: Callable[[], Case], read_bytes_per_s: float, *, with_comp
         "eager": _graph_seconds([case.plain for case in cases]),
     }
     if with_compiled:
-        few = cases[:2]  # each compiles anew, its inputs being its own
-        torch._dynamo.reset()  # else shapes that it met before make it compile for any shape
+        few = cases[:2]  # each is compiled again, for its own inputs
+        torch._dynamo.reset()  # else shapes seen before make it compile for any shape
         seconds["compiled"] = _graph_seconds([torch.compile(case.plain, dynamic=False) for case in few])
     return _figures(first, seconds, read_bytes_per_s)
 

@@ -1,8 +1,8 @@
-"""Counts candidates that draw the same tokens alone as in a batch: python benchmarks/seed_equality.py [--candidates N]
+"""Counts candidates that have the same tokens alone as in a batch: python benchmarks/seed_equality.py [--candidates N]
 
 A model of the published width (1024, 8 heads, GEGLU 4096; two layers, random weights that matter, 3 x 3 image tokens)
-draws N candidates in batches of random size and company, then each one alone. Options differ from row to row: filters,
-temperature, guidance. Every kind of weights that this machine has is counted. The last line is one JSON document.
+generates N candidates in random batches of random size, then each one alone. Sampling parameters differ from one to the
+next: filters, temperature, guidance. Every kind of weights that this machine has is counted. The last line is one JSON document.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from engine.models.transformer import KoDalle
 from engine.progress import ProgressBar
 from engine.sampling_params import SamplingParams, SequenceRequest
 
-_OPTIONS = (
+_PARAMS = (
     SamplingParams(),
     SamplingParams(temperature=0.7, top_k=200),
     SamplingParams(guidance_scale=3.0),
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON document")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds: list[tuple[torch.dtype, Weights | None]]  # None: what the sampler takes by itself
+    kinds: list[tuple[torch.dtype, Weights | None]]  # None: the sampler's default
     if device.type == "cuda":
         kinds = [(torch.float16, None), (torch.bfloat16, None)]
     else:
@@ -46,9 +46,9 @@ def main() -> int:
         kinds += [(torch.float32, "int8")] if can_quantise(torch.float32, device) else []
     rows = []
     for dtype, weights in kinds:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         equal = count_equal(dtype, weights, arguments.candidates, device)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         print(
             f"{weights or 'default'} weights, {dtype}: {equal} of {arguments.candidates} candidates the same alone as in a batch"
         )
@@ -70,31 +70,31 @@ def main() -> int:
 
 
 def count_equal(dtype: torch.dtype, weights: Weights | None, count: int, device: torch.device) -> int:
-    """How many of `count` candidates have the same tokens alone as in the batch that chance put them in."""
+    """How many of `count` candidates have the same tokens alone as in a random batch."""
     config = TransformerConfig(num_layers=2, image_grid_size=3, text_seq_len=16)
     torch.manual_seed(0)
     model = KoDalle(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("scale"):  # a fresh LayerScale of 0.1 would leave the layers little to say
+            if name.endswith("scale"):  # with a fresh LayerScale of 0.1 the layers would hardly matter
                 parameter.fill_(1.0)
     model = model.to(device, dtype)
     text = torch.randint(5, config.text_vocab_size, (5, config.text_seq_len))
     sampler = Sampler(model, null_text_tokens=text[4], weights=weights)
     prefix = sampler.prefill(text[:4])
-    rows = [
-        SequenceRequest(i % 4, _OPTIONS[i % len(_OPTIONS)].updated(seed=i // 7), candidate=i % 7) for i in range(count)
+    requests = [
+        SequenceRequest(i % 4, _PARAMS[i % len(_PARAMS)].updated(seed=i // 7), candidate=i % 7) for i in range(count)
     ]
     order = torch.randperm(count).tolist()
     together: dict[int, torch.Tensor] = {}
     while order:
         size = int(torch.randint(1, _LARGEST_BATCH + 1, ()))
         batch, order = order[:size], order[size:]
-        together.update(zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True))
+        together.update(zip(batch, sampler.decode(prefix, [requests[number] for number in batch]), strict=True))
     equal = 0
     with ProgressBar(f"{weights or 'default'} weights, alone", total=count) as bar:
-        for number, row in enumerate(rows):
-            equal += torch.equal(sampler.decode(prefix, [row])[0], together[number])
+        for number, request in enumerate(requests):
+            equal += torch.equal(sampler.decode(prefix, [request])[0], together[number])
             bar.update(number + 1)
     return equal
 

@@ -1,1 +1,1 @@
-"""Image tokens from captions: the KV cache, the decoders on CPU and CUDA, the sampler. Token ids only."""
+"""Decoding: image tokens from text tokens. The KV cache, the slot table, decoders on CPU and CUDA, the sampler."""

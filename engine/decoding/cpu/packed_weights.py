@@ -1,4 +1,4 @@
-"""The weights as a processor reads them best: packed once for decoding, in the model's type or in 8 bits.
+"""Packed weights: the linear layers in the layout that a processor reads fastest, in the model's type or in 8 bits.
 
 R rows, K inputs, N outputs of a linear layer, C model dim, F feed-forward inner dim.
 
@@ -12,11 +12,11 @@ published model (252 M weights), milliseconds a step:
     int8            22     22     31     44     71
 
 `packed`: oneDNN's blocked layout, same numbers. A row of it has the same bits for any number of rows from 2 on (1 to
-140 tried, float32 and bfloat16, one and two threads), which plain layers only promise in multiples.
+140 tried, float32 and bfloat16, one and two threads), which plain layers have only in multiples.
 
 `int8` is another function, close to the model: weights rounded to 8 bits, one scale an output (the largest is 127);
-inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so here too a row does
-not depend on its company. What it does to drawings is measured by benchmarks/int8_effect.py.
+inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so it is
+batch-invariant as well. Its effect on images is measured by benchmarks/int8_effect.py.
 
 A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There the same integers are
 multiplied as float32, whose sums are exact below 2^24: the same bits, with the memory and about the speed of `packed`.
@@ -39,7 +39,7 @@ from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDall
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).
-_ROW_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
+_PADDING_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
 _ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
 _ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
 _EXACT_INPUTS = 1024  # 1024 * 127 * 127 < 2^24
@@ -94,9 +94,9 @@ def make_step_model(model: KoDalle, weights: Weights) -> StepModel:
         return plain_step_model(model)
     if weights == "packed":
         packed: list[StepLayer] = [_PackedLayer(layer) for layer in layers]
-        return StepModel(model, packed, _PackedLinear(head_weight, head_bias), _ROW_RULE)
+        return StepModel(model, packed, _PackedLinear(head_weight, head_bias), _PADDING_RULE)
     quantised: list[StepLayer] = [_Int8Layer(layer) for layer in layers]
-    return StepModel(model, quantised, _Int8Linear(head_weight, head_bias), _ROW_RULE)
+    return StepModel(model, quantised, _Int8Linear(head_weight, head_bias), _PADDING_RULE)
 
 
 class _Norm:
@@ -108,7 +108,7 @@ class _Norm:
 
 
 class _PackedLinear:
-    """(R, K) -> (R, N), with what follows it done on the way out."""
+    """(R, K) -> (R, N), fused with the operation that follows it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._bias = bias
@@ -129,7 +129,7 @@ class _PackedLinear:
 
 
 class _Attention:
-    """The linear layers around a layer's attention; small, so both kinds of weights have them in the model's type."""
+    """The linear layers around a layer's attention: the output's in the model's type whatever the weights, since it is small."""
 
     def __init__(self, branch: AttentionBranch) -> None:
         self.heads = (3, branch.num_heads, branch.head_dim)
@@ -195,7 +195,7 @@ class _ByteProducts:
     """(R, K) uint8 around 128 -> scale_w * (q_x . q_w), (R, N) float32, by the processor's 8-bit dot product."""
 
     def __init__(self, quantised: Tensor, scales: Tensor) -> None:
-        self._scales, self._zero_points = scales, torch.zeros(len(scales), dtype=torch.int32)
+        self._scales, self._zero_points = scales, torch.zeros(len(scales), dtype=torch.int32, device=scales.device)
         self._packed = torch.ops.onednn.qlinear_prepack(quantised.to(torch.int8), [_ROWS_HINT, quantised.shape[1]])
 
     def __call__(self, quantised: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class _Int8Layer:
 
 
 def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, K) -> unsigned bytes (R, K) around 128, and what one of their steps is worth (R, 1)."""
+    """(R, K) -> unsigned bytes (R, K) around 128, and the size of one of their steps (R, 1)."""
     x = x.float()
     # torch.linalg.vector_norm and addcdiv would be one operation instead of two, and take 3 to 6 times as long.
     scale = x.abs().amax(1, keepdim=True).clamp_(min=_TINY).div_(127)

@@ -1,14 +1,14 @@
-"""Who computes a decoding step's attention: our kernel, PyTorch or xformers, and which of them is fastest here.
+"""Attention backends of a decode step: our kernel, PyTorch or xformers, and the choice of the fastest here.
 
-R rows, H heads, D head dim, P prefix positions, N own slots, M places of the prefix pool, L layers.
+R sequences, H heads, D head dim, P prefix positions, N own positions, M entries of the prefix pool, L layers.
 
     triton     kernels/decode_attention.py: reads prefix and own part where they lie, appends by itself, one launch
-    sdpa       PyTorch: lays both parts of every row side by side first, (R, P + N, H, D), read or not
+    sdpa       PyTorch: copies both parts of every sequence side by side first, (R, P + N, H, D), read or not
     xformers   memory_efficient_attention over the same layout, with lengths that it reads from the device
 
-All three are one fixed program whatever the lengths are, fit for a CUDA graph. Only `triton` promises that a row has
-the same bits beside any others, and is the default for that; `auto` measures those that can run on this device, over
-the decoder's own cache, and takes the fastest.
+All three are one fixed program whatever the lengths are, fit for a CUDA graph. Only `triton` is batch-invariant, which
+makes it the default. `auto` measures those that can run on this device, over the decoder's own cache, and takes the
+fastest.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from kernels.decode_attention import decode_attention
 AttentionName = Literal["triton", "sdpa", "xformers"]
 NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 
-# (q (R, H, D), LayerCache, captions (R,), num_read (R,), new_keys (R, H, D), new_values (R, H, D)) -> (R, H, D)
+# (q (R, H, D), LayerCache, prefixes (R,), num_read (R,), new_keys (R, H, D), new_values (R, H, D)) -> (R, H, D)
 DecodeAttention = Callable[[Tensor, "LayerCache", Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _REPEATS = 5
@@ -38,9 +38,9 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer's attention reads.
+    """Keys and values that one layer's attention reads.
 
-    prefix_keys, prefix_values: (M, P, H, D). keys, values: (R, N, H, D), the rows' own slots, written at `num_read`.
+    prefix_keys, prefix_values: (M, P, H, D). keys, values: (R, N, H, D), the sequences' own, written at `num_read`.
     """
 
     prefix_keys: Tensor
@@ -50,7 +50,7 @@ class LayerCache:
 
 
 def runnable(device: torch.device) -> list[AttentionName]:
-    """Those that can run on `device`, our own first."""
+    """The backends that can run on `device`, our own first."""
     is_cuda = device.type == "cuda"
     has_triton = importlib.util.find_spec("triton") is not None
     has_xformers = importlib.util.find_spec("xformers") is not None
@@ -63,7 +63,7 @@ def runnable(device: torch.device) -> list[AttentionName]:
 
 
 def decode_attention_by(name: str, device: torch.device) -> DecodeAttention:
-    """The function of that name.
+    """The backend of that name.
 
     Raises:
         InputError: no such name, or it cannot run on `device`.
@@ -78,23 +78,23 @@ def decode_attention_by(name: str, device: torch.device) -> DecodeAttention:
 
 
 def fastest_attention(caches: list[LayerCache], dtype: torch.dtype, device: torch.device) -> AttentionName:
-    """Measures a step's attention over the given layers, at half the own slots, and says on stderr who won.
+    """Measures a step's attention over some layers, at half the own positions, and reports the fastest on stderr.
 
     Args:
-        caches: of every layer, at the number of rows to measure; their contents are written over.
+        caches: of every layer, at the number of sequences to measure; their contents are overwritten.
     """
     times_s: dict[AttentionName, float] = {}
     for name in runnable(device):
         try:
             times_s[name] = _measure(decode_attention_by(name, device), caches, dtype, device)
-        except NotImplementedError:  # how xformers says that it has nothing for this dtype or shape
+        except NotImplementedError:  # raised by xformers where it has nothing for this dtype or shape
             print(f"decode attention: {name} has no operator for {dtype}", file=sys.stderr)
         except ImportError as error:  # built for another torch
             print(f"decode attention: {name} cannot be imported ({error})", file=sys.stderr)
     fastest = min(times_s, key=lambda name: times_s[name])
     measured = ", ".join(f"{name} {1e6 * seconds / len(caches):.1f} us" for name, seconds in times_s.items())
-    rows = caches[0].keys.shape[0]
-    print(f"decode attention: {measured} a layer, rows {rows}: {fastest} is used", file=sys.stderr)
+    num_sequences = caches[0].keys.shape[0]
+    print(f"decode attention: {measured} a layer, sequences {num_sequences}: {fastest} is used", file=sys.stderr)
     return fastest
 
 
@@ -102,17 +102,17 @@ def _measure(attend: DecodeAttention, caches: list[LayerCache], dtype: torch.dty
     """Seconds of all layers, the best of several."""
     R, N, H, D = caches[0].keys.shape
     q, new_keys, new_values = torch.zeros(3, R, H, D, dtype=dtype, device=device)
-    captions = torch.zeros(R, dtype=torch.int64, device=device)
-    num_read = torch.full_like(captions, N // 2)
+    prefixes = torch.zeros(R, dtype=torch.int64, device=device)
+    num_read = torch.full_like(prefixes, N // 2)
 
     def step() -> None:
         for cache in caches:
-            attend(q, cache, captions, num_read, new_keys, new_values)
+            attend(q, cache, prefixes, num_read, new_keys, new_values)
 
     step()  # compiles
     if device.type == "cpu":
         return min(_seconds(step) for _ in range(_REPEATS))
-    # As it will run: launched one by one, the host's time would be measured instead.
+    # As a graph, as it will run: launched one by one, the host's time would be measured instead.
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -133,20 +133,20 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def _triton_attention(
-    q: Tensor, cache: LayerCache, captions: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
+    q: Tensor, cache: LayerCache, prefixes: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
 ) -> Tensor:
     return decode_attention(
-        q, cache.prefix_keys, cache.prefix_values, captions, cache.keys, cache.values, num_read,
+        q, cache.prefix_keys, cache.prefix_values, prefixes, cache.keys, cache.values, num_read,
         new_keys=new_keys, new_values=new_values,
     )  # fmt: skip
 
 
 def _sdpa_attention(
-    q: Tensor, cache: LayerCache, captions: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
+    q: Tensor, cache: LayerCache, prefixes: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
 ) -> Tensor:
-    keys, values = _side_by_side(cache, captions, num_read, new_keys, new_values)  # (R, P + N, H, D)
+    keys, values = _side_by_side(cache, prefixes, num_read, new_keys, new_values)  # (R, P + N, H, D)
     P = cache.prefix_keys.shape[1]
-    is_read = torch.arange(keys.shape[1], device=q.device) <= P + num_read[:, None]  # (R, P + N)
+    is_read = torch.arange(keys.shape[1], dtype=torch.int64, device=q.device) <= P + num_read[:, None]  # (R, P + N)
     attended = F.scaled_dot_product_attention(
         q[:, :, None], keys.transpose(1, 2), values.transpose(1, 2), attn_mask=is_read[:, None, None]
     )  # (R, H, 1, D)
@@ -154,14 +154,14 @@ def _sdpa_attention(
 
 
 def _xformers_attention(device: torch.device) -> DecodeAttention:
-    """A bias is made once for each number of rows, outside any capture: its lengths are what a step changes."""
+    """A bias is made once for each number of sequences, outside any capture; a step changes its lengths."""
     ops = importlib.import_module("xformers.ops")  # on first use: it costs seconds and probes the GPU
     biases: dict[tuple[int, int], Any] = {}
 
     def attend(
-        q: Tensor, cache: LayerCache, captions: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
+        q: Tensor, cache: LayerCache, prefixes: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
     ) -> Tensor:
-        keys, values = _side_by_side(cache, captions, num_read, new_keys, new_values)  # (R, P + N, H, D)
+        keys, values = _side_by_side(cache, prefixes, num_read, new_keys, new_values)  # (R, P + N, H, D)
         R, padding = keys.shape[:2]
         if (R, padding) not in biases:
             biases[R, padding] = ops.fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
@@ -178,11 +178,11 @@ def _xformers_attention(device: torch.device) -> DecodeAttention:
 
 
 def _side_by_side(
-    cache: LayerCache, captions: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
+    cache: LayerCache, prefixes: Tensor, num_read: Tensor, new_keys: Tensor, new_values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Appends, and copies each row's prefix and own slots into one: (R, P + N, H, D) twice."""
-    rows = torch.arange(num_read.shape[0], device=num_read.device)
-    cache.keys[rows, num_read] = new_keys
-    cache.values[rows, num_read] = new_values
-    keys = torch.cat([cache.prefix_keys[captions], cache.keys], dim=1)
-    return keys, torch.cat([cache.prefix_values[captions], cache.values], dim=1)
+    """Appends, and copies each sequence's prefix and own positions into one: (R, P + N, H, D) twice."""
+    sequences = torch.arange(num_read.shape[0], dtype=torch.int64, device=num_read.device)
+    cache.keys[sequences, num_read] = new_keys
+    cache.values[sequences, num_read] = new_values
+    keys = torch.cat([cache.prefix_keys[prefixes], cache.keys], dim=1)
+    return keys, torch.cat([cache.prefix_values[prefixes], cache.values], dim=1)

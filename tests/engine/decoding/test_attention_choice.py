@@ -1,4 +1,4 @@
-"""The candidates for a decoding step's attention: one function, chosen by measurement."""
+"""The attention backends of a decode step: one function, chosen by measurement."""
 
 import pytest
 import torch
@@ -15,29 +15,36 @@ M, P, N, R, H, D = 3, 5, 7, 4, 2, 8
 
 
 def _case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, LayerCache, Tensor, Tensor, Tensor, Tensor]:
-    """(q, cache, captions, num_read, new_keys, new_values), heads before positions in memory as the decoder has it."""
+    """(q, cache, prefixes, num_read, new_keys, new_values), heads before positions in memory as the decoder has it."""
     torch.manual_seed(0)
     q, new_keys, new_values = torch.randn(3, R, H, D).to(DEVICE, dtype)
     prefix_keys, prefix_values = torch.randn(2, M, H, P, D).to(DEVICE, dtype).transpose(2, 3)
     keys, values = torch.randn(2, R, H, N, D).to(DEVICE, dtype).transpose(2, 3)
-    captions, num_read = torch.tensor([2, 0, 0, 1], device=DEVICE), torch.tensor([0, 3, N - 1, 5], device=DEVICE)
-    return q, LayerCache(prefix_keys, prefix_values, keys, values), captions, num_read, new_keys, new_values
+    prefixes, num_read = torch.tensor([2, 0, 0, 1], device=DEVICE), torch.tensor([0, 3, N - 1, 5], device=DEVICE)
+    return q, LayerCache(prefix_keys, prefix_values, keys, values), prefixes, num_read, new_keys, new_values
 
 
-def _one_row(dtype: torch.dtype) -> LayerCache:
+def _one_sequence(dtype: torch.dtype) -> LayerCache:
     cache = _case(dtype)[1]
     return LayerCache(cache.prefix_keys, cache.prefix_values, cache.keys[:1], cache.values[:1])
 
 
 def _check(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    q, cache, captions, num_read, new_keys, new_values = _case(dtype)
+    q, cache, prefixes, num_read, new_keys, new_values = _case(dtype)
     # float32 or better, on the same numbers
-    prefixes = (cache.prefix_keys.float(), cache.prefix_values.float())
+    prefix_parts = (cache.prefix_keys.float(), cache.prefix_values.float())
     keys, values = cache.keys.float(), cache.values.float()
     expected = reference.decode_attention(
-        q.float(), *prefixes, captions, keys, values, num_read, new_keys=new_keys.float(), new_values=new_values.float()
+        q.float(),
+        *prefix_parts,
+        prefixes,
+        keys,
+        values,
+        num_read,
+        new_keys=new_keys.float(),
+        new_values=new_values.float(),
     )
-    attended = decode_attention_by(name, DEVICE)(q, cache, captions, num_read, new_keys, new_values)
+    attended = decode_attention_by(name, DEVICE)(q, cache, prefixes, num_read, new_keys, new_values)
     assert attended.shape == (R, H, D)
     torch.testing.assert_close(attended.float(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(cache.keys.float(), keys)  # the new ones were written, and nothing else
@@ -45,7 +52,7 @@ def _check(name: str, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in runnable(DEVICE) if name != "xformers"])
-def test_candidates_compute_the_same_function(name: str) -> None:
+def test_backends_compute_the_same_function(name: str) -> None:
     _check(name, torch.float32, 1e-5)
 
 
@@ -54,23 +61,23 @@ def test_candidates_compute_the_same_function(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_xformers_computes_the_same_function_and_follows_lengths_in_a_graph(dtype: torch.dtype) -> None:
     _check("xformers", dtype, 2e-2)
-    q, cache, captions, num_read, new_keys, new_values = _case(dtype)
+    q, cache, prefixes, num_read, new_keys, new_values = _case(dtype)
     attend = decode_attention_by("xformers", DEVICE)
-    attend(q, cache, captions, num_read, new_keys, new_values)
+    attend(q, cache, prefixes, num_read, new_keys, new_values)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attend(q, cache, captions, num_read, new_keys, new_values)
+        captured = attend(q, cache, prefixes, num_read, new_keys, new_values)
     num_read.copy_(torch.tensor([6, 1, 0, 2], device=DEVICE))
     graph.replay()
-    assert torch.equal(captured, attend(q, cache, captions, num_read, new_keys, new_values))
+    assert torch.equal(captured, attend(q, cache, prefixes, num_read, new_keys, new_values))
 
 
 def test_all_that_can_run_are_measured_and_the_fastest_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     """Interpreted, our kernel takes thousands of times as long as PyTorch; on a GPU any may win."""
     dtype = torch.float16 if HAS_CUDA else torch.float32
-    fastest = fastest_attention([_one_row(dtype)] * 2, dtype, DEVICE)
+    fastest = fastest_attention([_one_sequence(dtype)] * 2, dtype, DEVICE)
     *others, line = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"rows 1: {fastest} is used")
+    assert line.endswith(f"sequences 1: {fastest} is used")
     for name in runnable(DEVICE):
         assert f"{name} " in line or any(f"{name} has no operator" in other for other in others)
     if not HAS_CUDA:
@@ -78,18 +85,18 @@ def test_all_that_can_run_are_measured_and_the_fastest_is_taken(capsys: pytest.C
 
 
 def test_the_shorter_time_wins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The other way round from what an interpreter measures: a slow PyTorch."""
+    """The opposite of what an interpreter measures: a slow PyTorch."""
     measure = attention_choice._measure
 
     def slow(attend: attention_choice.DecodeAttention, *rest: object) -> float:
         return measure(attend, *rest) + 1e6 * (attend is attention_choice._sdpa_attention)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attention_choice, "_measure", slow)
-    assert fastest_attention([_one_row(torch.float32)], torch.float32, DEVICE) != "sdpa"
+    assert fastest_attention([_one_sequence(torch.float32)], torch.float32, DEVICE) != "sdpa"
     assert "sdpa 1000000" in capsys.readouterr().err
 
 
-def test_what_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(InputError, match="attention: flash"):
         decode_attention_by("flash", cpu)

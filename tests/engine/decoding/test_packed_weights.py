@@ -1,4 +1,4 @@
-"""Packed weights: the same function, rows free of their company; in 8 bits: close, and rows as free."""
+"""Packed weights: the same function and batch-invariant; in 8 bits close to it, and batch-invariant as well."""
 
 import copy
 import dataclasses
@@ -27,6 +27,7 @@ from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
+from tests.engine.decoding.cases import NULL, TEXT
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(
@@ -40,8 +41,6 @@ CONFIG = TransformerConfig(
     image_vocab_size=64,
     image_grid_size=3,
 )
-TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1]])
-NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])
 ROW_COUNTS = [*range(4, 24), 31, 32, 33, 48, 63, 64, 65, 90, 128, 129, 140]
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +71,7 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def _logits(model: KoDalle, weights: Weights, count: int = 5) -> Tensor:
-    """(steps, count, V) of rows that are fed the same tokens."""
+    """(steps, count, V) of sequences that are fed the same tokens."""
     sampler = Sampler(model, weights=weights)
     prefix = sampler.prefill(TEXT)
     given = torch.arange(CONFIG.image_seq_len)
@@ -96,12 +95,12 @@ def test_packed_logits_equal_plain_logits(model: KoDalle) -> None:
 def test_int8_logits_are_close(model: KoDalle) -> None:
     plain, int8 = _logits(model, "plain"), _logits(model, "int8")
     error = (int8 - plain).pow(2).mean().sqrt() / plain.pow(2).mean().sqrt()
-    assert 1e-4 < error < 0.03  # 8 bits leave half a percent a product; less than 1e-4 were no 8 bits at all
+    assert 1e-4 < error < 0.03  # 8 bits leave half a percent a product; less than 1e-4 would not be 8 bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bfloat16)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 320), (1024, 512), (96, 1000)])
-def test_a_packed_row_has_the_same_bits_among_any_others(
+def test_a_packed_row_has_the_same_bits_in_any_batch(
     num_threads: int, dtype: torch.dtype, inputs: int, outputs: int
 ) -> None:
     torch.manual_seed(0)
@@ -143,16 +142,16 @@ def test_int8_linear_is_the_rounded_product(in_bytes: bool | None) -> None:
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
-def test_candidates_draw_alone_what_they_draw_in_batches(model: KoDalle, weights: Weights) -> None:
-    """Few of them; benchmarks/seed_equality.py does a thousand."""
+def test_candidates_are_the_same_alone_and_in_batches(model: KoDalle, weights: Weights) -> None:
+    """Few of them; benchmarks/seed_equality.py counts a thousand."""
     sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
     prefix = sampler.prefill(TEXT)
     kinds = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(guidance_scale=2.0)]
-    rows = [SequenceRequest(i % 2, kinds[i % 3].updated(seed=i // 8), candidate=i % 8) for i in range(60)]
+    requests = [SequenceRequest(i % 2, kinds[i % 3].updated(seed=i // 8), candidate=i % 8) for i in range(60)]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3)).tolist()
     for batch in (order[:1], order[1:4], order[4:21], order[21:]):
-        for number, tokens in zip(batch, sampler.decode(prefix, [rows[number] for number in batch]), strict=True):
-            assert torch.equal(sampler.decode(prefix, [rows[number]])[0], tokens), number
+        for number, tokens in zip(batch, sampler.decode(prefix, [requests[number] for number in batch]), strict=True):
+            assert torch.equal(sampler.decode(prefix, [requests[number]])[0], tokens), number
 
 
 def test_the_choice_is_packed_here_and_impossible_ones_are_named(model: KoDalle) -> None:
