@@ -53,24 +53,40 @@ def test_torch_dispatch_modes_see_every_operator() -> None:
     assert torch.ops.aten.mm in seen
 
 
-def test_torch_unflattens_tensors() -> None:
-    """engine/training: views into DeepSpeed's flat fp16 weights."""
-    from torch._utils import _unflatten_dense_tensors
-
-    flat = torch.arange(6.0)
-    one, other = _unflatten_dense_tensors(flat, [torch.empty(2), torch.empty(2, 2)])
-    assert (one.tolist(), other.tolist()) == ([0.0, 1.0], [[2.0, 3.0], [4.0, 5.0]])
-    assert one.data_ptr() == flat.data_ptr()
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_fused_optimizers_withhold_the_update_where_found_inf_is_1(found_inf: float) -> None:
+    """engine/training/update_guard.py sets the tensor, as torch's GradScaler does."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    assert optimizer._step_supports_amp_scaling
+    assert not getattr(torch.optim.AdamW([weight]), "_step_supports_amp_scaling", False)
+    optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(3)) == bool(found_inf)
 
 
 # ------------------------------------------------------------------------------------------------- DeepSpeed and Typer
 
 
-def test_deepspeed_engine_returns_the_gradient_norm_that_is_set() -> None:
-    """engine/training sets it where DeepSpeed's optimizer measures none."""
-    engine = pytest.importorskip("deepspeed.runtime.engine")
-    source = inspect.getsource(engine.DeepSpeedEngine.get_global_grad_norm)
-    assert "self._global_grad_norm" in source
+def test_deepspeed_optimizers_keep_the_gradient_norm() -> None:
+    """engine/training computes it where an optimizer has no such attribute."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        assert "self._global_grad_norm = " in inspect.getsource(optimizer), optimizer
+    source = inspect.getsource(DeepSpeedEngine)
+    assert "self.basic_optimizer = " in source
+    assert "self.skipped_steps += 1" in source
+
+
+def test_deepspeed_says_when_the_loss_scale_cannot_fall() -> None:
+    """engine/training recognises the exception by its words."""
+    scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    assert "loss scale already at minimum" in inspect.getsource(scaler)
 
 
 def test_deepspeed_has_its_fp16_optimizers_and_exceptions() -> None:
