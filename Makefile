@@ -1,16 +1,20 @@
-# `make demo` and `make test` on a fresh machine do everything: each makes the environment first when it is missing.
+# On a fresh machine every target creates the environment first. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env demo generate serve test soak system-packages lint format bench clean
+.DEFAULT_GOAL := help
+.PHONY: help env demo generate serve test test-fast package-test soak system-packages lint format bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 # What comes with the repository: trained on photographs of clothes (configs/clothing), in 16 bits.
 MODEL ?= models/clothing
 CAPTION ?= 하의에서 기장은 미니이다. 하의에서 색상은 블루이다. 하의에서 카테고리는 팬츠이다.
 
-env: $(READY)
+env: $(READY)  ## Python environment in .venv, exact versions from constraints.txt
 
 # torch comes first and alone: with it installed, later packages are content with it, where a plain range would fetch
 # several GB of CUDA packages on a machine without a GPU. deepspeed is source only and needs torch at build time.
@@ -21,30 +25,36 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25" "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gpu,serve,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt taming-transformers-rom1504
 	touch $(READY)
 
-demo: $(READY)
+demo: $(READY)  ## train and evaluate on drawn garments: the whole pipeline, small
 	$(BIN)/kodalle demo --out runs/demo
 
-generate: $(READY)
+generate: $(READY)  ## images of CAPTION with MODEL
 	$(BIN)/kodalle generate $(MODEL) "$(CAPTION)" --seed 7 --out generations
 
-serve: $(READY)
-	$(BIN)/python -m serve $(MODEL)
+serve: $(READY)  ## page and API of MODEL on port 8000
+	$(BIN)/kodalle serve $(MODEL)
 
-# Two processes share what computes by itself (Triton's interpreter has one core busy); servers, browsers and their clocks
-# have the machine for themselves. Both parts are run, whatever the first one finds.
-test: $(READY)
+# Two processes share what computes by itself; tests marked `exclusive` (servers, browsers, Ray) then have the machine for
+# themselves. Both parts are run, whatever the first one finds.
+test: $(READY)  ## all tests: at most 10 minutes on two cores
 	@status=0; \
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/serve || status=$$?; \
-	$(BIN)/python -m pytest -q tests/serve || status=$$?; \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive" || status=$$?; \
+	$(BIN)/python -m pytest -q -m "exclusive and not soak" || status=$$?; \
 	exit $$status
 
-# What `make test` leaves out: an hour or so of a running server. Stops at the first bar that is missed; results are stored.
+test-fast: $(READY)  ## unit tests alone: under a minute on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive and not slow"
+
+package-test: $(READY)  ## the wheel, installed outside the checkout: generates, trains, serves
+	$(BIN)/python -m pytest -q -m package
+
+# Stops at the first failure; results are stored.
 RESULTS := benchmarks/results
-soak: $(READY)
+soak: $(READY)  ## an hour or so: tests and benchmarks that `make test` leaves out
 	$(BIN)/python -m pytest -q -m soak
 	$(BIN)/python benchmarks/serve_fuzz.py --server direct --out $(RESULTS)/serve_fuzz
 	$(BIN)/python benchmarks/serve_fuzz.py --server ray --out $(RESULTS)/serve_fuzz
@@ -58,26 +68,26 @@ soak: $(READY)
 
 # What the tests of the page and of two hosts need besides Python: a browser with a Korean font, and `ip`. Without them, or
 # without leave to install them, those tests skip and say so.
-system-packages:
+system-packages:  ## Chromium, a Korean font and ip, for the tests that need them
 	@if command -v chromium >/dev/null && command -v ip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium fonts-nanum iproute2 >/dev/null) || echo "system packages could not be installed: some tests will skip"; \
 	else echo "no leave to install chromium, fonts-nanum, iproute2: some tests will skip"; fi
 
-bench: $(READY)
+bench: $(READY)  ## speed of kernels and of generation
 	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/sample_speed.py
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)
+format: $(READY)  ## what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+clean:  ## remove the environment, runs and caches
+	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -3,6 +3,9 @@
 import json
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share the cores
+
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -89,6 +92,25 @@ TRANSFORMER = {
 }
 
 Tree = dict[str, Any]
+
+# Fixtures that train models first: tests on them are none of `make test-fast`.
+_TRAINING = {"vqgan_run", "koclip_run", "kodalle_run", "kodalle_parts", "run_of", "tree_of", "train_tree"}
+# Tests that start servers, browsers or Ray, and wait for them.
+_EXCLUSIVE = (
+    "tests/serve/page/",
+    "tests/serve/test_app.py",
+    "tests/serve/test_command.py",
+    "tests/benchmarks/test_serve_load.py",
+    "tests/benchmarks/test_serve_two_hosts.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _TRAINING & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if item.nodeid.startswith(_EXCLUSIVE):
+            item.add_marker("exclusive")
 
 
 def write_pairs(folder: Path) -> Path:

@@ -54,7 +54,7 @@ def full(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 def _generate(environment: Environment, cwd: Path) -> subprocess.CompletedProcess[str]:
     options = ["--candidates", "1", "--top", "1", "--seed", "7", "--out", "made", "--device", "cpu"]
-    return environment.kodalle("draw", MODEL, CAPTION, *options, cwd=cwd)
+    return environment.kodalle("generate", MODEL, CAPTION, *options, cwd=cwd)
 
 
 def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
@@ -81,7 +81,7 @@ def test_version(bare: Environment, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("draw", MODEL, CAPTION), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
+        (("generate", MODEL, CAPTION), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
         (("train", "run.yaml"), "deepspeed: not installed: pip install 'kodalle-engine[train]'"),
         (("serve", MODEL), "uvicorn: not installed: pip install 'kodalle-engine[serve]'"),
         (("evaluate", MODEL, "pairs"), "torchmetrics: not installed: pip install 'kodalle-engine[train]'"),

@@ -33,6 +33,7 @@ def last_line(answer: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_figures_add_up_and_are_stored(tmp_path: Path) -> None:
     answer = run(tmp_path, "--dtype", "bf16")
     assert answer.returncode == 0, answer.stderr
@@ -48,6 +49,7 @@ def test_figures_add_up_and_are_stored(tmp_path: Path) -> None:
     assert row["loss_first"] == pytest.approx(3.55, abs=0.4)  # (ln 64 + 7 ln 32) / 8: uniform predictions
 
 
+@pytest.mark.slow
 def test_a_training_that_ends_early_is_reported_and_fails(tmp_path: Path) -> None:
     answer = run(tmp_path, "--batch", "4", "loop.stesp=3")
     assert answer.returncode == 1

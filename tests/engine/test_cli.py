@@ -42,12 +42,16 @@ def test_generate_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None
     assert not (tmp_path / "generations").exists()
 
 
-@pytest.mark.slow
-def test_missing_model_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    answer = _kodalle(tmp_path, "generate", "missing-folder", "x")
-    assert answer.returncode == 2
-    assert answer.stdout == ""
-    assert answer.stderr.splitlines() == [
+def test_missing_model_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kodalle", "generate", "missing-folder", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
         "error: model folder: missing-folder: no such folder: train first, or give the folder of a trained model"
     ]
     assert list(tmp_path.iterdir()) == []
