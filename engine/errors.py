@@ -8,7 +8,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input, told as field, value and remedy.
+    """Bad input, stated as field, value and remedy.
 
     Args:
         field: what was wrong, as the user wrote it (config key, file, option).

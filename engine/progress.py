@@ -18,7 +18,7 @@ class ProgressBar:
         self.total = total
         self.enabled = enabled
         self._start = start
-        self._begun = self._printed = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._live: Progress | None = None
         if enabled and sys.stdout.isatty():
             self._live = Progress(
@@ -45,7 +45,7 @@ class ProgressBar:
             self._live.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """Says that `done` of `total` are finished."""
+        """Shows that `done` of `total` are finished."""
         if not self.enabled:
             return
         if self._live is not None:
@@ -54,7 +54,7 @@ class ProgressBar:
         now = time.monotonic()
         if now - self._printed >= PLAIN_EVERY_S or done == self.total:
             self._printed = now
-            pace = (now - self._begun) / max(1, done - self._start)
+            pace = (now - self._started) / max(1, done - self._start)
             left = seconds_text(pace * (self.total - done))
             print(f"{self.name} {done}/{self.total}, {left} left {note}".rstrip(), flush=True)
 

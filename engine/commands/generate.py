@@ -22,7 +22,8 @@ from engine.pipeline.generation import Candidate, Generation
 from engine.pipeline.image_encoding import read_metadata, save_png
 from engine.pipeline.image_files import contact_sheet
 from engine.pipeline.init_image import InitImage
-from engine.pipeline.pipeline import Pipeline, local_folder
+from engine.pipeline.loading import local_folder
+from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.provenance import InitImageRecord, Provenance, read_provenance
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling_params import RankBy, SamplingParams
@@ -107,9 +108,11 @@ def regenerate_to_folder(
     if model is None and not source.is_dir():
         raise InputError("MODEL", made.model, f"made {image} and is not here: give its folder before --from")
     if (digest := model_digest(source)) != made.model_digest:
-        told = f"is not the model that made {image}: its digest begins {digest[:12]}, not {str(made.model_digest)[:12]}"
-        raise InputError("MODEL", model or made.model, told)
-    given = _init_image_of(made.init_image, image, init_image, mask, source)
+        remedy = (
+            f"is not the model that made {image}: its digest begins {digest[:12]}, not {str(made.model_digest)[:12]}"
+        )
+        raise InputError("MODEL", model or made.model, remedy)
+    start = _init_image_of(made.init_image, image, init_image, mask, source)
     fit_threads()
     started = time.perf_counter()
     arithmetic = made.arithmetic
@@ -128,7 +131,7 @@ def regenerate_to_folder(
             file=sys.stderr,
         )
     request = pipeline.prepare(
-        [made.caption], made.request_params, init_image=given, rank_by=made.rank_by, candidate_numbers=[made.candidate]
+        [made.caption], made.request_params, init_image=start, rank_by=made.rank_by, candidate_numbers=[made.candidate]
     )[0]
     timings_s: dict[str, float] = {}
     tokens = pipeline.decode([request], timings_s=timings_s)[0]
@@ -170,14 +173,14 @@ def _init_image_of(
         raise InputError("--mask", "(nothing)", f"{made} was made with a mask: give it too")
     if record.mask_sha256 is None and mask is not None:
         raise InputError("--mask", mask, f"{made} was made without a mask: leave it out")
-    given = InitImage.from_files(image, keep_rows=record.keep_rows, mask=mask, paste=record.paste)
+    found = InitImage.from_files(image, keep_rows=record.keep_rows, mask=mask, paste=record.paste)
     config = part_config(model, "vqgan")
-    found = InitImageRecord(**given.record(config.image_size, config.grid_size))
-    if found.image_sha256 != record.image_sha256:
+    stated = InitImageRecord(**found.record(config.image_size, config.grid_size))
+    if stated.image_sha256 != record.image_sha256:
         raise InputError("--image", image, f"is not the init image that {made} was made from")
-    if found.mask_sha256 != record.mask_sha256:
+    if stated.mask_sha256 != record.mask_sha256:
         raise InputError("--mask", str(mask), f"is not the mask that {made} was made with")
-    return given
+    return found
 
 
 def _dtype(name: str, image: Path) -> torch.dtype:

@@ -1,1 +1,1 @@
-"""Captions to ranked pictures, and what may be asked for: the pipeline and the drawing commands."""
+"""From captions to ranked images: pipeline, init images, caption continuation, provenance and image files."""

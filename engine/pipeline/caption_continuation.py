@@ -1,20 +1,20 @@
-"""Captions that write themselves: the rest of a caption, drawn with the model's text head.
+"""Caption continuation: the rest of a caption, sampled with the model's text head.
 
     lines = continue_caption(model, tokenizer, "상의에서 색상은", count=4, seed=7)
     lines[0].text      # "상의에서 색상은 레드이다. …"
 
-The model learned captions beside pictures (its text loss), so it can go on with one: [CLS] and the words so far, then
-a token at a time until [SEP] or [PAD], or until the model's text is full (DALLE-pytorch: `generate_texts`).
+The model learned captions beside images (its text loss), so it can continue one: [CLS] and the words so far, then a
+token at a time until [SEP] or [PAD], or until the model's text is full (DALLE-pytorch: `generate_texts`).
 
-What may be drawn: the tokenizer's own entries and nothing else. Table rows beyond it stand for no token; the head's
-reserved rows, one a text position, are never a target; [CLS] and [MASK] never stand inside a caption, and [UNK] would
-be a word that nobody can read. The ancestors leave these in and clean up what is decoded.
+Only the tokenizer's own entries can be sampled. Table rows beyond it stand for no token; the head's reserved rows, one a
+text position, are never a target; [CLS] and [MASK] never stand inside a caption, and [UNK] would be a word that no reader
+can make out. The ancestors leave these in and clean up what is decoded.
 
-Noise is that of pictures, keyed by (seed, candidate, position, token id), at positions from 2^31 on, where no picture
-has any: a caption and a picture of one seed do not share it. Rows are worked 16 at a time, always, the last ones filled
-up with copies: matrix products of other sizes differ in the last bit, and a candidate must be the same in any company.
+Noise is that of images, keyed by (seed, candidate, position, token id), at positions from 2^31 on, which images do not
+reach: a caption and an image of one seed do not share it. Sequences are always computed 16 at a time, the last batch
+padded with copies: matrix products of other sizes differ in the last bit, and a candidate must not depend on the batch.
 
-L layers, R rows worked at once, T text positions (1 + T with <bos>), H heads, D head dim, C model dim, V vocabulary.
+L layers, R sequences of a batch, T text positions (1 + T with <bos>), H heads, D head dim, C model dim, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ from engine.models.attention import attention
 from engine.models.transformer import KoDalle, Layer
 from engine.sampling_params import FIELDS, SamplingParams, SequenceRequest
 
-_ROWS_AT_ONCE = 16
+_BATCH = 16
 _FIRST_POSITION = 2**31
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A caption, written on."""
+    """A caption and what the model added to it."""
 
-    text: str  # the beginning as it was given, and what was added
+    text: str  # the beginning as it was written, and what was added
     candidate: int
     seed: int
     text_tokens: tuple[int, ...]  # [CLS] and words, without [SEP]
@@ -60,13 +60,13 @@ def continue_caption(
     """Samples `count` continuations; candidate i of a seed is the same whatever `count` is.
 
     Args:
-        beginning: words to go on from; may be empty, for a whole caption. A cut word is finished if the tokenizer
-            knows its pieces.
+        beginning: first words; may be empty, for a whole caption. A cut word is finished if the tokenizer knows its
+            pieces.
         sampling_params: as for images, over the text vocabulary.
         seed: the same as in `sampling_params`, over which it has precedence.
 
     Raises:
-        InputError: the beginning fills the model's text; guidance, which is for pictures; count or seed out of range.
+        InputError: the beginning fills the model's text; guidance, which is for images; count or seed out of range.
     """
     params = (sampling_params or SamplingParams()).updated(seed=seed)
     if params.is_guided:
@@ -77,18 +77,20 @@ def continue_caption(
     first, room = tokenizer.encode_beginning(beginning), model.config.text_seq_len
     if len(first) >= room:
         raise InputError("caption", beginning, f"is {len(first)} tokens and the model's text {room}: shorten it")
-    rows = [SequenceRequest(0, params, candidate=number) for number in range(count)]
-    drawn = continue_tokens(model, first, rows, allowed=allowed_tokens(tokenizer), end_ids=tokenizer.end_ids)
+    sequences = [SequenceRequest(0, params, candidate=number) for number in range(count)]
+    sampled = continue_tokens(model, first, sequences, allowed=allowed_tokens(tokenizer), end_ids=tokenizer.end_ids)
     before = tokenizer.decode(first)
     lines = []
-    for row, tokens in zip(rows, drawn, strict=True):
+    for sequence, tokens in zip(sequences, sampled, strict=True):
         words = [token for token in tokens if token not in tokenizer.end_ids]
         whole = tokenizer.decode([*first, *words])
-        # The tokenizer's reading of the beginning lacks words that it does not know: the given one stays.
+        # Decoding the beginning loses words that the tokenizer does not know: it stays as it was written.
         text = whole
         if whole.startswith(before):
             text = beginning.rstrip() + ("" if before else " ") + whole[len(before) :]
-        lines.append(Continuation(text.strip(), row.candidate, params.seed, (*first, *words), len(words) < len(tokens)))
+        lines.append(
+            Continuation(text.strip(), sequence.candidate, params.seed, (*first, *words), len(words) < len(tokens))
+        )
     return lines
 
 
@@ -102,26 +104,26 @@ def allowed_tokens(tokenizer: CaptionTokenizer) -> Tensor:
 def continue_tokens(
     model: KoDalle,
     beginning: Sequence[int],
-    rows: Sequence[SequenceRequest],
+    sequences: Sequence[SequenceRequest],
     *,
     allowed: Tensor,
     end_ids: frozenset[int],
 ) -> list[list[int]]:
-    """Draws the tokens that follow `beginning`.
+    """Samples the tokens that follow `beginning`.
 
     Args:
         beginning: ids from [CLS] on, fewer than text_seq_len.
-        rows: seeds, candidates and options; `prefix_index` is not read.
-        allowed: (V,) bool, V <= text_vocab_size; other rows of the head are never drawn.
-        end_ids: a row is done with the first of these.
+        sequences: parameters and candidates; `prefix_index` is not read.
+        allowed: (V,) bool, V <= text_vocab_size; other rows of the head are never sampled.
+        end_ids: a sequence is done with the first of these.
 
     Returns:
-        Of each row its drawn tokens, the one that ended it included; none of them where the text was full before.
+        Of each sequence its sampled tokens, the one that ended it included; none of these where the text was full before.
     """
     with evaluating(model):
         cache = _TextCache(model)
         hidden = cache.read_beginning(beginning)  # (C,)
-        parts = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
+        parts = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
         return [tokens for part in parts for tokens in _continue_part(model, cache, hidden, part, allowed, end_ids)]
 
 
@@ -129,46 +131,48 @@ def _continue_part(
     model: KoDalle,
     cache: "_TextCache",
     hidden: Tensor,
-    rows: Sequence[SequenceRequest],
+    sequences: Sequence[SequenceRequest],
     allowed: Tensor,
     end_ids: frozenset[int],
 ) -> list[list[int]]:
-    """At most 16 rows, in step: all have the same beginning, so all are at one position."""
-    filled = [*rows, *[rows[-1]] * (_ROWS_AT_ONCE - len(rows))]
+    """At most 16 sequences, in step: all have the same beginning, so all are at one position."""
+    padded = [*sequences, *[sequences[-1]] * (_BATCH - len(sequences))]
     device, V = hidden.device, len(allowed)
     forbidden = ~allowed.to(device)
     weight, bias = model.head.weight[:V], model.head.bias[:V]
-    hidden = hidden.expand(_ROWS_AT_ONCE, -1)  # (R, C)
-    parameters = SamplingTensors(filled, device)
-    drawn: list[list[int]] = [[] for _ in rows]
+    hidden = hidden.expand(_BATCH, -1)  # (R, C)
+    parameters = SamplingTensors(padded, device)
+    sampled: list[list[int]] = [[] for _ in sequences]
     for position in range(cache.beginning_length, model.config.text_seq_len + 1):
         logits = F.linear(model.head.norm(hidden), weight, bias).masked_fill(forbidden, -torch.inf)  # (R, V)
-        tokens = parameters.sample(logits, torch.full((_ROWS_AT_ONCE,), _FIRST_POSITION + position, device=device))
+        tokens = parameters.sample(
+            logits, torch.full((_BATCH,), _FIRST_POSITION + position, dtype=torch.int64, device=device)
+        )
         ended = True
-        for row, token in zip(drawn, tokens[: len(rows)].tolist(), strict=True):
-            if not row or row[-1] not in end_ids:
-                row.append(token)
+        for ids, token in zip(sampled, tokens[: len(sequences)].tolist(), strict=True):
+            if not ids or ids[-1] not in end_ids:
+                ids.append(token)
                 ended = ended and token in end_ids
         if ended or position == model.config.text_seq_len:
             break
         hidden = cache.step(tokens, position)
-    return drawn
+    return sampled
 
 
 class _TextCache:
-    """Keys and values of 16 rows that share their beginning: position 0 is <bos>, position i the i-th text token."""
+    """Keys and values of 16 sequences that share their beginning: position 0 is <bos>, position i the i-th text token."""
 
     def __init__(self, model: KoDalle) -> None:
         config, weight = model.config, model.head.weight
         self._model = model
         self._layers = cast(list[Layer], list(model.layers))
-        shape = (config.num_layers, _ROWS_AT_ONCE, config.prefix_len, config.num_heads, config.head_dim)
+        shape = (config.num_layers, _BATCH, config.prefix_len, config.num_heads, config.head_dim)
         self._keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self._values = torch.zeros_like(self._keys)
         self.beginning_length = 0
 
     def read_beginning(self, tokens: Sequence[int]) -> Tensor:
-        """Reads <bos> and `tokens` once, for all rows: (C,), the output that predicts the next token."""
+        """Reads <bos> and `tokens` once, for all sequences: (C,), the output that predicts the next token."""
         device = self._keys.device
         x = self._model.text_embedding(torch.tensor([list(tokens)], dtype=torch.int64, device=device))
         self.beginning_length = x.shape[1]  # x (1, P, C)
@@ -179,7 +183,7 @@ class _TextCache:
         return x[0, -1]
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
-        """Reads one token a row, (R,), at `position`: (R, C). What lies beyond it, of earlier rows, is not seen."""
+        """Reads one token a sequence, (R,), at `position`: (R, C). Later positions, of an earlier batch, are not attended."""
         embedding = self._model.text_embedding
         x = (embedding.tokens[tokens] + embedding.positions[position])[:, None]  # (R, 1, C)
         for number, layer in enumerate(self._layers):
@@ -192,11 +196,11 @@ class _TextCache:
 
     @staticmethod
     def _attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each row's query (R, 1, H, D) over its own keys and values (R, T, H, D).
+        """Each sequence's query (R, 1, H, D) over its own keys and values (R, T, H, D).
 
-        On a CPU one row at a time. PyTorch's kernel shares rows among threads, whose buffers lie differently in memory,
-        and MKL's products follow that: with AVX2 and two threads the last eight of 16 equal rows had other last bits.
+        On a CPU one sequence at a time. PyTorch's kernel shares them among threads, whose buffers lie differently in memory,
+        and MKL's products follow that: with AVX2 and two threads the last eight of 16 equal sequences had other last bits.
         """
-        rows_at_once = 1 if q.device.type == "cpu" else len(q)
-        rows = zip(q.split(rows_at_once), k.split(rows_at_once), v.split(rows_at_once), strict=True)
-        return torch.cat([attention(*row, causal=False, backend=layer.attention.backend) for row in rows])
+        at_once = 1 if q.device.type == "cpu" else len(q)
+        parts = zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True)
+        return torch.cat([attention(*part, causal=False, backend=layer.attention.backend) for part in parts])

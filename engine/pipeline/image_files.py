@@ -34,7 +34,7 @@ def image_grid(images: Tensor, *, columns: int) -> Image.Image:
 
 
 def paste_grid(images: Sequence[Image.Image], *, columns: int, gap: int = _GAP) -> Image.Image:
-    """Pictures of one size, row by row."""
+    """Images of one size, row by row."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
@@ -57,7 +57,7 @@ def hangul_font(size: int) -> ImageFont.FreeTypeFont | None:
 def contact_sheet(
     caption: str, images: Sequence[Image.Image], labels: Sequence[str], *, columns: int, scale: int = 1
 ) -> Image.Image:
-    """Pictures under their caption, each with a short Latin label (rank, score, seed) beneath.
+    """Images under their caption, each with a short Latin label (rank, score, seed) beneath.
 
     Args:
         scale: whole-number enlargement, nearest neighbour: small images stay what they are.

@@ -17,18 +17,12 @@ An init image may be continued or inpainted (engine/pipeline/init_image.py), and
 G captions, n candidates each, B = G * n sequences, T text positions, N image tokens, S pixels.
 """
 
-import contextlib
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from engine.codec.codec import Codec, CodecBackend, open_codec
@@ -37,7 +31,6 @@ from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities, default_dtype
 from engine.errors import InputError
-from engine.files import is_hub_name
 from engine.models.folder import (
     Attributes,
     Part,
@@ -58,10 +51,11 @@ from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRe
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage, check_kept_after
 from engine.pipeline.likelihood import log_likelihoods
+from engine.pipeline.loading import check_fit, local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
+from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, check_captions
 
-_IMPORTED_IN = os.getpid()
 _AT_ONCE = 16  # images decoded and embedded together: bounds memory
 OnPosition = Callable[[int, int], None]
 """Called with (image tokens that every sequence has, N)."""
@@ -134,12 +128,12 @@ class Pipeline:
             InputError: no such folder or hub name, a part that is missing, weights that do not fit, each by name.
         """
         device = torch.device(device)
-        _survive_fork(device)
+        survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
         transformer: KoDalle = load_part(folder, "transformer")
         vqgan: Vqgan = load_part(folder, "vqgan")
         koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
-        _check_fit(transformer, vqgan, folder)
+        check_fit(transformer, vqgan, folder)
         card = folder / "model_card.md"
         dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
         transformer.to(device=device, dtype=dtype)
@@ -178,10 +172,22 @@ class Pipeline:
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Packed weights, graphs and sessions are rebuilt; what they are built from is pickled.
-        parts = (self.transformer, self.vqgan, self.koclip, self.tokenizer, self._card)
-        state = (self._generation, self.attributes, self._int8, self._speculative, self._codec_backend)
-        return _unpickled, (*parts, *state, self.model_id, self._folder)
+        # Packed weights, graphs and sessions are rebuilt from what is pickled.
+        arguments = {
+            "transformer": self.transformer,
+            "vqgan": self.vqgan,
+            "koclip": self.koclip,
+            "tokenizer": self.tokenizer,
+            "card": self._card,
+            "generation": self._generation,
+            "attributes": self.attributes,
+            "int8": self._int8,
+            "speculative": self._speculative,
+            "codec_backend": self._codec_backend,
+            "model_id": self.model_id,
+            "folder": self._folder,
+        }
+        return _unpickled, (arguments,)
 
     @property
     def device(self) -> torch.device:
@@ -228,7 +234,7 @@ class Pipeline:
         """
         timings_s: dict[str, float] = {}
         params = (sampling_params or self.default_sampling_params).updated(candidates=candidates, seed=seed)
-        with _timed(timings_s, "prefill", self.device):
+        with timed(timings_s, "prefill", self.device):
             requests = self.prepare(captions, params, init_image=init_image, rank_by=rank_by, strict=strict)
         image_tokens = self.decode(requests, timings_s=timings_s, on_position=on_position)
         return [
@@ -291,7 +297,7 @@ class Pipeline:
             check_kept_after(regenerated_tokens)
         if init_image is None or regenerated_tokens is None:
             return None
-        with _inference(self.device):
+        with inference(self.device):
             pixels = torch.from_numpy(init_image.pixels(image_size)).to(self.device)
             image = pixels.permute(2, 0, 1).float() / 255  # (3, S, S)
             sampled = torch.from_numpy(regenerated_tokens).to(self.device)
@@ -316,10 +322,10 @@ class Pipeline:
             (n, N) int64 a request, on the model's device.
         """
         timings_s = {} if timings_s is None else timings_s
-        with _exact(self.device), _timed(timings_s, "prefill", self.device):
+        with exact(self.device), timed(timings_s, "prefill", self.device):
             prefix = self.sampler.prefill(torch.cat([request.text_tokens for request in requests]))
         sequences = [sequence for g, request in enumerate(requests) for sequence in request.sequences(g)]
-        with _exact(self.device), _timed(timings_s, "decode", self.device):
+        with exact(self.device), timed(timings_s, "decode", self.device):
             total = self.transformer.config.image_seq_len
             on_step = None if on_position is None else lambda position, _: on_position(position + 1, total)
             tokens = self.sampler.decode(
@@ -351,7 +357,7 @@ class Pipeline:
             before_part: called before each 16 images. To cancel, raise: the exception passes through.
         """
         timings_s = {} if timings_s is None else timings_s
-        with _timed(timings_s, "vqgan", self.device):
+        with timed(timings_s, "vqgan", self.device):
             parts = []
             for part in image_tokens.split(_AT_ONCE):
                 if before_part is not None:
@@ -359,7 +365,7 @@ class Pipeline:
                 parts.append(self.decode_images(part.to(self.device), init_image=request.init_image))
             images = torch.cat(parts)  # (n, 3, S, S)
             pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
-        with _exact(self.device), _timed(timings_s, "ranking", self.device):
+        with exact(self.device), timed(timings_s, "ranking", self.device):
             scores = self.rank_scores([request.caption], images[None])  # (1, n) or None
             likelihoods = None
             if request.rank_by == "log_likelihood" and request.init_tokens is not None:
@@ -389,14 +395,14 @@ class Pipeline:
         self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
     ) -> list[Continuation]:
         """Samples the rest of a caption, `count` times: see engine/pipeline/caption_continuation.py."""
-        with _exact(self.device):
+        with exact(self.device):
             return continue_caption(
                 self.transformer, self.tokenizer, beginning, sampling_params, count=count, seed=seed
             )
 
     def decode_images(self, image_tokens: Tensor, *, init_image: PreparedInitImage | None = None) -> Tensor:
         """(B, N) -> (B, 3, S, S) in [0, 1]; with an init image, what it keeps of the original pasted in."""
-        with _inference(self.device):
+        with inference(self.device):
             images = self._codec.decoder.decode(image_tokens)
             return images if init_image is None else torch.where(init_image.pasted, init_image.pixels, images)
 
@@ -412,7 +418,7 @@ class Pipeline:
         embedder = self._codec.embedder
         if self.koclip is None or embedder is None:
             return None
-        with _inference(self.device):
+        with inference(self.device):
             tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
             texts = embedder.embed_texts(tokens)  # (G, E)
             embeddings = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_AT_ONCE)])
@@ -421,120 +427,11 @@ class Pipeline:
             return torch.stack(rows).float().cpu()
 
 
-@contextlib.contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """The arithmetic of this pipeline inside: no autocast that the caller entered; in a forked process, one thread."""
-    _survive_fork(device)
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-def _survive_fork(device: torch.device) -> None:
-    """Makes torch usable in a process that was forked from one in which it has computed.
-
-    Its threads do not live on in the child, where the first parallel operation would wait for them for ever. A single
-    thread computes the same bits.
-
-    Raises:
-        InputError: CUDA, which a fork ends.
-    """
-    if os.getpid() == _IMPORTED_IN:
-        return
-    if device.type == "cuda":
-        remedy = "CUDA does not work in a forked process: start it with `spawn`, or load the pipeline in one of its own"
-        raise InputError("device", device, remedy)
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-        print("note: one thread in this forked process; start it with `spawn` to compute with all", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _inference(device: torch.device) -> Iterator[None]:
-    """No autograd and no autocast inside."""
-    with torch.inference_mode(), _exact(device):
-        yield
-
-
-def _unpickled(
-    transformer: KoDalle,
-    vqgan: Vqgan,
-    koclip: KoClip | None,
-    tokenizer: CaptionTokenizer,
-    card: str,
-    generation: GenerationConfig,
-    attributes: Attributes,
-    int8: bool,
-    speculative: bool,
-    codec_backend: CodecBackend,
-    model_id: str,
-    folder: Path | None,
-) -> Pipeline:
+def _unpickled(arguments: dict[str, Any]) -> Pipeline:
     """Raises InputError: an ONNX codec whose model folder is gone."""
-    device, codec = transformer.head.weight.device, None
-    _survive_fork(device)
-    if codec_backend == "onnx" and folder is not None:
-        codec = open_codec(folder, vqgan, koclip, backend="onnx", device=device)
-    return Pipeline(
-        transformer,
-        vqgan,
-        koclip,
-        tokenizer,
-        card,
-        codec,
-        generation=generation,
-        attributes=attributes,
-        int8=int8,
-        speculative=speculative,
-        codec_backend=codec_backend,
-        model_id=model_id,
-        folder=folder,
-    )
-
-
-def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
-    ours, theirs = transformer.config, vqgan.config
-    if (ours.image_vocab_size, ours.image_grid_size) != (theirs.codebook_size, theirs.grid_size):
-        raise InputError(
-            "model folder",
-            folder,
-            f"the transformer has {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
-            f"VQGAN {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
-        )
-
-
-def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """A model folder as it was named, or the hub's copy of `owner/name` on this disk.
-
-    Raises:
-        InputError: the hub has no such model or cannot be reached.
-    """
-    folder = Path(folder_or_hub_id)
-    name = str(folder_or_hub_id)
-    if folder.exists() or not is_hub_name(name):
-        return folder  # a folder that is missing gets its own error message
-    try:
-        fetched = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.onnx"],  # never pickles or code
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError("model", name, f"no such folder, and it cannot be fetched from the hub ({reason})") from error
-    return Path(fetched)
-
-
-class _timed:
-    """Adds a block's seconds to `timings_s`, what it issued on a GPU included."""
-
-    def __init__(self, timings_s: dict[str, float], name: str, device: torch.device) -> None:
-        self._timings_s, self._name, self._device = timings_s, name, device
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # other streams belong to other phases of a server
-        self._timings_s[self._name] = self._timings_s.get(self._name, 0.0) + time.perf_counter() - self._started
+    device, codec = arguments["transformer"].head.weight.device, None
+    survive_fork(device)
+    if arguments["codec_backend"] == "onnx" and arguments["folder"] is not None:
+        parts = arguments["vqgan"], arguments["koclip"]
+        codec = open_codec(arguments["folder"], *parts, backend="onnx", device=device)
+    return Pipeline(**arguments, codec=codec)

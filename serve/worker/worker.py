@@ -25,7 +25,8 @@ from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import model_digest
-from engine.pipeline.pipeline import Pipeline, local_folder
+from engine.pipeline.loading import local_folder
+from engine.pipeline.pipeline import Pipeline
 from serve.messages import Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import WorkerMetrics
 from serve.scheduling.scheduler import DeadlineTooShort, QueueFull

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from engine import cli
 from engine.errors import InputError
+from engine.sampling_params import FIELDS
 
 
 def _kodalle(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -105,7 +106,7 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--candidates", "0"], "candidates: 0"),
         (["--codec-backend", "auto"], "--codec-backend: auto: write torch or onnx"),
@@ -128,7 +129,11 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
     ],
 )
 def test_bad_values_are_one_line(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kodalle", "generate", "missing-folder", "caption", *options])
@@ -137,7 +142,7 @@ def test_bad_values_are_one_line(
     assert caught.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: {said}")
+    assert lines[0].startswith(f"error: {message}")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +153,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main()
     assert not issubclass(ZeroDivisionError, InputError)
+
+
+def test_help_states_the_bounds_of_every_sampling_parameter() -> None:
+    options = {option.name: option for option in typer.main.get_command(cli.app).commands["generate"].params}  # type: ignore[attr-defined]
+    for name, spec in FIELDS.items():
+        assert spec.description in options[name].help
+        if name != "candidates":
+            assert spec.range_text in options[name].help
+    assert "; 1 to 1024; default: 16" in options["candidates"].help

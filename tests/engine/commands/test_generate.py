@@ -23,7 +23,7 @@ CAPTION = "빨강 바탕에 파랑 네모"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A photo wider than high, masks for it, and files that are no pictures."""
+    """A photo wider than high, masks for it, and files that are no images."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "사진.png")
     mask = np.zeros((40, 60), np.uint8)
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> Path:
     Image.new("L", (60, 40), 0).save(tmp_path / "black.png")
     Image.new("L", (40, 40), 255).save(tmp_path / "square.png")
     Image.new("RGBA", (60, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     (tmp_path / "cut.png").write_bytes((tmp_path / "사진.png").read_bytes()[:2000])
     return tmp_path
@@ -153,7 +153,7 @@ def made(files: Path, kodalle_run: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--from", "nowhere.png"], "--from: nowhere.png: cannot be read"),
         (["--from", "text.png"], "--from: text.png: cannot be read"),
@@ -186,18 +186,18 @@ def made(files: Path, kodalle_run: Path) -> Path:
     ],
 )
 def test_what_is_not_as_the_metadata_state_is_refused(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with Image.open(made / "mask.png") as mask:
         Image.fromarray(np.roll(np.asarray(mask), 3, axis=1)).save(made / "shifted.png")
     assert _kodalle(monkeypatch, made, "generate", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}")
+    assert line.startswith(f"error: {message}")
     assert not (made / "generations").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--image", "text.png"], "image: text.png: is not a JPEG, PNG, WEBP image"),
         (["--image", "empty.png"], "image: empty.png: the file is empty"),
@@ -215,12 +215,12 @@ def test_what_is_not_as_the_metadata_state_is_refused(
         ),
     ],
 )
-def test_bad_pictures_are_one_line_before_the_model_is_read(
-    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+def test_bad_images_are_one_line_before_the_model_is_read(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert _kodalle(monkeypatch, files, "generate", "missing-model", CAPTION, "--device", "cpu", *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}")
+    assert line.startswith(f"error: {message}")
     assert not (files / "generations").exists()
 
 
@@ -253,11 +253,21 @@ def test_continue_prints_one_caption_a_line(
 def test_continue_refuses(
     kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, said in (
+    for arguments, message in (
         (["missing", "빨강"], "error: model folder: missing: no such folder"),
         ([str(kodalle_run / "model"), "빨강 " * 20], "error: caption: "),
         (["missing", "빨강", "--top-p", "2"], "error: top_p: 2.0"),
     ):
         assert _kodalle(monkeypatch, tmp_path, "continue", *arguments, "--device", "cpu") == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(said)
+        assert line.startswith(message)
+
+
+def test_onnx_is_a_choice_that_needs_its_files(
+    kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--codec-backend", "onnx", "--device", "cpu"]
+    assert _kodalle(monkeypatch, tmp_path, "generate", str(kodalle_run / "model"), CAPTION, *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "kodalle export" in line
+    assert not (tmp_path / "generations").exists()

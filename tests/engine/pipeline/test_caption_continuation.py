@@ -1,4 +1,4 @@
-"""Captions written on: cached == uncached, alone == in company, and nothing but words."""
+"""Caption continuation: cached == uncached, alone == in a batch, and nothing but words."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def model() -> KoDalle:
 
 
 def _model(**sizes: int) -> KoDalle:
-    """A fresh model's tokens depend on hardly anything but their neighbour and the noise: this one's on everything."""
+    """A fresh model's tokens depend on hardly anything but the token before them and the noise: this one's on everything."""
     torch.manual_seed(0)
     model = KoDalle(CONFIG.model_copy(update=sizes)).eval()
     with torch.no_grad():
@@ -65,9 +65,9 @@ def _uncached(
     model: KoDalle, first: list[int], row: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
 ) -> list[int]:
     """Whole forward passes over the caption so far, [PAD] after it."""
-    length, drawn, option = model.config.text_seq_len, [], row.sampling_params
-    while len(first) + len(drawn) < length and not end_ids & set(drawn):
-        ids = [*first, *drawn]
+    length, sampled, option = model.config.text_seq_len, [], row.sampling_params
+    while len(first) + len(sampled) < length and not end_ids & set(sampled):
+        ids = [*first, *sampled]
         text = torch.tensor([ids + [1] * (length - len(ids))])
         logits = model.logits(text, torch.zeros(1, 1, dtype=torch.int64))[0][:, len(ids)]  # (1, V_text + reserved)
         token = reference.sample(
@@ -79,23 +79,23 @@ def _uncached(
             torch.tensor([option.top_k or 0]),
             torch.tensor([option.top_p or 1.0]),
         )
-        drawn.append(int(token))
-    return drawn
+        sampled.append(int(token))
+    return sampled
 
 
 def test_cached_tokens_equal_uncached_tokens(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
     allowed, end_ids, rows = allowed_tokens(tokenizer), tokenizer.end_ids, _rows(24)
     for beginning in ("", BEGINNING):
         first = tokenizer.encode_beginning(beginning)
-        drawn = continue_tokens(model, first, rows, allowed=allowed, end_ids=end_ids)
-        for row, tokens in zip(rows, drawn, strict=True):
+        sampled = continue_tokens(model, first, rows, allowed=allowed, end_ids=end_ids)
+        for row, tokens in zip(rows, sampled, strict=True):
             assert tokens == _uncached(model, first, row, allowed, end_ids), row
-        lengths = {len(tokens) for tokens in drawn}
+        lengths = {len(tokens) for tokens in sampled}
         assert len(lengths) > 3, "rows that all end together would not test how they end apart"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_alone_equals_the_row_in_company(dtype: torch.dtype, tokenizer: CaptionTokenizer) -> None:
+def test_a_sequence_alone_equals_the_sequence_in_a_batch(dtype: torch.dtype, tokenizer: CaptionTokenizer) -> None:
     """Also bit by bit: hidden states of odd sizes at the published width, which tokens would hide."""
     model = _model(dim=1024, num_layers=1, num_heads=8, head_dim=64).to(dtype)
     first, rows, seen = tokenizer.encode_beginning(BEGINNING), _rows(21), []
@@ -111,11 +111,11 @@ def test_a_row_alone_equals_the_row_in_company(dtype: torch.dtype, tokenizer: Ca
 
     whole, hidden = run(rows[:16])
     assert [len(tokens) for tokens in whole] == [CONFIG.text_seq_len - len(first)] * 16
-    for company in ([3], [15], [9, 2], list(range(7, 16))):
-        some, some_hidden = run([rows[number] for number in company])
-        assert some == [whole[number] for number in company]
+    for places in ([3], [15], [9, 2], list(range(7, 16))):
+        some, some_hidden = run([rows[number] for number in places])
+        assert some == [whole[number] for number in places]
         for step, expected in zip(some_hidden, hidden, strict=True):
-            assert torch.equal(step[: len(company)], expected[company]), company
+            assert torch.equal(step[: len(places)], expected[places]), places
     assert run(rows)[0][:16] == whole
 
 
@@ -142,7 +142,7 @@ def test_global_generator_and_mode_are_left_alone(model: KoDalle, tokenizer: Cap
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_only_words_and_ends_are_drawn(tokenizer: CaptionTokenizer) -> None:
+def test_only_words_and_ends_are_sampled(tokenizer: CaptionTokenizer) -> None:
     """The model wants nothing but what is forbidden: [CLS], [UNK], [MASK], rows without an entry, reserved rows."""
     model, first, rows = _model(), tokenizer.encode_beginning(BEGINNING), _rows(16)
     forbidden = [0, 3, 4, *range(tokenizer.vocab_size, model.head.num_text_rows)]
@@ -150,8 +150,8 @@ def test_only_words_and_ends_are_drawn(tokenizer: CaptionTokenizer) -> None:
         model.head.bias[forbidden] += 200
     allowed = allowed_tokens(tokenizer)
     assert sorted(set(range(model.head.num_text_rows)) - set(allowed.nonzero()[:, 0].tolist())) == forbidden
-    drawn = continue_tokens(model, first, rows, allowed=allowed, end_ids=tokenizer.end_ids)
-    assert not {token for tokens in drawn for token in tokens} & set(forbidden)
+    sampled = continue_tokens(model, first, rows, allowed=allowed, end_ids=tokenizer.end_ids)
+    assert not {token for tokens in sampled for token in tokens} & set(forbidden)
     everything = torch.ones(model.config.text_vocab_size, dtype=torch.bool)
     unguarded = continue_tokens(model, first, rows, allowed=everything, end_ids=tokenizer.end_ids)
     assert {token for tokens in unguarded for token in tokens} <= set(forbidden)
@@ -175,7 +175,7 @@ def test_a_full_text_is_not_complete(tokenizer: CaptionTokenizer) -> None:
         assert (len(line.text_tokens), line.is_complete) == (CONFIG.text_seq_len, False)
 
 
-def test_text_begins_as_it_was_given_and_joins_words(tokenizer: CaptionTokenizer) -> None:
+def test_text_begins_as_it_was_written_and_joins_words(tokenizer: CaptionTokenizer) -> None:
     _, word, *_, piece = tokenizer.encode_beginning("레드이다")
     # 龍 is no letter of the tokenizer's: [UNK], which decoding leaves out
     for beginning in (BEGINNING, f"{BEGINNING}  ", "龍", f"龍 {BEGINNING}", ""):
@@ -204,14 +204,14 @@ def test_beginning_has_no_end(tokenizer: CaptionTokenizer) -> None:
     assert tokenizer.special_ids == {0, 1, 2, 3, 4}
 
 
-def test_noise_is_not_that_of_pictures() -> None:
+def test_noise_is_not_that_of_images() -> None:
     seed, candidate = torch.tensor([7]), torch.tensor([0])
-    drawn = {
+    sampled = {
         tuple(reference.gumbel_noise(seed, candidate, torch.tensor([first + position]), 8)[0].tolist())
         for first in (0, 2**31)
         for position in range(100)
     }
-    assert len(drawn) == 200
+    assert len(sampled) == 200
 
 
 def test_bad_requests(model: KoDalle, tokenizer: CaptionTokenizer) -> None:

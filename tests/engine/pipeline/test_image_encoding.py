@@ -19,7 +19,7 @@ LOSSLESS: list[ImageFormat] = ["png", "webp"]
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     ramp = np.linspace(0, 255, 48, dtype=np.uint8)
     return Image.fromarray(
         np.stack([*np.broadcast_arrays(ramp[:, None], ramp[None]), np.full((48, 48), 9, np.uint8)], -1)
@@ -27,53 +27,53 @@ def picture() -> Image.Image:
 
 
 @pytest.mark.parametrize("image_format", LOSSLESS)
-def test_lossless_formats_keep_every_pixel(picture: Image.Image, image_format: ImageFormat) -> None:
-    data = encode_image(picture, image_format, compression=100, metadata=METADATA)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), np.asarray(picture))
+def test_lossless_formats_keep_every_pixel(image: Image.Image, image_format: ImageFormat) -> None:
+    data = encode_image(image, image_format, compression=100, metadata=METADATA)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), np.asarray(image))
 
 
 @pytest.mark.parametrize(("image_format", "compression"), [("webp", 80), ("jpeg", 95), ("jpeg", 0)])
-def test_lossy_formats_are_smaller_and_near(picture: Image.Image, image_format: ImageFormat, compression: int) -> None:
-    data = encode_image(picture, image_format, compression=compression, metadata={})
-    error = np.abs(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) - np.asarray(picture)).mean()
+def test_lossy_formats_are_smaller_and_near(image: Image.Image, image_format: ImageFormat, compression: int) -> None:
+    data = encode_image(image, image_format, compression=compression, metadata={})
+    error = np.abs(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float) - np.asarray(image)).mean()
     assert error < (5 if compression else 60)
     assert len(data) < 48 * 48 * 3
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 def test_metadata_comes_back_as_it_was_and_the_bytes_are_the_same_each_time(
-    picture: Image.Image, image_format: ImageFormat
+    image: Image.Image, image_format: ImageFormat
 ) -> None:
-    data = encode_image(picture, image_format, compression=90, metadata=METADATA)
+    data = encode_image(image, image_format, compression=90, metadata=METADATA)
     assert read_metadata(data) == METADATA
-    assert data == encode_image(picture, image_format, compression=90, metadata=METADATA)
+    assert data == encode_image(image, image_format, compression=90, metadata=METADATA)
 
 
-def test_a_picture_without_metadata_has_none(picture: Image.Image) -> None:
+def test_an_image_without_metadata_has_none(image: Image.Image) -> None:
     for name in ("PNG", "JPEG", "WEBP"):
         buffer = io.BytesIO()
-        picture.save(buffer, format=name)
+        image.save(buffer, format=name)
         assert read_metadata(buffer.getvalue()) is None
 
 
-def test_a_caption_that_reads_like_json_stays_text(picture: Image.Image) -> None:
+def test_a_caption_that_reads_like_json_stays_text(image: Image.Image) -> None:
     for image_format in ("png", "webp"):
-        data = encode_image(picture, image_format, compression=100, metadata={"caption": "12"})
+        data = encode_image(image, image_format, compression=100, metadata={"caption": "12"})
         assert read_metadata(data) == {"caption": "12"}
 
 
-def test_other_programs_metadata_is_none_of_ours(picture: Image.Image) -> None:
+def test_other_programs_metadata_is_none_of_ours(image: Image.Image) -> None:
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = b"ASCII\x00\x00\x00shot on a phone"
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", exif=exif)
+    image.save(buffer, format="JPEG", exif=exif)
     assert read_metadata(buffer.getvalue()) is None
     with pytest.raises(OSError, match="cannot identify"):
         read_metadata(b"no image")
 
 
-def test_png_shows_its_caption_to_viewers_and_is_written_at_once(picture: Image.Image, tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", picture, METADATA)
+def test_png_shows_its_caption_to_viewers_and_is_written_at_once(image: Image.Image, tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", image, METADATA)
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.text["Description"] == METADATA["caption"]  # type: ignore[attr-defined]
     assert read_metadata((tmp_path / "a.png").read_bytes()) == METADATA

@@ -1,4 +1,4 @@
-"""Pictures as files: right sizes, right bits, Korean that survives."""
+"""Contact sheets and grids: right sizes, right bits, Korean letters or a warning."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipeline import image_files as pictures
+from engine.pipeline import image_files
 from engine.pipeline.image_files import contact_sheet, image_grid, paste_grid, to_uint8
 
 
@@ -45,16 +45,16 @@ def test_sheet_sizes(count: int, columns: int, scale: int, size: tuple[int, int]
     assert sheet.size == size
 
 
-def test_sheet_shows_pictures_enlarged_pixel_by_pixel() -> None:
-    picture = Image.new("RGB", (2, 1))
-    picture.putpixel((0, 0), (255, 0, 0))
-    picture.putpixel((1, 0), (0, 0, 255))
-    sheet = contact_sheet("", [picture], [""], columns=1, scale=10)
+def test_sheet_shows_images_enlarged_pixel_by_pixel() -> None:
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((0, 0), (255, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255))
+    sheet = contact_sheet("", [image], [""], columns=1, scale=10)
     assert {sheet.getpixel((x, 4)) for x in range(4, 14)} == {(255, 0, 0)}
     assert {sheet.getpixel((x, 4)) for x in range(14, 24)} == {(0, 0, 255)}
 
 
-def test_caption_wraps_above_the_pictures() -> None:
+def test_caption_wraps_above_the_images() -> None:
     short, long = (
         contact_sheet(caption, [_plain("red", 64)], ["#1"], columns=1) for caption in ("shirt", "long shirt " * 6)
     )
@@ -67,7 +67,7 @@ def test_caption_wraps_above_the_pictures() -> None:
 def test_without_a_hangul_font_the_sheet_says_so_once_and_has_no_boxes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pictures, "HANGUL_FONTS", ("no-such-font.ttf",))
+    monkeypatch.setattr(image_files, "HANGUL_FONTS", ("no-such-font.ttf",))
     with caplog.at_level(logging.WARNING):
         sheet = contact_sheet("상의", [_plain("red")], ["#1"], columns=1)
     assert sheet.size == contact_sheet("", [_plain("red")], ["#1"], columns=1).size

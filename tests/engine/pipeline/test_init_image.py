@@ -1,4 +1,4 @@
-"""A picture to start from: how it is cut, what a mask marks, and what is refused."""
+"""Init images: how it is cut, what a mask marks, and what is refused."""
 
 import numpy as np
 import pytest
@@ -25,15 +25,15 @@ def _mask(width: int, height: int, *marked: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def _cells(given: InitImage) -> set[tuple[int, int]]:
+def _cells(init_image: InitImage) -> set[tuple[int, int]]:
     """(row, column) of the regenerated tokens."""
-    tokens = given.regenerated_tokens(S, GRID)
+    tokens = init_image.regenerated_tokens(S, GRID)
     assert tokens.shape == (GRID * GRID,)
     return {(int(place) // GRID, int(place) % GRID) for place in tokens.nonzero()[0]}
 
 
 @pytest.mark.parametrize(("width", "height"), [(32, 32), (100, 60), (61, 100), (20, 9)])
-def test_middle_square_resized_as_training_pictures_are(width: int, height: int) -> None:
+def test_middle_square_resized_as_training_images_are(width: int, height: int) -> None:
     photo, side = _photo(width, height), min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     square = photo.crop((left, top, left + side, top + side))
@@ -59,9 +59,9 @@ def test_any_mode_and_upright() -> None:
 
 def test_first_rows_are_kept() -> None:
     for rows in range(1, GRID):
-        given = InitImage(_photo(50, 40), keep_rows=rows)
-        assert _cells(given) == {(row, column) for row in range(rows, GRID) for column in range(GRID)}
-        regenerated = given.regenerated_pixels(S, GRID)
+        init_image = InitImage(_photo(50, 40), keep_rows=rows)
+        assert _cells(init_image) == {(row, column) for row in range(rows, GRID) for column in range(GRID)}
+        regenerated = init_image.regenerated_pixels(S, GRID)
         assert not regenerated[: 4 * rows].any()
         assert regenerated[4 * rows :].all()
 
@@ -71,7 +71,7 @@ def test_default_rows_are_dalles(grid: int, rows: int) -> None:
     assert (~InitImage(_photo(32, 32)).regenerated_tokens(2 * grid, grid)).sum() == rows * grid
 
 
-def test_a_cell_is_redrawn_when_one_pixel_of_it_is_marked() -> None:
+def test_a_cell_is_regenerated_when_one_pixel_of_it_is_marked() -> None:
     assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (0, 0)))) == {(0, 0)}
     assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (3, 4)))) == {(1, 0)}
     assert _cells(InitImage(_photo(S, S), mask_image=_mask(S, S, (4, 3), (31, 31)))) == {(0, 1), (7, 7)}
@@ -79,7 +79,7 @@ def test_a_cell_is_redrawn_when_one_pixel_of_it_is_marked() -> None:
     large = InitImage(_photo(1000, 800), mask_image=_mask(1000, 800, (100 + 399, 799)))
     assert _cells(large) == {(7, 3)}
     assert large.regenerated_pixels(S, GRID).sum() == 1
-    # One pixel of a small mask covers several of the picture: 16 x 16 to 32 x 32.
+    # One pixel of a small mask covers several of the image: 16 x 16 to 32 x 32.
     assert InitImage(_photo(16, 16), mask_image=_mask(16, 16, (5, 0))).regenerated_pixels(S, GRID).sum() == 4
 
 
@@ -107,14 +107,14 @@ def test_shrunk_is_any_overlapping_pixel(side: int, size: int) -> None:
 def test_bad_masks() -> None:
     photo = _photo(60, 40)
     clear = Image.new("RGBA", (60, 40), (255, 255, 255, 0))
-    for mask, said in (
+    for mask, message in (
         (_mask(40, 60, (1, 1)), "mask_image: 40 x 60: must be as large as the image, 60 x 40"),
         (_mask(60, 40), "mask_image: all black"),
         (_mask(60, 40, (9, 0), (50, 0)), "mask_image: all black"),  # white outside the middle square only
         (Image.new("1", (60, 40), 1), "mask_image: all white"),
         (clear, "mask_image: has transparent pixels"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             InitImage(photo, mask_image=mask)
     with pytest.raises(InputError, match="keep_rows: 3: goes with no mask"):
         InitImage(photo, keep_rows=3, mask_image=_mask(60, 40, (20, 20)))
@@ -130,6 +130,6 @@ def test_too_few_rows(rows: int) -> None:
 
 
 def test_too_many_rows_for_the_model() -> None:
-    given = InitImage(_photo(S, S), keep_rows=GRID)
+    init_image = InitImage(_photo(S, S), keep_rows=GRID)
     with pytest.raises(InputError, match="keep_rows: 8: this model's images have 8 rows of tokens: keep 1 to 7"):
-        given.regenerated_tokens(S, GRID)
+        init_image.regenerated_tokens(S, GRID)

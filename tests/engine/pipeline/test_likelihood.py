@@ -20,7 +20,7 @@ CONFIG = TransformerConfig(
     image_grid_size=3,
 )
 TEXT = torch.tensor([[0, 5, 6, 2, 1, 1], [0, 9, 2, 1, 1, 1]])
-REDRAWN = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool)
+REGENERATED = torch.tensor([0, 0, 0, 1, 1, 0, 1, 0, 0], dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,15 @@ def test_is_the_sum_over_what_is_kept_after_the_hole(model: KoDalle, tokens: Ten
             )
             for row in range(6)
         ]  # fmt: skip
-    scores = log_likelihoods(model, TEXT, tokens, REDRAWN)
+    scores = log_likelihoods(model, TEXT, tokens, REGENERATED)
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     assert len(set(scores.tolist())) == 6
 
 
-def test_a_row_scores_the_same_in_any_company(model: KoDalle, tokens: Tensor) -> None:
-    whole = log_likelihoods(model, TEXT, tokens, REDRAWN)
-    assert torch.equal(log_likelihoods(model, TEXT[1:], tokens[4:5], REDRAWN), whole[4:5])
+def test_a_sequence_scores_the_same_in_any_batch(model: KoDalle, tokens: Tensor) -> None:
+    whole = log_likelihoods(model, TEXT, tokens, REGENERATED)
+    assert torch.equal(log_likelihoods(model, TEXT[1:], tokens[4:5], REGENERATED), whole[4:5])
 
 
 def test_nothing_after_the_hole_is_zero_and_the_mode_stays(model: KoDalle, tokens: Tensor) -> None:

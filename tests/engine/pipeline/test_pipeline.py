@@ -1,4 +1,4 @@
-"""Captions to ranked pictures: the same picture whatever else is drawn, and what `kodalle generate` writes."""
+"""Captions to ranked images: the same image whatever else is generated, and what `kodalle generate` writes."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_what_comes_out(pipeline: Pipeline, sixteen: Generation) -> None:
     assert sixteen.timings_s.keys() == {"prefill", "decode", "vqgan", "ranking"}
 
 
-def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen: Generation) -> None:
+def test_same_seed_same_images_another_seed_others(pipeline: Pipeline, sixteen: Generation) -> None:
     again = pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
     for one, other in zip(sixteen.candidates, again.candidates, strict=True):
         _same(one, other)
@@ -70,7 +70,7 @@ def test_same_seed_same_pictures_another_seed_others(pipeline: Pipeline, sixteen
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 5])
-def test_candidate_is_the_same_however_many_are_asked(pipeline: Pipeline, sixteen: Generation, candidates: int) -> None:
+def test_candidate_is_the_same_however_many_there_are(pipeline: Pipeline, sixteen: Generation, candidates: int) -> None:
     few = pipeline(CAPTIONS[:1], candidates=candidates, seed=5)[0]
     for one, other in zip(_by_number(few), _by_number(sixteen), strict=False):
         _same(one, other)
@@ -94,7 +94,7 @@ def test_global_generator_is_neither_read_nor_moved(pipeline: Pipeline, sixteen:
     _same(_by_number(generation)[1], _by_number(sixteen)[1])
 
 
-def test_saved_and_loaded_draws_the_same(pipeline: Pipeline, sixteen: Generation, tmp_path: Path) -> None:
+def test_saved_and_loaded_generates_the_same(pipeline: Pipeline, sixteen: Generation, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "copy")
     loaded = Pipeline.from_pretrained(str(tmp_path / "copy"))
     generation = loaded(CAPTIONS[:1], candidates=16, seed=5)[0]
@@ -123,7 +123,9 @@ def test_ranking_is_koclips(pipeline: Pipeline, sixteen: Generation) -> None:
     assert torch.allclose(torch.tensor([one.score for one in ordered]), expected, atol=1e-5)
 
 
-def test_without_a_ranker_the_order_is_the_order_drawn(kodalle_run: Path, sixteen: Generation, tmp_path: Path) -> None:
+def test_without_a_ranker_the_order_is_that_of_the_candidates(
+    kodalle_run: Path, sixteen: Generation, tmp_path: Path
+) -> None:
     source = kodalle_run / "model"
     whole = Pipeline.from_pretrained(source)
     write_model_folder(
@@ -149,7 +151,7 @@ def test_caption_too_long(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"captions": []}, "give a caption"),
         ({"captions": ["a", "  "]}, "give a caption"),
@@ -161,8 +163,8 @@ def test_caption_too_long(pipeline: Pipeline) -> None:
         ({"seed": 2**64}, "seed: "),
     ],
 )
-def test_bad_requests(pipeline: Pipeline, arguments: dict[str, object], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_bad_requests(pipeline: Pipeline, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         pipeline(**({"captions": CAPTIONS, "candidates": 1} | arguments))  # type: ignore[arg-type]
 
 
@@ -197,17 +199,17 @@ def test_missing_folder(name: str) -> None:
 
 def test_unreachable_hub_name() -> None:
     with pytest.raises(
-        InputError, match="model: nobody/nothing: no such folder, and it cannot be fetched from the hub"
+        InputError, match="model: owner/nothing: no such folder, and it cannot be fetched from the hub"
     ) as caught:
-        Pipeline.from_pretrained("nobody/nothing", local_files_only=True)
+        Pipeline.from_pretrained("owner/nothing", local_files_only=True)
     assert "\n" not in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------- a given picture
+# ------------------------------------------------------------------------------------------------------ init images
 
 
 def _photo() -> Image.Image:
-    """32 x 32, as the model's pictures: nothing is resized."""
+    """32 x 32, as the model's images: nothing is resized."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels[8:24, 8:24] = (40, 60, 220)
     return Image.fromarray(pixels)
@@ -225,19 +227,19 @@ def _encoded(pipeline: Pipeline, photo: Image.Image) -> torch.Tensor:
     return pipeline.vqgan.encode(torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255)[0]
 
 
-@pytest.mark.parametrize("given", [InitImage(_photo(), keep_rows=3), InitImage(_photo(), mask_image=_hole())])
-def test_given_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, given: InitImage) -> None:
-    generation = pipeline(CAPTIONS[:1], candidates=5, seed=5, init_image=given)[0]
-    regenerated = torch.from_numpy(given.regenerated_tokens(32, 8))
-    assert regenerated.sum() == (40 if given.mask_image is None else 12)
-    tokens = _encoded(pipeline, given.image).masked_fill(regenerated, -1)
+@pytest.mark.parametrize("init_image", [InitImage(_photo(), keep_rows=3), InitImage(_photo(), mask_image=_hole())])
+def test_init_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, init_image: InitImage) -> None:
+    generation = pipeline(CAPTIONS[:1], candidates=5, seed=5, init_image=init_image)[0]
+    regenerated = torch.from_numpy(init_image.regenerated_tokens(32, 8))
+    assert regenerated.sum() == (40 if init_image.mask_image is None else 12)
+    tokens = _encoded(pipeline, init_image.image).masked_fill(regenerated, -1)
     assert generation.init_tokens == tuple(tokens.tolist())
-    drawn = torch.tensor([one.image_tokens for one in _by_number(generation)])
-    assert torch.equal(drawn[:, ~regenerated], tokens[~regenerated].expand(5, -1))
-    assert len({tuple(row) for row in drawn[:, regenerated].tolist()}) == 5
+    sampled = torch.tensor([one.image_tokens for one in _by_number(generation)])
+    assert torch.equal(sampled[:, ~regenerated], tokens[~regenerated].expand(5, -1))
+    assert len({tuple(row) for row in sampled[:, regenerated].tolist()}) == 5
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
     rows = [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(5)]
-    assert torch.equal(Sampler(pipeline.transformer).generate(text, rows, init_tokens=tokens.expand(5, -1)), drawn)
+    assert torch.equal(Sampler(pipeline.transformer).generate(text, rows, init_tokens=tokens.expand(5, -1)), sampled)
 
 
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
@@ -246,12 +248,12 @@ def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     plain = pipeline(CAPTIONS[:1], candidates=3, init_image=InitImage(_photo(), mask_image=_hole(), paste=False))[0]
     for one, other in zip(_by_number(pasted), _by_number(plain), strict=True):
         assert one.image_tokens == other.image_tokens
-        picture, decoded = np.asarray(one.image), np.asarray(other.image)
-        assert np.array_equal(picture[~marked], photo[~marked])
-        assert np.array_equal(picture[marked], decoded[marked])
+        image, decoded = np.asarray(one.image), np.asarray(other.image)
+        assert np.array_equal(image[~marked], photo[~marked])
+        assert np.array_equal(image[marked], decoded[marked])
         tokens = torch.tensor([other.image_tokens])
         assert np.array_equal(decoded, to_uint8(pipeline.decode_images(tokens))[0].numpy())
-    assert pipeline.koclip is not None  # the ranking is of the pictures as they come out
+    assert pipeline.koclip is not None  # the ranking is of the images as they come out
     images = torch.stack(
         [torch.from_numpy(np.asarray(one.image).copy()).permute(2, 0, 1) / 255 for one in pasted.top(3)]
     )
@@ -262,13 +264,15 @@ def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     assert np.array_equal(np.asarray(rows.image)[:12], photo[:12])
 
 
-def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
-    given = InitImage(_photo(), mask_image=_hole())
+def test_inpainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeline) -> None:
+    init_image = InitImage(_photo(), mask_image=_hole())
     options = SamplingParams(temperature=0.9, guidance_scale=2.0)
-    many = pipeline(CAPTIONS, candidates=3, seed=3, sampling_params=options, init_image=given, rank_by="log_likelihood")
+    many = pipeline(
+        CAPTIONS, candidates=3, seed=3, sampling_params=options, init_image=init_image, rank_by="log_likelihood"
+    )
     for caption, generation in zip(CAPTIONS, many, strict=True):
         few = pipeline(
-            [caption], candidates=1, seed=3, sampling_params=options, init_image=given, rank_by="log_likelihood"
+            [caption], candidates=1, seed=3, sampling_params=options, init_image=init_image, rank_by="log_likelihood"
         )[0]
         for one, other in zip(_by_number(few), _by_number(generation), strict=False):
             _same(one, other)
@@ -276,8 +280,8 @@ def test_repainted_candidate_is_the_same_alone_and_among_others(pipeline: Pipeli
 
 
 def test_ranked_by_log_likelihood(pipeline: Pipeline) -> None:
-    given = InitImage(_photo(), mask_image=_hole())
-    generation = pipeline(CAPTIONS[:1], candidates=8, init_image=given, rank_by="log_likelihood")[0]
+    init_image = InitImage(_photo(), mask_image=_hole())
+    generation = pipeline(CAPTIONS[:1], candidates=8, init_image=init_image, rank_by="log_likelihood")[0]
     likelihoods = [one.log_likelihood for one in generation.candidates]
     assert likelihoods == sorted(likelihoods, reverse=True)  # type: ignore[type-var]
     assert len(set(likelihoods)) > 1
@@ -285,14 +289,14 @@ def test_ranked_by_log_likelihood(pipeline: Pipeline) -> None:
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
     regenerated = torch.tensor(generation.init_tokens) < 0
     assert likelihoods == log_likelihoods(pipeline.transformer, text, tokens, regenerated).tolist()
-    by_koclip = pipeline(CAPTIONS[:1], candidates=8, init_image=given)[0]
+    by_koclip = pipeline(CAPTIONS[:1], candidates=8, init_image=init_image)[0]
     assert {one.log_likelihood for one in by_koclip.candidates} == {None}
     for one, other in zip(_by_number(by_koclip), _by_number(generation), strict=True):
         _same(one, other)
 
 
 @pytest.mark.parametrize(
-    ("given", "rank_by", "said"),
+    ("init_image", "rank_by", "message"),
     [
         (InitImage(_photo(), keep_rows=8), "koclip", "keep_rows: 8: this model's images have 8 rows"),
         (None, "log_likelihood", "rank_by: log_likelihood: needs a mask"),
@@ -300,9 +304,9 @@ def test_ranked_by_log_likelihood(pipeline: Pipeline) -> None:
         (None, "beauty", "rank_by: beauty: write one of koclip, log_likelihood"),
     ],
 )
-def test_bad_given_pictures(pipeline: Pipeline, given: InitImage | None, rank_by: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        pipeline(CAPTIONS[:1], candidates=1, init_image=given, rank_by=rank_by)  # type: ignore[arg-type]
+def test_bad_init_images(pipeline: Pipeline, init_image: InitImage | None, rank_by: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline(CAPTIONS[:1], candidates=1, init_image=init_image, rank_by=rank_by)  # type: ignore[arg-type]
 
 
 def test_captions_are_continued(pipeline: Pipeline) -> None:
@@ -315,10 +319,10 @@ def test_captions_are_continued(pipeline: Pipeline) -> None:
 # ------------------------------------------------------------------------------------------------------ kodalle generate
 
 
-def test_a_model_says_how_it_is_drawn_with(
+def test_a_models_own_sampling_params(
     kodalle_run: Path, pipeline: Pipeline, sixteen: Generation, tmp_path: Path
 ) -> None:
-    """Where nothing is asked for its own options count, one by one; they go along when it is saved."""
+    """They count one by one where a request states none, and are saved with the model."""
     model = tmp_path / "model"
     shutil.copytree(kodalle_run / "model", model)
     (model / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 9}')
@@ -330,9 +334,9 @@ def test_a_model_says_how_it_is_drawn_with(
     Pipeline.from_pretrained(model).save_pretrained(tmp_path / "saved")
     again = Pipeline.from_pretrained(tmp_path / "saved")
     assert again.default_sampling_params == own
-    drawn = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
-    assert drawn == expected
-    by_command = _draw(model, tmp_path / "out", temperature=None, top_k=None)
+    sampled = [one.image_tokens for one in _by_number(again(CAPTIONS[:1], candidates=5, seed=5)[0])]
+    assert sampled == expected
+    by_command = _generate(model, tmp_path / "out", temperature=None, top_k=None)
     assert [one.image_tokens for one in _by_number(by_command)] == expected
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert result["candidates"][0]["provenance"]["sampling_params"] == {
@@ -341,7 +345,7 @@ def test_a_model_says_how_it_is_drawn_with(
         "top_p": None,
         "guidance_scale": 1.0,
     }
-    warmer = _draw(model, tmp_path / "warmer", temperature=1.5)
+    warmer = _generate(model, tmp_path / "warmer", temperature=1.5)
     assert (
         json.loads((tmp_path / "warmer" / "result.json").read_text())["candidates"][0]["provenance"]["sampling_params"][
             "top_k"
@@ -351,36 +355,36 @@ def test_a_model_says_how_it_is_drawn_with(
     assert [one.image_tokens for one in _by_number(warmer)] != expected
 
 
-def _draw(
+def _generate(
     model: Path, out: Path, caption: str = CAPTIONS[0], *, strict: bool = False, **params: float | None
 ) -> Generation:
     values = {"candidates": 5, "top": 2, "seed": 5} | params
     return generate_to_folder(str(model), caption, out, sampling_params=values, strict=strict, device="cpu")
 
 
-def test_a_folder_that_is_drawn_into_again_holds_the_new_drawing_alone(kodalle_run: Path, tmp_path: Path) -> None:
-    _draw(kodalle_run / "model", tmp_path)
+def test_a_folder_that_is_written_again_holds_the_new_generation_alone(kodalle_run: Path, tmp_path: Path) -> None:
+    _generate(kodalle_run / "model", tmp_path)
     ours = {path.name for path in tmp_path.glob("*-seed5-*.png")}
     assert len(ours) == 2
     (tmp_path / "my own.png").write_bytes(b"precious")
     (tmp_path / "01-seed5-candidate000.png.bak").write_bytes(b"precious")
-    _draw(kodalle_run / "model", tmp_path, seed=6)
+    _generate(kodalle_run / "model", tmp_path, seed=6)
     names = {path.name for path in tmp_path.iterdir()}
     assert not names & ours
     assert names >= {"my own.png", "01-seed5-candidate000.png.bak", "sheet.png", "result.json"}
     assert len([name for name in names if "-seed6-" in name]) == 2
-    # An index of pictures that names others than ours removes nothing.
+    # A result.json that names others than ours removes nothing.
     for text in ('{"candidates": [{"file": "my own.png"}, {"file": "../x.png"}, {"file": null}]}', "[", "[1]", "{}"):
         (tmp_path / "result.json").write_text(text)
-        _draw(kodalle_run / "model", tmp_path, seed=6)
+        _generate(kodalle_run / "model", tmp_path, seed=6)
     assert (tmp_path / "my own.png").read_bytes() == b"precious"
 
 
-def test_draw_writes_pictures_sheet_and_result(
+def test_generate_writes_images_sheet_and_result(
     kodalle_run: Path, sixteen: Generation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "그림" / "one"
-    generation = _draw(kodalle_run / "model", out)
+    generation = _generate(kodalle_run / "model", out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     files = [one["file"] for one in result["candidates"] if one["file"]]
     assert {path.name for path in out.iterdir()} == {*files, "sheet.png", "result.json"}
@@ -395,39 +399,41 @@ def test_draw_writes_pictures_sheet_and_result(
         "guidance_scale": 1.0,
     }
     for one, file in zip(generation.top(2), files, strict=True):
-        with Image.open(out / file) as picture:
-            assert np.array_equal(np.asarray(picture), np.asarray(_by_number(sixteen)[one.candidate].image))
+        with Image.open(out / file) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(_by_number(sixteen)[one.candidate].image))
         provenance = result["candidates"][one.rank - 1]["provenance"]
         assert read_metadata((out / file).read_bytes()) == provenance
         assert (provenance["seed"], provenance["candidate"]) == (5, one.candidate)
     with Image.open(out / "sheet.png") as sheet:
         assert sheet.width == 5 * (128 + 4) + 4  # five in a row, 32 pixels enlarged to 128
-    said = capsys.readouterr().out
-    assert all(str(out / file) in said for file in files)
+    message = capsys.readouterr().out
+    assert all(str(out / file) in message for file in files)
 
 
-def test_draw_again_over_the_same_folder(kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _draw(kodalle_run / "model", tmp_path)
+def test_generate_again_over_the_same_folder(
+    kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _generate(kodalle_run / "model", tmp_path)
     monkeypatch.setattr("engine.commands.generate.contact_sheet", lambda *_, **__: os.abort)
     with pytest.raises(AttributeError):  # dies before it is done: an old result.json would tell of a mixture
-        _draw(kodalle_run / "model", tmp_path, seed=6)
+        _generate(kodalle_run / "model", tmp_path, seed=6)
     assert not (tmp_path / "result.json").exists()
 
 
-def test_draw_says_what_was_cut(kodalle_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generation = _draw(kodalle_run / "model", tmp_path, LONG)
+def test_generate_reports_what_was_cut(kodalle_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generation = _generate(kodalle_run / "model", tmp_path, LONG)
     assert f"note: the caption is {generation.tokens_cut} tokens too long" in capsys.readouterr().out
     with pytest.raises(InputError, match="more than the model's 12"):
-        _draw(kodalle_run / "model", tmp_path / "strict", LONG, strict=True)
+        _generate(kodalle_run / "model", tmp_path / "strict", LONG, strict=True)
     assert not (tmp_path / "strict").exists()
 
 
-def test_draw_refuses_before_it_loads(tmp_path: Path) -> None:
+def test_generate_refuses_before_it_loads(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="top: 6: is more than the 5 candidates"):
-        _draw(tmp_path / "nowhere", tmp_path / "out", top=6)
+        _generate(tmp_path / "nowhere", tmp_path / "out", top=6)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out: .*is a file"):
-        _draw(tmp_path / "nowhere", tmp_path / "file")
+        _generate(tmp_path / "nowhere", tmp_path / "file")
 
 
 def test_pick_device() -> None:

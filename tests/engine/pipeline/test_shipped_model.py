@@ -1,4 +1,4 @@
-"""The models that come with the repository draw, on a machine that never trained, what their captions say."""
+"""The models of this repository generate what their captions say, on a machine that never trained."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ CAPTIONS = [
 
 def test_one_is_what_is_served_by_default() -> None:
     assert (MODELS.parent / ServeSettings().model).resolve() == PHOTOS
-    assert ServeSettings().model.startswith("./")  # `models/clothing` is also a name on the hub, somebody else's
+    assert ServeSettings().model.startswith("./")  # `models/clothing` could also be a name on the hub
 
 
 @pytest.mark.parametrize("model", [DEMO, PHOTOS], ids=lambda model: model.name)
@@ -40,14 +40,14 @@ def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
         assert word in card
 
 
-def test_the_demos_model_draws_what_the_captions_say() -> None:
+def test_the_demos_model_generates_what_the_captions_say() -> None:
     generations = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
     best = [read(generation.candidates[0].image) for generation in generations]
     assert [(one.colour, one.category) for one in best] == [tuple(wanted) for _, *wanted in CAPTIONS]
 
 
-def test_the_other_one_draws_clothes_of_the_colours_that_the_captions_say() -> None:
-    """Of unmistakable colours; what else its drawings show is measured in benchmarks/results/clothing."""
+def test_the_clothing_model_generates_clothes_of_the_colours_that_the_captions_say() -> None:
+    """Of unmistakable colours; what else its images show is measured in benchmarks/results/clothing."""
     attributes = read_attributes(PHOTOS)["상의"]
     assert {"색상", "카테고리", "소매기장"} <= attributes.keys()
     wanted = ["레드", "블랙", "화이트", "옐로우"]

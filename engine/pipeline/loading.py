@@ -1,0 +1,46 @@
+"""Where a model is: a folder, or the copy of a Hugging Face model on this disk; and whether its parts fit each other."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from engine.errors import InputError
+from engine.files import is_hub_name
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+
+
+def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """A model folder as it was named, or the hub's copy of `owner/name` on this disk.
+
+    Raises:
+        InputError: the hub has no such model or cannot be reached.
+    """
+    folder = Path(folder_or_hub_id)
+    name = str(folder_or_hub_id)
+    if folder.exists() or not is_hub_name(name):
+        return folder  # a folder that is missing gets its own error message
+    try:
+        fetched = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.onnx"],  # never pickles or code
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError("model", name, f"no such folder, and it cannot be fetched from the hub ({reason})") from error
+    return Path(fetched)
+
+
+def check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
+    """Raises InputError: a transformer of other image tokens than the VQGAN's."""
+    ours, theirs = transformer.config, vqgan.config
+    if (ours.image_vocab_size, ours.image_grid_size) != (theirs.codebook_size, theirs.grid_size):
+        raise InputError(
+            "model folder",
+            folder,
+            f"the transformer has {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
+            f"VQGAN {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
+        )
