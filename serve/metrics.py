@@ -43,7 +43,7 @@ class ApiMetrics:
         self.rejected = Counter(
             "kodalle_rejected", "Requests answered with an error, by its code.", ["reason"], registry=self.registry
         )
-        self.cancelled = Counter("kodalle_cancelled", "Requests whose client hung up.", registry=self.registry)
+        self.cancelled = Counter("kodalle_cancelled", "Requests whose client disconnected.", registry=self.registry)
         self.in_flight = Gauge("kodalle_requests_in_flight", "Requests being answered.", registry=self.registry)
 
     def count_generation(self, num_images: int, timings_s: Mapping[str, float]) -> None:
