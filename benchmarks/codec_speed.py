@@ -9,15 +9,17 @@
     int8           row tiles with 8-bit convolutions; only on processors with VNNI
     onnx           the exported decoder in ONNX Runtime
 
-The ways are timed in turns, one run each a round, so that other load on the machine meets all of them. Prints a table and,
-as the last line, one JSON document, also stored in <out>/results/codec_speed/<hardware>.json.
+The ways are timed in turns, one run each a round, so that other load on the machine meets all of them. On a busy machine
+compare processor time with `--threads 1`: threads that wait for each other spend most of both times waiting. Prints a table
+and, as the last line, one JSON document, also stored in <out>/results/codec_speed/<hardware>-threads-<n>.json.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from engine.codec.onnx_export import export_model
 from engine.codec.vqgan_decoder import FastVqganDecoder, decodes_int8
 from engine.device import fit_threads
 from engine.facts import facts
-from engine.measure import count_flops, time_runs
+from engine.measure import count_flops
 from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
@@ -47,7 +49,7 @@ Work = Callable[[Tensor], Tensor]
 
 def main() -> int:
     arguments = _arguments()
-    fit_threads()
+    torch.set_num_threads(arguments.threads or fit_threads())
     document: dict[str, Any] = {
         "benchmark": "codec_speed",
         **facts(_CPU),
@@ -57,10 +59,11 @@ def main() -> int:
     with kept_when_stopped(document):
         for model in arguments.models:
             with tempfile.TemporaryDirectory(prefix="codec-speed-") as scratch:
-                document["rows"] += _model_rows(model, Path(scratch), arguments)
+                for row in _model_rows(model, Path(scratch), arguments):
+                    document["rows"].append(row)
     if not decodes_int8(_CPU):
         document["int8"] = f"{NOT_MEASURED}: this processor has no VNNI"
-    store_document(document, arguments.out, quick=False)
+    store_document(document, arguments.out, quick=False, tag=f"-threads-{torch.get_num_threads()}")
     print(_table(document["rows"]), end="\n\n")
     print_document(document)
     return 1 if "stopped" in document else 0
@@ -72,11 +75,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=default, help=f"model folders, or {_PUBLISHED} (random weights)")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4], help="images in a batch")
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
+    parser.add_argument("--threads", type=int, help="of torch and ONNX Runtime (default: as many as processors)")
     parser.add_argument("--out", type=Path, help="folder for results/ (default: benchmarks/)")
     return parser.parse_args()
 
 
-def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> list[Row]:
+def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     folder = scratch / "model" if model == _PUBLISHED else Path(model)
     if model == _PUBLISHED:
         _write_published(folder)
@@ -100,43 +104,47 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> lis
         "image threads": KoclipEncoder(koclip).embed_images,
         "onnx": open_koclip(onnx, koclip.config, _CPU).embed_images,
     }
-    rows = []
     generator = torch.Generator("cpu").manual_seed(0)
     for count in arguments.images:
         shape = (count, vqgan.config.image_seq_len)
         tokens = torch.randint(vqgan.config.codebook_size, shape, generator=generator, dtype=torch.int64, device=_CPU)
-        rows += _compare(f"{Path(model).name}: decode", decoders, tokens, arguments.repeat)
+        yield from _compare(f"{Path(model).name}: decode", decoders, tokens, arguments.repeat)
         size = koclip.config.image_size
         images = torch.rand(count, 3, size, size, generator=generator, dtype=torch.float32, device=_CPU)
-        rows += _compare(f"{Path(model).name}: embed images", embedders, images, arguments.repeat)
-    return rows
+        yield from _compare(f"{Path(model).name}: embed images", embedders, images, arguments.repeat)
 
 
 @torch.inference_mode()
 def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> list[Row]:
-    """One row a way; `share of baseline` above 1 is faster than the modules."""
+    """One row a way. `times_faster` than the modules, by time on the clock and by processor time of all threads."""
     print(f"{what}, {len(batch)} images", file=sys.stderr, flush=True)
     baseline = next(iter(works))
     expected, flops = count_flops(lambda: works[baseline](batch))
     errors = {name: float((work(batch) - expected).abs().max()) for name, work in works.items()}  # also the warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(repeat):
         for name, work in works.items():
-            seconds[name] += time_runs(lambda work=work: work(batch), _CPU, repeat=1)  # type: ignore[misc]
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    return [
-        {
+            start, start_cpu = time.perf_counter(), time.process_time()
+            work(batch)
+            runs[name].append((time.perf_counter() - start, time.process_time() - start_cpu))
+    rows: list[Row] = []
+    for name in works:
+        seconds, cpu_seconds = zip(*runs[name], strict=True)
+        rows.append({
             "what": what,
             "images": len(batch),
             "way": name,
-            "seconds": medians[name],
-            "seconds_range": [min(seconds[name]), max(seconds[name])],
-            "times_faster": medians[baseline] / medians[name],
-            "gflop_per_s": flops / medians[name] / 1e9,  # of the modules' arithmetic, which Winograd needs a quarter of
+            "seconds": statistics.median(seconds),
+            "seconds_range": [min(seconds), max(seconds)],
+            "cpu_seconds": statistics.median(cpu_seconds),
+            "cpu_seconds_range": [min(cpu_seconds), max(cpu_seconds)],
+            "gflop": flops / 1e9,  # of the modules; Winograd needs a quarter of a convolution's products
             "max_abs_error": errors[name],
-        }
-        for name in works
-    ]
+        })  # fmt: skip
+    for row in rows:
+        for unit in ("seconds", "cpu_seconds"):
+            row[f"times_faster_by_{unit}"] = rows[0][unit] / row[unit]
+    return rows
 
 
 def _write_published(folder: Path) -> None:
@@ -157,15 +165,17 @@ def _table(rows: list[Row]) -> str:
             f"{row['what']}, {row['images']}",
             row["way"],
             seconds_text(row["seconds"]),
-            "-".join(seconds_text(each) for each in row["seconds_range"]),
-            f"{row['times_faster']:.2f}x",
-            f"{row['gflop_per_s']:.0f}",
+            f"{row['times_faster_by_seconds']:.2f}x",
+            seconds_text(row["cpu_seconds"]),
+            "-".join(seconds_text(each) for each in row["cpu_seconds_range"]),
+            f"{row['times_faster_by_cpu_seconds']:.2f}x",
+            f"{row['gflop'] / row['cpu_seconds']:.0f}",
             f"{row['max_abs_error']:.1e}",
         ]
         for row in rows
     ]
-    header = ["what", "way", "median", "range", "vs modules", "GFLOP/s", "max abs error"]
-    return table("Images on a CPU, float32", header, cells)
+    header = ["what", "way", "clock", "modules/it", "processor", "range", "modules/it", "GFLOP/s", "max abs error"]
+    return table("Images on a CPU, float32: median times of a batch", header, cells)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""`kodalle demo`: the whole job, small, on any machine: draw garments, learn them, draw what was never seen, score it.
+"""`kodalle demo`: the whole job at a small size, on any machine: a drawn data set, three trainings, scored generations.
 
-    <out>/photos/            drawn garments with K-Fashion labels (engine/data/synthetic/garments.py)
-    <out>/pairs/             prepared pairs: one crop and caption a garment
-    <out>/vqgan|koclip|kodalle/   training runs; kodalle/model is the finished transformer
-    <out>/drawings/1…3/      sixteen candidates for three held-out captions
-    <out>/evaluation.png     the top-ranked drawing of every held-out caption, not hand-picked
-    <out>/report.json        share of drawings with the right colour, category, sleeve
+    <out>/photos/                 drawn images with K-Fashion labels (engine/data/synthetic/garments.py)
+    <out>/pairs/                  prepared pairs: one crop and caption an object
+    <out>/vqgan|koclip|kodalle/   training runs; kodalle/model is the finished model folder
+    <out>/generations/1…3/        sixteen candidates for three held-out captions
+    <out>/evaluation.png          the top-ranked image of every held-out caption, not hand-picked
+    <out>/report.json             share of images with the right colour, category, sleeve
 
-Held-out means: combinations of category, colour and sleeve that no training picture shows. A step that is finished is
-not done again, and a training that was interrupted goes on, so running the command again continues the demo.
+Held-out captions are combinations of category, colour and sleeve that no training image shows. A finished step is not
+repeated, and an interrupted training is resumed, so running the command again continues the demo.
 """
 
 import functools
@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from engine.commands.generate import generate_to_folder
 from engine.commands.train import check_deepspeed, launch
@@ -32,6 +30,7 @@ from engine.data.synthetic.garments import make_demo
 from engine.data.synthetic.oracle import Reading, read, score
 from engine.device import pick_device
 from engine.errors import InputError
+from engine.facts import facts
 from engine.files import atomic_file, write_json
 from engine.models.folder import read_generation
 from engine.pipeline.generation import Generation
@@ -49,7 +48,7 @@ def run_demo(
     out: Path,
     configs: Path,
     *,
-    pictures: int = 5000,
+    images: int = 5000,
     held_out: int = 72,
     candidates: int = 16,
     seed: int = 7,
@@ -60,48 +59,53 @@ def run_demo(
     Args:
         out: folder of the demo.
         configs: folder with vqgan.yaml, koclip.yaml and kodalle.yaml.
-        pictures: drawn garments for training.
+        images: drawn for training.
         held_out: captions that are scored.
-        candidates: drawings a caption.
-        seed: of the pictures and the drawings.
+        candidates: images a caption.
+        seed: of the generations.
         overrides: `stage.key=value`, e.g. `vqgan.loop.steps=20` (the tests' tiny demo).
 
     Raises:
-        InputError: a step failed; its own message stands above.
+        InputError: a step failed; its own message is above.
     """
     check_deepspeed()
     for stage in STAGES:
         if not (configs / f"{stage}.yaml").is_file():
             raise InputError("--configs", configs, f"has no {stage}.yaml: give configs/demo of the source repository")
-    begun = time.monotonic()
+    started = time.monotonic()
     seconds: dict[str, float] = {}
     total = len(STAGES) + 3
 
     def step(number: int, name: str, title: str, work: Callable[[], object]) -> None:
-        print(f"[{number}/{total}] {title}  ({seconds_text(time.monotonic() - begun)} so far)", flush=True)
-        started = time.monotonic()
+        print(f"[{number}/{total}] {title}  ({seconds_text(time.monotonic() - started)} so far)", flush=True)
+        step_started = time.monotonic()
         work()
-        seconds[name] = round(time.monotonic() - started, 1)
+        seconds[name] = round(time.monotonic() - step_started, 1)
 
     step(
         1,
         "data",
-        f"drawing {pictures} garments and preparing pairs",
-        lambda: _make_data(out, configs, pictures, held_out),
+        f"drawing {images} images and preparing pairs",
+        lambda: _make_data(out, configs, images, held_out),
     )
     titles = {
-        "vqgan": "VQGAN learns to turn pictures into tokens",
-        "koclip": "KoCLIP learns which picture fits which caption",
-        "kodalle": "KoDALLE learns to draw from captions",
+        "vqgan": "training VQGAN: images to tokens and back",
+        "koclip": "training KoCLIP: scores of images and captions",
+        "kodalle": "training KoDALLE: image tokens from captions",
     }
     for number, stage in enumerate(STAGES, start=2):
         own = [text.removeprefix(f"{stage}.") for text in overrides if text.startswith(f"{stage}.")]
         step(number, stage, titles[stage], functools.partial(_train, stage, out, configs, own))
     model = out / "kodalle" / "model"
     held = load_pairs(out / "pairs").validation
-    step(5, "drawing", f"drawing {SHOWN_CAPTIONS} held-out captions", lambda: _draw(model, out, held, candidates, seed))
+    step(
+        5,
+        "generation",
+        f"generating images for {SHOWN_CAPTIONS} held-out captions",
+        lambda: _generate(model, out, held, candidates, seed),
+    )
     scored: dict[str, Any] = {}
-    step(6, "evaluation", f"scoring {len(held)} held-out captions x {candidates} drawings",
+    step(6, "evaluation", f"scoring {len(held)} held-out captions x {candidates} images",
          lambda: scored.update(_evaluate(model, out, held, candidates, seed)))  # fmt: skip
     report = {
         "held_out_captions": len(held),
@@ -109,8 +113,8 @@ def run_demo(
         "seed": seed,
         "sampling_params": read_generation(model).model_dump(),
         "share_right": scored,
-        "seconds": seconds | {"total": round(time.monotonic() - begun, 1)},
-        "machine": machine(),
+        "seconds": seconds | {"total": round(time.monotonic() - started, 1)},
+        "machine": facts(pick_device("")),
     }
     write_json(out / "report.json", report)
     _print_report(report, out)
@@ -123,20 +127,20 @@ def shipped_configs() -> Path:
     return checkout if checkout.is_dir() else Path(sysconfig.get_path("data"), "share/kodalle-engine/configs/demo")
 
 
-def _make_data(out: Path, configs: Path, pictures: int, held_out: int) -> None:
+def _make_data(out: Path, configs: Path, images: int, held_out: int) -> None:
     if not (out / "photos").is_dir():
-        make_demo(out / "photos", count=pictures, seed=1, held_out=held_out, progress=True)
+        make_demo(out / "photos", count=images, seed=1, held_out=held_out, progress=True)
     if not (out / "pairs").is_dir():
         prepare(
             out / "photos",
             out / "pairs",
-            PrepareOptions(image_size=_picture_size(configs), keep_aspect=True, box_margin=0.04),
+            PrepareOptions(image_size=_image_size(configs), keep_aspect=True, box_margin=0.04),
             workers=os.cpu_count() or 1,
             progress=True,
         )
 
 
-def _picture_size(configs: Path) -> int:
+def _image_size(configs: Path) -> int:
     run = load_run(configs / "vqgan.yaml")
     assert isinstance(run, VqganRun), run.stage
     return run.model.image_size
@@ -156,8 +160,8 @@ def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> No
     launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
 
 
-def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:
-    """The first captions of three different categories."""
+def _generate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:
+    """The first captions of three categories."""
     chosen: dict[str, Pair] = {}
     for pair in held:
         chosen.setdefault(str(pair.attributes.get("카테고리")), pair)
@@ -169,11 +173,11 @@ def _draw(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: i
 
 
 def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> dict[str, dict[str, float]]:
-    """Shares of right drawings: of all candidates (what a random one would be), of the top-ranked ones, and of
-    captions with at least one right candidate (what a perfect ranker would reach)."""
+    """Shares of right images: of all candidates (the expectation of one), of the top-ranked ones, and of captions with at
+    least one right candidate (the bound of a perfect ranker)."""
     pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
     generations: list[Generation] = []
-    with ProgressBar("drawing", total=len(held)) as bar:
+    with ProgressBar("generating", total=len(held)) as bar:
         for start in range(0, len(held), _CAPTIONS_AT_ONCE):
             captions = [pair.captions[0] for pair in held[start : start + _CAPTIONS_AT_ONCE]]
             generations += pipeline(captions, candidates=candidates, seed=seed)
@@ -194,22 +198,8 @@ def _evaluate(model: Path, out: Path, held: Sequence[Pair], candidates: int, see
     }
 
 
-def machine() -> dict[str, Any]:
-    """The hardware and versions that a stored result is of."""
-    cpu = ""
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": cpu,
-        "cpu_cores": os.cpu_count(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-    }
-
-
 def _print_report(report: dict[str, Any], out: Path) -> None:
-    print(f"\nheld-out captions: {report['held_out_captions']}, {report['candidates']} drawings each")
+    print(f"\nheld-out captions: {report['held_out_captions']}, {report['candidates']} images each")
     for who, shares in report["share_right"].items():
         print(f"  {who:<11}" + "".join(f"  {measure} {shares[measure]:.1%}" for measure in MEASURES))
-    print(f"{seconds_text(report['seconds']['total'])} in all; see {out / 'report.json'} and {out / 'drawings'}")
+    print(f"{seconds_text(report['seconds']['total'])} in all; see {out / 'report.json'} and {out / 'generations'}")

@@ -1,1 +1,1 @@
-"""Captioned pictures: labels, captions, crops, pairs, token shards, and the drawn demo set."""
+"""Captioned images: labels, captions, crops, pairs, token shards, tokenizers."""

@@ -1,4 +1,4 @@
-"""Random versions of a training picture: mirrored, moved."""
+"""Random versions of a training image: mirrored, shifted."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def augment(image: np.ndarray, generator: np.random.Generator, *, flip: bool, sh
 
     Args:
         flip: mirror left and right with probability 1/2.
-        shift: move by up to so many pixels each way; the edges are repeated.
+        shift: largest shift in pixels, each way; the edges are repeated.
     """
     if flip and generator.random() < 0.5:
         image = image[:, ::-1]

@@ -1,7 +1,7 @@
-"""The order in which training sees its pictures: a pure function of (seed, position).
+"""The order of training images: a pure function of (seed, position).
 
-Position p counts pictures since the start of the run, over all ranks. Epoch e = p // N is a permutation drawn from
-(seed, e) alone; everything random about one visit (mirror image, which caption) is drawn from (seed, p) alone. So a
+Position p counts images since the start of the run, over all ranks. Epoch e = p // N is a permutation generated from
+(seed, e) alone; everything random about one visit (mirror image, which caption) from (seed, p) alone. So a
 run resumes by knowing its step, gives the same global batches for any number of ranks, and needs no generator state
 in its checkpoints.
 """
@@ -16,11 +16,11 @@ class BatchOrder:
     """Indices of each step's batch.
 
     Args:
-        num_items: N, pictures in the training split.
-        batch_size: pictures a step and rank.
+        num_items: N, images in the training split.
+        batch_size: images a step and rank.
         seed: of the run.
-        rank, world_size: this process and how many there are.
-        weights: None for permutations; else relative frequencies, and an epoch is N draws with replacement.
+        rank, world_size: this process, and their number.
+        weights: None for permutations; else relative frequencies, and an epoch is N samples with replacement.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class BatchOrder:
         self.rank = rank
         self.world_size = world_size
         self._probabilities = None if weights is None else np.asarray(weights, dtype=np.float64) / np.sum(weights)
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._epoch = lru_cache(maxsize=2)(self._sample_epoch)
 
     def positions(self, step: int) -> range:
-        """Positions of this rank's pictures in step `step` (0-based)."""
+        """Positions of this rank's images in step `step` (0-based)."""
         start = (step * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
     def index(self, position: int) -> int:
-        """Which picture stands at `position`."""
+        """The image at `position`."""
         epoch, place = divmod(position, self.num_items)
         return int(self._epoch(epoch)[place])
 
@@ -58,7 +58,7 @@ class BatchOrder:
         # uint64 by name: numpy makes floats of a list with a number of 2**63 and more, and neighbours become equal
         return np.random.Generator(np.random.Philox(key=np.array([self.seed, position], dtype=np.uint64)))
 
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
+    def _sample_epoch(self, epoch: int) -> np.ndarray:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         if self._probabilities is None:
             return generator.permutation(self.num_items)

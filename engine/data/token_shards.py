@@ -1,17 +1,17 @@
-"""Pictures and captions as tokens on disk, made once before KoDALLE trains.
+"""Images and captions as tokens on disk, written once before KoDALLE trains.
 
-Encoding images through the VQGAN at every step would cost 23 % more arithmetic and all the JPEG decoding; a token
-image is 512 bytes. Layout of a shard folder, one sub-folder a split:
+Encoding images through the VQGAN at every step would cost 23 % more arithmetic and all the JPEG decoding; the tokens of
+an image are 512 bytes. Layout of a shard folder, one sub-folder a split:
 
-    image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored, then the moved ones
+    image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored, then the augmented ones
     text_tokens.npy    (M, T) int32           all captions of all pairs
     text_offsets.npy   (N + 1,) int64         captions of pair i: text_tokens[offsets[i]:offsets[i + 1]]
     ../shards.json                            digests of the VQGAN, the tokenizer, the pairs; what was cut
 
-N pairs, S image tokens, T text positions. Held-out pictures have view 0 alone.
+N pairs, S image tokens, T text positions. Held-out images have view 0 alone.
 
-Moved views are for small sets: a picture moved by half a token's width is other tokens, and a transformer that has seen a
-few thousand pictures only ever as they are soon knows them by heart.
+Augmented views are for small sets: an image shifted by half a token's width has other tokens, and a transformer soon
+memorises a few thousand images that are always the same.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Views:
-    """Versions of a training picture that are encoded.
+class AugmentedViews:
+    """Versions of a training image that are encoded.
 
     Args:
-        flip: the mirrored picture, too.
-        moved: so many more, each moved at random and, with `flip`, mirrored or not.
-        shift: by up to so many pixels.
+        flip: the mirrored image, too.
+        count: augmented views, each shifted at random and, with `flip`, mirrored or not.
+        shift: largest shift in pixels.
     """
 
     flip: bool = False
-    moved: int = 0
+    count: int = 0
     shift: int = 0
 
 
@@ -79,9 +79,9 @@ def captions_cut(folder: Path) -> dict[str, int]:
 
 
 def shard_identity(
-    pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, views: Views
+    pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, views: AugmentedViews
 ) -> dict[str, Any]:
-    """What the shards depend on; compared before they are used again."""
+    """Everything that the shards depend on; compared before they are reused."""
     digest = hashlib.sha256()
     for pair in [*pairs.train, *pairs.validation]:
         digest.update(repr((pair.key, pair.captions, pair.split, pair.image_path.stat().st_size)).encode())
@@ -104,7 +104,7 @@ def write_shards(
     identity: dict[str, Any],
     image_size: int,
     text_seq_len: int,
-    views: Views = Views(),
+    views: AugmentedViews = AugmentedViews(),
     strict: bool = False,
     batch_size: int = 32,
     on_progress: Callable[[int, int], None] | None = None,
@@ -117,7 +117,7 @@ def write_shards(
         on_progress: called with (pairs done, pairs in all).
 
     Raises:
-        InputError: `folder` holds something else; a caption too long with `strict`; a picture that cannot be read.
+        InputError: `folder` holds something else; a caption too long with `strict`; an image that cannot be read.
     """
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (folder / "shards.json").is_file():
@@ -134,7 +134,7 @@ def write_shards(
             images = []
             for start in range(0, len(split), batch_size):
                 batch = np.stack([load_image(pair, image_size) for pair in split[start : start + batch_size]])
-                versions = _versions(batch, start, views if name == "train" else Views())
+                versions = _versions(batch, start, views if name == "train" else AugmentedViews())
                 encoded = torch.stack([encode(_to_unit_floats(version)) for version in versions], dim=1)
                 images.append(encoded.to(torch.int32).cpu().numpy().astype(np.uint16))
                 done += len(batch)
@@ -156,7 +156,7 @@ def open_shard(folder: Path, split: str, *, image_vocab_size: int, text_vocab_si
     for name in ("image_tokens", "text_tokens", "text_offsets"):
         path = folder / split / f"{name}.npy"
         if not path.is_file():
-            raise InputError("token_shards", path, "no such file: remove the shard folder, it will be made again")
+            raise InputError("token_shards", path, "no such file: remove the shard folder, it will be written again")
         try:
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -189,15 +189,17 @@ def _encode_captions(
     return encoded.tokens.numpy().astype(np.int32), offsets, cut
 
 
-def _versions(images: np.ndarray, start: int, views: Views) -> Iterator[np.ndarray]:
-    """Each view of pictures `start`, start + 1, ... of the training split: (B, S, S, 3) uint8 as they stand, and so on."""
+def _versions(images: np.ndarray, start: int, views: AugmentedViews) -> Iterator[np.ndarray]:
+    """Each view of images `start`, start + 1, ... of the training split, (B, S, S, 3) uint8; the first as they are."""
     yield images
     if views.flip:
         yield images[:, :, ::-1]
-    for view in range(views.moved):
+    for view in range(views.count):
         generators = [np.random.Generator(np.random.Philox(key=[start + row, view])) for row in range(len(images))]
-        moved = [augment(*each, flip=views.flip, shift=views.shift) for each in zip(images, generators, strict=True)]
-        yield np.stack(moved)
+        augmented = [
+            augment(*each, flip=views.flip, shift=views.shift) for each in zip(images, generators, strict=True)
+        ]
+        yield np.stack(augmented)
 
 
 def _to_unit_floats(images: np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """Captions to text tokens.
 
 A tokenizer is a Hugging Face one, by name or folder (klue/roberta-large: WordPiece, 32,000 entries), or is trained on
-the captions at hand. A trained one has klue/roberta's special ids, so that everything downstream treats both alike:
+the training captions. A trained one has klue/roberta's special ids, so that both are used alike:
 [CLS] 0, [PAD] 1, [SEP] 2, [UNK] 3, [MASK] 4.
 
 B captions, T text positions.
@@ -37,7 +37,7 @@ class EncodedCaptions:
 
 
 class CaptionTokenizer:
-    """Turns captions into fixed-length text tokens and says what it cut."""
+    """Captions to fixed-length text tokens, with the number of tokens cut."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class CaptionTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Entries, added ones included: the least size of an embedding table."""
+        """Entries, including added ones: the least size of an embedding table."""
         return len(self._tokenizer)
 
     @property
@@ -86,7 +86,7 @@ class CaptionTokenizer:
         return self.encode([""], text_seq_len).tokens
 
     def encode_beginning(self, beginning: str) -> list[int]:
-        """Tokens of a caption that goes on: [CLS] and its words, without the [SEP] that would end it."""
+        """Tokens of a caption that is to be continued: [CLS] and its words, without the [SEP] that would end it."""
         ids = self._tokenizer(beginning, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
         while ids and ids[-1] in self.end_ids:
             ids = ids[:-1]
@@ -94,20 +94,20 @@ class CaptionTokenizer:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """What ends a caption: [SEP] and [PAD] (the end token where there is no [SEP])."""
+        """Tokens that end a caption: [SEP] and [PAD] (the end token where there is no [SEP])."""
         found = (self._tokenizer.sep_token_id, self._tokenizer.eos_token_id, self.pad_id)
         return frozenset(int(token) for token in found if token is not None)
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are no part of a word: [CLS], [PAD], [SEP], [UNK], [MASK]."""
+        """Tokens that are not part of a word: [CLS], [PAD], [SEP], [UNK], [MASK]."""
         return frozenset(int(token) for token in self._tokenizer.all_special_ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def to_json(self) -> str:
-        """What `tokenizers.Tokenizer.from_str` makes the same tokens from, without torch."""
+        """The tokenizer for `tokenizers.Tokenizer.from_str`, which needs no torch."""
         return str(self._tokenizer.backend_tokenizer.to_str())
 
     def save(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class CaptionTokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
-    """WordPiece on `captions`: whole words while they last, so that short vocabularies give short captions.
+    """WordPiece on `captions`: whole words while they last, so that small vocabularies give short captions.
 
     Deterministic: equal captions in any order give equal tokens, in this process or another. The trainer alone is not:
     it numbers word-inner letters (`##a`) in the order of a hash table, and breaks ties by number. Passed to it as
@@ -152,7 +152,7 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionToken
 
 
 def tokenizer_for(text: TextConfig, captions: Iterable[str], *, table_rows: int) -> CaptionTokenizer:
-    """The tokenizer that a run's `text` section asks for.
+    """The tokenizer of a run's `text` section.
 
     Args:
         captions: of the training split; a `train` tokenizer is made from them.

@@ -19,7 +19,7 @@ from engine.errors import InputError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-AHEAD = 16  # jobs handed out per worker: keeps all busy, holds few results in memory
+AHEAD = 16  # jobs submitted per worker: keeps all busy, few results in memory
 
 
 def ordered_map(
@@ -31,11 +31,11 @@ def ordered_map(
         function: picklable when workers > 1.
         jobs: picklable when workers > 1.
         workers: processes; 1 works in this one.
-        title: told beside the bar.
+        title: beside the bar.
         progress: show a bar with the time left, on stderr, if that is a terminal.
 
     Raises:
-        InputError: workers < 1, or a worker process died (as a rule for want of memory).
+        InputError: workers < 1, or a worker process died (usually out of memory).
     """
     if workers < 1:
         raise InputError("workers", workers, "must be at least 1")
@@ -63,6 +63,6 @@ def _in_order(function: Callable[[Job], Result], jobs: Sequence[Job], workers: i
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise InputError("workers", workers, "a worker process died, likely for want of memory: use fewer") from error
+        raise InputError("workers", workers, "a worker process died, likely out of memory: use fewer") from error
     finally:
         pool.shutdown(cancel_futures=True)

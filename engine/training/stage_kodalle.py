@@ -11,8 +11,8 @@ from engine.config import KodalleRun
 from engine.data.pairs import known_attributes
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_shards import (
+    AugmentedViews,
     TokenShard,
-    Views,
     captions_cut,
     open_shard,
     shard_identity,
@@ -172,7 +172,7 @@ class KodalleStage:
         """Opens the token shards, after rank 0 has written them where they are missing or made from other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
-        views = Views(run.data.flip, run.augmented_views, run.augment_shift)
+        views = AugmentedViews(run.data.flip, run.augmented_views, run.augment_shift)
         identity = shard_identity(
             pairs,
             self.tokenizer,

@@ -1,4 +1,4 @@
-"""The order of pictures: a function of (seed, position), equal for any number of ranks."""
+"""The order of images: a function of (seed, position), equal for any number of ranks."""
 
 from collections import Counter
 

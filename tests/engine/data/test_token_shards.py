@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from engine.data.pairs import Pairs, load_image, load_pairs
-from engine.data.token_shards import Views, captions_cut, open_shard, shard_identity, shards_are_current, write_shards
+from engine.data.token_shards import (
+    AugmentedViews,
+    captions_cut,
+    open_shard,
+    shard_identity,
+    shards_are_current,
+    write_shards,
+)
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
 from engine.errors import InputError
 
@@ -38,7 +45,7 @@ def write(tmp_path: Path, pairs: Pairs, tokenizer: CaptionTokenizer) -> Callable
     def make(
         some: Pairs = pairs, *, strict: bool = False, text_seq_len: int = T, batch_size: int = 7, **views: int
     ) -> Path:
-        some_views = Views(**views)  # type: ignore[arg-type]
+        some_views = AugmentedViews(**views)  # type: ignore[arg-type]
         identity = shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=text_seq_len, views=some_views)
         write_shards(
             tmp_path / "shards", some, tokenizer, _encode,
@@ -78,9 +85,9 @@ def test_pick_draws_all_captions_and_views(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_moved_views_are_of_pictures_moved(write: Callable[..., Path], pairs: Pairs, flip: bool) -> None:
+def test_augmented_views_are_shifted_images(write: Callable[..., Path], pairs: Pairs, flip: bool) -> None:
     """Each is what some translation (and mirror image) encodes to, they differ, and batch borders change none."""
-    shard = open_shard(write(flip=flip, moved=3, shift=2), "train", image_vocab_size=256, text_vocab_size=60)
+    shard = open_shard(write(flip=flip, count=3, shift=2), "train", image_vocab_size=256, text_vocab_size=60)
     plain = 2 if flip else 1
     assert shard.image_tokens.shape == (len(pairs.train), plain + 3, 4)
     for index, pair in enumerate(pairs.train):
@@ -88,16 +95,17 @@ def test_moved_views_are_of_pictures_moved(write: Callable[..., Path], pairs: Pa
         possible = set()
         for version in [image, image[:, ::-1]] if flip else [image]:
             padded = np.pad(version, ((2, 2), (2, 2), (0, 0)), mode="edge")
-            moved = np.stack([padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)])
+            shifted = np.stack([padded[y : y + 32, x : x + 32] for y in range(5) for x in range(5)])
             possible |= {
-                tuple(tokens) for tokens in _encode(torch.from_numpy(moved).permute(0, 3, 1, 2).float() / 255).tolist()
+                tuple(tokens)
+                for tokens in _encode(torch.from_numpy(shifted).permute(0, 3, 1, 2).float() / 255).tolist()
             }
         found = {tuple(view.tolist()) for view in shard.image_tokens[index, plain:]}
         assert found <= possible
-    # these pictures are their own mirror images
+    # these images are their own mirror images
     assert len({shard.image_tokens[:, view].tobytes() for view in (0, *range(plain, plain + 3))}) == 4
     before = shard.image_tokens.tobytes()
-    again = write(flip=flip, moved=3, shift=2, batch_size=4)
+    again = write(flip=flip, count=3, shift=2, batch_size=4)
     assert open_shard(again, "train", image_vocab_size=256, text_vocab_size=60).image_tokens.tobytes() == before
     held_out = open_shard(again, "validation", image_vocab_size=256, text_vocab_size=60)
     assert held_out.image_tokens.shape == (len(pairs.validation), 1, 4)
@@ -110,28 +118,28 @@ def test_no_validation_pairs(write: Callable[..., Path], pairs: Pairs) -> None:
         open_shard(folder, "validation", image_vocab_size=256, text_vocab_size=60)
 
 
-def test_identity_tells_what_the_shards_depend_on(
+def test_identity_covers_what_the_shards_depend_on(
     write: Callable[..., Path], pairs: Pairs, tokenizer: CaptionTokenizer, tmp_path: Path
 ) -> None:
     def identity(
         some: Pairs = pairs, words: CaptionTokenizer = tokenizer, **more: str | int | bool
     ) -> dict[str, object]:
-        views = {name: more.pop(name) for name in ("flip", "moved", "shift") if name in more}
-        settings = {"vqgan_digest": "v", "text_seq_len": T, "views": Views(**views)} | more  # type: ignore[arg-type]
+        views = {name: more.pop(name) for name in ("flip", "count", "shift") if name in more}
+        settings = {"vqgan_digest": "v", "text_seq_len": T, "views": AugmentedViews(**views)} | more  # type: ignore[arg-type]
         return shard_identity(some, words, **settings)  # type: ignore[arg-type]
 
     folder = write()
     assert shards_are_current(folder, identity())
     first, *rest = pairs.all
-    moved = replace(first, captions=("다른 말",))
+    shifted = replace(first, captions=("다른 말",))
     other_words = train_tokenizer(["다른 말"], vocab_size=60)
     for changed in (
         identity(vqgan_digest="w"),
         identity(text_seq_len=T + 1),
         identity(flip=True),
-        identity(moved=1, shift=2),
+        identity(count=1, shift=2),
         identity(words=other_words),
-        identity(Pairs((moved, *rest))),
+        identity(Pairs((shifted, *rest))),
         identity(Pairs(tuple(rest))),
         identity(Pairs((replace(first, split="validation"), *rest))),
     ):
