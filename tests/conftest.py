@@ -95,6 +95,8 @@ Tree = dict[str, Any]
 
 # Fixtures that train models first: tests on them are none of `make test-fast`.
 _TRAINING = {"vqgan_run", "koclip_run", "kodalle_run", "kodalle_parts", "run_of", "tree_of", "train_tree"}
+# Programs, and Triton's interpreter, which takes a second for what a GPU does in microseconds.
+_SLOW = ("tests/benchmarks/", "tests/kernels/")
 # Tests that start servers, browsers or Ray, and wait for them.
 _EXCLUSIVE = (
     "tests/serve/page/",
@@ -107,7 +109,7 @@ _EXCLUSIVE = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _TRAINING & set(getattr(item, "fixturenames", ())):
+        if item.nodeid.startswith(_SLOW) or _TRAINING & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
         if item.nodeid.startswith(_EXCLUSIVE):
             item.add_marker("exclusive")

@@ -144,6 +144,7 @@ HELD_BY = {  # which processors have the instructions of a class
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", SIMULATED)
 def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
     """In a process that is limited to the class: what it offers, bits free of the batch, and 8-bit products exact."""

@@ -53,6 +53,7 @@ class _Load:
         self._running[self._decoder.add(self._prefix, one, init_tokens=given)] = number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("grid_size", SIZES)
 @pytest.mark.parametrize("seed", range(2))

@@ -276,6 +276,7 @@ def test_an_independent_classifier_assigns_classes(
     assert partial["class_agreement"]["num_captions"] == len(captions)  # 상의 alone determines the class, too
 
 
+@pytest.mark.slow
 def test_settings_are_compared_on_training_captions(
     model: Path, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

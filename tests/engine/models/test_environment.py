@@ -37,6 +37,7 @@ def test_an_absent_one_passes_without_an_import(monkeypatch: pytest.MonkeyPatch)
     check_torchvision()
 
 
+@pytest.mark.slow
 def test_our_models_import_neither_torchvision_nor_lightning() -> None:
     code = """
 import sys

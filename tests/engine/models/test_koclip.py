@@ -186,6 +186,7 @@ def test_temperature_is_bounded_and_can_return() -> None:
     assert model.logit_scale.grad > 0
 
 
+@pytest.mark.slow
 def test_learns_and_evaluates_sanely() -> None:
     """From scratch, in eval mode. With the BatchNorm gains of N(0, 0.02) of transformers the loss would not fall."""
     torch.manual_seed(0)
@@ -224,6 +225,7 @@ def _loss_and_gradients(rows: slice, *, all_gather: bool) -> tuple[Tensor, dict[
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     answers = str(tmp_path / "answers")
     jobs = [(_loss_on_two_ranks, (rank, str(tmp_path / "store"), answers)) for rank in range(2)]

@@ -181,6 +181,7 @@ def _reset_on_two_ranks(rank: int, store: str, answers: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_one_codebook(tmp_path: Path) -> None:
     answers = str(tmp_path / "answers")
     jobs = [(_reset_on_two_ranks, (rank, str(tmp_path / "store"), answers)) for rank in range(2)]

@@ -40,12 +40,14 @@ def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
         assert word in card
 
 
+@pytest.mark.slow
 def test_the_demos_model_generates_what_the_captions_say() -> None:
     generations = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
     best = [read(generation.candidates[0].image) for generation in generations]
     assert [(one.colour, one.category) for one in best] == [tuple(wanted) for _, *wanted in CAPTIONS]
 
 
+@pytest.mark.slow
 def test_the_clothing_model_generates_clothes_of_the_colours_that_the_captions_say() -> None:
     """Of unmistakable colours; what else its images show is measured in benchmarks/results/clothing."""
     attributes = read_attributes(PHOTOS)["상의"]

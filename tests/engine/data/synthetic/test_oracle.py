@@ -60,6 +60,7 @@ def _shifted(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     return _levels(np.asarray(image, dtype=float) + generator.choice([-6, 6], 3))
 
 
+@pytest.mark.slow
 def test_drawings_of_any_seed_are_read_right(examples: list[Example]) -> None:
     shares = _shares([image for image, _, _ in examples], [attributes for _, attributes, _ in examples])
     assert min(shares.values()) >= 0.99, shares
@@ -72,6 +73,7 @@ def test_crops_to_the_box_are_read_right(examples: list[Example]) -> None:
     assert min(shares.values()) >= 0.97, shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrade", [_blurred, _noisy, _jpeg, _shifted])
 def test_degraded_drawings_are_read_right(
     examples: list[Example], degrade: Callable[[Image.Image, np.random.Generator], Image.Image]
