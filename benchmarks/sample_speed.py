@@ -1,7 +1,7 @@
-"""How fast this machine draws, how near that is to what the machine allows, and how others do beside it.
+"""Generation speed on this machine, its share of what the machine allows, and baselines beside it.
 
     python benchmarks/sample_speed.py                     the published sizes, random weights, everything
-    python benchmarks/sample_speed.py --quick             a tiny model, in seconds: does it run?
+    python benchmarks/sample_speed.py --quick             a tiny model, in seconds
     python benchmarks/sample_speed.py --dtype float32,int8 --only ours --repeat 5
 
 A step is limited by the read of the weights, so each row says what share of the floor was reached (the formulas are in
@@ -21,8 +21,16 @@ from typing import Any
 
 import torch
 from machine_facts import child_environment, kept_when_stopped, print_document, store_document
-from sampling.plan import PARTS, VARIANTS, Plan, default_variants, published_sizes, tiny_sizes, write_random_model
-from sampling.plot import draw
+from sampling.plan import (
+    PARTS,
+    VARIANTS,
+    SamplingPlan,
+    default_variants,
+    published_sizes,
+    tiny_sizes,
+    write_random_model,
+)
+from sampling.plot import write_plot
 from sampling.report import published_rows, ratios, tables
 from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
@@ -71,7 +79,7 @@ def _arguments() -> argparse.Namespace:
 
         return parse
 
-    parser = argparse.ArgumentParser(description="Measures drawing on this machine; see the file's head.")
+    parser = argparse.ArgumentParser(description="Measures generation on this machine; see the file's head.")
     parser.add_argument("--quick", action="store_true", help="a tiny model, in seconds")
     parser.add_argument("--out", type=Path, help="folder for results/ and plots/ (default: benchmarks/)")
     parser.add_argument(
@@ -100,10 +108,10 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _plan(arguments: argparse.Namespace, model: str, device: torch.device, variant: Any) -> Plan:
+def _plan(arguments: argparse.Namespace, model: str, device: torch.device, variant: Any) -> SamplingPlan:
     """Sizes that end in minutes on two cores and in half of that on a GPU."""
     is_gpu, is_quick = device.type == "cuda", arguments.quick
-    return Plan(
+    return SamplingPlan(
         model=model,
         device=device.type,
         variant=variant,
@@ -118,24 +126,24 @@ def _plan(arguments: argparse.Namespace, model: str, device: torch.device, varia
     )
 
 
-def _measure(plan: Plan, document: dict[str, Any]) -> None:
-    """Runs the worker and adds what it says."""
+def _measure(plan: SamplingPlan, document: dict[str, Any]) -> None:
+    """Runs the worker and adds its results."""
     command = [sys.executable, "-m", "sampling.worker", plan.to_json()]
     answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=child_environment(), check=False)
     if answer.returncode:
         document["failed"][plan.variant] = answer.returncode
         return
-    told = json.loads(answer.stdout.splitlines()[-1])
-    document["rates"][plan.variant] = told["rates"]
-    document["rows"] += told["rows"]
-    if "equal_tokens" in told:
-        document["equal_tokens"][plan.variant] = told["equal_tokens"]
+    result = json.loads(answer.stdout.splitlines()[-1])
+    document["rates"][plan.variant] = result["rates"]
+    document["rows"] += result["rows"]
+    if "equal_tokens" in result:
+        document["equal_tokens"][plan.variant] = result["equal_tokens"]
 
 
 def _store(document: dict[str, Any], arguments: argparse.Namespace) -> None:
     plot = store_document(document, arguments.out, quick=arguments.quick)
     if any(row["what"] == "ours" for row in document["rows"]):
-        draw(document, plot)
+        write_plot(document, plot)
         print(f"stored {plot}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """Temperature and guidance of a model: the settings whose images match the captions of training images best.
 
     python benchmarks/sampling_options.py models/clothing data/clothing64 \
-        --independent-classifier runs/clothing/classifier/model --out benchmarks/results/clothing/sampling_options.json
+        --independent-classifier runs/clothing/independent_classifier/model --out benchmarks/results/clothing/sampling_options.json
 
 Held-out pairs are left for `kodalle evaluate`: captions are those of training images, whole and with sentences left out,
 the same for all settings. Reported for each setting: the share of images of the right class (by the independent

@@ -1,1 +1,1 @@
-"""What `sample_speed.py` draws, beside what, and how it tells of it."""
+"""The sampling benchmark: the plan, the measured rows, baselines, tables and plot of `sample_speed.py`."""

@@ -1,6 +1,6 @@
 """Seconds that others need for the same tokens on the same machine, in the same run.
 
-A whole uncached drawing takes minutes on a CPU. There a step is timed at some lengths between the first (129 positions)
+A whole uncached generation takes minutes on a CPU. There a step is timed at some lengths between the first (129 positions)
 and the last (384), and the steps between are interpolated; a row says so in `method`.
 
 P prefix positions, N image tokens, B rows.
@@ -19,15 +19,15 @@ from sampling import dalle_pytorch_adapter
 from sampling.baselines import (
     cached_logits,
     cached_step,
-    draw_cached,
-    draw_uncached,
     empty_cache,
-    plain_draw,
+    plain_sample,
     random_cache,
-    uncached_draw,
+    sample_cached,
+    sample_next_uncached,
+    sample_uncached,
     uncached_logits,
 )
-from sampling.plan import Plan, Variant
+from sampling.plan import SamplingPlan, Variant
 
 _CACHED_LENGTHS = 5  # a cached step grows slowly and evenly with its length
 _CACHED_STEPS = 5  # at each of them
@@ -38,39 +38,39 @@ Work = Callable[[], Any]
 
 
 @torch.inference_mode()
-def uncached_row(model: KoDalle, text_tokens: Tensor, plan: Plan, variant: Variant, images: int) -> Row:
+def uncached_row(model: KoDalle, text_tokens: Tensor, plan: SamplingPlan, variant: Variant, images: int) -> Row:
     """The ancestors' loop for the candidates of one caption; text_tokens (1, T)."""
     config, device = model.config, text_tokens.device
     row: Row = {"what": "uncached", "variant": variant.name, "images": images, "flop": images * uncached_flops(config)}
     num_lengths = plan.lengths_one if images == 1 else plan.lengths_many
 
-    def draw(num_tokens: int) -> Tensor:
-        return draw_uncached(model, text_tokens, seed=0, candidates=range(images), num_tokens=num_tokens)
+    def sample(num_tokens: int) -> Tensor:
+        return sample_uncached(model, text_tokens, seed=0, candidates=range(images), num_tokens=num_tokens)
 
     if num_lengths == 0:
-        draw(2)
-        return row | _whole(lambda: draw(config.image_seq_len), plan, device, share=10)
+        sample(2)
+        return row | _whole(lambda: sample(config.image_seq_len), plan, device, share=10)
     seeds, candidates = torch.zeros(images, dtype=torch.int64, device=device), torch.arange(images, device=device)
 
-    def step_after(drawn: int) -> Work:
-        tokens = torch.randint(config.image_vocab_size, (images, drawn), device=device)
+    def step_after(sampled: int) -> Work:
+        tokens = torch.randint(config.image_vocab_size, (images, sampled), device=device)
         captions = text_tokens.expand(images, -1)
-        return lambda: uncached_draw(model, uncached_logits(model, captions, tokens), seeds, candidates, drawn)
+        return lambda: sample_next_uncached(model, uncached_logits(model, captions, tokens), seeds, candidates, sampled)
 
     counts = spread_evenly(0, config.image_seq_len - 1, num_lengths)
     return row | at_lengths(step_after, counts, config.prefix_len, device, repeat=2 if images == 1 else 1)
 
 
 @torch.inference_mode()
-def cached_row(model: KoDalle, text_tokens: Tensor, plan: Plan, variant: Variant, images: int) -> Row:
+def cached_row(model: KoDalle, text_tokens: Tensor, plan: SamplingPlan, variant: Variant, images: int) -> Row:
     """A plain loop with a concatenated cache for the candidates of one caption; text_tokens (1, T)."""
     config, device = model.config, text_tokens.device
     row: Row = {"what": "cached", "variant": variant.name, "images": images}
     prefix = model.text_embedding(text_tokens.expand(images, -1))  # (B, P, C)
-    read = lambda: plain_draw(cached_logits(model, prefix, empty_cache(model, images)))
+    read = lambda: plain_sample(cached_logits(model, prefix, empty_cache(model, images)))
     read()
     if images == 1 or plan.lengths_many == 0:
-        return row | _whole(lambda: draw_cached(model, text_tokens, num_rows=images), plan, device, share=3)
+        return row | _whole(lambda: sample_cached(model, text_tokens, num_rows=images), plan, device, share=3)
     tokens = torch.zeros(images, dtype=torch.int64, device=device)
 
     def step_after(fed: int) -> Work:
@@ -84,7 +84,7 @@ def cached_row(model: KoDalle, text_tokens: Tensor, plan: Plan, variant: Variant
 
 
 @torch.inference_mode()
-def dalle_pytorch_row(text_tokens: Tensor, model: KoDalle, plan: Plan, variant: Variant, images: int) -> Row:
+def dalle_pytorch_row(text_tokens: Tensor, model: KoDalle, plan: SamplingPlan, variant: Variant, images: int) -> Row:
     """lucidrains' own package with a model of the same sizes, where it is installed; text_tokens (1, T)."""
     config, device = model.config, text_tokens.device
     row: Row = {"what": "dalle-pytorch", "variant": variant.name, "images": images}
@@ -97,8 +97,8 @@ def dalle_pytorch_row(text_tokens: Tensor, model: KoDalle, plan: Plan, variant: 
     if num_lengths == 0:
         return row | _whole(lambda: theirs.generate_images(captions), plan, device, share=10)
 
-    def step_after(drawn: int) -> Work:
-        tokens = torch.randint(config.image_vocab_size, (images, drawn), device=device)
+    def step_after(sampled: int) -> Work:
+        tokens = torch.randint(config.image_vocab_size, (images, sampled), device=device)
         return lambda: theirs(captions, tokens)[:, -1]
 
     counts = spread_evenly(0, config.image_seq_len - 1, num_lengths)
@@ -110,9 +110,9 @@ def spread_evenly(first: int, last: int, count: int) -> list[int]:
     return [first + round((last - first) * part / (count - 1)) for part in range(count)]
 
 
-def _whole(draw: Work, plan: Plan, device: torch.device, *, share: int) -> Row:
-    """Times whole drawings: a `share`-th of the repeats that our own rows have, at least one."""
-    seconds = time_runs(draw, device, repeat=max(1, plan.repeat // share), budget_s=plan.row_budget_s)
+def _whole(generate: Work, plan: SamplingPlan, device: torch.device, *, share: int) -> Row:
+    """Times whole generations: a `share`-th of the repeats that our own rows have, at least one."""
+    seconds = time_runs(generate, device, repeat=max(1, plan.repeat // share), budget_s=plan.row_budget_s)
     return {
         "method": "measured whole",
         "repeats": len(seconds),

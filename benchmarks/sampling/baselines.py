@@ -1,6 +1,6 @@
-"""How the same picture is drawn elsewhere, with our weights: the ancestors' loop, and a plain loop with a cache.
+"""How the same image is generated elsewhere, with our weights: the ancestors' loop, and a plain loop with a cache.
 
-Both draw from the same distribution as `engine.pipeline`. Our layers stand in for theirs (the maths is the same), with
+Both sample from the same distribution as `engine.pipeline`. Our layers stand in for theirs (the maths is the same), with
 PyTorch's fused attention and no mask tensor, so what is timed here is kinder than the originals.
 
 B rows, T positions, H heads, D head dim, P prefix positions, N image tokens, V image vocabulary, J joint vocabulary.
@@ -30,7 +30,7 @@ def uncached_logits(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor) -
 
     Args:
         text_tokens: (B, text_seq_len).
-        image_tokens: (B, n) drawn so far, n may be 0.
+        image_tokens: (B, n) sampled so far, n may be 0.
 
     Returns:
         (B, J) logits of the last position, text rows masked with the lowest finite number.
@@ -45,8 +45,8 @@ def uncached_logits(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor) -
     return logits.masked_fill(forbidden, -torch.finfo(logits.dtype).max)[:, -1]
 
 
-def uncached_draw(model: KoDalle, logits: Tensor, seeds: Tensor, candidates: Tensor, position: int) -> Tensor:
-    """The published filter over the joint vocabulary, temperature 1, and a draw: (B, J) -> (B,) image tokens.
+def sample_next_uncached(model: KoDalle, logits: Tensor, seeds: Tensor, candidates: Tensor, position: int) -> Tensor:
+    """The published filter over the joint vocabulary, temperature 1, and a sample: (B, J) -> (B,) image tokens.
 
     The noise is ours in the place of `torch.multinomial`, so that tokens can be compared one by one.
     """
@@ -58,7 +58,7 @@ def uncached_draw(model: KoDalle, logits: Tensor, seeds: Tensor, candidates: Ten
 
 
 @torch.inference_mode()
-def draw_uncached(
+def sample_uncached(
     model: KoDalle, text_tokens: Tensor, *, seed: int, candidates: Sequence[int], num_tokens: int
 ) -> Tensor:
     """The first tokens of the candidates of one caption: text_tokens (1, text_seq_len) -> (B, num_tokens)."""
@@ -69,8 +69,8 @@ def draw_uncached(
     tokens = torch.empty(B, 0, dtype=torch.int64, device=text_tokens.device)
     for position in range(num_tokens):
         logits = uncached_logits(model, text_tokens, tokens)
-        drawn = uncached_draw(model, logits, seeds, numbers, position)
-        tokens = torch.cat([tokens, drawn[:, None]], dim=1)
+        sampled = sample_next_uncached(model, logits, seeds, numbers, position)
+        tokens = torch.cat([tokens, sampled[:, None]], dim=1)
     return tokens
 
 
@@ -116,23 +116,23 @@ def cached_logits(model: KoDalle, x: Tensor, cache: GrowingCache) -> Tensor:
 
 
 def cached_step(model: KoDalle, tokens: Tensor, position: int, cache: GrowingCache) -> Tensor:
-    """Feeds the tokens (B,) of a grid cell and draws the next ones (B,)."""
+    """Feeds the tokens (B,) of a grid cell and samples the next ones (B,)."""
     place = model.image_embedding.position_table()[position]
     x = (F.embedding(tokens, model.image_embedding.tokens) + place)[:, None]  # (B, 1, C)
-    return plain_draw(cached_logits(model, x, cache))
+    return plain_sample(cached_logits(model, x, cache))
 
 
-def plain_draw(logits: Tensor) -> Tensor:
+def plain_sample(logits: Tensor) -> Tensor:
     """(B, V) -> (B,), unfiltered as our default is."""
     return torch.multinomial(logits.float().softmax(-1), 1)[:, 0]
 
 
 @torch.inference_mode()
-def draw_cached(model: KoDalle, text_tokens: Tensor, *, num_rows: int) -> Tensor:
+def sample_cached(model: KoDalle, text_tokens: Tensor, *, num_rows: int) -> Tensor:
     """Candidates of one caption, each with its own copy of it: text_tokens (1, text_seq_len) -> (B, N)."""
     cache = empty_cache(model, num_rows)
     prefix = model.text_embedding(text_tokens.expand(num_rows, -1))  # (B, P, C)
-    tokens = [plain_draw(cached_logits(model, prefix, cache))]
+    tokens = [plain_sample(cached_logits(model, prefix, cache))]
     for position in range(model.config.image_seq_len - 1):
         tokens.append(cached_step(model, tokens[-1], position, cache))
     return torch.stack(tokens, dim=1)

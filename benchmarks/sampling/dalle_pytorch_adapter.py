@@ -1,4 +1,4 @@
-"""lucidrains' dalle-pytorch as a baseline, where somebody has installed it; nothing here depends on it.
+"""lucidrains' dalle-pytorch as a baseline, if it is installed; nothing here depends on it.
 
 Its model is built at our sizes with its own random weights and the published choices: full attention, learned positions
 (no rotary embedding), no token shift. Its `generate_images` has no cache in effect: `use_cache` is dropped unless

@@ -38,7 +38,7 @@ VariantName = Literal["float32", "bfloat16", "float16", "int8"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of drawing that is measured in a process of its own."""
+    """A way of generating images, measured in a process of its own."""
 
     name: VariantName
     dtype: str  # of the pipeline
@@ -56,7 +56,7 @@ class Variant:
         return _dtype(self.matrix_dtype)
 
 
-# Another way of drawing goes here, and into `default_variants` where it can run.
+# Another way of generating goes here, and into `default_variants` where it can run.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -69,7 +69,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def default_variants(device: torch.device) -> list[str]:
-    """What the engine takes by itself on this device, and what else it has to offer there."""
+    """The default on this device, and the other variants that it offers."""
     usual = str(default_dtype(device, _PUBLISHED_PARAMETERS)).removeprefix("torch.")
     if device.type == "cuda":
         return list(dict.fromkeys([usual, "float16"]))
@@ -77,13 +77,13 @@ def default_variants(device: torch.device) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """One process's work; travels as JSON.
 
     repeat: runs of each row at most.
     row_budget_s: no run begins later than this; two runs are made in any case, unless `repeat` is 1.
     candidates: of one caption, in the larger row.
-    lengths_one, lengths_many: at how many lengths the uncached loop is timed for 1 and for `candidates` pictures;
+    lengths_one, lengths_many: at how many lengths the uncached loop is timed for 1 and for `candidates` images;
         0: it is run whole.
     """
 
@@ -103,7 +103,7 @@ class Plan:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str) -> "SamplingPlan":
         tree: dict[str, Any] = json.loads(text)
         return cls(**(tree | {"parts": tuple(tree["parts"])}))
 
@@ -118,7 +118,7 @@ def published_sizes() -> tuple[TransformerConfig, VqganConfig, KoclipConfig]:
 
 
 def tiny_sizes() -> tuple[TransformerConfig, VqganConfig, KoclipConfig]:
-    """The same shapes at a size that draws in a fraction of a second: 16 tokens of 32, 16 pixels."""
+    """The same shapes at a size that generates in a fraction of a second: 16 tokens of 32, 16 pixels."""
     transformer = TransformerConfig(
         dim=128, num_layers=2, num_heads=2, head_dim=32, text_vocab_size=64, text_seq_len=12, text_position_rows=16,
         image_vocab_size=32, image_grid_size=4,

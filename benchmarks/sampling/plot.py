@@ -1,4 +1,4 @@
-"""The sampling benchmark as one picture: where our time goes, and seconds a picture beside what others published."""
+"""The sampling benchmark as one image: where our time goes, and seconds an image beside what others published."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ _MEASURED, _BASELINE = "#2171b5", "#bdbdbd"
 _NAMES = {"uncached": "ancestors' algorithm", "cached": "plain cached loop", "dalle-pytorch": "dalle-pytorch"}
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
-    """Writes a PNG. Upper panel: phases of our rows. Lower: seconds a picture, log scale; hatched is published."""
+def write_plot(document: dict[str, Any], path: Path) -> None:
+    """Writes a PNG. Upper panel: phases of our rows. Lower: seconds an image, log scale; hatched is published."""
     from matplotlib.figure import Figure  # half a second, and not needed where no plot is drawn
 
     ours = [row for row in document["rows"] if row["what"] == "ours"]
@@ -30,18 +30,18 @@ def draw(document: dict[str, Any], path: Path) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=heights)
     size = document["config"]["vqgan"]["image_size"]
     figure.suptitle(
-        f"Drawing {size} x {size} pictures, {hardware_name(document)}, {document['date'][:10]}", fontsize=12
+        f"Generating {size} x {size} images, {hardware_name(document)}, {document['date'][:10]}", fontsize=12
     )
-    _draw_phases(upper, ours)
-    _draw_comparison(lower, bars)
+    _plot_phases(upper, ours)
+    _plot_comparison(lower, bars)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def comparison_bars(document: dict[str, Any]) -> list[tuple[str, float, str]]:
-    """(label, seconds a picture, kind), slowest first; kind is ours, baseline or published.
+    """(label, seconds an image, kind), slowest first; kind is ours, baseline or published.
 
-    A baseline is drawn with our VQGAN and encoding added to its tokens; ours leaves ranking out.
+    A baseline is plotted with our VQGAN and encoding added to its tokens; ours leaves ranking out.
     """
     ours = {(row["variant"], row["images"]): row for row in document["rows"] if row["what"] == "ours"}
     bars = []
@@ -65,7 +65,7 @@ def _images(row: Row) -> str:
     return "1 image" if row["images"] == 1 else f"{row['images']} images"
 
 
-def _draw_phases(axes: Any, ours: list[Row]) -> None:
+def _plot_phases(axes: Any, ours: list[Row]) -> None:
     labels = [f"{row['variant']}, {_images(row)}" for row in ours]
     widest = max(row["total_s"] for row in ours)
     for number, row in enumerate(ours):
@@ -78,12 +78,12 @@ def _draw_phases(axes: Any, ours: list[Row]) -> None:
     axes.set_yticks(range(len(ours)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * widest)
-    axes.set_xlabel("seconds, all pictures of one caption", fontsize=9)
+    axes.set_xlabel("seconds, all images of one caption", fontsize=9)
     axes.legend(ncols=len(PHASES), loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_comparison(axes: Any, bars: list[tuple[str, float, str]]) -> None:
+def _plot_comparison(axes: Any, bars: list[tuple[str, float, str]]) -> None:
     styles: dict[str, dict[str, Any]] = {
         "ours": {"color": _MEASURED, "label": "this engine, measured here"},
         "baseline": {"color": _BASELINE, "label": "others' way with our weights, measured here"},
@@ -105,6 +105,6 @@ def _draw_comparison(axes: Any, bars: list[tuple[str, float, str]]) -> None:
     axes.set_xscale("log")
     lowest, highest = min(bar[1] for bar in bars), max(bar[1] for bar in bars)
     axes.set_xlim(lowest / 2, highest * 2.5)
-    axes.set_xlabel("seconds a picture, without ranking (log scale, shorter is better)", fontsize=9)
+    axes.set_xlabel("seconds an image, without ranking (log scale, shorter is better)", fontsize=9)
     axes.legend(loc="lower right", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What the sampling benchmark says: ratios between rows, and tables for people."""
+"""Report of the sampling benchmark: ratios between rows, and tables."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _NAMES = {
 
 
 def published_rows() -> list[Row]:
-    """Figures of others, on other hardware, each with `seconds_per_image` where it says for how many pictures."""
+    """Figures of others, on other hardware, each with `seconds_per_image` where it says for how many images."""
     rows = json.loads(_PUBLISHED.read_text(encoding="utf-8"))
     for row in rows:
         known = row["seconds"] is not None and row["images"] is not None
@@ -29,9 +29,9 @@ def published_rows() -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> list[Row]:
-    """How many times longer each baseline takes than our row of the same variant and number of pictures.
+    """How many times longer each baseline takes than our row of the same variant and number of images.
 
-    `tokens` compares prefill and decode; `pictures` adds our own VQGAN and encoding to both sides, without ranking.
+    `tokens` compares prefill and decode; `with_codec` adds our own VQGAN and encoding to both sides, without ranking.
     """
     ours = {(row["variant"], row["images"]): row for row in rows if row["what"] == "ours"}
     found = []
@@ -46,7 +46,7 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
                 "variant": row["variant"],
                 "images": row["images"],
                 "tokens": row["tokens_s"] / mine["tokens_s"],
-                "pictures": (row["tokens_s"] + rest_s) / (mine["tokens_s"] + rest_s),
+                "with_codec": (row["tokens_s"] + rest_s) / (mine["tokens_s"] + rest_s),
                 "method": row["method"],
             }
         )
@@ -54,7 +54,7 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def tables(document: dict[str, Any]) -> str:
-    """The whole document for people."""
+    """The whole document as tables."""
     sections = [
         _machine(document),
         _ours(document["rows"]),
@@ -120,7 +120,7 @@ def _baselines(rows: Sequence[Row], compared: Sequence[Row]) -> str:
                 f"{row['variant']}, {row['images']}: {_NAMES[row['what']]}",
                 seconds_text(row.get("tokens_s")),
                 f"{ratio['tokens']:.1f}x" if ratio else "",
-                f"{ratio['pictures']:.1f}x" if ratio else "",
+                f"{ratio['with_codec']:.1f}x" if ratio else "",
                 row["method"],
             ]
         )
@@ -138,8 +138,10 @@ def _notes(document: dict[str, Any]) -> str:
                 f"{row['variant']}: prefill of {row['images']} candidates of one caption is {row['share_of_work']:.4f} of "
                 f"the FLOP of {row['images']} captions ({row['flop_one_caption'] / 1e9:,.1f} GFLOP)"
             )
-    for variant, told in document["equal_tokens"].items():
-        lines.append(f"{variant}: {told['equal']} of {told['compared']} tokens are those of the ancestors' algorithm")
+    for variant, counts in document["equal_tokens"].items():
+        lines.append(
+            f"{variant}: {counts['equal']} of {counts['compared']} tokens are those of the ancestors' algorithm"
+        )
     if document["gpu"] == NOT_MEASURED:
         lines.append("GPU: not measured (there is no CUDA device here)")
     lines += [f"{name}: failed with exit code {code}" for name, code in document["failed"].items()]

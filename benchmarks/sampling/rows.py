@@ -1,4 +1,4 @@
-"""What is measured of our own drawing: seconds by phase, work, memory, and the floor that the machine's rates allow.
+"""Measurements of our own generation: seconds by phase, work, memory, and the floor that the machine's rates allow.
 
 Everything goes through `engine.pipeline.pipeline.Pipeline` and `Sampler` as users call them.
 """
@@ -33,7 +33,7 @@ from engine.pipeline.generation import Generation
 from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams, SequenceRequest
-from sampling.plan import CAPTION, Plan, Variant
+from sampling.plan import CAPTION, SamplingPlan, Variant
 
 PHASES = ("prefill", "decode", "vqgan", "ranking", "encoding")
 GUIDANCE_SCALE = 3.0  # any but 1 costs the same
@@ -43,7 +43,7 @@ FIRST_SEED = 1000
 Row = dict[str, Any]
 
 
-def machine_rates(plan: Plan, variant: Variant) -> dict[str, float]:
+def machine_rates(plan: SamplingPlan, variant: Variant) -> dict[str, float]:
     """Bytes/s read and FLOP/s by type of number, measured here and now."""
     device = torch.device(plan.device)
     rates = {"read_bytes_per_s": read_bandwidth(device, num_bytes=plan.rate_bytes, seconds=plan.rate_seconds)}
@@ -52,31 +52,31 @@ def machine_rates(plan: Plan, variant: Variant) -> dict[str, float]:
     return rates
 
 
-def load_pipeline(plan: Plan, variant: Variant) -> Pipeline:
-    """One token a step: what guessing ahead wins depends on what the weights say, and these are random."""
+def load_pipeline(plan: SamplingPlan, variant: Variant) -> Pipeline:
+    """One token a step: what speculative decoding wins depends on what the weights say, and these are random."""
     return Pipeline.from_pretrained(
         Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8, speculative=False
     )
 
 
-# ------------------------------------------------------------------------------------------------------ whole drawings
+# ------------------------------------------------------------------------------------------------------ whole generations
 
 
-def drawing_row(pipeline: Pipeline, plan: Plan, variant: Variant, images: int) -> tuple[Row, Generation]:
+def generation_row(pipeline: Pipeline, plan: SamplingPlan, variant: Variant, images: int) -> tuple[Row, Generation]:
     """`images` candidates of one caption, ranked and encoded as PNG; the phases are those of the median run.
 
     Returns:
-        the row without its floor (see `add_floor`), and the first measured drawing, of seed `FIRST_SEED`.
+        the row without its floor (see `add_floor`), and the first measured generation, of seed `FIRST_SEED`.
     """
     device = pipeline.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    first_s = sum(_draw(pipeline, images, FIRST_SEED)[0].values()) if _needs_warming(device, images) else None
+    first_s = sum(_generate(pipeline, images, FIRST_SEED)[0].values()) if _needs_warming(device, images) else None
     runs: list[dict[str, float]] = []
     kept: Generation | None = None
-    begun = time.perf_counter()
-    while len(runs) < plan.repeat and (len(runs) < 2 or time.perf_counter() - begun < plan.row_budget_s):
-        phases, generation = _draw(pipeline, images, FIRST_SEED + len(runs))
+    started = time.perf_counter()
+    while len(runs) < plan.repeat and (len(runs) < 2 or time.perf_counter() - started < plan.row_budget_s):
+        phases, generation = _generate(pipeline, images, FIRST_SEED + len(runs))
         kept = kept or generation
         runs.append(phases)
     assert kept is not None
@@ -105,11 +105,11 @@ def drawing_row(pipeline: Pipeline, plan: Plan, variant: Variant, images: int) -
 
 
 def _needs_warming(device: torch.device, images: int) -> bool:
-    """Graphs are captured for each number of rows; a CPU is warm after its first picture, and 16 take a minute."""
+    """Graphs are captured for each number of rows; a CPU is warm after its first image, and 16 take a minute."""
     return device.type == "cuda" or images == 1
 
 
-def _draw(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float], Generation]:
+def _generate(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float], Generation]:
     """Seconds of each phase and `total`, by a clock around all of it."""
     synchronize(pipeline.device)
     start = time.perf_counter()
@@ -122,8 +122,8 @@ def _draw(pipeline: Pipeline, images: int, seed: int) -> tuple[dict[str, float],
     return {**generation.timings_s, "encoding": end - encoding, "total": end - start}, generation
 
 
-def _jpeg_s(generation: Generation, plan: Plan) -> float:
-    """The same pictures as JPEG."""
+def _jpeg_s(generation: Generation, plan: SamplingPlan) -> float:
+    """The same images as JPEG."""
 
     def encode() -> None:
         for candidate in generation.candidates:
@@ -151,7 +151,7 @@ def add_floor(row: Row, pipeline: Pipeline, variant: Variant, rates: dict[str, f
     reading = Workload(images, 1, weight_bytes=width, kv_bytes=width)
     machine = Machine(rates["read_bytes_per_s"], rates[f"{variant.dtype}_flop_per_s"])
     decoder = Machine(rates["read_bytes_per_s"], rates[f"{variant.matrix_dtype}_flop_per_s"])
-    vqgan_flops, ranking_flops = picture_flops(pipeline, images)
+    vqgan_flops, ranking_flops = image_flops(pipeline, images)
     floor = {
         "prefill": prefill_floor_s(sizes, reading, machine),
         "decode": decode_floor_s(sizes, decoding, decoder),
@@ -167,8 +167,8 @@ def add_floor(row: Row, pipeline: Pipeline, variant: Variant, rates: dict[str, f
 
 
 @torch.inference_mode()
-def picture_flops(pipeline: Pipeline, images: int) -> tuple[int, int]:
-    """FLOP of decoding `images` pictures and of ranking them, as the plain networks need."""
+def image_flops(pipeline: Pipeline, images: int) -> tuple[int, int]:
+    """FLOP of decoding `images` images and of ranking them, as the plain networks need."""
     with torch.device("meta"):  # shapes without memory or time; KoCLIP looks at values, and is small
         vqgan = Vqgan(pipeline.vqgan.config).eval()
         latents = torch.zeros(1, vqgan.config.embed_dim, vqgan.config.grid_size, vqgan.config.grid_size)
@@ -178,8 +178,8 @@ def picture_flops(pipeline: Pipeline, images: int) -> tuple[int, int]:
         return images * decoded, 0
     size = koclip.config.image_size
     captions = pipeline.tokenizer.encode([CAPTION], koclip.config.text_seq_len).tokens.to(pipeline.device)
-    picture = torch.zeros(1, 3, size, size, device=pipeline.device)
-    _, looked = count_flops(lambda: koclip.embed_images(picture))
+    image = torch.zeros(1, 3, size, size, device=pipeline.device)
+    _, looked = count_flops(lambda: koclip.embed_images(image))
     _, read = count_flops(lambda: koclip.embed_texts(captions))
     return images * decoded, images * looked + read
 
@@ -188,15 +188,15 @@ def picture_flops(pipeline: Pipeline, images: int) -> tuple[int, int]:
 
 
 def make_sampler(pipeline: Pipeline, variant: Variant) -> Sampler:
-    """The pipeline's sampler once more, for what a drawing does not tell apart."""
+    """The pipeline's sampler once more, for what a generation does not time separately."""
     null = pipeline.tokenizer.empty(pipeline.transformer.config.text_seq_len)[0]
     return Sampler(
         pipeline.transformer, null_text_tokens=null.to(pipeline.device), weights="int8" if variant.int8 else None
     )
 
 
-def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Variant) -> Row:
-    """Decoding `candidates` rows without and with guidance, whole and in turn: a neighbour's load meets both."""
+def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: SamplingPlan, variant: Variant) -> Row:
+    """Decoding `candidates` rows without and with guidance, whole and in turn: a load of other processes meets both."""
     device = pipeline.device
     prefix = sampler.prefill(text_tokens(pipeline, 1))
     plain, guided = (
@@ -210,8 +210,8 @@ def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Vari
     for rows in (guided, plain) if device.type == "cuda" else (guided[:1],):
         sampler.decode(prefix, rows)
     pairs: list[tuple[float, float]] = []
-    begun = time.perf_counter()
-    while len(pairs) < max(1, plan.repeat // 3) and (not pairs or time.perf_counter() - begun < plan.row_budget_s):
+    started = time.perf_counter()
+    while len(pairs) < max(1, plan.repeat // 3) and (not pairs or time.perf_counter() - started < plan.row_budget_s):
         without, with_guidance = (
             time_runs(functools.partial(sampler.decode, prefix, rows), device, repeat=1)[0] for rows in (plain, guided)
         )
@@ -230,7 +230,7 @@ def guidance_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Vari
     }
 
 
-def prefill_row(pipeline: Pipeline, sampler: Sampler, plan: Plan, variant: Variant) -> Row:
+def prefill_row(pipeline: Pipeline, sampler: Sampler, plan: SamplingPlan, variant: Variant) -> Row:
     """Reading one caption for all its candidates against reading as many captions: FLOP as executed, and seconds."""
     counted, seconds = [], []
     for captions in (1, plan.candidates):

@@ -1,6 +1,6 @@
-"""Measures one variant in a process of its own, so that its memory is its own; started by sample_speed.py.
+"""Measures one variant in a process of its own, whose memory is its own; started by sample_speed.py.
 
-python -m sampling.worker '{"model": ...}'     a `Plan` as JSON; the last line of output is the answer
+python -m sampling.worker '{"model": ...}'     a `SamplingPlan` as JSON; the last line of output is the result
 """
 
 import gc
@@ -16,13 +16,13 @@ from engine.models.folder import load_part
 from engine.models.transformer import KoDalle
 from engine.pipeline.generation import Generation
 from sampling.baseline_rows import cached_row, dalle_pytorch_row, uncached_row
-from sampling.baselines import draw_uncached
-from sampling.plan import VARIANTS, Plan, Variant
+from sampling.baselines import sample_uncached
+from sampling.plan import VARIANTS, SamplingPlan, Variant
 from sampling.rows import (
     FIRST_SEED,
     Row,
     add_floor,
-    drawing_row,
+    generation_row,
     guidance_row,
     load_pipeline,
     machine_rates,
@@ -31,10 +31,10 @@ from sampling.rows import (
     text_tokens,
 )
 
-_COMPARED_TOKENS = 4  # of an uncached drawing, on a machine where a whole one takes minutes
+_COMPARED_TOKENS = 4  # of an uncached generation, on a machine where a whole one takes minutes
 
 
-def measure(plan: Plan) -> dict[str, Any]:
+def measure(plan: SamplingPlan) -> dict[str, Any]:
     """{"variant", "rates", "rows", "equal_tokens"}."""
     variant = VARIANTS[plan.variant]
     rates = machine_rates(plan, variant)
@@ -43,10 +43,10 @@ def measure(plan: Plan) -> dict[str, Any]:
     ours: list[Row] = []
     generation: Generation | None = None
     for images in sizes:
-        _say(f"{variant.name}: drawing {images}")
-        row, generation = drawing_row(pipeline, plan, variant, images)
+        _say(f"{variant.name}: generating {images}")
+        row, generation = generation_row(pipeline, plan, variant, images)
         ours.append(row)
-    # A neighbour's load can only lower what is measured: the better of before and after.
+    # A load of other processes can only lower what is measured: the better of before and after.
     rates = {name: max(rate, rates[name]) for name, rate in machine_rates(plan, variant).items()}
     for row in ours:
         add_floor(row, pipeline, variant, rates)
@@ -66,7 +66,9 @@ def measure(plan: Plan) -> dict[str, Any]:
     return answer | {"rows": rows}
 
 
-def _baselines(model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Variant, sizes: list[int]) -> list[Row]:
+def _baselines(
+    model: KoDalle, caption: torch.Tensor, plan: SamplingPlan, variant: Variant, sizes: list[int]
+) -> list[Row]:
     rows = []
     for images in sizes:
         if "uncached" in plan.parts:
@@ -81,9 +83,9 @@ def _baselines(model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Varia
 
 
 def equal_tokens(
-    model: KoDalle, caption: torch.Tensor, plan: Plan, variant: Variant, generation: Generation
+    model: KoDalle, caption: torch.Tensor, plan: SamplingPlan, variant: Variant, generation: Generation
 ) -> dict[str, int]:
-    """How many of our first tokens the ancestors' algorithm draws too, with the same noise at temperature 1.
+    """How many of our first tokens the ancestors' algorithm samples too, with the same noise at temperature 1.
 
     Raises:
         RuntimeError: not all of them in float32, where both are the same function to the last digits; 16-bit rounding
@@ -93,7 +95,7 @@ def equal_tokens(
     num_tokens = model.config.image_seq_len if whole else _COMPARED_TOKENS
     by_number = {candidate.candidate: candidate.image_tokens for candidate in generation.candidates}
     candidates = sorted(by_number) if whole else [0]
-    theirs = draw_uncached(model, caption, seed=FIRST_SEED, candidates=candidates, num_tokens=num_tokens)
+    theirs = sample_uncached(model, caption, seed=FIRST_SEED, candidates=candidates, num_tokens=num_tokens)
     ours = torch.tensor([by_number[candidate][:num_tokens] for candidate in candidates], device=theirs.device)
     equal = int((theirs == ours).sum())
     if variant.name == "float32" and equal != theirs.numel():
@@ -107,7 +109,7 @@ def _say(text: str) -> None:
 
 def main() -> None:
     fit_threads()
-    print(json.dumps(measure(Plan.from_json(sys.argv[1]))), flush=True)
+    print(json.dumps(measure(SamplingPlan.from_json(sys.argv[1]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sampling benchmark on a tiny model: it runs, its figures add up, and the others' loops draw what we draw."""
+"""The sampling benchmark on a tiny model: it runs, its figures add up, and the baselines' loops sample our tokens."""
 
 import json
 import os
@@ -49,9 +49,9 @@ def document(out: Path) -> dict[str, Any]:
         check=False,
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
-    told = json.loads(answer.stdout.splitlines()[-1])
-    assert isinstance(told, dict)
-    return told
+    result = json.loads(answer.stdout.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result
 
 
 def _rows(document: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -109,22 +109,22 @@ def test_others_are_beside_it(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--dtype", "float12"], "float12 is none of float32, bfloat16, float16, int8"),
         (["--only", "theirs"], "theirs is none of ours"),
         (["--repeat", "0"], "must be 1 or more"),
     ],
 )
-def test_what_cannot_be_asked_for(
-    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_impossible_arguments_are_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import sample_speed
 
     monkeypatch.setattr(sys, "argv", ["sample_speed.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         sample_speed.main()
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- the baselines
@@ -143,19 +143,19 @@ def caption() -> torch.Tensor:
     return torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1, 1, 1, 1, 1]])
 
 
-def test_the_ancestors_loop_draws_our_tokens(model: KoDalle, caption: torch.Tensor) -> None:
+def test_the_ancestors_loop_samples_our_tokens(model: KoDalle, caption: torch.Tensor) -> None:
     """No cache and the joint head on each position, with our noise: the same function."""
-    from sampling.baselines import draw_uncached
+    from sampling.baselines import sample_uncached
 
     ours = Sampler(model).generate(
         caption, [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(3)]
     )
-    assert torch.equal(draw_uncached(model, caption, seed=5, candidates=range(3), num_tokens=16), ours)
-    other = draw_uncached(model, caption, seed=6, candidates=range(3), num_tokens=16)
+    assert torch.equal(sample_uncached(model, caption, seed=5, candidates=range(3), num_tokens=16), ours)
+    other = sample_uncached(model, caption, seed=6, candidates=range(3), num_tokens=16)
     assert not torch.equal(other, ours)
 
 
-def test_text_is_never_drawn(model: KoDalle, caption: torch.Tensor) -> None:
+def test_text_is_never_sampled(model: KoDalle, caption: torch.Tensor) -> None:
     from sampling.baselines import uncached_logits
 
     with torch.inference_mode():
@@ -166,7 +166,7 @@ def test_text_is_never_drawn(model: KoDalle, caption: torch.Tensor) -> None:
 
 
 def test_the_plain_cached_loop_is_the_same_model(model: KoDalle, caption: torch.Tensor) -> None:
-    from sampling.baselines import cached_logits, draw_cached, empty_cache, uncached_logits
+    from sampling.baselines import cached_logits, empty_cache, sample_cached, uncached_logits
 
     tokens = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(2))
     captions = caption.expand(2, -1)
@@ -176,16 +176,16 @@ def test_the_plain_cached_loop_is_the_same_model(model: KoDalle, caption: torch.
         for position in range(6):
             x = model.image_embedding(tokens)[:, position : position + 1]
             logits.append(cached_logits(model, x, cache))
-        for drawn, found in enumerate(logits):
-            expected = uncached_logits(model, captions, tokens[:, :drawn])[:, model.head.num_text_rows :]
+        for sampled, found in enumerate(logits):
+            expected = uncached_logits(model, captions, tokens[:, :sampled])[:, model.head.num_text_rows :]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert cache.length == model.config.prefix_len + 6
-    drawn_tokens = draw_cached(model, caption, num_rows=3)
-    assert drawn_tokens.shape == (3, 16)
-    assert int(drawn_tokens.max()) < 32
+    sampled_tokens = sample_cached(model, caption, num_rows=3)
+    assert sampled_tokens.shape == (3, 16)
+    assert int(sampled_tokens.max()) < 32
 
 
-def test_steps_timed_at_lengths_say_what_whole_drawings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_timed_at_lengths_agree_with_whole_generations(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that takes time in proportion to its length, timed at three lengths and summed over all."""
     from sampling.baseline_rows import at_lengths, spread_evenly
 
@@ -212,7 +212,7 @@ def test_ratios() -> None:
     theirs = {"what": "uncached", "variant": "float32", "images": 1, "tokens_s": 40.0, "method": "measured whole"}
     absent = {"what": "dalle-pytorch", "variant": "float32", "images": 1, "method": "not installed"}
     (row,) = ratios([ours, theirs, absent])
-    assert (row["tokens"], row["pictures"]) == (10, 7)
+    assert (row["tokens"], row["with_codec"]) == (10, 7)
 
 
 def test_published_figures() -> None:
@@ -244,13 +244,13 @@ def test_names_of_files() -> None:
 
 
 def test_plans_travel() -> None:
-    from sampling.plan import Plan
+    from sampling.plan import SamplingPlan
 
-    plan = Plan(
+    plan = SamplingPlan(
         model="m", device="cpu", variant="float32", parts=("ours",), repeat=1, row_budget_s=1, candidates=4,
         lengths_one=0, lengths_many=0, rate_seconds=0.1, rate_bytes=None,
     )  # fmt: skip
-    assert Plan.from_json(plan.to_json()) == plan
+    assert SamplingPlan.from_json(plan.to_json()) == plan
 
 
 def test_gpu_suite_without_a_gpu_says_so_in_one_line(tmp_path: Path) -> None:
