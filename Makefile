@@ -66,14 +66,19 @@ soak: $(READY)  ## an hour or so: tests and benchmarks that `make test` leaves o
 	$(BIN)/python benchmarks/serve_soak.py --server ray --out $(RESULTS)/serve_soak
 	$(BIN)/python benchmarks/serve_load.py --model $(MODEL) --out $(RESULTS)/serve_load
 
-# What the tests of the page and of two hosts need besides Python: a browser with a Korean font, and `ip`. Without them, or
-# without leave to install them, those tests skip and say so.
-system-packages:  ## Chromium, a Korean font and ip, for the tests that need them
+# What the tests of the page and of two hosts need besides Python: a browser with a Korean font, `ip`, and the TypeScript
+# that checks the page's types where there is node. Without them, or without leave to install them, those tests skip and
+# say so.
+system-packages:  ## Chromium, a Korean font, ip and TypeScript, for the tests that need them
 	@if command -v chromium >/dev/null && command -v ip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium fonts-nanum iproute2 >/dev/null) || echo "system packages could not be installed: some tests will skip"; \
 	else echo "no leave to install chromium, fonts-nanum, iproute2: some tests will skip"; fi
+	@if [ -d tests/serve/page/typescript/node_modules/typescript ]; then :; \
+	elif command -v npm >/dev/null; then \
+	  npm ci --silent --no-audit --no-fund --prefix tests/serve/page/typescript || echo "no TypeScript: a test will skip"; \
+	else echo "no npm, so no TypeScript: a test will skip"; fi
 
 bench: $(READY)  ## speed of kernels and of generation
 	$(BIN)/python benchmarks/kernel_speed.py

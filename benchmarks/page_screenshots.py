@@ -1,9 +1,9 @@
-"""The designers' page as it looks, drawn by a model and photographed in headless Chromium.
+"""Screenshots of the designers' page in headless Chromium, with images that a model generates.
 
     python benchmarks/page_screenshots.py models/clothing --out benchmarks/results/page
 
-Nothing here is arranged but the order of presses: the pictures are what the model draws for the page's own examples, with
-seeds written below. It needs `/usr/bin/chromium` (Debian: apt install chromium fonts-nanum) and `pip install playwright`.
+Nothing is arranged but the order of clicks: the images are what the model generates for its own example captions, with the
+seeds below. It needs `/usr/bin/chromium` (Debian: apt install chromium fonts-nanum) and `pip install playwright`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from serve.settings import ServeSettings
 CHROMIUM = "/usr/bin/chromium"
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 _DESKTOP, _PHONE = (1280, 780), (360, 740)
-# Few enough that 16 candidates are drawn in turns, so that a drawing can be caught half way.
+# Few enough that 16 candidates are generated in turns, so that a generation can be shown half way.
 _SLOTS = 4
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 @contextmanager
 def serving(model: str) -> Iterator[str]:
-    """The real edge and worker on a free port of this machine; gives the address."""
+    """The API server and a worker on a free port of this machine; yields the address."""
     settings = ServeSettings(model=model, num_slots=_SLOTS)
     pool = LocalPool(settings)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -68,7 +68,7 @@ def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str
         reduced_motion="reduce",
     )
     page = context.new_page()
-    page.set_default_timeout(180_000)  # milliseconds; four drawings with few slots take a minute on a busy machine
+    page.set_default_timeout(180_000)  # milliseconds; four generations with few slots take a minute on a busy machine
     page.goto(address)
     page.locator("#model-info:not(:empty)").wait_for()
     yield page
@@ -76,19 +76,19 @@ def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str
 
 
 def photograph_desktop(browser: Browser, address: str, out: Path) -> None:
-    """A drawing under way, its result with all candidates, and a part painted over."""
+    """A generation in progress, its result with all candidates, and a part painted over."""
     with opened(browser, address, _DESKTOP, scheme="light") as page:
-        draw_example(page, 0, seed=7)
+        generate_example(page, 0, seed=7)
         page.locator('[data-candidate="0"][data-rows]:not([data-rows="1"])').wait_for()
-        save(page, out / "drawing-ko.png")
+        save(page, out / "generation-ko.png")
         page.locator(".card.done").wait_for()
         page.locator("[data-action=candidates]").click()
         save(page, out / "candidates-ko.png")
-        page.locator("#drawings [data-action=open-0]").click()
-        page.locator("[data-action=repaint]").click()
+        page.locator("#generations [data-action=open-0]").click()
+        page.locator("[data-action=inpaint]").click()
         settle(page)
         paint(page, [(0.3, 0.62), (0.7, 0.62), (0.7, 0.72), (0.32, 0.72)])
-        write(Image.open(io.BytesIO(page.screenshot())), out / "repaint-ko.png")
+        write(Image.open(io.BytesIO(page.screenshot())), out / "inpaint-ko.png")
 
 
 def photograph_dark(browser: Browser, address: str, out: Path) -> None:
@@ -96,7 +96,7 @@ def photograph_dark(browser: Browser, address: str, out: Path) -> None:
     with opened(browser, address, _DESKTOP, scheme="dark") as page:
         page.locator("#language-button").click()
         for number, seed in ((3, 11), (1, 12), (2, 13), (0, 14)):
-            draw_example(page, number, seed=seed)
+            generate_example(page, number, seed=seed)
         page.locator(".card.done").first.wait_for()
         save(page, out / "queue-en.png")
         page.locator(".card.done").nth(3).wait_for()
@@ -106,35 +106,35 @@ def photograph_dark(browser: Browser, address: str, out: Path) -> None:
 
 
 def photograph_phone(browser: Browser, address: str, out: Path) -> None:
-    """The form, a result, and one picture large, side by side."""
+    """The form, a result, and one image large, side by side."""
     with opened(browser, address, _PHONE, scheme="light", scale=1.25) as page:
         shots = [page.screenshot()]
-        draw_example(page, 1, seed=21)
+        generate_example(page, 1, seed=21)
         page.locator(".card.done").wait_for()
         page.locator("#board").scroll_into_view_if_needed()
         page.mouse.move(1, 1)
         shots.append(page.screenshot())
-        page.locator("#drawings [data-action=open-0]").click()
+        page.locator("#generations [data-action=open-0]").click()
         shots.append(page.screenshot())
-    pictures = [Image.open(io.BytesIO(shot)) for shot in shots]
+    images = [Image.open(io.BytesIO(shot)) for shot in shots]
     gap = 24
-    sheet = Image.new("RGB", (sum(each.width + gap for each in pictures) - gap, pictures[0].height), "#8a8a8a")
+    sheet = Image.new("RGB", (sum(each.width + gap for each in images) - gap, images[0].height), "#8a8a8a")
     left = 0
-    for each in pictures:
+    for each in images:
         sheet.paste(each, (left, 0))
         left += each.width + gap
     write(sheet, out / "phone-ko.png")
 
 
-def draw_example(page: Page, number: int, *, seed: int) -> None:
-    # By script: the examples are out of sight once there are drawings.
+def generate_example(page: Page, number: int, *, seed: int) -> None:
+    # By script: the examples are hidden once there are generations.
     page.locator("#examples button").nth(number).evaluate("button => button.click()")
     page.locator("#seed").fill(str(seed))
-    page.locator("#draw").click()
+    page.locator("#generate").click()
 
 
 def paint(page: Page, places: list[tuple[float, float]]) -> None:
-    """A stroke along places given as shares of the picture's side."""
+    """A stroke along places given as shares of the image's side."""
     box = page.locator("canvas.stage").bounding_box()
     assert box is not None
     for number, (x, y) in enumerate(places):
@@ -150,13 +150,13 @@ def save(page: Page, path: Path) -> None:
 
 
 def settle(page: Page) -> None:
-    """The form at its top, and nothing under the pointer."""
+    """Scrolls the form to its top and moves the pointer away."""
     page.evaluate("() => document.querySelector('#compose').scrollTo(0, 0)")
     page.mouse.move(1, 1)
 
 
-def write(picture: Image.Image, path: Path) -> None:
-    picture.convert("RGB").save(path, optimize=True)
+def write(image: Image.Image, path: Path) -> None:
+    image.convert("RGB").save(path, optimize=True)
     print(f"{path} {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 

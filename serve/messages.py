@@ -10,10 +10,11 @@ be sent again and gives the same bytes.
 No torch, no ray. S pixels of the model's square images, g x g grid of tokens, N = g * g.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.image_encoding import ImageFormat
 from engine.pipeline.init_image import InitImage
 from engine.sampling_params import RankBy, SamplingParams
@@ -39,8 +40,7 @@ class ModelInfo:
     default_sampling_params: SamplingParams = field(
         default_factory=SamplingParams
     )  # for parameters that a request omits
-    # Attributes in its training captions: garment -> attribute -> values, most frequent first; {}: not known.
-    attributes: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict, hash=False)
+    caption_guide: CaptionGuide = field(default_factory=CaptionGuide, hash=False)  # how to write captions for it
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The designers' page in real headless Chromium, served by the real edge and worker: what the page's tests share."""
+"""The designers' page in headless Chromium, served by the real API server and worker: what the page's tests share."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,17 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-_WAIT_MS = 20_000
-# What a browser writes by itself about an answer that is no success, or none at all.
-_ABOUT_ANSWERS = re.compile(r"^Failed to load resource: ")
+# The longest wait for anything: it ends a test that fails, and no test passes or fails by a machine's speed.
+WAIT_MS = 60_000
+# What the browser itself logs about a response that is no success, or none at all.
+_ABOUT_RESPONSES = re.compile(r"^Failed to load resource: ")
 
-Page = Any  # playwright ships types, but is no dependency of those who only read this
+CAPTION = "빨강 바탕에 파랑 네모"
+Page = Any  # playwright has types, but is not always installed
 
 
 class Site:
-    """An application on a port of its own that it keeps over `stop` and `start`."""
+    """An application on a port of its own, which stays the same over `stop` and `start`."""
 
     def __init__(self, make_app: Callable[[], FastAPI]) -> None:
         self._make_app = make_app
@@ -69,7 +71,7 @@ class Site:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends it as a crash would: answers that are under way break off."""
+        """Ends it as a crash would: responses break off."""
         self._server.force_exit = True
         self._server.should_exit = True
         assert self._thread is not None
@@ -77,7 +79,7 @@ class Site:
         assert not self._thread.is_alive()
 
     def post(self, path: str, values: dict[str, Any]) -> Any:
-        """What a program gets from the same server."""
+        """The JSON answer that a program gets from the same server."""
         data = json.dumps(values).encode()
         request = urllib.request.Request(f"{self.address}{path}", data, {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -86,7 +88,7 @@ class Site:
 
 @contextmanager
 def model_site(model: Path, **changes: Any) -> Iterator[tuple[Site, LocalPool]]:
-    """A model folder under the real edge and worker; `changes` to the settings."""
+    """A model folder behind the real API server and worker, with `changes` to the settings."""
     settings = ServeSettings(model=str(model)).model_copy(update={"num_slots": 8} | changes)
     pool = LocalPool(settings)
     site = Site(lambda: build_api(pool, settings))
@@ -97,16 +99,29 @@ def model_site(model: Path, **changes: Any) -> Iterator[tuple[Site, LocalPool]]:
         pool.close()
 
 
+@contextmanager
+def stopping(site: Site) -> Iterator[Site]:
+    try:
+        yield site
+    finally:
+        site.stop()
+
+
 @dataclass
 class Complaints:
-    """What a page must never do, and did."""
+    """Errors and foreign requests of a page."""
 
-    told: list[str] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
     may_fail: bool = False  # the test breaks connections, or is refused, on purpose
 
     def note(self, kind: str, text: str) -> None:
-        if not (self.may_fail and _ABOUT_ANSWERS.match(text)):
-            self.told.append(f"{kind}: {text}")
+        if not (self.may_fail and _ABOUT_RESPONSES.match(text)):
+            self.noted.append(f"{kind}: {text}")
+
+
+Open = Callable[..., AbstractContextManager[tuple[Page, Complaints]]]
+MakeSite = Callable[..., Site]
+MakeSlow = Callable[..., tuple[Site, LocalPool]]
 
 
 @contextmanager
@@ -122,29 +137,31 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, address: str, *, start: bool = True, **options: Any) -> Iterator[tuple[Page, Complaints]]:
-    """The page in a context without history; after it, the page must have had no error and asked nobody else.
+    """The page in a new context; at the end it must have had no error and no request to another site.
 
-    `start`: False leaves the opening to the test. `options`: of the browser's context.
+    Args:
+        start: False leaves the opening to the test.
+        options: of the browser's context.
     """
     complaints = Complaints()
     context = browser.new_context(**({"locale": "ko-KR", "viewport": {"width": 1280, "height": 900}} | options))
-    context.set_default_timeout(_WAIT_MS)
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     page.on("pageerror", lambda error: complaints.note("exception", str(error)))
-    page.on("console", lambda said: complaints.note("console", said.text) if said.type == "error" else None)
-    page.on("request", lambda asked: _note_foreign(asked.url, address, complaints))
+    page.on("console", lambda line: complaints.note("console", line.text) if line.type == "error" else None)
+    page.on("request", lambda request: _note_foreign(request.url, address, complaints))
     try:
         if start:
             open_page(page, address)
         yield page, complaints
     finally:
         context.close()
-    assert not complaints.told, f"complaints: {complaints.told}"
+    assert not complaints.noted, f"complaints: {complaints.noted}"
 
 
 def open_page(page: Page, address: str) -> None:
     page.goto(address)
-    page.locator("#model-info", has_text="32").wait_for()  # the last thing that starting does
+    page.locator("#model-info", has_text="32").wait_for()  # the last step of its start
 
 
 def _note_foreign(url: str, address: str, complaints: Complaints) -> None:
@@ -163,26 +180,26 @@ def fill(page: Page, caption: str, *, n: int = 2, candidates: int = 4, seed: str
         page.locator(f"#{name}").fill(str(value))
 
 
-def draw(page: Page, caption: str, *, n: int = 2, candidates: int = 4, seed: str = "7") -> None:
+def generate(page: Page, caption: str, *, n: int = 2, candidates: int = 4, seed: str = "7") -> None:
     fill(page, caption, n=n, candidates=candidates, seed=seed)
-    page.locator("#draw").click()
+    page.locator("#generate").click()
 
 
-def wait_done(page: Page, count: int = 1, *, timeout_s: float = 20) -> None:
-    page.locator(".card.done").nth(count - 1).wait_for(timeout=timeout_s * 1000)
+def wait_done(page: Page, count: int = 1) -> None:
+    page.locator(".card.done").nth(count - 1).wait_for()
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
     """Waits for it. The minute ends a test that fails; no test passes or fails by a machine's speed."""
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + WAIT_MS / 1000
     while not is_so():
         assert time.monotonic() < ends
         time.sleep(0.02)
 
 
-def pixels(picture: bytes) -> NDArray[np.uint8]:
+def pixels(image: bytes) -> NDArray[np.uint8]:
     """(S, S, 3) of a file's content."""
-    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
 
 
 def downloaded(page: Page, press: Callable[[], None]) -> tuple[str, bytes]:
@@ -190,3 +207,21 @@ def downloaded(page: Page, press: Callable[[], None]) -> tuple[str, bytes]:
     with page.expect_download() as coming:
         press()
     return coming.value.suggested_filename, coming.value.path().read_bytes()
+
+
+class StepGate:
+    """Lets decoding steps through one by one, so that a test and not the machine's speed decides how far they are."""
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._is_open = False
+
+    def allow(self, steps: int) -> None:
+        self._permits.release(steps)
+
+    def open(self) -> None:
+        self._is_open = True
+
+    def wait(self) -> None:
+        while not self._is_open and not self._permits.acquire(timeout=0.01):
+            pass

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from serve.api.listener import listener
 from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, ModelInfo
@@ -139,6 +140,7 @@ INFO = ModelInfo(
     has_ranker=True,
     device="cpu",
     tokenizer_json=_tokenizer_json(),
+    caption_guide=CaptionGuide(examples=("a red square", "a blue square")),
 )
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from engine.data.caption_guide import CaptionForm
+
 _SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 
 
@@ -50,6 +52,10 @@ class CaptionGrammar(Protocol):
 
     def is_colour(self, attribute: str) -> bool:
         """Whether the values of an attribute are colours."""
+        ...
+
+    def form(self) -> CaptionForm:
+        """The grammar as data, for a page on which captions are composed."""
         ...
 
 

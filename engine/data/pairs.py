@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.caption_guide import CaptionGuide, example_captions
 from engine.data.crops import crop_and_resize, open_image
 from engine.data.formats import grammar_of
 from engine.data.label_format import Attributes
@@ -95,6 +96,17 @@ def known_attributes(pairs: Sequence[Pair]) -> dict[str, dict[str, list[str]]]:
         subject: {name: sorted(found, key=lambda value: (-found[value], value)) for name, found in sorted(own.items())}
         for subject, own in sorted(counts.items())
     }
+
+
+def caption_guide(pairs: Sequence[Pair]) -> CaptionGuide:
+    """How to write captions like those of the pairs: examples, and where they follow a grammar, attributes and form."""
+    captions = [caption for pair in pairs for caption in pair.captions]
+    grammar = grammar_of(captions)
+    return CaptionGuide(
+        examples=example_captions(captions),
+        attributes=known_attributes(pairs),
+        form=None if grammar is None else grammar.form(),
+    )
 
 
 def load_pairs(folder: Path, *, validation_fraction: float = 0.05, seed: int = 42) -> Pairs:

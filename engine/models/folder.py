@@ -4,7 +4,7 @@
     <part>.safetensors        its weights
     tokenizer.json, …         Hugging Face tokenizer files
     generation_config.json    default sampling parameters; optional
-    attributes.json           what training captions describe: garment to attribute to values; optional
+    captions.json             how to write captions for it: examples, known attributes, form of sentences; optional
     model_card.md             data, training, figures, limits
 
 No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig
 from engine.config_files import parse_section
+from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
@@ -34,8 +34,6 @@ from engine.models.vqgan import Vqgan
 
 FORMAT = 1
 GENERATION_FILE = "generation_config.json"
-ATTRIBUTES_FILE = "attributes.json"
-Attributes = dict[str, dict[str, list[str]]]
 PartName = Literal["vqgan", "transformer", "koclip"]
 _CONFIGS: dict[PartName, type[Section]] = {
     "vqgan": VqganConfig,
@@ -60,7 +58,7 @@ def write_model_folder(
     card: str,
     tokenizer: CaptionTokenizer | None = None,
     generation: GenerationConfig | None = None,
-    attributes: Attributes | None = None,
+    caption_guide: CaptionGuide | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a complete folder and renames it into place; replaces an older model of the same name.
@@ -92,8 +90,8 @@ def write_model_folder(
             tokenizer.save(folder)
         if generation is not None and generation != GenerationConfig():
             write_json(folder / GENERATION_FILE, generation.model_dump(mode="json", exclude_none=True))
-        if attributes:
-            write_json(folder / ATTRIBUTES_FILE, attributes)
+        if caption_guide is not None:
+            write_guide(folder, caption_guide)
         write_json(folder / "config.json", config)
         (folder / "model_card.md").write_text(card, encoding="utf-8")
 
@@ -125,7 +123,7 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
         card=f"{card_text.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
         tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
         generation=read_generation(source),
-        attributes=read_attributes(source),
+        caption_guide=read_guide(source),
         dtype=dtype,
     )
     return sum((destination / f"{name}.safetensors").stat().st_size for name in parts)
@@ -154,20 +152,6 @@ def read_generation(folder: Path) -> GenerationConfig:
     tree = read_json(path, field="model folder", remedy="mend it, or remove it")
     generation: GenerationConfig = parse_section(GenerationConfig, tree, source=str(path))
     return generation
-
-
-def read_attributes(folder: Path) -> Attributes:
-    """Attributes that the training captions describe (`engine.data.pairs.known_attributes`); {} if unknown.
-
-    Raises:
-        InputError: its file is not of that form.
-    """
-    path = folder / ATTRIBUTES_FILE
-    if not path.is_file():
-        return {}
-    tree = read_json(path, field="model folder", remedy="mend it, or remove it")
-    attributes: Attributes = parse_section(TypeAdapter(Attributes), tree, source=str(path))
-    return attributes
 
 
 def has_part(folder: Path, name: PartName) -> bool:

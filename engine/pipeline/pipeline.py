@@ -27,19 +27,18 @@ from torch import Tensor
 
 from engine.codec.codec import Codec, CodecBackend, open_codec
 from engine.config import GenerationConfig
+from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities, default_dtype
 from engine.errors import InputError
 from engine.models.folder import (
-    Attributes,
     Part,
     PartName,
     has_part,
     load_folder_tokenizer,
     load_part,
     model_digest,
-    read_attributes,
     read_generation,
     write_model_folder,
 )
@@ -74,7 +73,7 @@ class Pipeline:
         codec: Codec | None = None,
         *,
         generation: GenerationConfig | None = None,
-        attributes: Attributes | None = None,
+        caption_guide: CaptionGuide | None = None,
         int8: bool = False,
         speculative: bool = True,
         codec_backend: CodecBackend = "torch",
@@ -88,7 +87,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self._card = card
         self._generation = generation or GenerationConfig()
-        self.attributes: Attributes = attributes or {}
+        self.caption_guide = caption_guide or CaptionGuide()
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
@@ -150,7 +149,7 @@ class Pipeline:
             card.read_text(encoding="utf-8") if card.is_file() else "",
             codec,
             generation=read_generation(folder),
-            attributes=read_attributes(folder),
+            caption_guide=read_guide(folder),
             int8=int8,
             speculative=speculative,
             codec_backend=codec_backend,
@@ -168,7 +167,7 @@ class Pipeline:
             parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
         write_model_folder(
             Path(folder), parts, card=self._card,
-            tokenizer=self.tokenizer, generation=self._generation, attributes=self.attributes, dtype=dtype,
+            tokenizer=self.tokenizer, generation=self._generation, caption_guide=self.caption_guide, dtype=dtype,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -180,7 +179,7 @@ class Pipeline:
             "tokenizer": self.tokenizer,
             "card": self._card,
             "generation": self._generation,
-            "attributes": self.attributes,
+            "caption_guide": self.caption_guide,
             "int8": self._int8,
             "speculative": self._speculative,
             "codec_backend": self._codec_backend,

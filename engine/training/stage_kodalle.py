@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
-from engine.data.pairs import known_attributes
+from engine.data.pairs import caption_guide
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_shards import (
     AugmentedViews,
@@ -60,10 +60,10 @@ class KodalleStage:
     def __init__(self, run: KodalleRun, world: World) -> None:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
-        self._attributes = known_attributes(pairs.train)
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
+        self._caption_guide = caption_guide(pairs.train)
         self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
@@ -149,7 +149,7 @@ class KodalleStage:
                 parts["koclip"] = read_part(run.koclip, "koclip")
             write_model_folder(
                 folder, parts, card=card,
-                tokenizer=self.tokenizer, generation=run.generation, attributes=self._attributes,
+                tokenizer=self.tokenizer, generation=run.generation, caption_guide=self._caption_guide,
             )  # fmt: skip
         self.world.barrier()
 

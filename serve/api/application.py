@@ -264,7 +264,7 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
         "default_sampling_params": info.default_sampling_params.generation_values(),
         "sampling_params": schemas.parameter_limits(limits),
-        "attributes": info.attributes,
+        "caption_guide": info.caption_guide.model_dump(mode="json"),
         "limits": {
             "prompt_characters": limits.max_prompt_characters,
             "images": limits.max_images,

@@ -6,10 +6,12 @@ what is validated.
 """
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.provenance import Provenance
 from serve.api.errors import FAILURES
 from serve.api.schemas import EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
@@ -18,15 +20,9 @@ from serve.settings import ServeSettings
 
 Json = dict[str, Any]
 
-_EXAMPLES: Json = {
-    "한국어": {"value": {"prompt": "상의에서 색상은 레드이다. 원피스에서 기장은 미니이다.", "n": 4, "seed": 7}},
-    "English": {"value": {"prompt": "a red top and a mini dress", "n": 1, "candidates": 16, "output_format": "webp"}},
-    "streaming": {"value": {"prompt": "상의에서 소재는 니트이다.", "stream": True, "partial_images": 3}},
-}
 _IMAGE_PARTS: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
 _WHOLE: Json = {"type": "integer"}
 _TEXT: Json = {"type": "string"}
-_TEXTS: Json = {"type": "array", "items": _TEXT}
 _NUMBER: Json = {"type": "number"}
 _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 _PARAMETER: Json = {
@@ -69,7 +65,8 @@ def describe(settings: ServeSettings, info: ModelInfo) -> Json:
 
 
 def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
-    tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": 14}
+    captions = info.caption_guide.examples or ("a caption",)
+    tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": len(captions[0])}
     model_id = {
         "name": "model_id", "in": "path", "required": True, "schema": _TEXT, "example": info.model_id
     }  # fmt: skip
@@ -79,7 +76,7 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 "Generate images from a caption",
                 "Images | SSE",
                 _ACCESS + _BODY + _GENERATION,
-                body={"application/json": {"schema": _ref("GenerationRequest"), "examples": _EXAMPLES}},
+                body={"application/json": {"schema": _ref("GenerationRequest"), "examples": _examples(captions)}},
             )
         },
         "/v1/images/edits": {
@@ -99,13 +96,23 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 "Count a caption's tokens",
                 "Tokens",
                 _ACCESS + _BODY,
-                body={"application/json": {"schema": _ref("TokenizeRequest"), "example": {"prompt": "빨강 니트"}}},
+                body={"application/json": {"schema": _ref("TokenizeRequest"), "example": {"prompt": captions[0]}}},
                 example=tokens,
             )
         },
         "/healthz": {"get": _operation("The server is running", "Status", (), is_open=True)},
         "/readyz": {"get": _operation("A worker accepts requests", "Status", ("unavailable",), is_open=True)},
         "/metrics": {"get": _operation("Prometheus metrics", "text/plain", _ACCESS)},
+    }
+
+
+def _examples(captions: Sequence[str]) -> Json:
+    """Requests with the model's own example captions."""
+    first, second, third = (captions[number % len(captions)] for number in range(3))
+    return {
+        "the best 4": {"value": {"prompt": first, "n": 4, "seed": 7}},
+        "the best of 16 as WebP": {"value": {"prompt": second, "n": 1, "candidates": 16, "output_format": "webp"}},
+        "streaming": {"value": {"prompt": third, "stream": True, "partial_images": 3}},
     }
 
 
@@ -199,9 +206,10 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "limits": {"type": "object", "additionalProperties": _NUMBER},
         "default_sampling_params": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
         "sampling_params": {"type": "object", "additionalProperties": _PARAMETER},
-        "attributes": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": _TEXTS}},
+        "caption_guide": _ref("CaptionGuide"),
     }
     whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
+    guide = CaptionGuide.model_json_schema(ref_template=_ref("{model}")["$ref"])
     error = dict.fromkeys(("message", "message_ko", "type", "code"), _TEXT) | {"param": {"type": ["string", "null"]}}
     return {
         "GenerationRequest": _fields(GenerationRequest, settings, info),
@@ -212,6 +220,8 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "Event": _object({"event": {"enum": _EVENTS}, "data": _TEXT | {"contentMediaType": "application/json"}}),
         "Images": _object(images, candidates={"type": "array", "items": _ref("Image")}),
         "Model": _object(model | dict.fromkeys(whole, _WHOLE)),
+        **guide.pop("$defs"),
+        "CaptionGuide": guide,
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
         "Tokens": _object({"object": {"const": "tokens"}, "tokens": _WHOLE, "limit": _WHOLE, "characters": _WHOLE}),
         "Status": _object({"status": _TEXT}),

@@ -1,5 +1,5 @@
 /**
- * The server's public API, and nothing but it: what a program could ask, the page asks in the same words.
+ * A client of the server's public API: the page uses nothing that a program could not.
  *
  * A seed is text from end to end: it goes up to 2**64 - 1, and a JavaScript number would round it from 2**53 on.
  */
@@ -9,63 +9,67 @@ import { currentKey } from "./keys.js";
 import { language, t } from "./texts.js";
 
 /**
- * Everything that decides the pictures.
+ * Everything that determines the images.
  * @typedef {object} ImageRequest
- * @property {"new"|"rows"|"mask"} kind from nothing; from a picture's top rows; from a picture, a marked part regenerated
+ * @property {"new"|"rows"|"mask"} kind from the caption alone; from the top rows of an init image; from an init
+ *   image with a marked part to inpaint
  * @property {string} caption
- * @property {number} n pictures shown
- * @property {number} candidates pictures drawn and ranked
+ * @property {number} n images shown
+ * @property {number} candidates images generated and ranked
  * @property {string} seed decimal digits, 0 to 2**64 - 1
  * @property {number} temperature
  * @property {number|null} topK
  * @property {number|null} topP
  * @property {number} guidance
  * @property {number|null} keepRows rows of tokens kept, for "rows"
- * @property {Blob|null} image for "rows" and "mask"
- * @property {Blob|null} mask PNG, as large as the image, transparent where to redraw, for "mask"
+ * @property {Blob|null} image the init image, for "rows" and "mask"
+ * @property {Blob|null} mask PNG, as large as the image, transparent where to inpaint, for "mask"
  *
  * @typedef {object} Model
  * @property {string} id
- * @property {number} image_size side of its pictures in pixels
- * @property {number} grid_size rows of tokens in a picture
+ * @property {number} image_size side of its images in pixels
+ * @property {number} grid_size rows of tokens in an image
  * @property {number} text_seq_len tokens of a caption
  * @property {string} digest
  * @property {string} device
  * @property {number} default_candidates
- * @property {Record<string, Record<string, string[]>>} attributes what its captions told of: part to attribute to values,
- *   the commonest first; {} when it does not say
+ * @property {import("./composer.js").CaptionGuide} caption_guide
  * @property {{temperature: number, top_k: number|null, top_p: number|null, guidance_scale: number}} default_sampling_params
+ * @property {Record<"n"|"candidates"|"temperature"|"top_k"|"top_p"|"guidance_scale",
+ *   import("./settings.js").Bounds>} sampling_params
  * @property {{images: number, candidates: number, partial_images: number}} limits
+ *
+ * @typedef {Record<string, any> & {type: string}} StreamEvent as the API documents them, by their type
  */
 
 const ROOT = new URL("../", import.meta.url);
-// The server writes a comment or an event at least every 10 s; silence for several times that long is a dead connection.
+// The server writes a comment or an event at least every 10 s; silence for several times that is a dead connection.
 const SILENCE_S = 45;
 
-/** An answer that is no success. `message` is in the language shown. */
+/** An answer that is no success. */
 export class ApiError extends Error {
   /**
    * @param {number} status
-   * @param {{message?: string, message_ko?: string, code?: string|null, param?: string|null}} about
+   * @param {{message?: string, message_ko?: string, code?: string|null, param?: string|null}} details
    * @param {number|null} retryAfterS
    */
-  constructor(status, about, retryAfterS = null) {
-    super(about.message || `HTTP ${status}`);
+  constructor(status, details, retryAfterS = null) {
+    super(details.message || `HTTP ${status}`);
     this.status = status;
-    this.about = about;
-    this.code = about.code ?? null;
-    this.param = about.param ?? null;
+    this.details = details;
+    this.code = details.code ?? null;
+    this.param = details.param ?? null;
     this.retryAfterS = retryAfterS;
   }
 
   /** @returns {string} in the language shown */
-  get told() {
-    const korean = language() === "ko" ? this.about.message_ko : null;
-    return korean || this.about.message || t("error.status", { status: this.status });
+  get text() {
+    const korean = language() === "ko" ? this.details.message_ko : null;
+    return korean || this.details.message || t("error.status", { status: this.status });
   }
 }
 
-/** No answer, or one that broke off: the server is away, starting again, or the network is. */
+/** No answer, or one that broke off: the server or the network is down. */
 export class ConnectionLost extends Error {}
 
 /**
@@ -95,14 +99,14 @@ async function call(path, options = {}) {
  */
 async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  // A gateway that answers for a server that is away has no error body of ours.
+  // A gateway that answers for a server that is down has no error body of ours.
   if (!body?.error && [502, 503, 504].includes(response.status)) return new ConnectionLost(`HTTP ${response.status}`);
   const after = Number.parseFloat(response.headers.get("Retry-After") ?? "");
   return new ApiError(response.status, body?.error ?? {}, Number.isFinite(after) ? after : null);
 }
 
 /**
- * @returns {Promise<Model>} the model that this server draws with
+ * @returns {Promise<Model>} the model that this server runs
  */
 export async function readModel() {
   const list = await (await call("v1/models")).json();
@@ -110,7 +114,7 @@ export async function readModel() {
 }
 
 /**
- * @returns {Promise<boolean>} whether a drawing would be taken on now
+ * @returns {Promise<boolean>} whether the server takes requests
  */
 export async function isReady() {
   try {
@@ -131,21 +135,21 @@ export async function countTokens(prompt, signal) {
 }
 
 /**
- * Draws, telling what happens as it happens.
+ * Generates images, and yields events while it does.
  * @param {ImageRequest} request
- * @param {number} numPreviews of each picture, while it is drawn
- * @param {AbortSignal} signal aborting hangs up, which cancels the drawing on the server
- * @returns {AsyncGenerator<Record<string, any>>} the events' data, each with a `type`
+ * @param {number} numPreviews of each image
+ * @param {AbortSignal} signal aborting closes the connection, which cancels the generation on the server
+ * @returns {AsyncGenerator<StreamEvent>}
  * @throws {ApiError|ConnectionLost}
  */
-export async function* draw(request, numPreviews, signal) {
+export async function* generate(request, numPreviews, signal) {
   const silence = new AbortController();
   const both = AbortSignal.any([signal, silence.signal]);
-  const watch = watchdog(() => silence.abort(new ConnectionLost("silence")), SILENCE_S);
+  const watchdog = startWatchdog(() => silence.abort(new ConnectionLost("silence")), SILENCE_S);
   let isComplete = false;
   try {
     const response = await send(request, numPreviews, both);
-    for await (const { data } of readEvents(watched(response.body, watch))) {
+    for await (const { data } of readEvents(watched(/** @type {ReadableStream<Uint8Array>} */ (response.body), watchdog))) {
       if (data === "[DONE]") continue;
       const event = JSON.parse(data);
       if (event.error) throw new ApiError(200, event.error);
@@ -157,7 +161,7 @@ export async function* draw(request, numPreviews, signal) {
     if (error instanceof ApiError) throw error;
     throw new ConnectionLost(String(error));
   } finally {
-    watch.stop();
+    watchdog.stop();
   }
   if (!isComplete) throw new ConnectionLost("the answer ended early");
 }
@@ -178,7 +182,7 @@ function send(request, numPreviews, signal) {
     all_candidates: true,
   };
   if (request.kind === "new") {
-    // The seed is set in as digits: JSON.stringify has no way to write a whole number of 64 bits.
+    // The seed is inserted as digits: JSON.stringify has no way to write a whole number of 64 bits.
     const json = `${JSON.stringify(fields).slice(0, -1)},"seed":${BigInt(request.seed)}}`;
     return call("v1/images/generations", {
       method: "POST",
@@ -189,14 +193,14 @@ function send(request, numPreviews, signal) {
   }
   const form = new FormData();
   for (const [name, value] of Object.entries({ ...fields, seed: request.seed })) form.set(name, String(value));
-  form.set("image", request.image, "image.png");
-  if (request.kind === "mask") form.set("mask", request.mask, "mask.png");
+  if (request.image) form.set("image", request.image, "image.png");
+  if (request.mask) form.set("mask", request.mask, "mask.png");
   return call("v1/images/edits", { method: "POST", body: form, signal });
 }
 
 /**
  * @param {ImageRequest} request
- * @returns {Record<string, string|number>} what decides the pictures, by the API's names; the seed is left out
+ * @returns {Record<string, string|number>} what determines the images, by the API's names, without the seed
  */
 export function settingsOf(request) {
   const fields = {
@@ -209,20 +213,24 @@ export function settingsOf(request) {
     top_p: request.topP,
     keep_rows: request.kind === "rows" ? request.keepRows : null,
   };
-  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
+  return /** @type {Record<string, string|number>} */ (
+    Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null))
+  );
 }
 
 /**
- * @param {() => void} bark called once when nothing was heard for so long
+ * @typedef {{reset: () => void, stop: () => void}} Watchdog
+ *
+ * @param {() => void} onTimeout called once when it was not reset for so long
  * @param {number} seconds
- * @returns {{heard: () => void, stop: () => void}}
+ * @returns {Watchdog}
  */
-function watchdog(bark, seconds) {
-  let timer = setTimeout(bark, seconds * 1000);
+function startWatchdog(onTimeout, seconds) {
+  let timer = setTimeout(onTimeout, seconds * 1000);
   return {
-    heard: () => {
+    reset: () => {
       clearTimeout(timer);
-      timer = setTimeout(bark, seconds * 1000);
+      timer = setTimeout(onTimeout, seconds * 1000);
     },
     stop: () => clearTimeout(timer),
   };
@@ -230,12 +238,16 @@ function watchdog(bark, seconds) {
 
 /**
  * @param {ReadableStream<Uint8Array>} stream
- * @param {{heard: () => void}} watch
+ * @param {Watchdog} watchdog reset with each chunk
  * @returns {ReadableStream<Uint8Array>}
  */
-function watched(stream, watch) {
+function watched(stream, watchdog) {
+  /**
+   * @param {Uint8Array} chunk
+   * @param {TransformStreamDefaultController<Uint8Array>} controller
+   */
   const transform = (chunk, controller) => {
-    watch.heard();
+    watchdog.reset();
     controller.enqueue(chunk);
   };
   return stream.pipeThrough(new TransformStream({ transform }));

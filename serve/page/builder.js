@@ -1,33 +1,33 @@
 /**
- * Composes a caption from attributes, and reads one back into them, so that builder and caption box say the same.
+ * Composes a caption from attributes, and reads one back into them, so that the form and the caption box say the same.
  *
- * What parts, attributes and values there are is data (attributes.json): for other pictures than clothes another file
- * goes there. A caption in one's own words is never overwritten: the composed one is offered beneath instead.
+ * Subjects, attributes, values and sentences are the served model's. A caption in one's own words is never overwritten:
+ * the composed one is offered beneath instead.
  */
 
-import { compose, labelOf } from "./composer.js";
+import { compose, labelOf, word } from "./composer.js";
 import { button, byId, element } from "./elements.js";
 import { keep, kept, lasting } from "./preferences.js";
 import { language, onLanguage, t } from "./texts.js";
 
-/** @typedef {import("./composer.js").Grammar} Grammar */
-
 /**
- * @returns {Promise<Grammar>}
+ * @typedef {import("./composer.js").Grammar} Grammar
+ * @typedef {import("./composer.js").FormAttribute} FormAttribute
+ * @typedef {string|string[]} Value
+ * @typedef {(attribute: FormAttribute, values: string[], chosen: Value, put: (value: Value) => void, called: Called) =>
+ *   HTMLElement} Control
+ * @typedef {(name: string) => string} Called the word for a name in the language shown
+ * @typedef {{label: import("./composer.js").Label, subject: string, isWriting: boolean}} State
  */
-export async function readGrammar() {
-  return (await fetch(new URL("attributes.json", import.meta.url))).json();
-}
 
 /**
+ * Shows the form; until then the page has none.
  * @param {Grammar} grammar
  * @param {import("./caption.js").CaptionBox} captionBox
- * @returns {{offer: (grammar: Grammar) => void}} `offer`: choices from now on are those of this grammar, a part of the
- *   other one; captions are read by the whole
  */
 export function startBuilder(grammar, captionBox) {
-  let offered = grammar;
-  const state = { label: labelOf(grammar, captionBox.read()) ?? {}, part: grammar.shown_order[0], isWriting: false };
+  /** @type {State} */
+  const state = { label: {}, subject: grammar.subjects[0].name, isWriting: false };
 
   const offerOrWrite = () => {
     const composed = compose(grammar, state.label);
@@ -38,29 +38,32 @@ export function startBuilder(grammar, captionBox) {
       state.isWriting = false;
     }
     showOffer(isOurs ? "" : composed, () => captionBox.write(composed));
-    showCounts(grammar, state);
+    showCounts(state);
   };
-  const draw = () => {
-    byId("builder-title").textContent = grammar.name[language()];
-    const body = byId("builder-body");
-    body.replaceChildren(
-      partChoice(offered, state, draw),
-      fieldsOf(offered, state, offerOrWrite),
+  const show = () => {
+    byId("builder-title").textContent = grammar.form.title[language()] ?? Object.values(grammar.form.title)[0] ?? "";
+    byId("builder-body").replaceChildren(
+      subjectChoice(grammar, state, show),
+      fieldsOf(grammar, state, offerOrWrite),
       element("div", { id: "builder-offer", class: "offer", hidden: true }),
-      button({ text: t("builder.clear"), press: () => ((state.label = {}), offerOrWrite(), draw()) }),
+      button({ text: t("builder.clear"), press: () => ((state.label = {}), offerOrWrite(), show()) }),
     );
-    showCounts(grammar, state);
+    showCounts(state);
+  };
+  /** @param {string} caption */
+  const readBack = (caption) => {
+    const label = labelOf(grammar, caption);
+    if (label === null) return;
+    state.label = label;
+    const stated = grammar.subjects.map(({ name }) => name).filter((name) => name in label);
+    state.subject = stated.find((name) => name === state.subject) ?? stated[0] ?? state.subject;
+    show();
   };
 
   captionBox.onChange((caption) => {
     if (state.isWriting) return;
     showOffer("", () => {});
-    const label = labelOf(grammar, caption);
-    if (label === null) return;
-    state.label = label;
-    const told = Object.keys(label).filter((part) => offered.shown_order.includes(part));
-    state.part = told.find((part) => part === state.part) ?? told[0] ?? state.part;
-    draw();
+    readBack(caption);
   });
   const fold = byId("builder");
   // On a phone it would push everything else out of sight.
@@ -70,36 +73,30 @@ export function startBuilder(grammar, captionBox) {
   fold.addEventListener("toggle", () =>
     keep(lasting(), "kodalle.builder", fold.hasAttribute("open") ? "open" : "closed"),
   );
-  onLanguage(draw);
-  return {
-    offer: (grammar) => {
-      offered = grammar;
-      if (!offered.shown_order.includes(state.part)) state.part = offered.shown_order[0];
-      draw();
-    },
-  };
+  onLanguage(show);
+  readBack(captionBox.read());
+  fold.hidden = false;
 }
 
 /**
  * @param {Grammar} grammar
- * @param {{part: string, label: import("./composer.js").Label}} state
- * @param {() => void} draw
+ * @param {State} state
+ * @param {() => void} show
  * @returns {HTMLElement}
  */
-function partChoice(grammar, state, draw) {
-  const choices = grammar.shown_order.map((name) => {
-    const part = grammar.parts.find((each) => each.name === name);
+function subjectChoice(grammar, state, show) {
+  const choices = grammar.subjects.map(({ name }) => {
     const input = element("input", {
       type: "radio",
-      name: "part",
+      name: "subject",
       value: name,
-      checked: state.part === name,
+      checked: state.subject === name,
       on: {
         change: () => {
-          state.part = name;
-          draw();
+          state.subject = name;
+          show();
           /** @type {HTMLElement|null} */ (
-            document.querySelector(`input[name="part"][value="${CSS.escape(name)}"]`)
+            document.querySelector(`input[name="subject"][value="${CSS.escape(name)}"]`)
           )?.focus();
         },
       },
@@ -108,22 +105,25 @@ function partChoice(grammar, state, draw) {
       "label",
       { class: "segment" },
       input,
-      element("span", { text: word(part) }),
-      element("span", { class: "dot", "data-part": name }),
+      element("span", { text: word(grammar, name, language()) }),
+      element("span", { class: "dot", "data-subject": name }),
     );
   });
   return element(
     "fieldset",
     { class: "segments" },
-    element("legend", { class: "visually-hidden", text: t("builder.part") }),
+    element("legend", { class: "visually-hidden", text: t("builder.subject") }),
     ...choices,
   );
 }
 
-/** A dot on every part that the caption tells of: those not shown would be forgotten otherwise. */
-function showCounts(grammar, state) {
-  for (const dot of document.querySelectorAll("[data-part]")) {
-    const chosen = state.label[dot.getAttribute("data-part")] ?? {};
+/**
+ * A number on every subject that the caption has sentences on: those not shown would be forgotten otherwise.
+ * @param {State} state
+ */
+function showCounts(state) {
+  for (const dot of document.querySelectorAll("[data-subject]")) {
+    const chosen = state.label[dot.getAttribute("data-subject") ?? ""] ?? {};
     const number = Object.values(chosen).filter((value) => value.length).length;
     dot.textContent = number ? String(number) : "";
   }
@@ -131,31 +131,48 @@ function showCounts(grammar, state) {
 
 /**
  * @param {Grammar} grammar
- * @param {{part: string, label: import("./composer.js").Label}} state
+ * @param {State} state
  * @param {() => void} changed
  * @returns {HTMLElement}
  */
 function fieldsOf(grammar, state, changed) {
-  const part = grammar.parts.find((each) => each.name === state.part);
-  const controls = { chips: choiceField, swatches: choiceField, select: selectField, several: severalField };
-  const fields = Object.entries(part.attributes).map(([name, list]) => {
-    const attribute = grammar.attributes.find((each) => each.name === name);
+  const subject = grammar.subjects.find((each) => each.name === state.subject) ?? grammar.subjects[0];
+  /** @type {Record<FormAttribute["control"], Control>} */
+  const controls = {
+    chips: choiceField,
+    swatches: (...given) => choiceField(...given, grammar.form.colours),
+    select: selectField,
+    several: severalField,
+  };
+  /** @type {Called} */
+  const called = (name) => word(grammar, name, language());
+  const fields = subject.fields.map(({ attribute, values }) => {
+    const { name } = attribute;
+    /** @param {Value} value */
     const put = (value) => {
-      const chosen = (state.label[part.name] ??= {});
+      const chosen = (state.label[subject.name] ??= {});
       if (value.length) chosen[name] = value;
       else delete chosen[name];
       changed();
     };
-    return controls[attribute.control](attribute, grammar.values[list], state.label[part.name]?.[name] ?? "", put);
+    return controls[attribute.control](attribute, values, state.label[subject.name]?.[name] ?? "", put, called);
   });
   return element("div", { class: "attributes" }, ...fields);
 }
 
-/** One of few values, all in sight: the category as words, a colour as cloth. */
-function choiceField(attribute, values, chosen, put) {
-  const isSwatch = attribute.control === "swatches";
-  const told = element("span", { class: "told", text: wordOf(values, chosen) });
-  const option = (value, text, swatch) => {
+/**
+ * One of few values, all in sight: as words, or as swatches where `colours` are given.
+ * @type {(...given: [...Parameters<Control>, colours?: Record<string, string>]) => HTMLElement}
+ */
+function choiceField(attribute, values, chosen, put, called, colours) {
+  /** @param {Value} value */
+  const shownWord = (value) => (colours && typeof value === "string" && value ? called(value) : "");
+  const current = element("span", { class: "current", text: shownWord(chosen) });
+  /**
+   * @param {string} value
+   * @param {string} text
+   */
+  const option = (value, text) => {
     const input = element("input", {
       type: "radio",
       name: `choice-${attribute.name}`,
@@ -163,78 +180,75 @@ function choiceField(attribute, values, chosen, put) {
       checked: value === chosen,
       on: {
         change: () => {
-          told.textContent = isSwatch ? wordOf(values, value) : "";
+          current.textContent = shownWord(value);
           put(value);
         },
       },
     });
-    const shown = isSwatch
-      ? element("span", { class: swatch ? "swatch" : "swatch none", style: swatch ? { "--cloth": swatch } : {} })
-      : element("span", { text });
-    const name = isSwatch ? element("span", { class: "visually-hidden", text }) : null;
+    if (!colours) return element("label", { class: "chip" }, input, element("span", { text }));
+    const colour = colours[value];
     return element(
       "label",
-      { class: isSwatch ? "swatch-choice" : "chip", title: isSwatch ? text : null },
+      { class: "swatch-choice", title: text },
       input,
-      shown,
-      name,
+      element("span", { class: colour ? "swatch" : "swatch none", style: colour ? { "--swatch": colour } : {} }),
+      element("span", { class: "visually-hidden", text }),
     );
   };
   return element(
     "fieldset",
     { class: `choice wide ${attribute.control}` },
-    element("legend", {}, word(attribute), " ", isSwatch ? told : null),
+    element("legend", {}, called(attribute.name), " ", colours ? current : null),
     element(
       "div",
       { class: "options" },
-      option("", t("builder.any"), null),
-      ...values.map((value) => option(value.value, word(value), value.swatch)),
+      option("", t("builder.any")),
+      ...values.map((value) => option(value, called(value))),
     ),
   );
 }
 
-/** One of many values. */
-function selectField(attribute, values, chosen, put) {
+/**
+ * One of many values.
+ * @type {Control}
+ */
+function selectField(attribute, values, chosen, put, called) {
   const id = `choice-${attribute.name}`;
   const select = element(
     "select",
-    { id, on: { change: (event) => put(event.target.value) } },
-    ...optionsOf(values, t("builder.any")),
+    { id, on: { change: () => put(select.value) } },
+    ...optionsOf(values, t("builder.any"), called),
   );
-  select.value = chosen;
-  return element("div", { class: "field" }, element("label", { for: id, text: word(attribute) }), select);
+  select.value = String(chosen);
+  return element("div", { class: "field" }, element("label", { for: id, text: called(attribute.name) }), select);
 }
 
-/** Any number of many values: chosen ones become buttons that take them away again. */
-function severalField(attribute, values, chosen, put) {
+/**
+ * Any number of many values: chosen ones become buttons that take them away again.
+ * @type {Control}
+ */
+function severalField(attribute, values, chosen, put, called) {
   const id = `choice-${attribute.name}`;
-  let told = chosen ? [...chosen] : [];
+  let current = chosen ? [...chosen] : [];
   const chips = element("div", { class: "options" });
-  const select = element(
-    "select",
-    {
-      id,
-      on: {
-        change: () => {
-          if (select.value && !told.includes(select.value)) told = [...told, select.value];
-          select.value = "";
-          show();
-          put(told);
-        },
-      },
-    },
-    ...optionsOf(values, t("builder.add")),
-  );
-  const remove = (value) => {
-    told = told.filter((other) => other !== value);
+  const add = () => {
+    if (select.value && !current.includes(select.value)) current = [...current, select.value];
+    select.value = "";
     show();
-    put(told);
+    put(current);
+  };
+  const select = element("select", { id, on: { change: add } }, ...optionsOf(values, t("builder.add"), called));
+  /** @param {string} value */
+  const remove = (value) => {
+    current = current.filter((other) => other !== value);
+    show();
+    put(current);
     select.focus();
   };
   const show = () => {
     chips.replaceChildren(
-      ...told.map((value) => {
-        const text = wordOf(values, value);
+      ...current.map((value) => {
+        const text = called(value);
         const chip = button({ icon: "close", text, class: "chip chosen", press: () => remove(value) });
         chip.setAttribute("aria-label", t("builder.remove", { value: text }));
         return chip;
@@ -245,17 +259,22 @@ function severalField(attribute, values, chosen, put) {
   return element(
     "div",
     { class: "field several" },
-    element("label", { for: id, text: word(attribute) }),
+    element("label", { for: id, text: called(attribute.name) }),
     select,
     chips,
   );
 }
 
-/** @returns {HTMLElement[]} */
-function optionsOf(values, first) {
+/**
+ * @param {string[]} values
+ * @param {string} first the text of the option that chooses none
+ * @param {Called} called
+ * @returns {HTMLElement[]}
+ */
+function optionsOf(values, first, called) {
   return [
     element("option", { value: "", text: first }),
-    ...values.map((value) => element("option", { value: value.value, text: word(value) })),
+    ...values.map((value) => element("option", { value, text: called(value) })),
   ];
 }
 
@@ -269,21 +288,7 @@ function showOffer(composed, accept) {
   if (place.hidden) return;
   place.replaceChildren(
     element("p", { class: "hint", text: t("builder.own_words") }),
-    element("p", { class: "composed", text: composed, lang: "ko" }),
+    element("p", { class: "composed", text: composed }),
     button({ text: t("builder.replace"), class: "secondary", press: accept }),
   );
-}
-
-/**
- * @param {{name?: string, value?: string, en: string}} named
- * @returns {string} in the language shown
- */
-function word(named) {
-  return language() === "en" ? named.en : (named.name ?? named.value);
-}
-
-/** @returns {string} the word of a value in the language shown; "" for none */
-function wordOf(values, value) {
-  const found = values.find((each) => each.value === value);
-  return found ? word(found) : "";
 }

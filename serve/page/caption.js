@@ -1,7 +1,7 @@
 /**
  * The caption box: how long the caption is in characters and in the model's tokens, before it is sent.
  *
- * Characters beyond the limit are told, never cut away: a cut would hide what was pasted, and cuts a syllable that is
+ * Characters beyond the limit are reported, never cut: a cut would hide what was pasted, and break a syllable that is
  * still being composed. Tokens are counted by the server, with the model's own tokenizer.
  */
 
@@ -16,10 +16,12 @@ const PAUSE_MS = 250;
 const DRAFT = "kodalle.caption";
 
 /**
+ * @typedef {{tokens: number, limit: number}} TokenCount
+ *
  * @typedef {object} CaptionBox
  * @property {() => string} read the caption as it is sent: one line, NFC
  * @property {(caption: string) => void} write
- * @property {() => string|null} fault why it cannot be drawn; null when it can
+ * @property {() => string|null} fault why no image can be generated from it; null when one can
  * @property {() => void} showFault
  * @property {(listener: (caption: string) => void) => void} onChange
  */
@@ -27,8 +29,9 @@ const DRAFT = "kodalle.caption";
 /** @returns {CaptionBox} */
 export function startCaption() {
   const box = /** @type {HTMLTextAreaElement} */ (byId("caption"));
+  /** @type {((caption: string) => void)[]} */
   const listeners = [];
-  const told = { tokens: /** @type {{tokens: number, limit: number}|null} */ (null), faultShown: false };
+  const state = { tokens: /** @type {TokenCount|null} */ (null), isFaultShown: false };
   const read = () => box.value.normalize("NFC").replace(/\s+/gu, " ").trim();
   const fault = () => {
     const length = [...read()].length;
@@ -42,22 +45,22 @@ export function startCaption() {
     const isOver = length > MOST_CHARACTERS;
     byId("caption-count").textContent = t("caption.count", { n: length, limit: MOST_CHARACTERS });
     byId("caption-count").classList.toggle("over", isOver);
-    showTokens(told.tokens);
-    const isShown = isOver || (told.faultShown && length === 0);
+    showTokens(state.tokens);
+    const isShown = isOver || (state.isFaultShown && length === 0);
     const place = byId("caption-fault");
     place.hidden = !isShown;
     place.textContent = isShown ? fault() : "";
     box.setAttribute("aria-invalid", String(isShown));
   };
   const count = tokenCounter((tokens) => {
-    told.tokens = tokens;
+    state.tokens = tokens;
     show();
   });
   const changed = () => {
     const caption = read();
     if (caption) keep(lasting(), DRAFT, caption);
     else forget(lasting(), DRAFT);
-    told.faultShown &&= caption === "";
+    state.isFaultShown &&= caption === "";
     show();
     count(caption);
     for (const listener of listeners) listener(caption);
@@ -74,7 +77,7 @@ export function startCaption() {
     },
     fault,
     showFault: () => {
-      told.faultShown = true;
+      state.isFaultShown = true;
       show();
       box.focus({ preventScroll: true });
       box.scrollIntoView({ block: "nearest" });
@@ -84,7 +87,7 @@ export function startCaption() {
 }
 
 /**
- * @param {{tokens: number, limit: number}|null} counted null: not known, or an empty caption
+ * @param {TokenCount|null} counted null: not known, or an empty caption
  */
 function showTokens(counted) {
   const place = byId("caption-tokens");
@@ -96,10 +99,10 @@ function showTokens(counted) {
 }
 
 /**
- * @param {(counted: {tokens: number, limit: number}|null) => void} tell
+ * @param {(counted: TokenCount|null) => void} report
  * @returns {(caption: string) => void} counts once typing pauses; a later caption overtakes an earlier one
  */
-function tokenCounter(tell) {
+function tokenCounter(report) {
   let timer = 0;
   let running = new AbortController();
   return (caption) => {
@@ -108,15 +111,15 @@ function tokenCounter(tell) {
     running = new AbortController();
     const { signal } = running;
     if (!caption) {
-      tell(null);
+      report(null);
       return;
     }
     timer = setTimeout(async () => {
       try {
-        tell(await countTokens(caption, signal));
+        report(await countTokens(caption, signal));
       } catch (error) {
-        // The count is a courtesy: a server that is away is told of elsewhere.
-        if (!signal.aborted) tell(null);
+        // The count is optional: that the server is away is shown elsewhere.
+        if (!signal.aborted) report(null);
         else if (error !== signal.reason) console.warn(error);
       }
     }, PAUSE_MS);

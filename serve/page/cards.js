@@ -1,139 +1,167 @@
 /**
- * What the board shows: a card for every drawing, from asking to the ranked pictures, newest first.
+ * The board: a card for every generation, from the request to the ranked images, newest first.
  */
 
-import { announce, button, byId, element, picture, removePictures } from "./elements.js";
+import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
 import { formatScore, formatTime, formatWait, onLanguage, t } from "./texts.js";
 
-/** @typedef {import("./queue.js").Job} Job */
-/** @typedef {import("./store.js").Drawing} Drawing */
-
 /**
+ * @typedef {import("./queue.js").Job} Job
+ * @typedef {import("./store.js").Generation} Generation
+ * @typedef {import("./api.js").ImageRequest} ImageRequest
+ *
  * What a card's buttons do.
  * @typedef {object} Actions
  * @property {(job: Job) => void} cancel
- * @property {(job: Job) => void} tryAgain
- * @property {(request: import("./api.js").ImageRequest) => void} useSeed
- * @property {(request: import("./api.js").ImageRequest) => void} useSettings
- * @property {(request: import("./api.js").ImageRequest) => void} another the same with a new seed
- * @property {(drawing: Drawing, index: number) => void} open
- * @property {(drawing: Drawing, index: number, isFavourite: boolean) => void} favour
- * @property {(drawing: Drawing, index: number) => void} download
- * @property {(id: string) => void} takeAway from the board; the gallery keeps it
+ * @property {(job: Job) => void} retry
+ * @property {(request: ImageRequest) => void} useSeed
+ * @property {(request: ImageRequest) => void} useSettings
+ * @property {(request: ImageRequest) => void} another the same with a new seed
+ * @property {(generation: Generation, index: number) => void} open
+ * @property {(generation: Generation, index: number, isFavourite: boolean) => void} favour
+ * @property {(generation: Generation, index: number) => void} download
+ * @property {(id: string) => void} dismiss from the board; the gallery keeps it
+ *
+ * @typedef {object} Board
+ * @property {import("./queue.js").OnChange} show
+ * @property {(generation: Generation) => void} showGeneration
+ * @property {(id: string, text: string) => void} warn
+ * @property {(id: string) => void} remove
+ * @property {(generation: Generation) => void} update
+ * @property {() => void} clear
+ *
+ * @typedef {object} Entry
+ * @property {HTMLElement} card
+ * @property {Job|null} job
+ * @property {Generation|null} generation set once it is done
+ * @property {boolean} isOpen whether all candidates are shown
+ * @property {string} announced
+ * @property {string} warning
  */
 
 /**
  * @param {Actions} actions
- * @returns {{show: (job: Job, what: "state"|"progress"|"preview") => void, showDrawing: (drawing: Drawing) => void,
- *   warn: (id: string, text: string) => void, remove: (id: string) => void, update: (drawing: Drawing) => void, clear: () => void}}
+ * @returns {Board}
  */
 export function startBoard(actions) {
-  /** @type {Map<string, {card: HTMLElement, job: Job|null, drawing: Drawing|null, isOpen: boolean, told: string,
-   *   warning: string}>} */
+  /** @type {Map<string, Entry>} */
   const entries = new Map();
 
+  /** @param {string} id */
   const entryOf = (id) => {
     let entry = entries.get(id);
     if (!entry) {
-      entry = {
-        card: element("article", { class: "card", "data-id": id }),
-        job: null,
-        drawing: null,
-        isOpen: false,
-        told: "",
-        warning: "",
-      };
+      const card = element("article", { class: "card", "data-id": id });
+      entry = { card, job: null, generation: null, isOpen: false, announced: "", warning: "" };
       entries.set(id, entry);
-      place(entry.card, id);
+      place(card, id);
     }
     return entry;
   };
-  const draw = (entry) => {
-    const focused = entry.card.contains(document.activeElement)
-      ? document.activeElement.getAttribute("data-action")
-      : null;
-    removePictures(entry.card);
-    if (entry.drawing) drawFinished(entry, entry.drawing, actions, () => draw(entry));
-    else drawRunning(entry, entry.job, actions);
+  /** @param {Entry} entry */
+  const render = (entry) => {
+    const { card, job, generation } = entry;
+    const focused = card.contains(document.activeElement) ? document.activeElement?.getAttribute("data-action") : null;
+    removeImages(card);
+    if (generation) renderDone(entry, generation, actions, () => render(entry));
+    else if (job) renderRunning(entry, job, actions);
     // A card that is made anew keeps the keyboard where it was.
-    if (focused) /** @type {HTMLElement|null} */ (entry.card.querySelector(`[data-action="${focused}"]`))?.focus();
+    if (focused) /** @type {HTMLElement|null} */ (card.querySelector(`[data-action="${focused}"]`))?.focus();
   };
   const showEmpty = () => byId("empty").toggleAttribute("hidden", entries.size > 0);
-  onLanguage(() => entries.forEach(draw));
+  /**
+   * @param {string} id
+   * @param {Entry} entry
+   */
+  const remove = (id, entry) => {
+    removeImages(entry.card);
+    entry.card.remove();
+    entries.delete(id);
+  };
+  onLanguage(() => entries.forEach(render));
 
   return {
     show: (job, what) => {
       const entry = entryOf(job.id);
       entry.job = job;
       if (what === "state") {
-        draw(entry);
-        tell(entry, job);
+        render(entry);
+        announceState(entry, job);
       } else if (what === "progress") showProgress(entry.card, job);
       else showPreviews(entry.card, job);
       showEmpty();
     },
-    showDrawing: (drawing) => {
-      const entry = entryOf(drawing.id);
-      entry.drawing = drawing;
-      draw(entry);
+    showGeneration: (generation) => {
+      const entry = entryOf(generation.id);
+      entry.generation = generation;
+      render(entry);
       showEmpty();
     },
-    update: (drawing) => {
-      const entry = entries.get(drawing.id);
-      if (!entry?.drawing) return;
-      entry.drawing = drawing;
-      draw(entry);
+    update: (generation) => {
+      const entry = entries.get(generation.id);
+      if (!entry?.generation) return;
+      entry.generation = generation;
+      render(entry);
     },
     warn: (id, text) => {
       const entry = entryOf(id);
       entry.warning = text;
-      draw(entry);
+      render(entry);
     },
     remove: (id) => {
       const entry = entries.get(id);
-      if (!entry) return;
-      removePictures(entry.card);
-      entry.card.remove();
-      entries.delete(id);
+      if (entry) remove(id, entry);
       showEmpty();
     },
     clear: () => {
-      for (const [id, entry] of entries) {
-        if (!entry.drawing) continue;
-        removePictures(entry.card);
-        entry.card.remove();
-        entries.delete(id);
-      }
+      for (const [id, entry] of entries) if (entry.generation) remove(id, entry);
       showEmpty();
     },
   };
 }
 
-/** Newest first, wherever it comes from. */
+/**
+ * Newest first, in whatever order cards are made.
+ * @param {HTMLElement} card
+ * @param {string} id
+ */
 function place(card, id) {
-  const board = byId("drawings");
-  const older = [...board.children].find((other) => other.getAttribute("data-id") < id);
+  const board = byId("generations");
+  const older = [...board.children].find((other) => (other.getAttribute("data-id") ?? "") < id);
   board.insertBefore(card, older ?? null);
 }
 
-/** Says what has changed, once for each thing worth knowing. */
-function tell(entry, job) {
-  const text = {
-    queued: () => t("told.queued", { position: job.position }),
-    drawing: () => t("told.drawing"),
-    busy: () => t("told.busy"),
-    done: () => t("told.done", { n: job.pictures.filter((each) => each.isShown).length }),
-    failed: () => t("told.failed", { why: whyFailed(job) }),
-    cancelled: () => t("told.cancelled"),
-  }[job.state]?.();
-  if (text && text !== entry.told) announce(text);
-  entry.told = text ?? entry.told;
+/**
+ * Has a change of state read out, each once.
+ * @param {Entry} entry
+ * @param {Job} job
+ */
+function announceState(entry, job) {
+  /** @type {Partial<Record<import("./queue.js").State, () => string>>} */
+  const texts = {
+    queued: () => t("announce.queued", { position: job.position }),
+    generating: () => t("announce.generating"),
+    busy: () => t("announce.busy"),
+    done: () => t("announce.done", { n: job.images.filter((each) => each.isShown).length }),
+    failed: () => t("announce.failed", { why: whyFailed(job) }),
+    cancelled: () => t("announce.cancelled"),
+  };
+  const text = texts[job.state]?.();
+  if (text && text !== entry.announced) announce(text);
+  entry.announced = text ?? entry.announced;
 }
 
+/** @param {Job} job */
 function whyFailed(job) {
-  return job.error ? job.error.told : t("error.connection");
+  return job.error ? job.error.text : t("error.connection");
 }
 
+/**
+ * @param {ImageRequest} request
+ * @param {number} createdMs
+ * @param {HTMLElement|null} state
+ * @param {...HTMLElement} buttons
+ */
 function headOf(request, createdMs, state, ...buttons) {
   return element(
     "header",
@@ -151,44 +179,51 @@ function headOf(request, createdMs, state, ...buttons) {
   );
 }
 
-// ------------------------------------------------------------------------------------------------- while it is drawn
+// ------------------------------------------------------------------------------------------------------ while it runs
 
-function drawRunning(entry, job, actions) {
+/**
+ * @param {Entry} entry
+ * @param {Job} job
+ * @param {Actions} actions
+ */
+function renderRunning(entry, job, actions) {
   const isOver = ["failed", "cancelled", "done"].includes(job.state);
   const state = element("span", { class: `state ${job.state}`, text: stateText(job) });
-  const cancel = button({ icon: "close", text: t("card.cancel"), press: () => actions.cancel(job), data: "cancel" });
-  const retry = button({ icon: "again", text: t("card.try_again"), press: () => actions.tryAgain(job), data: "again" });
+  const { request } = job;
+  const cancel = button({ icon: "close", text: t("card.cancel"), press: () => actions.cancel(job), action: "cancel" });
+  const retry = button({ icon: "again", text: t("card.retry"), press: () => actions.retry(job), action: "retry" });
   const settings = button({
     text: t("card.use_settings"),
-    press: () => actions.useSettings(job.request),
-    data: "settings",
+    press: () => actions.useSettings(request),
+    action: "settings",
   });
-  const away = button({
-    icon: "close",
-    label: t("card.take_away"),
-    press: () => actions.takeAway(job.id),
-    data: "away",
-  });
+  const dismiss = dismissButton(job.id, actions);
+  const buttons = job.state === "done" ? [] : isOver ? [retry, settings, dismiss] : [cancel];
   entry.card.className = `card running ${job.state}`;
-  entry.card.append(
-    headOf(
-      job.request,
-      job.createdMs,
-      state,
-      ...(job.state === "done" ? [] : isOver ? [retry, settings, away] : [cancel]),
-    ),
-  );
+  entry.card.append(headOf(request, job.createdMs, state, ...buttons));
   if (job.state === "failed") entry.card.append(element("p", { class: "fault", text: whyFailed(job) }));
   if (isOver || job.state === "waiting") return;
   const bar = element("progress", { max: 1, "aria-label": t("card.progress") });
-  const tiles = Array.from({ length: job.request.n }, (_, index) =>
-    element("div", { class: "tile blank", "data-candidate": index }, element("div", { class: "picture" })),
+  const tiles = Array.from({ length: request.n }, (_, index) =>
+    element("div", { class: "tile blank", "data-candidate": index }, element("div", { class: "image" })),
   );
-  entry.card.append(bar, element("div", { class: "tiles", "data-n": job.request.n }, ...tiles));
+  entry.card.append(bar, element("div", { class: "tiles", "data-n": request.n }, ...tiles));
   showProgress(entry.card, job);
   showPreviews(entry.card, job);
 }
 
+/**
+ * @param {string} id
+ * @param {Actions} actions
+ */
+function dismissButton(id, actions) {
+  return button({ icon: "close", label: t("card.dismiss"), press: () => actions.dismiss(id), action: "dismiss" });
+}
+
+/**
+ * @param {Job} job
+ * @returns {string}
+ */
 function stateText(job) {
   const wait = job.waitS === null ? null : formatWait(job.waitS);
   if (job.state === "queued")
@@ -199,27 +234,36 @@ function stateText(job) {
   return t(`state.${job.state}`);
 }
 
+/**
+ * @param {HTMLElement} card
+ * @param {Job} job
+ */
 function showProgress(card, job) {
-  const bar = /** @type {HTMLProgressElement|null} */ (card.querySelector("progress"));
+  const bar = card.querySelector("progress");
   if (!bar) return;
-  // Without a value it shows that something goes on, without saying how much.
-  if (job.state === "drawing" && job.tokensTotal) bar.value = job.tokensGenerated / job.tokensTotal;
-  else if (job.state !== "drawing") bar.value = 0;
+  // Before the first report it stays without a value, and shows that something goes on without saying how much.
+  if (job.state === "generating" && job.tokensTotal) bar.value = job.tokensGenerated / job.tokensTotal;
+  else if (job.state !== "generating") bar.value = 0;
 }
 
-/** A preview replaces the one before it only once it can be painted: no flicker between rows. */
+/**
+ * A preview replaces the one before it only once it can be painted: no flicker between rows.
+ * @param {HTMLElement} card
+ * @param {Job} job
+ */
 function showPreviews(card, job) {
   for (const [candidate, preview] of job.previews) {
-    const tile = card.querySelector(`[data-candidate="${candidate}"]`);
-    if (!tile || tile.getAttribute("data-rows") === String(preview.rowsGenerated)) continue;
-    tile.setAttribute("data-rows", String(preview.rowsGenerated));
-    /** @type {HTMLElement} */ (tile).style.setProperty("--drawn", String(preview.rowsGenerated / preview.rowsTotal));
-    const image = picture(preview.blob, t("card.preview", { n: candidate + 1 }));
+    const tile = /** @type {HTMLElement|null} */ (card.querySelector(`[data-candidate="${candidate}"]`));
+    const frame = tile?.querySelector(".image");
+    const rows = String(preview.rowsGenerated);
+    if (!tile || !frame || tile.getAttribute("data-rows") === rows) continue;
+    tile.setAttribute("data-rows", rows);
+    tile.style.setProperty("--generated", String(preview.rowsGenerated / preview.rowsTotal));
+    const image = imageElement(preview.blob, t("card.preview", { n: candidate + 1 }));
     image.decode().then(
       () => {
-        const frame = tile.querySelector(".picture");
-        if (tile.getAttribute("data-rows") !== String(preview.rowsGenerated)) return URL.revokeObjectURL(image.src);
-        removePictures(frame);
+        if (tile.getAttribute("data-rows") !== rows) return URL.revokeObjectURL(image.src);
+        removeImages(frame);
         frame.append(image);
         tile.classList.remove("blank");
       },
@@ -228,96 +272,110 @@ function showPreviews(card, job) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ when it is done
+// ----------------------------------------------------------------------------------------------------- when it is done
 
-function drawFinished(entry, drawing, actions, redraw) {
-  const shown = drawing.pictures.filter((each) => each.isShown);
-  const others = drawing.pictures.filter((each) => !each.isShown);
-  const took = drawing.totalS === null ? "" : t("card.took", { s: Number(drawing.totalS.toFixed(1)) });
-  entry.card.className = "card done";
-  entry.card.append(
-    headOf(
-      drawing.request,
-      drawing.createdMs,
-      took ? element("span", { class: "state done", text: took }) : null,
-      button({ icon: "close", label: t("card.take_away"), press: () => actions.takeAway(drawing.id), data: "away" }),
-    ),
-  );
-  if (drawing.tokensCut)
-    entry.card.append(element("p", { class: "warning", text: t("card.tokens_cut", { n: drawing.tokensCut }) }));
-  if (entry.warning) entry.card.append(element("p", { class: "warning", text: entry.warning }));
-  entry.card.append(tilesOf(drawing, shown, actions));
-  const more = element("div", { class: "candidates", id: `candidates-${drawing.id}`, hidden: !entry.isOpen });
-  if (entry.isOpen) more.append(element("h4", { text: t("card.other_candidates") }), tilesOf(drawing, others, actions));
-  entry.card.append(cardActions(entry, drawing, others.length, actions, redraw), more);
+/**
+ * @param {Entry} entry
+ * @param {Generation} generation
+ * @param {Actions} actions
+ * @param {() => void} render
+ */
+function renderDone(entry, generation, actions, render) {
+  const { card, warning, isOpen } = entry;
+  const shown = generation.images.filter((each) => each.isShown);
+  const others = generation.images.filter((each) => !each.isShown);
+  const took = generation.totalS === null ? "" : t("card.took", { s: Number(generation.totalS.toFixed(1)) });
+  const state = took ? element("span", { class: "state done", text: took }) : null;
+  card.className = "card done";
+  card.append(headOf(generation.request, generation.createdMs, state, dismissButton(generation.id, actions)));
+  if (generation.tokensCut)
+    card.append(element("p", { class: "warning", text: t("card.tokens_cut", { n: generation.tokensCut }) }));
+  if (warning) card.append(element("p", { class: "warning", text: warning }));
+  card.append(tilesOf(generation, shown, actions));
+  const more = element("div", { class: "candidates", id: `candidates-${generation.id}`, hidden: !isOpen });
+  if (isOpen) more.append(element("h4", { text: t("card.other_candidates") }), tilesOf(generation, others, actions));
+  card.append(cardActions(entry, generation, others.length, actions, render), more);
 }
 
-function cardActions(entry, drawing, numOthers, actions, redraw) {
+/**
+ * @param {Entry} entry
+ * @param {Generation} generation
+ * @param {number} numOthers
+ * @param {Actions} actions
+ * @param {() => void} render
+ */
+function cardActions(entry, generation, numOthers, actions, render) {
+  const { id, images, request } = generation;
   const toggle = button({
     icon: "layers",
-    text: entry.isOpen ? t("card.hide_candidates") : t("card.all_candidates", { n: drawing.pictures.length }),
-    data: "candidates",
+    text: entry.isOpen ? t("card.hide_candidates") : t("card.all_candidates", { n: images.length }),
+    action: "candidates",
     press: () => {
       entry.isOpen = !entry.isOpen;
-      redraw();
+      render();
     },
   });
   toggle.setAttribute("aria-expanded", String(entry.isOpen));
-  toggle.setAttribute("aria-controls", `candidates-${drawing.id}`);
+  toggle.setAttribute("aria-controls", `candidates-${id}`);
   return element(
     "div",
     { class: "card-actions" },
-    button({ icon: "again", text: t("card.another"), press: () => actions.another(drawing.request), data: "another" }),
-    button({ text: t("card.use_seed"), press: () => actions.useSeed(drawing.request), data: "seed" }),
-    button({ text: t("card.use_settings"), press: () => actions.useSettings(drawing.request), data: "settings" }),
+    button({ icon: "again", text: t("card.another"), press: () => actions.another(request), action: "another" }),
+    button({ text: t("card.use_seed"), press: () => actions.useSeed(request), action: "seed" }),
+    button({ text: t("card.use_settings"), press: () => actions.useSettings(request), action: "settings" }),
     numOthers ? toggle : null,
   );
 }
 
-function tilesOf(drawing, pictures, actions) {
-  const tiles = pictures.map((each) => tileOf(drawing, drawing.pictures.indexOf(each), actions));
-  return element("ul", { class: "tiles", "data-n": pictures.length }, ...tiles.map((tile) => element("li", {}, tile)));
+/**
+ * @param {Generation} generation
+ * @param {import("./store.js").RankedImage[]} images
+ * @param {Actions} actions
+ */
+function tilesOf(generation, images, actions) {
+  const tiles = images.map((each) => tileOf(generation, generation.images.indexOf(each), actions));
+  return element("ul", { class: "tiles", "data-n": images.length }, ...tiles.map((tile) => element("li", {}, tile)));
 }
 
 /**
- * @param {Drawing} drawing
- * @param {number} index of the picture
+ * @param {Generation} generation
+ * @param {number} index of the image
  * @param {Pick<Actions, "open"|"favour"|"download">} actions
- * @returns {HTMLElement} a picture that opens, with its rank, its score, and a star
+ * @returns {HTMLElement} an image that opens, with its rank, its score, and a star
  */
-export function tileOf(drawing, index, actions) {
-  const shown = drawing.pictures[index];
-  const alt = t("picture.alt", { caption: drawing.request.caption, rank: shown.rank });
+export function tileOf(generation, index, actions) {
+  const shown = generation.images[index];
+  const alt = t("image.alt", { caption: generation.request.caption, rank: shown.rank });
   const open = element(
     "button",
     {
       type: "button",
-      class: "picture",
+      class: "image",
       "data-action": `open-${index}`,
-      "aria-label": t("picture.open", { alt }),
-      on: { click: () => actions.open(drawing, index) },
+      "aria-label": t("image.open", { alt }),
+      on: { click: () => actions.open(generation, index) },
     },
-    picture(shown.blob, alt),
+    imageElement(shown.blob, alt),
   );
   const star = button({
     icon: "star",
-    label: t("picture.favourite", { rank: shown.rank }),
+    label: t("image.favourite", { rank: shown.rank }),
     class: "quiet icon-only star",
     pressed: shown.isFavourite,
-    data: `star-${index}`,
-    press: () => actions.favour(drawing, index, !shown.isFavourite),
+    action: `star-${index}`,
+    press: () => actions.favour(generation, index, !shown.isFavourite),
   });
   const save = button({
     icon: "download",
-    label: t("picture.download", { rank: shown.rank }),
+    label: t("image.download", { rank: shown.rank }),
     class: "quiet icon-only",
-    data: `download-${index}`,
-    press: () => actions.download(drawing, index),
+    action: `download-${index}`,
+    press: () => actions.download(generation, index),
   });
   const score =
     shown.score === null
       ? null
-      : element("span", { class: "score numbers", text: formatScore(shown.score), title: t("picture.score") });
+      : element("span", { class: "score numbers", text: formatScore(shown.score), title: t("image.score") });
   return element(
     "figure",
     { class: "tile" },
@@ -325,7 +383,7 @@ export function tileOf(drawing, index, actions) {
     element(
       "figcaption",
       {},
-      element("span", { class: "rank", text: t("picture.rank", { rank: shown.rank }) }),
+      element("span", { class: "rank", text: t("image.rank", { rank: shown.rank }) }),
       score,
       star,
       save,

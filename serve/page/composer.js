@@ -1,89 +1,81 @@
 /**
- * Labels to captions and back, by the grammar that attributes.json holds: the same sentences in the same order as
- * engine/data/kfashion/captions.py makes of the same label, which a test compares.
+ * Attributes to captions and back, by the form that the served model sends (engine/data/caption_guide.py).
  *
  * Plain functions of values: no element is touched here.
  */
 
 /**
- * @typedef {{name: string, en: string, particle: string, control: "chips"|"swatches"|"select"|"several"}} Attribute
- * @typedef {{value: string, en: string, swatch?: string}} Value
- * @typedef {{name: string, en: string, attributes: Record<string, string>}} Part attribute -> name of its list of values
- * @typedef {{name: {ko: string, en: string}, sentence: string, join: string, attributes: Attribute[], parts: Part[],
- *   shown_order: string[], examples: {ko: string, en: string, label: Label}[], values: Record<string, Value[]>}} Grammar
- * @typedef {Record<string, Record<string, string|string[]>>} Label part -> attribute -> value, or values
+ * As in the API: how to write captions for a model.
+ * @typedef {object} CaptionGuide
+ * @property {string[]} examples
+ * @property {Record<string, Record<string, string[]>>} attributes subject to attribute to values, the commonest first
+ * @property {CaptionForm|null} form null: captions are free text
+ *
+ * @typedef {object} CaptionForm
+ * @property {Record<string, string>} title by language
+ * @property {string[]} subjects in the order of a caption's sentences
+ * @property {FormAttribute[]} attributes in the order of a subject's sentences
+ * @property {string} separator between several values
+ * @property {string[]} shown_subjects in the order of the form; empty: as in captions
+ * @property {string[]} shown_attributes in the order of the form; empty: as in captions
+ * @property {Record<string, Record<string, string>>} words by language
+ * @property {Record<string, string>} colours of values that are colours
+ *
+ * @typedef {{name: string, sentence: string, control: "chips"|"swatches"|"select"|"several"}} FormAttribute
  */
+
+/**
+ * A form with the values that the model knows.
+ * @typedef {object} Grammar
+ * @property {CaptionForm} form
+ * @property {Subject[]} subjects in the order of the form
+ *
+ * @typedef {{name: string, fields: Field[]}} Subject
+ * @typedef {{attribute: FormAttribute, values: string[]}} Field
+ *
+ * @typedef {Record<string, Record<string, string|string[]>>} Label subject to attribute to value, or values
+ */
+
+/**
+ * @param {CaptionGuide} guide
+ * @returns {Grammar|null} null where captions are not composed from attributes
+ */
+export function grammarOf({ attributes, form }) {
+  if (!form) return null;
+  const order = Object.keys(Object.values(form.words)[0] ?? {});
+  /** @param {string} value */
+  const place = (value) => (order.includes(value) ? order.indexOf(value) : order.length);
+  const attributeNames = form.shown_attributes.length ? form.shown_attributes : form.attributes.map(({ name }) => name);
+  const subjectNames = form.shown_subjects.length ? form.shown_subjects : form.subjects;
+  const subjects = subjectNames.map((name) => ({
+    name,
+    fields: attributeNames.flatMap((attributeName) => {
+      const attribute = form.attributes.find((each) => each.name === attributeName);
+      const values = attributes[name]?.[attributeName] ?? [];
+      return attribute && values.length
+        ? [{ attribute, values: [...values].sort((one, other) => place(one) - place(other)) }]
+        : [];
+    }),
+  }));
+  const known = subjects.filter(({ fields }) => fields.length);
+  return known.length ? { form, subjects: known } : null;
+}
 
 /**
  * @param {Grammar} grammar
  * @param {Label} label
  * @returns {string} one sentence for each attribute that has a value; "" when none has
  */
-export function compose(grammar, label) {
+export function compose({ form }, label) {
   const sentences = [];
-  for (const part of grammar.parts) {
-    const chosen = label[part.name] ?? {};
-    for (const attribute of grammar.attributes) {
-      const value = chosen[attribute.name];
-      const told = Array.isArray(value) ? value.join(grammar.join) : value;
-      if (told) sentences.push(sentence(grammar, part.name, attribute, told));
+  for (const subject of form.subjects) {
+    for (const attribute of form.attributes) {
+      const value = label[subject]?.[attribute.name];
+      const text = Array.isArray(value) ? value.join(form.separator) : value;
+      if (text) sentences.push(sentence(attribute, subject, text));
     }
   }
   return sentences.join(" ");
-}
-
-/**
- * What is worth offering to a model: the words that its captions told of, and examples of these.
- * @param {Grammar} grammar
- * @param {Record<string, Record<string, string[]>>} known part to attribute to values, the commonest first
- * @returns {Grammar} the same one where the model does not say, or tells of other things
- */
-export function offeredTo(grammar, known) {
-  const values = { ...grammar.values };
-  const parts = grammar.parts
-    .filter((part) => known[part.name])
-    .map((part) => {
-      const attributes = {};
-      for (const [name, list] of Object.entries(part.attributes)) {
-        const words = grammar.values[list].filter(({ value }) => known[part.name][name]?.includes(value));
-        if (words.length === 0) continue;
-        attributes[name] = `${part.name} ${name}`;
-        values[attributes[name]] = words;
-      }
-      return { ...part, attributes };
-    });
-  if (parts.length === 0) return grammar;
-  const shown_order = grammar.shown_order.filter((name) => known[name]);
-  const offered = { ...grammar, parts, values, shown_order };
-  const examples = shown_order.map((name, number) => example(offered, known, name, number));
-  return { ...offered, examples: examples.filter(({ ko }) => ko) };
-}
-
-/**
- * A part's commonest category in its `number`-th colour, so that the examples differ, and the commonest of all else that
- * has one value: a small model has seldom read a caption without. Second colours are left out.
- */
-function example(grammar, known, name, number) {
-  const part = grammar.parts.find((each) => each.name === name);
-  const offered = (attribute) => grammar.values[part.attributes[attribute]] ?? [];
-  const swatches = grammar.attributes.find(({ control }) => control === "swatches")?.name;
-  const colours = offered(swatches).map(({ value }) => value);
-  const words = [];
-  const label = {};
-  for (const { name: attribute, control } of grammar.attributes) {
-    const list = offered(attribute);
-    const ranked = (known[name][attribute] ?? []).filter((value) => list.some((each) => each.value === value));
-    const isSecondColour = attribute !== swatches && colours.includes(ranked[0]);
-    if (control === "several" || ranked.length === 0 || isSecondColour) continue;
-    const value = ranked[attribute === swatches ? number % ranked.length : 0];
-    label[attribute] = value;
-    if (control !== "select") words.push(list.find((each) => each.value === value));
-  }
-  return {
-    ko: words.map((word) => word.value).join(" "),
-    en: words.map((word) => word.en).join(" "),
-    label: { [name]: label },
-  };
 }
 
 /**
@@ -99,33 +91,56 @@ export function labelOf(grammar, caption) {
   while (rest) {
     const found = firstSentence(grammar, rest);
     if (!found) return null;
-    (label[found.part] ??= {})[found.attribute.name] = found.values;
+    (label[found.subject] ??= {})[found.attribute] = found.value;
     rest = rest.slice(found.length).trimStart();
   }
   return compose(grammar, label) === text ? label : null;
 }
 
 /**
+ * @param {Grammar|null} grammar
+ * @param {string} caption
+ * @param {string} language
+ * @returns {string} the values in a composed caption, other captions as they are
+ */
+export function shortTitle(grammar, caption, language) {
+  const label = grammar && labelOf(grammar, caption);
+  if (!label) return caption;
+  const { attributes, subjects } = grammar.form;
+  const values = subjects.flatMap((subject) => attributes.flatMap(({ name }) => label[subject]?.[name] ?? []));
+  const words = values.map((value) => word(grammar, value, language));
+  return words.map((each, index) => (index ? each.toLowerCase() : each)).join(" ");
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} name of a subject, an attribute or a value
+ * @param {string} language
+ * @returns {string} what it is called in that language; the name itself where the form has no other word
+ */
+export function word({ form }, name, language) {
+  return form.words[language]?.[name] ?? name;
+}
+
+/**
  * @param {Grammar} grammar
  * @param {string} text
- * @returns {{part: string, attribute: Attribute, values: string|string[], length: number}|null}
+ * @returns {{subject: string, attribute: string, value: string|string[], length: number}|null}
  */
 function firstSentence(grammar, text) {
-  for (const part of grammar.parts) {
-    for (const attribute of grammar.attributes) {
-      const list = part.attributes[attribute.name];
-      if (!list) continue;
-      const [before, after] = sentence(grammar, part.name, attribute, "\0").split("\0");
+  for (const subject of grammar.subjects) {
+    for (const { attribute, values } of subject.fields) {
+      const [before, after] = sentence(attribute, subject.name, "\0").split("\0");
       const end = text.indexOf(after, before.length);
       if (!text.startsWith(before) || end < 0) continue;
-      const told = text.slice(before.length, end);
-      const values = attribute.control === "several" ? told.split(grammar.join) : [told];
-      const known = grammar.values[list].map((value) => value.value);
-      if (!values.every((value) => known.includes(value))) continue;
+      const stated = text.slice(before.length, end);
+      const isSeveral = attribute.control === "several";
+      const found = isSeveral ? stated.split(grammar.form.separator) : [stated];
+      if (!found.every((value) => values.includes(value))) continue;
       return {
-        part: part.name,
-        attribute,
-        values: attribute.control === "several" ? values : told,
+        subject: subject.name,
+        attribute: attribute.name,
+        value: isSeveral ? found : stated,
         length: end + after.length,
       };
     }
@@ -134,13 +149,12 @@ function firstSentence(grammar, text) {
 }
 
 /**
- * @param {Grammar} grammar
- * @param {string} part
- * @param {Attribute} attribute
+ * @param {FormAttribute} attribute
+ * @param {string} subject
  * @param {string} value
  * @returns {string}
  */
-function sentence(grammar, part, attribute, value) {
-  const words = { part, attribute: attribute.name, particle: attribute.particle, value };
-  return grammar.sentence.replace(/\{(\w+)\}/gu, (_, name) => words[name]);
+function sentence(attribute, subject, value) {
+  const words = { subject, value };
+  return attribute.sentence.replace(/\{(subject|value)\}/gu, (_, name) => words[/** @type {keyof words} */ (name)]);
 }

@@ -1,5 +1,5 @@
 /**
- * Whether the server answers. When it does not, the page says so and asks /readyz, ever less often, until it does.
+ * Whether the server answers. When it does not, the page says so and polls /readyz, less and less often, until it does.
  */
 
 import { isReady } from "./api.js";
@@ -32,7 +32,7 @@ async function watch() {
   for (let tries = 0; !(await isReady()); tries++) {
     if (!shown) {
       shown = true;
-      // Once the promise is there to be asked about.
+      // After `waiting` is set.
       queueMicrotask(show);
     }
     await new Promise((resolve) => setTimeout(resolve, WAITS_S[Math.min(tries, WAITS_S.length - 1)] * 1000));

@@ -1,5 +1,5 @@
 /**
- * Starting from a picture: keep its top rows and draw the rest anew, or redraw what is painted over.
+ * Generating from an init image: keep its top rows and generate the rest, or inpaint what is painted over.
  */
 
 import { button, byId, element, fillDialog, isSmall } from "./elements.js";
@@ -13,15 +13,20 @@ import { t } from "./texts.js";
 const KEPT_SHARE = 0.4375;
 
 /**
+ * @typedef {import("./stage.js").Work} Work
+ * @typedef {import("./settings.js").Settings & {caption: string}} Base
+ */
+
+/**
  * @param {Blob} image square
  * @param {"rows"|"mask"} kind what to begin with
- * @param {import("./settings.js").Settings & {caption: string}} base caption and settings to draw with; its seed is not used
- * @param {number} grid rows of tokens of the model's pictures
- * @returns {Promise<import("./api.js").ImageRequest|null>} null when nothing is to be drawn
+ * @param {Base} base caption and settings; its seed is not used
+ * @param {number} grid rows of tokens in the model's images
+ * @returns {Promise<import("./api.js").ImageRequest|null>} null when the user cancels
  */
-export async function editPicture(image, kind, base, grid) {
+export async function editImage(image, kind, base, grid) {
   const bitmap = await createImageBitmap(image);
-  /** @type {import("./stage.js").Work} */
+  /** @type {Work} */
   const work = {
     image: bitmap,
     mask: createMask(bitmap.width, grid),
@@ -69,10 +74,11 @@ export async function editPicture(image, kind, base, grid) {
         "div",
         { class: "actions" },
         button({ text: t("no"), class: "secondary", press: () => dialog.close("no") }),
-        element("button", { id: "editor-draw", type: "submit", class: "primary", text: t("editor.draw") }),
+        element("button", { id: "editor-generate", type: "submit", class: "primary", text: t("editor.generate") }),
       ),
     ),
   );
+  /** @param {Event} event */
   const submit = (event) => {
     event.preventDefault();
     if (!faultOf(work, caption.value)) dialog.close("yes");
@@ -95,7 +101,13 @@ export async function editPicture(image, kind, base, grid) {
   return wanted;
 }
 
-/** @returns {Promise<import("./api.js").ImageRequest>} */
+/**
+ * @param {Work} work
+ * @param {Blob} image
+ * @param {string} caption
+ * @param {Base} base
+ * @returns {Promise<import("./api.js").ImageRequest>}
+ */
 async function requestOf(work, image, caption, base) {
   const { n, candidates, temperature, guidance, topK, topP } = base;
   const isMask = work.kind === "mask";
@@ -110,7 +122,11 @@ async function requestOf(work, image, caption, base) {
   };
 }
 
-/** @returns {string} why it cannot be drawn yet; "" when it can */
+/**
+ * @param {Work} work
+ * @param {string} caption
+ * @returns {string} why nothing can be generated yet; "" when it can
+ */
 function faultOf(work, caption) {
   const length = [...oneLine(caption)].length;
   if (!length) return t("caption.missing");
@@ -122,11 +138,17 @@ function faultOf(work, caption) {
   return numTouched === work.mask.grid ** 2 ? t("editor.everything") : "";
 }
 
+/** @param {string} caption */
 function oneLine(caption) {
   return caption.normalize("NFC").replace(/\s+/gu, " ").trim();
 }
 
-/** What the state of the work means for every control. */
+/**
+ * Shows the state of the work in every control.
+ * @param {HTMLDialogElement} dialog
+ * @param {HTMLCanvasElement} canvas
+ * @param {Work} work
+ */
 function showWork(dialog, canvas, work) {
   const isMask = work.kind === "mask";
   const caption = /** @type {HTMLTextAreaElement|null} */ (dialog.querySelector("#editor-caption"));
@@ -138,15 +160,20 @@ function showWork(dialog, canvas, work) {
   const numTouched = work.mask.touchedCells().filter(Boolean).length;
   byId("editor-cells").textContent = t("editor.cells", { n: numTouched, total: work.mask.grid ** 2 });
   /** @type {HTMLInputElement} */ (byId("keep-rows")).value = String(work.keepRows);
-  byId("keep-rows-told").textContent = t("editor.keep_rows_told", { n: work.keepRows, total: work.mask.grid });
+  byId("kept-rows").textContent = t("editor.kept_rows", { n: work.keepRows, total: work.mask.grid });
   byId("editor-undo").toggleAttribute("disabled", !work.mask.canUndo());
   byId("editor-redo").toggleAttribute("disabled", !work.mask.canRedo());
   const fault = faultOf(work, caption.value);
   byId("editor-fault").textContent = fault;
-  byId("editor-draw").toggleAttribute("disabled", fault !== "");
+  byId("editor-generate").toggleAttribute("disabled", fault !== "");
 }
 
+/**
+ * @param {Work} work
+ * @param {() => void} redraw
+ */
 function kindChoice(work, redraw) {
+  /** @param {"rows"|"mask"} kind */
   const option = (kind) => {
     const change = () => {
       work.kind = kind;
@@ -170,30 +197,39 @@ function kindChoice(work, redraw) {
   );
 }
 
+/**
+ * @param {Work} work
+ * @param {() => void} redraw
+ */
 function rowsPanel(work, redraw) {
-  const input = (event) => {
-    work.keepRows = Number(event.target.value);
+  const slider = element("input", {
+    id: "keep-rows",
+    type: "range",
+    min: 1,
+    max: work.mask.grid - 1,
+    step: 1,
+    "aria-describedby": "kept-rows",
+  });
+  slider.addEventListener("input", () => {
+    work.keepRows = Number(slider.value);
     redraw();
-  };
+  });
   return element(
     "div",
     { id: "editor-rows", class: "field" },
     element("label", { for: "keep-rows", text: t("editor.keep_rows") }),
-    element("input", {
-      id: "keep-rows",
-      type: "range",
-      min: 1,
-      max: work.mask.grid - 1,
-      step: 1,
-      "aria-describedby": "keep-rows-told",
-      on: { input },
-    }),
-    element("p", { id: "keep-rows-told", class: "hint" }),
+    slider,
+    element("p", { id: "kept-rows", class: "hint" }),
     element("p", { class: "hint", text: t("editor.rows_hint") }),
   );
 }
 
+/**
+ * @param {Work} work
+ * @param {() => void} redraw
+ */
 function maskPanel(work, redraw) {
+  /** @param {"brush"|"eraser"} name */
   const tool = (name) => {
     const input = element("input", {
       type: "radio",
@@ -204,10 +240,19 @@ function maskPanel(work, redraw) {
     });
     return element("label", { class: "segment" }, input, element("span", { text: t(`editor.${name}`) }));
   };
-  const size = (event) => {
-    work.brushShare = Number(event.target.value) / 100;
+  const size = element("input", {
+    id: "brush-size",
+    type: "range",
+    min: 2,
+    max: 60,
+    step: 2,
+    value: work.brushShare * 100,
+  });
+  size.addEventListener("input", () => {
+    work.brushShare = Number(size.value) / 100;
     redraw();
-  };
+  });
+  /** @param {() => void} what */
   const act = (what) => () => {
     what();
     redraw();
@@ -230,15 +275,7 @@ function maskPanel(work, redraw) {
       "div",
       { class: "field" },
       element("label", { for: "brush-size", text: t("editor.size") }),
-      element("input", {
-        id: "brush-size",
-        type: "range",
-        min: 2,
-        max: 60,
-        step: 2,
-        value: work.brushShare * 100,
-        on: { input: size },
-      }),
+      size,
     ),
     element(
       "div",
@@ -252,10 +289,14 @@ function maskPanel(work, redraw) {
   );
 }
 
-/** @returns {boolean} whether the keys asked for undo or redo outside a text */
+/**
+ * @param {KeyboardEvent} event
+ * @param {Work} work
+ * @returns {boolean} whether the keys meant undo or redo, outside a text
+ */
 function pressUndo(event, work) {
-  if (!(event.ctrlKey || event.metaKey) || event.key.toLowerCase() !== "z" || event.target.tagName === "TEXTAREA")
-    return false;
+  const isInText = event.target instanceof HTMLTextAreaElement;
+  if (!(event.ctrlKey || event.metaKey) || event.key.toLowerCase() !== "z" || isInText) return false;
   event.preventDefault();
   return event.shiftKey ? work.mask.redo() : work.mask.undo();
 }

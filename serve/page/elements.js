@@ -1,6 +1,6 @@
 /**
  * Making elements. Everything shown passes through here as text: captions, file names and errors come from people and
- * from other machines, so nothing is ever read as HTML.
+ * other machines, so nothing is ever parsed as HTML.
  */
 
 const ICONS = {
@@ -56,7 +56,7 @@ export function element(tag, attributes = {}, ...children) {
 
 /**
  * @param {keyof typeof ICONS} name
- * @returns {SVGElement} a drawing without a name of its own: the button around it has one
+ * @returns {SVGElement} without an accessible name: the button around it has one
  */
 export function icon(name) {
   const space = "http://www.w3.org/2000/svg";
@@ -71,34 +71,34 @@ export function icon(name) {
 }
 
 /**
- * A button with a drawing, a name, or both.
+ * A button with an icon, a text, or both.
  * @param {{icon?: keyof typeof ICONS, text?: string, label?: string, class?: string, press: (event: Event) => void,
- *   pressed?: boolean, disabled?: boolean, data?: string}} about `label`: its name where `text` is not shown
+ *   pressed?: boolean, disabled?: boolean, action?: string}} options `label`: its accessible name where it has no text
  * @returns {HTMLButtonElement}
  */
-export function button(about) {
+export function button(options) {
   const made = element("button", {
     type: "button",
-    class: about.class ?? "quiet",
-    "aria-label": about.text ? null : about.label,
-    title: about.text ? null : about.label,
-    "aria-pressed": about.pressed === undefined ? null : String(about.pressed),
-    "data-action": about.data,
-    disabled: about.disabled,
-    on: { click: about.press },
+    class: options.class ?? "quiet",
+    "aria-label": options.text ? null : options.label,
+    title: options.text ? null : options.label,
+    "aria-pressed": options.pressed === undefined ? null : String(options.pressed),
+    "data-action": options.action,
+    disabled: options.disabled,
+    on: { click: options.press },
   });
-  if (about.icon) made.append(icon(about.icon));
-  if (about.text) made.append(element("span", { text: about.text }));
-  return /** @type {HTMLButtonElement} */ (made);
+  if (options.icon) made.append(icon(options.icon));
+  if (options.text) made.append(element("span", { text: options.text }));
+  return made;
 }
 
 /**
- * A picture from bytes. Its address holds the bytes in memory until `removePictures`.
+ * An `<img>` of bytes. Its URL holds them in memory until `removeImages`.
  * @param {Blob} blob
  * @param {string} alt
  * @returns {HTMLImageElement}
  */
-export function picture(blob, alt) {
+export function imageElement(blob, alt) {
   const made = element("img", { alt, decoding: "async", draggable: "false" });
   made.addEventListener("load", () => made.classList.toggle("crisp", isSmall(made.naturalWidth)));
   made.src = URL.createObjectURL(blob);
@@ -106,40 +106,41 @@ export function picture(blob, alt) {
 }
 
 /**
- * @param {number} pixels side of a picture
- * @returns {boolean} whether it is shown with hard pixel edges: enlarged softly, it would only be a blur
+ * @param {number} pixels side of an image
+ * @returns {boolean} whether it is shown with hard pixel edges: smoothed, it would only be a blur
  */
 export function isSmall(pixels) {
   return pixels > 0 && pixels <= 128;
 }
 
 /**
- * Empties an element and gives its pictures' memory back.
+ * Empties an element and frees its images' memory.
  * @param {Element} root
  */
-export function removePictures(root) {
+export function removeImages(root) {
   for (const image of root.querySelectorAll("img[src^='blob:']"))
     URL.revokeObjectURL(/** @type {HTMLImageElement} */ (image).src);
   root.replaceChildren();
 }
 
 /**
- * Tells screen readers, when they are done with what they are reading.
+ * Has screen readers read a text, after what they are reading now.
  * @param {string} text
  */
 export function announce(text) {
   // Behind an open dialog nothing is read out, so each dialog has a place of its own.
   const root = document.querySelector("dialog[open]") ?? document.body;
-  root.querySelector(":scope > .announcer").textContent = text;
+  const place = root.querySelector(":scope > .announcer");
+  if (place) place.textContent = text;
 }
 
 let toastTimer = 0;
 
 /**
- * Tells everybody, for a moment.
+ * Shows a text for a few seconds, and has it read out.
  * @param {string} text
  */
-export function tellBriefly(text) {
+export function showBriefly(text) {
   announce(text);
   const toast = byId("toast");
   toast.textContent = text;
@@ -155,8 +156,8 @@ export function tellBriefly(text) {
  */
 export function fillDialog(id, content) {
   const dialog = /** @type {HTMLDialogElement} */ (byId(id));
-  const place = dialog.querySelector(".dialog-content");
-  removePictures(place);
+  const place = /** @type {HTMLElement} */ (dialog.querySelector(".dialog-content"));
+  removeImages(place);
   place.append(content);
   return dialog;
 }

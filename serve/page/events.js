@@ -1,18 +1,19 @@
 /**
- * Server-sent events out of a fetch: EventSource can neither POST nor send a key.
+ * Server-sent events from a fetch: EventSource can neither POST nor send a key.
  *
- * Source: WHATWG HTML, "Server-sent events", parsing an event stream. `id` and `retry` have no use here.
+ * Source: WHATWG HTML, "Server-sent events", parsing an event stream. `id` and `retry` are ignored.
  */
 
 /**
  * @param {ReadableStream<Uint8Array>} stream the body of an answer of type text/event-stream
- * @returns {AsyncGenerator<{event: string, data: string}>} whole events; one that the connection cut is dropped
+ * @returns {AsyncGenerator<{event: string, data: string}>} whole events; one that a broken connection cut is dropped
  */
 export async function* readEvents(stream) {
   const reader = stream.getReader();
   const decoder = new TextDecoder();
   let rest = "";
   let event = "";
+  /** @type {string[]} */
   let data = [];
   try {
     for (;;) {

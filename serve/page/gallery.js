@@ -1,87 +1,102 @@
 /**
- * The gallery: every picture that this browser keeps, newest first.
+ * The gallery: every image that this browser stores, newest first.
  */
 
 import { tileOf } from "./cards.js";
-import { byId, element, removePictures } from "./elements.js";
-import { onRoom } from "./rooms.js";
+import { byId, element, removeImages } from "./elements.js";
 import { formatTime, onLanguage, t } from "./texts.js";
+import { onView } from "./views.js";
 
-const DRAWINGS_AT_ONCE = 24;
+const GENERATIONS_AT_ONCE = 24;
 
-/** @typedef {import("./store.js").Drawing} Drawing */
+/**
+ * @typedef {import("./store.js").Generation} Generation
+ * @typedef {import("./store.js").RankedImage} RankedImage
+ * @typedef {Pick<import("./cards.js").Actions, "open"|"favour"|"download">} TileActions
+ *
+ * @typedef {object} Gallery
+ * @property {() => Promise<void>} refresh
+ * @property {(text: string) => void} showFault
+ */
 
 /**
  * @param {import("./store.js").Store} store
- * @param {Pick<import("./cards.js").Actions, "open"|"favour"|"download"> & {clear: () => void}} actions
- * @returns {{refresh: () => Promise<void>, tellFault: (text: string) => void}}
+ * @param {TileActions & {clear: () => void}} actions
+ * @returns {Gallery}
  */
 export function startGallery(store, actions) {
   const grid = byId("gallery-grid");
   const only = /** @type {HTMLInputElement} */ (byId("only-favourites"));
-  /** @type {Drawing[]} */
+  /** @type {Generation[]} */
   let shown = [];
-  let wish = 0;
-  // Pictures are made when somebody looks; a drawing that ends meanwhile only counts.
-  const isSeen = () => !byId("gallery").hidden;
+  let numRefreshes = 0;
+  // Images are made when the gallery is in view; a generation that ends meanwhile only counts.
+  const isInView = () => !byId("gallery").hidden;
 
-  const isWanted = (picture) => (only.checked ? picture.isFavourite : picture.isShown || picture.isFavourite);
-  const read = (before, count) => store.newest(before, count, (drawing) => drawing.pictures.some(isWanted));
+  /** @param {RankedImage} image */
+  const isWanted = (image) => (only.checked ? image.isFavourite : image.isShown || image.isFavourite);
+  /**
+   * @param {string|null} before
+   * @param {number} count
+   */
+  const read = (before, count) => store.newest(before, count, (generation) => generation.images.some(isWanted));
   const count = async () => {
     const number = await store.count();
     byId("gallery-count").textContent = number ? String(number) : "";
     byId("gallery-summary").textContent = number ? t("gallery.summary", { n: number }) : "";
     byId("clear-gallery").hidden = number === 0;
   };
-  const draw = async () => {
-    removePictures(grid);
-    for (const drawing of shown) grid.append(...itemsOf(drawing, isWanted, actions));
+  const render = async () => {
+    removeImages(grid);
+    for (const generation of shown) grid.append(...itemsOf(generation, isWanted, actions));
     byId("gallery-empty").hidden = shown.length > 0;
     const last = shown.at(-1);
     byId("gallery-more").hidden = !last || (await read(last.id, 1)).length === 0;
   };
   const refresh = async () => {
-    const asked = ++wish;
+    const number = ++numRefreshes;
     await count();
-    if (!isSeen()) return;
-    const found = await read(null, Math.max(DRAWINGS_AT_ONCE, shown.length));
-    if (asked !== wish) return; // a later change has asked again
+    if (!isInView()) return;
+    const found = await read(null, Math.max(GENERATIONS_AT_ONCE, shown.length));
+    if (number !== numRefreshes) return; // a later refresh has started
     shown = found;
-    await draw();
+    await render();
   };
   byId("gallery-more").addEventListener("click", async () => {
-    shown.push(...(await read(shown.at(-1).id, DRAWINGS_AT_ONCE)));
-    await draw();
+    shown.push(...(await read(shown.at(-1)?.id ?? null, GENERATIONS_AT_ONCE)));
+    await render();
   });
   only.addEventListener("change", refresh);
-  onRoom(refresh);
+  onView(refresh);
   byId("clear-gallery").addEventListener("click", actions.clear);
-  const showWarning = () => {
-    if (!store.isLasting) tellFault(t("gallery.not_lasting"));
-  };
   onLanguage(() => {
-    showWarning();
+    if (!store.isLasting) showFault(t("gallery.not_lasting"));
     void refresh();
   });
-  return { refresh, tellFault };
+  return { refresh, showFault };
 }
 
 /**
- * @param {string} text shown above the pictures; "" takes it back
+ * @param {string} text shown above the images; "" removes it
  */
-function tellFault(text) {
+function showFault(text) {
   const place = byId("gallery-fault");
   place.hidden = text === "";
   place.textContent = text;
 }
 
-function itemsOf(drawing, isWanted, actions) {
-  return drawing.pictures.flatMap((picture, index) => {
-    if (!isWanted(picture)) return [];
-    const tile = tileOf(drawing, index, actions);
+/**
+ * @param {Generation} generation
+ * @param {(image: RankedImage) => boolean} isWanted
+ * @param {TileActions} actions
+ */
+function itemsOf(generation, isWanted, actions) {
+  return generation.images.flatMap((image, index) => {
+    if (!isWanted(image)) return [];
+    const tile = tileOf(generation, index, actions);
     tile.append(
-      element("p", { class: "tile-caption", text: drawing.request.caption }),
-      element("p", { class: "hint numbers", text: formatTime(drawing.createdMs) }),
+      element("p", { class: "tile-caption", text: generation.request.caption }),
+      element("p", { class: "hint numbers", text: formatTime(generation.createdMs) }),
     );
     return [element("li", {}, tile)];
   });

@@ -1,5 +1,5 @@
 /**
- * The API key: asked for when the server wants one, kept for this tab, or for this browser when its owner says so.
+ * The API key: requested when the server needs one, kept for this tab, or for this browser when the user says so.
  */
 
 import { byId, element } from "./elements.js";
@@ -18,9 +18,9 @@ export function currentKey() {
 }
 
 /**
- * Asks for a key, once however many requests were refused.
+ * Asks the user for a key, once however many requests were refused.
  * @param {boolean} wasRefused the key in use was not accepted
- * @returns {Promise<boolean>} whether one was given
+ * @returns {Promise<boolean>} whether one was entered
  */
 export function askForKey(wasRefused) {
   asking ??= askOnce(wasRefused).finally(() => {
@@ -42,7 +42,7 @@ async function askOnce(wasRefused) {
     required: true,
   });
   const remember = element("input", { id: "key-remember", type: "checkbox" });
-  const said = await ask({
+  const isAnswered = await ask({
     title: t("key.title"),
     text: wasRefused && currentKey() ? t("key.refused") : t("key.wanted"),
     body: [
@@ -54,7 +54,7 @@ async function askOnce(wasRefused) {
     focus: input,
   });
   const key = input.value.trim();
-  if (!said || !key) return false;
+  if (!isAnswered || !key) return false;
   forgetKey();
   const place = remember.checked ? localStorageOrNull() : sessionStorageOrNull();
   if (!keep(place, NAME, key)) inMemory = key;
@@ -62,7 +62,7 @@ async function askOnce(wasRefused) {
   return true;
 }
 
-/** Forgets the key, wherever it is kept. */
+/** Removes the key from everywhere. */
 export function forgetKey() {
   forget(sessionStorageOrNull(), NAME);
   forget(localStorageOrNull(), NAME);
@@ -70,16 +70,16 @@ export function forgetKey() {
   showButton();
 }
 
-/** Makes the header's button work: it says that a key is in use and can forget it. */
+/** Makes the header's button work: it shows that a key is in use, and removes it. */
 export function startKeys() {
   byId("key-button").addEventListener("click", async () => {
-    const said = await ask({
+    const isAnswered = await ask({
       title: t("key.forget_title"),
       text: t("key.forget_text"),
       yes: t("key.forget"),
       isGrave: true,
     });
-    if (said) forgetKey();
+    if (isAnswered) forgetKey();
   });
   onLanguage(showButton);
 }

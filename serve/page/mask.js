@@ -1,18 +1,20 @@
 /**
- * What of a picture is to be regenerated: one bit a pixel, with undo. Plain values, no element but for making the PNG.
+ * The part of an image to inpaint: one bit a pixel, with undo. Plain values, no element but for making the PNG.
  *
- * The model redraws whole cells of its token grid: every cell that a marked pixel touches, which is what `touchedCells`
- * tells, by the same rule as engine/pipeline/init_image.py. The server puts the kept pixels back.
+ * The model regenerates whole cells of its token grid: every cell that a marked pixel touches, which `touchedCells`
+ * returns, by the same rule as engine/pipeline/init_image.py. The server puts the kept pixels back.
  */
 
 const MOST_UNDO = 40;
 
 /**
+ * @typedef {Uint8Array<ArrayBufferLike>} Bits
+ *
  * @typedef {object} Mask
- * @property {number} size side in pixels of the picture and the mask
+ * @property {number} size side in pixels of the image and the mask
  * @property {number} grid cells along a side
- * @property {() => Uint8Array} marked size * size, 1 where to redraw
- * @property {() => void} begin a change that one undo takes back
+ * @property {() => Bits} marked size * size, 1 where to inpaint
+ * @property {() => void} begin a change that one undo reverts
  * @property {(x: number, y: number, toX: number, toY: number, radius: number, value: 0|1) => void} stroke in pixels
  * @property {(row: number, column: number) => boolean} toggleCell whether it is marked now
  * @property {(value: 0|1) => void} fill
@@ -29,11 +31,16 @@ const MOST_UNDO = 40;
  * @returns {Mask}
  */
 export function createMask(size, grid) {
+  /** @type {Bits} */
   let marked = new Uint8Array(size * size);
-  /** @type {Uint8Array[]} */
+  /** @type {Bits[]} */
   const before = [];
-  /** @type {Uint8Array[]} */
+  /** @type {Bits[]} */
   const after = [];
+  /**
+   * @param {Bits[]} from
+   * @param {Bits[]} to
+   */
   const step = (from, to) => {
     const other = from.pop();
     if (!other) return false;
@@ -74,7 +81,13 @@ export function createMask(size, grid) {
 }
 
 /**
- * A round brush drawn along a line: every pixel whose centre is within `radius` of it, and the one beneath the pointer.
+ * A round brush moved along a line: every pixel whose centre is within `radius` of it, and the one beneath the pointer.
+ * @param {Bits} marked
+ * @param {number} size
+ * @param {[number, number]} from
+ * @param {[number, number]} to
+ * @param {number} radius
+ * @param {0|1} value
  */
 function markStroke(marked, size, [x, y], [toX, toY], radius, value) {
   const reach = Math.max(radius, 0.5);
@@ -93,20 +106,43 @@ function markStroke(marked, size, [x, y], [toX, toY], radius, value) {
   if (column >= 0 && row >= 0 && column < size && row < size) marked[row * size + column] = value;
 }
 
-/** @returns {[number, number, number, number]} first row, row after the last, first column, column after the last */
+/**
+ * @param {number} size
+ * @param {number} grid
+ * @param {number} row
+ * @param {number} column
+ * @returns {[number, number, number, number]} first row, row after the last, first column, column after the last
+ */
 function cellEdges(size, grid, row, column) {
+  /** @param {number} cell */
   const first = (cell) => Math.floor((cell * size) / grid);
+  /** @param {number} cell */
   const after = (cell) => Math.ceil(((cell + 1) * size) / grid);
   return [first(row), after(row), first(column), after(column)];
 }
 
+/**
+ * @param {Bits} marked
+ * @param {number} size
+ * @param {number} grid
+ * @param {number} row
+ * @param {number} column
+ */
 function anyInCell(marked, size, grid, row, column) {
   const [top, bottom, left, right] = cellEdges(size, grid, row, column);
   for (let y = top; y < bottom; y++) if (marked.subarray(y * size + left, y * size + right).includes(1)) return true;
   return false;
 }
 
-/** Only pixels that lie wholly inside the cell, so that marking one does not touch its neighbours. */
+/**
+ * Only pixels that lie wholly inside the cell, so that marking one does not touch the cells beside it.
+ * @param {Bits} marked
+ * @param {number} size
+ * @param {number} grid
+ * @param {number} row
+ * @param {number} column
+ * @param {0|1} value
+ */
 function fillCell(marked, size, grid, row, column, value) {
   const [outerTop, outerBottom, outerLeft, outerRight] = cellEdges(size, grid, row, column);
   const isWhole = value === 1;
@@ -119,12 +155,12 @@ function fillCell(marked, size, grid, row, column, value) {
 
 /**
  * @param {Mask} mask
- * @returns {Promise<Blob>} PNG, as large as the picture: fully transparent where to redraw, black elsewhere
+ * @returns {Promise<Blob>} PNG, as large as the image: fully transparent where to inpaint, black elsewhere
  */
 export function maskPng(mask) {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = mask.size;
-  const context = canvas.getContext("2d");
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   const pixels = context.createImageData(mask.size, mask.size);
   mask.marked().forEach((value, index) => {
     pixels.data[index * 4 + 3] = value ? 0 : 255;

@@ -1,7 +1,8 @@
 /**
- * What a person chose and wants again: language, theme, folds, and the form as they left it.
+ * What a person chose, kept for the next visit: language, theme, folds, and the form.
  *
- * Storage may be closed to the page (private windows, policies): then choices last as long as the page, and nothing fails.
+ * Storage may be closed to the page (private windows, policies): then choices last as long as the page, and nothing
+ * fails.
  */
 
 import { byId, icon } from "./elements.js";
@@ -75,18 +76,19 @@ export function startPreferences() {
   onLanguage(showButtons);
 }
 
-/** @returns {string} */
+/** @returns {"auto"|"light"|"dark"} */
 function theme() {
-  return document.documentElement.dataset.theme ?? "auto";
+  const chosen = document.documentElement.dataset.theme;
+  return chosen === "light" || chosen === "dark" ? chosen : "auto";
 }
 
 function showButtons() {
   const other = byId("language-button");
   other.textContent = language() === "ko" ? "English" : "한국어";
   other.lang = language() === "ko" ? "en" : "ko";
-  const drawn = { auto: "contrast", light: "sun", dark: "moon" }[theme()];
+  const icons = /** @type {const} */ ({ auto: "contrast", light: "sun", dark: "moon" });
   const themes = byId("theme-button");
-  themes.replaceChildren(icon(drawn));
+  themes.replaceChildren(icon(icons[theme()]));
   themes.setAttribute("aria-label", t(`theme.${theme()}`));
   themes.title = t(`theme.${theme()}`);
 }

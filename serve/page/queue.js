@@ -1,12 +1,12 @@
 /**
- * The drawings that are asked for, in order: a few at the server at a time, the rest waiting here.
+ * The queue of requested generations: a few at the server at a time, the rest waiting here.
  *
- * A browser opens six connections to a server; a drawing holds one for as long as it lasts. Two at a time keep the
- * server's slots filled and leave connections for everything else. What was sent has its seed fixed, so sending it again
- * after a broken connection or a busy server gives the same pictures.
+ * A browser opens six connections to a server, and a generation holds one for as long as it lasts. Two at a time keep
+ * the server's slots filled and leave connections for everything else. The seed is fixed before a request is sent, so
+ * sending it again after a broken connection or to a busy server returns the same images.
  */
 
-import { ApiError, ConnectionLost, blobOf, draw } from "./api.js";
+import { ApiError, ConnectionLost, blobOf, generate } from "./api.js";
 import { whenReady } from "./connection.js";
 import { askForKey } from "./keys.js";
 import { newId } from "./store.js";
@@ -17,8 +17,8 @@ const MOST_TRIES = 5;
 const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
 
 /**
- * @typedef {"waiting"|"sent"|"queued"|"drawing"|"busy"|"lost"|"done"|"failed"|"cancelled"} State
- *   waiting: here; queued: at the server; busy: the server had no room, asked again later; lost: no connection
+ * @typedef {"waiting"|"sent"|"queued"|"generating"|"busy"|"offline"|"done"|"failed"|"cancelled"} State
+ *   waiting: here; queued: at the server; busy: refused for want of a slot, sent again later; offline: no connection
  *
  * @typedef {object} Job
  * @property {string} id
@@ -30,30 +30,33 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {number} tokensGenerated
  * @property {number} tokensTotal
  * @property {Map<number, {blob: Blob, rowsGenerated: number, rowsTotal: number}>} previews by candidate
- * @property {import("./store.js").Picture[]} pictures
+ * @property {import("./store.js").RankedImage[]} images
  * @property {number} tokensCut
  * @property {number|null} totalS
  * @property {ApiError|null} error of "failed"
  * @property {number} tries
- * @property {AbortController} hangUp
+ * @property {AbortController} abort
  *
  * @typedef {object} Queue
  * @property {(request: import("./api.js").ImageRequest) => Job} add
  * @property {(job: Job) => void} cancel
  * @property {() => void} cancelAll
- * @property {(job: Job) => void} again a job that failed or was cancelled
- * @property {() => Job[]} active those that wait or draw, in order
+ * @property {(job: Job) => void} retry a job that failed or was cancelled
+ * @property {() => Job[]} active those that wait or are being generated, in order
+ *
+ * @typedef {(job: Job, state: State, values?: Partial<Job>) => void} Change
+ * @typedef {(job: Job, what: "state"|"progress"|"preview") => void} OnChange
  */
 
 /**
- * @param {{numPreviews: () => number, onChange: (job: Job, what: "state"|"progress"|"preview") => void}} around
- *   `numPreviews`: of each picture that is drawn
+ * @param {{numPreviews: () => number, onChange: OnChange}} options `numPreviews`: of each image
  * @returns {Queue}
  */
 export function createQueue({ numPreviews, onChange }) {
   /** @type {Job[]} */
   let jobs = [];
 
+  /** @type {Change} */
   const change = (job, state, values = {}) => {
     Object.assign(job, { position: 0, waitS: null }, values, { state });
     if (["done", "failed", "cancelled"].includes(state)) jobs = jobs.filter((other) => other !== job);
@@ -73,13 +76,14 @@ export function createQueue({ numPreviews, onChange }) {
     }
   };
 
+  /** @param {Job} job */
   const run = async (job) => {
-    const { signal } = job.hangUp;
+    const { signal } = job.abort;
     Object.assign(job, noResults());
     job.tries += 1;
     try {
-      for await (const event of draw(job.request, numPreviews(), signal)) take(job, event, change, onChange);
-      job.pictures.sort((one, other) => one.rank - other.rank);
+      for await (const event of generate(job.request, numPreviews(), signal)) handleEvent(job, event, change, onChange);
+      job.images.sort((one, other) => one.rank - other.rank);
       change(job, "done");
     } catch (error) {
       if (signal.aborted) return;
@@ -87,8 +91,9 @@ export function createQueue({ numPreviews, onChange }) {
     }
   };
 
+  /** @param {Job} job */
   const cancel = (job) => {
-    job.hangUp.abort();
+    job.abort.abort();
     change(job, "cancelled");
   };
 
@@ -102,8 +107,8 @@ export function createQueue({ numPreviews, onChange }) {
     },
     cancel,
     cancelAll: () => [...jobs].reverse().forEach(cancel),
-    again: (job) => {
-      Object.assign(job, { hangUp: new AbortController(), error: null, tries: 0 });
+    retry: (job) => {
+      Object.assign(job, { abort: new AbortController(), error: null, tries: 0 });
       jobs.push(job);
       change(job, "waiting");
     },
@@ -125,34 +130,34 @@ function newJob(request) {
     waitS: null,
     tries: 0,
     error: null,
-    hangUp: new AbortController(),
+    abort: new AbortController(),
     ...noResults(),
   };
 }
 
-/** @returns {Pick<Job, "tokensGenerated"|"tokensTotal"|"previews"|"pictures"|"tokensCut"|"totalS">} */
+/** @returns {Pick<Job, "tokensGenerated"|"tokensTotal"|"previews"|"images"|"tokensCut"|"totalS">} */
 function noResults() {
-  return { tokensGenerated: 0, tokensTotal: 0, previews: new Map(), pictures: [], tokensCut: 0, totalS: null };
+  return { tokensGenerated: 0, tokensTotal: 0, previews: new Map(), images: [], tokensCut: 0, totalS: null };
 }
 
 /**
- * What went wrong, and what is done about it: a key is asked for, a busy server asked again, a lost one waited for.
+ * What follows from an error: a key is requested, a busy server asked again, a lost connection waited for.
  * @param {Job} job
  * @param {unknown} error
- * @param {(job: Job, state: State, values?: Partial<Job>) => void} change
+ * @param {Change} change
  */
 async function recover(job, error, change) {
-  const { signal } = job.hangUp;
+  const { signal } = job.abort;
   const mayRetry = job.tries < MOST_TRIES;
   if (error instanceof ConnectionLost && mayRetry) {
-    change(job, "lost");
+    change(job, "offline");
     await whenReady();
     if (!signal.aborted) change(job, "waiting");
   } else if (error instanceof ApiError && error.status === 401) {
     change(job, "busy");
-    const isGiven = await askForKey(true);
-    if (!signal.aborted) change(job, isGiven ? "waiting" : "failed", { error: isGiven ? null : error });
-  } else if (error instanceof ApiError && BUSY.includes(error.code) && mayRetry) {
+    const hasKey = await askForKey(true);
+    if (!signal.aborted) change(job, hasKey ? "waiting" : "failed", { error: hasKey ? null : error });
+  } else if (error instanceof ApiError && BUSY.includes(error.code ?? "") && mayRetry) {
     const waitS = Math.min(60, Math.max(1, error.retryAfterS ?? 2 ** job.tries));
     change(job, "busy", { waitS });
     await new Promise((resolve) => setTimeout(resolve, waitS * 1000));
@@ -167,17 +172,17 @@ async function recover(job, error, change) {
 
 /**
  * @param {Job} job
- * @param {Record<string, any>} event
- * @param {(job: Job, state: State, values?: Partial<Job>) => void} change
- * @param {(job: Job, what: "progress"|"preview") => void} onChange
+ * @param {import("./api.js").StreamEvent} event
+ * @param {Change} change
+ * @param {OnChange} onChange
  */
-function take(job, event, change, onChange) {
+function handleEvent(job, event, change, onChange) {
   const what = event.type.slice(event.type.lastIndexOf(".") + 1);
   if (what === "queued") {
     change(job, "queued", { position: event.position, waitS: event.wait_s ?? null });
     return;
   }
-  if (job.state !== "drawing") change(job, "drawing");
+  if (job.state !== "generating") change(job, "generating");
   if (what === "progress") {
     Object.assign(job, { tokensGenerated: event.tokens_generated, tokensTotal: event.tokens_total });
     onChange(job, "progress");
@@ -186,7 +191,7 @@ function take(job, event, change, onChange) {
     job.previews.set(event.image_index, { blob, rowsGenerated: event.rows_generated, rowsTotal: event.rows_total });
     onChange(job, "preview");
   } else if (what === "candidate" || what === "completed") {
-    job.pictures.push({
+    job.images.push({
       candidate: event.candidate,
       rank: event.rank,
       score: event.clip_score ?? null,

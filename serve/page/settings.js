@@ -1,5 +1,5 @@
 /**
- * The settings of a drawing: read, checked and written back, one place for their names, limits and first values.
+ * The form's settings: read, checked and written back. Bounds and defaults are the served model's.
  */
 
 import { byId } from "./elements.js";
@@ -15,13 +15,18 @@ import { formatNumber, onLanguage, t } from "./texts.js";
  * @property {number} guidance
  * @property {number|null} topK
  * @property {number|null} topP
+ *
+ * @typedef {keyof Settings} Name
+ * @typedef {Exclude<Name, "seed">} NumberName
+ * @typedef {{minimum: number, maximum: number, or_zero: boolean, type: "integer"|"number"}} Bounds
  */
 
 /**
- * What the form begins with; of how to draw, what the model says as soon as it is known.
+ * What an untouched form holds; the model's defaults as soon as they are known.
  * @type {Settings}
  */
-export const FIRST = { n: 4, candidates: 16, seed: "", temperature: 1, guidance: 1, topK: null, topP: null };
+const defaults = { n: 4, candidates: 16, seed: "", temperature: 1, guidance: 1, topK: null, topP: null };
+/** @type {Record<Name, string>} ids of the inputs */
 const INPUTS = {
   n: "n",
   candidates: "candidates",
@@ -31,27 +36,28 @@ const INPUTS = {
   topK: "top_k",
   topP: "top_p",
 };
-const LIMITS = {
-  n: [1, 10],
-  candidates: [1, 64],
-  temperature: [0, 10],
-  guidance: [0, 20],
-  topK: [1, 1_000_000],
-  topP: [0, 1],
+const NAMES = /** @type {Name[]} */ (Object.keys(INPUTS));
+/** @type {Record<NumberName, keyof import("./api.js").Model["sampling_params"]>} names in the API */
+const API_NAMES = {
+  n: "n",
+  candidates: "candidates",
+  temperature: "temperature",
+  guidance: "guidance_scale",
+  topK: "top_k",
+  topP: "top_p",
 };
-// As good as no filter: what an empty field means where the model would filter of itself.
-const ALL = { topK: LIMITS.topK[1], topP: 1 };
-const WHOLE = ["n", "candidates", "topK"];
-const MOST_SEED = 2n ** 64n;
+const NUMBER_NAMES = /** @type {NumberName[]} */ (Object.keys(API_NAMES));
+const ADVANCED = /** @type {const} */ (["temperature", "guidance", "topK", "topP"]);
+const SEED_END = 2n ** 64n; // not the API's number: JavaScript's would round it
 const DRAFT = "kodalle.settings";
 
-/** Whether FIRST is the model's: until then nobody can tell a choice from a value that came with the page. */
-let isSettled = false;
+/** @type {Partial<Record<NumberName, Bounds>>} of the served model, once it is known */
+let bounds = {};
 
-/** A setting that cannot be drawn with; `field` says which. */
+/** A setting out of bounds; `field` says which. */
 export class SettingFault extends Error {
   /**
-   * @param {string} field
+   * @param {Name} field
    * @param {string} message
    */
   constructor(field, message) {
@@ -62,15 +68,22 @@ export class SettingFault extends Error {
 
 /**
  * @returns {Settings}
- * @throws {SettingFault} the first that does not fit
+ * @throws {SettingFault} the first that is out of bounds
  */
 export function readSettings() {
-  const settings = { ...FIRST };
-  for (const name of Object.keys(LIMITS)) settings[name] = readNumber(name);
-  settings.seed = input("seed").value.trim();
-  if (settings.seed && !(/^\d{1,20}$/u.test(settings.seed) && BigInt(settings.seed) < MOST_SEED)) {
+  const seed = input("seed").value.trim();
+  if (seed && !(/^\d{1,20}$/u.test(seed) && BigInt(seed) < SEED_END)) {
     throw new SettingFault("seed", t("settings.bad_seed"));
   }
+  const settings = {
+    n: readNumber("n"),
+    candidates: readNumber("candidates"),
+    seed,
+    temperature: readNumber("temperature"),
+    guidance: readNumber("guidance"),
+    topK: readFilter("topK"),
+    topP: readFilter("topP"),
+  };
   if (settings.candidates < settings.n) throw new SettingFault("candidates", t("settings.too_few", { n: settings.n }));
   return settings;
 }
@@ -79,14 +92,12 @@ export function readSettings() {
  * @param {Partial<Settings>} settings those named are written
  */
 export function writeSettings(settings) {
-  for (const [name, value] of Object.entries(settings)) {
-    if (name in INPUTS) input(name).value = textOf(value);
-  }
+  for (const name of NAMES) if (name in settings) input(name).value = textOf(settings[name] ?? null);
   changed();
 }
 
 /**
- * @returns {string} a seed for "", 52 bits: short enough to read out
+ * @returns {string} 52 random bits: short enough to read out
  */
 export function randomSeed() {
   const [high, low] = crypto.getRandomValues(new Uint32Array(2));
@@ -94,62 +105,72 @@ export function randomSeed() {
 }
 
 /**
- * @param {SettingFault|null} fault shown beneath the settings and told at its field
+ * @param {SettingFault|null} fault shown beneath the settings, its field marked
  */
 export function showSettingFault(fault) {
   const place = byId("settings-fault");
   place.hidden = fault === null;
   place.textContent = fault?.message ?? "";
-  for (const name of Object.keys(INPUTS)) input(name).setAttribute("aria-invalid", String(fault?.field === name));
+  for (const name of NAMES) input(name).setAttribute("aria-invalid", String(fault?.field === name));
   if (!fault) return;
-  if (["temperature", "guidance", "topK", "topP"].includes(fault.field)) byId("advanced").setAttribute("open", "");
+  if (ADVANCED.some((name) => name === fault.field)) byId("advanced").setAttribute("open", "");
   input(fault.field).focus();
 }
 
-/** Makes the form's steppers and buttons work, and brings back what it held. */
+/** Makes the form's steppers and buttons work, and restores what it held. */
 export function startSettings() {
   for (const stepper of document.querySelectorAll("button[data-step]")) {
     stepper.addEventListener("click", () => {
-      const field = /** @type {HTMLInputElement} */ (byId(stepper.getAttribute("data-for")));
+      const field = /** @type {HTMLInputElement} */ (byId(stepper.getAttribute("data-for") ?? ""));
       if (stepper.getAttribute("data-step") === "1") field.stepUp();
       else field.stepDown();
       changed();
     });
   }
-  for (const name of Object.keys(INPUTS)) input(name).addEventListener("input", changed);
+  for (const name of NAMES) input(name).addEventListener("input", changed);
   byId("to-settings").addEventListener("click", () => {
     byId("settings").scrollIntoView({ block: "center" });
     input("n").focus({ preventScroll: true });
   });
   byId("seed-clear").addEventListener("click", () => writeSettings({ seed: "" }));
   byId("settings-reset").addEventListener("click", () => {
-    const { temperature, guidance, topK, topP } = FIRST;
+    const { temperature, guidance, topK, topP } = defaults;
     writeSettings({ temperature, guidance, topK, topP });
   });
-  for (const [name, value] of Object.entries(draft())) if (name in INPUTS) input(name).value = String(value);
+  const restored = draft();
+  for (const name of NAMES) if (name in restored) input(name).value = String(restored[name]);
   onLanguage(changed);
 }
 
 /**
- * What the server draws at most, and how when nobody says.
+ * Takes over the served model's bounds and defaults.
  * @param {import("./api.js").Model} model
  */
-export function limitSettings({ limits, default_candidates, default_sampling_params }) {
-  LIMITS.n[1] = limits.images;
-  LIMITS.candidates[1] = limits.candidates;
-  input("n").max = String(limits.images);
-  input("candidates").max = String(limits.candidates);
+export function limitSettings({ sampling_params, default_candidates, default_sampling_params }) {
+  bounds = Object.fromEntries(NUMBER_NAMES.map((name) => [name, sampling_params[API_NAMES[name]]]));
+  for (const name of NUMBER_NAMES) {
+    const { minimum, maximum, or_zero } = sampling_params[API_NAMES[name]];
+    // From a whole number, so that arrow keys step through round values; readNumber checks the bound itself.
+    Object.assign(input(name), { min: String(or_zero ? 0 : Math.floor(minimum)), max: String(maximum) });
+  }
   const { temperature, guidance_scale, top_k, top_p } = default_sampling_params;
-  const told = { candidates: default_candidates, temperature, guidance: guidance_scale, topK: top_k, topP: top_p };
-  // As they came with the page: nobody has chosen them.
-  const untouched = Object.keys(told).filter((name) => input(name).value === textOf(FIRST[name]) && !(name in draft()));
-  Object.assign(FIRST, told);
-  isSettled = true;
-  writeSettings(Object.fromEntries(untouched.map((name) => [name, told[name]])));
+  const model = {
+    n: Math.min(defaults.n, sampling_params.n.maximum),
+    candidates: default_candidates,
+    temperature,
+    guidance: guidance_scale,
+    topK: top_k,
+    topP: top_p,
+  };
+  const names = /** @type {(keyof typeof model)[]} */ (Object.keys(model));
+  // Values that still are the page's and not the user's.
+  const untouched = names.filter((name) => input(name).value === textOf(defaults[name]) && !(name in draft()));
+  Object.assign(defaults, model);
+  writeSettings(Object.fromEntries(untouched.map((name) => [name, model[name]])));
 }
 
 /**
- * @returns {Record<string, string>} what an earlier visit chose; {} where that is not ours, or half written
+ * @returns {Record<string, string>} what an earlier visit chose; {} where that cannot be read
  */
 function draft() {
   try {
@@ -159,13 +180,16 @@ function draft() {
   }
 }
 
-/** What follows from any change: kept for the next visit, faults taken back, the fold's summary told. */
+/** What follows from any change: it is kept for the next visit, faults and summaries are shown anew. */
 function changed() {
   showSettingFault(null);
-  const values = Object.fromEntries(Object.keys(INPUTS).map((name) => [name, input(name).value]));
-  const before = isSettled ? {} : draft();
-  const chosen = Object.entries(values).filter(([name, value]) => value !== textOf(FIRST[name]) || name in before);
-  keep(lasting(), DRAFT, JSON.stringify(Object.fromEntries(chosen)));
+  const values = /** @type {Record<Name, string>} */ (
+    Object.fromEntries(NAMES.map((name) => [name, input(name).value]))
+  );
+  // Until the model's defaults are known, a value cannot be told from a choice: what was kept stays kept.
+  const before = "n" in bounds ? {} : draft();
+  const chosen = NAMES.filter((name) => values[name] !== textOf(defaults[name]) || name in before);
+  keep(lasting(), DRAFT, JSON.stringify(Object.fromEntries(chosen.map((name) => [name, values[name]]))));
   byId("seed-clear").toggleAttribute("disabled", values.seed === "");
   const summary = t("compose.settings", {
     n: Number(values.n),
@@ -173,32 +197,49 @@ function changed() {
     seed: values.seed || t("compose.random"),
   });
   byId("to-settings").textContent = summary;
-  byId("to-settings").setAttribute("aria-label", t("compose.to_settings", { told: summary }));
-  // Above the fold it must show that something behind it is not as it was.
-  const told = ["temperature", "guidance", "topK", "topP"]
-    .filter((name) => values[name] !== textOf(FIRST[name]))
-    .map(
-      (name) =>
-        `${t(`settings.${name}_short`)} ${Number.isFinite(Number(values[name])) ? formatNumber(Number(values[name])) : values[name]}`,
-    );
-  byId("advanced-summary").textContent = told.join(" · ");
+  byId("to-settings").setAttribute("aria-label", t("compose.to_settings", { summary }));
+  // The closed fold must show which settings in it are not the defaults.
+  const differing = ADVANCED.filter((name) => values[name] !== textOf(defaults[name])).map((name) => {
+    const number = Number(values[name]);
+    return `${t(`settings.${name}_short`)} ${Number.isFinite(number) ? formatNumber(number) : values[name]}`;
+  });
+  byId("advanced-summary").textContent = differing.join(" · ");
 }
 
 /**
- * @param {string} name
- * @returns {number|null}
+ * @param {NumberName} name
+ * @returns {number}
  */
 function readNumber(name) {
-  const field = input(name);
-  const text = field.value.trim();
-  if (text === "" && name in ALL && field.validity.valid) return FIRST[name] === null ? null : ALL[name];
-  const [least, most] = LIMITS[name];
+  const text = input(name).value.trim();
   const value = Number(text);
-  const isFine = text !== "" && value >= least && value <= most && (!WHOLE.includes(name) || Number.isInteger(value));
-  if (!isFine || (name === "topP" && value === 0)) {
-    throw new SettingFault(name, t("settings.bad_number", { name: t(`settings.${name}_short`), least, most }));
-  }
+  const limits = bounds[name];
+  if (text === "" || !Number.isFinite(value)) throw badNumber(name);
+  if (!limits) return value; // the server checks it
+  const isWithin = (value >= limits.minimum && value <= limits.maximum) || (limits.or_zero && value === 0);
+  if (!isWithin || (limits.type === "integer" && !Number.isInteger(value))) throw badNumber(name);
   return value;
+}
+
+/**
+ * @param {"topK"|"topP"} name
+ * @returns {number|null} for an empty field null, or the widest filter where the model has one of its own
+ */
+function readFilter(name) {
+  const field = input(name);
+  if (field.value.trim() !== "" || !field.validity.valid) return readNumber(name);
+  return defaults[name] === null ? null : (bounds[name]?.maximum ?? null);
+}
+
+/**
+ * @param {NumberName} name
+ * @returns {SettingFault}
+ */
+function badNumber(name) {
+  const { minimum = 0, maximum = Infinity, or_zero, type } = bounds[name] ?? {};
+  const key = type === "integer" ? "bad_whole_number" : or_zero ? "bad_number_or_zero" : "bad_number";
+  const span = { least: formatNumber(minimum, 6), most: formatNumber(maximum, 6) };
+  return new SettingFault(name, t(`settings.${key}`, { name: t(`settings.${name}_short`), ...span }));
 }
 
 /**
@@ -210,7 +251,7 @@ function textOf(value) {
 }
 
 /**
- * @param {string} name
+ * @param {Name} name
  * @returns {HTMLInputElement}
  */
 function input(name) {

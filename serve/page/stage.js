@@ -1,8 +1,9 @@
 /**
- * The picture that is worked on, on a canvas: brush and eraser by mouse, pen or finger; cells by keyboard; or a line
- * below which everything is drawn anew.
+ * The init image on a canvas: brush and eraser by mouse, pen or finger; cells by keyboard; or a line below which
+ * everything is regenerated.
  *
- * It draws and reads pointers and keys; what is marked belongs to mask.js, what follows from it to editor.js.
+ * It draws on the canvas and reads pointers and keys; what is marked belongs to mask.js, what follows from it to
+ * editor.js.
  */
 
 import { announce, isSmall } from "./elements.js";
@@ -15,7 +16,12 @@ import { t } from "./texts.js";
  * @property {"rows"|"mask"} kind
  * @property {number} keepRows
  * @property {"brush"|"eraser"} tool
- * @property {number} brushShare diameter of the brush, as a share of the picture's side
+ * @property {number} brushShare diameter of the brush, as a share of the image's side
+ *
+ * @typedef {object} View
+ * @property {{row: number, column: number, isShown: boolean}} cursor of the keyboard
+ * @property {[number, number]|null} pointer in pixels of the mask
+ * @property {boolean} isDown
  */
 
 /**
@@ -25,11 +31,8 @@ import { t } from "./texts.js";
  * @returns {{draw: () => void, stop: () => void}}
  */
 export function startStage(canvas, work, changed) {
-  const view = {
-    cursor: { row: 0, column: 0, isShown: false },
-    pointer: /** @type {[number, number]|null} */ (null),
-    isDown: false,
-  };
+  /** @type {View} */
+  const view = { cursor: { row: 0, column: 0, isShown: false }, pointer: null, isDown: false };
   const draw = () => drawStage(canvas, work, view);
   const done = () => {
     draw();
@@ -59,12 +62,27 @@ export function startStage(canvas, work, changed) {
   return { draw, stop: () => sizes.disconnect() };
 }
 
+/**
+ * @param {HTMLCanvasElement} canvas
+ * @param {Work} work
+ * @param {View} view
+ * @param {() => void} done
+ * @param {() => void} draw
+ */
 function listenToPointer(canvas, work, view, done, draw) {
+  /**
+   * @param {PointerEvent} event
+   * @returns {[number, number]}
+   */
   const at = (event) => {
     const box = canvas.getBoundingClientRect();
     const scale = work.mask.size / box.width;
     return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
   };
+  /**
+   * @param {[number, number]} from
+   * @param {[number, number]} to
+   */
   const act = (from, to) => {
     if (work.kind === "rows") {
       const { size, grid } = work.mask;
@@ -86,7 +104,7 @@ function listenToPointer(canvas, work, view, done, draw) {
   });
   canvas.addEventListener("pointermove", (event) => {
     const last = view.pointer;
-    // A fast pen reports several places at once: without them strokes have corners.
+    // A fast pen reports several places in one event: without them strokes have corners.
     const places = event.getCoalescedEvents?.() ?? [];
     for (const place of places.length ? places : [event]) {
       const to = at(place);
@@ -109,12 +127,15 @@ function listenToPointer(canvas, work, view, done, draw) {
 
 /**
  * @param {KeyboardEvent} event
+ * @param {Work} work
+ * @param {View} view
  * @returns {boolean} whether it was meant for the stage
  */
 function pressKey(event, work, view) {
   if (work.kind !== "mask" || event.ctrlKey || event.metaKey || event.altKey) return false;
   const { cursor } = view;
   const last = work.mask.grid - 1;
+  /** @type {Record<string, [number, number]>} */
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
   if (event.key in moves) {
     const [rows, columns] = moves[event.key];
@@ -132,8 +153,13 @@ function pressKey(event, work, view) {
 
 // ------------------------------------------------------------------------------------------------------------ drawing
 
+/**
+ * @param {HTMLCanvasElement} canvas
+ * @param {Work} work
+ * @param {View} view
+ */
 function drawStage(canvas, work, view) {
-  const context = canvas.getContext("2d");
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   const side = canvas.width;
   context.imageSmoothingEnabled = !isSmall(work.image.width);
   context.imageSmoothingQuality = "high";
@@ -143,7 +169,12 @@ function drawStage(canvas, work, view) {
   else drawMarks(context, side, work, view);
 }
 
-/** A veil over what is drawn anew, and the line that can be moved. */
+/**
+ * A veil over what is regenerated, and the line that can be moved.
+ * @param {CanvasRenderingContext2D} context
+ * @param {number} side
+ * @param {Work} work
+ */
 function drawRows(context, side, work) {
   const top = Math.round((work.keepRows / work.mask.grid) * side);
   context.fillStyle = hatching(context, 24, 1.5);
@@ -154,6 +185,12 @@ function drawRows(context, side, work) {
   context.fillRect(0, top - 2, side, 4);
 }
 
+/**
+ * @param {CanvasRenderingContext2D} context
+ * @param {number} side
+ * @param {Work} work
+ * @param {View} view
+ */
 function drawMarks(context, side, work, view) {
   const { mask } = work;
   const cell = side / mask.grid;
@@ -169,10 +206,10 @@ function drawMarks(context, side, work, view) {
   if (view.pointer && !view.cursor.isShown) {
     const scale = side / mask.size;
     const radius = Math.max(0.5, (work.brushShare * mask.size) / 2) * scale;
-    for (const [style, width] of [
+    for (const [style, width] of /** @type {[string, number][]} */ ([
       ["#ffffff", 3],
       ["#111111", 1],
-    ]) {
+    ])) {
       context.beginPath();
       context.arc(view.pointer[0] * scale, view.pointer[1] * scale, radius, 0, 2 * Math.PI);
       Object.assign(context, { strokeStyle: style, lineWidth: width });
@@ -181,7 +218,15 @@ function drawMarks(context, side, work, view) {
   }
 }
 
-/** Dark within light, so that it shows on any picture. */
+/**
+ * Dark within light, so that it shows on any image.
+ * @param {CanvasRenderingContext2D} context
+ * @param {number} left
+ * @param {number} top
+ * @param {number} width
+ * @param {number} height
+ * @param {number} thickness
+ */
 function frame(context, left, top, width, height, thickness) {
   context.lineWidth = thickness + 2;
   context.strokeStyle = "rgb(255 255 255 / 0.85)";
@@ -191,17 +236,22 @@ function frame(context, left, top, width, height, thickness) {
   context.strokeRect(left + 1, top + 1, width - 2, height - 2);
 }
 
-/** The marked pixels at the size shown, hatched: plain colour would hide on a picture of that colour. */
+/**
+ * The marked pixels at the size shown, hatched: plain colour would hide on an image of that colour.
+ * @param {import("./mask.js").Mask} mask
+ * @param {number} side
+ * @param {CanvasRenderingContext2D} context
+ */
 function marksLayer(mask, side, context) {
   const small = new OffscreenCanvas(mask.size, mask.size);
-  const smallContext = small.getContext("2d");
+  const smallContext = contextOf(small);
   const pixels = smallContext.createImageData(mask.size, mask.size);
   mask.marked().forEach((value, index) => {
     pixels.data[index * 4 + 3] = value * 255;
   });
   smallContext.putImageData(pixels, 0, 0);
   const layer = new OffscreenCanvas(side, side);
-  const layerContext = layer.getContext("2d");
+  const layerContext = contextOf(layer);
   layerContext.imageSmoothingEnabled = false;
   layerContext.drawImage(small, 0, 0, side, side);
   layerContext.globalCompositeOperation = "source-in";
@@ -214,11 +264,11 @@ function marksLayer(mask, side, context) {
  * @param {CanvasRenderingContext2D} context
  * @param {number} side of the repeated tile
  * @param {number} thickness of the lines
- * @returns {CanvasPattern} dye on paper, which lets what is beneath be seen
+ * @returns {CanvasPattern} translucent lines
  */
 function hatching(context, side, thickness) {
   const tile = new OffscreenCanvas(side, side);
-  const pen = tile.getContext("2d");
+  const pen = contextOf(tile);
   pen.fillStyle = "rgb(250 248 243 / 0.62)";
   pen.fillRect(0, 0, side, side);
   pen.strokeStyle = "rgb(38 64 127 / 0.85)";
@@ -229,5 +279,10 @@ function hatching(context, side, thickness) {
     pen.lineTo(shift + side, 0);
     pen.stroke();
   }
-  return context.createPattern(tile, "repeat");
+  return /** @type {CanvasPattern} */ (context.createPattern(tile, "repeat"));
+}
+
+/** @param {OffscreenCanvas} canvas */
+function contextOf(canvas) {
+  return /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d"));
 }

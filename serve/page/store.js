@@ -1,41 +1,46 @@
 /**
- * Drawings that survive a reload: pictures as bytes, with everything that made them, in IndexedDB.
+ * Generations that survive a reload: images as bytes, with everything that made them, in IndexedDB.
  *
  * Where the browser has no IndexedDB (some private windows, some policies) the same calls work on memory, and
- * `isLasting` is false so that the page can say so. A full disk is a `StorageFull`: nothing is dropped in silence.
+ * `isLasting` is false so that the page can say so. A full disk is a `StorageFull`: nothing is dropped silently.
  */
 
 /**
- * @typedef {object} Picture
- * @property {number} candidate its number among those drawn, from 0
+ * @typedef {object} RankedImage
+ * @property {number} candidate its number among the candidates, from 0
  * @property {number} rank 1 is best
  * @property {number|null} score KoCLIP's; null without a ranker
- * @property {Blob} blob PNG with its making in its metadata
- * @property {boolean} isShown among the best that were asked for, not only a candidate
+ * @property {Blob} blob PNG with its provenance in its metadata
+ * @property {boolean} isShown among the best that were requested, not only a candidate
  * @property {boolean} isFavourite
  *
- * @typedef {object} Drawing
+ * @typedef {object} Generation
  * @property {string} id sorts by time
  * @property {number} createdMs
  * @property {import("./api.js").ImageRequest} request
  * @property {string} modelId
  * @property {string} modelDigest
- * @property {number} gridSize rows of tokens in a picture: what can be kept of it
+ * @property {number} gridSize rows of tokens in an image
  * @property {number} tokensCut text tokens that did not fit the model
  * @property {number|null} totalS seconds it took
- * @property {Picture[]} pictures best first
+ * @property {RankedImage[]} images best first
  *
  * @typedef {object} Store
  * @property {boolean} isLasting
- * @property {(drawing: Drawing) => Promise<void>} put
- * @property {(id: string, edit: (drawing: Drawing) => Drawing|null) => Promise<Drawing|null>} change null removes it
- * @property {(before: string|null, count: number, wanted: (drawing: Drawing) => boolean) => Promise<Drawing[]>} newest
- * @property {() => Promise<number>} count of drawings
+ * @property {(generation: Generation) => Promise<void>} put
+ * @property {(id: string, edit: (generation: Generation) => Generation|null) => Promise<Generation|null>} change null
+ *   removes it
+ * @property {(before: string|null, count: number, isWanted: (generation: Generation) => boolean) =>
+ *   Promise<Generation[]>} newest
+ * @property {() => Promise<number>} count of generations
  * @property {() => Promise<void>} clear
  */
 
 const NAME = "kodalle";
-const TABLE = "drawings";
+const VERSION = 2;
+const TABLE = "generations";
+// Version 1 called the table `drawings` and an entry's images `pictures`.
+const TABLE_1 = "drawings";
 
 /** The browser's share of the disk is used up. */
 export class StorageFull extends Error {}
@@ -55,28 +60,49 @@ export async function openStore() {
   try {
     return lastingStore(await openDatabase());
   } catch (error) {
-    console.warn("no IndexedDB, drawings are kept in memory only:", error);
+    console.warn("no IndexedDB, generations are kept in memory only:", error);
     return memoryStore();
   }
 }
 
 /**
- * Asks the browser not to clear the drawings away when the disk runs short.
+ * Asks the browser not to delete the generations when the disk runs short.
  * @returns {Promise<void>}
  */
-export async function askToPersist() {
+export async function requestPersistence() {
   await navigator.storage?.persist?.();
 }
 
 /** @returns {Promise<IDBDatabase>} */
 function openDatabase() {
   return new Promise((resolve, reject) => {
-    const opening = indexedDB.open(NAME, 1);
-    opening.onupgradeneeded = () => opening.result.createObjectStore(TABLE, { keyPath: "id" });
+    const opening = indexedDB.open(NAME, VERSION);
+    opening.onupgradeneeded = () => upgrade(opening.result, /** @type {IDBTransaction} */ (opening.transaction));
     opening.onsuccess = () => resolve(opening.result);
     opening.onerror = () => reject(opening.error);
-    opening.onblocked = () => reject(new Error("another window holds an older form of the database"));
+    opening.onblocked = () => reject(new Error("another window holds an older version of the database"));
   });
+}
+
+/**
+ * @param {IDBDatabase} database
+ * @param {IDBTransaction} transaction
+ */
+function upgrade(database, transaction) {
+  if (!database.objectStoreNames.contains(TABLE_1)) {
+    database.createObjectStore(TABLE, { keyPath: "id" });
+    return;
+  }
+  const table = transaction.objectStore(TABLE_1);
+  table.name = TABLE;
+  const opening = table.openCursor();
+  opening.onsuccess = () => {
+    const cursor = opening.result;
+    if (!cursor) return;
+    const { pictures, ...rest } = cursor.value;
+    if (pictures) cursor.update({ ...rest, images: pictures });
+    cursor.continue();
+  };
 }
 
 /**
@@ -84,84 +110,86 @@ function openDatabase() {
  * @returns {Store}
  */
 function lastingStore(database) {
-  // Another window with a newer page may change the form of the table: it must not wait for this one.
+  // Another window with a newer page may upgrade the database: it must not wait for this one.
   database.onversionchange = () => database.close();
 
   /**
    * @template Result
    * @param {IDBTransactionMode} mode
-   * @param {(table: IDBObjectStore, give: (result: Result) => void) => void} act
-   * @returns {Promise<Result>} what was given, once it is on disk
+   * @param {(table: IDBObjectStore, setResult: (result: Result) => void) => void} act
+   * @returns {Promise<Result>} the result that was set, once the transaction is on disk
    */
   const transact = (mode, act) =>
     new Promise((resolve, reject) => {
+      /** @type {Result} */
       let result;
       const transaction = database.transaction(TABLE, mode);
       transaction.oncomplete = () => resolve(result);
       transaction.onabort = () => {
-        const isFull = transaction.error?.name === "QuotaExceededError";
-        reject(isFull ? new StorageFull(transaction.error.message) : transaction.error);
+        const { error } = transaction;
+        reject(error?.name === "QuotaExceededError" ? new StorageFull(error.message) : error);
       };
-      act(transaction.objectStore(TABLE), (given) => {
-        result = given;
+      act(transaction.objectStore(TABLE), (value) => {
+        result = value;
       });
     });
 
   return {
     isLasting: true,
-    put: (drawing) => transact("readwrite", (table) => table.put(drawing)),
+    put: (generation) => transact("readwrite", (table) => void table.put(generation)),
     change: (id, edit) =>
-      transact("readwrite", (table, give) => {
+      transact("readwrite", (table, setResult) => {
         const found = table.get(id);
         found.onsuccess = () => {
           const changed = found.result ? edit(found.result) : null;
           if (changed) table.put(changed);
           else table.delete(id);
-          give(changed);
+          setResult(changed);
         };
       }),
-    newest: (before, count, wanted) =>
-      transact("readonly", (table, give) => {
+    newest: (before, count, isWanted) =>
+      transact("readonly", (table, setResult) => {
+        /** @type {Generation[]} */
         const found = [];
-        give(found);
+        setResult(found);
         const range = before === null ? null : IDBKeyRange.upperBound(before, true);
         const opening = table.openCursor(range, "prev");
         opening.onsuccess = () => {
           const cursor = opening.result;
           if (!cursor || found.length === count) return;
-          if (wanted(cursor.value)) found.push(cursor.value);
+          if (isWanted(cursor.value)) found.push(cursor.value);
           cursor.continue();
         };
       }),
     count: () =>
-      transact("readonly", (table, give) => {
+      transact("readonly", (table, setResult) => {
         const counting = table.count();
-        counting.onsuccess = () => give(counting.result);
+        counting.onsuccess = () => setResult(counting.result);
       }),
-    clear: () => transact("readwrite", (table) => table.clear()),
+    clear: () => transact("readwrite", (table) => void table.clear()),
   };
 }
 
 /** @returns {Store} */
 function memoryStore() {
-  /** @type {Map<string, Drawing>} */
-  const drawings = new Map();
+  /** @type {Map<string, Generation>} */
+  const generations = new Map();
   return {
     isLasting: false,
-    put: async (drawing) => void drawings.set(drawing.id, drawing),
+    put: async (generation) => void generations.set(generation.id, generation),
     change: async (id, edit) => {
-      const found = drawings.get(id);
+      const found = generations.get(id);
       const changed = found ? edit(found) : null;
-      if (changed) drawings.set(id, changed);
-      else drawings.delete(id);
+      if (changed) generations.set(id, changed);
+      else generations.delete(id);
       return changed;
     },
-    newest: async (before, count, wanted) =>
-      [...drawings.values()]
+    newest: async (before, count, isWanted) =>
+      [...generations.values()]
         .sort((one, other) => (one.id < other.id ? 1 : -1))
-        .filter((drawing) => (before === null || drawing.id < before) && wanted(drawing))
+        .filter((generation) => (before === null || generation.id < before) && isWanted(generation))
         .slice(0, count),
-    count: async () => drawings.size,
-    clear: async () => drawings.clear(),
+    count: async () => generations.size,
+    clear: async () => generations.clear(),
   };
 }

@@ -1,8 +1,8 @@
 /**
- * Everything that the page says, in Korean or in English. Korean is what it starts with.
+ * All texts of the page, in Korean or in English. It starts in Korean.
  *
  * Fixed texts are in the document: `data-text` names the text of an element, `data-label` its accessible name,
- * `data-hint` its placeholder. What is made later asks `t` and makes itself again in `onLanguage`.
+ * `data-hint` its placeholder. What is made later calls `t`, and again in `onLanguage`.
  */
 
 import { english } from "./texts_en.js";
@@ -21,17 +21,17 @@ export function language() {
 
 /**
  * @param {string} key
- * @param {Record<string, string|number>} [values] for the {names} in the text; numbers are written as the language does
+ * @param {Record<string, string|number>} [values] for the {names} in the text; numbers are formatted for the language
  * @returns {string}
- * @throws {Error} for a key without a text: a fault of the page
+ * @throws {Error} for a key without a text: a bug of the page
  */
 export function t(key, values = {}) {
   const text = TABLES[chosen][key];
   if (text === undefined) throw new Error(`no text for ${key}`);
   return text.replace(/\{(\w+)(?:\|([^|}]*)\|([^}]*))?\}/gu, (_, name, one, many) => {
     const value = values[name];
-    const told = typeof value === "number" ? formatNumber(value) : String(value);
-    return one === undefined ? told : `${told} ${value === 1 ? one : many}`;
+    const shown = typeof value === "number" ? formatNumber(value) : String(value);
+    return one === undefined ? shown : `${shown} ${value === 1 ? one : many}`;
   });
 }
 
@@ -56,11 +56,16 @@ export function onLanguage(listener) {
 /** Puts the chosen language into the fixed parts of the document. */
 export function fill() {
   document.title = t("title");
-  for (const part of document.querySelectorAll("[data-text]")) part.textContent = t(part.getAttribute("data-text"));
-  for (const part of document.querySelectorAll("[data-label]"))
-    part.setAttribute("aria-label", t(part.getAttribute("data-label")));
-  for (const part of document.querySelectorAll("[data-hint]"))
-    part.setAttribute("placeholder", t(part.getAttribute("data-hint")));
+  /**
+   * @param {string} attribute
+   * @param {(part: Element, text: string) => void} put
+   */
+  const each = (attribute, put) => {
+    for (const part of document.querySelectorAll(`[${attribute}]`)) put(part, t(part.getAttribute(attribute) ?? ""));
+  };
+  each("data-text", (part, text) => (part.textContent = text));
+  each("data-label", (part, text) => part.setAttribute("aria-label", text));
+  each("data-hint", (part, text) => part.setAttribute("placeholder", text));
 }
 
 /**

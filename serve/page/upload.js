@@ -1,15 +1,15 @@
 /**
- * A picture of one's own, made into what the server takes: the middle square, no larger than needed, as PNG.
+ * The user's own image, made into what the server accepts: the middle square, no larger than needed, as PNG.
  *
- * A photo of 20 megapixels is 5 to 10 MB and would be refused; the model draws a few hundred pixels. The square is cut
- * here, by the same rule as on the server, so that what is painted over is what the server sees.
+ * A photo of 20 megapixels has 5 to 10 MB and would be refused; the model generates a few hundred pixels. The square is
+ * cut here, by the same rule as on the server, so that what is painted over is what the server sees.
  */
 
 const MOST_SIDE = 1024;
 const LEAST_SIDE = 32;
 const MOST_FILE_BYTES = 60 * 2 ** 20;
 
-/** The file is no picture that this page can take. */
+/** The file is no image that this page can use. */
 export class UploadFault extends Error {
   /** @param {"type"|"large"|"small"|"broken"} reason */
   constructor(reason) {
@@ -32,7 +32,7 @@ export async function squareOf(file) {
   const target = Math.min(side, MOST_SIDE);
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = target;
-  const context = canvas.getContext("2d");
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   context.imageSmoothingQuality = "high";
   // What is transparent becomes white, as in training.
   context.fillStyle = "#ffffff";
@@ -47,7 +47,7 @@ export async function squareOf(file) {
 
 /**
  * @param {File} file
- * @returns {Promise<ImageBitmap>} upright, as its EXIF says
+ * @returns {Promise<ImageBitmap>} turned upright by its EXIF orientation
  */
 async function decode(file) {
   try {
@@ -58,10 +58,11 @@ async function decode(file) {
 }
 
 /**
- * Files that come by dragging and by pasting.
+ * Files that are dropped and pasted.
  * @param {(file: File) => void} take
  */
 export function startDrops(take) {
+  /** @param {DragEvent} event */
   const isFile = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   document.addEventListener("dragover", (event) => {
     if (isFile(event) && !document.querySelector("dialog[open]")) event.preventDefault();
@@ -69,7 +70,7 @@ export function startDrops(take) {
   document.addEventListener("drop", (event) => {
     if (!isFile(event)) return;
     event.preventDefault();
-    const file = event.dataTransfer.files[0];
+    const file = event.dataTransfer?.files[0];
     if (file && !document.querySelector("dialog[open]")) take(file);
   });
   document.addEventListener("paste", (event) => {

@@ -1,39 +1,46 @@
 /**
- * One picture, large, with how it was made and all that can be done with it.
+ * One image, large, with its provenance and all that can be done with it.
  */
 
 import { settingsOf } from "./api.js";
-import { button, byId, element, fillDialog, isSmall, picture, tellBriefly } from "./elements.js";
+import { button, byId, element, fillDialog, imageElement, isSmall, showBriefly } from "./elements.js";
 import { formatNumber, formatScore, formatTime, t } from "./texts.js";
 
-const MARGIN = 16; // pixels round the picture
-
-/** @typedef {import("./store.js").Drawing} Drawing */
+const MARGIN = 16; // pixels around the image
 
 /**
+ * @typedef {import("./store.js").Generation} Generation
+ * @typedef {import("./store.js").RankedImage} RankedImage
+ *
  * @typedef {object} ViewerActions
- * @property {(drawing: Drawing, index: number, isFavourite: boolean) => Promise<Drawing>} favour
- * @property {(drawing: Drawing, index: number) => void} download
+ * @property {(generation: Generation, index: number, isFavourite: boolean) => Promise<Generation>} favour
+ * @property {(generation: Generation, index: number) => void} download
  * @property {(request: import("./api.js").ImageRequest) => void} useSeed
  * @property {(request: import("./api.js").ImageRequest) => void} useSettings
- * @property {(drawing: Drawing, index: number, kind: "rows"|"mask") => void} startFrom
- * @property {(drawing: Drawing, index: number) => Promise<boolean>} remove whether it was
+ * @property {(generation: Generation, index: number, kind: "rows"|"mask") => void} startFrom
+ * @property {(generation: Generation, index: number) => Promise<boolean>} remove whether it was
+ *
+ * @typedef {{generation: Generation, index: number}} State
+ * @typedef {(focus: string|null) => void} Show `focus`: the action that has the keyboard afterwards
  */
 
 /**
- * @param {Drawing} drawing
- * @param {number} index of the picture to begin with
+ * @param {Generation} generation
+ * @param {number} index of the image to begin with
  * @param {ViewerActions} actions
  */
-export function openViewer(drawing, index, actions) {
+export function openViewer(generation, index, actions) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("viewer"));
-  const state = { drawing, index };
+  /** @type {State} */
+  const state = { generation, index };
+  /** @type {Show} */
   const show = (focus) => {
     const frame = element("div", { class: "viewer-frame" });
     const panel = panelOf(dialog, state, actions, show);
     fillDialog("viewer", element("div", { class: "viewer-body" }, headOf(dialog, state, show), frame, panel));
-    const shown = state.drawing.pictures[state.index];
-    const image = picture(shown.blob, t("picture.alt", { caption: state.drawing.request.caption, rank: shown.rank }));
+    const shown = state.generation.images[state.index];
+    const caption = state.generation.request.caption;
+    const image = imageElement(shown.blob, t("image.alt", { caption, rank: shown.rank }));
     image.addEventListener("load", () => fit(image, frame));
     frame.append(image);
     if (focus) /** @type {HTMLElement|null} */ (dialog.querySelector(`[data-action="${focus}"]`))?.focus();
@@ -41,8 +48,9 @@ export function openViewer(drawing, index, actions) {
   const resized = () => {
     const frame = dialog.querySelector(".viewer-frame");
     const image = frame?.querySelector("img");
-    if (image?.naturalWidth) fit(image, frame);
+    if (frame && image?.naturalWidth) fit(image, frame);
   };
+  /** @param {KeyboardEvent} event */
   const pressed = (event) => {
     if (event.key === "ArrowLeft") step(state, -1, show);
     else if (event.key === "ArrowRight") step(state, 1, show);
@@ -63,30 +71,51 @@ export function openViewer(drawing, index, actions) {
   resized();
 }
 
-/** As large as there is room; small pictures by a whole number, so that each pixel stays as large as its neighbour. */
+/**
+ * As large as fits; small images by a whole number, so that each pixel stays as large as the next.
+ * @param {HTMLImageElement} image
+ * @param {Element} frame
+ */
 function fit(image, frame) {
-  const room = Math.min(frame.clientWidth, frame.clientHeight) - 2 * MARGIN;
+  const space = Math.min(frame.clientWidth, frame.clientHeight) - 2 * MARGIN;
   const side = image.naturalWidth;
-  const scale = isSmall(side) ? Math.max(1, Math.floor(room / side)) : Math.min(room / side, 4);
+  const scale = isSmall(side) ? Math.max(1, Math.floor(space / side)) : Math.min(space / side, 4);
   image.style.setProperty("width", `${side * scale}px`);
 }
 
+/**
+ * @param {State} state
+ * @param {number} by
+ * @param {Show} show
+ */
 function step(state, by, show) {
   const next = state.index + by;
-  if (next < 0 || next >= state.drawing.pictures.length) return;
+  if (next < 0 || next >= state.generation.images.length) return;
   state.index = next;
   show(by < 0 ? "previous" : "next");
 }
 
+/**
+ * @param {HTMLDialogElement} dialog
+ * @param {State} state
+ * @param {Show} show
+ */
 function headOf(dialog, state, show) {
-  const { drawing, index } = state;
-  const last = drawing.pictures.length - 1;
-  const move = (by, drawn, label, data, disabled) =>
-    button({ icon: drawn, label, class: "quiet icon-only", press: () => step(state, by, show), data, disabled });
+  const { generation, index } = state;
+  const last = generation.images.length - 1;
+  /**
+   * @param {number} by
+   * @param {"left"|"right"} icon
+   * @param {string} label
+   * @param {string} action
+   * @param {boolean} disabled
+   */
+  const move = (by, icon, label, action, disabled) =>
+    button({ icon, label, class: "quiet icon-only", press: () => step(state, by, show), action, disabled });
   return element(
     "header",
     { class: "dialog-head" },
-    element("h2", { id: "viewer-title", text: t("picture.rank", { rank: drawing.pictures[index].rank }) }),
+    element("h2", { id: "viewer-title", text: t("image.rank", { rank: generation.images[index].rank }) }),
     element("span", { class: "hint numbers", text: t("viewer.of", { n: index + 1, total: last + 1 }) }),
     move(-1, "left", t("viewer.previous"), "previous", index === 0),
     move(1, "right", t("viewer.next"), "next", index === last),
@@ -94,24 +123,31 @@ function headOf(dialog, state, show) {
   );
 }
 
+/**
+ * @param {HTMLDialogElement} dialog
+ * @param {State} state
+ * @param {ViewerActions} actions
+ * @param {Show} show
+ */
 function panelOf(dialog, state, actions, show) {
-  const { drawing, index } = state;
-  const shown = drawing.pictures[index];
+  const { generation, index } = state;
+  const shown = generation.images[index];
+  /** @param {() => void} act */
   const closing = (act) => () => {
     dialog.close();
     act();
   };
   const star = async () => {
-    state.drawing = await actions.favour(drawing, index, !shown.isFavourite);
+    state.generation = await actions.favour(generation, index, !shown.isFavourite);
     show("star");
   };
   const remove = async () => {
-    if (await actions.remove(drawing, index)) dialog.close();
+    if (await actions.remove(generation, index)) dialog.close();
   };
   return element(
     "div",
     { class: "viewer-panel" },
-    element("p", { class: "viewer-caption", text: drawing.request.caption }),
+    element("p", { class: "viewer-caption", text: generation.request.caption }),
     element(
       "div",
       { class: "viewer-actions" },
@@ -119,8 +155,8 @@ function panelOf(dialog, state, actions, show) {
         icon: "download",
         text: t("viewer.download"),
         class: "primary",
-        press: () => actions.download(drawing, index),
-        data: "download",
+        press: () => actions.download(generation, index),
+        action: "download",
       }),
       button({
         icon: "star",
@@ -128,67 +164,77 @@ function panelOf(dialog, state, actions, show) {
         class: "secondary star",
         pressed: shown.isFavourite,
         press: star,
-        data: "star",
+        action: "star",
       }),
       button({
         icon: "layers",
         text: t("viewer.variations"),
         class: "secondary",
-        press: closing(() => actions.startFrom(drawing, index, "rows")),
-        data: "variations",
+        press: closing(() => actions.startFrom(generation, index, "rows")),
+        action: "variations",
       }),
       button({
         icon: "brush",
-        text: t("viewer.repaint"),
+        text: t("viewer.inpaint"),
         class: "secondary",
-        press: closing(() => actions.startFrom(drawing, index, "mask")),
-        data: "repaint",
+        press: closing(() => actions.startFrom(generation, index, "mask")),
+        action: "inpaint",
       }),
     ),
-    factsOf(drawing, shown),
+    factsOf(generation, shown),
     element(
       "div",
       { class: "row" },
-      button({ text: t("card.use_seed"), press: closing(() => actions.useSeed(drawing.request)), data: "seed" }),
+      button({ text: t("card.use_seed"), press: closing(() => actions.useSeed(generation.request)), action: "seed" }),
       button({
         text: t("card.use_settings"),
-        press: closing(() => actions.useSettings(drawing.request)),
-        data: "settings",
+        press: closing(() => actions.useSettings(generation.request)),
+        action: "settings",
       }),
-      button({ icon: "copy", text: t("viewer.copy"), press: () => copySettings(drawing, dialog), data: "copy" }),
-      button({ icon: "bin", text: t("viewer.remove"), class: "quiet danger", press: remove, data: "remove" }),
+      button({ icon: "copy", text: t("viewer.copy"), press: () => copySettings(generation, dialog), action: "copy" }),
+      button({ icon: "bin", text: t("viewer.remove"), class: "quiet danger", press: remove, action: "remove" }),
     ),
   );
 }
 
-/** Everything that made the picture, by name. */
-function factsOf(drawing, shown) {
-  const { request } = drawing;
+/**
+ * Everything that determined the image, by name.
+ * @param {Generation} generation
+ * @param {RankedImage} shown
+ */
+function factsOf(generation, shown) {
+  const { request } = generation;
+  /** @type {[string, string|null][]} */
   const rows = [
     ["viewer.score", shown.score === null ? t("viewer.no_score") : formatScore(shown.score)],
     ["settings.seed", request.seed],
-    ["viewer.candidate", t("viewer.candidate_of", { n: shown.candidate + 1, total: drawing.pictures.length })],
+    ["viewer.candidate", t("viewer.candidate_of", { n: shown.candidate + 1, total: generation.images.length })],
     ["settings.temperature", formatNumber(request.temperature)],
     ["settings.guidance", formatNumber(request.guidance)],
     ["settings.topK_short", request.topK === null ? null : formatNumber(request.topK)],
     ["settings.topP_short", request.topP === null ? null : formatNumber(request.topP)],
     ["viewer.kind", request.kind === "new" ? null : t(`kind.${request.kind}`)],
-    ["viewer.model", drawing.modelId],
-    ["viewer.time", formatTime(drawing.createdMs)],
+    ["viewer.model", generation.modelId],
+    ["viewer.time", formatTime(generation.createdMs)],
   ];
-  const told = rows.filter(([, value]) => value !== null);
   return element(
     "dl",
     { class: "facts-list" },
-    ...told.flatMap(([key, value]) => [element("dt", { text: t(key) }), element("dd", { text: value })]),
+    ...rows.flatMap(([key, value]) =>
+      value === null ? [] : [element("dt", { text: t(key) }), element("dd", { text: value })],
+    ),
   );
 }
 
-/** As the fields of a request to the API: what a colleague, or a program, needs to draw the same. */
-async function copySettings(drawing, dialog) {
-  const fields = settingsOf(drawing.request);
-  const text = `${JSON.stringify(fields, null, 1).slice(0, -2)},\n "seed": ${drawing.request.seed},\n "model": ${JSON.stringify(drawing.modelId)}\n}`;
-  tellBriefly((await copyText(text, dialog)) ? t("viewer.copied") : t("viewer.not_copied"));
+/**
+ * As the fields of a request to the API: what a colleague, or a program, needs to generate the same.
+ * @param {Generation} generation
+ * @param {HTMLDialogElement} dialog
+ */
+async function copySettings(generation, dialog) {
+  const fields = settingsOf(generation.request);
+  const text = `${JSON.stringify(fields, null, 1).slice(0, -2)},\n "seed": ${generation.request.seed},\n "model": ${JSON.stringify(generation.modelId)}\n}`;
+  showBriefly((await copyText(text, dialog)) ? t("viewer.copied") : t("viewer.not_copied"));
 }
 
 /**

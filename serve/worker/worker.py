@@ -193,7 +193,7 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         tokenizer_json=pipeline.tokenizer.to_json(),
         default_sampling_params=pipeline.default_sampling_params,
-        attributes=pipeline.attributes,
+        caption_guide=pipeline.caption_guide,
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from engine.data.caption_grammar import Fact
+from engine.data.caption_guide import CaptionForm
+from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.kfashion.captions import parse, write_sentence
 from engine.data.kfashion.colours import COLOUR_ATTRIBUTE
 
@@ -24,3 +26,6 @@ class KFashionGrammar:
 
     def is_colour(self, attribute: str) -> bool:
         return attribute.endswith(COLOUR_ATTRIBUTE)  # 색상, 서브색상
+
+    def form(self) -> CaptionForm:
+        return kfashion_form()

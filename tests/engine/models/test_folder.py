@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import GenerationConfig, KoclipConfig, TransformerConfig, VqganConfig
+from engine.data.caption_guide import CaptionGuide, read_guide
+from engine.data.kfashion.caption_form import kfashion_form
 from engine.errors import InputError
 from engine.models import folder as model_folder
 from engine.models.folder import (
@@ -17,7 +19,6 @@ from engine.models.folder import (
     PartName,
     convert_model_folder,
     load_part,
-    read_attributes,
     read_generation,
     read_part,
     weights_digest,
@@ -284,14 +285,15 @@ def test_sampling_defaults_and_attributes_are_stored_and_converted(tmp_path: Pat
     parts = {"transformer": Part(CONFIGS["transformer"], KoDalle(CONFIGS["transformer"]).state_dict())}  # type: ignore[arg-type]
     write_model_folder(source, parts, card="card")  # type: ignore[arg-type]
     assert not (source / "generation_config.json").exists()
-    assert (read_generation(source), read_attributes(source)) == (GenerationConfig(), {})
+    assert (read_generation(source), read_guide(source)) == (GenerationConfig(), CaptionGuide())
     generation = GenerationConfig(temperature=0.7, top_p=0.95, guidance_scale=1.5)
     attributes = {"상의": {"색상": ["블랙", "화이트"], "카테고리": ["티셔츠"]}}
-    write_model_folder(source, parts, card="card", generation=generation, attributes=attributes)  # type: ignore[arg-type]
+    guide = CaptionGuide(examples=("빨강 네모",), attributes=attributes, form=kfashion_form())
+    write_model_folder(source, parts, card="card", generation=generation, caption_guide=guide)  # type: ignore[arg-type]
     convert_model_folder(source, tmp_path / "small", dtype=torch.float16)
     for folder in (source, tmp_path / "small"):
         assert read_generation(folder) == generation
-        assert read_attributes(folder) == attributes
+        assert read_guide(folder) == guide
     for text, field in (
         ('{"temperature": -1}', "temperature"),
         ('{"temprature": 1}', "temprature"),
@@ -303,9 +305,9 @@ def test_sampling_defaults_and_attributes_are_stored_and_converted(tmp_path: Pat
         with pytest.raises(InputError, match=r"generation_config\.json") as raised:
             read_generation(source)
         assert field in raised.value.field
-    (source / "attributes.json").write_text('{"상의": ["블랙"]}')
-    with pytest.raises(InputError, match=r"상의.*attributes\.json"):
-        read_attributes(source)
+    (source / "captions.json").write_text('{"attributes": {"상의": ["블랙"]}}')
+    with pytest.raises(InputError, match=r"상의.*captions\.json"):
+        read_guide(source)
 
 
 def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path) -> None:

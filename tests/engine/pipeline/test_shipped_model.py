@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.data.caption_guide import read_guide
 from engine.data.kfashion.colours import K_FASHION_COLOURS
 from engine.data.synthetic.oracle import read
 from engine.metrics.colour import dominant_colour, lab_palette, nearest_colour_name
-from engine.models.folder import read_attributes
 from engine.pipeline.pipeline import Pipeline
 from serve.settings import ServeSettings
 from tests.paths import REPOSITORY
@@ -50,7 +50,7 @@ def test_the_demos_model_generates_what_the_captions_say() -> None:
 @pytest.mark.slow
 def test_the_clothing_model_generates_clothes_of_the_colours_that_the_captions_say() -> None:
     """Of unmistakable colours; what else its images show is measured in benchmarks/results/clothing."""
-    attributes = read_attributes(PHOTOS)["상의"]
+    attributes = read_guide(PHOTOS).attributes["상의"]
     assert {"색상", "카테고리", "소매기장"} <= attributes.keys()
     wanted = ["레드", "블랙", "화이트", "옐로우"]
     captions = [

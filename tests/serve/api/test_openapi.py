@@ -1,10 +1,12 @@
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from schemathesis.core.failures import FailureGroup
 
+from engine.data.caption_guide import CaptionForm, CaptionGuide, FormAttribute
 from serve.api import schemas
 from serve.api.application import build_api
 from serve.api.errors import FAILURES, Failure
@@ -68,9 +70,16 @@ def test_every_route_documents_its_responses() -> None:
     elsewhere = {"method_not_allowed", "client_closed_request"}
     assert set(FAILURES) - elsewhere <= set(re.findall(r"\w+", descriptions))
     examples = generation["requestBody"]["content"]["application/json"]["examples"]
-    assert {"한국어", "English"} <= examples.keys()
-    for example in examples.values():
-        schemas.read_request(GenerationRequest, example["value"])
+    requests = [schemas.read_request(GenerationRequest, example["value"]) for example in examples.values()]
+    assert {request.prompt for request in requests} == set(INFO.caption_guide.examples)
+    assert describe(SETTINGS, replace(INFO, caption_guide=CaptionGuide()))["paths"]  # a model without examples
+
+
+def test_the_caption_guide_of_a_model_is_described_field_by_field() -> None:
+    schemas = describe(SETTINGS, INFO)["components"]["schemas"]
+    assert schemas["Model"]["properties"]["caption_guide"] == {"$ref": "#/components/schemas/CaptionGuide"}
+    for name, kind in (("CaptionGuide", CaptionGuide), ("CaptionForm", CaptionForm), ("FormAttribute", FormAttribute)):
+        assert schemas[name]["properties"].keys() == kind.model_fields.keys()
 
 
 def test_the_html_page_needs_no_scripts_and_no_network() -> None:

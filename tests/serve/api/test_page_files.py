@@ -13,7 +13,6 @@ FILES = {
     "main.js": "text/javascript; charset=utf-8",
     "styles/main.css": "text/css; charset=utf-8",
     "icon.svg": "image/svg+xml",
-    "attributes.json": "application/json",
 }
 
 
@@ -22,11 +21,11 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A server with a page of its own, beside files that must not be served."""
     parent = tmp_path_factory.mktemp("server")
     folder = parent / "page"
-    for name in (*FILES, "notes.md", ".hidden", "tool.py"):
+    for name in (*FILES, "notes.md", ".hidden", "tool.py", "jsconfig.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"<p>{name}</p>")
-    (parent / "secret.json").write_text("{}")
-    (folder / "link.json").symlink_to(parent / "secret.json")
+    (parent / "secret.js").write_text("{}")
+    (folder / "link.js").symlink_to(parent / "secret.js")
     app = build_api(ScriptedPool(), ServeSettings(page=False))
     add_page(app, folder)
     with serving(app) as port:
@@ -49,8 +48,8 @@ def test_files_have_their_media_types_and_are_revalidated(port: int) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "notes.md", ".hidden", "tool.py", "nothing.js", "", "styles", "styles/", "../secret.json", "..%2fsecret.json",
-        "%2e%2e/secret.json", "link.json", "a%00.js", "%ff.js", "a" * 5000 + ".js", "/etc/passwd.json",
+        "notes.md", ".hidden", "tool.py", "jsconfig.json", "nothing.js", "", "styles", "styles/", "../secret.js", "..%2fsecret.js",
+        "%2e%2e/secret.js", "link.js", "a%00.js", "%ff.js", "a" * 5000 + ".js", "/etc/passwd.js",
     ],
 )  # fmt: skip
 def test_no_other_file_is_served(port: int, path: str) -> None:

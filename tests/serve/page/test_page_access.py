@@ -1,19 +1,17 @@
 """The designers' page can be used by keyboard, by screen reader, in both languages, light and dark, on any width."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.browser_page import Page, Site, chromium, draw, model_site, needs_chromium, opened, playwright, wait_done
+from tests.browser_page import CAPTION, Page, Site, generate, needs_chromium, playwright, wait_done
 
 pytestmark = needs_chromium
 expect = playwright.expect
 
-CAPTION = "빨강 바탕에 파랑 네모"
-# Roles that a person can act on, in Chromium's accessibility tree.
-_ACTED_ON = {
+# Roles of what a person can use, in Chromium's accessibility tree.
+_ROLES = {
     *("button", "link", "textbox", "spinbutton", "checkbox", "radio", "combobox", "slider", "progressbar", "dialog"),
     *("image", "application", "DisclosureTriangle", "navigation", "region"),
 }
@@ -37,7 +35,7 @@ _LOW_CONTRAST = """
     const [red, green, blue] = colour.map((value) => value / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
   };
-  const told = [];
+  const faint = [];
   for (const element of document.querySelectorAll("body *")) {
     const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
     const isTyped = ["INPUT", "TEXTAREA", "SELECT"].includes(element.tagName) && !["radio", "checkbox", "range"].includes(element.type);
@@ -50,67 +48,55 @@ _LOW_CONTRAST = """
       colour[3] *= Number(style.opacity);
       const [low, high] = [luminance(over(colour, ground)), luminance(ground)].sort((one, other) => one - other);
       const ratio = (high + 0.05) / (low + 0.05);
-      if (ratio < 4.5) told.push(`${element.tagName}.${element.className}${part} ${ratio.toFixed(2)} ${element.textContent.slice(0, 20)}`);
+      if (ratio < 4.5) faint.push(`${element.tagName}.${element.className}${part} ${ratio.toFixed(2)} ${element.textContent.slice(0, 20)}`);
     }
   }
-  return told;
+  return faint;
 }
 """
 
 
-@pytest.fixture(scope="module")
-def site(kodalle_run: Path) -> Iterator[Site]:
-    with model_site(kodalle_run / "model") as (site, _):
-        yield site
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
+@pytest.fixture
+def page(form_page: Page) -> Page:
+    """With the form for attributes: the most that the page shows."""
+    return form_page
 
 
 @pytest.fixture
-def page(browser: Any, site: Site) -> Iterator[Page]:
-    with opened(browser, site.address) as (page, _):
-        yield page
-
-
-@pytest.fixture
-def drawn(page: Page) -> Page:
-    """With a finished drawing of two pictures and two more candidates, all folds open."""
+def finished(page: Page) -> Page:
+    """With a finished generation of two images and two more candidates, all folds open."""
     page.evaluate("() => document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
-    draw(page, CAPTION)
+    generate(page, CAPTION)
     wait_done(page)
     page.locator("[data-action=candidates]").click()
     return page
 
 
 def _nameless(page: Page) -> list[str]:
-    """What can be acted on or is looked at, but has no name to call it by."""
+    """Roles of controls and images without an accessible name."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     session.detach()
-    shown = [node for node in nodes if not node.get("ignored") and node["role"]["value"] in _ACTED_ON]
+    shown = [node for node in nodes if not node.get("ignored") and node["role"]["value"] in _ROLES]
     assert len(shown) > 2, "the tree was not read"
     return [node["role"]["value"] for node in shown if not node.get("name", {}).get("value", "").strip()]
 
 
 def _states(page: Page) -> Iterator[str]:
-    """Goes through what the page can look like, from a finished drawing on."""
+    """Brings the page into one state after another, from a finished generation on."""
     yield "board"
-    page.locator("#drawings [data-action=open-0]").click()
+    page.locator("#generations [data-action=open-0]").click()
     yield "viewer"
     page.locator("#viewer [data-action=remove]").click()
     yield "question"
     page.keyboard.press("Escape")
-    page.locator("[data-action=repaint]").click()
-    yield "repaint"
+    page.locator("[data-action=inpaint]").click()
+    yield "inpaint"
     page.locator("input[name=editor-kind][value=rows]").check(force=True)
     yield "rows"
     page.keyboard.press("Escape")
     page.locator("#caption").fill("네모 " * 120)
-    page.locator("#draw").click()
+    page.locator("#generate").click()
     page.locator("#seed").fill("x")
     yield "faults"
     page.locator("#to-gallery").click()
@@ -119,11 +105,11 @@ def _states(page: Page) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("language", ["ko", "en"])
-def test_everything_that_can_be_acted_on_has_a_name(drawn: Page, language: str) -> None:
+def test_every_control_has_a_name(finished: Page, language: str) -> None:
     if language == "en":
-        drawn.locator("#language-button").click()
-    for state in _states(drawn):
-        assert not _nameless(drawn), state
+        finished.locator("#language-button").click()
+    for state in _states(finished):
+        assert not _nameless(finished), state
 
 
 def test_the_check_of_names_finds_a_button_without_one(page: Page) -> None:
@@ -133,13 +119,13 @@ def test_the_check_of_names_finds_a_button_without_one(page: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_stands_out_from_its_ground(drawn: Page, scheme: str) -> None:
-    drawn.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    for state in _states(drawn):
-        assert not drawn.evaluate(_LOW_CONTRAST), state
+def test_all_text_has_enough_contrast(finished: Page, scheme: str) -> None:
+    finished.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    for state in _states(finished):
+        assert not finished.evaluate(_LOW_CONTRAST), state
 
 
-def test_a_chosen_theme_goes_before_the_system_and_stays(page: Page, site: Site) -> None:
+def test_a_chosen_theme_overrides_the_system_and_stays(page: Page, form_site: Site) -> None:
     page.emulate_media(color_scheme="light", reduced_motion="reduce")
     ground = "() => getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(ground)
@@ -148,7 +134,7 @@ def test_a_chosen_theme_goes_before_the_system_and_stays(page: Page, site: Site)
     dark = page.evaluate(ground)
     assert dark != light
     assert not page.evaluate(_LOW_CONTRAST)
-    page.goto(site.address)
+    page.goto(form_site.address)
     assert page.evaluate(ground) == dark
 
 
@@ -180,12 +166,12 @@ def _tab_stops(page: Page, root: str, *, most: int = 120) -> list[dict[str, Any]
     raise AssertionError(f"no end after {most} stops")
 
 
-def test_tab_goes_through_everything_in_reading_order_with_a_ring(drawn: Page) -> None:
-    drawn.evaluate("() => document.activeElement.blur()")
-    drawn.evaluate(
+def test_tab_goes_through_everything_in_reading_order_with_a_ring(finished: Page) -> None:
+    finished.evaluate("() => document.activeElement.blur()")
+    finished.evaluate(
         "() => { document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex'); }"
     )
-    stops = _tab_stops(drawn, "body")
+    stops = _tab_stops(finished, "body")
     names = [stop["name"] for stop in stops]
     assert [stop["place"] for stop in stops] == sorted(stop["place"] for stop in stops)
     assert all(stop["hasRing"] for stop in stops), [stop["name"] for stop in stops if not stop["hasRing"]]
@@ -194,86 +180,86 @@ def test_tab_goes_through_everything_in_reading_order_with_a_ring(drawn: Page) -
         "to-gallery",
         "language-button",
         "caption",
-        "part",
+        "subject",
         "n",
         "candidates",
         "seed",
         "temperature",
-        "draw",
+        "generate",
         "open-0",
         "star-0",
         "another",
     ):
         assert needed in names, names
-    assert names.count("part") == 1  # a group of choices is one stop; arrows go on inside
+    assert names.count("subject") == 1  # a group of choices is one stop; arrows go on inside
 
 
-def test_a_dialog_holds_the_focus_and_gives_it_back(drawn: Page) -> None:
-    drawn.locator("#drawings [data-action=open-1]").focus()
-    drawn.keyboard.press("Enter")
-    expect(drawn.locator("#viewer")).to_be_visible()
-    stops = _tab_stops(drawn, "#viewer")
+def test_a_dialog_holds_the_focus_and_gives_it_back(finished: Page) -> None:
+    finished.locator("#generations [data-action=open-1]").focus()
+    finished.keyboard.press("Enter")
+    expect(finished.locator("#viewer")).to_be_visible()
+    stops = _tab_stops(finished, "#viewer")
     assert len(stops) >= 8
     # Chromium's own toolbar is the one place outside that Tab reaches; in the page, none
     assert all(stop["isInside"] for stop in stops)
-    drawn.keyboard.press("Escape")
-    expect(drawn.locator("#viewer")).to_be_hidden()
-    expect(drawn.locator("#drawings [data-action=open-1]")).to_be_focused()
+    finished.keyboard.press("Escape")
+    expect(finished.locator("#viewer")).to_be_hidden()
+    expect(finished.locator("#generations [data-action=open-1]")).to_be_focused()
 
 
-def test_arrows_turn_over_the_pictures_of_a_drawing(drawn: Page) -> None:
-    drawn.locator("#drawings [data-action=open-0]").click()
-    expect(drawn.locator("#viewer-title")).to_have_text("1위")
-    drawn.keyboard.press("ArrowRight")
-    expect(drawn.locator("#viewer-title")).to_have_text("2위")
-    drawn.keyboard.press("ArrowLeft")
-    expect(drawn.locator("#viewer-title")).to_have_text("1위")
+def test_arrows_go_through_the_images_of_a_generation(finished: Page) -> None:
+    finished.locator("#generations [data-action=open-0]").click()
+    expect(finished.locator("#viewer-title")).to_have_text("1위")
+    finished.keyboard.press("ArrowRight")
+    expect(finished.locator("#viewer-title")).to_have_text("2위")
+    finished.keyboard.press("ArrowLeft")
+    expect(finished.locator("#viewer-title")).to_have_text("1위")
 
 
-def test_progress_is_told_in_few_words(page: Page) -> None:
+def test_progress_is_announced_in_few_words(page: Page) -> None:
     page.evaluate(
         """() => {
-          window.told = [];
+          window.announced = [];
           const place = document.querySelector("body > .announcer");
-          new MutationObserver(() => window.told.push(place.textContent)).observe(place, { childList: true });
+          new MutationObserver(() => window.announced.push(place.textContent)).observe(place, { childList: true });
         }"""
     )
     assert page.locator("body > .announcer").get_attribute("role") == "status"  # polite
-    draw(page, CAPTION, n=2, candidates=8)
+    generate(page, CAPTION, n=2, candidates=8)
     wait_done(page)
-    told = page.evaluate("() => window.told")
-    assert told[-1] == "그림 2장이 완성되었습니다."
-    assert len(told) <= 3, told
+    announced = page.evaluate("() => window.announced")
+    assert announced[-1] == "이미지 2장이 완성되었습니다."
+    assert len(announced) <= 3, announced
 
 
-def test_landmarks_and_headings_lead_through_the_page(drawn: Page) -> None:
-    for role, name in (("navigation", "화면"), ("form", "무엇을 그릴까요?"), ("region", "그림")):
-        expect(drawn.get_by_role(role, name=name, exact=True)).to_have_count(1)
+def test_landmarks_and_headings_lead_through_the_page(finished: Page) -> None:
+    for role, name in (("navigation", "화면"), ("form", "어떤 이미지를 만들까요?"), ("region", "이미지")):
+        expect(finished.get_by_role(role, name=name, exact=True)).to_have_count(1)
     for role in ("banner", "main", "contentinfo"):
-        expect(drawn.get_by_role(role)).to_have_count(1)
-    levels = drawn.locator("h1:visible, h2:visible, h3:visible, h4:visible").evaluate_all(
+        expect(finished.get_by_role(role)).to_have_count(1)
+    levels = finished.locator("h1:visible, h2:visible, h3:visible, h4:visible").evaluate_all(
         "all => all.map((each) => Number(each.tagName[1]))"
     )
     assert levels == [1, 2, 3, 4]
 
 
-def test_nothing_sticks_out_sideways_and_everything_is_large_enough_to_hit(drawn: Page) -> None:
-    controls = drawn.locator("button, a, select, .chip, .swatch-choice")
+def test_nothing_sticks_out_sideways_and_everything_is_large_enough_to_hit(finished: Page) -> None:
+    controls = finished.locator("button, a, select, .chip, .swatch-choice")
     small = (
         "all => all.filter((each) => each.checkVisibility() && Math.min(each.offsetWidth, each.offsetHeight) < 24)"
         ".map((each) => each.outerHTML)"
     )
     for language in ("ko", "en"):
-        assert drawn.evaluate("() => document.documentElement.lang") == language
+        assert finished.evaluate("() => document.documentElement.lang") == language
         for width in (320, 360, 768, 1024, 1600):
-            drawn.set_viewport_size({"width": width, "height": 800})
-            assert drawn.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0, width
+            finished.set_viewport_size({"width": width, "height": 800})
+            assert finished.evaluate("() => document.documentElement.scrollWidth - window.innerWidth") <= 0, width
             assert not controls.evaluate_all(small), width  # WCAG 2.2, 2.5.8
-        drawn.locator("#language-button").click()
+        finished.locator("#language-button").click()
 
 
-def test_motion_stops_for_those_who_asked(drawn: Page) -> None:
+def test_reduced_motion_is_respected(finished: Page) -> None:
     moving = "() => [...document.querySelectorAll('*')].filter((each) => parseFloat(getComputedStyle(each).transitionDuration) > 0).length"
-    assert drawn.evaluate(moving) > 0
-    drawn.emulate_media(reduced_motion="reduce")
-    assert drawn.evaluate(moving) == 0
+    assert finished.evaluate(moving) > 0
+    finished.emulate_media(reduced_motion="reduce")
+    assert finished.evaluate(moving) == 0

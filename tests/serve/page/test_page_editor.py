@@ -1,25 +1,21 @@
-"""The designers' page draws again from a picture: the top kept, a part painted over, or a photo of one's own."""
+"""The designers' page generates from an init image: the top kept, a part painted over, or the user's own photo."""
 
 import base64
 import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tests.browser_page import (
+    CAPTION,
+    Open,
     Page,
     Site,
-    chromium,
     downloaded,
-    draw,
-    model_site,
+    generate,
     module,
     needs_chromium,
-    opened,
     pixels,
     playwright,
     wait_done,
@@ -27,27 +23,6 @@ from tests.browser_page import (
 
 pytestmark = needs_chromium
 expect = playwright.expect
-expect.set_options(timeout=20_000)
-
-CAPTION = "빨강 바탕에 파랑 네모"
-
-
-@pytest.fixture(scope="module")
-def site(kodalle_run: Path) -> Iterator[Site]:
-    with model_site(kodalle_run / "model") as (site, _):
-        yield site
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Any, site: Site) -> Iterator[Page]:
-    with opened(browser, site.address) as (page, _):
-        yield page
 
 
 def _drag(page: Page, places: list[tuple[float, float]]) -> None:
@@ -60,23 +35,23 @@ def _drag(page: Page, places: list[tuple[float, float]]) -> None:
     page.mouse.up()
 
 
-def test_what_is_painted_is_redrawn_and_the_rest_stays_to_the_bit(page: Page) -> None:
-    draw(page, CAPTION)
+def test_what_is_painted_is_regenerated_and_the_rest_stays_to_the_bit(page: Page) -> None:
+    generate(page, CAPTION)
     wait_done(page)
-    before = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").click)[1])
-    page.locator("#drawings [data-action=open-0]").click()
-    page.locator("[data-action=repaint]").click()
-    expect(page.locator("#editor-draw")).to_be_disabled()
-    expect(page.locator("#editor-fault")).to_have_text("다시 그릴 곳을 칠하세요.")
+    before = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").click)[1])
+    page.locator("#generations [data-action=open-0]").click()
+    page.locator("[data-action=inpaint]").click()
+    expect(page.locator("#editor-generate")).to_be_disabled()
+    expect(page.locator("#editor-fault")).to_have_text("다시 생성할 곳을 칠하세요.")
     _drag(page, [(0.9, 0.9), (0.6, 0.9)])
     page.keyboard.press("Control+z")
-    expect(page.locator("#editor-draw")).to_be_disabled()
+    expect(page.locator("#editor-generate")).to_be_disabled()
     page.locator("#brush-size").fill("12")
     _drag(page, [(0.3, 0.5), (0.7, 0.55)])
     expect(page.locator("#editor-cells")).to_contain_text("64칸 가운데")
-    page.locator("#editor-draw").click()
+    page.locator("#editor-generate").click()
     wait_done(page, 2)
-    after = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").first.click)[1])
+    after = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").first.click)[1])
     changed = (before != after).any(axis=2)
     assert changed.any()
     rows, columns = np.nonzero(changed)
@@ -88,52 +63,52 @@ def test_what_is_painted_is_redrawn_and_the_rest_stays_to_the_bit(page: Page) ->
 
 
 def test_cells_are_marked_by_keyboard_alone(page: Page) -> None:
-    draw(page, CAPTION)
+    generate(page, CAPTION)
     wait_done(page)
-    before = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").click)[1])
-    page.locator("#drawings [data-action=open-0]").press("Enter")
-    page.locator("[data-action=repaint]").press("Enter")
+    before = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").click)[1])
+    page.locator("#generations [data-action=open-0]").press("Enter")
+    page.locator("[data-action=inpaint]").press("Enter")
     page.locator("canvas.stage").focus()
     for key in ("ArrowDown", "ArrowRight", "ArrowRight", "Space"):
         page.keyboard.press(key)
-    expect(page.locator("#editor .announcer")).to_have_text("2행 3열, 다시 그림")
+    expect(page.locator("#editor .announcer")).to_have_text("2행 3열, 다시 생성")
     page.keyboard.press("Space")
     expect(page.locator("#editor .announcer")).to_have_text("2행 3열, 남김")
     page.keyboard.press("Space")
     page.keyboard.press("Control+Enter")
     wait_done(page, 2)
-    after = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").first.click)[1])
+    after = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").first.click)[1])
     outside = np.ones((32, 32), bool)
     outside[4:8, 8:12] = False  # cells of 4 x 4 pixels: the second row, the third column
     assert (before[outside] == after[outside]).all()
     assert (before != after).any()
 
 
-def test_touch_paints_too(browser: Any, site: Site) -> None:
-    with opened(browser, site.address, has_touch=True, viewport={"width": 390, "height": 800}) as (page, _):
-        draw(page, CAPTION)
+def test_touch_paints_too(open_in: Open, site: Site) -> None:
+    with open_in(site, has_touch=True, viewport={"width": 390, "height": 800}) as (page, _):
+        generate(page, CAPTION)
         wait_done(page)
-        page.locator("#drawings [data-action=open-0]").tap()
-        page.locator("[data-action=repaint]").tap()
+        page.locator("#generations [data-action=open-0]").tap()
+        page.locator("[data-action=inpaint]").tap()
         box = page.locator("canvas.stage").bounding_box()
         page.touchscreen.tap(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
-        expect(page.locator("#editor-draw")).to_be_enabled()
+        expect(page.locator("#editor-generate")).to_be_enabled()
 
 
 def test_variations_keep_the_rows_that_were_chosen(page: Page) -> None:
-    draw(page, CAPTION)
+    generate(page, CAPTION)
     wait_done(page)
-    before = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").click)[1])
-    page.locator("#drawings [data-action=open-0]").click()
+    before = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").click)[1])
+    page.locator("#generations [data-action=open-0]").click()
     page.locator("[data-action=variations]").click()
     page.locator("#keep-rows").fill("5")
-    expect(page.locator("#keep-rows-told")).to_have_text("8줄 가운데 위 5줄을 남깁니다.")
-    page.locator("#editor-draw").click()
+    expect(page.locator("#kept-rows")).to_have_text("8줄 가운데 위 5줄을 남깁니다.")
+    page.locator("#editor-generate").click()
     wait_done(page, 2)
-    after = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").first.click)[1])
+    after = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").first.click)[1])
     assert (before[:20] == after[:20]).all()  # 5 rows of 4 pixels
     assert (before[20:] != after[20:]).any()
-    expect(page.locator(".card .facts").first).to_contain_text("위를 남기고 이어 그림")
+    expect(page.locator(".card .facts").first).to_contain_text("위쪽을 남김")
 
 
 def test_a_large_photo_is_turned_cut_and_shrunk_before_it_is_sent(page: Page, tmp_path: Path) -> None:
@@ -155,21 +130,23 @@ def test_a_large_photo_is_turned_cut_and_shrunk_before_it_is_sent(page: Page, tm
     page.locator("#caption").fill(CAPTION)
     page.locator("#upload-file").set_input_files(tmp_path / "사진 <b>.jpg")
     page.locator("#keep-rows").fill("4")
-    page.locator("#editor-draw").click()
+    page.locator("#editor-generate").click()
     wait_done(page)
-    drawn = pixels(downloaded(page, page.locator("#drawings [data-action=download-0]").click)[1])
-    assert (abs(drawn[:12].astype(int) - (200, 30, 30)) < 8).all()  # the rows kept are the photo's, JPEG's error aside
+    generated = pixels(downloaded(page, page.locator("#generations [data-action=download-0]").click)[1])
+    assert (
+        abs(generated[:12].astype(int) - (200, 30, 30)) < 8
+    ).all()  # the rows kept are the photo's, JPEG's error aside
 
 
-def test_files_that_are_no_pictures_are_refused_in_words(page: Page, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture", encoding="utf-8")
+def test_files_that_are_no_images_are_refused_in_words(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image", encoding="utf-8")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    for name, told in (
-        ("notes.txt", "그림 파일이 아닙니다"),
+    for name, text in (
+        ("notes.txt", "이미지 파일이 아닙니다"),
         ("broken.png", "읽을 수 없습니다"),
         ("small.png", "너무 작습니다"),
     ):
         page.locator("#upload-file").set_input_files(tmp_path / name)
-        expect(page.locator("#toast")).to_contain_text(told)
+        expect(page.locator("#toast")).to_contain_text(text)
         expect(page.locator("#editor")).to_be_hidden()
