@@ -179,6 +179,7 @@ def test_what_is_written(model: Path, exported: Path) -> None:
     assert report["facts"]["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick", "exported")
 def test_export_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     before = sorted(model.iterdir())
@@ -215,6 +216,7 @@ def test_folder_of_a_codec_alone(model: Path, tmp_path: Path) -> None:
         export_model(tmp_path / "t", tmp_path / "t")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_export_that_fails_changes_nothing(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in copied.iterdir()}

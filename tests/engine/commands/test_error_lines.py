@@ -22,15 +22,16 @@ def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("draw", "x", "y", "--seed", "-1"), "error: --seed: -1: Input should be greater than or equal to 0; see"),
-        (("draw", "x", "y", "--top", "many"), "error: --top: many: Input should be a valid integer"),
-        (("draw", "x"), "error: Missing argument 'caption'; see `it draw --help`"),
-        (("drow",), "error: No such command 'drow'. Did you mean 'draw'?; see `it --help`"),
-        (("draw", "x", "y", "--sed", "1"), "error: No such option: --sed"),
-        (("draw", "x", "y", "z"), "error: Got unexpected extra argument"),
-        (("draw", "x", "y", "--seed"), "error: Option '--seed' requires an argument"),
+        (("generate", "x", "y", "--seed", "-1"), "error: seed: -1: must be a whole number, 0 to "),
+        (("continue", "x", "y", "--count", "0"), "error: --count: 0: Input should be greater than or equal to 1; see"),
+        (("generate", "x", "y", "--top", "many"), "error: --top: many: Input should be a valid integer"),
+        (("continue", "x"), "error: Missing argument 'beginning'; see `it continue --help`"),
+        (("genrate",), "error: No such command 'genrate'. Did you mean 'generate'?; see `it --help`"),
+        (("generate", "x", "y", "--sed", "1"), "error: No such option: --sed"),
+        (("generate", "x", "y", "z"), "error: Got unexpected extra argument"),
+        (("generate", "x", "y", "--seed"), "error: Option '--seed' requires an argument"),
         (("data", "prepre"), "error: No such command 'prepre'"),
-        (("draw", "nowhere", "y"), "error: model folder: nowhere: no such folder"),
+        (("generate", "nowhere", "y"), "error: model folder: nowhere: no such folder"),
     ],
 )
 def test_kodalle_tells_it_in_one_line(

@@ -101,6 +101,7 @@ def _hidden(decoder: GraphDecoder, slot: int) -> Tensor:
     return decoder._program.hidden[slot].clone()
 
 
+@pytest.mark.slow
 def test_sequences_that_come_and_go_get_the_tokens_of_the_slot_decoder(sampler: Sampler, prefix: Prefix) -> None:
     generator = np.random.default_rng(8)  # arrivals that need every bucket, 1, 2, 4 and 5
     waiting, generated, abandoned = list(range(_NUM_REQUESTS)), {}, 0

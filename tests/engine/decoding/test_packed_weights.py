@@ -98,6 +98,7 @@ def test_int8_logits_are_close(model: KoDalle) -> None:
     assert 1e-4 < error < 0.03  # 8 bits leave half a percent a product; less than 1e-4 would not be 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bfloat16)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 320), (1024, 512), (96, 1000)])
 def test_a_packed_row_has_the_same_bits_in_any_batch(

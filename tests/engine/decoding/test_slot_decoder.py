@@ -56,6 +56,7 @@ def _init_tokens(number: int) -> Tensor | None:
     return torch.from_numpy(np.where(generator.random(N) < 0.3, tokens, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "weights"),
     [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "plain"), (torch.float32, "int8")],

@@ -253,6 +253,7 @@ def _nan_on_rank_1(rank: int, port: int, on_device: bool, answer: Path) -> None:
     torch.save((message, before, full_weights(engine)), answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_device", [False, True])
 def test_a_nan_on_one_rank_stops_all(on_device: bool, tmp_path: Path) -> None:
     """Its gradients are finite, so that only the loss of rank 1 gives it away."""

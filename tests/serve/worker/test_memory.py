@@ -113,6 +113,7 @@ def test_an_image_of_21_kb_with_177_million_pixels_is_400_and_takes_no_memory(
     assert _peak_mb(pid) - before < 50
 
 
+@pytest.mark.slow
 def test_without_the_limits_both_take_memory() -> None:
     with server(Limits(max_json_bytes=200 * 2**20, max_pixels=10**9)) as (port, pid):
         before = _peak_mb(pid)
