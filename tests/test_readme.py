@@ -1,0 +1,159 @@
+"""The README's command blocks run from top to bottom, at a tiny size; what documents name is there."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import KOCLIP, TRANSFORMER, VQGAN
+from tests.paths import REPOSITORY
+
+README, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
+DOCUMENTS = sorted([README, KOREAN, *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "CONTRIBUTING.md"])
+_BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
+_TINY_LOOP = {"steps": 2, "validate_every": 2, "validation_batches": 1, "sample_every": 2, "checkpoint_every": 2}
+_READY_WITHIN_S = 120
+
+
+def _blocks(document: Path) -> list[tuple[str, str]]:
+    return _BLOCK.findall(document.read_text(encoding="utf-8"))
+
+
+def _commands(block: str) -> list[str]:
+    """One line a command, continuation lines joined, comments left out."""
+    lines = re.sub(r"\\\n\s*", " ", block).splitlines()
+    return [line for line in (re.sub(r"\s+#.*$", "", line).strip() for line in lines) if line]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    english, korean = (
+        [(kind, [re.sub(r"\s+#.*$", "", line) for line in block.splitlines()]) for kind, block in _blocks(document)]
+        for document in (README, KOREAN)
+    )
+    assert english == korean
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = [target for target in _LINK.findall(document.read_text(encoding="utf-8")) if "://" not in target]
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = set(
+        re.findall(r"`((?:engine|kernels|serve|configs|benchmarks|tests|docs|models)/[\w./-]+)`", document.read_text())
+    )
+    assert sorted(name for name in named if not (REPOSITORY / name).exists()) == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkout in small: the shipped models, configs of tiny models under the shipped ones' names, some photographs."""
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    (tmp_path / "configs" / "clothing").mkdir(parents=True)
+    for stage, model in (("vqgan", VQGAN), ("koclip", KOCLIP), ("kodalle", TRANSFORMER)):
+        tree = yaml.safe_load((REPOSITORY / "configs" / "clothing" / f"{stage}.yaml").read_text(encoding="utf-8"))
+        tree["model"] = dict(model)
+        tree["loop"] = dict(_TINY_LOOP)
+        tree["deepspeed"]["train_micro_batch_size_per_gpu"] = 4
+        _shrink(tree)
+        (tmp_path / "configs" / "clothing" / f"{stage}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return tmp_path
+
+
+def _shrink(tree: dict[str, object]) -> None:
+    """What must fit the tiny model and the few photographs, or takes minutes."""
+    tree.pop("codebook_reset", None)
+    if "text" in tree:
+        tree["text"] = {"tokenizer": "train", "vocab_size": 64}
+    if "augmented_views" in tree:
+        tree |= {"augmented_views": 1, "augment_shift": 1}
+
+
+@pytest.mark.exclusive
+@pytest.mark.slow
+def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> None:
+    shell.run("kodalle data make-demo PHOTOS --count 24 --image-size 64")  # the reader's own pictures
+    for kind, block in _blocks(README):
+        if kind == "python":
+            shell.run(f"python -c {shlex.quote(block)}")
+            continue
+        for command in _commands(block):
+            shell.run(command)
+    made = {"data/mine/pairs.jsonl", "runs/mine/kodalle/model/config.json", "runs/mine/evaluation.json", "best.png"}
+    made |= {"generations/sheet.png", "completed/result.json"}
+    assert sorted(name for name in made if not (folder / name).exists()) == []
+
+
+class _Shell:
+    """Runs the README's commands in a folder; a server runs on in the background."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server: subprocess.Popen[bytes] | None = None
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._port = listener.getsockname()[1]
+        paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        self._environment = os.environ | {
+            "PATH": os.pathsep.join(paths), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2",
+        }  # fmt: skip
+
+    def run(self, command: str) -> None:
+        command = command.replace("8000", str(self._port))
+        if command.startswith(("pip ", "pip3 ")):
+            return  # tests/test_package_wheel.py installs
+        if command.startswith("make "):
+            subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+        elif command.startswith("kodalle serve "):
+            self._serve(f"{command} --without-ray")
+        else:
+            self._check(command)
+
+    def _check(self, command: str) -> None:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+        if command.startswith("curl "):
+            assert '"b64_json"' in done.stdout, done.stdout[-1000:]
+
+    def _serve(self, command: str) -> None:
+        self._server = subprocess.Popen(shlex.split(command), cwd=self._folder, env=self._environment)
+        ends = time.monotonic() + _READY_WITHIN_S
+        while time.monotonic() < ends:
+            assert self._server.poll() is None, "the server stopped"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz", timeout=5)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise AssertionError("the server did not become ready")
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.terminate()
+            self._server.wait(timeout=60)
+
+
+@pytest.fixture
+def shell(folder: Path) -> Iterator[_Shell]:
+    shell = _Shell(folder)
+    yield shell
+    shell.stop()
