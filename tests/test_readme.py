@@ -23,6 +23,7 @@ DOCUMENTS = sorted([README, KOREAN, *(REPOSITORY / "docs").glob("*.md"), REPOSIT
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 _TINY_LOOP = {"steps": 2, "validate_every": 2, "validation_batches": 1, "sample_every": 2, "checkpoint_every": 2}
+_VOCABULARY = 256  # the captions of the drawn garments
 _READY_WITHIN_S = 120
 
 
@@ -70,6 +71,8 @@ def folder(tmp_path: Path) -> Path:
     for stage, model in (("vqgan", VQGAN), ("koclip", KOCLIP), ("kodalle", TRANSFORMER)):
         tree = yaml.safe_load((REPOSITORY / "configs" / "clothing" / f"{stage}.yaml").read_text(encoding="utf-8"))
         tree["model"] = dict(model)
+        if "text_vocab_size" in model:
+            tree["model"]["text_vocab_size"] = _VOCABULARY
         tree["loop"] = dict(_TINY_LOOP)
         tree["deepspeed"]["train_micro_batch_size_per_gpu"] = 4
         _shrink(tree)
@@ -81,7 +84,7 @@ def _shrink(tree: dict[str, object]) -> None:
     """What must fit the tiny model and the few photographs, or takes minutes."""
     tree.pop("codebook_reset", None)
     if "text" in tree:
-        tree["text"] = {"tokenizer": "train", "vocab_size": 64}
+        tree["text"] = {"tokenizer": "train", "vocab_size": _VOCABULARY}
     if "augmented_views" in tree:
         tree |= {"augmented_views": 1, "augment_shift": 1}
 
