@@ -11,7 +11,7 @@
 
 The ways are timed in turns, one run each a round, so that other load on the machine meets all of them. On a busy machine
 compare processor time with `--threads 1`: threads that wait for each other spend most of both times waiting. Prints a table
-and, as the last line, one JSON document, also stored in <out>/results/codec_speed/<hardware>-threads-<n>.json.
+and, as the last line, one JSON document, also stored in <out>/results/codec_speed/<hardware>-<models>-threads-<n>.json.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> int:
                     document["rows"].append(row)
     if not decodes_int8(_CPU):
         document["int8"] = f"{NOT_MEASURED}: this processor has no VNNI"
-    store_document(document, arguments.out, quick=False, tag=f"-threads-{torch.get_num_threads()}")
+    models = "-".join(Path(model).name for model in arguments.models)
+    store_document(document, arguments.out, quick=False, tag=f"-{models}-threads-{torch.get_num_threads()}")
     print(_table(document["rows"]), end="\n\n")
     print_document(document)
     return 1 if "stopped" in document else 0

@@ -12,8 +12,8 @@ so that a file is refused when its model has been trained since.
 
 An image's bits do not depend on the rest of the batch, on its order or on the number of threads: verified on CPU with
 ONNX Runtime 1.31, for a small decoder and for the published one, batches of 1 to 5, 1 and 2 threads. On a GPU the
-settings below request as much (no TF32, no convolution algorithm chosen by timing), and images are decoded four at a
-time whatever their number; that is not measured.
+settings below request as much (no TF32, no convolution algorithm chosen by timing), and every call decodes four images,
+padded where there are fewer; that is not measured.
 
 Shapes: B images, N image tokens, S pixels, M captions, T text tokens, E width of the shared space.
 """
@@ -49,8 +49,8 @@ NETWORKS: dict[NetworkName, Network] = {
 }
 NETWORK_KEY, SOURCE_KEY = "kodalle_network", "kodalle_source"  # in an ONNX file's metadata_props
 
-# Images per call, always the same: on a GPU cuDNN picks a convolution's algorithm by the batch size, and the last bits
-# with it. An image's place in the batch changes nothing.
+# Images per call; on a GPU always as many: cuDNN picks a convolution's algorithm by the batch size, and the last bits with
+# it. An image's place in the batch changes nothing.
 IMAGES_PER_CALL = 4
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 _EXPORT_AGAIN = "run `kodalle export` on the model folder again, or use codec_backend=torch"
@@ -119,7 +119,8 @@ class OnnxVqgan:
         if len(image_tokens) == 0:
             size = self._config.image_size
             return torch.empty(0, 3, size, size, dtype=torch.float32, device=image_tokens.device)
-        missing = -len(image_tokens) % IMAGES_PER_CALL  # the last call is padded with copies
+        is_cpu = self._decoder.provider == CPU_PROVIDER
+        missing = 0 if is_cpu else -len(image_tokens) % IMAGES_PER_CALL  # the last call is padded with copies
         padded = torch.cat([image_tokens, image_tokens[-1:].expand(missing, -1)])
         images = [self._decoder(part) for part in padded.split(IMAGES_PER_CALL)]
         return torch.cat(images)[: len(image_tokens)]
