@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a GPU can tell about this repository, as much of it as eight minutes hold (by estimate all takes fifteen).
+# All tests and benchmarks that need a GPU, as many as fit into eight minutes (by estimate all take fifteen).
 #
 #     benchmarks/gpu_suite.sh [folder]          default: runs/gpu_suite
 #     PYTHON=.venv/bin/python LIMIT_S=300 benchmarks/gpu_suite.sh /tmp/h200
 #     PARTS="tests train_speed" benchmarks/gpu_suite.sh        these alone: a session of short calls takes two
 #
-# Tests that need a GPU, drawing and training at the published sizes in bfloat16 and float16, each kernel's speed, drawing
-# through HTTP, a thousand candidates alone and in batches; the most telling first. Each part has its own limit, and the
-# others go on when one fails. A part that is stopped stores what it measured. Leaves in the folder: suite.log (all output),
+# Tests that need a GPU, generation and training at the published sizes in bfloat16 and float16, each kernel's speed,
+# generation through HTTP, a thousand candidates alone and in batches. The most important come first. Each part has its own
+# limit, and a failure does not stop the others. A part that is stopped stores what it measured. Leaves in the folder: suite.log (all output),
 # tests.xml, <part>.json (the part's document), <part>.png, summary.json. The last line of output is the summary; the exit
 # code is 0 when all parts passed, 1 when one did not, 2 when nothing could be measured.
 # Needs torch, triton, numpy, safetensors, transformers, pydantic, PyYAML, Pillow, einops, taming-transformers-rom1504, pytest,
@@ -43,7 +43,7 @@ SECONDS=0
 
 # part NAME LIMIT_S COMMAND...: runs it within its limit and what is left of the whole; notes exit code and seconds.
 part() {
-    local name=$1 limit=$2 left=$((limit_s - SECONDS)) code=0 begun=$SECONDS
+    local name=$1 limit=$2 left=$((limit_s - SECONDS)) code=0 started_at=$SECONDS
     shift 2
     [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
     ((limit > left)) && limit=$left
@@ -59,8 +59,8 @@ part() {
         ((code)) && tail -n 5 "$scratch/$name.err" "$scratch/$name.out"
     fi
     ((code)) && all_passed=0
-    echo "== $name: exit code $code after $((SECONDS - begun)) s" | tee -a "$log"
-    summary+="${summary:+, }\"$name\": {\"exit_code\": $code, \"seconds\": $((SECONDS - begun))}"
+    echo "== $name: exit code $code after $((SECONDS - started_at)) s" | tee -a "$log"
+    summary+="${summary:+, }\"$name\": {\"exit_code\": $code, \"seconds\": $((SECONDS - started_at))}"
 }
 
 : >"$log"

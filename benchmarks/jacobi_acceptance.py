@@ -52,7 +52,7 @@ FREE_ROWS = 184  # of an H200 at 16 bit: below, a step takes as long as reading 
 
 
 @dataclass(frozen=True)
-class Count:
+class PassCount:
     """Passes of the images of one setting. `depth[j]`: share of right guesses j + 1 ahead, of those reached."""
 
     temperature: float
@@ -139,7 +139,7 @@ class Guesser:
 
 def count_passes(
     sequences: Sequences, expected: Tensor, guess: str, table: Tensor | None, window: int, *, fresh: bool = False
-) -> Count:
+) -> PassCount:
     """Samples all sequences, each at its own pace. expected: (B, N), the tokens of single steps."""
     B, N = expected.shape
     guesser = Guesser(guess, table, sequences, fresh=fresh)
@@ -172,7 +172,7 @@ def count_passes(
     params = sequences.params
     depth = [round(float(share), 4) for share in right / reached.clamp(min=1)]
     wrong = int((tokens != expected).any(1).sum())
-    return Count(params.temperature, params.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
+    return PassCount(params.temperature, params.top_p, guess, fresh, window, N - 1, passes.tolist(), depth, wrong)
 
 
 def tables(model: KoDalle, requests: list[SequenceRequest], others: Tensor) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def tables(model: KoDalle, requests: list[SequenceRequest], others: Tensor) -> d
     return {"noise": noise, "marginal": marginal, "sibling": others, "mode": counts.argmax(1).expand(B, N)}
 
 
-def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> list[Count]:
+def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> list[PassCount]:
     """All settings: `above` with every window; without top_p the other guesses too, with windows 4 and 16."""
     N = model.config.image_seq_len
     windows = sorted({min(window, N - 1) for window in (*arguments.windows, N - 1)})
@@ -224,7 +224,7 @@ def measure(model: KoDalle, prefix: Prefix, arguments: argparse.Namespace) -> li
     return results
 
 
-def line(count: Count) -> str:
+def line(count: PassCount) -> str:
     """One row of the table."""
     ordered = sorted(count.passes)
     low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
@@ -236,7 +236,7 @@ def line(count: Count) -> str:
     )
 
 
-def predict(counts: list[Count], costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def predict(counts: list[PassCount], costs: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """tokens / passes x cost of a step / cost of a pass, for `above`, each sequence at its own pace.
 
     costs: {weights: {"B" or "Bxw": ms}} of jacobi_cost.py. Beside them a GPU that only reads: flat up to FREE_ROWS.

@@ -21,9 +21,9 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def hardware_name(told: dict[str, Any]) -> str:
+def hardware_name(machine_facts: dict[str, Any]) -> str:
     """`facts` -> one line for tables."""
-    hardware = told["hardware"]
+    hardware = machine_facts["hardware"]
     if hardware["gpu"]:
         return str(hardware["gpu"]["name"])
     return f"{hardware['cores']} cores of {hardware['cpu']}"
@@ -56,7 +56,7 @@ def store_document(document: dict[str, Any], out: Path | None, *, quick: bool, t
 def kept_when_stopped(document: dict[str, Any]) -> Iterator[None]:
     """SIGINT and SIGTERM end the block, not the program: what was measured so far is worth storing.
 
-    `stopped` in the document says so. Blocks inside end as they end at Ctrl-C: what they started is stopped.
+    `stopped` in the document records it. Blocks inside end as they end at Ctrl-C: what they started is stopped.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

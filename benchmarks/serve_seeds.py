@@ -51,7 +51,7 @@ _OPTIONS: tuple[dict[str, float], ...] = (
     {"temperature": 0.0},
 )
 Json = dict[str, Any]
-Images = dict[int, bytes]  # candidate -> PNG
+CandidateImages = dict[int, bytes]  # candidate -> PNG
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Counts:
     ways: dict[str, Count] = field(default_factory=dict)
     inexact: set[tuple[int, int]] = field(default_factory=set)  # (request, candidate)
 
-    def compare(self, way: str, request: int, found: Images, wanted: Images, count: int) -> None:
+    def compare(self, way: str, request: int, found: CandidateImages, wanted: CandidateImages, count: int) -> None:
         """Compares the first `count` candidates of a request; a missing image counts as different."""
         row = self.ways.setdefault(way, Count())
         for candidate in range(count):
@@ -153,7 +153,7 @@ def count_equal(model: Path, sent: Sequence[Request], *, with_ray: bool) -> tupl
         return counts, compare_two_workers(server, sent, wanted, counts), model_facts
 
 
-def compare_one_worker(server: Server, sent: Sequence[Request], counts: Counts) -> list[Images]:
+def compare_one_worker(server: Server, sent: Sequence[Request], counts: Counts) -> list[CandidateImages]:
     """Compares `alone` and `streamed` with `concurrent`, whose images are returned."""
     wanted = asyncio.run(_all(server, sent, _plain, concurrency=8, is_whole=True))
     alone = asyncio.run(_all(server, sent, _plain, concurrency=1, is_whole=False))
@@ -164,14 +164,16 @@ def compare_one_worker(server: Server, sent: Sequence[Request], counts: Counts) 
     return wanted
 
 
-def compare_pipeline(pipeline: Pipeline, sent: Sequence[Request], wanted: Sequence[Images], counts: Counts) -> None:
+def compare_pipeline(
+    pipeline: Pipeline, sent: Sequence[Request], wanted: Sequence[CandidateImages], counts: Counts
+) -> None:
     for number, request in enumerate(sent):
         pixels = {candidate: pixel_bytes(data) for candidate, data in wanted[number].items()}
         counts.compare("pipeline", number, pixels, _by_pipeline(pipeline, request), CANDIDATES)
 
 
 def compare_two_workers(
-    server: Server, sent: Sequence[Request], wanted: Sequence[Images], counts: Counts
+    server: Server, sent: Sequence[Request], wanted: Sequence[CandidateImages], counts: Counts
 ) -> list[float]:
     """Compares two workers; returns the images of each. Raises RuntimeError if one of them has none."""
     found = asyncio.run(_all(server, sent, _plain, concurrency=8, is_whole=True))
@@ -183,21 +185,23 @@ def compare_two_workers(
     return workers
 
 
-Ask = Callable[[aiohttp.ClientSession, str, Request, int], Awaitable[Images]]
+Ask = Callable[[aiohttp.ClientSession, str, Request, int], Awaitable[CandidateImages]]
 
 
-async def _all(server: Server, sent: Sequence[Request], ask: Ask, *, concurrency: int, is_whole: bool) -> list[Images]:
+async def _all(
+    server: Server, sent: Sequence[Request], ask: Ask, *, concurrency: int, is_whole: bool
+) -> list[CandidateImages]:
     limit = asyncio.Semaphore(concurrency)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
 
-        async def one(request: Request) -> Images:
+        async def one(request: Request) -> CandidateImages:
             async with limit:
                 return await ask(session, server.address, request, CANDIDATES if is_whole else request.num_alone)
 
         return await asyncio.gather(*(one(request) for request in sent))
 
 
-async def _plain(session: aiohttp.ClientSession, address: str, request: Request, count: int) -> Images:
+async def _plain(session: aiohttp.ClientSession, address: str, request: Request, count: int) -> CandidateImages:
     body = request.body(count) | {"all_candidates": True}
     async with session.post(address + GENERATIONS, json=body) as reply:
         reply.raise_for_status()
@@ -205,7 +209,7 @@ async def _plain(session: aiohttp.ClientSession, address: str, request: Request,
     return _images([*answer["data"], *answer["candidates"]])
 
 
-async def _streamed(session: aiohttp.ClientSession, address: str, request: Request, count: int) -> Images:
+async def _streamed(session: aiohttp.ClientSession, address: str, request: Request, count: int) -> CandidateImages:
     body = request.body(count) | {"all_candidates": True, "stream": True, "partial_images": 2, "progress": True}
     events = []
     async with session.post(address + GENERATIONS, json=body) as reply:
@@ -217,11 +221,11 @@ async def _streamed(session: aiohttp.ClientSession, address: str, request: Reque
     return _images([event for event in events if event["type"] in final])
 
 
-def _images(entries: Sequence[Json]) -> Images:
+def _images(entries: Sequence[Json]) -> CandidateImages:
     return {one["candidate"]: base64.b64decode(one["b64_json"]) for one in entries}
 
 
-def _by_pipeline(pipeline: Pipeline, request: Request) -> Images:
+def _by_pipeline(pipeline: Pipeline, request: Request) -> CandidateImages:
     """The pipeline's images in the form of `pixel_bytes`."""
     values = dict(request.options)
     sampling_params = SamplingParams(

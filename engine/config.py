@@ -316,7 +316,7 @@ class KodalleRun(Run):
         0.0, ge=0, le=1, description="largest share of an image's input tokens replaced by random ones; targets stay"
     )
     generation: GenerationConfig = Field(
-        GenerationConfig(), description="exported with the model: how it is drawn with"
+        GenerationConfig(), description="exported with the model: its default sampling parameters"
     )
     augmented_views: int = Field(
         0, ge=0, le=64, description="copies of each training image that are encoded too, translated by augment_shift"

@@ -29,7 +29,7 @@ from engine.errors import InputError
 InstructionSet = Literal["baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
-# Below this the read of the weights does not limit a step, and equal pictures on every processor are worth more.
+# Below this the read of the weights does not limit a step, and equal images on every processor are worth more.
 _LARGE_PARAMETERS = 50_000_000
 _AVX512 = frozenset({"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"})
 # Best first. Each class: the flags that it needs, as PyTorch names them, and the lowest ONEDNN_MAX_CPU_ISA that has it.
@@ -147,7 +147,7 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise InputError("--device", device, "is not a device: write cpu, cuda or cuda:1") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise InputError("--device", device, "is no device for drawing: write cpu, cuda or cuda:1")
+        raise InputError("--device", device, "is no device for generation: write cpu, cuda or cuda:1")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError("--device", device, f"{torch.cuda.device_count()} CUDA devices are visible: use cpu")
     return chosen

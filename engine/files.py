@@ -53,7 +53,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
-        os.sync()  # one call: an fsync a file is a third of the time of preparing 3,000 pictures
+        os.sync()  # one call: an fsync a file is a third of the time of preparing 3,000 images
         # Two renames, not remove-then-rename: at no moment is there nothing to recover from.
         old = path.with_name(f".old-{path.name}")
         if path.exists():

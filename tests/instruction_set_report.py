@@ -34,7 +34,7 @@ def main() -> None:
         sampler = Sampler(model, weights=wanted)
         weights[name] = sampler.weights
         if dtype == torch.float32 or multiplies(dtype):
-            equal[name] = draws_alone_what_it_draws_in_a_batch(sampler)
+            equal[name] = is_batch_invariant(sampler)
     print(
         json.dumps(
             {
@@ -60,12 +60,13 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def draws_alone_what_it_draws_in_a_batch(sampler: Sampler) -> bool:
+def is_batch_invariant(sampler: Sampler) -> bool:
     prefix = sampler.prefill(TEXT)
-    rows = [SequenceRequest(i % 2, SamplingParams(seed=i // 8), candidate=i % 8) for i in range(21)]
-    together = sampler.decode(prefix, rows)
+    requests = [SequenceRequest(i % 2, SamplingParams(seed=i // 8), candidate=i % 8) for i in range(21)]
+    together = sampler.decode(prefix, requests)
     return all(
-        torch.equal(sampler.decode(prefix, [row])[0], tokens) for row, tokens in zip(rows, together, strict=True)
+        torch.equal(sampler.decode(prefix, [request])[0], tokens)
+        for request, tokens in zip(requests, together, strict=True)
     )
 
 
@@ -73,9 +74,9 @@ def int8_equals_integers(*, in_bytes: bool | None) -> bool:
     """The 8-bit layer's bits against integers and one rounding an operation, at random and at the largest numbers."""
     torch.manual_seed(0)
     cases = [(300, 520, 40), (64, 4096, 5), (64, 1025, 7)]
-    drawn = [(torch.randn(N, K), torch.randn(R, K)) for N, K, R in cases]
+    normal = [(torch.randn(N, K), torch.randn(R, K)) for N, K, R in cases]
     largest = [(torch.ones(N, K), torch.ones(R, K)) for N, K, R in cases]
-    for weight, x in drawn + largest:
+    for weight, x in normal + largest:
         bias = torch.randn(len(weight))
         scales = weight.abs().amax(1) / 127
         quantised, steps = _quantise_rows(x)

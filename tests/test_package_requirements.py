@@ -20,7 +20,6 @@ EXTRAS_OF_FOLDER = {
     "engine/training": {"train"},
     "engine/metrics/fid.py": {"train"},
     "engine/codec": {"onnx"},
-    "engine/models/onnx_export.py": {"onnx"},
     "engine/models/attention.py": {"gpu"},
     "engine/decoding/cuda": {"gpu"},
     "engine": set[str](),

@@ -105,7 +105,7 @@ def test_generates_without_extras(core: Environment, tmp_path: Path) -> None:
 
 
 def test_demo_finds_its_configs(core: Environment, tmp_path: Path) -> None:
-    """They come with the wheel; what is missing for the rest is said before anything is made."""
+    """They come with the wheel; what is missing for the rest is reported before anything is made."""
     answer = core.kodalle("demo", cwd=tmp_path)
     assert answer.stderr.splitlines() == ["error: deepspeed: not installed: pip install 'kodalle-engine[train]'"]
     assert list(tmp_path.iterdir()) == []

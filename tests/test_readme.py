@@ -92,7 +92,7 @@ def _shrink(tree: dict[str, object]) -> None:
 @pytest.mark.exclusive
 @pytest.mark.slow
 def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> None:
-    shell.run("kodalle data make-demo PHOTOS --count 24 --image-size 64")  # the reader's own pictures
+    shell.run("kodalle data make-demo PHOTOS --count 24 --image-size 64")  # the reader's own photographs
     for kind, block in _blocks(README):
         if kind == "python":
             shell.run(f"python -c {shlex.quote(block)}")

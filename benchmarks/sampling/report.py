@@ -105,7 +105,7 @@ def _ours(rows: Sequence[Row]) -> str:
         "all",
         "GiB",
     ]
-    return table("Drawing, ranked and encoded as PNG", header, cells)
+    return table("Generation, ranked and encoded as PNG", header, cells)
 
 
 def _baselines(rows: Sequence[Row], compared: Sequence[Row]) -> str:
@@ -132,7 +132,9 @@ def _notes(document: dict[str, Any]) -> str:
     lines = []
     for row in document["rows"]:
         if row["what"] == "guidance":
-            lines.append(f"{row['variant']}: guidance on {row['images']} rows costs {row['ratio']:.2f}x the decode")
+            lines.append(
+                f"{row['variant']}: guidance on {row['images']} sequences costs {row['ratio']:.2f}x the decode"
+            )
         elif row["what"] == "prefill":
             lines.append(
                 f"{row['variant']}: prefill of {row['images']} candidates of one caption is {row['share_of_work']:.4f} of "

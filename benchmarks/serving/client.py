@@ -55,7 +55,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadRun:
     """All answers of a run, in the order of their intended times."""
 
     answers: list[Answer]
@@ -65,7 +65,7 @@ class Run:
 
 async def open_loop(
     address: str, requests: Sequence[LoadRequest], times_s: Sequence[float], *, timeout_s: float
-) -> Run:
+) -> LoadRun:
     """Sends each request at its time.
 
     Args:
@@ -81,7 +81,7 @@ async def open_loop(
             send = _send(session, address, one, started_s=started_s, intended_s=intended_s, timeout_s=timeout_s)
             sending.append(asyncio.create_task(send))
         answers = await asyncio.gather(*sending)
-        return Run(answers, time.perf_counter() - started_s, time.process_time() - cpu_s)
+        return LoadRun(answers, time.perf_counter() - started_s, time.process_time() - cpu_s)
 
 
 async def closed_loop(
@@ -91,7 +91,7 @@ async def closed_loop(
     concurrency: int,
     timeout_s: float = 600.0,
     until_s: float = math.inf,
-) -> Run:
+) -> LoadRun:
     """Sends the requests in order, `concurrency` at a time; latencies count from when each is sent.
 
     Args:
@@ -112,7 +112,7 @@ async def closed_loop(
 
         await asyncio.gather(*(sender() for _ in range(concurrency)))
         seconds, client_cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
-    return Run(sorted(answers, key=lambda one: one.intended_s), seconds, client_cpu_s)
+    return LoadRun(sorted(answers, key=lambda one: one.intended_s), seconds, client_cpu_s)
 
 
 def _session() -> aiohttp.ClientSession:
@@ -198,7 +198,7 @@ def share_within(answers: Sequence[Answer], bound_s: float) -> float:
     return sum(one.latency_s <= bound_s for one in answers) / len(answers)
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: LoadRun) -> dict[str, Any]:
     """Counts, and percentiles of the latencies of requests that got an image (None if none did)."""
     answers = run.answers
     latencies_s = [one.latency_s for one in answers if one.status == 200]

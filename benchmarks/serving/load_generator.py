@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from serving.client import Answer, Run, closed_loop, open_loop, percentiles, summary
+from serving.client import Answer, LoadRun, closed_loop, open_loop, percentiles, summary
 from serving.plan import GREEDY, MODEST, Bench
 from serving.process import Server
 from serving.speed import usage_row
@@ -59,7 +59,7 @@ def _beside_greedy(bench: Bench, server: Server) -> Row:
 
 async def _together(
     server: Server, modest: Sequence[LoadRequest], times_s: Sequence[float], duration_s: float
-) -> tuple[Run, Run]:
+) -> tuple[LoadRun, LoadRun]:
     key = server.key_of.get(GREEDY, "")
     endless = [
         LoadRequest(one.number, one.caption, one.seed, one.num_candidates, key)

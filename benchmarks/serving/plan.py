@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.client import Run, closed_loop
+from serving.client import LoadRun, closed_loop
 from serving.engine import Engine
 from serving.process import Server
 from serving.traffic import LoadRequest, mixed, with_keys
@@ -84,7 +84,7 @@ def in_turn(names: Sequence[str], number: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-def load_fully(server: Server, requests: Sequence[LoadRequest], *, concurrency: int) -> Run:
+def load_fully(server: Server, requests: Sequence[LoadRequest], *, concurrency: int) -> LoadRun:
     """A saturated run; every request must be answered."""
     run = asyncio.run(closed_loop(server.address, with_keys(requests, server.keys), concurrency=concurrency))
     check_answered(server, run)
@@ -105,7 +105,7 @@ def warm_up(server: Server) -> None:
     check_answered(server, asyncio.run(closed_loop(server.address, one, concurrency=1)))
 
 
-def check_answered(server: Server, run: Run) -> None:
+def check_answered(server: Server, run: LoadRun) -> None:
     """Raises RuntimeError if any request was not answered."""
     lost = [one for one in run.answers if one.status != 200]
     if lost:

@@ -22,7 +22,7 @@ from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
 from engine.data.source_files import SourceFolder, scan
-from engine.data.sources import Form, find_form
+from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError
 
@@ -84,7 +84,7 @@ class Finding:
 class CheckReport:
     """All findings, sorted by defect (in the order of DEFECTS) and record."""
 
-    form: Form
+    form: SourceForm
     labels: int
     images: int
     findings: tuple[Finding, ...]
@@ -155,7 +155,7 @@ def check(
         InputError: no such folder, or neither labels nor captions in it.
     """
     is_prepared = (source / "pairs.jsonl").is_file()
-    form: Form = "plain" if is_prepared else find_form(source)
+    form: SourceForm = "plain" if is_prepared else find_form(source)
     findings = _Findings(source)
     if is_prepared:
         try:

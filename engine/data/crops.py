@@ -22,7 +22,7 @@ from engine.data.label_format import Box
 from engine.errors import InputError
 
 MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 Origin = Literal["top_left", "center"]
 ImageDefect = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
@@ -80,7 +80,7 @@ def open_image(path: Path) -> Image.Image:
     if size_bytes == 0:
         raise ImageFault("empty_file", path, "the file is empty (0 bytes)")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 reason = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
                 raise ImageFault("oversize_image", path, reason)
@@ -89,7 +89,7 @@ def open_image(path: Path) -> Image.Image:
     except ImageFault:
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageFault("not_an_image", path, f"is not a {', '.join(FORMATS)} image") from error
+        raise ImageFault("not_an_image", path, f"is not a {', '.join(IMAGE_FORMATS)} image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warning: under python -W error
         raise ImageFault("oversize_image", path, f"is too large to decode: {error}") from error
     except DECODE_ERRORS as error:

@@ -27,7 +27,7 @@ from PIL import Image
 from engine.data.crops import ImageFault, crop_and_resize, open_image, pixel_box
 from engine.data.label_format import Box
 from engine.data.pairs import FORMAT_VERSION
-from engine.data.sources import Crop, Form, Job, PrepareOptions, Skipped, SourceListing, list_source
+from engine.data.sources import Crop, CropJob, PrepareOptions, Skipped, SourceForm, SourceListing, list_source
 from engine.data.workers import ordered_map
 from engine.errors import InputError
 from engine.files import atomic_folder, write_json
@@ -37,7 +37,7 @@ from engine.files import atomic_folder, write_json
 class PrepareReport:
     """Counts of a run: records = used + len(skipped) and used = train + validation."""
 
-    form: Form
+    form: SourceForm
     split: str
     records: int
     train: int
@@ -161,7 +161,7 @@ def _line(crop: Crop, options: PrepareOptions) -> dict[str, Any]:
     return line if len(crop.captions) == 1 else {**line, "captions": list(crop.captions)}
 
 
-def _cut_job(job: Job, images: Path, options: PrepareOptions) -> list[tuple[str, str, str] | None]:
+def _cut_job(job: CropJob, images: Path, options: PrepareOptions) -> list[tuple[str, str, str] | None]:
     """Writes the crops of one photo, in a worker process; for each crop None, or (record, cause, reason)."""
     try:
         photo = open_image(job.image_path)
@@ -170,7 +170,9 @@ def _cut_job(job: Job, images: Path, options: PrepareOptions) -> list[tuple[str,
     return list(_cut(job, photo, images, options))
 
 
-def _cut(job: Job, photo: Image.Image, images: Path, options: PrepareOptions) -> Iterator[tuple[str, str, str] | None]:
+def _cut(
+    job: CropJob, photo: Image.Image, images: Path, options: PrepareOptions
+) -> Iterator[tuple[str, str, str] | None]:
     width, height = job.labelled_size
     scale_x, scale_y = photo.width / (width or photo.width), photo.height / (height or photo.height)
     for crop in job.crops:

@@ -1,7 +1,7 @@
 """What a source folder holds: the crops that `prepare` will make, and the records set aside already, each with its cause.
 
 Two forms of source: label files with photos (a `LabelFormat` reads them), and plain name.jpg + name.txt. One `Crop` is
-one future pair, one `Job` one image file with all its crops, so that no photo is decoded twice. Nothing is written here
+one future pair, one `CropJob` one image file with all its crops, so that no photo is decoded twice. Nothing is written here
 and no image is opened.
 """
 
@@ -18,7 +18,7 @@ from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, so
 from engine.data.source_files import SourceFolder, scan
 from engine.errors import InputError
 
-Form = Literal["labels", "plain"]
+SourceForm = Literal["labels", "plain"]
 # Incomplete labels are normal in large data sets: counted and named, but no fault.
 NORMAL = ("object_without_box", "object_without_label", "label_without_object")
 
@@ -55,7 +55,7 @@ class PrepareOptions:
     validation_fraction: float = 0.05
     seed: int = 42
     max_bad: float = 0.05
-    form: Form | None = None
+    form: SourceForm | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -104,7 +104,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Job:
+class CropJob:
     """One image file and its crops; `labelled_size` is (width, height) as the label has it."""
 
     image_path: Path
@@ -116,10 +116,10 @@ class Job:
 class SourceListing:
     """The jobs for a source folder, and the records set aside so far."""
 
-    form: Form
+    form: SourceForm
     has_sides: bool
     strict: bool
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[CropJob] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
@@ -151,7 +151,7 @@ def list_source(source: Path, options: PrepareOptions, *, strict: bool) -> Sourc
     return listing
 
 
-def find_form(source: Path) -> Form:
+def find_form(source: Path) -> SourceForm:
     """`labels` when there are at least as many .json as .txt files under `source`, else `plain`.
 
     Raises:
@@ -219,7 +219,7 @@ def _list_objects(record: str, label: PhotoLabel, image_path: Path, split: Split
             key = pair_key(label.photo, item.key)
             crops.append(Crop(name, key, item.box, (item.caption,), label.photo, split, item.attributes))
     if crops:
-        listing.jobs.append(Job(image_path, (label.width, label.height), tuple(crops)))
+        listing.jobs.append(CropJob(image_path, (label.width, label.height), tuple(crops)))
 
 
 def _list_unlabelled(folder: SourceFolder, claimed: set[Path], listing: SourceListing) -> None:
@@ -247,7 +247,7 @@ def _list_plain(source: Path, sides: dict[str, Split], options: PrepareOptions, 
             listing.skip(record, fault.defect, f"{text_path.name} {fault.remedy}")
             continue
         split = sides[record.split("/")[0]] if sides else _split(photo, options)
-        listing.jobs.append(Job(image_path, (None, None), (Crop(record, key, None, captions, photo, split, {}),)))
+        listing.jobs.append(CropJob(image_path, (None, None), (Crop(record, key, None, captions, photo, split, {}),)))
 
 
 def _split(photo: str, options: PrepareOptions) -> Split:

@@ -30,7 +30,7 @@ from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
 
-FORMAT = 1
+SHARD_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def shard_identity(
     for pair in [*pairs.train, *pairs.validation]:
         digest.update(repr((pair.key, pair.captions, pair.split, pair.image_path.stat().st_size)).encode())
     return {
-        "format": FORMAT,
+        "format": SHARD_FORMAT,
         "pairs": digest.hexdigest()[:16],
         "vqgan": vqgan_digest,
         "tokenizer": tokenizer.digest,

@@ -32,7 +32,7 @@ from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 
-FORMAT = 1
+FOLDER_FORMAT = 1
 GENERATION_FILE = "generation_config.json"
 PartName = Literal["vqgan", "transformer", "koclip"]
 _CONFIGS: dict[PartName, type[Section]] = {
@@ -73,7 +73,7 @@ def write_model_folder(
     if taken and not (destination / "config.json").is_file():
         raise InputError("destination", destination, "holds something other than a model: choose another folder")
     with atomic_folder(destination, replace=True) as folder:
-        config: dict[str, Any] = {"format": FORMAT}
+        config: dict[str, Any] = {"format": FOLDER_FORMAT}
         for name, part in parts.items():
             config[name] = part.config.model_dump(mode="json")
             weights = {
@@ -134,9 +134,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError("model folder", folder, "no such folder: train first, or give the folder of a trained model")
     config = read_json(folder / "config.json", field="model folder", remedy="give a folder that training exported")
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") != FOLDER_FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
-        raise InputError(f"{folder / 'config.json'} format", found, f"this version reads format {FORMAT}")
+        raise InputError(f"{folder / 'config.json'} format", found, f"this version reads format {FOLDER_FORMAT}")
     return config
 
 

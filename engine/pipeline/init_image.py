@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.data.crops import FORMATS, PixelBox, crop_and_resize, open_image, upright_rgb
+from engine.data.crops import IMAGE_FORMATS, PixelBox, crop_and_resize, open_image, upright_rgb
 from engine.errors import InputError
 
 # 14 of 32 rows, as DALL-E's completions and DALLE-pytorch's `num_init_img_tokens` (arXiv 2102.12092, appendix).
@@ -65,7 +65,7 @@ class InitImage:
         mask_image = None
         if mask is not None:
             open_image(mask)  # checks the file; its result has transparency laid on white, which a mask must not have
-            with Image.open(mask, formats=FORMATS) as opened:
+            with Image.open(mask, formats=IMAGE_FORMATS) as opened:
                 opened.load()
                 mask_image = opened
         return cls(open_image(image), keep_rows=keep_rows, mask_image=mask_image, paste=paste)

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from engine.config import KodalleRun, Run, VqganRun
-from engine.training.checkpoints import Progress
+from engine.training.checkpoints import TrainingProgress
 
 
-def model_card(run: Run, progress: Progress, log: Path | None) -> str:
+def model_card(run: Run, progress: TrainingProgress, log: Path | None) -> str:
     """Markdown with the training data and settings, held-out figures and limits of a model.
 
     Args:

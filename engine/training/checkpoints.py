@@ -42,7 +42,7 @@ class Restorable(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Position of a run."""
 
     step: int = 0  # optimiser steps done
@@ -52,7 +52,7 @@ class Progress:
 
 def save(
     folder: Path,
-    progress: Progress,
+    progress: TrainingProgress,
     engines: Mapping[str, Restorable],
     stage_state: dict[str, Tensor],
     *,
@@ -89,7 +89,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step-*"), reverse=True) if _is_complete(path)]
 
 
-def load(path: Path, engines: Mapping[str, Restorable], *, world: World) -> tuple[Progress, dict[str, Tensor]]:
+def load(path: Path, engines: Mapping[str, Restorable], *, world: World) -> tuple[TrainingProgress, dict[str, Tensor]]:
     """Restores every engine; returns the position of the run and the stage's state.
 
     Raises:
@@ -121,7 +121,7 @@ def load(path: Path, engines: Mapping[str, Restorable], *, world: World) -> tupl
             )
     stage_file = path / "stage.safetensors"
     state = load_file(stage_file) if stage_file.is_file() else {}
-    return Progress(marker["step"], marker["best_loss"], marker["best_step"]), state
+    return TrainingProgress(marker["step"], marker["best_loss"], marker["best_step"]), state
 
 
 def _is_complete(path: Path) -> bool:

@@ -28,7 +28,7 @@ from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
 from engine.training.batches import Batch, stream
 from engine.training.card import model_card
-from engine.training.checkpoints import Progress
+from engine.training.checkpoints import TrainingProgress
 from engine.training.deepspeed_section import check_keys
 from engine.training.engines import Engines, is_fp16, micro_batch
 from engine.training.process_group import World, join_world
@@ -73,7 +73,7 @@ class Trainer:
         self.micro_batch_size = batch_size * world.size  # images of all ranks
         self.images_per_step = self.micro_batch_size * self.accumulation
         self.total_steps = _total_steps(run, stage.num_train, self.images_per_step)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.guard = UpdateGuard(world, fp16=is_fp16(run.deepspeed))
         self.engines: Engines = stage.build(self.total_steps, self.guard)
         for engine in self.engines.values():

@@ -29,7 +29,7 @@ from serve.api.schemas import EditRequest
 from serve.messages import ModelInfo
 from serve.settings import Limits
 
-FORMATS = ("PNG", "WEBP", "JPEG")
+UPLOAD_FORMATS = ("PNG", "WEBP", "JPEG")
 _MAX_CONCURRENT = 2  # 16 million pixels take about 200 MB while a mask is computed
 
 # Korean messages for the mask errors of engine/pipeline/init_image.py, by their `value`.
@@ -98,7 +98,7 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
         Failure: not PNG, WebP or JPEG; animated; more pixels than allowed, by its header; truncated or damaged.
     """
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=UPLOAD_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _too_many_pixels(param, max_pixels)
             if getattr(image, "is_animated", False):

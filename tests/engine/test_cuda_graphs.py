@@ -1,4 +1,4 @@
-"""What surrounds a capture; the captures themselves are tested with what they capture."""
+"""The state around a capture of a CUDA graph. The captures themselves are tested with what they capture."""
 
 import contextlib
 import gc
@@ -12,14 +12,14 @@ from engine.cuda_graphs import capturing
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_rests_inside_and_is_as_before_after_a_fault_too(
+def test_garbage_collection_is_off_during_a_capture_and_restored_after_a_fault_too(
     enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[dict[str, Any]] = []
+    requested: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
     def capture(graph: Any, **options: Any) -> Iterator[None]:
-        asked.append(options)
+        requested.append(options)
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -35,4 +35,4 @@ def test_the_collector_rests_inside_and_is_as_before_after_a_fault_too(
         assert gc.isenabled() is enabled
     finally:
         (gc.enable if before else gc.disable)()
-    assert asked == [{"capture_error_mode": "thread_local", "pool": 7}, {"capture_error_mode": "thread_local"}]
+    assert requested == [{"capture_error_mode": "thread_local", "pool": 7}, {"capture_error_mode": "thread_local"}]

@@ -121,7 +121,7 @@ def test_what_packs_by_dtype() -> None:
 
 @pytest.mark.skipif(not cpu_capabilities().packs_float32, reason="oneDNN's packed layers are on x86 alone")
 def test_pytorch_still_has_the_private_operators_that_packing_calls() -> None:
-    """Without them decoding would fall back to unpacked weights and say that the processor is at fault."""
+    """Without them decoding would fall back to unpacked weights and blame the processor."""
     for space, name in (
         ("mkldnn", "_reorder_linear_weight"), ("mkldnn", "_linear_pointwise"), ("onednn", "qlinear_prepack"),
         ("onednn", "qlinear_pointwise"), ("onednn", "qconv_prepack"), ("onednn", "qconv_pointwise"),
@@ -175,6 +175,6 @@ def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
     if found["multiplies_plain_bfloat16"] or ours == isa:
         assert alone.pop("bfloat16") is True
     assert alone == {"float32": True, "float32 plain": True, "float32 int8": True}
-    said = "weights: bfloat16 cannot be packed on this processor (avx2): decoding uses them unpacked"
+    line = "weights: bfloat16 cannot be packed on this processor (avx2): decoding uses them unpacked"
     assert report.stderr.count("cannot be packed") == (0 if has_avx512 else 1), report.stderr
-    assert (said in report.stderr) == (not has_avx512)
+    assert (line in report.stderr) == (not has_avx512)

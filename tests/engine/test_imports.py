@@ -70,7 +70,7 @@ def test_every_module_imports_without_side_effects(tmp_path: Path) -> None:
 
 
 def test_no_file_is_named_like_a_standard_module() -> None:
-    """`deepspeed engine/train.py` puts engine/ first on sys.path: a file `types.py` there would be everybody's."""
+    """`deepspeed engine/train.py` puts engine/ first on sys.path: a file `types.py` there would shadow the standard module."""
     assert [str(path) for path in FILES if path.stem in sys.stdlib_module_names and path.stem != "__init__"] == []
     assert [str(path.parent) for path in FILES if path.parent.name in sys.stdlib_module_names] == []
 

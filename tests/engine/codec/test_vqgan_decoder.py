@@ -280,7 +280,7 @@ def test_on_a_gpu_decoding_runs_beside_the_callers_stream() -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10**8)  # the caller's stream is busy for long after
-        drawn = tokens.clone()
-        images, done = decoder.decode_async(drawn)
+        copied = tokens.clone()
+        images, done = decoder.decode_async(copied)
         done.synchronize()
         assert torch.equal(images, expected)

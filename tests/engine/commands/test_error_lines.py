@@ -1,4 +1,4 @@
-"""Bad command lines: one line on stderr, exit code 2, whoever finds the fault."""
+"""Bad command lines: one line on stderr, exit code 2, wherever the fault is found."""
 
 from typing import Annotated
 
@@ -15,8 +15,8 @@ def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str)
     """Exit code, stderr."""
     with pytest.raises(SystemExit) as left:
         run_app(app, list(arguments), prog_name="it")
-    told = capsys.readouterr()
-    return left.value.code, told.err
+    output = capsys.readouterr()
+    return left.value.code, output.err
 
 
 @pytest.mark.parametrize(
@@ -34,19 +34,19 @@ def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str)
         (("generate", "nowhere", "y"), "error: model folder: nowhere: no such folder"),
     ],
 )
-def test_kodalle_tells_it_in_one_line(
+def test_kodalle_reports_bad_input_in_one_line(
     arguments: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told = ended(capsys, cli.app, *arguments)
+    code, stderr = ended(capsys, cli.app, *arguments)
     assert code == 2
-    assert told.startswith(line)
-    assert told.count("\n") == 1
+    assert stderr.startswith(line)
+    assert stderr.count("\n") == 1
 
 
-def test_so_does_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = ended(capsys, command.app, "start", "--port", "70000")
-    assert (code, told.count("\n")) == (2, 1)
-    assert told.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it start --help`")
+def test_the_server_reports_bad_input_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, stderr = ended(capsys, command.app, "start", "--port", "70000")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it start --help`")
 
 
 def test_exit_codes_stop_signals_and_bugs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,5 +75,5 @@ def test_a_group_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as left:
         run_app(cli.app, [], prog_name="it")
     assert left.value.code == 2
-    told = capsys.readouterr()
-    assert "evaluate" in told.out + told.err
+    output = capsys.readouterr()
+    assert "evaluate" in output.out + output.err

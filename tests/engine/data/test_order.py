@@ -43,10 +43,10 @@ def test_each_epoch_is_another_permutation() -> None:
 def test_weights_are_frequencies() -> None:
     weights = [1.0, 3.0, 6.0, 0.0]
     order = BatchOrder(4, 1, seed=0, weights=weights)
-    draws = 8000
-    counts = Counter(order.index(position) for position in range(draws))
+    samples = 8000
+    counts = Counter(order.index(position) for position in range(samples))
     assert counts[3] == 0
-    expected = [draws * weight / 10 for weight in weights[:3]]
+    expected = [samples * weight / 10 for weight in weights[:3]]
     chi_square = sum((counts[index] - mean) ** 2 / mean for index, mean in enumerate(expected))
     assert chi_square < 13.8  # p = 0.001 at 2 degrees of freedom
 
@@ -64,9 +64,9 @@ def test_randomness_of_a_visit_depends_on_seed_and_position_alone() -> None:
 def test_neighbouring_visits_differ_also_in_the_second_stream(offset: int) -> None:
     """The caption's stream is the visit's, 2**63 further on: as floats, such keys would be equal by the thousand."""
     order = BatchOrder(10, 4, seed=1)
-    draws = [order.generator(position + offset).random() for position in range(200)]
-    assert len(set(draws)) == 200
-    assert abs(np.mean(draws) - 0.5) < 0.1
+    samples = [order.generator(position + offset).random() for position in range(200)]
+    assert len(set(samples)) == 200
+    assert abs(np.mean(samples) - 0.5) < 0.1
 
 
 def test_a_batch_may_be_larger_than_the_set() -> None:

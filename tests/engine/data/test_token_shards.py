@@ -72,7 +72,7 @@ def test_shards_hold_what_the_pairs_say(write: Callable[..., Path], pairs: Pairs
             assert np.array_equal(own, tokenizer.encode(pair.captions, T).tokens)
 
 
-def test_pick_draws_all_captions_and_views(write: Callable[..., Path]) -> None:
+def test_pick_samples_all_captions_and_views(write: Callable[..., Path]) -> None:
     shard = open_shard(write(flip=True), "train", image_vocab_size=256, text_vocab_size=60)
     seen = set()
     for number in range(60):

@@ -105,7 +105,7 @@ def test_composed_and_decomposed_letters_are_the_same(tokenizer: CaptionTokenize
 
 
 def test_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
-    for name in (str(tmp_path / "nowhere"), "nobody/has-this"):
+    for name in (str(tmp_path / "nowhere"), "nosuch/repository"):
         with pytest.raises(InputError, match=r"text.tokenizer: .*cannot be loaded") as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)

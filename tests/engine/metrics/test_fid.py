@@ -20,7 +20,7 @@ def features(count: int, *, seed: int = 0, width: int = 12) -> torch.Tensor:
 def test_equal_sets_are_at_no_distance() -> None:
     found = feature_distances(features(300), features(300))
     assert found["fid_koclip_features"] == pytest.approx(0, abs=1e-4)
-    alike = feature_distances(features(400), features(400, seed=1))  # KID is for independent draws
+    alike = feature_distances(features(400), features(400, seed=1))  # KID is for independent samples
     assert abs(alike["kid_koclip_features"]) < 2 * alike["kid_koclip_features_std"]
     assert (found["num_real"], found["num_other"], found["num_features"]) == (300, 300, 12)
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.errors import InputError
 from engine.training import checkpoints
-from engine.training.checkpoints import MARKER, Progress, complete_checkpoints, load, save
+from engine.training.checkpoints import MARKER, TrainingProgress, complete_checkpoints, load, save
 from engine.training.process_group import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -37,14 +37,21 @@ class _Engine:
 
 def _save(folder: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
-        save(folder, Progress(step, 0.5, 1), {"net": _Engine(step)}, {"x": torch.arange(3)}, world=ALONE, keep=keep)
+        save(
+            folder,
+            TrainingProgress(step, 0.5, 1),
+            {"net": _Engine(step)},
+            {"x": torch.arange(3)},
+            world=ALONE,
+            keep=keep,
+        )
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     _save(tmp_path, 7)
     engine = _Engine()
     progress, state = load(complete_checkpoints(tmp_path)[0], {"net": engine}, world=ALONE)
-    assert progress == Progress(7, 0.5, 1)
+    assert progress == TrainingProgress(7, 0.5, 1)
     assert engine.number == 7
     assert torch.equal(state["x"], torch.arange(3))
 
@@ -57,10 +64,10 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     _save(tmp_path, 3)
-    save(tmp_path, Progress(3), {"net": _Engine(77)}, {}, world=ALONE, keep=2)
+    save(tmp_path, TrainingProgress(3), {"net": _Engine(77)}, {}, world=ALONE, keep=2)
     engine = _Engine()
     progress, state = load(complete_checkpoints(tmp_path)[0], {"net": engine}, world=ALONE)
-    assert (engine.number, progress, state) == (77, Progress(3), {})
+    assert (engine.number, progress, state) == (77, TrainingProgress(3), {})
 
 
 @pytest.mark.parametrize("fault", ["no marker", "broken marker", "other marker", "truncated", "missing file", "grown"])
@@ -86,7 +93,7 @@ def test_incomplete_is_passed_over(tmp_path: Path, fault: str) -> None:
 def test_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     with pytest.raises(OSError, match="disk"):
-        save(tmp_path, Progress(2), {"net": _Engine(error=OSError("disk"))}, {}, world=ALONE, keep=1)
+        save(tmp_path, TrainingProgress(2), {"net": _Engine(error=OSError("disk"))}, {}, world=ALONE, keep=1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
     _save(tmp_path, 3)  # cleans up
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]

@@ -202,7 +202,7 @@ def test_what_is_not_drawn_is_refused(attribute: str, value: str) -> None:
     assert error.value.field == attribute
 
 
-def test_every_attribute_shows_in_the_picture() -> None:
+def test_every_attribute_shows_in_the_image() -> None:
     for drawn in CATEGORIES:
         choices = [choice for third in drawn.third for _, choice in all_choices(drawn, "블루", third)]
         images = {draw_garment(choice, generator=None).image.tobytes() for choice in choices}

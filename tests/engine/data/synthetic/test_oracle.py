@@ -151,7 +151,7 @@ def test_garments_that_fade_into_the_background_are_refused(examples: list[Examp
 
 
 def test_wrong_attributes_are_found(examples: list[Example]) -> None:
-    """A picture scored against another label fails in exactly the field that differs."""
+    """An image scored against another label fails in exactly the field that differs."""
     some = examples[:144]
     readings = [read(image) for image, _, _ in some]
     generator = np.random.default_rng(5)
