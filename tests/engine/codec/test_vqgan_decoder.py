@@ -143,8 +143,10 @@ def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
 # ------------------------------------------------------------------------------------------------ batch invariance
 
 
-@ROW_TILES
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
+@pytest.mark.parametrize(
+    ("precision", "row_tiles"),
+    [("float32", True), ("float32", False), ("bfloat16", False), pytest.param("int8", True, marks=needs_vnni)],
+)
 def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool) -> None:
     decoder = FastVqganDecoder(vqgan, precision=precision, row_tiles=row_tiles)
     tokens = _tokens(vqgan, 5)
@@ -153,8 +155,9 @@ def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_
         assert torch.equal(decoder.decode(tokens[rows]), together[rows])
 
 
-@ROW_TILES
-@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=needs_vnni)])
+@pytest.mark.parametrize(
+    ("precision", "row_tiles"), [("float32", True), ("float32", False), pytest.param("int8", True, marks=needs_vnni)]
+)
 def test_the_number_of_threads_changes_nothing(
     vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool, small_tiles: None
 ) -> None:

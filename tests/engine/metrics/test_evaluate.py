@@ -24,6 +24,7 @@ from engine.models.folder import Part, PartName, load_folder_tokenizer, load_par
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from engine.pipeline.image_encoding import read_metadata
 from tests.paths import REPOSITORY
 
 COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
@@ -150,7 +151,8 @@ def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Pat
     assert report["generations"]["sheet"] == {"file": "evaluation.png", "columns": 10}
     with Image.open(out.with_suffix(".png")) as sheet:
         assert sheet.size == (10 * 36 + 4, 2 * 36 + 4)
-        assert json.loads(sheet.text["captions"]) == report["generations"]["top_ranked"]  # type: ignore[attr-defined]
+    metadata = read_metadata(out.with_suffix(".png").read_bytes())
+    assert metadata["captions"] == report["generations"]["top_ranked"]
 
 
 def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
@@ -301,8 +303,7 @@ def test_settings_are_compared_on_training_captions(
     assert (cool["temperature"], hot["temperature"], cool["guidance_scale"]) == (0.5, 2, 1)
     assert 0 <= cool["whole"]["difference"] < hot["whole"]["difference"]
     trained_on = {pair.captions[0] for pair in load_pairs(pairs).train}
-    with Image.open(tmp_path / "sheets" / "whole-t2-g1.png") as sheet:
-        shown = json.loads(sheet.text["captions"])  # type: ignore[attr-defined]
+    shown = read_metadata((tmp_path / "sheets" / "whole-t2-g1.png").read_bytes())["captions"]
     assert len(shown) == 3
     assert {one["caption"] for one in shown} <= trained_on
 
