@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from machine_facts import child_environment
 
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from machine_facts import child_environment
 
 from serving.traffic import LoadRequest

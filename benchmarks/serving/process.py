@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import yaml
 from machine_facts import child_environment
 from prometheus_client.parser import text_string_to_metric_families

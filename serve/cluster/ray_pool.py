@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import cast
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException

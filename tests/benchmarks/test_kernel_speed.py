@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,7 @@ def test_each_kernel_does_what_is_written_beside_it() -> None:
                 assert int(plain.min()) >= 0, name
                 assert int(plain.max()) < 512, name
             else:
-                torch.testing.assert_close(
-                    ours, plain, rtol=2e-4, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
-                )
+                torch.testing.assert_close(ours, plain, rtol=2e-4, atol=2e-4, msg=partial("{}: {}".format, name))
             assert case.num_bytes > 0
 
 

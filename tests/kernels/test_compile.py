@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Compiled = dict[str, dict[str, Any]]
 class _OnCuda(torch.Tensor):
     """A CPU tensor that a launcher takes for one on a GPU."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
 
 class _NoDevice:
@@ -79,10 +80,11 @@ def _decode_attention(B: int, dtype: torch.dtype) -> None:
     from kernels.decode_attention import decode_attention
 
     projected = _tensor(B, 3, 8, 64, dtype=dtype)
-    prefix, own = _tensor(2, 2, 8, 129, 64, dtype=dtype), _tensor(2, B, 8, 255, 64, dtype=dtype)
+    prefix_keys, prefix_values = _tensor(2, 2, 8, 129, 64, dtype=dtype).transpose(2, 3)
+    keys, values = _tensor(2, B, 8, 255, 64, dtype=dtype).transpose(2, 3)
     rows = _tensor(B, dtype=torch.int64)
     decode_attention(
-        projected[:, 0], *prefix.transpose(2, 3), rows, *own.transpose(2, 3), rows,
+        projected[:, 0], prefix_keys, prefix_values, rows, keys, values, rows,
         new_keys=projected[:, 1], new_values=projected[:, 2],
     )  # fmt: skip
 
@@ -133,10 +135,7 @@ def _cases() -> dict[str, Callable[[], None]]:
     """A step of 16 sequences in bfloat16, and the variants that compile to other code."""
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
     return {
-        **{
-            f"{layer} 16 bf16": lambda layer=layer: _linear(layer, 16, bf16)
-            for layer in ("qkv", "out", "grow", "shrink")
-        },
+        **{f"{layer} 16 bf16": partial(_linear, layer, 16, bf16) for layer in ("qkv", "out", "grow", "shrink")},
         "out 64 bf16": lambda: _linear("out", 64, bf16),
         "grow 64 bf16": lambda: _linear("grow", 64, bf16),
         "shrink 128 fp16": lambda: _linear("shrink", 128, fp16),

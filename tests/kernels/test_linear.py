@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PLAIN = (False, False, False, False)
 ALL = list(itertools.product([False, True], repeat=4))  # bias, norm, gated, residual
 
-Case = dict[str, object]
+Case = dict[str, Any]  # the arguments of `linear` by name
 
 
 def _case(
@@ -45,7 +45,7 @@ def _case(
     return case
 
 
-def _double(value: object) -> object:
+def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double()
     if isinstance(value, tuple):

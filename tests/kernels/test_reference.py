@@ -88,9 +88,9 @@ def test_noise_of_a_row_knows_no_other_row() -> None:
         for row in (0, 17, 39):
             alone = gumbel_noise(seeds[row, None], candidates[row, None], positions[row, None], V)
             assert torch.equal(alone[0], whole[row])
-        row, token = torch.randint(0, 40, (333,)), torch.randint(0, V, (333,))
-        single = gumbel_noise_at(seeds[row], candidates[row], positions[row], token)
-        assert torch.equal(single, whole[row, token])
+        rows, tokens = torch.randint(0, 40, (333,)), torch.randint(0, V, (333,))
+        single = gumbel_noise_at(seeds[rows], candidates[rows], positions[rows], tokens)
+        assert torch.equal(single, whole[rows, tokens])
 
 
 def test_noise_is_standard_gumbel_and_reaches_both_ends() -> None:
@@ -101,9 +101,8 @@ def test_noise_is_standard_gumbel_and_reaches_both_ends() -> None:
     assert noise.max() < 22.9
     assert noise.min() > -2.82
     for changed in range(3):  # seed, candidate and position each change every number
-        rows = list(_rows(1))
-        rows[changed] = rows[changed] + 1
-        assert (gumbel_noise(*rows, 512) == gumbel_noise(*_rows(1), 512)).sum() == 0
+        seeds, candidates, positions = (value + int(number == changed) for number, value in enumerate(_rows(1)))
+        assert (gumbel_noise(seeds, candidates, positions, 512) == gumbel_noise(*_rows(1), 512)).sum() == 0
 
 
 # ---------------------------------------------------------------------------------------------------- the filters

@@ -67,7 +67,8 @@ def _check_tokens(
         one = slice(row, row + 1)
         scores = reference.filter_logits(logits[one], *(value[one] for value in settings))
         if settings[0][row] > 0:
-            scores += reference.gumbel_noise(*(value[one] for value in rows), logits.shape[1])
+            seeds, candidates, positions = (value[one] for value in rows)
+            scores += reference.gumbel_noise(seeds, candidates, positions, logits.shape[1])
         best = scores[0].topk(2).values
         assert best[0] - best[1] < near_tie, (row, int(tokens[row]), int(expected[row]), best.tolist())
 
@@ -85,7 +86,7 @@ def _z_of_chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 @triton.jit
-def _philox_kernel(out, words):
+def _philox_kernel(out, words):  # type: ignore[no-untyped-def]
     seed, c0, c1 = tl.load(words), tl.load(words + 1).to(tl.uint32), tl.load(words + 2).to(tl.uint32)
     c2, c3 = tl.load(words + 3).to(tl.uint32), tl.load(words + 4).to(tl.uint32)
     lane_0, lane_1, lane_2, lane_3 = tl.philox(seed, c0, c1, c2, c3)
@@ -99,7 +100,7 @@ _noise_of = sampling._gumbel_noise
 
 
 @triton.jit
-def _noise_kernel(out, seed, candidate, position, CALLS: tl.constexpr):
+def _noise_kernel(out, seed, candidate, position, CALLS: tl.constexpr):  # type: ignore[no-untyped-def]
     noise = _noise_of(tl.load(seed), tl.load(candidate), tl.load(position), tl.arange(0, CALLS))
     tl.store(out + tl.arange(0, 4 * CALLS), noise)
 
@@ -296,7 +297,7 @@ def test_head_reads_rows_of_larger_tables(device: str) -> None:
     hidden, weight, bias = _head(2, 32, 200, device, torch.float32)
     rest = (*_rows(2, device), torch.ones(2, device=device))
     expected = head_sample(hidden[:, :20], weight[50:, :20], bias[50:], *rest)
-    copies = (tensor.clone() for tensor in (hidden[:, :20], weight[50:, :20], bias[50:]))
+    copies = hidden[:, :20].clone(), weight[50:, :20].clone(), bias[50:].clone()
     assert torch.equal(head_sample(*copies, *rest), expected)
 
 
@@ -390,7 +391,8 @@ def test_on_a_gpu_the_head_samples_the_same_in_every_batch_size(dtype: torch.dty
     rows, temperature = _rows(256, "cuda"), torch.ones(256, device="cuda")
     whole = head_sample(hidden, weight, bias, *rows, temperature)
     for B in (1, 2, 8, 16, 17, 32, 33, 64, 128):
-        part = head_sample(hidden[:B], weight, bias, *(row[:B] for row in rows), temperature[:B])
+        seeds, candidates, positions = (row[:B] for row in rows)
+        part = head_sample(hidden[:B], weight, bias, seeds, candidates, positions, temperature[:B])
         assert torch.equal(part, whole[:B]), B
     logits = (hidden.double() @ weight.double().t() + bias.double()).float()
     # A tensor core's float32 sums of 1,024 products are some 1e-5 off.
@@ -400,8 +402,8 @@ def test_on_a_gpu_the_head_samples_the_same_in_every_batch_size(dtype: torch.dty
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 def test_on_a_gpu_nothing_waits_for_the_device_and_a_graph_replays() -> None:
-    logits, rows, settings = torch.randn(8, 16384, device="cuda"), _rows(8, "cuda"), _mixed(5, 16384, "cuda")
-    settings = tuple(value[torch.arange(8, device="cuda") % 5] for value in settings)
+    logits, rows = torch.randn(8, 16384, device="cuda"), _rows(8, "cuda")
+    settings = tuple(value[torch.arange(8, device="cuda") % 5] for value in _mixed(5, 16384, "cuda"))
     hidden, weight, bias = _head(8, 64, 1000, "cuda", torch.bfloat16)
 
     def run() -> tuple[Tensor, Tensor]:

@@ -288,7 +288,7 @@ def test_a_replica_rejects_calls_without_the_clusters_token(server: Any) -> None
             stub = ASGIServiceStub(channel)
             with pytest.raises(grpc.RpcError) as refused:
                 stub.HandleRequest(ASGIRequest(pickled_request_metadata=b"not even read"), timeout=10)
-        codes.append(refused.value.code())  # type: ignore[attr-defined]
+        codes.append(refused.value.code())
     # the other port is the Ray worker's, which has no such service
     assert sorted(code.name for code in codes) == ["UNAUTHENTICATED", "UNIMPLEMENTED"]
 

@@ -137,7 +137,7 @@ def test_sequences_that_come_and_go_get_the_tokens_of_the_slot_decoder(sampler: 
 def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(sampler: Sampler, prefix: Prefix) -> None:
     """Another slot and bucket, beside guided and filtered sequences, with and without init tokens, one of them removed."""
     watched, steps = [1, 3], 2
-    alone = {}
+    alone: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for number in watched:
         with _decoder(sampler, 2) as decoder:
             slot = decoder.add(prefix, _request(number), init_tokens=_init_tokens(number))
@@ -183,7 +183,7 @@ def test_another_sequences_filter_does_not_decide_how_logits_are_rounded(device:
     """16-bit logits of a coarse head, where rounding makes ties, with a filtered sequence and without one."""
     model = random_model(CONFIG).to(device, torch.bfloat16)
     with torch.no_grad():
-        model.head.weight *= 4
+        model.head.weight.mul_(4)
     sampler = Sampler(model, null_text_tokens=NULL.to(device))
     prefix, generated = sampler.prefill(TEXT), []
     likeliest, filtering = SamplingParams(temperature=0), SamplingParams(top_k=2)

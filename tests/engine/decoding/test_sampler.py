@@ -257,5 +257,4 @@ def test_sequences_that_come_and_go_get_the_tokens_of_generate() -> None:
                 running[decoder.add(prefix, request)] = number
             for slot in decoder.step():
                 tokens[running.pop(slot)] = decoder.remove(slot)
-        tokens = torch.stack([tokens[number] for number in range(len(requests))])
-    assert torch.equal(tokens, expected)
+    assert torch.equal(torch.stack([tokens[number] for number in range(len(requests))]), expected)

@@ -52,7 +52,7 @@ def _model(**sizes: int) -> KoDalle:
             if name.endswith("scale"):
                 parameter.fill_(1.0)
             elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
-                parameter *= 3
+                parameter.mul_(3)
     return model
 
 
@@ -65,7 +65,8 @@ def _uncached(
     model: KoDalle, first: list[int], row: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
 ) -> list[int]:
     """Whole forward passes over the caption so far, [PAD] after it."""
-    length, sampled, option = model.config.text_seq_len, [], row.sampling_params
+    length, option = model.config.text_seq_len, row.sampling_params
+    sampled: list[int] = []
     while len(first) + len(sampled) < length and not end_ids & set(sampled):
         ids = [*first, *sampled]
         text = torch.tensor([ids + [1] * (length - len(ids))])
@@ -98,7 +99,8 @@ def test_cached_tokens_equal_uncached_tokens(model: KoDalle, tokenizer: CaptionT
 def test_a_sequence_alone_equals_the_sequence_in_a_batch(dtype: torch.dtype, tokenizer: CaptionTokenizer) -> None:
     """Also bit by bit: hidden states of odd sizes at the published width, which tokens would hide."""
     model = _model(dim=1024, num_layers=1, num_heads=8, head_dim=64).to(dtype)
-    first, rows, seen = tokenizer.encode_beginning(BEGINNING), _rows(21), []
+    first, rows = tokenizer.encode_beginning(BEGINNING), _rows(21)
+    seen: list[Tensor] = []
 
     def run(some: list[SequenceRequest]) -> tuple[list[list[int]], list[Tensor]]:
         seen.clear()

@@ -65,8 +65,8 @@ def test_same_seed_same_images_another_seed_others(pipeline: Pipeline, sixteen: 
     again = pipeline(CAPTIONS[:1], candidates=16, seed=5)[0]
     for one, other in zip(sixteen.candidates, again.candidates, strict=True):
         _same(one, other)
-    other = pipeline(CAPTIONS[:1], candidates=1, seed=6)[0]
-    assert other.candidates[0].image_tokens not in {one.image_tokens for one in sixteen.candidates}
+    another = pipeline(CAPTIONS[:1], candidates=1, seed=6)[0]
+    assert another.candidates[0].image_tokens not in {one.image_tokens for one in sixteen.candidates}
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 5])

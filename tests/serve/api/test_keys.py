@@ -212,10 +212,16 @@ def test_a_changed_file_is_read_again_at_most_once_a_second(path: Path) -> None:
 
 
 def test_a_file_that_did_not_change_is_not_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, clock, reads = add_key(path, "shop", scopes=["generate"]), Clock(), []
+    plain, clock = add_key(path, "shop", scopes=["generate"]), Clock()
+    reads: list[Path] = []
     ring = KeyRing(path, clock=clock)
     read = keys_module._read
-    monkeypatch.setattr(keys_module, "_read", lambda where: (reads.append(where), read(where))[1])
+
+    def recorded(where: Path) -> tuple[ApiKey, ...]:
+        reads.append(where)
+        return read(where)
+
+    monkeypatch.setattr(keys_module, "_read", recorded)
     for second in range(10):
         clock.now_s = float(second)
         assert found_id(ring, plain) == "shop"

@@ -13,7 +13,7 @@ from serve.api import middleware
 from serve.api.application import build_api
 from serve.messages import GenerationEvent, GenerationJob
 from serve.settings import ServeSettings
-from tests.live_server import ScriptedPool, ask, finished, post_json, serving, wait_until
+from tests.live_server import ScriptedPool, ask, post_json, serving, wait_until
 from tests.paths import REPOSITORY
 
 GENERATE = "/v1/images/generations"
@@ -186,9 +186,11 @@ def test_without_the_middleware_an_error_has_another_shape(monkeypatch: pytest.M
     async def through(self: middleware.ApiMiddleware, scope: Any, receive: Any, send: Any) -> None:
         await self._app(scope, receive, send)
 
-    async def broken(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
+    def no_event(_: GenerationJob) -> GenerationEvent:
         raise KeyError
-        yield finished(_)
+
+    async def broken(job: GenerationJob) -> AsyncIterator[GenerationEvent]:
+        yield no_event(job)
 
     monkeypatch.setattr(middleware.ApiMiddleware, "__call__", through)
     with serving(build_api(ScriptedPool(broken), ServeSettings(page=False))) as port:

@@ -54,7 +54,7 @@ def test_the_models_sampling_params_are_the_defaults(monkeypatch: pytest.MonkeyP
 
 
 def test_null_equals_an_omitted_field_except_for_the_prompt() -> None:
-    nulls = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
+    nulls: dict[str, Any] = {name: None for name in GenerationRequest.model_fields if name != "prompt"}
     parsed, plain = job(**nulls), job()
     assert replace(parsed, sampling_params=parsed.sampling_params.updated(seed=0)) == replace(
         plain, sampling_params=plain.sampling_params.updated(seed=0)

@@ -118,7 +118,8 @@ def test_a_job_that_kills_its_workers_is_given_up() -> None:
 
 
 def test_workers_that_never_accepted_the_job_do_not_count_as_deaths() -> None:
-    workers = Workers(*[[WorkerLost("no connection")] for _ in range(MAX_DEATHS + 2)], [None, DONE])
+    lost: Attempts = [[WorkerLost("no connection")] for _ in range(MAX_DEATHS + 2)]
+    workers = Workers(*lost, [None, DONE])
     assert events_of(workers) == ([DONE], 0)
 
 

@@ -55,8 +55,8 @@ def test_fair_queueing_serves_no_more_than_predicted_before_a_flow_is_finished(
     queue: FairQueue[int] = FairQueue()
     left = [num_sequences for num_sequences, _ in flows]
     costs = [cost for _, cost in flows]
-    for flow, _ in enumerate(flows):
-        queue.add(str(flow), flow)
+    for number in range(len(flows)):
+        queue.add(str(number), number)
 
     def serve() -> int | None:
         flow = queue.first()

@@ -23,10 +23,10 @@ def test_no_waiting_flow_gets_ahead_by_more_than_a_turn_of_each(costs: list[int]
         queue.add(name, name)
     served = dict.fromkeys(names, 0)
     for _ in range(num_turns):
-        name = queue.first()
-        assert name is not None
-        queue.charge(name, costs[int(name)])
-        served[name] += costs[int(name)]
+        first = queue.first()
+        assert first is not None
+        queue.charge(first, costs[int(first)])
+        served[first] += costs[int(first)]
         for one, other in itertools.combinations(names, 2):
             assert abs(served[one] - served[other]) <= costs[int(one)] + costs[int(other)]
 
