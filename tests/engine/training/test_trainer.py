@@ -117,6 +117,7 @@ def test_kodalle_learns(kodalle_run: Path, losses: Losses) -> None:
 # -------------------------------------------------------------------------------------------------- stopped and resumed
 
 
+@pytest.mark.exclusive  # bits are compared: no thread of another test's server may run beside
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_stopped_by_sigterm_and_resumed(
@@ -180,6 +181,7 @@ def killed(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: p
     return folder
 
 
+@pytest.mark.exclusive  # bits are compared: no thread of another test's server may run beside
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "newest"), [("vqgan", 4), ("koclip", 2), ("kodalle", 4)])
 def test_killed_and_resumed(
