@@ -144,7 +144,7 @@ class DataConfig(Section):
 
     pairs: Path = Field(description="a prepared folder (`kodalle data prepare`) or a folder of name.jpg + name.txt")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="for plain folders; a prepared one has its split")
-    balance: str | None = Field(None, description="attribute whose rare values are sampled more often, e.g. 카테고리")
+    balance: str | None = Field(None, description="attribute whose rare values are sampled more often")
     num_workers: int = Field(0, ge=0, description="processes that prepare batches; 0: the training process does")
     cache_images: bool = Field(False, description="keep decoded uint8 images in memory")
     flip: bool = Field(

@@ -1,7 +1,7 @@
 """Caption continuation: the rest of a caption, sampled with the model's text head.
 
-    lines = continue_caption(model, tokenizer, "상의에서 색상은", count=4, seed=7)
-    lines[0].text      # "상의에서 색상은 레드이다. …"
+    lines = continue_caption(model, tokenizer, "a red", count=4, seed=7)
+    lines[0].text      # "a red shirt with …"
 
 The model learned captions beside images (its text loss), so it can continue one: [CLS] and the words so far, then a
 token at a time until [SEP] or [PAD], or until the model's text is full (DALLE-pytorch: `generate_texts`).

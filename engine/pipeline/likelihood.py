@@ -9,7 +9,7 @@ afterwards how likely the kept tokens are, conditioned on what was sampled befor
 Sampling several holes from the model and weighing each by the exponential of this sum is importance sampling from the
 model's own p(hole | all that was kept); the candidate with the largest sum has the largest weight.
 
-Measured with the demo's model on 40 held-out garments, 16 candidates each: error in the hole against the original,
+Measured with the demo's model on 40 held-out images, 16 candidates each: error in the hole against the original,
 mean absolute difference in grey levels.
 
                                               any candidate   best by KoCLIP   best by log-likelihood

@@ -1,7 +1,7 @@
 """Captions to ranked images: one pipeline for the command line, the benchmarks and the server.
 
     pipeline = Pipeline.from_pretrained("runs/demo/kodalle/model")
-    generation = pipeline(["상의에서 색상은 레드이다."], SamplingParams(candidates=16, seed=7))[0]
+    generation = pipeline(["a red shirt"], SamplingParams(candidates=16, seed=7))[0]
     generation.top(1)[0].image.save("best.png")
 
 Three phases, which the server runs on threads of its own:
