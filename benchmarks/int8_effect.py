@@ -92,7 +92,7 @@ def compare(
     requests = [SequenceRequest(0, options.updated(seed=seed), candidate=number) for number in range(len(tokens))]
     text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
     next_tokens = [
-        next_tokens_given(Sampler(exact.transformer, weights=weights), text, requests, tokens)
+        next_tokens_after(Sampler(exact.transformer, weights=weights), text, requests, tokens)
         for weights in ("packed", "int8")
     ]
     return {
@@ -107,7 +107,7 @@ def compare(
     }
 
 
-def next_tokens_given(sampler: Sampler, text: Tensor, requests: list[SequenceRequest], tokens: Tensor) -> Tensor:
+def next_tokens_after(sampler: Sampler, text: Tensor, requests: list[SequenceRequest], tokens: Tensor) -> Tensor:
     """What would be sampled at each position if everything before it were `tokens`: (n, N) -> (n, N)."""
     prefix = sampler.prefill(text)
     parameters = SamplingTensors(requests, torch.device("cpu"))

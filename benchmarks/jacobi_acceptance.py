@@ -17,7 +17,7 @@ Cells that a pass has sampled after a wrong guess are guessed to stay what they 
 Every image that is counted is compared with `Sampler.generate`: `wrong` must be 0.
 
 Needs a trained model. With random weights hardly anything but the noise and the last token decides, so more guesses are
-right than with a model that depends on its image, and the count says nothing about real images (`--random-weights`).
+right than with a model that depends on its image, and the count is no measure of real images (`--random-weights`).
 
 B sequences, A unfinished ones, w window, T positions, C model dim, N image tokens, V image vocabulary, P prefix positions.
 """
@@ -86,7 +86,7 @@ class Sequences:
         self.first_logits = model.head.image_logits(model.head.norm(prefix.hidden[caption]))  # (B, V)
         self._positions = model.image_embedding.position_table()
 
-    def logits(self, rows: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+    def logits(self, indices: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
         """tokens (A, w) at grid cells (A, w) of sequences (A,) -> what they predict, (A, w, V)."""
         places = self.prefix_len + cells
         x = self.model.image_embedding.tokens[tokens] + self._positions[cells.clamp(max=len(self._positions) - 1)]
@@ -94,18 +94,18 @@ class Sequences:
         for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
             q, k, v = layer.attention.project(x)
             keys, values = self._kv[:, number]
-            keys[rows[:, None], :, places], values[rows[:, None], :, places] = k, v
-            attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys[rows], values[rows], seen[:, None])
+            keys[indices[:, None], :, places], values[indices[:, None], :, places] = k, v
+            attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys[indices], values[indices], seen[:, None])
             x = layer.feed_forward(layer.attention.add(x, attended.transpose(1, 2)))
         return self.model.head.image_logits(self.model.head.norm(x))
 
-    def sample(self, rows: Tensor, cells: Tensor, logits: Tensor) -> Tensor:
+    def sample(self, indices: Tensor, cells: Tensor, logits: Tensor) -> Tensor:
         """sequences (n,), cells (n,), logits (n, V) -> (n,)."""
         params = self.params
         return reference.sample(
-            logits, self.seeds[rows], self.candidates[rows], cells,
-            torch.full(rows.shape, params.temperature), torch.full(rows.shape, params.top_k or 0),
-            torch.full(rows.shape, 1.0 if params.top_p is None else params.top_p),
+            logits, self.seeds[indices], self.candidates[indices], cells,
+            torch.full(indices.shape, params.temperature), torch.full(indices.shape, params.top_k or 0),
+            torch.full(indices.shape, 1.0 if params.top_p is None else params.top_p),
         )  # fmt: skip
 
 
@@ -120,19 +120,19 @@ class Guesser:
         self.tokens = torch.zeros(B, self._N, dtype=torch.int64)
         self.last_logits = torch.zeros(B, self._N, config.image_vocab_size) if name == "regenerated" else None
 
-    def inputs(self, rows: Tensor, cells: Tensor, final: Tensor, num_sampled: Tensor) -> Tensor:
+    def inputs(self, indices: Tensor, cells: Tensor, final: Tensor, num_sampled: Tensor) -> Tensor:
         """(A, w) tokens of cells (A, w), of which `final` (A,) are known and `num_sampled` (A,) were sampled."""
         cells = cells.clamp(max=self._N - 1)
         known = (final if self._fresh else num_sampled)[:, None]  # (A, 1)
         above = cells - ((cells - known).div(self._width, rounding_mode="floor") + 1) * self._width
         has_above = (above >= 0) & (self._name != "left")
         source = torch.where(cells < known, cells, torch.where(has_above, above, known - 1))
-        inputs = self.tokens[rows].gather(1, source)
+        inputs = self.tokens[indices].gather(1, source)
         if self._table is not None:
-            inputs = torch.where(cells < known, inputs, self._table[rows].gather(1, cells))
+            inputs = torch.where(cells < known, inputs, self._table[indices].gather(1, cells))
         if self.last_logits is not None:
             guessed = (cells >= known).nonzero()
-            row, cell, like = rows[guessed[:, 0]], cells[guessed.unbind(1)], source[guessed.unbind(1)]
+            row, cell, like = indices[guessed[:, 0]], cells[guessed.unbind(1)], source[guessed.unbind(1)]
             inputs[guessed.unbind(1)] = self._sequences.sample(row, cell, self.last_logits[row, like])
         return inputs
 

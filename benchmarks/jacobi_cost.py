@@ -8,7 +8,7 @@ elsewhere, on trained models (benchmarks/jacobi_acceptance.py).
 Timed are whole passes of `JacobiDecoder` and whole steps of `SlotDecoder`, attention and sampling included.
 
 All tokens are init tokens, so that every guess is right and an image passes through all lengths in few passes; tokens
-are sampled all the same. Kinds are timed in turns, since the machine's speed may change: the least time of each kind and
+are sampled all the same. Decoders are timed in turns, since the machine's speed may change: the least time of each decoder and
 length counts, and `pass_ms` is its mean over lengths. On a shared machine only the ratios mean something.
 """
 
@@ -39,41 +39,41 @@ SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (4, 2), (4, 4), (16, 2))  # sequences
 def pass_ms(model: StepModel, prefix: Prefix, repeat: int) -> dict[str, float]:
     """{"1": step of one sequence, "4": of four, "1x16": pass of one sequence with a window of 16, ...}."""
     N = model.config.image_seq_len
-    given = torch.zeros(N, dtype=torch.int64)
-    kinds: dict[str, Callable[[], SlotDecoder | JacobiDecoder]] = {
+    init = torch.zeros(N, dtype=torch.int64)
+    makers: dict[str, Callable[[], SlotDecoder | JacobiDecoder]] = {
         str(B): lambda B=B: SlotDecoder(model, B)  # type: ignore[misc]
         for B in sorted({B for B, _ in SHAPES})
     }
-    kinds |= {f"{B}x{w}": lambda B=B, w=w: JacobiDecoder(model, B, window=w) for B, w in SHAPES}  # type: ignore[misc]
-    best: dict[str, list[float]] = {kind: [float("inf")] * STATIONS for kind in kinds}
+    makers |= {f"{B}x{w}": lambda B=B, w=w: JacobiDecoder(model, B, window=w) for B, w in SHAPES}  # type: ignore[misc]
+    best: dict[str, list[float]] = {name: [float("inf")] * STATIONS for name in makers}
     decoders: dict[str, tuple[SlotDecoder | JacobiDecoder, int]] = {}
-    for kind, make in kinds.items():
+    for name, make in makers.items():
         decoder = make()
         slots = [
-            decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=7), candidate=i), init_tokens=given)
+            decoder.add(prefix, SequenceRequest(0, SamplingParams(seed=7), candidate=i), init_tokens=init)
             for i in range(decoder.num_slots)
         ]
         decoder.step()
-        decoders[kind] = decoder, slots[0]
+        decoders[name] = decoder, slots[0]
     for station in range(STATIONS):
         until = (2 * station + 1) * N // (2 * STATIONS)
         for decoder, slot in decoders.values():
             while decoder.num_tokens(slot) < until:
                 decoder.step()
         for _ in range(repeat):
-            for kind, (decoder, slot) in decoders.items():
+            for name, (decoder, slot) in decoders.items():
                 if decoder.num_tokens(slot) < N - 20:  # the widest window still fits
                     start = time.perf_counter()
                     decoder.step()
-                    best[kind][station] = min(best[kind][station], time.perf_counter() - start)
-    means = {kind: [seconds for seconds in times if seconds < float("inf")] for kind, times in best.items()}
-    return {kind: round(1e3 * sum(times) / len(times), 2) for kind, times in means.items()}
+                    best[name][station] = min(best[name][station], time.perf_counter() - start)
+    means = {name: [seconds for seconds in times if seconds < float("inf")] for name, times in best.items()}
+    return {name: round(1e3 * sum(times) / len(times), 2) for name, times in means.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
-    parser.add_argument("--repeat", type=int, default=6, help="timed passes of each kind at each length")
+    parser.add_argument("--repeat", type=int, default=6, help="timed passes of each decoder at each length")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)

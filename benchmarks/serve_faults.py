@@ -174,7 +174,7 @@ def workers(bed: TestBed, kills: int) -> Row:
             back_s.append(_kill_and_wait(bed, bed.rng.choice(bed.workers()), lambda: bed.ready_workers() == 2))
     # API servers' counters restart with them: none dies here.
     num_reruns = bed.server.metric("kodalle_reruns_total") - reruns
-    row = {"kills": kills, "reruns": num_reruns, "back_s": _spread(back_s)} | _judged(outcomes)
+    row = {"kills": kills, "reruns": num_reruns, "back_s": _spread(back_s)} | _with_verdict(outcomes)
     return row | {"is_met": row["is_met"] and num_reruns > 0}
 
 
@@ -186,7 +186,7 @@ def api_servers(bed: TestBed, kills: int) -> Row:
             victim = bed.rng.choice(bed.named(title))
             back_s.append(_kill_and_wait(bed, victim, lambda: len(bed.named(title)) == 2))
             time.sleep(3.0)  # until the new one accepts requests
-    return {"kills": kills, "back_s": _spread(back_s)} | _judged(outcomes)
+    return {"kills": kills, "back_s": _spread(back_s)} | _with_verdict(outcomes)
 
 
 def controller(bed: TestBed, kills: int) -> Row:
@@ -197,7 +197,7 @@ def controller(bed: TestBed, kills: int) -> Row:
             (victim,) = bed.named("ServeController")
             back_s.append(_kill_and_wait(bed, victim, lambda: len(bed.named("ServeController")) == 1))
             time.sleep(3.0)
-    return {"kills": kills, "back_s": _spread(back_s)} | _judged(outcomes)
+    return {"kills": kills, "back_s": _spread(back_s)} | _with_verdict(outcomes)
 
 
 def proxy(bed: TestBed, kills: int) -> Row:
@@ -209,7 +209,7 @@ def proxy(bed: TestBed, kills: int) -> Row:
             (victim,) = bed.named("ProxyActor")
             outages_s.append(_kill_and_wait(bed, victim, lambda: "ok" in _get(bed.server, "/healthz")))
     spread = _spread(outages_s)
-    row = {"kills": kills, "outage_s": spread} | _judged(outcomes)
+    row = {"kills": kills, "outage_s": spread} | _with_verdict(outcomes)
     return row | {"is_met": spread["median"] <= _PROXY_BAR_S and not row["wrong_pixels"]}
 
 
@@ -220,7 +220,7 @@ def update(bed: TestBed, _: int) -> Row:
             before = {one.pid for one in bed.workers()}
             took_s.append(bed.deploy(deadline_s=deadline_s))
             assert not before & {one.pid for one in bed.workers()}, "every worker is another process"
-    return {"updates": len(took_s), "update_s": _spread(took_s)} | _judged(outcomes)
+    return {"updates": len(took_s), "update_s": _spread(took_s)} | _with_verdict(outcomes)
 
 
 def scaling(bed: TestBed, _: int) -> Row:
@@ -239,7 +239,9 @@ def scaling(bed: TestBed, _: int) -> Row:
     for other in (busy, calm):
         for number, files in other.files.items():
             all_outcomes.files.setdefault(number, set()).update(files)
-    return {"two_to_one_s": fewer_s, "scaled_up_after_s": up_s, "scaled_down_after_s": down_s} | _judged(all_outcomes)
+    return {"two_to_one_s": fewer_s, "scaled_up_after_s": up_s, "scaled_down_after_s": down_s} | _with_verdict(
+        all_outcomes
+    )
 
 
 def drain(bed: TestBed, _: int) -> Row:
@@ -254,7 +256,7 @@ def drain(bed: TestBed, _: int) -> Row:
     later = Outcomes([one for one in outcomes.all if one.sent_s >= sigterm_s - 0.5])
     in_flight = sum(one.ended_s > sigterm_s for one in accepted.all)
     row: Row = {"exit_code": code, "ended_after_s": ended_s - sigterm_s, "in_flight_at_sigterm": in_flight}
-    row |= {"later": later.row()["lost"]} | _judged(accepted)
+    row |= {"later": later.row()["lost"]} | _with_verdict(accepted)
     return row | {"is_met": row["is_met"] and code == 0 and in_flight > 0}
 
 
@@ -302,7 +304,7 @@ def _nothing_lost(outcomes: Outcomes) -> bool:
     return bool(row["requests"]) and not (row["lost"] or row["wrong_pixels"] or row["requests_with_two_files"])
 
 
-def _judged(outcomes: Outcomes) -> Row:
+def _with_verdict(outcomes: Outcomes) -> Row:
     return outcomes.row() | {"is_met": _nothing_lost(outcomes)}
 
 

@@ -4,7 +4,7 @@
     python benchmarks/serve_hangups.py --server direct --hangups 40
 
 Requests for many candidates are sent and their connections closed after 20 to 600 ms: while they are read, queued or
-running; half of them are streams, and half have the header with which any client can tell Ray Serve not to cancel. Bars:
+running; half of them are streams, and half have the header with which any client can keep Ray Serve from cancelling. Bars:
 none of them is finished, and a second after the last disconnect no slot and no queue position is held, according to the
 workers' own gauges.
 

@@ -1,6 +1,6 @@
 """Where the program computes: the device, the processor's instruction set, the dtype and the threads that follow.
 
-This is the one module that asks what a processor offers. Two sources are combined: what the processor reports, cut to
+Only this module finds out what a processor offers. Two sources are combined: what the processor reports, cut to
 the limits that a user sets with oneDNN's and PyTorch's own switches (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), and a
 small trial of each packed layer, because PyTorch's packing is a private interface whose requirements differ by version.
 
@@ -83,7 +83,7 @@ class CpuCapabilities:
 
 @functools.cache
 def cpu_capabilities() -> CpuCapabilities:
-    """This processor's, asked once a process (some 10 ms)."""
+    """This processor's, read once a process (some 10 ms)."""
     reported = torch.cpu.get_capabilities()
     flags = {name for name, value in reported.items() if value is True}
     architecture = str(reported.get("architecture", "unknown"))
@@ -95,7 +95,7 @@ def cpu_capabilities() -> CpuCapabilities:
         isa=isa,
         multiplies_bfloat16=isa in ("avx512_bf16", "amx"),
         packs_float32=_packs(torch.float32),
-        # PyTorch asks the processor, oneDNN its own limit: below AVX-512 bfloat16 is taken only where both can be right.
+        # PyTorch checks the processor, oneDNN its own limit: below AVX-512 bfloat16 is taken only where both can be right.
         packs_bfloat16=isa not in ("baseline", "avx2") and _packs(torch.bfloat16),
         packs_int8=isa in ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx") and _packs_int8(),
     )

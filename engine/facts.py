@@ -1,4 +1,4 @@
-"""What stands beside every stored figure: the commit, the machine, the versions, the day."""
+"""Provenance of a stored figure: commit, machine, versions, date."""
 
 import datetime
 import os
@@ -39,7 +39,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 def _commit() -> str:
     """Short hash, `+` behind it where tracked files are changed; `unknown` outside a checkout.
 
-    An installed package may lie in somebody else's repository, whose commit would say nothing.
+    An installed package may lie in another project's repository, whose commit would be misleading.
     """
     if not (_REPOSITORY / ".git").exists():
         return "unknown"

@@ -119,7 +119,7 @@ def _parameter(
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks of sampling. The filters act on the image vocabulary in this order: `reference.filter_logits`.
+    """Sampling parameters of a request. The filters act on the image vocabulary in this order: `reference.filter_logits`.
 
     Guidance: logits_null + guidance_scale * (logits - logits_null); 1 costs nothing, any other value a second sequence.
     `reference.ancestor_top_k` translates KoDALLE's filter_thres to top_k.
@@ -178,7 +178,7 @@ FIELDS: dict[str, FieldSpec] = {
 """Every sampling parameter by name."""
 
 GENERATION_FIELDS = ("temperature", "top_k", "top_p", "guidance_scale")
-"""Parameters of the distribution; the others say which samples of it are taken, and a model has no default of them."""
+"""Parameters of the distribution; the others select samples of it, and a model has no default of them."""
 
 _CANDIDATE = FieldSpec("candidate", int, 0, 0, 2**32 - 1, "number of the image among its seed's")
 

@@ -232,7 +232,7 @@ def koclip_run(runs: Path, run_tree: Callable[..., Tree], train_tree: Callable[[
 
 @pytest.fixture(scope="session")
 def kodalle_parts(vqgan_run: Path, koclip_run: Path) -> Tree:
-    """What a KoDALLE config says of the models it stands on."""
+    """The keys of a KoDALLE config that name its trained models."""
     model = str(koclip_run / "model")
     return {"vqgan": str(vqgan_run / "model"), "koclip": model, "text": {"tokenizer": model}}
 

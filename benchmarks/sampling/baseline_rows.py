@@ -3,7 +3,7 @@
 A whole uncached generation takes minutes on a CPU. There a step is timed at some lengths between the first (129 positions)
 and the last (384), and the steps between are interpolated; a row says so in `method`.
 
-P prefix positions, N image tokens, B rows.
+P prefix positions, N image tokens, B sequences.
 """
 
 import statistics
@@ -70,7 +70,7 @@ def cached_row(model: KoDalle, text_tokens: Tensor, plan: SamplingPlan, variant:
     read = lambda: plain_sample(cached_logits(model, prefix, empty_cache(model, images)))
     read()
     if images == 1 or plan.lengths_many == 0:
-        return row | _whole(lambda: sample_cached(model, text_tokens, num_rows=images), plan, device, share=3)
+        return row | _whole(lambda: sample_cached(model, text_tokens, num_sequences=images), plan, device, share=3)
     tokens = torch.zeros(images, dtype=torch.int64, device=device)
 
     def step_after(fed: int) -> Work:

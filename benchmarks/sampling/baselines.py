@@ -3,7 +3,7 @@
 Both sample from the same distribution as `engine.pipeline`. Our layers stand in for theirs (the maths is the same), with
 PyTorch's fused attention and no mask tensor, so what is timed here is kinder than the originals.
 
-B rows, T positions, H heads, D head dim, P prefix positions, N image tokens, V image vocabulary, J joint vocabulary.
+B sequences, T positions, H heads, D head dim, P prefix positions, N image tokens, V image vocabulary, J joint vocabulary.
 """
 
 from collections.abc import Sequence
@@ -89,15 +89,15 @@ class GrowingCache:
         return self.keys[0].shape[2]
 
 
-def empty_cache(model: KoDalle, num_rows: int) -> GrowingCache:
+def empty_cache(model: KoDalle, num_sequences: int) -> GrowingCache:
     """Nothing read yet."""
-    return random_cache(model, num_rows, 0)
+    return random_cache(model, num_sequences, 0)
 
 
-def random_cache(model: KoDalle, num_rows: int, length: int) -> GrowingCache:
+def random_cache(model: KoDalle, num_sequences: int, length: int) -> GrowingCache:
     """A cache of `length` positions of noise, to time a step at that length."""
     config, weight = model.config, model.head.weight
-    shape = (num_rows, config.num_heads, length, config.head_dim)
+    shape = (num_sequences, config.num_heads, length, config.head_dim)
     made = [torch.randn(shape, dtype=weight.dtype, device=weight.device) for _ in range(2 * config.num_layers)]
     return GrowingCache(made[: config.num_layers], made[config.num_layers :])
 
@@ -128,10 +128,10 @@ def plain_sample(logits: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def sample_cached(model: KoDalle, text_tokens: Tensor, *, num_rows: int) -> Tensor:
+def sample_cached(model: KoDalle, text_tokens: Tensor, *, num_sequences: int) -> Tensor:
     """Candidates of one caption, each with its own copy of it: text_tokens (1, text_seq_len) -> (B, N)."""
-    cache = empty_cache(model, num_rows)
-    prefix = model.text_embedding(text_tokens.expand(num_rows, -1))  # (B, P, C)
+    cache = empty_cache(model, num_sequences)
+    prefix = model.text_embedding(text_tokens.expand(num_sequences, -1))  # (B, P, C)
     tokens = [plain_sample(cached_logits(model, prefix, cache))]
     for position in range(model.config.image_seq_len - 1):
         tokens.append(cached_step(model, tokens[-1], position, cache))

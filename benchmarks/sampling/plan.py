@@ -1,6 +1,6 @@
 """What the sampling benchmark measures: the variants, the workload, and a model of random weights to measure it on.
 
-The time of a step does not depend on what the weights say, so random ones of the published sizes do; they are written
+The time of a step does not depend on the values of the weights, so random ones of the published sizes do; they are written
 as a model folder and loaded by the pipeline itself, which makes the memory figures those of a real start.
 """
 

@@ -53,7 +53,7 @@ def machine_rates(plan: SamplingPlan, variant: Variant) -> dict[str, float]:
 
 
 def load_pipeline(plan: SamplingPlan, variant: Variant) -> Pipeline:
-    """One token a step: what speculative decoding wins depends on what the weights say, and these are random."""
+    """One token a step: the gain of speculative decoding depends on the weights, and these are random."""
     return Pipeline.from_pretrained(
         Path(plan.model), device=plan.device, dtype=variant.torch_dtype, int8=variant.int8, speculative=False
     )

@@ -1,4 +1,4 @@
-"""Commands that tell bad input in one line: `error: field: value: remedy` on stderr, exit code 2.
+"""Error reports of commands: bad input as one line, `error: field: value: remedy`, on stderr, with exit code 2.
 
 Typer draws a box of three lines round it, under two more about usage.
 """
@@ -13,7 +13,7 @@ import typer
 from engine.commands.missing_packages import as_input_error
 from engine.errors import InputError
 
-# The base of all that Typer says of a command line. Typer has click's exceptions, newer ones a copy of its own.
+# The base of Typer's errors about a command line. Typer has click's exceptions, newer ones a copy of its own.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 

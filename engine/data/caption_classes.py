@@ -1,4 +1,4 @@
-"""Classes of captions: the commonest training captions without their colours, to tell which one an image shows.
+"""Classes of captions: the commonest training captions without their colours, for classifying what an image shows.
 
 With a caption grammar a class is the facts of a caption without its colours. Without one it is a set of attribute values
 of the pairs, and its caption is the commonest training caption of the pairs that have them.

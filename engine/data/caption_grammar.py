@@ -23,7 +23,7 @@ class Palette(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What one sentence says: `subject` has the `value` under `attribute`."""
+    """The fact that one sentence states: `subject` has the `value` under `attribute`."""
 
     subject: str
     attribute: str

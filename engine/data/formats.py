@@ -13,7 +13,7 @@ from engine.data.label_format import Attributes, LabelFormat
 
 
 def default_label_format() -> LabelFormat:
-    """How label files are read where the caller does not say."""
+    """How label files are read by default."""
     return KFashionLabels()
 
 
@@ -26,7 +26,7 @@ def grammar_of(captions: Iterable[str]) -> CaptionGrammar | None:
 def palette_of(attributes: Iterable[Attributes]) -> Palette | None:
     """The colours that the pairs' attributes name, only those that occur; None if they name none.
 
-    Names that do not occur are left out: gold and silver, say, would take from yellow and grey what no label says.
+    Names that do not occur are left out: gold and silver, say, would take from yellow and grey what no label names.
     """
     values = (each.get(COLOUR_ATTRIBUTE) for each in attributes)
     occurring = {value for value in values if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""What a data set's label files must give: photos, and in each the labelled objects with box, caption and attributes.
+"""Interface to a data set's label files: photos, and in each the labelled objects with box, caption and attributes.
 
 A data set with labels of its own implements `LabelFormat`; engine.data.formats is where one is chosen.
 """

@@ -127,6 +127,6 @@ def next_tokens(table: SlotTable, batch: BatchMetadata, logits: Tensor, position
     """Samples tokens, or takes init tokens where there are some: logits (B, w, V) of positions (B, w) -> (B, w)."""
     sampled = batch.sampling.sample(logits.flatten(0, 1), positions.flatten()).view_as(positions)
     if batch.has_init_tokens:
-        given = table.init_tokens[batch.slots].gather(1, positions)
-        sampled = torch.where(given >= 0, given, sampled)
+        init = table.init_tokens[batch.slots].gather(1, positions)
+        sampled = torch.where(init >= 0, init, sampled)
     return sampled

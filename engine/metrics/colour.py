@@ -27,7 +27,7 @@ _GROUND_WEIGHT = 0.1
 _CENTRE_SPREAD = 0.25
 _CLUSTERS = 4
 _ROUNDS = 10
-# Light falls unevenly on a subject, so lightness says less than hue: 0.74 agreement with 0.8, 0.72 with 1.
+# Light falls unevenly on a subject, so lightness counts less than hue: 0.74 agreement with 0.8, 0.72 with 1.
 _LIGHTNESS_WEIGHT = 0.8
 
 _TO_XYZ = np.array(  # IEC 61966-2-1, D65

@@ -1,7 +1,7 @@
 """What a VQGAN loses: images against their reconstructions from the codebook.
 
 It bounds every generation (no sequence of image tokens gives what the decoder cannot decode), so it is measured first. The
-codebook's used share and perplexity tell a small codebook from a large one that has collapsed onto few entries.
+codebook's used share and perplexity distinguish a small codebook from a large one that has collapsed onto few entries.
 """
 
 import math

@@ -9,7 +9,7 @@ from torch import Tensor
 def recall_at(scores: Tensor, captions: Tensor, *, among: int, ranks: Sequence[int]) -> dict[int, float]:
     """Share of images whose own caption is among the best `rank` of `among` different captions.
 
-    Captions repeat in small sets; two equal ones cannot be told apart, so each distinct caption takes part once, and an
+    Captions repeat in small sets; two equal ones cannot be distinguished, so each distinct caption takes part once, and an
     image counts as right when its caption's text wins. Images are taken in order until `among` distinct captions are
     gathered; if there are fewer, all take part (the caller reports how many there were).
 

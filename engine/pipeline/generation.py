@@ -3,9 +3,11 @@
 n candidates, T text positions, N image tokens, S pixels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -82,6 +84,15 @@ class Generation:
 
     def top(self, count: int) -> tuple[Candidate, ...]:
         return self.candidates[:count]
+
+
+def batch_init_tokens(requests: Sequence[PreparedRequest], num_tokens: int, device: torch.device) -> Tensor | None:
+    """(B, N) of all candidates of all requests, -1 where to sample; None without init images."""
+    if all(request.init_tokens is None for request in requests):
+        return None
+    none = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+    tokens = [none if request.init_tokens is None else request.init_tokens for request in requests]
+    return torch.cat([own.expand(len(request.candidates), -1) for own, request in zip(tokens, requests, strict=True)])
 
 
 def ranked(

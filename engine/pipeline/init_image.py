@@ -1,6 +1,6 @@
-"""Init images: generation that starts from an image, of which the first rows or all but a mask stay.
+"""Init images: generation that starts from an image, of which the first rows or all but a mask are kept.
 
-    pipeline([caption], init_image=InitImage(photo, keep_rows=7))           # image prefix: 7 of 16 rows of tokens stay
+    pipeline([caption], init_image=InitImage(photo, keep_rows=7))           # image prefix: 7 of 16 rows of tokens kept
     pipeline([caption], init_image=InitImage(photo, mask_image=mask))       # inpainting: white is regenerated
 
     image ─► square ─► image_size ─► VQGAN encoder ─► tokens, kept or regenerated ─► VQGAN decoder ─► paste ─► ranking

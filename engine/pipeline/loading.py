@@ -1,12 +1,16 @@
-"""Where a model is: a folder, or the copy of a Hugging Face model on this disk; and whether its parts fit each other."""
+"""Loading of a model folder, or of the copy of a Hugging Face model on this disk, with a check that its parts fit."""
 
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from engine.device import default_dtype
 from engine.errors import InputError
 from engine.files import is_hub_name
+from engine.models.folder import has_part, load_part
+from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 
@@ -34,7 +38,32 @@ def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, l
     return Path(fetched)
 
 
-def check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
+def load_models(
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None
+) -> tuple[KoDalle, Vqgan, KoClip | None]:
+    """Transformer, VQGAN and ranker (None: the folder has none) of a model folder, on `device`.
+
+    Args:
+        dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and the ranker's too;
+            on a CPU those are float32.
+
+    Raises:
+        InputError: a part that is missing, or weights that do not fit, each by name.
+    """
+    transformer: KoDalle = load_part(folder, "transformer")
+    vqgan: Vqgan = load_part(folder, "vqgan")
+    koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
+    _check_fit(transformer, vqgan, folder)
+    dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
+    transformer.to(device=device, dtype=dtype)
+    codec_dtype = torch.float32 if device.type == "cpu" else dtype
+    for module in (vqgan, koclip):
+        if module is not None:
+            module.to(device=device, dtype=codec_dtype)
+    return transformer, vqgan, koclip
+
+
+def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
     """Raises InputError: a transformer of other image tokens than the VQGAN's."""
     ours, theirs = transformer.config, vqgan.config
     if (ours.image_vocab_size, ours.image_grid_size) != (theirs.codebook_size, theirs.grid_size):

@@ -30,14 +30,12 @@ from engine.config import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.sampler import Sampler
-from engine.device import cpu_capabilities, default_dtype
+from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.folder import (
     Part,
     PartName,
-    has_part,
     load_folder_tokenizer,
-    load_part,
     model_digest,
     read_generation,
     write_model_folder,
@@ -46,11 +44,12 @@ from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.caption_continuation import Continuation, continue_caption
-from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, ranked
+from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, batch_init_tokens, ranked
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.init_image import InitImage, check_kept_after
+from engine.pipeline.init_image import InitImage
+from engine.pipeline.init_image_encoding import encode_init_image
 from engine.pipeline.likelihood import log_likelihoods
-from engine.pipeline.loading import check_fit, local_folder
+from engine.pipeline.loading import load_models, local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, check_captions
@@ -129,17 +128,8 @@ class Pipeline:
         device = torch.device(device)
         survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
-        transformer: KoDalle = load_part(folder, "transformer")
-        vqgan: Vqgan = load_part(folder, "vqgan")
-        koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
-        check_fit(transformer, vqgan, folder)
+        transformer, vqgan, koclip = load_models(folder, device=device, dtype=dtype)
         card = folder / "model_card.md"
-        dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
-        transformer.to(device=device, dtype=dtype)
-        codec_dtype = torch.float32 if device.type == "cpu" else dtype
-        for module in (vqgan, koclip):
-            if module is not None:
-                module.to(device=device, dtype=codec_dtype)
         codec = open_codec(folder, vqgan, koclip, backend=codec_backend, device=device, int8=int8)
         return cls(
             transformer,
@@ -273,7 +263,7 @@ class Pipeline:
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
         numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
-        prepared = self._prepare_init_image(init_image, rank_by)
+        prepared = encode_init_image(self.vqgan, init_image, rank_by=rank_by, device=self.device)
         return [
             PreparedRequest(
                 caption=caption,
@@ -287,23 +277,6 @@ class Pipeline:
             )
             for caption, tokens, cut in zip(captions, encoded.tokens, encoded.cut, strict=True)
         ]
-
-    def _prepare_init_image(self, init_image: InitImage | None, rank_by: RankBy) -> PreparedInitImage | None:
-        """Raises InputError: a mask or rows that leave nothing to generate, nothing kept, or nothing to rank by."""
-        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
-        regenerated_tokens = None if init_image is None else init_image.regenerated_tokens(image_size, grid_size)
-        if rank_by == "log_likelihood":
-            check_kept_after(regenerated_tokens)
-        if init_image is None or regenerated_tokens is None:
-            return None
-        with inference(self.device):
-            pixels = torch.from_numpy(init_image.pixels(image_size)).to(self.device)
-            image = pixels.permute(2, 0, 1).float() / 255  # (3, S, S)
-            sampled = torch.from_numpy(regenerated_tokens).to(self.device)
-            tokens = self.vqgan.encode(image[None])[0].masked_fill(sampled, -1)
-            may_change = torch.from_numpy(init_image.regenerated_pixels(image_size, grid_size)).to(self.device)
-            pasted = ~may_change if init_image.paste else torch.zeros_like(may_change)
-        return PreparedInitImage(tokens, image, pasted, init_image.record(image_size, grid_size))
 
     def decode(
         self,
@@ -327,18 +300,9 @@ class Pipeline:
         with exact(self.device), timed(timings_s, "decode", self.device):
             total = self.transformer.config.image_seq_len
             on_step = None if on_position is None else lambda position, _: on_position(position + 1, total)
-            tokens = self.sampler.decode(
-                prefix, sequences, init_tokens=self._init_tokens(requests), on_step=on_step
-            )  # (B, N)
+            init_tokens = batch_init_tokens(requests, total, self.device)  # (B, N) or None
+            tokens = self.sampler.decode(prefix, sequences, init_tokens=init_tokens, on_step=on_step)  # (B, N)
         return list(tokens.split([len(request.candidates) for request in requests]))
-
-    def _init_tokens(self, requests: Sequence[PreparedRequest]) -> Tensor | None:
-        """(B, N), -1 where to sample; None without init images."""
-        if all(request.init_tokens is None for request in requests):
-            return None
-        none = torch.full((self.transformer.config.image_seq_len,), -1, dtype=torch.int64, device=self.device)
-        rows = [none if request.init_tokens is None else request.init_tokens for request in requests]
-        return torch.cat([row.expand(len(request.candidates), -1) for row, request in zip(rows, requests, strict=True)])
 
     def finish(
         self,

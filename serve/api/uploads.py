@@ -1,4 +1,4 @@
-"""Uploaded images: checked before decoding, decoded in threads, resized and medit for the model.
+"""Uploaded images: checked before decoding, decoded in threads, resized for the model.
 
 A PNG of 21 KB can hold 13,300 x 13,300 pixels, for which Pillow only warns and which take about 860 MB as RGB. Here the
 size is read from the header first, and more than `limits.max_pixels` is rejected. At most two images are decoded at a time.

@@ -37,7 +37,7 @@ class SaturatedWorkers:
         self._refusals[job.key_id] = _Refusal(now + TTL_S, _num_slots(job), refused)
 
     def refusal(self, job: GenerationJob) -> Refused | None:
-        """The cached refusal that applies to this job; None: ask a worker."""
+        """The cached refusal that applies to this job; None: send it to a worker."""
         found = self._refusals.get(job.key_id)
         if found is None or self._clock() >= found.until_s or _num_slots(job) < found.num_slots:
             return None

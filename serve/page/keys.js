@@ -18,7 +18,7 @@ export function currentKey() {
 }
 
 /**
- * Asks the user for a key, once however many requests were refused.
+ * Requests a key from the user, once however many requests were refused.
  * @param {boolean} wasRefused the key in use was not accepted
  * @returns {Promise<boolean>} whether one was entered
  */

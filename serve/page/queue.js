@@ -141,7 +141,7 @@ function noResults() {
 }
 
 /**
- * What follows from an error: a key is requested, a busy server asked again, a lost connection waited for.
+ * What follows from an error: a key is requested, a busy server is tried again, and a lost connection is waited for.
  * @param {Job} job
  * @param {unknown} error
  * @param {Change} change

@@ -186,7 +186,7 @@ function changed() {
   const values = /** @type {Record<Name, string>} */ (
     Object.fromEntries(NAMES.map((name) => [name, input(name).value]))
   );
-  // Until the model's defaults are known, a value cannot be told from a choice: what was kept stays kept.
+  // Until the model's defaults are known, a default cannot be distinguished from a choice: what was kept stays kept.
   const before = "n" in bounds ? {} : draft();
   const chosen = NAMES.filter((name) => values[name] !== textOf(defaults[name]) || name in before);
   keep(lasting(), DRAFT, JSON.stringify(Object.fromEntries(chosen.map((name) => [name, values[name]]))));

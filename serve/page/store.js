@@ -66,7 +66,7 @@ export async function openStore() {
 }
 
 /**
- * Asks the browser not to delete the generations when the disk runs short.
+ * Requests that the browser does not delete the generations when the disk runs short.
  * @returns {Promise<void>}
  */
 export async function requestPersistence() {

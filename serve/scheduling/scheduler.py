@@ -39,45 +39,10 @@ from serve.scheduling.deadlines import KeyLoad, Waiting, first_grants, latest_en
 from serve.scheduling.fair_queue import FairQueue
 from serve.scheduling.keyed_heap import KeyedHeap
 from serve.scheduling.step_times import StepTimes
+from serve.scheduling.tickets import DeadlineTooShort, Grant, QueueFull, Ticket
 
 SAFETY = 1.5  # admitted deadlines hold while steps take up to this many times the estimate at admission
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 120.0  # OpenAI's client obeys Retry-After up to 120 s, and ignores larger values
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request as the scheduler sees it."""
-
-    request_id: str
-    key_id: str
-    num_sequences: int
-    slots_per_sequence: int  # 2 when guided
-    steps_per_sequence: int
-    deadline: float  # on the caller's clock: when its last sequence must be finished
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Slots for one sequence, from now on. A request's sequences are granted in order."""
-
-    request_id: str
-    candidate: int  # from 0
-
-
-class Overloaded(Exception):
-    """A request is not admitted now."""
-
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(retry_after_s)
-        self.retry_after_s = retry_after_s
-
-
-class QueueFull(Overloaded):
-    """The queue has no room for the request's sequences."""
-
-
-class DeadlineTooShort(Overloaded):
-    """With this request admitted, it or an earlier one would miss its deadline."""
 
 
 @dataclass

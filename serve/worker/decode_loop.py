@@ -26,7 +26,8 @@ from engine.pipeline.pipeline import Pipeline
 from serve.messages import Progress, Queued, Refused
 from serve.metrics import WorkerMetrics
 from serve.process import lower_thread_priority
-from serve.scheduling.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, DeadlineTooShort, Scheduler, Ticket
+from serve.scheduling.scheduler import MAX_RETRY_S, MIN_RETRY_S, SAFETY, Scheduler
+from serve.scheduling.tickets import DeadlineTooShort, Ticket
 from serve.worker.postprocessing import Postprocessor
 from serve.worker.previews import fill_rows, preview_rows
 from serve.worker.request_state import Preview, RequestState

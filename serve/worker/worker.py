@@ -29,7 +29,7 @@ from engine.pipeline.loading import local_folder
 from engine.pipeline.pipeline import Pipeline
 from serve.messages import Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import WorkerMetrics
-from serve.scheduling.scheduler import DeadlineTooShort, QueueFull
+from serve.scheduling.tickets import DeadlineTooShort, QueueFull
 from serve.settings import ServeSettings
 from serve.worker.decode_loop import DecodeLoop
 from serve.worker.postprocessing import Postprocessor, prepare

@@ -82,7 +82,7 @@ def test_the_usual_sampling_keeps_what_its_filters_keep() -> None:
     assert set(sorted_sample(logits, 3, 0.35).tolist()) == {0}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says where there is no GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table where there is no GPU")
 def test_without_cuda(tmp_path: Path) -> None:
     answer = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks" / "kernel_speed.py"), "--out", str(tmp_path)],

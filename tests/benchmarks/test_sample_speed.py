@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(out: Path) -> dict[str, Any]:
-    """What the last line of a quick run says."""
+    """The document on the last line of a quick run."""
     answer = subprocess.run(
         [
             sys.executable, str(BENCHMARKS / "sample_speed.py"), "--quick", "--repeat", "1", "--dtype", "float32",
@@ -65,7 +65,7 @@ def test_what_is_printed_is_stored(document: dict[str, Any], out: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_run_says_where_it_was_made(document: dict[str, Any]) -> None:
+def test_the_run_states_where_it_was_made(document: dict[str, Any]) -> None:
     keys = {"benchmark", "commit", "date", "hardware", "versions", "threads", "config", "rates", "rows", "published"}
     assert keys <= document.keys()
     assert document["versions"]["torch"] == torch.__version__
@@ -180,7 +180,7 @@ def test_the_plain_cached_loop_is_the_same_model(model: KoDalle, caption: torch.
             expected = uncached_logits(model, captions, tokens[:, :sampled])[:, model.head.num_text_rows :]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert cache.length == model.config.prefix_len + 6
-    sampled_tokens = sample_cached(model, caption, num_rows=3)
+    sampled_tokens = sample_cached(model, caption, num_sequences=3)
     assert sampled_tokens.shape == (3, 16)
     assert int(sampled_tokens.max()) < 32
 
@@ -253,7 +253,7 @@ def test_plans_travel() -> None:
     assert SamplingPlan.from_json(plan.to_json()) == plan
 
 
-def test_gpu_suite_without_a_gpu_says_so_in_one_line(tmp_path: Path) -> None:
+def test_gpu_suite_without_a_gpu_ends_in_one_line(tmp_path: Path) -> None:
     answer = subprocess.run(
         [str(BENCHMARKS / "gpu_suite.sh"), str(tmp_path / "out")],
         env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what engine/config.py accepts."""
+"""docs/configuration.md describes what engine/config.py accepts."""
 
 from collections.abc import Iterator
 

@@ -171,7 +171,7 @@ def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
         "bfloat16": "packed" if has_avx512 else "plain",
     }  # fmt: skip
     alone = found["equal_alone_and_in_a_batch"]
-    # PyTorch asks the processor itself whether it multiplies bfloat16, so a limit alone may leave it no product at all.
+    # PyTorch itself checks whether the processor multiplies bfloat16, so a limit alone may leave it no product at all.
     if found["multiplies_plain_bfloat16"] or ours == isa:
         assert alone.pop("bfloat16") is True
     assert alone == {"float32": True, "float32 plain": True, "float32 int8": True}

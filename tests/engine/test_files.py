@@ -112,7 +112,7 @@ def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_name_below_a_folder_that_is_here_is_no_name_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`runs/nosuch` is a slip: asking the hub takes half a minute and tells nothing."""
+    """`runs/nosuch` is a slip: a request to the hub takes half a minute and is useless."""
     monkeypatch.chdir(tmp_path)
     assert is_hub_name("runs/nosuch")
     (tmp_path / "runs").mkdir()

@@ -81,7 +81,7 @@ def test_rooms_hold_no_stray_scripts() -> None:
         assert 'if __name__ == "__main__":' in (REPOSITORY / name).read_text(encoding="utf-8")
 
 
-def test_a_foreign_package_named_kernels_is_told_from_ours(tmp_path: Path) -> None:
+def test_a_foreign_package_named_kernels_is_named_as_the_fault(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
     answer = subprocess.run(

@@ -1,6 +1,6 @@
 """Every kernel, compiled for Hopper (sm_90) at the published sizes on a machine without a GPU.
 
-The interpreter says that a kernel is right; it cannot say that it compiles, fits, or keeps its numbers in registers.
+The interpreter proves that a kernel is right. It cannot prove that it compiles, fits, or keeps its numbers in registers.
 Triton ships its own ptxas, so a driver that knows a target and no device is enough: the launchers run as they are,
 their tensors lie on the CPU and say otherwise, and what would be launched is compiled instead. This file is run as a
 program for that, because triton reads TRITON_INTERPRET once, when it is imported.
@@ -42,7 +42,7 @@ class _OnCuda(torch.Tensor):
 
 
 class _NoDevice:
-    """What triton asks of a driver before it launches."""
+    """What triton requires of a driver before a launch."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -111,9 +111,9 @@ def _head_sample(B: int, dtype: torch.dtype) -> None:
 def _feed_tokens(R: int, dtype: torch.dtype) -> None:
     from kernels.feed_tokens import feed_tokens
 
-    rows, given = _tensor(R, dtype=torch.int64), _tensor(R, 256, dtype=torch.int64)
+    rows, init = _tensor(R, dtype=torch.int64), _tensor(R, 256, dtype=torch.int64)
     tables = _tensor(16384, 1024, dtype=dtype), _tensor(256, 1024, dtype=dtype)
-    feed_tokens(rows, rows, given, _tensor(R, 257, dtype=torch.int64), rows, *tables)
+    feed_tokens(rows, rows, init, _tensor(R, 257, dtype=torch.int64), rows, *tables)
 
 
 def _guided_norm(R: int, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The convolution in bytes computes what its rounded inputs say, exactly, and rounds its inputs as it says."""
+"""The 8-bit convolution is exact for its rounded inputs, and rounds them as documented."""
 
 import pytest
 import torch

@@ -81,7 +81,7 @@ def test_noise_follows_the_contract() -> None:
             assert noise[row, token].item() == pytest.approx(expected, rel=2e-6, abs=2e-6)
 
 
-def test_noise_of_a_row_knows_no_other_row() -> None:
+def test_noise_of_a_sequence_depends_on_no_other() -> None:
     seeds, candidates, positions = torch.arange(40), torch.arange(40) * 3, torch.arange(40) * 7
     for V in (3, 512, 1001, 16384):
         whole = gumbel_noise(seeds, candidates, positions, V)
@@ -136,7 +136,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(V: int, top_p: float) -> None:
         assert (probabilities[row][~kept[row]] <= mass.min()).all()
 
 
-def test_mixed_rows_are_filtered_as_alone() -> None:
+def test_mixed_sequences_are_filtered_as_alone() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 2000) * 3
     temperature = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0])

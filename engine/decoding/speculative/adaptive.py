@@ -68,7 +68,7 @@ class AdaptiveDecoder:
 
     def remove(self, slot: int) -> Tensor:
         """See `SlotTable.remove`."""
-        self._passes.leave(slot)
+        self._passes.remove(slot)
         return self._table.remove(slot)
 
     def num_tokens(self, slot: int) -> int:
@@ -91,7 +91,7 @@ class AdaptiveDecoder:
             return self._steps.step()
         for slot in unfinished:
             if slot not in self._passes.rows_of:
-                self._passes.enter(slot, self._steps.cache)
+                self._passes.add(slot, self._steps.cache)
                 self.num_moves["in"] += 1
         return self._passes.step()
 
@@ -106,7 +106,7 @@ class AdaptiveDecoder:
         for slot in moved:
             for own, row in zip(self._table.slots_of(slot), self._passes.rows_of[slot], strict=True):
                 self._steps.cache.copy_sequence(own, self._passes.cache, row)
-            self._passes.leave(slot)
+            self._passes.remove(slot)
         self.num_moves["back"] += len(moved)
         if moved:
             self._steps.feed_last_tokens(moved)

@@ -72,12 +72,12 @@ class JacobiDecoder:
     def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
         """See `SlotTable.add`."""
         slot = self._table.add(prefix, request, init_tokens=init_tokens)
-        self._passes.enter(slot)
+        self._passes.add(slot)
         return slot
 
     def remove(self, slot: int) -> Tensor:
         """See `SlotTable.remove`."""
-        self._passes.leave(slot)
+        self._passes.remove(slot)
         return self._table.remove(slot)
 
     def num_tokens(self, slot: int) -> int:
@@ -100,7 +100,7 @@ class JacobiDecoder:
 class WindowPasses:
     """Passes of w tokens over the sequences of a slot table, cached in rows that are given out lowest first.
 
-    Few rows, whatever the slots: the sequences of a large table may enter and leave while few are in flight.
+    Few rows, whatever the slots: the sequences of a large table may be added and removed while few are in flight.
 
     cache: keys and values of all tokens but the last, which is the first input of the next pass.
 
@@ -127,7 +127,7 @@ class WindowPasses:
         self._offsets = torch.arange(window, dtype=torch.int64, device=model.device)
         self._batch: BatchMetadata | None = None  # None: a sequence entered or left
 
-    def enter(self, slot: int, source: KVCache | None = None) -> None:
+    def add(self, slot: int, source: KVCache | None = None) -> None:
         """Takes a sequence on, as far as it is.
 
         Args:
@@ -143,13 +143,13 @@ class WindowPasses:
                 self.cache.copy_sequence(row, source, own)
         self._batch = None
 
-    def leave(self, slot: int) -> None:
+    def remove(self, slot: int) -> None:
         """Frees a sequence's rows, where it has some."""
         self._free_rows = sorted(self._free_rows + self.rows_of.pop(slot, []))
         self._batch = None
 
     def step(self) -> list[int]:
-        """See `JacobiDecoder.step`. Finished sequences leave."""
+        """See `JacobiDecoder.step`. Finished sequences are removed."""
         if not self.rows_of:
             return []
         table, N = self._table, self._model.config.image_seq_len
@@ -166,7 +166,7 @@ class WindowPasses:
         counts = zip(batch.slot_list, accepted.tolist(), strict=True)
         finished = [slot for slot, count in counts if table.advance(slot, count)]
         for slot in finished:
-            self.leave(slot)
+            self.remove(slot)
         return finished
 
     def _current_batch(self) -> BatchMetadata:
@@ -203,8 +203,8 @@ class WindowPasses:
         source = torch.where(cells < guessed, cells, torch.where(above >= 0, above, guessed - 1))
         inputs = self._guesses[batch.slots].gather(1, source)
         if batch.has_init_tokens:
-            given = self._table.init_tokens[batch.slots].gather(1, cells)
-            inputs = torch.where(given >= 0, given, inputs)
+            init = self._table.init_tokens[batch.slots].gather(1, cells)
+            inputs = torch.where(init >= 0, init, inputs)
         return inputs
 
     def _sample_windows(self, batch: BatchMetadata, inputs: Tensor, cells: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_published_behaviour_stretches() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(1, 40), height=st.integers(1, 40), size=st.integers(8, 24), keep_aspect=st.booleans())
-def test_result_is_always_the_square_asked_for(width: int, height: int, size: int, keep_aspect: bool) -> None:
+def test_result_is_always_the_requested_square(width: int, height: int, size: int, keep_aspect: bool) -> None:
     assert crop_and_resize(noise(width, height), None, size, keep_aspect=keep_aspect).size == (size, size)
 
 

@@ -36,7 +36,7 @@ def tokenizer(pairs: Pairs) -> CaptionTokenizer:
 
 
 def _encode(images: Tensor) -> Tensor:
-    """Stands for a VQGAN: four tokens that tell the quarter's mean red."""
+    """Stands for a VQGAN: four tokens that encode each quarter's mean red."""
     return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], 2).flatten(1).mul(255).long()
 
 
@@ -57,7 +57,9 @@ def write(tmp_path: Path, pairs: Pairs, tokenizer: CaptionTokenizer) -> Callable
     return make
 
 
-def test_shards_hold_what_the_pairs_say(write: Callable[..., Path], pairs: Pairs, tokenizer: CaptionTokenizer) -> None:
+def test_shards_hold_what_the_pairs_state(
+    write: Callable[..., Path], pairs: Pairs, tokenizer: CaptionTokenizer
+) -> None:
     folder = write(flip=True)
     for name, split in (("train", pairs.train), ("validation", pairs.validation)):
         shard = open_shard(folder, name, image_vocab_size=256, text_vocab_size=60)

@@ -49,8 +49,8 @@ class _Load:
         if self._decoder.num_free < 1 + one.sampling_params.is_guided:
             return
         number = waiting.pop(0)
-        given = init_tokens(number, self._num_tokens)
-        self._running[self._decoder.add(self._prefix, one, init_tokens=given)] = number
+        init = init_tokens(number, self._num_tokens)
+        self._running[self._decoder.add(self._prefix, one, init_tokens=init)] = number
 
 
 @pytest.mark.slow

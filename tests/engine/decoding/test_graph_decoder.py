@@ -123,15 +123,15 @@ def test_sequences_that_come_and_go_get_the_tokens_of_the_slot_decoder(sampler: 
     assert abandoned
     assert len(generated) + abandoned == _NUM_REQUESTS
     for number, tokens in generated.items():
-        given = _init_tokens(number)
+        init = _init_tokens(number)
         with evaluating(sampler.model):
             other = SlotDecoder(sampler.model, 2, null_prefix=sampler.null_prefix())
-            slot = other.add(prefix, _request(number), init_tokens=given)
+            slot = other.add(prefix, _request(number), init_tokens=init)
             while not other.step():
                 pass
             assert torch.equal(tokens, other.remove(slot)), number
-        if given is not None:
-            assert torch.equal(tokens.cpu()[given >= 0], given[given >= 0])
+        if init is not None:
+            assert torch.equal(tokens.cpu()[init >= 0], init[init >= 0])
 
 
 def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(sampler: Sampler, prefix: Prefix) -> None:
@@ -165,18 +165,18 @@ def test_hidden_vectors_are_those_of_the_slot_decoder(device: str) -> None:
     model = random_model(CONFIG.model_copy(update={"num_layers": 2, "num_heads": 2, "head_dim": 8})).to(device)
     sampler = Sampler(model, null_text_tokens=NULL.to(device))
     prefix = sampler.prefill(TEXT)
-    given = torch.arange(N) * 7 % CONFIG.image_vocab_size
+    init = torch.arange(N) * 7 % CONFIG.image_vocab_size
     with _decoder(sampler, 3) as decoder:
         other = SlotDecoder(sampler.model, 3, null_prefix=sampler.null_prefix())
         for number in (0, 1):
-            assert decoder.add(prefix, _request(number), init_tokens=given) == other.add(
-                prefix, _request(number), init_tokens=given
+            assert decoder.add(prefix, _request(number), init_tokens=init) == other.add(
+                prefix, _request(number), init_tokens=init
             )
         for _ in range(N - 1):
             assert decoder.step() == other.step() == []
             torch.testing.assert_close(decoder._program.hidden, other._steps.hidden[:3], rtol=1e-5, atol=1e-5)
         assert decoder.step() == other.step() == [0, 1]
-        assert torch.equal(decoder.remove(1).cpu(), given)
+        assert torch.equal(decoder.remove(1).cpu(), init)
 
 
 def test_another_sequences_filter_does_not_decide_how_logits_are_rounded(device: str) -> None:
@@ -370,15 +370,15 @@ def test_on_a_gpu_nothing_waits_for_the_device() -> None:
     """Sequences added, stepped and removed, init tokens from the host included; torch raises where it would synchronise."""
     sampler, requests = _wide_sampler(torch.bfloat16), _wide_requests(8)
     prefix = sampler.prefill(TEXT)
-    given = torch.full((WIDE.image_seq_len,), -1)
-    given[:5] = 3
+    init = torch.full((WIDE.image_seq_len,), -1)
+    init[:5] = 3
     with _decoder(sampler, 16) as decoder:
         decoder.warm_up()
         expected = _generate_all(decoder, prefix, requests)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            extra = decoder.add(prefix, requests[0], init_tokens=given)
+            extra = decoder.add(prefix, requests[0], init_tokens=init)
             for _ in range(3):
                 decoder.step()
             decoder.remove(extra)
@@ -393,7 +393,7 @@ def test_on_a_gpu_nothing_waits_for_the_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
     """The same init tokens through float32 on the CPU, through PyTorch in 16 bit, and through the graphs."""
-    given = torch.arange(WIDE.image_seq_len) * 199 % WIDE.image_vocab_size
+    init = torch.arange(WIDE.image_seq_len) * 199 % WIDE.image_vocab_size
     requests, hidden = _wide_requests(3), {}
     for name, sampler in {
         "exact": _wide_sampler(torch.float32, "cpu"),
@@ -405,7 +405,7 @@ def test_on_a_gpu_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> 
             kind = GraphDecoder if name == "ours" else SlotDecoder
             decoder = kind(sampler.model, 4, null_prefix=null_prefix)
             for request in requests:
-                decoder.add(prefix, request, init_tokens=given)
+                decoder.add(prefix, request, init_tokens=init)
             for _ in range(WIDE.image_seq_len - 1):
                 decoder.step()
             last = decoder._program.hidden if isinstance(decoder, GraphDecoder) else decoder._steps.hidden[:4]

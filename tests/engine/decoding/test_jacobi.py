@@ -93,14 +93,14 @@ def test_tokens_are_those_of_single_steps(window: int, grid_size: int, mode: str
 
 def test_init_tokens_are_right_guesses_so_that_a_whole_image_takes_few_passes() -> None:
     model = small_model(9)
-    given = torch.randint(0, 64, (81,), generator=torch.Generator().manual_seed(0))
+    init = torch.randint(0, 64, (81,), generator=torch.Generator().manual_seed(0))
     with evaluating(model):
         decoder = JacobiDecoder(model, 1, window=16)
-        slot = decoder.add(Sampler(model).prefill(TEXT), SequenceRequest(0, SamplingParams(seed=7)), init_tokens=given)
+        slot = decoder.add(Sampler(model).prefill(TEXT), SequenceRequest(0, SamplingParams(seed=7)), init_tokens=init)
         counts = [1]
         while not decoder.step():
             counts.append(decoder.num_tokens(slot))
-        assert torch.equal(decoder.remove(slot), given)
+        assert torch.equal(decoder.remove(slot), init)
     assert counts == [1, 17, 33, 49, 65]  # the first token costs no pass, each pass 16 more
 
 

@@ -73,13 +73,13 @@ def _logits(model: KoDalle, weights: Weights, count: int = 5) -> Tensor:
     """(steps, count, V) of sequences that are fed the same tokens."""
     sampler = Sampler(model, weights=weights)
     prefix = sampler.prefill(TEXT)
-    given = torch.arange(CONFIG.image_seq_len)
+    init = torch.arange(CONFIG.image_seq_len)
     seen = []
     with evaluating(model):
         decoder = SlotDecoder(sampler.step_model(), count)
         for candidate in range(count):
             decoder.add(
-                prefix, SequenceRequest(candidate % 2, SamplingParams(seed=1), candidate=candidate), init_tokens=given
+                prefix, SequenceRequest(candidate % 2, SamplingParams(seed=1), candidate=candidate), init_tokens=init
             )
         for _ in range(CONFIG.image_seq_len - 1):
             decoder.step()
@@ -100,7 +100,7 @@ def test_int8_logits_are_close(model: KoDalle) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bfloat16)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 320), (1024, 512), (96, 1000)])
-def test_a_packed_row_has_the_same_bits_in_any_batch(
+def test_a_row_of_a_packed_layer_has_the_same_bits_in_any_batch(
     num_threads: int, dtype: torch.dtype, inputs: int, outputs: int
 ) -> None:
     torch.manual_seed(0)

@@ -103,11 +103,11 @@ def test_logits_have_the_same_bits_in_any_batch_at_the_published_width(dtype: to
     logits = {}
     for count in (1, 3, 16, 21, 64, 90):
         requests = [SequenceRequest(0, SamplingParams(seed=1), candidate=i) for i in range(count)]
-        given = torch.tensor([7, 8, 9] + [-1] * (N - 3))
+        init = torch.tensor([7, 8, 9] + [-1] * (N - 3))
         with evaluating(model):
             decoder = SlotDecoder(model, count)
             for request in requests:
-                decoder.add(prefix, request, init_tokens=given)
+                decoder.add(prefix, request, init_tokens=init)
             for _ in range(3):
                 decoder.step()
             logits[count] = decoder.next_logits()[0]
@@ -239,9 +239,9 @@ def test_bad_requests_are_named() -> None:
         sampler.generate(TEXT, [SequenceRequest(3, SamplingParams(seed=1))])
     with pytest.raises(InputError, match="at least one sequence"):
         sampler.generate(TEXT, [])
-    for given in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
+    for init in (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[64]]), torch.tensor([[-2]])):
         with pytest.raises(InputError, match="init_tokens"):
-            sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], init_tokens=given)
+            sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(seed=1))], init_tokens=init)
 
 
 def test_sequences_that_come_and_go_get_the_tokens_of_generate() -> None:

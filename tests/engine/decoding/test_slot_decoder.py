@@ -87,11 +87,11 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     assert abandoned
     assert len(generated) + abandoned == _NUM_REQUESTS
     for number, tokens in generated.items():
-        given = _init_tokens(number)
-        alone = sampler.decode(prefix, [_request(number)], init_tokens=None if given is None else given[None])[0]
+        init = _init_tokens(number)
+        alone = sampler.decode(prefix, [_request(number)], init_tokens=None if init is None else init[None])[0]
         assert torch.equal(tokens, alone), number
-        if given is not None:
-            assert torch.equal(tokens[given >= 0], given[given >= 0])
+        if init is not None:
+            assert torch.equal(tokens[init >= 0], init[init >= 0])
 
 
 def test_tokens_so_far_can_be_read(model: KoDalle) -> None:

@@ -101,7 +101,7 @@ def evaluated(model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
     return json.loads(out.read_text(encoding="utf-8")), out
 
 
-def test_the_report_says_what_was_measured(evaluated: tuple[dict[str, Any], Path]) -> None:
+def test_the_report_states_what_was_measured(evaluated: tuple[dict[str, Any], Path]) -> None:
     report, _ = evaluated
     assert set(report["model"]) == {"vqgan", "transformer", "koclip", "tokenizer"}
     assert report["pairs"] == {

@@ -56,16 +56,16 @@ def _model(**sizes: int) -> KoDalle:
     return model
 
 
-def _rows(count: int) -> list[SequenceRequest]:
+def _requests(count: int) -> list[SequenceRequest]:
     return [SequenceRequest(0, MIXED[i % len(MIXED)].updated(seed=9 + i // 8), candidate=i % 8) for i in range(count)]
 
 
 @torch.no_grad()
 def _uncached(
-    model: KoDalle, first: list[int], row: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
+    model: KoDalle, first: list[int], request: SequenceRequest, allowed: Tensor, end_ids: frozenset[int]
 ) -> list[int]:
     """Whole forward passes over the caption so far, [PAD] after it."""
-    length, option = model.config.text_seq_len, row.sampling_params
+    length, option = model.config.text_seq_len, request.sampling_params
     sampled: list[int] = []
     while len(first) + len(sampled) < length and not end_ids & set(sampled):
         ids = [*first, *sampled]
@@ -73,8 +73,8 @@ def _uncached(
         logits = model.logits(text, torch.zeros(1, 1, dtype=torch.int64))[0][:, len(ids)]  # (1, V_text + reserved)
         token = reference.sample(
             logits[:, : len(allowed)].masked_fill(~allowed, -torch.inf),
-            torch.tensor([row.seed]),
-            torch.tensor([row.candidate]),
+            torch.tensor([request.seed]),
+            torch.tensor([request.candidate]),
             torch.tensor([2**31 + len(ids) + 1]),
             torch.tensor([option.temperature]),
             torch.tensor([option.top_k or 0]),
@@ -85,21 +85,21 @@ def _uncached(
 
 
 def test_cached_tokens_equal_uncached_tokens(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
-    allowed, end_ids, rows = allowed_tokens(tokenizer), tokenizer.end_ids, _rows(24)
+    allowed, end_ids, requests = allowed_tokens(tokenizer), tokenizer.end_ids, _requests(24)
     for beginning in ("", BEGINNING):
         first = tokenizer.encode_beginning(beginning)
-        sampled = continue_tokens(model, first, rows, allowed=allowed, end_ids=end_ids)
-        for row, tokens in zip(rows, sampled, strict=True):
-            assert tokens == _uncached(model, first, row, allowed, end_ids), row
+        sampled = continue_tokens(model, first, requests, allowed=allowed, end_ids=end_ids)
+        for request, tokens in zip(requests, sampled, strict=True):
+            assert tokens == _uncached(model, first, request, allowed, end_ids), request
         lengths = {len(tokens) for tokens in sampled}
-        assert len(lengths) > 3, "rows that all end together would not test how they end apart"
+        assert len(lengths) > 3, "sequences that all end together would not test how they end apart"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_alone_equals_the_sequence_in_a_batch(dtype: torch.dtype, tokenizer: CaptionTokenizer) -> None:
     """Also bit by bit: hidden states of odd sizes at the published width, which tokens would hide."""
     model = _model(dim=1024, num_layers=1, num_heads=8, head_dim=64).to(dtype)
-    first, rows = tokenizer.encode_beginning(BEGINNING), _rows(21)
+    first, requests = tokenizer.encode_beginning(BEGINNING), _requests(21)
     seen: list[Tensor] = []
 
     def run(some: list[SequenceRequest]) -> tuple[list[list[int]], list[Tensor]]:
@@ -111,14 +111,14 @@ def test_a_sequence_alone_equals_the_sequence_in_a_batch(dtype: torch.dtype, tok
         handle.remove()
         return tokens, list(seen)
 
-    whole, hidden = run(rows[:16])
+    whole, hidden = run(requests[:16])
     assert [len(tokens) for tokens in whole] == [CONFIG.text_seq_len - len(first)] * 16
     for places in ([3], [15], [9, 2], list(range(7, 16))):
-        some, some_hidden = run([rows[number] for number in places])
+        some, some_hidden = run([requests[number] for number in places])
         assert some == [whole[number] for number in places]
         for step, expected in zip(some_hidden, hidden, strict=True):
             assert torch.equal(step[: len(places)], expected[places]), places
-    assert run(rows)[0][:16] == whole
+    assert run(requests)[0][:16] == whole
 
 
 def test_same_seed_same_captions_any_count(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
@@ -146,16 +146,16 @@ def test_global_generator_and_mode_are_left_alone(model: KoDalle, tokenizer: Cap
 
 def test_only_words_and_ends_are_sampled(tokenizer: CaptionTokenizer) -> None:
     """The model wants nothing but what is forbidden: [CLS], [UNK], [MASK], rows without an entry, reserved rows."""
-    model, first, rows = _model(), tokenizer.encode_beginning(BEGINNING), _rows(16)
+    model, first, requests = _model(), tokenizer.encode_beginning(BEGINNING), _requests(16)
     forbidden = [0, 3, 4, *range(tokenizer.vocab_size, model.head.num_text_rows)]
     with torch.no_grad():
         model.head.bias[forbidden] += 200
     allowed = allowed_tokens(tokenizer)
     assert sorted(set(range(model.head.num_text_rows)) - set(allowed.nonzero()[:, 0].tolist())) == forbidden
-    sampled = continue_tokens(model, first, rows, allowed=allowed, end_ids=tokenizer.end_ids)
+    sampled = continue_tokens(model, first, requests, allowed=allowed, end_ids=tokenizer.end_ids)
     assert not {token for tokens in sampled for token in tokens} & set(forbidden)
     everything = torch.ones(model.config.text_vocab_size, dtype=torch.bool)
-    unguarded = continue_tokens(model, first, rows, allowed=everything, end_ids=tokenizer.end_ids)
+    unguarded = continue_tokens(model, first, requests, allowed=everything, end_ids=tokenizer.end_ids)
     assert {token for tokens in unguarded for token in tokens} <= set(forbidden)
 
 

@@ -64,7 +64,7 @@ def test_caption_wraps_above_the_images() -> None:
     assert (long.height - short.height) % 20 == 0
 
 
-def test_without_a_hangul_font_the_sheet_says_so_once_and_has_no_boxes(
+def test_without_a_hangul_font_the_sheet_warns_once_and_has_no_boxes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(image_files, "HANGUL_FONTS", ("no-such-font.ttf",))

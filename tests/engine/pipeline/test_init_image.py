@@ -1,4 +1,4 @@
-"""Init images: how it is cut, what a mask marks, and what is refused."""
+"""Init images: how they are cropped, what a mask marks, and what is refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How well a hole goes with what was kept after it: the model's own likelihood of that."""
+"""Log-likelihood of what is kept after a regenerated hole, against a plain computation."""
 
 import pytest
 import torch

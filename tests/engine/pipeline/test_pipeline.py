@@ -47,7 +47,7 @@ def _same(one: Candidate, other: Candidate) -> None:
     assert one.score == pytest.approx(other.score, abs=1e-6)
 
 
-def test_what_comes_out(pipeline: Pipeline, sixteen: Generation) -> None:
+def test_a_generation_holds_ranked_distinct_candidates(pipeline: Pipeline, sixteen: Generation) -> None:
     assert sixteen.caption == CAPTIONS[0]
     assert sixteen.tokens_cut == 0
     assert [one.rank for one in sixteen.candidates] == list(range(1, 17))
@@ -238,8 +238,10 @@ def test_init_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, i
     assert torch.equal(sampled[:, ~regenerated], tokens[~regenerated].expand(5, -1))
     assert len({tuple(row) for row in sampled[:, regenerated].tolist()}) == 5
     text = pipeline.tokenizer.encode(CAPTIONS[:1], 12).tokens
-    rows = [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(5)]
-    assert torch.equal(Sampler(pipeline.transformer).generate(text, rows, init_tokens=tokens.expand(5, -1)), sampled)
+    requests = [SequenceRequest(0, SamplingParams(seed=5), candidate=number) for number in range(5)]
+    assert torch.equal(
+        Sampler(pipeline.transformer).generate(text, requests, init_tokens=tokens.expand(5, -1)), sampled
+    )
 
 
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
@@ -415,7 +417,7 @@ def test_generate_again_over_the_same_folder(
 ) -> None:
     _generate(kodalle_run / "model", tmp_path)
     monkeypatch.setattr("engine.commands.generate.contact_sheet", lambda *_, **__: os.abort)
-    with pytest.raises(AttributeError):  # dies before it is done: an old result.json would tell of a mixture
+    with pytest.raises(AttributeError):  # dies before it is done: an old result.json would describe a mixture
         _generate(kodalle_run / "model", tmp_path, seed=6)
     assert not (tmp_path / "result.json").exists()
 

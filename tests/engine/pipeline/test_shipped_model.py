@@ -1,4 +1,4 @@
-"""The models of this repository generate what their captions say, on a machine that never trained."""
+"""The models of this repository generate what their captions describe, on a machine that never trained."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ CAPTIONS = [
 ]
 
 
-def test_one_is_what_is_served_by_default() -> None:
+def test_the_model_of_photographs_is_served_by_default() -> None:
     assert (MODELS.parent / ServeSettings().model).resolve() == PHOTOS
     assert ServeSettings().model.startswith("./")  # `models/clothing` could also be a name on the hub
 
 
 @pytest.mark.parametrize("model", [DEMO, PHOTOS], ids=lambda model: model.name)
-def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
+def test_shipped_models_are_small_and_have_complete_cards(model: Path) -> None:
     assert sum(path.stat().st_size for path in model.iterdir()) < 40e6
     card = (model / "model_card.md").read_text(encoding="utf-8")
     for word in ("Data", "Licence", "Held-out figures", "Limits", "float16"):
@@ -41,7 +41,7 @@ def test_they_are_small_and_tell_where_they_come_from(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demos_model_generates_what_the_captions_say() -> None:
+def test_the_demos_model_generates_what_the_captions_describe() -> None:
     generations = Pipeline.from_pretrained(DEMO)([caption for caption, *_ in CAPTIONS], candidates=8, seed=7)
     best = [read(generation.candidates[0].image) for generation in generations]
     assert [(one.colour, one.category) for one in best] == [tuple(wanted) for _, *wanted in CAPTIONS]

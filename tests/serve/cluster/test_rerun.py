@@ -171,7 +171,7 @@ def test_an_exception_of_the_workers_own_code_is_not_rerun() -> None:
 def test_a_client_that_disconnects_closes_the_call(how: str) -> None:
     workers = Workers([None, Progress(16, 64), 60.0])
 
-    async def leave() -> None:
+    async def disconnect() -> None:
         events = generate_with_reruns(workers.send, JOB, on_rerun=lambda: None)
         assert isinstance(events, AsyncGenerator)
         async with aclosing(events):
@@ -183,7 +183,7 @@ def test_a_client_that_disconnects_closes_the_call(how: str) -> None:
                 await asyncio.wait({pending})
         assert workers.num_closed == 1
 
-    asyncio.run(leave())
+    asyncio.run(disconnect())
 
 
 # ------------------------------------------------------------------------------------------------- the worker's side
@@ -226,13 +226,13 @@ def test_closing_the_heartbeats_closes_the_job() -> None:
         finally:
             closed.append("job")
 
-    async def leave() -> None:
+    async def disconnect() -> None:
         async with aclosing(with_heartbeats(endless(), heartbeat_s=0.01)) as events:
             assert await anext(events) is None
             assert await anext(events) is None
         assert closed == ["job"]
 
-    asyncio.run(leave())
+    asyncio.run(disconnect())
 
 
 def test_without_the_record_of_delivered_events_a_client_would_get_one_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def test_a_key_is_requested_kept_for_the_tab_and_removed(open_in: Open, site_wit
         wait_done(page)
         assert page.evaluate("() => [...Object.values(localStorage)].join()").find(key) == -1
         assert page.evaluate("() => sessionStorage.getItem('kodalle.key')") == key
-        open_page(page, site.address)  # the same tab: not asked again
+        open_page(page, site.address)  # the same tab: no second question
         page.get_by_role("button", name="API 키 사용 중").click()
         page.get_by_role("button", name="지우기", exact=True).click()
         expect(page.locator("#key-button")).to_be_hidden()

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serve.scheduling.scheduler import MIN_RETRY_S, DeadlineTooShort, Scheduler, Ticket
+from serve.scheduling.scheduler import MIN_RETRY_S, Scheduler
+from serve.scheduling.tickets import DeadlineTooShort, Ticket
 
 FAR = 1e9
 

@@ -92,7 +92,7 @@ def test_other_sizes_arrays_and_modes_are_read_alike(examples: list[Example]) ->
 
 
 @pytest.mark.parametrize("value", [0, 40, 128, 250, 255, BACKGROUND, *(cloth for cloth, _ in COLOURS.values())])
-def test_blank_pictures_show_nothing(value: int | tuple[int, int, int]) -> None:
+def test_blank_images_show_nothing(value: int | tuple[int, int, int]) -> None:
     assert read(np.full((SIDE, SIDE, 3), value, dtype=np.uint8)) == NOTHING
 
 
@@ -170,7 +170,7 @@ def test_wrong_attributes_are_found(examples: list[Example]) -> None:
                 assert each["sleeve"] == each["category"]
 
 
-def test_score_counts_an_unasked_sleeve_by_the_category() -> None:
+def test_score_counts_an_unlabelled_sleeve_by_the_category() -> None:
     stated: Attributes = {"garment": "하의", "카테고리": "팬츠", "색상": "블루", "기장": "발목"}
     right = Reading(category="팬츠", colour="블루", sleeve=None)
     wrong = Reading(category="스커트", colour="블루", sleeve=None)
