@@ -78,7 +78,12 @@ def generate(
     ] = None,
     top: Annotated[int | None, _parameter("top", "4, or all where there are fewer")] = None,
     seed: Annotated[int | None, _parameter("seed", str(SamplingParams.seed))] = None,
-    out: Annotated[Path, typer.Option(help="folder for the images, sheet.png and result.json")] = Path("generations"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="folder for the images, sheet.png and result.json; replaces those of the last generation there"
+        ),
+    ] = Path("generations"),
     temperature: Annotated[float | None, _parameter("temperature", "the model's")] = None,
     top_k: Annotated[int | None, _parameter("top_k", "the model's")] = None,
     top_p: Annotated[float | None, _parameter("top_p", "the model's")] = None,

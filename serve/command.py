@@ -1,7 +1,7 @@
 """The `python -m serve` command: serves the page and the API on one port, and creates API keys.
 
     python -m serve [MODEL] [--host 127.0.0.1] [--port 8000] [--workers N] [--keys FILE] [--config FILE] [--without-ray]
-    python -m serve key NAME --file keys.yaml
+    kodalle serve key NAME --file keys.yaml
 
 Starts a private Ray, or with --without-ray one worker in this process. Once the server is ready, prints its address and
 its model. SIGTERM and SIGINT: refuses new requests, finishes the accepted ones, exits with 0.
@@ -53,11 +53,11 @@ def start(
     host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: a free one; default 8000")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes that generate; default 1")] = None,
-    keys: Annotated[Path | None, typer.Option(help="API keys, see `python -m serve key --help`")] = None,
+    keys: Annotated[Path | None, typer.Option(help="API keys, see `kodalle serve key --help`")] = None,
     config: Annotated[Path | None, typer.Option(help="a Ray Serve config, e.g. configs/serve.yaml")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly different images")
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: faster, slightly different images")
     ] = False,
     no_page: Annotated[bool, typer.Option("--no-page", help="serve the API only")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log captions")] = False,
@@ -119,7 +119,7 @@ def check_exposure(host: str, keys_file: str) -> None:
         raise InputError("--host", host, f"is not an address of this machine ({error})") from error
     if not keys_file and not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         remedy = (
-            "other machines can reach it: create a key with `python -m serve key NAME --file keys.yaml` and pass --keys"
+            "other machines can reach it: create a key with `kodalle serve key NAME --file keys.yaml` and pass --keys"
         )
         raise InputError("--host", host, remedy)
 

@@ -11,10 +11,10 @@ R cache rows computed, C model dim, N image tokens, V image vocabulary.
     step:  hidden of every sequence ─► head ─► token ─► embedding ─► layers over the cache ─► hidden of every sequence
 
 Batch invariance: neither the slot nor the rest of the batch changes a sequence's tokens. Noise is keyed by (seed,
-candidate, position, token id), see kernels/reference.py; what remains is arithmetic whose bits must not follow the
-number of rows. So as many rows are computed as the step model's arithmetic needs (its `padding_rule`: packed weights
-at least 4, plain ones multiples of 4, at least 16). `batch_invariant=False` drops that: tokens may then follow the
-batch. On CUDA library matrix products promise no such thing: see engine/decoding/cuda/graph_decoder.py for those.
+candidate, position, token id), see kernels/reference.py; what remains is arithmetic whose bits must not depend on
+the number of rows. So as many rows are computed as the step model's arithmetic needs (its `padding_rule`: packed weights
+at least 4, plain ones multiples of 4, at least 16). `batch_invariant=False` drops that: tokens may then depend on
+the batch. cuBLAS gives no such guarantee: on CUDA see engine/decoding/cuda/graph_decoder.py.
 """
 
 import torch
@@ -29,7 +29,7 @@ from engine.sampling_params import SequenceRequest
 
 
 class SlotDecoder:
-    """Sequences in flight, one token a step. Call it in eval mode and under `torch.inference_mode`, from one thread.
+    """Sequences in flight, one token a step. Use it with a model in eval mode and under `torch.inference_mode`, from one thread.
 
     Args:
         model: its weights must not change while sequences are in flight. For packed weights, a step model

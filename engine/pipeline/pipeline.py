@@ -116,7 +116,7 @@ class Pipeline:
         Args:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
-            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly.
+            int8: 8-bit arithmetic on a CPU: about half the time where the processor has VNNI, images that differ slightly.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
             codec_backend: what decodes images and embeds: torch, or onnx, the files that `kodalle export` wrote into the

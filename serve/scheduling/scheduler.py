@@ -1,7 +1,7 @@
 """The scheduler of a worker: grants slots to the sequences of requests, and decides which requests are admitted.
 
-Plain Python: no torch, no ray, no threads and no clock of its own. One thread calls it; `now` is in seconds of any
-monotonic clock. It counts slots and does not name them: the decoder allocates them to the granted sequences.
+Plain Python: no torch, no ray, no threads and no clock of its own. It is not thread-safe: callers hold a lock. `now` is in seconds of
+any monotonic clock. It counts slots and does not name them: the decoder allocates them to the granted sequences.
 
 Order. Sequences are granted by start-time fair queueing (serve/scheduling/fair_queue.py) on two levels: between keys, then
 between a key's requests; a sequence costs slots_per_sequence * steps_per_sequence. A key with a hundred requests delays

@@ -3,7 +3,7 @@
     submit ─► scheduler grants slots ─► prefill, add sequence ─► step, step … ─► request complete ─► postprocessing thread
     cancel ─► its slots are free before the next step
 
-Between two steps at most one new caption is prefilled (which costs as much arithmetic as a step of 129 sequences), so a
+Between two steps at most one new caption is prefilled (which costs as much arithmetic as a step of text_seq_len + 1 sequences), so a
 burst of captions does not stall the sequences in flight. Recent prefixes are cached and shared by their sequences. No
 sequence is started while more candidates wait for postprocessing than there are slots: if the VQGAN is slower than the
 steps, decoding on would fill the memory and delay results beyond their estimates.
