@@ -92,13 +92,13 @@ def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
         InputError: no such file, no YAML, a key given twice, or no `key: value` lines.
     """
     if not path.is_file():
-        raise InputError("--config", path, f"no such file: give a YAML file, e.g. {example}")
+        raise InputError("config", path, f"no such file: give a YAML file, e.g. {example}")
     try:
         tree = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("--config", path, f"is not valid YAML: {error}") from error
+        raise InputError("config", path, f"is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise InputError("--config", path, "must hold `key: value` lines")
+        raise InputError("config", path, "must hold `key: value` lines")
     return tree
 
 

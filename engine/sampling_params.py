@@ -194,8 +194,11 @@ def check_captions(captions: Any) -> list[str]:
     for caption in captions:
         if not isinstance(caption, str):
             raise InputError("captions", _shown(caption), "every caption must be a string")
-    if not captions or not all(caption.strip() for caption in captions):
-        raise InputError("caption", _shown(list(captions)), "give a caption that is not empty")
+    if not captions:
+        raise InputError("caption", "[]", "give a caption that is not empty")
+    empty = next((caption for caption in captions if not caption.strip()), None)
+    if empty is not None:
+        raise InputError("caption", _shown(empty), "give a caption that is not empty")
     return list(captions)
 
 
