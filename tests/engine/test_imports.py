@@ -17,7 +17,6 @@ MODULES = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for pa
 _IMPORT_ALL = """
 import importlib, json, logging, os, signal, sys
 import torch
-from tests.paths import REPOSITORY
 
 def state():
     return {
