@@ -89,7 +89,6 @@ def _shrink(tree: dict[str, object]) -> None:
         tree |= {"augmented_views": 1, "augment_shift": 1}
 
 
-@pytest.mark.exclusive
 @pytest.mark.slow
 def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> None:
     shell.run("kodalle data make-demo PHOTOS --count 24 --image-size 64")  # the reader's own photographs
