@@ -21,6 +21,7 @@ EXTRAS_OF_FOLDER = {
     "engine/metrics/fid.py": {"train"},
     "engine/codec": {"onnx"},
     "engine/models/attention.py": {"gpu"},
+    "engine/models/efficientnet_lite0.py": {"train"},
     "engine/decoding/cuda": {"gpu"},
     "engine": set[str](),
     "kernels": {"gpu"},

