@@ -27,7 +27,7 @@ class VqganConfig(Section):
     """VQGAN f16/16384 by default: 76,073,859 parameters without loss modules (taming `VQModel`)."""
 
     image_size: int = Field(256, gt=0, description="pixels, square")
-    base_channels: int = Field(128, gt=0, description="a multiple of 32: taming's GroupNorm has 32 groups")
+    base_channels: int = Field(128, gt=0, description="channels of the first level; a multiple of norm_groups")
     channel_multipliers: tuple[int, ...] = Field(
         (1, 1, 2, 2, 4),
         description="channels of each level over base_channels; each level but the last halves the size",
@@ -63,8 +63,6 @@ class VqganConfig(Section):
             raise ValueError(f"image_size {self.image_size} must be divisible by 2**(levels - 1)")
         if self.base_channels % self.norm_groups:
             raise ValueError(f"norm_groups {self.norm_groups} must divide base_channels {self.base_channels}")
-        if self.base_channels % 32:
-            raise ValueError(f"base_channels {self.base_channels} must be a multiple of 32 (GroupNorm groups)")
         return self
 
 
@@ -198,8 +196,14 @@ class VqganLossConfig(Section):
         "l1", description="distance between the pixels of image and reconstruction"
     )
     codebook_weight: float = Field(1.0, ge=0, description="of the quantiser's loss")
-    perceptual_weight: float = Field(1.0, ge=0, description="of LPIPS; above 0 it needs perceptual_weights")
-    perceptual_weights: Path | None = Field(None, description="VGG16 + LPIPS heads as safetensors or .pth")
+    perceptual: Literal["lpips", "efficientnet-lite0", "none"] = Field(
+        "lpips", description="distance in a trained network's features; lpips needs perceptual_weights"
+    )
+    perceptual_weight: float = Field(1.0, gt=0, description="of the perceptual distance")
+    perceptual_weights: Path | None = Field(None, description="for lpips: VGG16 + LPIPS heads as safetensors or .pth")
+    perceptual_shift: int = Field(
+        0, ge=0, description="largest shift, in pixels, of the window that the perceptual distance sees, step by step"
+    )
     disc_start: int = Field(53688, ge=0, description="step from which the discriminator takes part")
     disc_weight: float = Field(0.2, ge=0, description="of the adversarial loss; 0: no discriminator is built")
     feature_weight: float = Field(0.0, ge=0, description="of the distance between the discriminator's hidden features")

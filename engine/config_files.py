@@ -125,8 +125,8 @@ def _reject_none_text(node: Any, source: str, where: str = "") -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _reject_none_text(value, source, f"{where}.{index}")
-    elif node == "none" and where.startswith("deepspeed."):
-        pass  # a value of DeepSpeed's own: offload_optimizer.device, for one
+    elif node == "none" and (where.startswith("deepspeed.") or where == "loss.perceptual"):
+        pass  # a value of its own there; DeepSpeed has offload_optimizer.device, for one
     elif node in ("None", "none", "NONE"):
         raise InputError(where, repr(node), f"is a text, not 'nothing' (in {source}): write null, or remove the line")
 

@@ -164,7 +164,7 @@ def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
         }
         if stage == "vqgan":
             # The codebook starts at step 2, the discriminator joins at 3, unused entries are reset at 4 and 6.
-            tree["loss"] = {"perceptual_weight": 0, "disc_start": 3, "disc_channels": 8, "disc_layers": 1}
+            tree["loss"] = {"perceptual": "none", "disc_start": 3, "disc_channels": 8, "disc_layers": 1}
             tree["codebook_reset"] = {"start_step": 2, "reset_every": 2}
             tree["model"] = dict(VQGAN)
             tree["deepspeed"]["zero_optimization"] = {"stage": 2}

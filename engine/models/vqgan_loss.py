@@ -4,12 +4,12 @@ Computes taming's `VQLPIPSWithDiscriminator` as two pure functions, because gene
 DeepSpeed engines with an optimiser each. One difference: before `disc_start` taming runs the discriminator and
 multiplies by zero; here it does not run.
 
-    generator:      L = |x - x'| + w_p LPIPS(x, x') + w_f F(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
+    generator:      L = |x - x'| + w_p P(x, x') + w_f F(x, x') + w_c L_quantiser + lambda * w_d * (-mean D(x'))
                     lambda = clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), gradients at the decoder's last convolution
                     F = mean over D's hidden layers of mean |D_l(x) - D_l(x')|
     discriminator:  L = (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2
 
-`feature_weight` (0 as published) is for trainings without LPIPS weights: the hidden layers of the discriminator learn
+P is LPIPS as published, or another distance of engine.models.perceptual. `feature_weight` (0 as published) is for trainings without LPIPS weights: the hidden layers of the discriminator learn
 from the images what makes one look real. nll is everything before lambda.
 
 Shapes: B images, S pixels. `images` are [0, 1] as everywhere; `reconstruction` is [-1, 1] as `Vqgan.forward` returns
@@ -27,7 +27,7 @@ from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 
 from engine.config import VqganLossConfig
-from engine.models.perceptual import Perceptual
+from engine.models.perceptual import PerceptualDistance, shifted_windows
 from engine.models.vqgan import to_signed_range
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
@@ -64,7 +64,7 @@ def generator_loss(
     *,
     step: int,
     config: VqganLossConfig,
-    perceptual: Perceptual | None,
+    perceptual: PerceptualDistance | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of encoder, codebook and decoder.
 
@@ -78,10 +78,10 @@ def generator_loss(
         last_layer_weight: `Vqgan.last_layer_weight`; must be whole (not partitioned as by ZeRO stage 3).
         step: training step from 0.
         config: weights.
-        perceptual: required when `config.perceptual_weight` > 0.
+        perceptual: the distance of `config.perceptual`; None for `none`.
 
     Returns:
-        scalar loss, and detached 0-d float32 tensors: loss, pixel, quantiser, perceptual (when weighted), and while
+        scalar loss, and detached 0-d float32 tensors: loss, pixel, quantiser, perceptual (where there is one), and while
         the discriminator takes part features (when weighted), generator and adaptive_weight (0 where gradients are off,
         as in taming).
 
@@ -93,10 +93,11 @@ def generator_loss(
     pixel = _pixel_loss(reconstruction, target, config.pixel)
     scalars = {"pixel": pixel.detach(), "quantiser": quantiser_loss.detach().float()}
     nll = pixel
-    if config.perceptual_weight > 0:
-        if perceptual is None:
-            raise ValueError("perceptual_weight > 0 needs a Perceptual module")
-        distance = perceptual(reconstruction, target).mean()
+    if (perceptual is None) != (config.perceptual == "none"):
+        raise ValueError(f"config.perceptual is {config.perceptual}, the distance given is {perceptual}")
+    if perceptual is not None:
+        windows = shifted_windows(reconstruction, target, largest=config.perceptual_shift, seed=step)
+        distance = perceptual(*windows).mean()
         scalars["perceptual"] = distance.detach()
         nll = nll + config.perceptual_weight * distance
     if not discriminator_active(step, config):

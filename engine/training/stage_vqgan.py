@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engine.config import VqganLossConfig, VqganRun
 from engine.errors import InputError
 from engine.models.folder import Part, read_part, write_model_folder
-from engine.models.perceptual import Perceptual, perceptual_from_config
+from engine.models.perceptual import PerceptualDistance, perceptual_from_config
 from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
@@ -48,9 +48,7 @@ class VqganStage:
         if self.pairs.validation:
             held_out_order = validation_order(len(self.pairs.validation), self._batch_size, seed=run.seed, world=world)
             self.validation_source = image_source(held_out, held_out_order, flip=False)
-        self.perceptual = perceptual_from_config(run.loss)
-        if self.perceptual is not None:
-            self.perceptual.to(world.device)
+        self.perceptual = perceptual_from_config(run.loss, world.device)
         self._discriminating = run.loss.disc_weight > 0
         self._quantised = run.codebook_reset.start_step == 0
         if zero_stage(run.deepspeed) == 3:
@@ -197,7 +195,7 @@ class _WithLoss(nn.Module):
         discriminator: nn.Module | None,
         step: int,
         config: VqganLossConfig,
-        perceptual: Perceptual | None,
+        perceptual: PerceptualDistance | None,
         quantised: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Loss, scalars to log, reconstruction (B, 3, S, S) without a graph, image tokens (B, N)."""

@@ -135,6 +135,13 @@ def test_text_none_is_rejected_everywhere(write: Write, text: str) -> None:
     assert _fault(write(model={"channel_multipliers": [1, text]})).field == "model.channel_multipliers.1"
 
 
+def test_no_perceptual_loss_is_called_none(write: Write) -> None:
+    run = load_run(write(), ["loss.perceptual=none"])
+    assert isinstance(run, VqganRun)
+    assert run.loss.perceptual == "none"
+    assert _fault(write(), "loss.perceptual=None").field == "loss.perceptual"
+
+
 def test_deepspeed_keeps_its_own_word_none(write: Write) -> None:
     settings = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
     assert load_run(write(deepspeed=settings)).deepspeed == settings

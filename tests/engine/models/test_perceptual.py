@@ -1,165 +1,71 @@
-"""LPIPS equals the paper's formula written out on its own, and weights are read by their public names."""
-
-from pathlib import Path
+"""The perceptual distance of a config, its formula on Lite0 features, and the windows that it sees."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import VqganLossConfig
-from engine.errors import InputError
-from engine.models.perceptual import Perceptual, load_perceptual, perceptual_from_config
+from engine.models.efficientnet_lite0 import load_efficientnet_lite0
+from engine.models.perceptual import Lite0Distance, perceptual_from_config, shifted_windows
 
-# torchvision's VGG16 up to relu5_3: convolution index -> (in, out), "pool" between, LPIPS layers end at these indices
-PLAN: list[tuple[int, int, int] | str] = [
-    (0, 3, 64),
-    (2, 64, 64),
-    "pool",
-    (5, 64, 128),
-    (7, 128, 128),
-    "pool",
-    (10, 128, 256),
-    (12, 256, 256),
-]
-PLAN += [(14, 256, 256), "pool", (17, 256, 512), (19, 512, 512), (21, 512, 512), "pool"]
-PLAN += [(24, 512, 512), (26, 512, 512), (28, 512, 512)]
-TAPS = [2, 7, 14, 21, 28]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def weights() -> dict[str, Tensor]:
-    """Random weights under the names of torchvision's VGG16 and of LPIPS's vgg.pth."""
+def distance() -> Lite0Distance:
+    built = perceptual_from_config(VqganLossConfig(perceptual="efficientnet-lite0"), CPU)
+    assert isinstance(built, Lite0Distance)
+    return built
+
+
+def test_none_is_none() -> None:
+    assert perceptual_from_config(VqganLossConfig(perceptual="none"), CPU) is None
+
+
+def test_it_is_the_sum_of_squared_differences_of_unit_features(distance: Lite0Distance) -> None:
     generator = torch.Generator().manual_seed(0)
-    named: dict[str, Tensor] = {}
-    for step in PLAN:
-        if not isinstance(step, str):
-            index, inside, out = step
-            scale = (2 / (9 * inside)) ** 0.5
-            named[f"features.{index}.weight"] = torch.randn(out, inside, 3, 3, generator=generator) * scale
-            named[f"features.{index}.bias"] = torch.randn(out, generator=generator) * 0.1
-    for layer, channels in enumerate((64, 128, 256, 512, 512)):
-        named[f"lin{layer}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator)
-    return named
+    a, b = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+    network = load_efficientnet_lite0(field="x")
+    expected = torch.zeros(2)
+    for x, y in zip(network.features((a + 1) / 2).taps, network.features((b + 1) / 2).taps, strict=True):
+        cosines = torch.cosine_similarity(x, y, dim=1)  # |u - v|^2 = 2 - 2 cos of unit vectors
+        expected += (2 - 2 * cosines).mean(dim=(1, 2))
+    torch.testing.assert_close(distance(a, b), expected, rtol=1e-4, atol=1e-5)
+    assert distance(a, a).abs().max() == 0
 
 
-def _lpips(weights: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
-    def taps(x: Tensor) -> list[Tensor]:
-        x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[
-            :, None, None
-        ]
-        found = []
-        for step in PLAN:
-            if isinstance(step, str):
-                x = F.max_pool2d(x, 2, 2)
-                continue
-            x = torch.relu(
-                F.conv2d(x, weights[f"features.{step[0]}.weight"], weights[f"features.{step[0]}.bias"], padding=1)
-            )
-            if step[0] in TAPS:
-                found.append(x)
-        return found
-
-    total = torch.zeros(len(a), 1, 1, 1)
-    for layer, (x, y) in enumerate(zip(taps(a), taps(b), strict=True)):
-        x, y = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in (x, y))
-        total += F.conv2d((x - y) ** 2, weights[f"lin{layer}.model.1.weight"]).mean((2, 3), keepdim=True)
-    return total.flatten()
-
-
-@pytest.fixture(scope="module")
-def one_file(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "perceptual.safetensors"
-    save_file(weights | {"classifier.0.weight": torch.zeros(2)}, path)
-    return path
-
-
-def test_size() -> None:
-    with torch.device("meta"):
-        assert sum(parameter.numel() for parameter in Perceptual().parameters()) == 14_716_160
-
-
-def test_equals_the_formula(weights: dict[str, Tensor], one_file: Path) -> None:
-    perceptual = load_perceptual(one_file)
-    a, b = torch.rand(2, 2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    a.requires_grad_()
-    expected = _lpips(weights, a, b)
-    distance = perceptual(a, b)
-    torch.testing.assert_close(distance, expected)
-    ours, theirs = (torch.autograd.grad(value.sum(), a)[0] for value in (distance, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
-    assert perceptual(b, b).abs().max() == 0
-    assert not any(parameter.requires_grad for parameter in perceptual.parameters())
-
-
-def test_gradient_is_finite_where_nothing_fires() -> None:
-    perceptual = Perceptual()
-    for convolution in perceptual.convolutions.values():
-        torch.nn.init.zeros_(convolution.weight)  # type: ignore[arg-type]
-        torch.nn.init.constant_(convolution.bias, -1.0)  # type: ignore[arg-type]
-    images = torch.rand(1, 3, 16, 16, requires_grad=True)
-    perceptual(images, torch.rand(1, 3, 16, 16)).sum().backward()
+def test_gradients_flow_into_the_images_alone(distance: Lite0Distance) -> None:
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)  # even ground: features may all be alike
+    distance(images, torch.rand(1, 3, 32, 32)).sum().backward()
     assert images.grad is not None
     assert images.grad.isfinite().all()
+    assert images.grad.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+    target = torch.rand(1, 3, 32, 32, requires_grad=True)
+    distance(torch.rand(1, 3, 32, 32), target).sum().backward()
+    assert target.grad is not None
+    assert target.grad.abs().max() > 0
 
 
-def test_a_folder_with_two_pth_files(weights: dict[str, Tensor], one_file: Path, tmp_path: Path) -> None:
-    torch.save({name: value for name, value in weights.items() if name.startswith("features")}, tmp_path / "vgg16.pth")
-    torch.save({name: value for name, value in weights.items() if name.startswith("lin")}, tmp_path / "vgg.pth")
-    (tmp_path / "README").write_text("not weights")
-    expected = load_perceptual(one_file).state_dict()
-    loaded = load_perceptual(tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+def test_it_sees_blur_where_pixels_do_not(distance: Lite0Distance) -> None:
+    """Two errors of equal mean square: a blurred pattern is further from the original than an even change of light."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(1, 3, 64, 64, generator=generator) - 0.5
+    blurred = torch.nn.functional.avg_pool2d(image, 5, stride=1, padding=2)
+    light = (blurred - image).square().mean().sqrt()
+    assert distance(blurred, image) > 3 * distance(image + light, image)
 
 
-def test_names_inside_a_taming_checkpoint(weights: dict[str, Tensor], one_file: Path, tmp_path: Path) -> None:
-    stages = {0: 1, 2: 1, 5: 2, 7: 2, 10: 3, 12: 3, 14: 3, 17: 4, 19: 4, 21: 4, 24: 5, 26: 5, 28: 5}
-    theirs = {"decoder.conv_in.weight": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(1)}
-    for name, value in weights.items():
-        part, index, *rest = name.split(".")
-        name = f"net.slice{stages[int(index)]}.{index}.{rest[0]}" if part == "features" else name
-        theirs[f"loss.perceptual_loss.{name}"] = value
-    torch.save({"state_dict": theirs, "epoch": 3}, tmp_path / "last.pth")
-    expected = load_perceptual(one_file).state_dict()
-    loaded = load_perceptual(tmp_path / "last.pth").state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-
-
-def test_config_decides(one_file: Path) -> None:
-    assert perceptual_from_config(VqganLossConfig(perceptual_weight=0)) is None
-    assert isinstance(perceptual_from_config(VqganLossConfig(perceptual_weights=one_file)), Perceptual)
-    with pytest.raises(InputError, match=r"set loss.perceptual_weights to .*, or loss.perceptual_weight=0"):
-        perceptual_from_config(VqganLossConfig())
-
-
-def test_faults_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    def refused(path: Path, message: str) -> None:
-        with pytest.raises(InputError, match=message) as caught:
-            load_perceptual(path)
-        assert str(tmp_path) in str(caught.value)
-
-    refused(tmp_path / "nothing.pth", "no such file")
-    refused(tmp_path, "no such file, or a folder without")
-    heads = {name: value for name, value in weights.items() if name.startswith("lin")}
-    save_file(heads, tmp_path / "heads.safetensors")
-    refused(tmp_path / "heads.safetensors", r"lacks `features.0.weight` \(26 tensors missing\)")
-    save_file(weights | {"features.0.bias": torch.zeros(3)}, tmp_path / "shape.safetensors")
-    refused(tmp_path / "shape.safetensors", r"`features.0.bias` is \(3,\), VGG16 has \(64,\)")
-    refused(tmp_path, "is there twice")
-    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
-    refused(tmp_path / "broken.safetensors", "cannot be read as plain tensors")
-    (tmp_path / "broken.pth").write_bytes(b"nonsense")
-    refused(tmp_path / "broken.pth", "cannot be read as plain tensors")
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (print, ("code ran",))
-
-
-def test_pickled_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match="cannot be read as plain tensors"):
-        load_perceptual(tmp_path / "evil.pth")
-    assert "code ran" not in capsys.readouterr().out
+def test_windows_are_the_same_of_both_and_follow_the_seed() -> None:
+    images = torch.arange(2 * 3 * 16 * 16, dtype=torch.float32).view(2, 3, 16, 16)
+    seen = set()
+    for seed in range(200):
+        window, target = shifted_windows(images, -images, largest=3, seed=seed)
+        assert window.shape == (2, 3, 13, 13)
+        assert torch.equal(window, -target)
+        again, _ = shifted_windows(images, images, largest=3, seed=seed)
+        assert torch.equal(again, window)
+        seen.add(int(window[0, 0, 0, 0]))
+    assert seen == {16 * top + left for top in range(4) for left in range(4)}
+    same: tuple[Tensor, Tensor] = shifted_windows(images, images, largest=0, seed=1)
+    assert same[0] is images

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import VqganLossConfig
-from engine.models.perceptual import Perceptual
+from engine.models.lpips import Lpips
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
 
 
@@ -22,9 +22,7 @@ class LastLayer(nn.Module):
 
 
 def _config(**changes: object) -> VqganLossConfig:
-    return VqganLossConfig(
-        **({"perceptual_weight": 0, "disc_start": 5, "disc_channels": 8, "disc_layers": 2} | changes)
-    )
+    return VqganLossConfig(**({"perceptual": "none", "disc_start": 5, "disc_channels": 8, "disc_layers": 2} | changes))
 
 
 @pytest.fixture
@@ -75,9 +73,9 @@ def test_before_the_start(parts: tuple[nn.Module, LastLayer, Tensor, Tensor], pi
 def test_after_the_start_equals_taming_s_formula(parts: tuple[nn.Module, LastLayer, Tensor, Tensor]) -> None:
     discriminator, decoder, hidden, images = parts
     torch.manual_seed(1)
-    perceptual = Perceptual()
+    perceptual = Lpips()
     weight = decoder.conv_out.weight
-    config = _config(perceptual_weight=0.5, disc_weight=0.8)
+    config = _config(perceptual="lpips", perceptual_weight=0.5, disc_weight=0.8)
     target = 2 * images - 1
 
     reconstruction = decoder(hidden)
@@ -207,5 +205,5 @@ def test_missing_parts_are_named(parts: tuple[nn.Module, LastLayer, Tensor, Tens
     arguments = (decoder(hidden), images, torch.tensor(0.0), decoder.conv_out.weight)
     with pytest.raises(ValueError, match="discriminator"):
         generator_loss(None, *arguments, step=5, config=_config(), perceptual=None)
-    with pytest.raises(ValueError, match="Perceptual"):
-        generator_loss(None, *arguments, step=0, config=_config(perceptual_weight=1), perceptual=None)
+    with pytest.raises(ValueError, match="lpips"):
+        generator_loss(None, *arguments, step=0, config=_config(perceptual="lpips"), perceptual=None)
