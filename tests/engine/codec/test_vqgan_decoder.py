@@ -28,6 +28,13 @@ _COMMON: dict[str, Any] = {"base_channels": 32, "latent_channels": 16, "embed_di
 CONFIGS = {
     "attention": {"image_size": 32, "channel_multipliers": (1, 1, 2), "attention_resolutions": (8,)},
     "narrow": {"image_size": 48, "channel_multipliers": (1, 2, 2, 4), "norm_groups": 4, "attention_resolutions": ()},
+    "base 16": {
+        "base_channels": 16,
+        "image_size": 48,
+        "channel_multipliers": (1, 2, 4, 8),
+        "norm_groups": 4,
+        "attention_resolutions": (),
+    },
     "odd maps": {"image_size": 20, "channel_multipliers": (1, 2, 1), "attention_resolutions": (5, 20)},
 }
 
@@ -68,7 +75,9 @@ def _tokens(vqgan: Vqgan, count: int) -> Tensor:
 
 
 @ROW_TILES
-@pytest.mark.parametrize(("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("odd maps", 2)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("base 16", 3), ("odd maps", 2)]
+)
 def test_equals_the_vqgan(name: str, count: int, row_tiles: bool) -> None:
     vqgan = _vqgan(name)
     tokens = _tokens(vqgan, count)

@@ -27,6 +27,26 @@ def vqgan() -> Vqgan:
     return model.eval()
 
 
+@pytest.mark.parametrize(("base_channels", "norm_groups"), [(16, 4), (8, 8), (24, 3), (32, 32)])
+def test_narrow_networks_have_the_groups_of_the_config(base_channels: int, norm_groups: int) -> None:
+    """taming's 32 groups would not even build at these widths; built afterwards, others have 32 again."""
+    sizes = {"base_channels": base_channels, "norm_groups": norm_groups}
+    model = Vqgan(VqganConfig(**(TINY.model_dump() | sizes)))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms
+    assert {norm.num_groups for norm in norms} == {norm_groups}
+    assert model.decode(model.encode(_images())).shape == (2, 3, 32, 32)
+    published = Encoder(
+        ch=32, out_ch=3, num_res_blocks=1, attn_resolutions=[], in_channels=3, resolution=32, z_channels=8
+    )
+    assert published.norm_out.num_groups == 32
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="norm_groups 5 must divide base_channels 16"):
+        VqganConfig(base_channels=16, norm_groups=5)
+
+
 def _images(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
