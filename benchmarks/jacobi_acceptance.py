@@ -28,7 +28,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,19 +84,21 @@ class Sequences:
         for number, read in enumerate((prefix.keys, prefix.values)):
             self._kv[number, :, :, :, : config.prefix_len] = read[:, caption].transpose(2, 3)
         self.first_logits = model.head.image_logits(model.head.norm(prefix.hidden[caption]))  # (B, V)
-        self._positions = model.image_embedding.position_table()
+        self._positions = model.input_positions()
 
     def logits(self, indices: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
         """tokens (A, w) at grid cells (A, w) of sequences (A,) -> what they predict, (A, w, V)."""
         places = self.prefix_len + cells
         x = self.model.image_embedding.tokens[tokens] + self._positions[cells.clamp(max=len(self._positions) - 1)]
         seen = torch.arange(self._kv.shape[4]) <= places[:, :, None]  # (A, w, T)
-        for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
-            q, k, v = layer.attention.project(x)
+
+        def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self._kv[:, number]
             keys[indices[:, None], :, places], values[indices[:, None], :, places] = k, v
-            attended = F.scaled_dot_product_attention(q.transpose(1, 2), keys[indices], values[indices], seen[:, None])
-            x = layer.feed_forward(layer.attention.add(x, attended.transpose(1, 2)))
+            read = (q.transpose(1, 2), keys[indices], values[indices], seen[:, None])
+            return F.scaled_dot_product_attention(*read).transpose(1, 2)
+
+        x = self.model.apply_layers(x, attend)
         return self.model.head.image_logits(self.model.head.norm(x))
 
     def sample(self, indices: Tensor, cells: Tensor, logits: Tensor) -> Tensor:

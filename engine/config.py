@@ -81,6 +81,17 @@ class TransformerConfig(Section):
     text_position_rows: int = Field(514, gt=0, description="rows of the position table (RoBERTa: 514); row 0 is <bos>")
     image_vocab_size: int = Field(16384, gt=1, description="entries of the VQGAN's codebook")
     image_grid_size: int = Field(16, gt=0, description="image tokens along one side")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head, without weights")
+    zero_init_branches: bool = Field(
+        False, description="start the last projection of every branch at 0 and the branches' scales at 1"
+    )
+    x0_scalars: bool = Field(
+        False,
+        description="two scalars a layer: its input is r * x + s * the first layer's input; r starts at 1, s at 0",
+    )
+    target_positions: bool = Field(
+        False, description="each input also carries the position of the token that it predicts; for order_annealing"
+    )
 
     @property
     def image_seq_len(self) -> int:

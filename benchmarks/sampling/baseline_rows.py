@@ -66,7 +66,7 @@ def cached_row(model: KoDalle, text_tokens: Tensor, plan: SamplingPlan, variant:
     """A plain loop with a concatenated cache for the candidates of one caption; text_tokens (1, T)."""
     config, device = model.config, text_tokens.device
     row: Row = {"what": "cached", "variant": variant.name, "images": images}
-    prefix = model.text_embedding(text_tokens.expand(images, -1))  # (B, P, C)
+    prefix = model.embed_prefix(text_tokens.expand(images, -1))  # (B, P, C)
     read = lambda: plain_sample(cached_logits(model, prefix, empty_cache(model, images)))
     read()
     if images == 1 or plan.lengths_many == 0:

@@ -8,7 +8,6 @@ B sequences, T positions, H heads, D head dim, P prefix positions, N image token
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +34,10 @@ def uncached_logits(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor) -
     Returns:
         (B, J) logits of the last position, text rows masked with the lowest finite number.
     """
-    x = torch.cat([model.text_embedding(text_tokens), model.image_embedding(image_tokens)], dim=1)  # (B, P + n, C)
+    image = F.embedding(image_tokens, model.image_embedding.tokens) + model.input_positions()[: image_tokens.shape[1]]
+    x = start = torch.cat([model.embed_prefix(text_tokens), image], dim=1)  # (B, P + n, C)
     for layer in model.layers:
-        x = layer(x)
+        x = layer(x, start)
     logits = F.linear(model.head.norm(x), model.head.weight, model.head.bias)  # (B, P + n, J)
     position = torch.arange(logits.shape[1], device=x.device)[:, None]
     is_text_row = torch.arange(logits.shape[2], device=x.device) < model.head.num_text_rows
@@ -105,19 +105,21 @@ def random_cache(model: KoDalle, num_sequences: int, length: int) -> GrowingCach
 def cached_logits(model: KoDalle, x: Tensor, cache: GrowingCache) -> Tensor:
     """Reads x (B, T, C) behind what the cache holds, which grows by T; (B, V) logits of the last position."""
     is_prefix = cache.length == 0
-    for number, layer in enumerate(cast(list[Layer], list(model.layers))):
-        q, k, v = (part.transpose(1, 2) for part in layer.attention.project(x))  # (B, H, T, D) each
-        cache.keys[number] = torch.cat([cache.keys[number], k], dim=2)
-        cache.values[number] = torch.cat([cache.values[number], v], dim=2)
-        attended = F.scaled_dot_product_attention(q, cache.keys[number], cache.values[number], is_causal=is_prefix)
-        x = layer.feed_forward(layer.attention.add(x, attended.transpose(1, 2)))
+
+    def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.keys[number] = torch.cat([cache.keys[number], k.transpose(1, 2)], dim=2)
+        cache.values[number] = torch.cat([cache.values[number], v.transpose(1, 2)], dim=2)
+        read = (q.transpose(1, 2), cache.keys[number], cache.values[number])
+        return F.scaled_dot_product_attention(*read, is_causal=is_prefix).transpose(1, 2)
+
+    x = model.apply_layers(x, attend)
     joint = F.linear(model.head.norm(x[:, -1]), model.head.weight, model.head.bias)  # (B, J)
     return joint[:, model.head.num_text_rows :]
 
 
 def cached_step(model: KoDalle, tokens: Tensor, position: int, cache: GrowingCache) -> Tensor:
     """Feeds the tokens (B,) of a grid cell and samples the next ones (B,)."""
-    place = model.image_embedding.position_table()[position]
+    place = model.input_positions()[position]
     x = (F.embedding(tokens, model.image_embedding.tokens) + place)[:, None]  # (B, 1, C)
     return plain_sample(cached_logits(model, x, cache))
 
@@ -131,7 +133,7 @@ def plain_sample(logits: Tensor) -> Tensor:
 def sample_cached(model: KoDalle, text_tokens: Tensor, *, num_sequences: int) -> Tensor:
     """Candidates of one caption, each with its own copy of it: text_tokens (1, text_seq_len) -> (B, N)."""
     cache = empty_cache(model, num_sequences)
-    prefix = model.text_embedding(text_tokens.expand(num_sequences, -1))  # (B, P, C)
+    prefix = model.embed_prefix(text_tokens.expand(num_sequences, -1))  # (B, P, C)
     tokens = [plain_sample(cached_logits(model, prefix, cache))]
     for position in range(model.config.image_seq_len - 1):
         tokens.append(cached_step(model, tokens[-1], position, cache))

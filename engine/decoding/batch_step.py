@@ -2,7 +2,7 @@
 
 B sequences, U of them guided, R cache sequences computed, w window, C model dim, N image tokens, V image vocabulary.
 
-    tokens (B, w) ─► embed ─► [ project ─► KV cache ─► finish ] x layers ─► hidden (R, w, C)
+    tokens (B, w) ─► embed ─► [ mix ─► project ─► KV cache ─► finish ] x layers ─► hidden (R, w, C)
     hidden ─► head norm ─► guidance ─► head ─► logits (B, w, V) ─► next tokens (B, w)
 """
 
@@ -100,9 +100,10 @@ def run_layers(
         fed[batch.unconditional_rows], held[batch.unconditional_rows] = tokens[batch.guided], lengths[batch.guided]
     offsets = torch.arange(w, dtype=torch.int64, device=model.device)
     cells = (held[:, None] + offsets).clamp(max=N - 1)  # (R, w)
-    x = rule.fill(model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
+    x = start = rule.fill(model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
     cache.begin_step(held, longest)
     for number, layer in enumerate(model.layers):
+        x = model.mix(number, x, start)
         qkv = rule.tiled(layer.project, x)  # (at least R * w, 3, H, D)
         attended = cache.append_and_attend(number, qkv[: R * w].unflatten(0, (R, w))).flatten(0, 1)
         x = rule.tiled(layer.finish, x, rule.fill(attended))

@@ -14,7 +14,6 @@ global state: default dtype, autocast, inference mode.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -100,13 +99,7 @@ class Sampler:
         with evaluating(self.model):
             # One caption at a time: its bits cannot depend on the others, and 1 + text_seq_len positions fill a core.
             for g, tokens in enumerate(text_tokens.to(weight.device)):
-                x = self.model.text_embedding(tokens[None])  # (1, P, C)
-                for number, layer in enumerate(cast(list[Layer], list(self.model.layers))):
-                    q, k, v = layer.attention.project(x)
-                    prefix.keys[number, g], prefix.values[number, g] = k[0], v[0]
-                    attended = attention(q, k, v, causal=True, backend=layer.attention.backend)
-                    x = layer.feed_forward(layer.attention.add(x, attended))
-                prefix.hidden[g] = x[0, -1]
+                prefix.hidden[g] = _read_caption(self.model, tokens, prefix.keys[:, g], prefix.values[:, g])
         return prefix
 
     def decode(
@@ -193,6 +186,16 @@ class Sampler:
         whole = torch.full((num_sequences, config.image_seq_len), -1, dtype=torch.int64, device=device)
         whole[:, : init_tokens.shape[1]] = init_tokens.to(device, torch.int64)
         return whole
+
+
+def _read_caption(model: KoDalle, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """tokens (text_seq_len,) -> the last position's output (C,); keys and values (L, P, H, D) are written."""
+
+    def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys[number], values[number] = k[0], v[0]
+        return attention(q, k, v, causal=True, backend=layer.attention.backend)
+
+    return model.apply_layers(model.embed_prefix(tokens[None]), attend)[0, -1]
 
 
 @contextlib.contextmanager

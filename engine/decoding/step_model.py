@@ -2,8 +2,9 @@
 
 R rows, C model dim, H heads, D head dim, V image vocabulary, N image tokens.
 
-    embed ─► [ project ─► attention over the cache ─► finish ] x layers ─► hidden ─► norm ─► image_logits
+    embed ─► [ mix ─► project ─► attention over the cache ─► finish ] x layers ─► hidden ─► norm ─► image_logits
 
+`mix` changes nothing but in models with x0 scalars, whose layers read the first one's input as well.
 The plain step model calls the model's own modules. engine/decoding/cpu/packed_weights.py makes others, for processors.
 """
 
@@ -79,11 +80,16 @@ class StepModel:
         self.layers, self.image_logits, self.padding_rule = tuple(layers), image_logits, padding_rule
         self.head_norm: Callable[[Tensor], Tensor] = model.head.norm
         self._tokens = model.image_embedding.tokens
-        self._positions = model.image_embedding.position_table().detach()  # (N, C)
+        self._positions = model.input_positions().detach()  # (N, C)
+        self._mixes = [layer.mix for layer in cast(list[Layer], list(model.layers))]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Image tokens (R,) at grid cells (R,) -> (R, C)."""
         return self._tokens[tokens] + self._positions[positions]
+
+    def mix(self, number: int, x: Tensor, start: Tensor) -> Tensor:
+        """What layer `number` (from 0) takes for x (R, C): see `Layer.mix`; start (R, C) is the first layer's input."""
+        return self._mixes[number](x, start)
 
     def without_padding(self) -> "StepModel":
         """The same weights, computing only the rows that are needed: not batch-invariant."""

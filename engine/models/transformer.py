@@ -12,6 +12,8 @@ checkpoints can be loaded and its parameter counts agree exactly (334,974,336 wi
 * <bos> is text id 0, put before a caption that itself begins with [CLS] = 0; position rows count from 0.
 * [PAD] = 1 is attended to and is a target: nothing is masked but the future.
 * Row 1 of both text tables gets no gradient (padding_idx of the language model they come from).
+* Options for small models (`TransformerConfig`: qk_norm, zero_init_branches, x0_scalars, target_positions) are off by
+  default and then leave no trace, neither in the parameters nor in the arithmetic. docs/training.md has their sources.
 * The head is one weight over the joint vocabulary [text | one reserved row per text position | image]. A text
   position may only predict text rows and an image position only image rows; cutting the weight into two views is
   the same function as masking the joint logits, at half the work and memory.
@@ -20,18 +22,22 @@ Each module uses only its own parameters in its own forward: DeepSpeed ZeRO-3 ga
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import TransformerConfig
-from engine.models.attention import AttentionBackend, attention
+from engine.models.attention import AttentionBackend, attention, normalised_heads
 from kernels.reference import geglu
 
 BOS_ID = 0
 PAD_ID = 1
+
+# (layer's number from 0, layer, q, k, v (B, T, H, D) each) -> (B, T, H, D)
+Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
@@ -67,6 +73,7 @@ class KoDalle(nn.Module):
         self.image_embedding = ImageEmbedding(config)
         self.layers = nn.ModuleList(Layer(config, number, attention_backend) for number in _layer_numbers(config))
         self.head = JointHead(config)
+        self.target_embedding = TargetEmbedding(config) if config.target_positions else None
         if embedding_std is not None:
             self._init_tables(embedding_std)
 
@@ -75,6 +82,7 @@ class KoDalle(nn.Module):
         text_tokens: Tensor,
         image_tokens: Tensor,
         noisy_image_tokens: Tensor | None = None,
+        orders: Tensor | None = None,
         *,
         loss_image_weight: float = 7.0,
     ) -> Losses:
@@ -84,11 +92,14 @@ class KoDalle(nn.Module):
             text_tokens: (B, text_seq_len) ids from [CLS] on, padded with [PAD].
             image_tokens: (B, image_seq_len) codebook ids, row by row: the targets.
             noisy_image_tokens: like image_tokens; the inputs, where they differ from the targets.
+            orders: (B, image_seq_len) int64, of each sequence the order in which its cells are predicted, a permutation;
+                None: row by row. Needs target positions.
             loss_image_weight: w in (text + w * image) / (1 + w).
         """
-        text_logits, image_logits = self.logits(
-            text_tokens, image_tokens if noisy_image_tokens is None else noisy_image_tokens
-        )
+        inputs = image_tokens if noisy_image_tokens is None else noisy_image_tokens
+        if orders is not None:
+            image_tokens, inputs = image_tokens.gather(1, orders), inputs.gather(1, orders)
+        text_logits, image_logits = self.logits(text_tokens, inputs, orders)
         loss_text = F.cross_entropy(text_logits.flatten(0, 1).float(), text_tokens.flatten())
         loss_image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
         loss = (loss_text + loss_image_weight * loss_image) / (1 + loss_image_weight)
@@ -96,12 +107,13 @@ class KoDalle(nn.Module):
             image_top1 = (image_logits.argmax(-1) == image_tokens).float().mean()
         return Losses(loss, loss_text.detach(), loss_image.detach(), image_top1)
 
-    def logits(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, text_tokens: Tensor, image_tokens: Tensor, orders: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of each position.
 
         Args:
             text_tokens: (B, text_seq_len).
             image_tokens: (B, n), 1 <= n <= image_seq_len; the last one is not an input.
+            orders: (B, n) int64, the grid cells that these tokens are of; None: the first n, row by row.
 
         Returns:
             (B, text_seq_len, text_vocab_size + text_seq_len) and (B, n, image_vocab_size).
@@ -109,11 +121,45 @@ class KoDalle(nn.Module):
         config = self.config
         assert text_tokens.shape[1] == config.text_seq_len, (text_tokens.shape, config.text_seq_len)
         assert 1 <= image_tokens.shape[1] <= config.image_seq_len, (image_tokens.shape, config.image_seq_len)
-        x = torch.cat([self.text_embedding(text_tokens), self.image_embedding(image_tokens[:, :-1])], dim=1)
+        assert orders is None or self.target_embedding is not None, "other orders need target positions"
+        text = self.text_embedding(text_tokens)  # (B, 1 + text_seq_len, C)
+        image = self.image_embedding(image_tokens[:, :-1], None if orders is None else orders[:, :-1])
+        if self.target_embedding is None:
+            x = torch.cat([text, image], dim=1)
+        else:
+            targets = self.target_embedding(image_tokens.shape[1], orders)  # (B or 1, n, C)
+            x = torch.cat([text[:, :-1], torch.cat([text[:, -1:], image], dim=1) + targets], dim=1)
+        start = x
         for layer in self.layers:
-            x = layer(x)  # (B, text_seq_len + n, C)
+            x = layer(x, start)  # (B, text_seq_len + n, C)
         text_logits, image_logits = self.head(x)
         return text_logits, image_logits
+
+    def embed_prefix(self, text_tokens: Tensor) -> Tensor:
+        """The layers' input for whole captions, (B, text_seq_len) -> (B, 1 + text_seq_len, C); cells come row by row."""
+        x: Tensor = self.text_embedding(text_tokens)
+        if self.target_embedding is None:
+            return x
+        return torch.cat([x[:, :-1], x[:, -1:] + self.target_embedding(1)], dim=1)
+
+    def input_positions(self) -> Tensor:
+        """(image_seq_len, C): what the input of each cell carries beside its token, where cells come row by row.
+
+        Its own position and, with target positions, that of the next cell. The last cell is never an input.
+        """
+        own = self.image_embedding.position_table()
+        if self.target_embedding is None:
+            return own
+        return own + F.pad(self.target_embedding.position_table()[1:], (0, 0, 0, 1))
+
+    def apply_layers(self, x: Tensor, attend: Attend) -> Tensor:
+        """The layers around an attention of the caller's, over a cache for example: (B, T, C) -> (B, T, C)."""
+        start = x
+        for number, layer in enumerate(cast(list[Layer], list(self.layers))):
+            x = layer.mix(x, start)
+            q, k, v = layer.attention.project(x)
+            x = layer.feed_forward(layer.attention.add(x, attend(number, layer, q, k, v)))
+        return x
 
     @torch.no_grad()
     def start_from_codebook(self, codes: Tensor) -> None:
@@ -142,6 +188,9 @@ class KoDalle(nn.Module):
                 table[PAD_ID].zero_()
             for table in (self.image_embedding.tokens, self.image_embedding.rows, self.image_embedding.columns):
                 table.normal_(0, std)
+            if self.target_embedding is not None:
+                for table in (self.target_embedding.rows, self.target_embedding.columns):
+                    table.normal_(0, std)
 
 
 class TextEmbedding(nn.Module):
@@ -175,26 +224,59 @@ class ImageEmbedding(nn.Module):
         self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
         self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
 
-    def forward(self, image_tokens: Tensor) -> Tensor:
-        """(B, n) ids of the first n grid cells, n may be 0 -> (B, n, C)."""
-        return F.embedding(image_tokens, self.tokens) + self.position_table()[: image_tokens.shape[1]]
+    def forward(self, image_tokens: Tensor, cells: Tensor | None = None) -> Tensor:
+        """(B, n) ids of the grid cells (B, n), by default the first n; n may be 0 -> (B, n, C)."""
+        table = self.position_table()
+        positions = table[: image_tokens.shape[1]] if cells is None else F.embedding(cells, table)
+        return F.embedding(image_tokens, self.tokens) + positions
 
     def position_table(self) -> Tensor:
         """(image_seq_len, C): position embedding of each grid cell, row by row."""
-        return (self.rows[:, None] + self.columns[None]).flatten(0, 1)
+        return _axial_table(self.rows, self.columns)
+
+
+class TargetEmbedding(nn.Module):
+    """The grid cell that an input must predict -> a vector that is added to it (RAR, arXiv 2411.00776).
+
+    Tables of its own, axial as the positions of the inputs: RAR learns one row a cell, which small data would rarely
+    visit in any one order.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
+        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
+
+    def forward(self, n: int, cells: Tensor | None = None) -> Tensor:
+        """Cells (B, n) -> (B, n, C); None: the first n, row by row -> (1, n, C)."""
+        table = self.position_table()
+        return table[None, :n] if cells is None else F.embedding(cells, table)
+
+    def position_table(self) -> Tensor:
+        """(image_seq_len, C)."""
+        return _axial_table(self.rows, self.columns)
 
 
 class Layer(nn.Module):
-    """x += attention branch; x += feed-forward branch."""
+    """x += attention branch; x += feed-forward branch. With x0 scalars, x is first mixed with the first layer's input."""
 
     def __init__(self, config: TransformerConfig, number: int, attention_backend: AttentionBackend) -> None:
         super().__init__()
         self.attention = AttentionBranch(config, number, attention_backend)
         self.feed_forward = FeedForwardBranch(config, number)
+        start = torch.tensor([1.0, 0.0], dtype=torch.float32) if config.x0_scalars else None
+        self.x0_scalars = None if start is None else nn.Parameter(start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        return self.feed_forward(self.attention(x))
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        """x (B, T, C) and the first layer's input (B, T, C) -> (B, T, C)."""
+        return self.feed_forward(self.attention(self.mix(x, start)))
+
+    def mix(self, x: Tensor, start: Tensor) -> Tensor:
+        """r * x + s * start, of any equal shapes; x where the model has no such scalars."""
+        if self.x0_scalars is None:
+            return x
+        keep, add = self.x0_scalars.unbind()
+        return keep * x + add * start
 
 
 class AttentionBranch(nn.Module):
@@ -206,22 +288,23 @@ class AttentionBranch(nn.Module):
     def __init__(self, config: TransformerConfig, number: int, backend: AttentionBackend) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.backend = config.num_heads, config.head_dim, backend
+        self.qk_norm = config.qk_norm
         inner = config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=False, dtype=torch.float32)
         self.out = nn.Linear(inner, config.dim, dtype=torch.float32)
         self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
-        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number), dtype=torch.float32))
+        self.scale = _branch_scale(config, number, self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         return self.add(x, attention(q, k, v, causal=True, backend=self.backend))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> q, k, v, each (B, T, H, D): views of one (B, T, 3, H, D) tensor."""
+        """(B, T, C) -> q, k, v, each (B, T, H, D), for an attention that divides by sqrt(D)."""
         B, T, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        return q, k, v
+        return (*normalised_heads(q, k), v) if self.qk_norm else (q, k, v)
 
     def add(self, x: Tensor, attended: Tensor) -> Tensor:
         """x (B, T, C) plus the projected, scaled attention output (B, T, H, D)."""
@@ -238,7 +321,7 @@ class FeedForwardBranch(nn.Module):
         self.grow = nn.Linear(config.dim, 2 * inner, dtype=torch.float32)  # value first, then gate
         self.dropout = nn.Dropout(config.ff_dropout)
         self.shrink = nn.Linear(inner, config.dim, dtype=torch.float32)
-        self.scale = nn.Parameter(torch.full((config.dim,), layer_scale(number), dtype=torch.float32))
+        self.scale = _branch_scale(config, number, self.shrink)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -280,6 +363,25 @@ def layer_scale(number: int) -> float:
     if number <= 18:
         return 0.1
     return 1e-5 if number <= 24 else 1e-6
+
+
+def _branch_scale(config: TransformerConfig, number: int, last: nn.Linear) -> nn.Parameter:
+    """The learned scale (C,) of a branch that ends in `last`, at its start.
+
+    A branch whose last projection starts at zero adds nothing to begin with, which is what a small scale is for. With
+    both, each step of the projection would have a tenth of its effect for no reason: the scale starts at 1 then, which
+    is how nanochat and modded-nanogpt, which have no scales, begin.
+    """
+    if config.zero_init_branches:
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    start = 1.0 if config.zero_init_branches else layer_scale(number)
+    return nn.Parameter(torch.full((config.dim,), start, dtype=torch.float32))
+
+
+def _axial_table(rows: Tensor, columns: Tensor) -> Tensor:
+    """(g, C) each -> (g * g, C): row + column of each cell, row by row."""
+    return (rows[:, None] + columns[None]).flatten(0, 1)
 
 
 def _layer_numbers(config: TransformerConfig) -> range:

@@ -19,7 +19,6 @@ L layers, R sequences of a batch, T text positions (1 + T with <bos>), H heads, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +164,6 @@ class _TextCache:
     def __init__(self, model: KoDalle) -> None:
         config, weight = model.config, model.head.weight
         self._model = model
-        self._layers = cast(list[Layer], list(model.layers))
         shape = (config.num_layers, _BATCH, config.prefix_len, config.num_heads, config.head_dim)
         self._keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self._values = torch.zeros_like(self._keys)
@@ -174,25 +172,27 @@ class _TextCache:
     def read_beginning(self, tokens: Sequence[int]) -> Tensor:
         """Reads <bos> and `tokens` once, for all sequences: (C,), the output that predicts the next token."""
         device = self._keys.device
+        # Not `embed_prefix`: the beginning is shorter than the text, whose last position alone predicts an image token.
         x = self._model.text_embedding(torch.tensor([list(tokens)], dtype=torch.int64, device=device))
-        self.beginning_length = x.shape[1]  # x (1, P, C)
-        for number, layer in enumerate(self._layers):
-            q, k, v = layer.attention.project(x)
-            self._keys[number, :, : x.shape[1]], self._values[number, :, : x.shape[1]] = k, v
-            x = layer.feed_forward(layer.attention.add(x, attention(q, k, v, backend=layer.attention.backend)))
-        return x[0, -1]
+        P = self.beginning_length = x.shape[1]  # x (1, P, C)
+
+        def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._keys[number, :, :P], self._values[number, :, :P] = k, v
+            return attention(q, k, v, backend=layer.attention.backend)
+
+        return self._model.apply_layers(x, attend)[0, -1]
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Reads one token a sequence, (R,), at `position`: (R, C). Later positions, of an earlier batch, are not attended."""
         embedding = self._model.text_embedding
         x = (embedding.tokens[tokens] + embedding.positions[position])[:, None]  # (R, 1, C)
-        for number, layer in enumerate(self._layers):
-            q, k, v = layer.attention.project(x)
+
+        def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._keys[number, :, position], self._values[number, :, position] = k[:, 0], v[:, 0]
             seen = slice(0, position + 1)
-            attended = self._attention(layer, q, self._keys[number, :, seen], self._values[number, :, seen])
-            x = layer.feed_forward(layer.attention.add(x, attended))
-        return x[:, 0]
+            return self._attention(layer, q, self._keys[number, :, seen], self._values[number, :, seen])
+
+        return self._model.apply_layers(x, attend)[:, 0]
 
     @staticmethod
     def _attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

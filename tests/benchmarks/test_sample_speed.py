@@ -172,7 +172,7 @@ def test_the_plain_cached_loop_is_the_same_model(model: KoDalle, caption: torch.
     captions = caption.expand(2, -1)
     with torch.inference_mode():
         cache = empty_cache(model, 2)
-        logits = [cached_logits(model, model.text_embedding(captions), cache)]
+        logits = [cached_logits(model, model.embed_prefix(captions), cache)]
         for position in range(6):
             x = model.image_embedding(tokens)[:, position : position + 1]
             logits.append(cached_logits(model, x, cache))

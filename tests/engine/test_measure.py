@@ -188,7 +188,7 @@ def test_counted_work_is_what_the_formula_says() -> None:
     def read() -> torch.Tensor:
         x = model.text_embedding(captions)
         for layer in model.layers:
-            x = layer(x)
+            x = layer(x, x)
         return torch.nn.functional.linear(model.head.norm(x[:, -1]), *model.head.image_rows())
 
     logits, counted = count_flops(read)

@@ -21,7 +21,8 @@ batch-invariant as well. Its effect on images is measured by benchmarks/int8_eff
 A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There the same integers are
 multiplied as float32, whose sums are exact below 2^24: the same bits, with the memory and about the speed of `packed`.
 
-Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first.
+Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first, but
+where queries are normalised: these are divided afterwards.
 """
 
 import functools
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_step_model
 from engine.device import cpu_capabilities
 from engine.errors import InputError
+from engine.models.attention import normalised_heads
 from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
 
 Weights = Literal["plain", "packed", "int8"]
@@ -132,15 +134,22 @@ class _Attention:
     """The linear layers around a layer's attention: the output's in the model's type whatever the weights, since it is small."""
 
     def __init__(self, branch: AttentionBranch) -> None:
-        self.heads = (3, branch.num_heads, branch.head_dim)
+        self._heads, self._qk_norm = (3, branch.num_heads, branch.head_dim), branch.qk_norm
         self.norm = _Norm(branch.norm)
         self.out = _PackedLinear(*_scaled(branch.out, branch.scale))
+        query_scale = 1 if branch.qk_norm else branch.head_dim**-0.5
         self.qkv_weight = torch.cat(
-            [
-                rows * scale
-                for rows, scale in zip(branch.qkv.weight.chunk(3), (branch.head_dim**-0.5, 1, 1), strict=True)
-            ]
+            [rows * scale for rows, scale in zip(branch.qkv.weight.chunk(3), (query_scale, 1, 1), strict=True)]
         )
+
+    def split(self, qkv: Tensor) -> Tensor:
+        """The first layer's result (R, 3 H D) -> queries / sqrt(D), keys, values (R, 3, H, D)."""
+        qkv = qkv.unflatten(1, self._heads)
+        if not self._qk_norm:
+            return qkv
+        q, k, v = qkv.unbind(1)
+        q, k = normalised_heads(q, k)
+        return torch.stack([q * self._heads[2] ** -0.5, k, v], dim=1)
 
 
 class _PackedLayer:
@@ -154,7 +163,7 @@ class _PackedLayer:
         self._shrink = _PackedLinear(*_scaled(branch.shrink, branch.scale))
 
     def project(self, x: Tensor) -> Tensor:
-        return self._qkv(self._attention.norm(x)).unflatten(1, self._attention.heads)
+        return self._attention.split(self._qkv(self._attention.norm(x)))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self._attention.out.combined(attended.flatten(1), x, "add")
@@ -232,7 +241,7 @@ class _Int8Layer:
         self._shrink = _Int8Linear(*_scaled(branch.shrink, branch.scale))
 
     def project(self, x: Tensor) -> Tensor:
-        return self._qkv(self._attention.norm(x)).unflatten(1, self._attention.heads)
+        return self._attention.split(self._qkv(self._attention.norm(x)))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = self._attention.out.combined(attended.flatten(1), x, "add")

@@ -16,9 +16,10 @@ P prefix positions, F feed-forward inner dim.
         linear         shrink + LayerScale + residual                  1
     hidden (R, C)      copied to where the next step starts            1
 
-85 launches at 16 layers, 89 with filters. Everything that differs between steps or sequences is read from the device,
-so the program can be captured once for each R. Every op is a kernel of kernels/ whose rows do not depend on how many
-there are; library matrix products, which promise no such thing, are not used.
+85 launches at 16 layers, 89 with filters. Models with qk_norm or x0_scalars have a few of PyTorch's own elementwise
+launches a layer more. Everything that differs between steps or sequences is read from the device, so the program can
+be captured once for each R. Every product is a kernel of kernels/ whose rows do not depend on how many there are;
+library matrix products, which promise no such thing, are not used.
 
 Where some sequence filters, the others are still sampled by the fused head: another sequence's top-k would otherwise
 decide whether one's logits are rounded to 16 bits. It costs a second read of the head, 7 % of a step's weights.
@@ -33,6 +34,7 @@ from engine.decoding.cuda.attention_choice import LayerCache, decode_attention_b
 from engine.decoding.cuda.prefix_pool import PrefixPool
 from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.decoding.slot_table import SlotTable
+from engine.models.attention import normalised_heads
 from engine.models.transformer import KoDalle, Layer
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
@@ -61,7 +63,7 @@ class StepProgram:
         dtype, device = weight.dtype, weight.device
         self._model, self._slots, self._table, self._pool = model, slots, table, pool
         self._layers = cast(list[Layer], list(model.layers))
-        self._position_table = model.image_embedding.position_table()  # (N, C)
+        self._position_table = model.input_positions()  # (N, C)
         self.hidden = torch.zeros(S, config.dim, dtype=dtype, device=device)
         # Zeros: attentions other than ours multiply unwritten positions by zero. Heads before positions in memory.
         own = torch.zeros(2, L, S, H, max(N - 1, 1), D, dtype=dtype, device=device)
@@ -101,10 +103,14 @@ class StepProgram:
     def _feed(self, R: int, x: Tensor, num_read: Tensor) -> None:
         """x (R, C) through the layers, to `hidden`."""
         config, prefixes, counters = self._model.config, self._table.prefixes[:R], self._counters
+        start = x
         for number, layer in enumerate(self._layers):
+            x = layer.mix(x, start)
             norm, qkv, out = layer.attention.norm, layer.attention.qkv, layer.attention.out
             projected = linear(x, qkv.weight, norm=_norm(norm), counters=counters)  # (R, 3 H D)
             q, k, v = projected.view(R, 3, config.num_heads, config.head_dim).unbind(1)  # (R, H, D) each
+            if config.qk_norm:
+                q, k = normalised_heads(q, k)
             attended = self._attend(q, self._cache(number, R), prefixes, num_read, k, v).flatten(1)  # (R, H D)
             residual = Residual(x, layer.attention.scale)
             x = linear(attended, out.weight, out.bias, residual=residual, counters=counters)

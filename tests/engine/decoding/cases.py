@@ -11,6 +11,13 @@ CONFIG = TransformerConfig(
     dim=32, num_layers=3, num_heads=2, head_dim=16, text_vocab_size=30, text_seq_len=8, text_position_rows=12,
     image_vocab_size=64, image_grid_size=4,
 )  # fmt: skip
+# Options of the transformer that change what a decoder computes, alone and together.
+OPTIONS: dict[str, dict[str, bool]] = {
+    "qk_norm": {"qk_norm": True},
+    "x0_scalars": {"x0_scalars": True},
+    "target_positions": {"target_positions": True},
+    "all": {"qk_norm": True, "zero_init_branches": True, "x0_scalars": True, "target_positions": True},
+}
 
 
 def random_model(config: TransformerConfig = CONFIG) -> KoDalle:
@@ -21,6 +28,10 @@ def random_model(config: TransformerConfig = CONFIG) -> KoDalle:
         for name, parameter in model.named_parameters():
             if name.endswith("scale"):
                 parameter.fill_(1.0)
+            elif name.endswith("x0_scalars"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+            elif config.zero_init_branches and name.endswith(("out.weight", "shrink.weight")):
+                parameter.normal_(0, 0.3)
             elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
                 parameter.mul_(3)
     return model

@@ -27,7 +27,7 @@ def _requests(count: int) -> list[SequenceRequest]:
     return [SequenceRequest(i % 3, MIXED[i % len(MIXED)].updated(seed=i // 4), candidate=i % 4) for i in range(count)]
 
 
-def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float) -> Tensor:
+def uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float) -> Tensor:
     """Logits (n, V) that a whole forward pass over `tokens` (n,) gives, the last of which is not read."""
     model.eval()
     conditional = model.logits(text[None], tokens[None])[1][0]
@@ -36,11 +36,11 @@ def _uncached_logits(model: KoDalle, text: Tensor, tokens: Tensor, scale: float)
 
 
 @torch.no_grad()
-def _uncached_tokens(model: KoDalle, request: SequenceRequest) -> Tensor:
+def uncached_tokens(model: KoDalle, request: SequenceRequest) -> Tensor:
     tokens = torch.zeros(N, dtype=torch.int64)
     params = request.sampling_params
     for position in range(N):
-        logits = _uncached_logits(model, TEXT[request.prefix_index], tokens[: position + 1], params.guidance_scale)
+        logits = uncached_logits(model, TEXT[request.prefix_index], tokens[: position + 1], params.guidance_scale)
         tokens[position] = reference.sample(
             logits[-1:],
             torch.tensor([request.seed]),
@@ -53,16 +53,16 @@ def _uncached_tokens(model: KoDalle, request: SequenceRequest) -> Tensor:
     return tokens
 
 
-def test_cached_tokens_equal_uncached_tokens() -> None:
+def test_cached_tokens_equaluncached_tokens() -> None:
     model, requests = random_model(), _requests(6)
     tokens = Sampler(model, null_text_tokens=NULL).generate(TEXT, requests)
     assert tokens.shape == (6, N)
     assert tokens.dtype == torch.int64
     for request, one in zip(requests, tokens, strict=True):
-        assert torch.equal(one, _uncached_tokens(model, request)), request
+        assert torch.equal(one, uncached_tokens(model, request)), request
 
 
-def test_cached_logits_equal_uncached_logits() -> None:
+def test_cached_logits_equaluncached_logits() -> None:
     model, requests = random_model(), _requests(6)
     sampler = Sampler(model, null_text_tokens=NULL)
     prefix, seen = sampler.prefill(TEXT), []
@@ -76,7 +76,7 @@ def test_cached_logits_equal_uncached_logits() -> None:
     with torch.no_grad():
         for index, request in enumerate(requests):
             text, scale = TEXT[request.prefix_index], request.sampling_params.guidance_scale
-            expected = _uncached_logits(model, text, generated[index], scale)
+            expected = uncached_logits(model, text, generated[index], scale)
             cached = torch.stack([logits[index] for logits in seen])
             amplified = abs(scale) + abs(1 - scale)  # guidance takes multiples of both sequences' rounding
             torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5 * amplified)
