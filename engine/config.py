@@ -255,6 +255,25 @@ class LoopConfig(Section):
         return self
 
 
+class OrderAnnealingConfig(Section):
+    """Image tokens in random orders at first, row by row in the end (RAR, arXiv 2411.00776)."""
+
+    start: float = Field(0.5, ge=0, le=1, description="fraction of the steps until which all orders are random")
+    end: float = Field(0.75, ge=0, le=1, description="fraction of the steps from which no order is random")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "OrderAnnealingConfig":
+        if self.end < self.start:
+            raise ValueError(f"end {self.end} is before start {self.start}: write a larger end")
+        return self
+
+    def random_share(self, progress: float) -> float:
+        """Share of the sequences in a random order at a fraction of the steps: 1 until `start`, 0 from `end`."""
+        if progress < self.start:
+            return 1.0
+        return 0.0 if progress >= self.end else (self.end - progress) / (self.end - self.start)
+
+
 class Run(Section):
     """Sections and keys of every training run."""
 
@@ -330,6 +349,9 @@ class KodalleRun(Run):
     input_token_noise: float = Field(
         0.0, ge=0, le=1, description="largest share of an image's input tokens replaced by random ones; targets stay"
     )
+    order_annealing: OrderAnnealingConfig | None = Field(
+        None, description="train in random orders first; null: row by row only. Needs model.target_positions"
+    )
     generation: GenerationConfig = Field(
         GenerationConfig(), description="exported with the model: its default sampling parameters"
     )
@@ -341,6 +363,14 @@ class KodalleRun(Run):
     strict_captions: bool = Field(
         False, description="captions longer than text_seq_len are an error; false: they are cut"
     )
+
+    @model_validator(mode="after")
+    def _orders_have_targets(self) -> "KodalleRun":
+        if self.order_annealing is not None and not self.model.target_positions:
+            raise ValueError(
+                "order_annealing: an input cannot know which cell comes next without model.target_positions: true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _views_are_shifted(self) -> "KodalleRun":

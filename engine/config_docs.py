@@ -56,10 +56,10 @@ def _sections(owner: type[Section], names: list[str]) -> Iterator[str]:
 
 
 def _table(owner: Section | type[Section], names: list[str]) -> str:
-    """Rows of the fields that are no sections; the values of an instance are its defaults."""
+    """Rows of the fields that are no sections, or may be none; the values of an instance are its defaults."""
     rows = []
     for name, field in (owner if isinstance(owner, type) else type(owner)).model_fields.items():
-        if name in names and _section_of(field) is None:
+        if name in names and _section_of(field) is not field.annotation:
             rows.append(_row(name, field, field.default if isinstance(owner, type) else getattr(owner, name)))
     return "\n".join([_HEADER, *rows]) + "\n"
 
@@ -88,7 +88,7 @@ def _type_text(kind: Any) -> str:
         return " or ".join(_type_text(part) for part in arguments)
     if origin is tuple:
         return f"list of {_type_text(arguments[0])}s"
-    if origin is dict:
+    if origin is dict or (isinstance(kind, type) and issubclass(kind, Section)):
         return "section"
     names = {
         int: "integer",
@@ -118,8 +118,9 @@ def _summary(kind: type) -> str:
 
 
 def _section_of(field: FieldInfo) -> type[Section] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    """The section of a field, which may be `null` as well."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 if __name__ == "__main__":

@@ -158,8 +158,12 @@ def token_source(
     caption_dropout: float = 0.0,
     input_token_noise: float = 0.0,
     image_vocab_size: int = 0,
+    random_orders: bool = False,
 ) -> BatchSource:
     """`text_tokens` (B, T), `image_tokens` (B, N) and, with noise, `noisy_image_tokens` (B, N); int64.
+
+    With random orders also what `engine.training.order_annealing` chooses from: `random_orders` (B, N) int64, a
+    permutation of the cells for each sequence, and `order_draws` (B,) float64, uniform in [0, 1).
 
     Args:
         empty: (1, T) tokens of the empty caption, which replaces a share `caption_dropout` of the captions.
@@ -167,11 +171,12 @@ def token_source(
             tokens learns to continue from the preceding ones instead of following the caption, and then reproduces its
             own mistakes in generation.
         image_vocab_size: random tokens are below it.
+        random_orders: as above; they leave everything else in the batch as it is without.
     """
     assert input_token_noise == 0 or image_vocab_size > 0, (input_token_noise, image_vocab_size)
 
     def make(number: int) -> Batch:
-        texts, images, noisy = [], [], []
+        texts, images, noisy, orders, draws = [], [], [], [], []
         for position in order.positions(number):
             generator = order.generator(position)
             text, image = shard.pick(order.index(position), generator)
@@ -181,8 +186,16 @@ def token_source(
             if input_token_noise:
                 is_replaced = generator.random(image.shape) < generator.uniform(0, input_token_noise)
                 noisy.append(np.where(is_replaced, generator.integers(image_vocab_size, size=image.shape), image))
-        columns = {"text_tokens": texts, "image_tokens": images, "noisy_image_tokens": noisy}
-        return {name: torch.from_numpy(np.stack(rows).astype(np.int64)) for name, rows in columns.items() if rows}
+            if random_orders:
+                # + 2**63: another stream than the other randomness of the same visit
+                order_generator = order.generator(position + 2**63)
+                draws.append(order_generator.random())
+                orders.append(order_generator.permutation(len(image)))
+        columns = {
+            "text_tokens": texts, "image_tokens": images, "noisy_image_tokens": noisy, "random_orders": orders,
+        }  # fmt: skip
+        batch = {name: torch.from_numpy(np.stack(rows).astype(np.int64)) for name, rows in columns.items() if rows}
+        return {**batch, "order_draws": torch.tensor(draws, dtype=torch.float64)} if draws else batch
 
     return make
 

@@ -47,6 +47,7 @@ from engine.training.batches import (
     validation_order,
 )
 from engine.training.engines import Engines, make_engine, micro_batch
+from engine.training.order_annealing import batch_orders
 from engine.training.process_group import World
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters
@@ -80,6 +81,7 @@ class KodalleStage:
         self.source: BatchSource = token_source(
             train, order, empty=self._empty, caption_dropout=run.caption_dropout,
             input_token_noise=run.input_token_noise, image_vocab_size=run.model.image_vocab_size,
+            random_orders=run.order_annealing is not None,
         )  # fmt: skip
         self.validation_source: BatchSource | None = None
         if held_out is not None:
@@ -93,14 +95,18 @@ class KodalleStage:
             model.start_from_codebook(self.vqgan.quantize.embedding.weight.detach().cpu())
         if run.pretrained_text_embeddings is not None:
             apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
+        self._total_steps = total_steps
         self.engine = make_engine(model, run.deepspeed, total_steps=total_steps)
         return {"kodalle": self.engine}
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        noisy = batch.get("noisy_image_tokens")
+        noisy, orders = batch.get("noisy_image_tokens"), None
+        if self.run.order_annealing is not None:
+            orders = batch_orders(batch, self.run.order_annealing, step=step, total_steps=self._total_steps)
         losses: Losses = self.engine(
             *self._tokens(batch),
             None if noisy is None else to_device(noisy, self.world.device),
+            None if orders is None else to_device(orders, self.world.device),
             loss_image_weight=self.run.loss_image_weight,
         )
         self._guard.backward_and_step(self.engine, losses.loss)

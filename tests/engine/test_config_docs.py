@@ -41,4 +41,7 @@ def test_a_row_has_type_bounds_default_and_description() -> None:
     assert "| `tokenizer` | text | `klue/roberta-base` |" in page  # KoCLIP's own default
     assert "| `pairs` | path | required |" in page
     assert "| `channel_multipliers` | list of integers | `[1, 1, 2, 2, 4]` |" in page
+    assert "| `order_annealing` | section or `null` | `null` |" in page
+    assert "### `order_annealing:`" in page
+    assert "| `end` | number, ≥ 0, ≤ 1 | `0.75` |" in page
     assert "| `flip` | `true` or `false` | `false` |" in page
