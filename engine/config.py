@@ -352,6 +352,9 @@ class KodalleRun(Run):
     order_annealing: OrderAnnealingConfig | None = Field(
         None, description="train in random orders first; null: row by row only. Needs model.target_positions"
     )
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all", description="matrices: the optimizer's weight_decay spares tables, head, biases, norms and scales"
+    )
     generation: GenerationConfig = Field(
         GenerationConfig(), description="exported with the model: its default sampling parameters"
     )

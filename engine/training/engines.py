@@ -63,7 +63,12 @@ Engines = dict[str, DeepSpeedEngine]
 
 
 def make_engine(
-    module: nn.Module, settings: dict[str, Any], *, total_steps: int, parameters: Iterable[Any] | None = None
+    module: nn.Module,
+    settings: dict[str, Any],
+    *,
+    total_steps: int,
+    parameters: Iterable[Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> DeepSpeedEngine:
     """A DeepSpeed engine around `module`.
 
@@ -71,6 +76,7 @@ def make_engine(
         settings: the config's `deepspeed:` section.
         total_steps: fills in `total_num_steps: auto`.
         parameters: parameter groups; default: everything that requires a gradient.
+        optimizer: made from the section already, in place of DeepSpeed.
 
     Raises:
         InputError: settings that this machine or DeepSpeed rejects.
@@ -91,13 +97,17 @@ def make_engine(
         raise InputError(
             "deepspeed.optimizer", "(nothing)", "is missing: add one, e.g. {type: AdamW, params: {lr: 3e-4}}"
         )
+    if is_muon(settings) and optimizer is None:
+        raise InputError("deepspeed.optimizer.type", "Muon", "is for the transformer (stage: kodalle): use AdamW here")
     if any(settings.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
         for part in module.modules():
             if type(part) is nn.BatchNorm2d:
                 part.__class__ = _BatchNormInFloat  # in place: names and weights stay
     groups = list(parameters) if parameters is not None else [p for p in module.parameters() if p.requires_grad]
+    if optimizer is not None:
+        del settings["optimizer"]
     try:
-        engine, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=groups)
+        engine, *_ = deepspeed.initialize(model=module, config=settings, model_parameters=groups, optimizer=optimizer)
     except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
@@ -125,6 +135,11 @@ def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:
 def zero_stage(settings: dict[str, Any]) -> int:
     """ZeRO stage of a `deepspeed:` section."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def is_muon(settings: dict[str, Any]) -> bool:
+    """Whether a `deepspeed:` section asks for Muon."""
+    return str(settings.get("optimizer", {}).get("type", "")).lower() == "muon"
 
 
 def is_fp16(settings: dict[str, Any]) -> bool:

@@ -46,8 +46,10 @@ from engine.training.batches import (
     training_order,
     validation_order,
 )
-from engine.training.engines import Engines, make_engine, micro_batch
+from engine.training.engines import Engines, is_muon, make_engine, micro_batch
+from engine.training.muon import make_muon
 from engine.training.order_annealing import batch_orders
+from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import World
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters
@@ -96,7 +98,14 @@ class KodalleStage:
         if run.pretrained_text_embeddings is not None:
             apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
         self._total_steps = total_steps
-        self.engine = make_engine(model, run.deepspeed, total_steps=total_steps)
+        kinds, decay_others = parameter_kinds(model), run.weight_decay_on == "all"
+        optimizer = None
+        if is_muon(run.deepspeed):
+            optimizer = make_muon(*kinds, run.deepspeed["optimizer"]["params"], decay_others=decay_others)
+        self.engine = make_engine(
+            model, run.deepspeed, total_steps=total_steps, optimizer=optimizer,
+            parameters=None if decay_others else decayed_groups(kinds),
+        )  # fmt: skip
         return {"kodalle": self.engine}
 
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from engine.training.card import model_card
 from engine.training.checkpoints import TrainingProgress
 from engine.training.deepspeed_section import check_keys
 from engine.training.engines import Engines, is_fp16, micro_batch
+from engine.training.muon import check_muon
 from engine.training.process_group import World, join_world
 from engine.training.resumption import check_folder
 from engine.training.run_log import FLUSH_EVERY, RunLog
@@ -53,6 +54,7 @@ def train(run: Run) -> Path:
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
     check_keys(run.deepspeed)
+    check_muon(run.deepspeed)
     micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read
     check_folder(run)
     return Trainer(run, make_stage(run, world), world, started_s=started_s).train()
