@@ -48,6 +48,11 @@ class BatchOrder:
         start = (step * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
+    def positions_of_all_ranks(self, step: int) -> range:
+        """Positions of all ranks' images in a step, rank by rank."""
+        images = self.world_size * self.batch_size
+        return range(step * images, (step + 1) * images)
+
     def index(self, position: int) -> int:
         """The image at `position`."""
         epoch, place = divmod(position, self.num_items)

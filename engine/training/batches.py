@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.config import DataConfig
 from engine.data.augment import augment
+from engine.data.caption_fit import CaptionFit
 from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
 from engine.data.token_shards import TokenShard
@@ -94,13 +95,13 @@ def image_source(
     flip: bool,
     shift: int = 0,
     reconstructions: Reconstructions | None = None,
-    spliced: bool = False,
+    spliced: float = 0.0,
 ) -> BatchSource:
     """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated).
 
     Args:
         reconstructions: half of the visits take the image from there.
-        spliced: adds `spliced`, (B, 3, S, S): each image with a rectangle of the next one pasted in.
+        spliced: share of the images, for `spliced`, (B * share, 3, S, S): each with a rectangle of the next one pasted in.
     """
 
     def make(number: int) -> Batch:
@@ -111,9 +112,9 @@ def image_source(
             augmented.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
             generators.append(generator)
         batch = {"images": torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2)}
-        if spliced:
+        if num_spliced := round(spliced * len(augmented)):
             with_splices = [
-                _splice(augmented[i], augmented[(i + 1) % len(augmented)], generators[i]) for i in range(len(augmented))
+                _splice(augmented[i], augmented[(i + 1) % len(augmented)], generators[i]) for i in range(num_spliced)
             ]
             batch["spliced"] = torch.from_numpy(np.stack(with_splices)).permute(0, 3, 1, 2)
         return batch
@@ -131,9 +132,14 @@ def captioned_image_source(
     flip: bool,
     shift: int = 0,
     reconstructions: Reconstructions | None = None,
-    spliced: bool = False,
+    spliced: float = 0.0,
+    fit: CaptionFit | None = None,
 ) -> BatchSource:
-    """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, chosen anew at each visit."""
+    """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, chosen anew at each visit.
+
+    Args:
+        fit: of `pairs`; adds `fits`, (B, ranks * B) bool: whether an image of any rank fits one of these captions.
+    """
     image_batches = image_source(
         images, order, flip=flip, shift=shift, reconstructions=reconstructions, spliced=spliced
     )
@@ -141,11 +147,17 @@ def captioned_image_source(
     def make(number: int) -> Batch:
         captions = []
         for position in order.positions(number):
-            choices = pairs[order.index(position)].captions
+            index = order.index(position)
+            choices = pairs[index].captions
             # + 2**63: another stream than the augmentation of the same visit
             pick = order.generator(position + 2**63).integers(len(choices)) if len(choices) > 1 else 0
-            captions.append(choices[pick])
-        return {**image_batches(number), "text_tokens": tokenizer.encode(captions, text_seq_len).tokens}
+            captions.append((index, choices[pick]))
+        batch = image_batches(number)
+        batch["text_tokens"] = tokenizer.encode([caption for _, caption in captions], text_seq_len).tokens
+        if fit is not None:
+            images_of_all = [order.index(position) for position in order.positions_of_all_ranks(number)]
+            batch["fits"] = torch.from_numpy(fit.matrix(captions, images_of_all))
+        return batch
 
     return make
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data.caption_fit import CaptionFit
 from engine.data.order import BatchOrder
 from engine.data.pairs import load_pairs
 from engine.data.token_shards import TokenShard
@@ -28,8 +29,8 @@ def _source(folder: Path, *, world_size: int = 1, rank: int = 0, cache: bool = F
     pairs = load_pairs(folder).train
     tokenizer = train_tokenizer([caption for pair in pairs for caption in pair.captions], vocab_size=60)
     order = BatchOrder(len(pairs), 6 // world_size, seed=1, rank=rank, world_size=world_size)
-    images = Images(pairs, 32, cache=cache)
-    return captioned_image_source(images, pairs, order, tokenizer, 12, flip=True, shift=3)
+    images, fit = Images(pairs, 32, cache=cache), CaptionFit(pairs)
+    return captioned_image_source(images, pairs, order, tokenizer, 12, flip=True, shift=3, fit=fit)
 
 
 def _equal(one: Batch, other: Batch) -> bool:
@@ -52,6 +53,9 @@ def test_ranks_share_the_batch(pairs_folder: Path) -> None:
     whole = _source(pairs_folder)(4)
     halves = [_source(pairs_folder, world_size=2, rank=rank)(4) for rank in range(2)]
     assert _equal(whole, {name: torch.cat([half[name] for half in halves]) for name in whole})
+    assert halves[1]["fits"].shape == (3, 6)
+    assert halves[1]["fits"][:, 3:].diagonal().all()
+    assert not whole["fits"].all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -110,6 +114,18 @@ def test_shift_moves_both_ways_and_repeats_edges(gradient: Callable[..., Batch])
     corners = images[:, :2, 8, 8].int() - 8  # translation of the middle, right and down
     assert set(corners.flatten().tolist()) == {-2, -1, 0, 1, 2}
     assert int(images.max()) == 15
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.3, 2), (1.0, 6)])
+def test_spliced_images_have_a_rectangle_of_the_next_one(pairs_folder: Path, share: float, count: int) -> None:
+    pairs = load_pairs(pairs_folder).train
+    batch = image_source(Images(pairs, 32, cache=False), BatchOrder(len(pairs), 6, seed=1), flip=True, spliced=share)(0)
+    assert ("spliced" in batch) == (count > 0)
+    for number in range(count):
+        spliced, own, other = batch["spliced"][number], batch["images"][number], batch["images"][(number + 1) % 6]
+        assert ((spliced == own) | (spliced == other)).all(dim=0).all()
+        assert not torch.equal(spliced, own)
+    assert len(batch.get("spliced", ())) == count
 
 
 def test_dropped_captions_are_the_empty_one() -> None:
