@@ -121,6 +121,10 @@ class KoclipConfig(Section):
     """
 
     image_size: int = Field(224, gt=0, description="pixels, square; other sizes are resized")
+    image_encoder: Literal["efficientnet", "efficientnet-lite0"] = Field(
+        "efficientnet",
+        description="efficientnet: of the three sizes below; efficientnet-lite0: of one size, starts from ImageNet weights",
+    )
     image_width: float = Field(1.0, gt=0, description="EfficientNet width coefficient (B0: 1.0)")
     image_depth: float = Field(1.0, gt=0, description="EfficientNet depth coefficient (B0: 1.0)")
     image_hidden_dim: int = Field(1280, gt=0, description="features that the image encoder pools; follows image_width")
@@ -142,7 +146,20 @@ class KoclipConfig(Section):
     def _fits(self) -> "KoclipConfig":
         if self.text_position_rows < self.text_seq_len + 2:
             raise ValueError("text_position_rows must be at least text_seq_len + 2 (RoBERTa positions start at 2)")
+        if self.image_encoder == "efficientnet-lite0":
+            self._check_lite0()
         return self
+
+    def _check_lite0(self) -> None:
+        for name in ("image_width", "image_depth", "image_hidden_dim"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is for image_encoder efficientnet: efficientnet-lite0 has one size, leave it out"
+                )
+        if self.image_size < 32:
+            raise ValueError(f"image_size {self.image_size} is too small for efficientnet-lite0: 32 at least")
+        if self.similarity != "cosine":
+            raise ValueError("similarity published is for image_encoder efficientnet: leave it out")
 
 
 # ----------------------------------------------------------------------------------------------------- the runs
@@ -312,13 +329,28 @@ class KoclipRun(Run):
     encoder_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of the encoders over that of the projections (published: 0.8)"
     )
+    image_encoder_lr_ratio: float | None = Field(
+        None, ge=0, description="the same for the image encoder alone; 0: it is frozen; null: as encoder_lr_ratio"
+    )
     augment_shift: int = Field(0, ge=0, description="largest random translation, in pixels")
     codec: Path | None = Field(
         None, description="model folder with a VQGAN: half of the visits see its reconstruction of the image"
     )
-    spliced_negatives: bool = Field(
-        False, description="adds images with a piece of another as negatives, so that broken generations rank low"
+    spliced_negatives: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="images with a piece of another for each image, added as negatives: broken generations rank low",
     )
+
+    @model_validator(mode="after")
+    def _encoder_source(self) -> "KoclipRun":
+        if self.pretrained_image_encoder is not None and self.model.image_encoder != "efficientnet":
+            raise ValueError(
+                f"pretrained_image_encoder {self.pretrained_image_encoder} is for image_encoder efficientnet: "
+                f"{self.model.image_encoder} starts from weights of its own, leave it out"
+            )
+        return self
 
 
 class KodalleRun(Run):

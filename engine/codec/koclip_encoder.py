@@ -49,7 +49,7 @@ class KoclipEncoder:
         self._koclip: KoClip = copy.deepcopy(koclip, {id(module): module for module in shared}).eval()
         with torch.no_grad():
             fold_batch_norms(self._koclip.image_encoder)
-        self._koclip.image_encoder.to(memory_format=torch.channels_last)
+        self._koclip.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device = koclip.image_projection.projection.weight.device
         self._graphed = graphed and self._device.type == "cuda"
         self._image_graph: Captured | None = None  # each captured on first use

@@ -123,7 +123,7 @@ class SameConv(nn.Conv2d):
         kernel, stride = self.kernel_size[0], self.stride[0]
         if stride == 1:
             return F.conv2d(x, self.weight, self.bias, 1, kernel // 2, 1, self.groups)
-        sides = [max(0, (-(-size // stride) - 1) * stride + kernel - size) for size in x.shape[2:]]
+        sides = [max(0, (size - 1) // stride * stride + kernel - size) for size in x.shape[2:]]  # ONNX rounds to 0
         (above, left), (height, width) = (side // 2 for side in sides), sides
         x = F.pad(x, (left, width - left, above, height - above))
         return F.conv2d(x, self.weight, self.bias, stride, 0, 1, self.groups)

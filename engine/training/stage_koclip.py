@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import KoclipRun
+from engine.data.caption_fit import CaptionFit
 from engine.data.partial_captions import with_partial_captions
 from engine.data.tokenizer import tokenizer_for
 from engine.errors import InputError
@@ -71,13 +72,20 @@ class KoclipStage:
             shift=run.augment_shift,
             reconstructions=reconstructions,
             spliced=run.spliced_negatives,
+            fit=CaptionFit(pairs.train),
         )
         self.validation_source: BatchSource | None = None
         if pairs.validation:
             held_out_order = validation_order(len(pairs.validation), batch_size, seed=run.seed, world=world)
             held_out = Images(pairs.validation, size, cache=cache)
             self.validation_source = captioned_image_source(
-                held_out, pairs.validation, held_out_order, self.tokenizer, length, flip=False
+                held_out,
+                pairs.validation,
+                held_out_order,
+                self.tokenizer,
+                length,
+                flip=False,
+                fit=CaptionFit(pairs.validation),
             )
 
     def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
@@ -89,7 +97,7 @@ class KoclipStage:
             model,
             run.deepspeed,
             total_steps=total_steps,
-            parameters=_groups(model, run.deepspeed, run.encoder_lr_ratio),
+            parameters=_groups(model, run),
         )
         return {"koclip": self.engine}
 
@@ -97,7 +105,8 @@ class KoclipStage:
         images = to_unit_floats(batch["images"], self.world).contiguous(memory_format=torch.channels_last)
         negatives = to_unit_floats(batch["spliced"], self.world) if "spliced" in batch else None
         text_tokens = to_device(batch["text_tokens"], self.world.device)
-        loss = self.engine(images, text_tokens, negatives=negatives, all_gather=self.world.size > 1)
+        fits = to_device(batch["fits"], self.world.device)
+        loss = self.engine(images, text_tokens, negatives=negatives, fits=fits, all_gather=self.world.size > 1)
         self._guard.backward_and_step(self.engine, loss)
         return {"loss": loss.detach()}
 
@@ -112,7 +121,8 @@ class KoclipStage:
         for batch in batches:
             image = module.embed_images(to_unit_floats(batch["images"], self.world))
             text = module.embed_texts(to_device(batch["text_tokens"], self.world.device))
-            losses.append(float(module.loss(image, text)))
+            fits = to_device(batch["fits"], self.world.device)[:, self._own_columns(len(image))]
+            losses.append(float(module.loss(image, text, fits=fits)))
             images.append(image)
             texts.append(text)
             captions.append(batch["text_tokens"])
@@ -139,6 +149,10 @@ class KoclipStage:
             write_model_folder(folder, {"koclip": Part(self.run.model, weights)}, card=card, tokenizer=self.tokenizer)
         self.world.barrier()
 
+    def _own_columns(self, batch_size: int) -> slice:
+        """The columns of a batch's `fits` that are this rank's images."""
+        return slice(self.world.rank * batch_size, (self.world.rank + 1) * batch_size)
+
     @property
     def _module(self) -> KoClip:
         module = self.engine.module
@@ -152,22 +166,25 @@ class KoclipStage:
         pass
 
 
-def _groups(model: KoClip, settings: dict[str, Any], ratio: float) -> list[dict[str, Any]]:
-    """Parameter groups: projections (and temperature) at the learning rate, encoders at `ratio` of it; as published."""
-    encoders = [*model.image_encoder.parameters(), *model.text_encoder.parameters()]
-    encoders = [parameter for parameter in encoders if parameter.requires_grad]  # RoBERTa's unused pooler is frozen
-    encoder_ids = {id(parameter) for parameter in encoders}
-    rest = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in encoder_ids
-    ]
-    if ratio == 1.0:
-        return [{"params": rest + encoders}]
-    scheduler = settings.get("scheduler", {}).get("type")
-    if scheduler not in (None, "WarmupCosineLR"):
-        raise InputError(
-            "encoder_lr_ratio",
-            ratio,
-            f"DeepSpeed's {scheduler} gives all groups one rate: use WarmupCosineLR, or ratio 1",
-        )
-    lr = float(settings.get("optimizer", {}).get("params", {}).get("lr", 1e-3))
-    return [{"params": rest, "lr": lr}, {"params": encoders, "lr": lr * ratio}]
+def _groups(model: KoClip, run: KoclipRun) -> list[dict[str, Any]]:
+    """Parameter groups: projections (and temperature) at the learning rate, each encoder at its ratio of it.
+
+    An encoder of ratio 0 is frozen: it requires no gradient from here on.
+    """
+    text_ratio = run.encoder_lr_ratio
+    image_ratio = text_ratio if run.image_encoder_lr_ratio is None else run.image_encoder_lr_ratio
+    scheduler = run.deepspeed.get("scheduler", {}).get("type")
+    for field, ratio in (("encoder_lr_ratio", text_ratio), ("image_encoder_lr_ratio", image_ratio)):
+        if ratio not in (0.0, 1.0) and scheduler not in (None, "WarmupCosineLR"):
+            remedy = f"DeepSpeed's {scheduler} gives all groups one rate: use WarmupCosineLR, or ratio 1"
+            raise InputError(field, ratio, remedy)
+    if image_ratio == 0:
+        model.image_encoder.requires_grad_(False)
+    ratios = {id(parameter): text_ratio for parameter in model.text_encoder.parameters()}
+    ratios |= {id(parameter): image_ratio for parameter in model.image_encoder.parameters()}
+    by_ratio: dict[float, list[nn.Parameter]] = {1.0: []}
+    for parameter in sorted(model.parameters(), key=lambda parameter: id(parameter) in ratios):  # encoders last
+        if parameter.requires_grad:  # RoBERTa's unused pooler does not
+            by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
+    lr = float(run.deepspeed.get("optimizer", {}).get("params", {}).get("lr", 1e-3))
+    return [{"params": parameters, "lr": lr * ratio} for ratio, parameters in by_ratio.items()]

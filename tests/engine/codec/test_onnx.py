@@ -125,6 +125,26 @@ def test_encoders_are_torchs(exported: Path, rows: int, size: int, positions: in
     assert onnx.embed_images(images).shape == (rows, 16)
 
 
+@torch.no_grad()
+def test_an_efficientnet_lite0_is_torchs(run_tree: Callable[..., dict[str, Any]], tmp_path: Path, quick: None) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    sizes = {key: value for key, value in run_tree("koclip", tmp_path)["model"].items() if "image" not in key}
+    koclip = KoClip.from_pretrained_encoders(
+        KoclipConfig(**sizes, image_size=48, image_encoder="efficientnet-lite0")
+    ).train()
+    images = torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        koclip.embed_images(images)  # the running statistics of its features
+    koclip.eval()
+    write_model_folder(tmp_path / "model", {"koclip": Part(koclip.config, koclip.state_dict())}, card="")
+    export_model(tmp_path / "model", tmp_path / "model")
+    found = open_koclip(tmp_path / "model", koclip.config, CPU).embed_images(images[:5])
+    expected = koclip.embed_images(images[:5])
+    assert expected.std(0).max() > 1e-3
+    assert (found - expected).abs().max() <= 1e-5
+
+
 @torch.inference_mode()
 def test_images_are_batch_invariant(exported: Path) -> None:
     config = read_part(exported, "vqgan").config

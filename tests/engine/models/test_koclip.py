@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.config import KoclipConfig
 from engine.errors import InputError
-from engine.models.koclip import KoClip, ProjectionHead, _odd_strided_blocks, efficientnet_width
+from engine.models.koclip import KoClip, ProjectionHead
 from tests.forked import run_forked
 
 TINY = KoclipConfig(
@@ -66,36 +66,11 @@ def test_published_parameter_counts() -> None:
     assert count(build(head="linear", similarity="published")) == 115_675_260
 
 
-def test_pooled_width_fits_for_any_width_coefficient() -> None:
-    from transformers import EfficientNetConfig
-    from transformers.models.efficientnet.modeling_efficientnet import round_filters
-
-    for hundredths in range(1, 400, 7):
-        width = hundredths / 100
-        assert efficientnet_width(width) == round_filters(EfficientNetConfig(width_coefficient=width), 1280)
-
-
 def test_a_width_that_does_not_fit_is_named() -> None:
     with pytest.raises(InputError, match="write image_hidden_dim: 128"):
         KoClip(_tiny(image_hidden_dim=1280))
     with pytest.raises(InputError, match="divisible by text_heads"):
         KoClip(_tiny(text_heads=3))
-
-
-def test_paddings_of_published_efficientnets() -> None:
-    # the `depthwise_padding` of google/efficientnet-b0 (16 is past its last block), -b1 and -b2
-    assert _odd_strided_blocks(224, 1.0) == []
-    assert _odd_strided_blocks(240, 1.1) == [16]
-    assert _odd_strided_blocks(260, 1.2) == [5, 8, 16]
-
-
-def test_sane_batch_norm_and_dropout(koclip: KoClip) -> None:
-    norms = [module for module in koclip.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    assert norms
-    assert all(norm.momentum == 0.1 and (norm.weight == 1).all() for norm in norms)
-    assert koclip.image_encoder.config.drop_connect_rate == 0
-    with torch.device("meta"):
-        assert KoClip(KoclipConfig()).image_encoder.config.drop_connect_rate == 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------- embeddings
@@ -186,6 +161,28 @@ def test_temperature_is_bounded_and_can_return() -> None:
     assert model.logit_scale.grad > 0
 
 
+def test_pairs_that_fit_are_left_out_of_both_softmaxes(koclip: KoClip) -> None:
+    """By the formula, pair by pair; images without captions stay negatives of all."""
+    generator = torch.Generator().manual_seed(3)
+    image, text, extra = (F.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in (4, 4, 2))
+    fits = torch.eye(4, dtype=torch.bool)
+    fits[0, 2] = fits[2, 0] = fits[3, 1] = True  # equal captions; a caption that one more image fits
+    fits[1, 1] = False  # a pair's own image counts whatever the matrix says
+    products = (torch.exp(text @ torch.cat([image, extra]).T / 0.07)).double()
+    expected = 0.0
+    for i in range(4):
+        own = products[i, i]
+        images = sum(products[i, j] for j in range(6) if j == i or j >= 4 or not fits[i, j])
+        captions = sum(products[j, i] for j in range(4) if j == i or not fits[j, i])
+        expected -= float((own / images).log() + (own / captions).log()) / 8
+    loss = koclip.loss(image, text, negatives=extra, fits=fits)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert loss < koclip.loss(image, text, negatives=extra)
+    assert koclip.loss(image, text, fits=torch.ones(4, 4, dtype=torch.bool)).item() == pytest.approx(0, abs=1e-6)
+    none = torch.eye(4, dtype=torch.bool)
+    assert torch.equal(koclip.loss(image, text, fits=none), koclip.loss(image, text))
+
+
 @pytest.mark.slow
 def test_learns_and_evaluates_sanely() -> None:
     """From scratch, in eval mode. With the BatchNorm gains of N(0, 0.02) of transformers the loss would not fall."""
@@ -220,7 +217,9 @@ def _loss_and_gradients(rows: slice, *, all_gather: bool) -> tuple[Tensor, dict[
     torch.manual_seed(0)
     model = KoClip(TINY).eval()  # eval: BatchNorm's batch statistics are of a rank by nature
     images, tokens = _pairs(4)
-    loss = model(images[rows], tokens[rows], all_gather=all_gather)
+    fits = torch.eye(4, dtype=torch.bool)
+    fits[0, 3] = fits[2, 1] = True  # an image of the other rank fits a caption of this one
+    loss = model(images[rows], tokens[rows], fits=fits[rows], all_gather=all_gather)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -239,56 +238,3 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for name, expected in gradients.items():
         average = (gradients_0[name] + gradients_1[name]) / 2
         torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------------- pretrained encoders
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny RoBERTa (as a language model, without pooling layer) and a tiny EfficientNet (as a classifier), saved."""
-    from transformers import EfficientNetForImageClassification, RobertaForMaskedLM
-
-    torch.manual_seed(7)
-    source = KoClip(TINY)
-    root = tmp_path_factory.mktemp("pretrained")
-    RobertaForMaskedLM(source.text_encoder.config).save_pretrained(root / "text")
-    EfficientNetForImageClassification(source.image_encoder.config).save_pretrained(root / "image")
-    return root / "text", root / "image"
-
-
-@pytest.mark.parametrize("similarity", ["cosine", "published"])
-def test_pretrained_encoders_are_taken_whole(folders: tuple[Path, Path], similarity: str) -> None:
-    from transformers import EfficientNetModel, RobertaModel
-
-    text, image = folders
-    model = KoClip.from_pretrained_encoders(
-        _tiny(similarity=similarity), text_encoder=str(text), image_encoder=str(image)
-    )
-    for ours, theirs in (
-        (model.text_encoder, RobertaModel.from_pretrained(text, add_pooling_layer=False)),
-        (model.image_encoder, EfficientNetModel.from_pretrained(image)),
-    ):
-        expected = theirs.state_dict()
-        assert expected
-        assert all(torch.equal(ours.state_dict()[name], value) for name, value in expected.items())
-    assert KoClip.from_pretrained_encoders(TINY).config == TINY
-
-
-def test_pretrained_faults_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    text, image = folders
-
-    def refused(message: str, config: KoclipConfig = TINY, **encoders: str) -> None:
-        with pytest.raises(InputError, match=message):
-            KoClip.from_pretrained_encoders(config, **encoders)
-
-    refused("cannot be loaded", text_encoder=str(tmp_path / "nothing"))
-    refused("is a efficientnet model", text_encoder=str(image))
-    refused(r"word_embeddings.weight` is \(60, 32\)", _tiny(text_vocab_size=61), text_encoder=str(text))
-    refused(r"encoder.layer.1.*is none, the config requires", _tiny(text_layers=2), text_encoder=str(text))
-    wider = _tiny(image_width=0.2, image_hidden_dim=256)
-    refused(r"is \(8.*the config requires", wider, image_encoder=str(image))
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_bytes((text / "config.json").read_bytes())
-    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
-    refused("safetensors", text_encoder=str(tmp_path / "pickled"))
