@@ -238,8 +238,8 @@ class ImageEmbedding(nn.Module):
 class TargetEmbedding(nn.Module):
     """The grid cell that an input must predict -> a vector that is added to it (RAR, arXiv 2411.00776).
 
-    Tables of its own, axial as the positions of the inputs: RAR learns one row a cell, which small data would rarely
-    visit in any one order.
+    Tables of its own, axial as the positions of the inputs. RAR learns a vector for each of the g * g cells; these are
+    2 * g vectors, each of which is learned from g times as many tokens.
     """
 
     def __init__(self, config: TransformerConfig) -> None:

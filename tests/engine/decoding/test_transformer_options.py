@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.decoding.cpu.packed_weights import Weights, can_quantise, make_step_model
+from engine.decoding.cpu.packed_weights import Weights, can_pack, can_quantise, make_step_model
 from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.decoders import Decoder
 from engine.decoding.kv_cache import Prefix
@@ -85,6 +85,38 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(option: s
     with evaluating(sampler.model):
         tokens = _generate(SlotDecoder(sampler.step_model(), 9, null_prefix=null), prefix)
     assert torch.equal(tokens, tokens_alone(option, weights))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_sequence_has_the_same_bits_among_ninety(weights: Weights, dtype: torch.dtype) -> None:
+    """Hidden states, which tokens would hide; more rows than a tile has, and any number of threads."""
+    model = random_model(CONFIG.model_copy(update=OPTIONS["all"])).to(dtype).eval()
+    if weights != "plain" and not can_pack(dtype, torch.device("cpu")):
+        pytest.skip(f"this processor cannot pack {dtype}")
+    sampler = Sampler(model, weights=weights)
+    prefix = sampler.prefill(TEXT)
+    requests = [SequenceRequest(i % 3, SamplingParams(seed=i), candidate=i) for i in range(90)]
+
+    def hidden(some: list[SequenceRequest], num_threads: int) -> Tensor:
+        seen, before = [], torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            with evaluating(model):
+                decoder = SlotDecoder(sampler.step_model(), len(some))
+                for request in some:
+                    decoder.add(prefix, request)
+                for _ in range(5):
+                    decoder.step()
+                    seen.append(decoder._steps.hidden[: len(some)].clone())
+        finally:
+            torch.set_num_threads(before)
+        return torch.stack(seen)
+
+    whole = hidden(requests, 2)
+    for places in ([0], [89], [5, 64, 66], list(range(40, 60))):
+        assert torch.equal(hidden([requests[place] for place in places], 1), whole[:, places]), places
 
 
 @each_option

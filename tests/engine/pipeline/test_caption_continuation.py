@@ -11,6 +11,7 @@ from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import allowed_tokens, continue_caption, continue_tokens
 from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
+from tests.engine.decoding.cases import OPTIONS
 
 CAPTIONS = [
     f"{garment}에서 {attribute} {value}이다."
@@ -51,6 +52,10 @@ def _model(**sizes: int) -> KoDalle:
         for name, parameter in model.named_parameters():
             if name.endswith("scale"):
                 parameter.fill_(1.0)
+            elif name.endswith("x0_scalars"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+            elif model.config.zero_init_branches and name.endswith(("out.weight", "shrink.weight")):
+                parameter.normal_(0, 0.3)
             elif name.endswith(("qkv.weight", "attention.out.weight", "head.weight")):
                 parameter.mul_(3)
     return model
@@ -84,7 +89,12 @@ def _uncached(
     return sampled
 
 
-def test_cached_tokens_equal_uncached_tokens(model: KoDalle, tokenizer: CaptionTokenizer) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, id="plain"), pytest.param(OPTIONS["all"], id="with options", marks=pytest.mark.slow)],
+)
+def test_cached_tokens_equal_uncached_tokens(options: dict[str, bool], tokenizer: CaptionTokenizer) -> None:
+    model = _model(**options)
     allowed, end_ids, requests = allowed_tokens(tokenizer), tokenizer.end_ids, _requests(24)
     for beginning in ("", BEGINNING):
         first = tokenizer.encode_beginning(beginning)

@@ -42,7 +42,7 @@ PRELOAD = [
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def _stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
     """SIGTERM arrives while step number `step` is at work."""
     make = trainer.make_stage
 
@@ -134,7 +134,7 @@ def test_stopped_by_sigterm_and_resumed(
     tree = tree_of(stage, tmp_path / "run")
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
-        _stop_after(patched, stage, 3)
+        stop_after(patched, stage, 3)
         with pytest.raises(SystemExit, match="stopped by a signal after step 3; run the same command to go on"):
             train_tree(tree)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -372,7 +372,7 @@ def test_partial_captions_reach_the_batches(
     assert captions(made.validation_source) == {"가 나. 다 라."}
 
 
-def _rank_of_two(rank: int, port: int, files: list[Path]) -> None:
+def train_as_rank(rank: int, port: int, files: list[Path]) -> None:
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     pytest.MonkeyPatch().setattr(trainer, "matrix_peak", lambda *_: 1e12)
@@ -390,7 +390,7 @@ def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory
         tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero}}
         files.append(write_tree(tree, folder / f"zero{zero}.yaml"))
     port = free_port()
-    answers = run_forked([(_rank_of_two, (rank, port, files)) for rank in range(2)], folder, preload=PRELOAD)
+    answers = run_forked([(train_as_rank, (rank, port, files)) for rank in range(2)], folder, preload=PRELOAD)
     assert [code for code, _ in answers] == [0, 0], answers
     return folder
 
