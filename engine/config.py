@@ -316,6 +316,18 @@ class VqganRun(Run):
         description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster on small data",
     )
     start_from: Path | None = Field(None, description="model folder whose VQGAN the weights are copied from")
+    decoder_only: bool = Field(
+        False,
+        description="train the decoder of start_from alone: its tokens keep their meaning, so transformers of them too",
+    )
+
+    @model_validator(mode="after")
+    def _tokens_stay(self) -> "VqganRun":
+        if self.decoder_only and self.start_from is None:
+            raise ValueError("decoder_only: needs a trained encoder and codebook: give start_from")
+        if self.decoder_only and (self.codebook_reset.start_step or self.codebook_reset.reset_every):
+            raise ValueError("decoder_only: codebook_reset would change the codebook: leave it out")
+        return self
 
 
 class KoclipRun(Run):

@@ -63,6 +63,9 @@ class VqganStage:
             _start_from(model, run.start_from)
         elif run.init == "residual":
             model.residual_init()
+        if run.decoder_only:
+            for part in (model.encoder, model.quant_conv, model.quantize):
+                part.requires_grad_(False)
         self.vqgan = model
         self.engine = make_engine(_WithLoss(model), run.deepspeed, total_steps=total_steps)
         engines: Engines = {"generator": self.engine}

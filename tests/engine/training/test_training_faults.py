@@ -112,6 +112,30 @@ def test_start_from_copies_the_weights(vqgan_run: Path, tree_of: TreeOf, train_t
     assert all(torch.allclose(old[name], new[name], atol=1e-7) for name in old)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_decoder_alone_keeps_every_token(
+    vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, zero_stage: int
+) -> None:
+    """Encoder and codebook are the same bits afterwards, and the decoder learnt, discriminator included."""
+    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook_reset={}, decoder_only=True)
+    tree["deepspeed"]["zero_optimization"] = {"stage": zero_stage}
+    old, new = (load_file(folder / "vqgan.safetensors") for folder in (vqgan_run / "model", train_tree(tree)))
+    assert old.keys() == new.keys()
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"codebook_reset": {}}, "decoder_only: needs a trained .*: give start_from"),
+     ({"start_from": "x", "codebook_reset": {"reset_every": 5}}, "decoder_only: codebook_reset would change")],
+)  # fmt: skip
+def test_decoder_alone_needs_a_codebook_that_stays(
+    tree_of: TreeOf, train_tree: Train, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    _rejected(train_tree, tree_of("vqgan", tmp_path / "run", decoder_only=True, **changes), message)
+
+
 def test_unreadable_image_is_named(
     pairs_folder: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
