@@ -2,19 +2,153 @@
 
 Everything is written under a temporary name beside its destination and renamed: a killed process leaves either the
 old content or the new, plus at most a `.partial-*` leftover; a folder's is removed by the next write of that folder.
+Content is on the disk before the rename, and the rename before the writer goes on, so that a power failure leaves no
+more than a kill does.
+
+A full disk, missing rights and a failing disk are faults that people mend: `named_disk_faults` reports them in one line.
 """
 
 import contextlib
+import errno
 import glob
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
+
 from engine.errors import InputError
+
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of a file",
+    errno.EROFS: "make the disk writable, or choose another folder",
+    errno.EACCES: "give this user the right to write there, or choose another folder",
+    errno.EPERM: "give this user the right to write there, or choose another folder",
+    errno.EIO: "check the disk, or choose another one",
+}
+
+
+class DiskFault(InputError):
+    """A full disk, missing rights or a failing disk. It may strike one process of several."""
+
+
+@contextlib.contextmanager
+def named_disk_faults(path: Path, *, kept: str = "") -> Iterator[None]:
+    """Turns disk faults within the block into a `DiskFault`; other errors pass.
+
+    Args:
+        path: what is written, for errors that name no file.
+        kept: what is not lost, after a semicolon of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fault = as_disk_fault(error, path, kept=kept)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def as_disk_fault(error: OSError | SafetensorError, path: Path | None = None, *, kept: str = "") -> DiskFault | None:
+    """The fault that an error reports; None if it is of another kind, or no file is known."""
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors writes by Rust, whose errors have the number in their text
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    named = getattr(error, "filename", None) or path
+    if number not in _REMEDIES or named is None:
+        return None
+    reason = error.strerror if isinstance(error, OSError) else os.strerror(number)
+    remedy = f"{reason}: {_REMEDIES[number]}"
+    return DiskFault("disk", named, f"{remedy}; {kept}" if kept else remedy)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and SHA-256 of a file's content."""
+
+    size_bytes: int
+    sha256: str
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Digest of what the file holds now."""
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return FileDigest(size, digest.hexdigest())
+
+
+class VerifiedFile:
+    """A file for writing that is forced to the disk and read back when the block ends.
+
+    `digest` is of the bytes that were handed to `write`, not of those that were found.
+
+    Raises:
+        OSError: with the file's name; EIO if other bytes are read back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=1 << 20)
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._error: OSError | None = None
+
+    @property
+    def digest(self) -> FileDigest:
+        return FileDigest(self._size, self._hash.hexdigest())
+
+    def write(self, content: bytes | bytearray | memoryview) -> int:
+        self._hash.update(content)
+        with self._named():
+            written = self._file.write(content)
+        self._size += written
+        return written
+
+    def flush(self) -> None:
+        """torch.save calls it; what is held back is written at the end of the block."""
+
+    def __enter__(self) -> "VerifiedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if self._error is not None:
+                raise self._error  # torch.save has an error of its own by now, which names neither file nor cause
+            if error is not None:
+                return
+            with self._named():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # of bytes that could not be written before
+                self._file.close()
+        if file_digest(self._path) != self.digest:
+            raise OSError(errno.EIO, "Other bytes are read back than were written", str(self._path))
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._error = OSError(error.errno, error.strerror, str(self._path))
+            raise self._error from error
 
 
 @contextlib.contextmanager
@@ -27,8 +161,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary.chmod(0o644)  # mkstemp makes 0600, which would stay on the final file
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,6 +195,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
         temporary.replace(path)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,9 +217,16 @@ def read_json(path: Path, *, field: str, remedy: str) -> Any:
         raise InputError(field, path, f"is not JSON ({error}): {remedy}") from error
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Forces a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no fsync of a folder
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def is_hub_name(text: str) -> bool:

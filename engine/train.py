@@ -3,7 +3,8 @@
     deepspeed engine/train.py --config configs/demo/vqgan.yaml [key=value …]
     python engine/train.py --config … [key=value …]            one process, the same computation
 
-Exit codes: 0 done (or already finished), 2 bad input (one line on stderr), 1 stopped by a signal or a bug.
+Exit codes: 0 done (or already finished), 2 bad input (one line on stderr), 130 and 143 stopped by SIGINT or SIGTERM with
+a checkpoint, 1 a bug.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main() -> int:
 
     from engine.commands.missing_packages import as_input_error
     from engine.errors import InputError
+    from engine.files import DiskFault
 
     try:
         from engine.config_files import load_run
@@ -43,9 +45,12 @@ def main() -> int:
         reported = as_input_error(error) if isinstance(error, ModuleNotFoundError) else error
         if reported is None:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {reported}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or isinstance(error, DiskFault):  # which may strike one rank alone
+            print(f"error: {reported}" if rank == 0 else f"error (rank {rank}): {reported}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # before the first step, or after the last
     return 0
 
 

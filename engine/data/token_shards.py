@@ -6,7 +6,8 @@ an image are 512 bytes. Layout of a shard folder, one sub-folder a split:
     image_tokens.npy   (N, views, S) uint16   view 0 as it is, view 1 (with flip) mirrored, then the augmented ones
     text_tokens.npy    (M, T) int32           all captions of all pairs
     text_offsets.npy   (N + 1,) int64         captions of pair i: text_tokens[offsets[i]:offsets[i + 1]]
-    ../shards.json                            digests of the VQGAN, the tokenizer, the pairs; what was cut
+    ../shards.json                            digests of the VQGAN, the tokenizer, captions and images; what was cut; size
+                                              and SHA-256 of every file
 
 N pairs, S image tokens, T text positions. Held-out images have view 0 alone.
 
@@ -14,7 +15,6 @@ Augmented views are for small sets: an image shifted by half a token's width has
 memorises a few thousand images that are always the same.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from engine.data.augment import augment
+from engine.data.digests import pairs_digests
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
-from engine.files import atomic_folder, read_json, write_json
+from engine.files import FileDigest, VerifiedFile, atomic_folder, file_digest, read_json, write_json
 
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,25 @@ class TokenShard:
         return self.text_tokens[caption], self.image_tokens[index, view]
 
 
-def shards_are_current(folder: Path, expected: dict[str, Any]) -> bool:
-    """Whether `folder` holds complete shards made from exactly `expected` (as `shard_identity` gives it)."""
-    return (folder / "shards.json").is_file() and _read_index(folder).get("identity") == expected
+def shards_fault(folder: Path, expected: dict[str, Any]) -> str | None:
+    """Why the shards in `folder` cannot be used, as the end of a sentence about them; None if they can.
+
+    Args:
+        expected: what they must be made from, as `shard_identity` gives it.
+    """
+    if not (folder / "shards.json").is_file():
+        return "are not there"
+    index = _read_index(folder)
+    identity = index.get("identity", {})
+    for name, value in expected.items():
+        if identity.get(name) != value:
+            return f"were made from another {name}" if name in identity else f"do not state their {name}"
+    files = index.get("files", {})
+    found = {str(path.relative_to(folder)) for path in folder.glob("*/*.npy")}
+    for name in sorted(found | files.keys()):
+        if name not in found or name not in files or file_digest(folder / name) != FileDigest(**files[name]):
+            return f"are damaged: {name} has other bytes than were written"
+    return None
 
 
 def captions_cut(folder: Path) -> dict[str, int]:
@@ -82,12 +99,9 @@ def shard_identity(
     pairs: Pairs, tokenizer: CaptionTokenizer, *, vqgan_digest: str, text_seq_len: int, views: AugmentedViews
 ) -> dict[str, Any]:
     """Everything that the shards depend on; compared before they are reused."""
-    digest = hashlib.sha256()
-    for pair in [*pairs.train, *pairs.validation]:
-        digest.update(repr((pair.key, pair.captions, pair.split, pair.image_path.stat().st_size)).encode())
     return {
         "format": SHARD_FORMAT,
-        "pairs": digest.hexdigest()[:16],
+        **{name.replace("-", "_").replace(" ", "_"): digest for name, digest in pairs_digests(pairs).items()},
         "vqgan": vqgan_digest,
         "tokenizer": tokenizer.digest,
         "text_seq_len": text_seq_len,
@@ -126,6 +140,7 @@ def write_shards(
     total = sum(len(split) for split in splits.values())
     done = 0
     cut: dict[str, int] = {}
+    files: dict[str, dict[str, Any]] = {}
     with atomic_folder(folder, replace=True) as temporary:
         for name, split in splits.items():
             (temporary / name).mkdir()
@@ -141,10 +156,13 @@ def write_shards(
                 if on_progress is not None:
                     on_progress(done, total)
             if images:
-                np.save(temporary / name / "image_tokens.npy", np.concatenate(images))
-                np.save(temporary / name / "text_tokens.npy", text_tokens)
-                np.save(temporary / name / "text_offsets.npy", offsets)
-        write_json(temporary / "shards.json", {"identity": identity, "pairs": total, "captions_cut": cut})
+                arrays = {"image_tokens": np.concatenate(images), "text_tokens": text_tokens, "text_offsets": offsets}
+                for array_name, array in arrays.items():
+                    with VerifiedFile(temporary / name / f"{array_name}.npy") as file:
+                        np.save(file, array)
+                    files[f"{name}/{array_name}.npy"] = asdict(file.digest)
+        index = {"identity": identity, "pairs": total, "captions_cut": cut, "files": files}
+        write_json(temporary / "shards.json", index)
 
 
 def open_shard(folder: Path, split: str, *, image_vocab_size: int, text_vocab_size: int) -> TokenShard:

@@ -179,9 +179,7 @@ def read_part(folder: Path, name: PartName) -> Part:
         InputError: missing file, not safetensors, missing or extra tensors, a wrong shape: each by name.
     """
     config = part_config(folder, name)
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise InputError("weight file", path, "is missing: copy it there, or export the model again")
+    path = _weight_file(folder, name)
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
     try:
@@ -217,9 +215,14 @@ def load_folder_tokenizer(folder: Path) -> CaptionTokenizer:
 
 
 def weights_digest(folder: Path, name: PartName) -> str:
-    """16 hex digits over config and weight bytes of one part: the key of caches."""
+    """16 hex digits over config and weight bytes of one part: the key of caches.
+
+    Raises:
+        InputError: the folder has no such part.
+    """
+    part_config(folder, name)
     digest = hashlib.sha256(json.dumps(read_config(folder)[name], sort_keys=True).encode())
-    path = folder / f"{name}.safetensors"
+    path = _weight_file(folder, name)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
@@ -230,6 +233,13 @@ def model_digest(folder: Path) -> str:
     """SHA-256, in hex, over the digests of all parts of a folder."""
     digests = [weights_digest(folder, name) for name in _CONFIGS if has_part(folder, name)]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _weight_file(folder: Path, name: PartName) -> Path:
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise InputError("weight file", path, "is missing: copy it there, or export the model again")
+    return path
 
 
 def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:

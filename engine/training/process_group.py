@@ -5,6 +5,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -12,8 +13,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from engine.device import fit_threads
+from engine.errors import InputError
+
 # How long ranks wait for one another. The default of 10 to 30 minutes ends a run while rank 0 encodes a large data set.
 _TIMEOUT = timedelta(hours=2)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,31 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
+        return bool(self.max(int(flag)))
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks."""
         if self.size == 1:
-            return flag
-        tensor = torch.tensor([flag], dtype=torch.int32, device="cpu")
+            return number
+        tensor = torch.tensor([number], dtype=torch.int32, device="cpu")
         torch.distributed.all_reduce(tensor, ReduceOp.MAX, group=self.host_group)
-        return bool(tensor.item())
+        return int(tensor.item())
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """On rank 0 the values of all ranks, in their order; elsewhere an empty list."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.is_main else []
+        torch.distributed.gather_object(value, values if self.is_main else None, dst=0, group=self.host_group)
+        return values
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place, on the device."""
@@ -71,28 +97,48 @@ def join_world(*, torch_threads: int | None) -> World:
 
     On CPU the gloo backend is used and DeepSpeed's shared-memory all-reduce is left out: it is compiled at first use
     (40 s, and needs a compiler), and gains nothing for the few ranks that one CPU holds.
+
+    Args:
+        torch_threads: of this process on a CPU; default: OMP_NUM_THREADS, or its share of the processors that the
+            container may use.
+
+    Raises:
+        InputError: another program has the port at which the ranks meet.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if size == 1 or "MASTER_PORT" not in os.environ:  # no other to meet: DeepSpeed's 29500 may be another program's
+        os.environ["MASTER_PORT"] = str(free_port())
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        torch.set_num_threads(torch_threads or max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(torch_threads or _threads(local_size))
     else:
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-        timeout=_TIMEOUT,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            timeout=_TIMEOUT,
+            verbose=False,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise InputError(
+            "port", os.environ["MASTER_PORT"], "another program has it: `deepspeed --master_port` takes another one"
+        ) from error
     host_group = None if on_cpu or size == 1 else torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(rank, size, local_rank, device, host_group)
+
+
+def _threads(local_size: int) -> int:
+    stated = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(stated) if stated.isdigit() and int(stated) > 0 else max(1, fit_threads() // local_size)
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from engine.files import as_disk_fault
 
 FLUSH_EVERY = 10  # steps after which the trainer writes the log; until then scalars stay on the device, unread
 
@@ -36,6 +39,8 @@ class RunLog:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        self._previous_hook = threading.excepthook
+        threading.excepthook = self._report
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, Scalar]) -> None:
@@ -60,23 +65,34 @@ class RunLog:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         self._board.add_image("samples", pixels.view(image.height, image.width, 3), step, dataformats="HWC")
 
-    def flush(self) -> None:
-        """Reads and writes the pending lines; on a GPU this waits for their steps."""
+    def flush(self, *, to_disk: bool = False) -> None:
+        """Reads and writes the pending lines; on a GPU this waits for their steps.
+
+        Args:
+            to_disk: they survive a power failure, too.
+        """
         if not self.enabled:
             return
         for step, values in self._pending:
             self._write(step, {name: float(value() if callable(value) else value) for name, value in values.items()})
         self._pending.clear()
         self._file.flush()
+        if to_disk:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes the files; a second call does nothing."""
         if self.enabled and not self._file.closed:
-            self.flush()
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.flush(to_disk=True)
             self._file.close()
             self._board.close()
+            threading.excepthook = self._previous_hook
+
+    def _report(self, failed: threading.ExceptHookArgs) -> None:
+        """In the place of `threading.excepthook`: TensorBoard's thread prints no traceback of a disk fault, which the next
+        call of its writer raises here."""
+        if not isinstance(failed.exc_value, OSError) or as_disk_fault(failed.exc_value, self.folder) is None:
+            self._previous_hook(failed)
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         line: dict[str, Any] = {"step": step, **{name: float(f"{value:.7g}") for name, value in values.items()}}

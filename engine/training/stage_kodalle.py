@@ -1,14 +1,13 @@
 """KoDALLE training: a batch is token ids; images are encoded once, into token shards, before the first step."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from engine.config import KodalleRun
-from engine.data.pairs import caption_guide
+from engine.data.pairs import Pairs, caption_guide
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_shards import (
     AugmentedViews,
@@ -16,7 +15,7 @@ from engine.data.token_shards import (
     captions_cut,
     open_shard,
     shard_identity,
-    shards_are_current,
+    shards_fault,
     write_shards,
 )
 from engine.data.tokenizer import CaptionTokenizer, tokenizer_for
@@ -51,6 +50,7 @@ from engine.training.muon import make_muon
 from engine.training.order_annealing import batch_orders
 from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import World
+from engine.training.run_lock import hold_lock
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters
 
@@ -183,32 +183,14 @@ class KodalleStage:
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return to_device(batch["text_tokens"], self.world.device), to_device(batch["image_tokens"], self.world.device)
 
-    def _shards(self, pairs: Any) -> tuple[TokenShard, TokenShard | None]:
+    def _shards(self, pairs: Pairs) -> tuple[TokenShard, TokenShard | None]:
         """Opens the token shards, after rank 0 has written them where they are missing or made from other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
         views = AugmentedViews(run.data.flip, run.augmented_views, run.augment_shift)
-        identity = shard_identity(
-            pairs,
-            self.tokenizer,
-            vqgan_digest=weights_digest(run.vqgan, "vqgan"),
-            text_seq_len=model.text_seq_len,
-            views=views,
-        )
-        if self.world.is_main and not shards_are_current(folder, identity):
-            with ProgressBar("encoding images", total=len(pairs)) as bar:
-                write_shards(
-                    folder,
-                    pairs,
-                    self.tokenizer,
-                    lambda images: self.vqgan.encode(images.to(self.world.device)),
-                    identity=identity,
-                    image_size=self.vqgan.config.image_size,
-                    text_seq_len=model.text_seq_len,
-                    views=views,
-                    strict=run.strict_captions,
-                    on_progress=lambda done, _: bar.update(done),
-                )
+        if self.world.is_main:
+            with hold_lock(folder.parent / f".{folder.name}.lock", field="token_shards", wait=True):
+                self._write_shards(pairs, folder, views)
         self.world.barrier()
         cut = captions_cut(folder)
         if cut and run.strict_captions:
@@ -226,6 +208,34 @@ class KodalleStage:
         )
         assert train is not None
         return train, held_out
+
+    def _write_shards(self, pairs: Pairs, folder: Path, views: AugmentedViews) -> None:
+        length = self.run.model.text_seq_len
+        identity = shard_identity(
+            pairs,
+            self.tokenizer,
+            vqgan_digest=weights_digest(self.run.vqgan, "vqgan"),
+            text_seq_len=length,
+            views=views,
+        )
+        fault = shards_fault(folder, identity)
+        if fault is None:
+            return
+        if folder.exists():
+            print(f"note: the token shards in {folder} {fault}: they are written anew", flush=True)
+        with ProgressBar("encoding images", total=len(pairs)) as bar:
+            write_shards(
+                folder,
+                pairs,
+                self.tokenizer,
+                lambda images: self.vqgan.encode(images.to(self.world.device)),
+                identity=identity,
+                image_size=self.vqgan.config.image_size,
+                text_seq_len=length,
+                views=views,
+                strict=self.run.strict_captions,
+                on_progress=lambda done, _: bar.update(done),
+            )
 
 
 def _check_vqgan(run: KodalleRun, vqgan: Vqgan) -> None:

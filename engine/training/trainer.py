@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.config import Run
 from engine.config_files import dump_yaml
 from engine.errors import InputError
-from engine.files import atomic_file
+from engine.files import atomic_file, named_disk_faults
 from engine.measure import count_flops, matrix_peak
 from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
@@ -33,10 +33,11 @@ from engine.training.deepspeed_section import check_keys
 from engine.training.engines import Engines, is_fp16, micro_batch
 from engine.training.muon import check_muon
 from engine.training.process_group import World, join_world
-from engine.training.resumption import check_folder
+from engine.training.resumption import check_folder, check_inputs
+from engine.training.run_lock import hold_lock
 from engine.training.run_log import FLUSH_EVERY, RunLog
 from engine.training.stage import Stage, make_stage
-from engine.training.step_clock import StepClock
+from engine.training.step_clock import SlowSteps, StepClock
 from engine.training.stop_signal import StopSignal
 from engine.training.update_guard import REMEDY, UpdateGuard
 
@@ -49,6 +50,7 @@ def train(run: Run) -> Path:
 
     Raises:
         InputError: anything a user can get wrong, before the first step where it can be known then.
+        SystemExit: 128 + the number of the signal that stopped the run, after its checkpoint.
     """
     started_s = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
@@ -56,8 +58,13 @@ def train(run: Run) -> Path:
     check_keys(run.deepspeed)
     check_muon(run.deepspeed)
     micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read
-    check_folder(run)
-    return Trainer(run, make_stage(run, world), world, started_s=started_s).train()
+    with (
+        named_disk_faults(run.run, kept="no checkpoint is lost: then run the same command to go on"),
+        hold_lock(run.run / ".lock", field="run") if world.is_main else contextlib.nullcontext(),
+    ):
+        check_folder(run)
+        inputs = check_inputs(run) if world.is_main else {}
+        return Trainer(run, make_stage(run, world), world, inputs=inputs, started_s=started_s).train()
 
 
 class Trainer:
@@ -65,11 +72,13 @@ class Trainer:
 
     Args:
         stage: its data is read; its engines are built here.
+        inputs: digests of what the run learns from, on rank 0.
         started_s: `time.monotonic()` at the start, for the duration that is printed at the end.
     """
 
-    def __init__(self, run: Run, stage: Stage, world: World, *, started_s: float) -> None:
+    def __init__(self, run: Run, stage: Stage, world: World, *, inputs: dict[str, str], started_s: float) -> None:
         self.run, self.stage, self.world = run, stage, world
+        self._inputs = inputs
         self._started_s = started_s
         batch_size, self.accumulation = micro_batch(run.deepspeed)
         self.micro_batch_size = batch_size * world.size  # images of all ranks
@@ -82,6 +91,7 @@ class Trainer:
             self.guard.watch(engine)
         self.main = next(iter(self.engines.values()))
         self._clock = StepClock(world.device)
+        self._slow_steps = SlowSteps()
         self._flops_per_step = 0.0  # counted in the first step
         self._skipped = 0  # steps, by DeepSpeed
         self._skipped_in_a_row = 0
@@ -90,10 +100,10 @@ class Trainer:
         """All steps that are left, then the export; see `train` of this module."""
         run, world = self.run, self.world
         model = run.run / "model"
+        self._resume()
         if world.is_main:
             with atomic_file(run.run / "config.yaml") as temporary:
                 temporary.write_text(dump_yaml(run), encoding="utf-8")
-        self._resume()
         if self.progress.step >= self.total_steps and model.is_dir():
             if world.is_main:
                 print(f"{run.run} is finished ({self.progress.step} steps): nothing to do", flush=True)
@@ -109,11 +119,10 @@ class Trainer:
         return model
 
     def _resume(self) -> None:
-        found = checkpoints.complete_checkpoints(self.run.run / "checkpoints")
-        self.world.barrier()
-        if not found:
+        found = checkpoints.resume(self.run.run / "checkpoints", self.engines, world=self.world)
+        if found is None:
             return
-        self.progress, state = checkpoints.load(found[0], self.engines, world=self.world)
+        self.progress, state = found
         self.stage.load_state(state)
         if self.world.is_main:
             print(f"resuming {self.run.run} at step {self.progress.step}", flush=True)
@@ -132,28 +141,36 @@ class Trainer:
                 self._clock.start()
                 scalars = self._step(batches)
                 seconds = self._clock.stop()
+                self._slow_steps.add(self.progress.step, seconds)
                 step, is_last = self.progress.step, self.progress.step == total
                 if step % loop.log_every == 0:
                     scalars = world.means(scalars)
                     self._log_step(log, scalars, seconds, peak_flops)
                 self._check_skipped()
-                stopping = world.any(stop.received)
+                stopping = world.max(stop.received)
                 validates = is_last or step % loop.validate_every == 0
-                samples = is_last or step % loop.sample_every == 0
-                saves = is_last or stopping or step % loop.checkpoint_every == 0
+                samples = is_last or (step % loop.sample_every == 0 and not stopping)
+                saves = is_last or step % loop.checkpoint_every == 0 or bool(stopping)
                 if world.device.type == "cpu" or step % FLUSH_EVERY == 0 or validates or samples or saves:
                     self.guard.check()
                     bar.update(step, _note(scalars) if bar.enabled else "")
+                    for line in self._slow_steps.reports() if world.is_main else ():
+                        print(line, flush=True)
                 if step % FLUSH_EVERY == 0:
                     log.flush()
                 if validates:
                     self._validate(log)
                 if samples:
                     self._sample(log)
-                if saves:
+                if validates or samples:  # they take their time
+                    stopping = stopping or world.max(stop.received)
+                if saves or stopping:
                     self._save(log)
                 if stopping and not is_last:
-                    raise SystemExit(f"stopped by a signal after step {step}; run the same command to go on")
+                    if world.is_main:
+                        print(f"stopped at step {step}: run the same command to go on", file=sys.stderr, flush=True)
+                    world.barrier()  # a launcher ends the others when the first one ends
+                    raise SystemExit(128 + stopping)
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step; means over its micro batches of what the stage logs."""
@@ -252,10 +269,10 @@ class Trainer:
 
     def _save(self, log: RunLog) -> None:
         self._check_weights()
-        log.flush()  # a resumed run goes on from here: the lines up to here must not be lost with this process
+        log.flush(to_disk=True)  # a resumed run goes on from here: the lines up to here must not be lost
         checkpoints.save(
             self.run.run / "checkpoints", self.progress, self.engines, self.stage.state(),
-            world=self.world, keep=self.run.loop.keep_checkpoints,
+            world=self.world, keep=self.run.loop.keep_checkpoints, inputs=self._inputs,
         )  # fmt: skip
 
     def _card(self) -> str:

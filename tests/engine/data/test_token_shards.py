@@ -16,7 +16,7 @@ from engine.data.token_shards import (
     captions_cut,
     open_shard,
     shard_identity,
-    shards_are_current,
+    shards_fault,
     write_shards,
 )
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
@@ -131,24 +131,61 @@ def test_identity_covers_what_the_shards_depend_on(
         return shard_identity(some, words, **settings)  # type: ignore[arg-type]
 
     folder = write()
-    assert shards_are_current(folder, identity())
+    assert shards_fault(folder, identity()) is None
     first, *rest = pairs.all
     shifted = replace(first, captions=("다른 말",))
     other_words = train_tokenizer(["다른 말"], vocab_size=60)
-    for changed in (
-        identity(vqgan_digest="w"),
-        identity(text_seq_len=T + 1),
-        identity(flip=True),
-        identity(count=1, shift=2),
-        identity(words=other_words),
-        identity(Pairs((shifted, *rest))),
-        identity(Pairs(tuple(rest))),
-        identity(Pairs((replace(first, split="validation"), *rest))),
+    for changed, name in (
+        (identity(vqgan_digest="w"), "vqgan"),
+        (identity(text_seq_len=T + 1), "text_seq_len"),
+        (identity(flip=True), "views"),
+        (identity(count=1, shift=2), "views"),
+        (identity(words=other_words), "tokenizer"),
+        (identity(Pairs((shifted, *rest))), "training_captions"),
+        (identity(Pairs(tuple(rest))), "training_captions"),
+        (identity(Pairs((replace(first, split="validation"), *rest))), "training_captions"),
     ):
-        assert not shards_are_current(folder, changed)
-    assert not shards_are_current(tmp_path / "none", identity())
+        assert shards_fault(folder, changed) == f"were made from another {name}"
+    assert shards_fault(tmp_path / "none", identity()) == "are not there"
     (folder / "shards.json").write_text("{}")
-    assert not shards_are_current(folder, identity())
+    assert shards_fault(folder, identity()) == "do not state their format"
+
+
+def test_two_images_of_equal_size_swapped(
+    write: Callable[..., Path], pairs: Pairs, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    """Sizes and times of files say nothing about their content."""
+    one, other = pairs.train[0], pairs.train[1]
+    paths = []
+    for pair in (one, other):
+        paths.append(tmp_path / f"{pair.key}.png")
+        paths[-1].write_bytes(pair.image_path.read_bytes().ljust(1000, b"\0"))
+
+    def identity(first: Path, second: Path) -> dict[str, object]:
+        some = Pairs((replace(one, image_path=first), replace(other, image_path=second), *pairs.all[2:]))
+        views = AugmentedViews()
+        return shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=T, views=views)
+
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    before, after = identity(*paths), identity(*paths[::-1])
+    assert {name for name in before if before[name] != after[name]} == {"training_images"}
+    moved = paths[0].rename(tmp_path / "elsewhere.png")  # where they lie does not matter
+    assert identity(moved, paths[1]) == before
+
+
+@pytest.mark.parametrize("name", ["image_tokens", "text_tokens", "text_offsets"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_flipped_bit_is_seen(write: Callable[..., Path], name: str, split: str) -> None:
+    folder = write()
+    identity = json.loads((folder / "shards.json").read_text(encoding="utf-8"))["identity"]
+    assert shards_fault(folder, identity) is None
+    path = folder / split / f"{name}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert shards_fault(folder, identity) == f"are damaged: {split}/{name}.npy has other bytes than were written"
+    path.unlink()
+    assert shards_fault(folder, identity) is not None
 
 
 def test_cut_captions_are_counted_by_name_or_refused(write: Callable[..., Path], pairs: Pairs) -> None:
@@ -198,4 +235,4 @@ def test_another_folder_is_never_overwritten(tmp_path: Path, write: Callable[...
 def test_index_is_readable(write: Callable[..., Path]) -> None:
     index = json.loads((write() / "shards.json").read_text(encoding="utf-8"))
     assert index["pairs"] == 30
-    assert index["identity"]["format"] == 1
+    assert index["identity"]["format"] == 2

@@ -1,6 +1,8 @@
 """log.jsonl has each step once, also after a kill."""
 
+import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,22 @@ def test_images_keep_their_shape(tmp_path: Path, size: tuple[int, int]) -> None:
     log.close()
     with Image.open(tmp_path / "samples" / "step-00000012.png") as image:
         assert image.size == size
+
+
+def test_disk_fault_in_tensorboards_thread_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call of its writer raises it where it is reported."""
+    printed: list[threading.ExceptHookArgs] = []
+    hook = printed.append
+    monkeypatch.setattr(threading, "excepthook", hook)
+    log = RunLog(tmp_path, resume_step=0)
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a bug")):
+        thread = threading.Thread(target=_raise, args=(error,))
+        thread.start()
+        thread.join()
+    log.close()
+    assert threading.excepthook is hook
+    assert [str(one.exc_value) for one in printed] == ["a bug"]
+
+
+def _raise(error: Exception) -> None:
+    raise error

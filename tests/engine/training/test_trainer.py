@@ -70,7 +70,7 @@ def test_run_writes_all_its_files(run_of: dict[str, Path], stage: str, losses: L
     run = run_of[stage]
     names = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoints", "model", "model-best"}
-    assert expected <= names <= expected | {"shards"}
+    assert expected <= names <= expected | {"shards", ".shards.lock", ".lock"}
     assert load_run(run / "config.yaml").run == run
     lines = losses(run)
     steps = [line for line in lines if "loss" in line]
@@ -135,8 +135,10 @@ def test_stopped_by_sigterm_and_resumed(
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
         stop_after(patched, stage, 3)
-        with pytest.raises(SystemExit, match="stopped by a signal after step 3; run the same command to go on"):
+        with pytest.raises(SystemExit) as stopped:
             train_tree(tree)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped at step 3: run the same command to go on" in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert not (tmp_path / "run" / "model").exists()
     torch.manual_seed(99)
@@ -157,7 +159,7 @@ def _killed(stage: str, file: Path) -> None:
     write_marker = checkpoints.write_json
 
     def write_but_at_step_6(path: Path, content: Tree) -> None:
-        kill() if content["step"] == 6 else write_marker(path, content)
+        kill() if content["progress"]["step"] == 6 else write_marker(path, content)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
@@ -207,12 +209,13 @@ def test_killed_and_resumed(
 def test_finished_run_is_reported_and_left_alone(
     kodalle_run: Path, tree_of: TreeOf, train_tree: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
+    rewritten = ("config.yaml", ".lock", ".shards.lock")
+    before = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name not in rewritten}
     assert train_tree(tree_of("kodalle", kodalle_run)) == kodalle_run / "model"
     message = capsys.readouterr().out
     assert "is finished (8 steps): nothing to do" in message
     assert "written after" not in message
-    after = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name != "config.yaml"}
+    after = {path: path.stat().st_mtime_ns for path in kodalle_run.rglob("*") if path.name not in rewritten}
     assert after.keys() == before.keys()
     assert all(after[path] == before[path] for path in after if path.is_file())
 
