@@ -157,7 +157,11 @@ def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> No
     if stage == "kodalle":
         places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
         places["text.tokenizer"] = out / "koclip" / "model"
-    launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
+    code = launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
+    if code in (130, 143):
+        raise SystemExit(code)  # a signal reached the training alone, which has said how to go on
+    if code:
+        raise InputError("training", stage, f"ended with exit code {code}: see above; run the same command to go on")
 
 
 def _generate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:

@@ -4,14 +4,21 @@ Typer draws a box of three lines round it, under two more about usage.
 """
 
 import contextlib
+import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
 from engine.commands.missing_packages import as_input_error
 from engine.errors import InputError
+from engine.files import as_disk_fault
+
+_HOME = re.compile(r"^(--[\w-]+=)(~.*)$")
 
 # The base of Typer's errors about a command line. Typer has click's exceptions, newer ones a copy of its own.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -24,8 +31,11 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: 
         arguments: default: the program's own.
         prog_name: how the command is called in its help and in remedies.
     """
+    signal.signal(signal.SIGTERM, _end)
+    # A shell leaves `--out=~/x` alone, and no one wants a folder named ~.
+    given = [_HOME.sub(_in_home, argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     with error_lines(prog_name):
-        code = app(arguments, prog_name=prog_name, standalone_mode=False)
+        code = app(given, prog_name=prog_name, standalone_mode=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -36,6 +46,11 @@ def error_lines(prog_name: str = "") -> Iterator[None]:
         yield
     except InputError as error:
         _fail(f"error: {error}")
+    except OSError as error:
+        fault = as_disk_fault(error)
+        if fault is None:
+            raise
+        _fail(f"error: {fault}")
     except ModuleNotFoundError as error:
         missing = as_input_error(error)
         if missing is None:
@@ -48,6 +63,15 @@ def error_lines(prog_name: str = "") -> Iterator[None]:
             error.show()
             sys.exit(2)
         _fail(f"error: {_as_line(error, prog_name)}")
+
+
+def _in_home(found: re.Match[str]) -> str:
+    return found[1] + os.path.expanduser(found[2])
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM ends a command as an exception does: what it started and its temporary files go with it."""
+    sys.exit(128 + number)
 
 
 def _as_line(error: Any, prog_name: str) -> str:

@@ -1,17 +1,20 @@
 """`kodalle train`: one training run on this machine, under DeepSpeed's launcher."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
-from engine.errors import InputError
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a training that wrote its checkpoint first
 
 
 def train(
@@ -28,8 +31,7 @@ def train(
     from engine.config_files import load_run
 
     load_run(config, overrides or [])  # one line for a bad config, and not one from each process
-    command = launcher_command([str(config), *(overrides or [])], num_processes=max(1, torch.cuda.device_count()))
-    os.execve(command[0], command, launcher_environment())  # signals and the exit code are the launcher's
+    sys.exit(launch([str(config), *(overrides or [])], num_processes=max(1, torch.cuda.device_count())))
 
 
 def check_deepspeed() -> None:
@@ -38,15 +40,61 @@ def check_deepspeed() -> None:
         raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
 
 
-def launch(arguments: Sequence[str]) -> None:
-    """`deepspeed engine/train.py --config <first argument> <rest>` on one process, its output passed through.
+def launch(arguments: Sequence[str], *, num_processes: int = 1) -> int:
+    """Runs `deepspeed engine/train.py --config <first argument> <rest>`, its output passed through; returns its exit code.
+
+    SIGTERM, SIGINT and SIGHUP reach the trainings, and this process waits for their checkpoint. The launcher has a session
+    of its own: a terminal's Ctrl-C would reach it too, and it kills a training that still writes.
 
     Raises:
-        InputError: it did not end well; what it printed stands above.
+        SystemExit: 128 + the number of the signal that stopped it.
     """
-    code = subprocess.run(launcher_command(arguments), env=launcher_environment(), check=False).returncode
-    if code:
-        raise InputError("training", arguments[0], f"ended with exit code {code}; run the command again to go on")
+    received = 0
+    launcher = subprocess.Popen(
+        launcher_command(arguments, num_processes=num_processes), env=launcher_environment(), start_new_session=True
+    )
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        received = received or number
+        _stop(launcher)
+
+    previous: dict[int, Any] = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            previous[number] = signal.signal(number, pass_on)
+    try:
+        code = launcher.wait()
+    finally:
+        for changed, handler in previous.items():
+            signal.signal(changed, handler)
+    if received:
+        if code not in _STOPPED:  # else the training has said so, with its step
+            print("stopped before the next checkpoint: run the same command to go on", file=sys.stderr, flush=True)
+        raise SystemExit(128 + received)
+    return code
+
+
+def _stop(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the trainings themselves: the launcher would send it to their loaders of data too, and kill after 30 s."""
+    import psutil
+
+    try:
+        below = psutil.Process(launcher.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    trainings = []
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            parent = process.parent()
+            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+                trainings.append(process)
+    for process in trainings:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    if not trainings:  # the launcher is still starting: there is nothing to lose
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGTERM)
 
 
 def launcher_command(arguments: Sequence[str], *, num_processes: int = 1) -> list[str]:
@@ -54,7 +102,7 @@ def launcher_command(arguments: Sequence[str], *, num_processes: int = 1) -> lis
     script = Path(__file__).parents[1] / "train.py"
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes),
-        "--master_port", str(_free_port()), "--log_level", "warning", str(script), "--config", *arguments,
+        "--master_port", str(_free_port()), "--log_level", "critical", str(script), "--config", *arguments,
     ]  # fmt: skip
 
 

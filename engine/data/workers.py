@@ -5,6 +5,9 @@ Results come in the order of the jobs whatever the number of workers, so that wh
 
 import contextlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -53,7 +56,7 @@ def _in_order(function: Callable[[Job], Result], jobs: Sequence[Job], workers: i
         yield from map(function, jobs)
         return
     # spawn: forking a process that has threads (the progress bar's, a tokenizer's) may deadlock the child
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_stay_with_parent)
     waiting: deque[Future[Result]] = deque()
     try:
         for job in jobs:
@@ -66,3 +69,16 @@ def _in_order(function: Callable[[Job], Result], jobs: Sequence[Job], workers: i
         raise InputError("workers", workers, "a worker process died, likely out of memory: use fewer") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _stay_with_parent() -> None:
+    """In a worker: it ends with the process that started it, however that ends, and not by a terminal's Ctrl-C before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # without waiting for the job at hand

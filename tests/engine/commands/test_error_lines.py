@@ -1,5 +1,10 @@
 """Bad command lines: one line on stderr, exit code 2, wherever the fault is found."""
 
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -9,6 +14,13 @@ from engine import cli
 from engine.commands.error_lines import run_app
 from engine.errors import InputError
 from serve import command
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str) -> tuple[object, str]:
@@ -47,6 +59,29 @@ def test_the_server_reports_bad_input_in_one_line(capsys: pytest.CaptureFixture[
     code, stderr = ended(capsys, command.app, "start", "--port", "70000")
     assert (code, stderr.count("\n")) == (2, 1)
     assert stderr.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it start --help`")
+
+
+def test_disk_faults_are_one_line_and_home_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def some(out: Annotated[Path, typer.Option()], number: Annotated[int, typer.Option()] = 0) -> None:
+        if number:
+            raise OSError(number, os.strerror(number), str(out))
+        print(out)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        run_app(app, ["--out=~/x"], prog_name="it")
+    assert capsys.readouterr().out == f"{tmp_path}/x\n"
+    code, stderr = ended(capsys, app, "--out=/there", f"--number={errno.ENOSPC}")
+    assert (code, stderr) == (2, "error: disk: /there: No space left on device: make room\n")
+    code, stderr = ended(capsys, app, "--out=/there", f"--number={errno.EACCES}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    with pytest.raises(ConnectionResetError):
+        run_app(app, ["--out=/there", f"--number={errno.ECONNRESET}"], prog_name="it")
 
 
 def test_exit_codes_stop_signals_and_bugs(capsys: pytest.CaptureFixture[str]) -> None:
