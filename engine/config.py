@@ -19,6 +19,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_home(cls, value: Any) -> Any:
+        """`~/x` as a shell reads it, which leaves it alone in `run=~/x` and in YAML."""
+        if isinstance(value, Path | str) and str(value).startswith("~"):
+            try:
+                return type(value)(Path(value).expanduser())
+            except RuntimeError as error:
+                raise ValueError(str(error).rstrip(".")) from error
+        return value
+
 
 # --------------------------------------------------------------------------------------------------- the models
 

@@ -250,3 +250,14 @@ def test_entry_point_prints_one_line_and_exits_2(write: Write, tmp_path: Path) -
         f"error: loop.steps: 'None': is a text, not 'nothing' (in {path} with the command line's key=value): "
         "write null, or remove the line"
     ]
+
+
+def test_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = REPOSITORY / "configs" / "demo" / "kodalle.yaml"
+    run = load_run(file, ["run=~/x", "data.pairs=~/pairs", "text.tokenizer=~/words"])
+    assert isinstance(run, KodalleRun)
+    assert (run.run, run.data.pairs) == (tmp_path / "x", tmp_path / "pairs")
+    assert run.text.tokenizer == str(tmp_path / "words")
+    with pytest.raises(InputError, match=r"^run: '~no-such-user/x': "):
+        load_run(file, ["run=~no-such-user/x"])
