@@ -81,7 +81,7 @@ def make_muon(
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     # DeepSpeed compiles Newton-Schulz with torch.compile. On a CPU that needs a C++ compiler, takes 15 to 90 s and gains
-    # nothing (four matrices of a layer of 256: 37 ms without, 55 ms with); on a GPU nobody has tried it here.
+    # nothing (four matrices of a layer of 256: 37 ms without, 55 ms with); on a GPU it was not tried.
     torch.compiler.set_stance("force_eager")
     for parameter in matrices:
         parameter.use_muon = True  # type: ignore[attr-defined] # what ZeRO 1 and 2 go by
