@@ -310,6 +310,10 @@ class Run(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: from the newest checkpoint; never: an error where there is one"
     )
+    start_from: Path | None = Field(
+        None,
+        description="model folder to train on from; its sizes must be the config's, except text_vocab_size, which may grow",
+    )
     data: DataConfig
     loop: LoopConfig
     deepspeed: dict[str, Any] = Field(description="DeepSpeed's own configuration, passed on unchanged")
@@ -326,7 +330,6 @@ class VqganRun(Run):
         "published",
         description="residual: Kaiming convolutions, residual branches start at zero; learns 2x faster on small data",
     )
-    start_from: Path | None = Field(None, description="model folder whose VQGAN the weights are copied from")
     decoder_only: bool = Field(
         False,
         description="train the decoder of start_from alone: its tokens keep their meaning, so transformers of them too",

@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from engine.config import AnyRun, KoclipRun, KodalleRun, Run, VqganRun
+from engine.config_folders import resolve_auto
 from engine.errors import InputError
 
 _RUN: TypeAdapter[VqganRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
@@ -58,10 +59,23 @@ def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | Kocli
     """
     tree = read_config_file(path, example="configs/demo/kodalle.yaml")
     for override in overrides or []:
-        _apply_override(tree, override)
-    source = f"{path} with the command line's key=value" if overrides else str(path)
+        apply_override(tree, override)
+    return parse_run(tree, source=f"{path} with the command line's key=value" if overrides else str(path))
+
+
+def parse_run(tree: dict[str, Any], *, source: str) -> VqganRun | KoclipRun | KodalleRun:
+    """The training config that a tree states.
+
+    Args:
+        source: where it was read, for errors.
+
+    Raises:
+        InputError: names field, value, source and remedy.
+    """
     _reject_none_text(tree, source)
-    return parse_section(_RUN, tree, source=source)
+    resolve_auto(tree)
+    run: VqganRun | KoclipRun | KodalleRun = parse_section(_RUN, tree, source=source)
+    return run
 
 
 def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
@@ -79,7 +93,12 @@ def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
 
 def dump_yaml(run: Run) -> str:
     """The effective config, as YAML that `load_run` reads back to an equal object."""
-    return yaml.safe_dump(run.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+    return dump_tree(run.model_dump(mode="json"))
+
+
+def dump_tree(tree: dict[str, Any]) -> str:
+    """A tree as YAML, keys in their order."""
+    return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
 
 
 def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
@@ -102,7 +121,12 @@ def read_config_file(path: Path, *, example: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key=value` text in a tree.
+
+    Raises:
+        InputError: no `=`, a value that is not YAML, or a path through something that is no section.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise InputError("override", override, "write it as key=value, e.g. loop.steps=100")

@@ -34,9 +34,11 @@ def main() -> int:
 
     try:
         from engine.config_files import load_run
+        from engine.config_folders import check_folders
         from engine.models.environment import check_torchvision
 
         run = load_run(arguments.config, arguments.overrides)
+        check_folders(run)
         check_torchvision()
         from engine.training.trainer import train
 

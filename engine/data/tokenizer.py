@@ -9,6 +9,7 @@ B captions, T text positions.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,16 @@ class CaptionTokenizer:
         """The tokenizer for `tokenizers.Tokenizer.from_str`, which needs no torch."""
         return str(self._tokenizer.backend_tokenizer.to_str())
 
+    def extends(self, other: "CaptionTokenizer") -> bool:
+        """Whether every entry of `other` has the same number here."""
+        own = self._tokenizer.get_vocab()
+        return all(own.get(entry) == number for entry, number in other._tokenizer.get_vocab().items())
+
+    def with_backend(self, backend: Tokenizer) -> "CaptionTokenizer":
+        """Another vocabulary under the same special tokens."""
+        special = self._tokenizer.special_tokens_map
+        return CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
+
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`."""
         self._tokenizer.save_pretrained(str(folder))
@@ -151,23 +162,61 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionToken
     )
 
 
-def tokenizer_for(text: TextConfig, captions: Iterable[str], *, table_rows: int) -> CaptionTokenizer:
+def extend_tokenizer(base: CaptionTokenizer, captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
+    """A WordPiece tokenizer with the words that it splits or does not know as entries, the commonest first.
+
+    Old entries keep their numbers. A tokenizer of another kind is returned as it is: it has pieces for everything.
+
+    Args:
+        vocab_size: entries that there may be at most.
+    """
+    tree = json.loads(base.to_json())
+    if tree["model"]["type"] != "WordPiece":
+        return base
+    backend = Tokenizer.from_str(base.to_json())
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        text = backend.normalizer.normalize_str(caption) if backend.normalizer is not None else caption
+        counts.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    vocabulary = tree["model"]["vocab"]
+    new = sorted((word for word in counts if word not in vocabulary), key=lambda word: (-counts[word], word))
+    for number, word in enumerate(new[: max(0, vocab_size - base.vocab_size)]):
+        vocabulary[word] = base.vocab_size + number
+    return base.with_backend(Tokenizer.from_str(json.dumps(tree)))
+
+
+def tokenizer_for(
+    text: TextConfig, captions: Iterable[str], *, table_rows: int, start_from: Path | None = None
+) -> CaptionTokenizer:
     """The tokenizer of a run's `text` section.
 
     Args:
         captions: of the training split; a `train` tokenizer is made from them.
         table_rows: rows of the model's token table (`model.text_vocab_size`).
+        start_from: model folder that the run starts from: a `train` tokenizer is its own with the captions' new words.
 
     Raises:
-        InputError: it cannot be loaded, or has more entries than the table has rows.
+        InputError: it cannot be loaded, has more entries than the table has rows, or other numbers for the entries of
+            the model that the run starts from.
     """
-    if text.tokenizer == "train":
+    before = None if start_from is None else load_tokenizer(str(start_from))
+    if text.tokenizer == "train" and before is not None:
+        tokenizer = extend_tokenizer(
+            before, captions, vocab_size=min(table_rows, max(text.vocab_size, before.vocab_size))
+        )
+    elif text.tokenizer == "train":
         tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size)
     else:
         tokenizer = load_tokenizer(text.tokenizer)
     if tokenizer.vocab_size > table_rows:
         raise InputError(
             "model.text_vocab_size", table_rows, f"the tokenizer has {tokenizer.vocab_size} entries: raise it"
+        )
+    if before is not None and not tokenizer.extends(before):
+        raise InputError(
+            "text.tokenizer",
+            text.tokenizer,
+            f"numbers the entries of {start_from} otherwise: write `train`, or that folder",
         )
     return tokenizer
 

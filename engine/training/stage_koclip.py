@@ -31,6 +31,7 @@ from engine.training.batches import (
 )
 from engine.training.engines import Engines, make_engine, micro_batch
 from engine.training.process_group import World
+from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights
 
@@ -46,7 +47,9 @@ class KoclipStage:
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
-        self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
+        self.tokenizer = tokenizer_for(
+            run.text, captions, table_rows=run.model.text_vocab_size, start_from=run.start_from
+        )
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
         )  # the tokenizer is not trained on these
@@ -93,6 +96,8 @@ class KoclipStage:
         model = KoClip.from_pretrained_encoders(
             run.model, text_encoder=run.pretrained_text_encoder, image_encoder=run.pretrained_image_encoder
         )
+        if run.start_from is not None:
+            start_from(model, run.model, run.start_from, "koclip")
         self.engine = make_engine(
             model,
             run.deepspeed,

@@ -51,6 +51,7 @@ from engine.training.order_annealing import batch_orders
 from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import World
 from engine.training.run_lock import hold_lock
+from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters
 
@@ -67,12 +68,13 @@ class KodalleStage:
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self._caption_guide = caption_guide(pairs.train)
-        self.tokenizer = tokenizer_for(run.text, captions, table_rows=run.model.text_vocab_size)
+        self.tokenizer = tokenizer_for(
+            run.text, captions, table_rows=run.model.text_vocab_size, start_from=run.start_from
+        )
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
         )  # the tokenizer is not trained on these
         self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
-        _check_vqgan(run, self.vqgan)
         if run.koclip is not None:
             read_part(run.koclip, "koclip")  # fails now instead of at the export
             _check_same_tokenizer(run.koclip, self.tokenizer)
@@ -97,6 +99,8 @@ class KodalleStage:
             model.start_from_codebook(self.vqgan.quantize.embedding.weight.detach().cpu())
         if run.pretrained_text_embeddings is not None:
             apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
+        if run.start_from is not None:
+            start_from(model, run.model, run.start_from, "transformer")
         self._total_steps = total_steps
         kinds, decay_others = parameter_kinds(model), run.weight_decay_on == "all"
         optimizer = None
@@ -236,19 +240,6 @@ class KodalleStage:
                 strict=self.run.strict_captions,
                 on_progress=lambda done, _: bar.update(done),
             )
-
-
-def _check_vqgan(run: KodalleRun, vqgan: Vqgan) -> None:
-    if vqgan.config.codebook_size != run.model.image_vocab_size:
-        raise InputError(
-            "model.image_vocab_size", run.model.image_vocab_size,
-            f"the VQGAN in {run.vqgan} has {vqgan.config.codebook_size} codes: write that number"
-        )  # fmt: skip
-    if vqgan.config.grid_size != run.model.image_grid_size:
-        raise InputError(
-            "model.image_grid_size", run.model.image_grid_size,
-            f"the VQGAN in {run.vqgan} makes {vqgan.config.grid_size} tokens a side: write that number"
-        )  # fmt: skip
 
 
 def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.config import VqganLossConfig, VqganRun
 from engine.errors import InputError
-from engine.models.folder import Part, read_part, write_model_folder
+from engine.models.folder import Part, write_model_folder
 from engine.models.perceptual import PerceptualDistance, perceptual_from_config
 from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
@@ -26,6 +26,7 @@ from engine.training.batches import (
 )
 from engine.training.engines import Engines, make_engine, micro_batch, zero_stage
 from engine.training.process_group import World
+from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, update_master
 
@@ -60,7 +61,7 @@ class VqganStage:
         run, self.total_steps, self._guard = self.run, total_steps, guard
         model = Vqgan(run.model, track_usage=run.codebook_reset.reset_every > 0)
         if run.start_from is not None:
-            _start_from(model, run.start_from)
+            start_from(model, run.model, run.start_from, "vqgan")
         elif run.init == "residual":
             model.residual_init()
         if run.decoder_only:
@@ -214,15 +215,3 @@ class _WithLoss(nn.Module):
             perceptual=perceptual,
         )
         return loss, scalars, reconstruction.detach(), image_tokens
-
-
-def _start_from(model: Vqgan, folder: Path) -> None:
-    """Copies a trained VQGAN's weights; its sizes must be the config's."""
-    weights = read_part(folder, "vqgan").weights
-    for name, own in model.state_dict().items():
-        found = tuple(weights[name].shape) if name in weights else "none"
-        if found != tuple(own.shape):
-            raise InputError(
-                "start_from", folder, f"`{name}` is {found}, the config has {tuple(own.shape)}: mend `model`"
-            )
-    model.load_state_dict(weights)

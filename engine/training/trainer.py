@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.config import Run
 from engine.config_files import dump_yaml
+from engine.config_folders import check_folders
 from engine.errors import InputError
 from engine.files import atomic_file, named_disk_faults
 from engine.measure import count_flops, matrix_peak
@@ -55,6 +56,7 @@ def train(run: Run) -> Path:
     started_s = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
+    check_folders(run)
     check_keys(run.deepspeed)
     check_muon(run.deepspeed)
     micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read

@@ -104,17 +104,10 @@ def test_koclip_folder_without_a_koclip_is_rejected_before_training(
 def test_start_from_another_size(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
     tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"))
     _rejected(
-        train_tree, _set(tree, "model.codebook_size", 64), r"start_from: .*quantize.embedding.weight.* is \(32, 8\)"
+        train_tree,
+        _set(tree, "model.codebook_size", 64),
+        r"start_from: .*has other sizes \(model.codebook_size is 64, there 32\)",
     )
-
-
-def test_start_from_copies_the_weights(vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
-    tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook_reset={})
-    tree["loop"] |= {"steps": 1}
-    tree["deepspeed"]["optimizer"]["params"]["lr"] = 1e-9
-    del tree["deepspeed"]["scheduler"]
-    old, new = (load_file(folder / "vqgan.safetensors") for folder in (vqgan_run / "model", train_tree(tree)))
-    assert all(torch.allclose(old[name], new[name], atol=1e-7) for name in old)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])

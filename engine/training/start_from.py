@@ -1,0 +1,66 @@
+"""Training on from a trained model: which sizes must agree, and how weights go into tables that have grown.
+
+A text vocabulary may grow, for words that the first training never saw: old rows keep their values, new ones stay as they were
+initialised. Everything else must have the sizes of the model that it starts from.
+
+V text token table, T text positions, N image token table, C width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Section, TransformerConfig
+from engine.config_folders import different_sizes
+from engine.errors import InputError
+from engine.models.folder import PartName, part_config, read_part
+
+
+class Rows(NamedTuple):
+    """Rows of a tensor that are copied: `number` of them, from `old` on in the trained one to `new` on in the new one."""
+
+    new: int
+    old: int
+    number: int
+
+
+def start_from(module: nn.Module, config: Section, folder: Path, part: PartName) -> None:
+    """Copies the weights of one part of a model folder into `module`.
+
+    Raises:
+        InputError: the folder has no such part, or sizes that differ, all of them by name.
+    """
+    found = part_config(folder, part)
+    different = different_sizes(config, found.model_dump())
+    if different:
+        raise InputError("start_from", folder, f"has other sizes ({'; '.join(different)}): write its sizes")
+    weights = read_part(folder, part).weights
+    with torch.no_grad():
+        own = module.state_dict()
+        blocks = _grown_rows(config, found, part)
+        for name, tensor in own.items():
+            _copy(tensor, weights[name], blocks.get(name))
+
+
+def _grown_rows(config: Section, found: Section, part: PartName) -> dict[str, Sequence[Rows]]:
+    """The tensors that have a row for each text token, and where their rows go."""
+    if part == "vqgan":
+        return {}
+    new, old = config.model_dump()["text_vocab_size"], found.model_dump()["text_vocab_size"]
+    if part == "koclip":
+        return {"text_encoder.embeddings.word_embeddings.weight": [Rows(0, 0, old)]}
+    assert isinstance(config, TransformerConfig), type(config)
+    rest = config.text_seq_len + config.image_vocab_size  # reserved rows and image rows lie behind the text rows
+    joint = [Rows(0, 0, old), Rows(new, old, rest)]
+    return {"text_embedding.tokens": [Rows(0, 0, old)], "head.weight": joint, "head.bias": joint}
+
+
+def _copy(target: Tensor, source: Tensor, rows: Sequence[Rows] | None) -> None:
+    if rows is None:
+        target.copy_(source)
+        return
+    for new, old, number in rows:
+        target[new : new + number] = source[old : old + number]
