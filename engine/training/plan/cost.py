@@ -1,0 +1,213 @@
+"""What a stage costs here: parameters and memory from its modules, seconds from a few timed steps of them.
+
+A timed step is forward, backward and AdamW on random images and tokens, without DeepSpeed and without reading files. What a
+run does besides its steps (start, validation, encoding, generation) is estimated from the same measurements.
+
+B images a micro batch, S pixels.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import KoclipRun, KodalleRun, VqganRun
+from engine.measure import time_runs
+from engine.models.koclip import KoClip
+from engine.models.perceptual import perceptual_from_config
+from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
+from engine.models.vqgan_loss import build_discriminator, discriminator_loss, generator_loss
+from engine.training.plan.configs import AnyRun
+
+_TIMED_STEPS = 5
+_TIMED_S = 4.0  # of one kind of step, at most
+_STEP_OVERHEAD = 1.15  # DeepSpeed, batches, validation, samples, checkpoints, over the bare steps
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Cost of one stage on one device.
+
+    parameters: trained ones.
+    weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes: of one process, ZeRO not counted.
+    step_s: seconds of an optimiser step.
+    fixed_s: seconds before the first step and after the last.
+    """
+
+    parameters: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    step_s: float
+    fixed_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+    def seconds(self, steps: int) -> float:
+        return self.fixed_s + steps * self.step_s
+
+
+def measure_costs(runs: dict[str, AnyRun], num_train: int, device: torch.device) -> dict[str, StageCost]:
+    """Costs of the three stages.
+
+    Args:
+        runs: vqgan, koclip and kodalle.
+        num_train: images in the training split, which are encoded once before the ranker and the transformer train.
+    """
+    vqgan, koclip, kodalle = runs["vqgan"], runs["koclip"], runs["kodalle"]
+    assert isinstance(vqgan, VqganRun), vqgan.stage
+    assert isinstance(koclip, KoclipRun), koclip.stage
+    assert isinstance(kodalle, KodalleRun), kodalle.stage
+    start_s = _measure_start()
+    costs = {"vqgan": _vqgan(vqgan, device, start_s)}
+    image_s = costs["vqgan"].step_s / _batch(vqgan) / 3  # a forward pass is a third of a step
+    views = (2 if kodalle.data.flip else 1) + kodalle.augmented_views
+    costs["koclip"] = _koclip(koclip, device, start_s + num_train * image_s)
+    costs["kodalle"] = _kodalle(kodalle, device, start_s + num_train * views * image_s / 2)
+    return costs
+
+
+def evaluation_seconds(
+    costs: dict[str, StageCost], runs: dict[str, AnyRun], *, captions: int, candidates: int
+) -> float:
+    """Seconds to generate and score `captions` x `candidates` images, guidance included; a rough estimate."""
+    kodalle, vqgan = runs["kodalle"], runs["vqgan"]
+    # Decoding token by token costs several times one pass over the whole sequence; guidance doubles it.
+    token_s = 2 * 4 * costs["kodalle"].step_s / _batch(kodalle) / 3
+    return 20.0 + captions * candidates * (token_s + costs["vqgan"].step_s / _batch(vqgan) / 4)
+
+
+def _batch(run: AnyRun) -> int:
+    size = run.deepspeed.get("train_micro_batch_size_per_gpu")
+    assert isinstance(size, int), size
+    return size
+
+
+def _measure_start() -> float:
+    """Seconds until a training takes its first step: launcher and process each import what is imported here."""
+    started = time.perf_counter()
+    import engine.training.stage_koclip
+    import engine.training.stage_kodalle
+    import engine.training.stage_vqgan  # noqa: F401
+
+    return max(12.0, 3 * (time.perf_counter() - started))
+
+
+def _vqgan(run: VqganRun, device: torch.device, fixed_s: float) -> StageCost:
+    model, config = Vqgan(run.model), run.loss
+    model.residual_init()
+    model.to(device)
+    perceptual = perceptual_from_config(config, device)
+    images = torch.rand(_batch(run), 3, run.model.image_size, run.model.image_size, dtype=torch.float32, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    discriminator = build_discriminator(config).to(device) if config.disc_weight > 0 else None
+
+    def generator(step: int) -> tuple[Tensor, Tensor]:
+        reconstruction, quantiser_loss, _ = model(images)
+        loss, _ = generator_loss(
+            discriminator, reconstruction, images, quantiser_loss, model.last_layer_weight,
+            step=step, config=config, perceptual=perceptual,
+        )  # fmt: skip
+        return loss, reconstruction.detach()
+
+    plain = _Trained([model], device)
+    early_s, activations = plain.measure(lambda: generator(config.disc_start - 1)[0]) if config.disc_start else (0.0, 0)
+    if discriminator is None:
+        return plain.cost(early_s, activations, fixed_s)
+    d_optimizer = torch.optim.AdamW(discriminator.parameters())
+
+    def both() -> Tensor:
+        discriminator.requires_grad_(False)
+        loss, reconstruction = generator(config.disc_start)
+        discriminator.requires_grad_(True)
+        d_loss, _ = discriminator_loss(discriminator, reconstruction, images)
+        d_loss.backward()
+        d_optimizer.step()
+        d_optimizer.zero_grad()
+        return loss
+
+    late_s, activations = plain.measure(both)
+    steps = run.loop.steps or 1
+    share = min(1.0, config.disc_start / steps)
+    with_both = _Trained([model, discriminator], device)
+    return with_both.cost(share * early_s + (1 - share) * late_s, activations, fixed_s)
+
+
+def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
+    model, batch, config = KoClip(run.model).to(device), _batch(run), run.model
+    images = torch.rand(batch, 3, config.image_size, config.image_size, dtype=torch.float32, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    tokens = torch.randint(5, config.text_vocab_size, (batch, config.text_seq_len), device=device, dtype=torch.int64)
+    negatives = images[: round(run.spliced_negatives * batch)] if run.spliced_negatives else None
+    trained = _Trained([model], device)
+    return trained.cost(*trained.measure(lambda: model(images, tokens, negatives=negatives)), fixed_s)
+
+
+def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost:
+    config, batch = run.model, _batch(run)
+    model = KoDalle(config, embedding_std=run.embedding_std, attention_backend=run.attention).to(device)
+    text = torch.randint(5, config.text_vocab_size, (batch, config.text_seq_len), device=device, dtype=torch.int64)
+    image = torch.randint(config.image_vocab_size, (batch, config.image_seq_len), device=device, dtype=torch.int64)
+    trained = _Trained([model], device)
+    return trained.cost(*trained.measure(lambda: model(text, image).loss), fixed_s)
+
+
+class _Trained:
+    """Modules under one AdamW, timed; on a GPU under bfloat16 autocast where it has bfloat16."""
+
+    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
+        self._device = device
+        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0)
+
+    def measure(self, loss: Callable[[], Tensor]) -> tuple[float, int]:
+        """(median seconds of a step, bytes of what the forward pass keeps for the backward pass)."""
+        on_gpu = self._device.type == "cuda"
+
+        def step() -> None:
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=on_gpu):
+                value = loss()
+            value.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+        with _saved_bytes() as saved:
+            step()  # warms up, too
+        return statistics.median(time_runs(step, self._device, repeat=_TIMED_STEPS, budget_s=_TIMED_S)), saved[0]
+
+    def cost(self, step_s: float, activation_bytes: int, fixed_s: float) -> StageCost:
+        count = sum(parameter.numel() for parameter in self._parameters)
+        mixed = 2 * count if self._device.type == "cuda" else 0  # 16-bit copies beside the float32 weights
+        return StageCost(
+            parameters=count,
+            weight_bytes=4 * count + mixed,
+            gradient_bytes=4 * count,
+            optimizer_bytes=8 * count,
+            activation_bytes=activation_bytes,
+            step_s=step_s * _STEP_OVERHEAD,
+            fixed_s=fixed_s,
+        )
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[list[int]]:
+    """Bytes that autograd keeps within the block, each storage counted once."""
+    total, seen = [0], set[int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield total

@@ -1,0 +1,194 @@
+"""What sizes are chosen from: the captioned images, and the machine.
+
+Nothing here trains or decodes whole images; headers of a sample are enough for their size.
+"""
+
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+from engine.data.pairs import load_pairs, split_of
+from engine.data.sources import Crop, CropJob, PrepareOptions, list_source
+from engine.errors import InputError
+
+Item = TypeVar("Item")
+
+LEAST_PAIRS = 10
+_SAMPLED_IMAGES = 200  # headers that are read for the median size
+_SAMPLED_CAPTIONS = 200_000  # distinct ones that the vocabulary is counted from
+_SEEDS = range(42, 142)  # tried until the split holds out about as many photos as wanted
+# A mirrored image contradicts a caption with one of these.
+_SIDES = re.compile(
+    r"\b(?:left|right|links|rechts|gauche|droite|izquierda|derecha)\b|왼쪽|오른쪽|좌측|우측|左|右", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """A set of captioned images.
+
+    train, validation: pairs of each side.
+    captions: distinct ones of the training side.
+    vocabulary: entries of a tokenizer that has every word whole, or as many as it may have at most.
+    longest_tokens: text tokens of the longest caption with that tokenizer, [CLS] and [SEP] among them.
+    side: median over the images of the shorter side, in pixels.
+    mentions_sides: some caption says left or right.
+    split_fraction, split_seed: of the split, for the preparation.
+    """
+
+    train: int
+    validation: int
+    captions: int
+    vocabulary: int
+    longest_tokens: int
+    side: int
+    mentions_sides: bool
+    split_fraction: float = 0.05
+    split_seed: int = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFacts:
+    """What trainings may use. Memory is of one GPU, or of the machine."""
+
+    device: str
+    name: str
+    cores: int
+    memory_bytes: int
+    gpus: int = 0
+    has_bf16: bool = False
+
+
+def most_entries(pairs: int) -> int:
+    """The largest vocabulary that a set of this size can fill with something to learn."""
+    return 2048 if pairs < 1000 else 8192 if pairs < 50_000 else 32_000
+
+
+def dataset_facts(photos: Path, *, start_from: Path | None = None) -> DatasetFacts:
+    """Facts of a source folder (labels, or name.jpg + name.txt) or of a prepared one.
+
+    Args:
+        start_from: model folder whose tokenizer counts the captions' tokens, extended by their new words.
+
+    Raises:
+        InputError: nothing usable in it, or fewer than `LEAST_PAIRS` pairs.
+    """
+    if (photos / "pairs.jsonl").is_file():
+        pairs = load_pairs(photos)
+        train = [caption for pair in pairs.train for caption in pair.captions]
+        sides = [_image_side(pair.image_path) for pair in _sample(pairs.all)]
+        return _facts(photos, len(pairs.train), len(pairs.validation), train, sides, 0.05, 42, start_from)
+    listing = list_source(photos, PrepareOptions(), strict=False)
+    crops = [crop for job in listing.jobs for crop in job.crops]
+    fraction, seed = 0.05, 42
+    if listing.has_sides:
+        held = [crop.split == "validation" for crop in crops]
+    else:
+        names = sorted({crop.photo for crop in crops})
+        fraction, seed = choose_split(names)
+        held = [split_of(crop.photo, fraction, seed) == "validation" for crop in crops]
+    train = [caption for crop, out in zip(crops, held, strict=True) if not out for caption in crop.captions]
+    sides = [side for job in _sample(listing.jobs) for side in _crop_sides(job)]
+    return _facts(photos, len(crops) - sum(held), sum(held), train, sides, fraction, seed, start_from)
+
+
+def choose_split(photos: Sequence[str]) -> tuple[float, int]:
+    """Share of photos to hold out, and the first seed with which about as many are (a small split is left to chance).
+
+    15 % of fewer than 100, 10 % of fewer than 1,000, else 5 %, and 2,000 at most.
+    """
+    count = len(photos)
+    fraction = 0.15 if count < 100 else 0.1 if count < 1000 else min(0.05, 2000 / count)
+    wanted = max(1, round(fraction * count))
+    if count >= 1000:
+        return fraction, _SEEDS[0]
+
+    def miss(seed: int) -> int:
+        return abs(sum(split_of(photo, fraction, seed) == "validation" for photo in photos) - wanted)
+
+    return fraction, min(_SEEDS, key=lambda seed: (miss(seed) > wanted // 10, miss(seed) if wanted < 10 else 0, seed))
+
+
+def machine_facts() -> MachineFacts:
+    """This machine as trainings will see it."""
+    import torch  # seconds to import, and the tests of the choices need none of it
+
+    from engine.device import cpu_capabilities, fit_threads
+
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        return MachineFacts(
+            device="cuda", name=properties.name, cores=fit_threads(), memory_bytes=properties.total_memory,
+            gpus=torch.cuda.device_count(), has_bf16=torch.cuda.get_device_capability(0) >= (8, 0),
+        )  # fmt: skip
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return MachineFacts(device="cpu", name=cpu_capabilities().name, cores=fit_threads(), memory_bytes=memory)
+
+
+def _facts(
+    photos: Path,
+    train: int,
+    validation: int,
+    captions: list[str],
+    sides: list[int],
+    fraction: float,
+    seed: int,
+    start_from: Path | None,
+) -> DatasetFacts:
+    if train + validation < LEAST_PAIRS:
+        raise InputError("PHOTOS", photos, f"{train + validation} captioned images: give {LEAST_PAIRS} or more")
+    if not train or not validation:
+        side = "train on" if not train else "hold out"
+        raise InputError("PHOTOS", photos, f"its own split leaves no image to {side}: move some, or merge the folders")
+    distinct = sorted(set(captions))
+    vocabulary, longest = _count_tokens(distinct[:_SAMPLED_CAPTIONS], most_entries(train + validation), start_from)
+    return DatasetFacts(
+        train=train,
+        validation=validation,
+        captions=len(distinct),
+        vocabulary=vocabulary,
+        longest_tokens=longest,
+        side=round(statistics.median(sides)) if sides else 0,
+        mentions_sides=any(_SIDES.search(caption) for caption in distinct),
+        split_fraction=fraction,
+        split_seed=seed,
+    )
+
+
+def _count_tokens(captions: list[str], most: int, start_from: Path | None) -> tuple[int, int]:
+    """(entries, tokens of the longest caption), counted with the tokenizer that the ranker's training will make."""
+    from engine.data.tokenizer import extend_tokenizer, load_tokenizer, train_tokenizer  # imports torch
+
+    if start_from is None:
+        tokenizer = train_tokenizer(captions, vocab_size=most)
+    else:
+        tokenizer = extend_tokenizer(load_tokenizer(str(start_from)), captions, vocab_size=most)
+    cut = tokenizer.encode(sorted(captions, key=len)[-1000:], 2).cut
+    return tokenizer.vocab_size, 2 + max(cut)
+
+
+def _sample(items: Sequence[Item]) -> list[Item]:
+    """Some of many, evenly spread."""
+    return list(items[:: max(1, len(items) // _SAMPLED_IMAGES)])
+
+
+def _image_side(path: Path) -> int:
+    """The shorter side from the file's header; 0 where it has none (the preparation names such a file)."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except (OSError, UnidentifiedImageError):
+        return 0
+
+
+def _crop_sides(job: CropJob) -> list[int]:
+    def side(crop: Crop) -> int:
+        return round(min(crop.box.width, crop.box.height)) if crop.box is not None else _image_side(job.image_path)
+
+    return [side(crop) for crop in job.crops]
