@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo generate serve test test-fast package-test soak system-packages lint format bench clean
+.PHONY: help env train demo generate serve test test-fast package-test soak system-packages lint format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt taming-transformers-rom1504
 	touch $(READY)
+
+# OPTIONS: e.g. OPTIONS="--minutes 90"
+OUT ?= runs/$(notdir $(patsubst %/,%,$(PHOTOS)))
+OPTIONS ?=
+train: $(READY)  ## from captioned images in PHOTOS to a model with a report in OUT
+	@test -n "$(PHOTOS)" || { echo "error: PHOTOS: (nothing): give a folder, e.g. make train PHOTOS=photos"; exit 2; }
+	$(BIN)/kodalle train "$(PHOTOS)" --out "$(OUT)" $(OPTIONS)
 
 demo: $(READY)  ## train and evaluate on drawn garments: the whole pipeline, small
 	$(BIN)/kodalle demo --out runs/demo

@@ -6,7 +6,7 @@
     kodalle generate [MODEL] --from generations/01-seed7-candidate003.png
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
-    kodalle train CONFIG key=value …
+    kodalle train PHOTOS --out FOLDER                                     (or one stage: kodalle train CONFIG key=value …)
     kodalle serve MODEL --port 8000                                       (from the package serve)
     kodalle export MODEL --out DIR
     kodalle convert MODEL DIR --dtype float16

@@ -12,19 +12,18 @@ repeated, and an interrupted training is resumed, so running the command again c
 """
 
 import functools
-import os
 import sysconfig
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.commands.generate import generate_to_folder
-from engine.commands.train import check_deepspeed, launch
+from engine.commands.stages import STAGES, TITLES, prepare_once, train_stage
+from engine.commands.steps import Steps
+from engine.commands.train import check_deepspeed
 from engine.config import VqganRun
 from engine.config_files import load_run
 from engine.data.pairs import Pair, load_pairs
-from engine.data.prepare import prepare
 from engine.data.sources import PrepareOptions
 from engine.data.synthetic.garments import make_demo
 from engine.data.synthetic.oracle import Reading, read, score
@@ -37,8 +36,8 @@ from engine.pipeline.generation import Generation
 from engine.pipeline.image_files import paste_grid
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import ProgressBar, seconds_text
+from engine.training.plan.configs import split_overrides
 
-STAGES = ("vqgan", "koclip", "kodalle")
 MEASURES = ("colour", "category", "sleeve", "all")
 SHOWN_CAPTIONS = 3
 _CAPTIONS_AT_ONCE = 8
@@ -72,48 +71,30 @@ def run_demo(
     for stage in STAGES:
         if not (configs / f"{stage}.yaml").is_file():
             raise InputError("--configs", configs, f"has no {stage}.yaml: give configs/demo of the source repository")
-    started = time.monotonic()
-    seconds: dict[str, float] = {}
-    total = len(STAGES) + 3
-
-    def step(number: int, name: str, title: str, work: Callable[[], object]) -> None:
-        print(f"[{number}/{total}] {title}  ({seconds_text(time.monotonic() - started)} so far)", flush=True)
-        step_started = time.monotonic()
-        work()
-        seconds[name] = round(time.monotonic() - step_started, 1)
-
-    step(
-        1,
-        "data",
-        f"drawing {images} images and preparing pairs",
-        lambda: _make_data(out, configs, images, held_out),
-    )
     titles = {
-        "vqgan": "training VQGAN: images to tokens and back",
-        "koclip": "training KoCLIP: scores of images and captions",
-        "kodalle": "training KoDALLE: image tokens from captions",
+        "data": f"drawing {images} images and preparing pairs",
+        **TITLES,
+        "generation": f"generating images for {SHOWN_CAPTIONS} held-out captions",
+        "evaluation": f"scoring {held_out} held-out captions x {candidates} images",
     }
-    for number, stage in enumerate(STAGES, start=2):
-        own = [text.removeprefix(f"{stage}.") for text in overrides if text.startswith(f"{stage}.")]
-        step(number, stage, titles[stage], functools.partial(_train, stage, out, configs, own))
+    steps = Steps(titles)
+    steps.run("data", lambda: _make_data(out, configs, images, held_out))
+    own = split_overrides(overrides)
+    for stage in STAGES:
+        config = configs / f"{stage}.yaml"
+        steps.run(stage, functools.partial(train_stage, stage, config, out, out / "pairs", own[stage]))
     model = out / "kodalle" / "model"
     held = load_pairs(out / "pairs").validation
-    step(
-        5,
-        "generation",
-        f"generating images for {SHOWN_CAPTIONS} held-out captions",
-        lambda: _generate(model, out, held, candidates, seed),
-    )
+    steps.run("generation", lambda: _generate(model, out, held, candidates, seed))
     scored: dict[str, Any] = {}
-    step(6, "evaluation", f"scoring {len(held)} held-out captions x {candidates} images",
-         lambda: scored.update(_evaluate(model, out, held, candidates, seed)))  # fmt: skip
+    steps.run("evaluation", lambda: scored.update(_evaluate(model, out, held, candidates, seed)))
     report = {
         "held_out_captions": len(held),
         "candidates": candidates,
         "seed": seed,
         "sampling_params": read_generation(model).model_dump(),
         "share_right": scored,
-        "seconds": seconds | {"total": round(time.monotonic() - started, 1)},
+        "seconds": steps.seconds | {"total": round(steps.total_s, 1)},
         "machine": facts(pick_device("")),
     }
     write_json(out / "report.json", report)
@@ -130,38 +111,17 @@ def shipped_configs() -> Path:
 def _make_data(out: Path, configs: Path, images: int, held_out: int) -> None:
     if not (out / "photos").is_dir():
         make_demo(out / "photos", count=images, seed=1, held_out=held_out, progress=True)
-    if not (out / "pairs").is_dir():
-        prepare(
-            out / "photos",
-            out / "pairs",
-            PrepareOptions(image_size=_image_size(configs), keep_aspect=True, box_margin=0.04),
-            workers=os.cpu_count() or 1,
-            progress=True,
-        )
+    prepare_once(
+        out / "photos",
+        out / "pairs",
+        PrepareOptions(image_size=_image_size(configs), keep_aspect=True, box_margin=0.04),
+    )
 
 
 def _image_size(configs: Path) -> int:
     run = load_run(configs / "vqgan.yaml")
     assert isinstance(run, VqganRun), run.stage
     return run.model.image_size
-
-
-def _train(stage: str, out: Path, configs: Path, overrides: Sequence[str]) -> None:
-    """One `deepspeed engine/train.py` run, its output passed through; none when it is finished."""
-    if (out / stage / "model").is_dir():  # exported after the last step
-        print(f"{out / stage} is finished: nothing to do", flush=True)
-        return
-    places = {"run": out / stage, "data.pairs": out / "pairs"}
-    if stage == "koclip":
-        places["codec"] = out / "vqgan" / "model"
-    if stage == "kodalle":
-        places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
-        places["text.tokenizer"] = out / "koclip" / "model"
-    code = launch([str(configs / f"{stage}.yaml"), *(f"{key}={value}" for key, value in places.items()), *overrides])
-    if code in (130, 143):
-        raise SystemExit(code)  # a signal reached the training alone, which has said how to go on
-    if code:
-        raise InputError("training", stage, f"ended with exit code {code}: see above; run the same command to go on")
 
 
 def _generate(model: Path, out: Path, held: Sequence[Pair], candidates: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""`kodalle train`: one training run on this machine, under DeepSpeed's launcher."""
+"""`kodalle train`: one stage on this machine under DeepSpeed's launcher, or everything from a folder of captioned images."""
 
 import contextlib
 import os
@@ -14,24 +14,73 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.errors import InputError
+
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a training that wrote its checkpoint first
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/demo/vqgan.yaml", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG|PHOTOS",
+            help="a YAML file: one stage as it says; or a folder of captioned images: everything, to a served model",
+            show_default=False,
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="e.g. loop.steps=100 seed=7", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE]...", help="with CONFIG, e.g. loop.steps=100 seed=7", show_default=False),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="with PHOTOS: folder of the run; default: runs/<name of PHOTOS>", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="with PHOTOS: stage.key=value, e.g. kodalle.loop.steps=4000", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="with PHOTOS: time for everything; steps are chosen to fit", show_default=False)
+    ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="with PHOTOS: model folder to train on from", show_default=False)
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="with PHOTOS: print parameters, memory and minutes of each stage, and stop")
+    ] = False,
 ) -> None:
-    """Trains VQGAN, KoCLIP or KoDALLE as CONFIG says, on all GPUs or on the CPU; run again, it resumes."""
+    """Trains on a folder of captioned images to a model with report, or one stage as CONFIG says; run again, it goes on."""
+    if target.is_dir():
+        if overrides:
+            raise InputError("KEY=VALUE", overrides[0], "is for a config: with a folder write --set stage.key=value")
+        from engine.commands.train_pictures import Request, train_pictures
+
+        place = out or Path("runs") / target.resolve().name
+        train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_), only_plan=plan)
+        return
+    for option, value in (
+        ("--out", out),
+        ("--set", set_),
+        ("--minutes", minutes),
+        ("--from", from_),
+        ("--plan", plan or None),
+    ):
+        if value is not None and value != []:
+            raise InputError(option, value, f"is for a folder of captioned images, and {target} is none: give a folder")
+    _train_stage(target, overrides or [])
+
+
+def _train_stage(config: Path, overrides: list[str]) -> None:
+    """Ends with the exit code of the training."""
     check_deepspeed()
+    from engine.config_files import load_run
+    from engine.config_folders import check_folders
+
+    check_folders(load_run(config, overrides))  # one line for a bad config, and not one from each process
     import torch
 
-    from engine.config_files import load_run
-
-    load_run(config, overrides or [])  # one line for a bad config, and not one from each process
-    sys.exit(launch([str(config), *(overrides or [])], num_processes=max(1, torch.cuda.device_count())))
+    sys.exit(launch([str(config), *overrides], num_processes=max(1, torch.cuda.device_count())))
 
 
 def check_deepspeed() -> None:

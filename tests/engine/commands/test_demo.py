@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.commands import demo
+from engine.commands import demo, stages
 from engine.errors import InputError
 from engine.models.folder import has_part
 from engine.pipeline.image_encoding import read_metadata
@@ -41,13 +41,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     configs: list[str] = []
 
-    def train(arguments: Sequence[str]) -> None:
+    def train(arguments: Sequence[str], *, num_processes: int) -> int:
+        assert num_processes == 1
         configs.append(Path(arguments[0]).stem)
         trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
+        return 0
 
-    monkeypatch.setattr(demo, "launch", train)
+    monkeypatch.setattr(stages, "launch", train)
     monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
-    monkeypatch.setattr(demo.os, "cpu_count", lambda: 1)  # one process is faster than starting two
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
     return configs
 
 

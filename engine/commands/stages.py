@@ -1,0 +1,54 @@
+"""The parts that `kodalle train PHOTOS` and `kodalle demo` share: images prepared once, three stages trained one on another."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.commands.train import launch
+from engine.config_files import load_run
+from engine.data.prepare import PrepareReport, prepare
+from engine.data.sources import PrepareOptions
+from engine.errors import InputError
+
+STAGES = ("vqgan", "koclip", "kodalle")
+TITLES = {
+    "vqgan": "training VQGAN: images to tokens and back",
+    "koclip": "training KoCLIP: scores of images and captions",
+    "kodalle": "training KoDALLE: image tokens from captions",
+}
+
+
+def prepare_once(photos: Path, pairs: Path, options: PrepareOptions) -> PrepareReport | None:
+    """Prepares `photos` into `pairs`; None where that was done before: the folder appears only when it is complete."""
+    if pairs.is_dir():
+        return None
+    return prepare(photos, pairs, options, workers=os.cpu_count() or 1, progress=True)
+
+
+def train_stage(
+    stage: str, config: Path, out: Path, pairs: Path, overrides: Sequence[str] = (), *, num_processes: int = 1
+) -> None:
+    """One `deepspeed engine/train.py` run in `out/<stage>`, on the earlier stages there; none when it is finished."""
+    if is_finished(out / stage, config, overrides):
+        print(f"{out / stage} is finished: nothing to do", flush=True)
+        return
+    places = {"run": out / stage, "data.pairs": pairs}
+    if stage == "koclip":
+        places["codec"] = out / "vqgan" / "model"
+    if stage == "kodalle":
+        places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
+        places["text.tokenizer"] = out / "koclip" / "model"
+    arguments = [str(config), *(f"{key}={value}" for key, value in places.items()), *overrides]
+    code = launch(arguments, num_processes=num_processes)
+    if code in (130, 143):
+        raise SystemExit(code)  # a signal reached the training alone, which has said how to go on
+    if code:
+        raise InputError("training", stage, f"ended with exit code {code}: see above; run the same command to go on")
+
+
+def is_finished(run: Path, config: Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether a stage was exported, which is its last act, after as many steps as its config has now."""
+    if not (run / "model").is_dir() or not (run / "config.yaml").is_file():
+        return False
+    before, now = load_run(run / "config.yaml").loop, load_run(config, list(overrides)).loop
+    return (before.steps, before.epochs) == (now.steps, now.epochs)

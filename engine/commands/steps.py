@@ -1,0 +1,39 @@
+"""Numbered steps of a command that takes long, with the time that went by and the time left over the whole."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from engine.progress import seconds_text
+
+
+class Steps:
+    """Runs named steps one after the other and keeps the seconds that each took.
+
+    Args:
+        titles: of all steps, in order.
+        expected_s: seconds that steps are expected to take; those without are not counted.
+    """
+
+    def __init__(self, titles: Mapping[str, str], expected_s: Mapping[str, float] | None = None) -> None:
+        self._titles = dict(titles)
+        self._expected_s = dict(expected_s or {})
+        self._started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def run(self, name: str, work: Callable[[], object]) -> None:
+        """Prints the step's title and does it."""
+        number = list(self._titles).index(name) + 1
+        print(f"[{number}/{len(self._titles)}] {self._titles[name]}  ({self._times(name)})", flush=True)
+        started = time.monotonic()
+        work()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+
+    def _times(self, name: str) -> str:
+        so_far = f"{seconds_text(self.total_s)} so far"
+        names = list(self._titles)
+        left = sum(self._expected_s.get(each, 0.0) for each in names[names.index(name) :])
+        return f"{so_far}, about {seconds_text(left)} left" if left else so_far

@@ -1,0 +1,244 @@
+"""From a folder of captioned images to a served model at a tiny size; what is refused; what a second call does."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from engine import cli
+from engine.commands import stages, train_pictures
+from engine.commands.train_pictures import Request
+from engine.config_files import load_run
+from engine.data.source_listing import source_listing
+from engine.errors import InputError
+from engine.files import write_json
+
+COLOURS = {"red": (210, 40, 40), "blue": (40, 70, 210), "green": (40, 160, 70)}
+TINY = (
+    "vqgan.loop.steps=4",
+    "vqgan.model.base_channels=8",
+    "vqgan.loss.perceptual=none",
+    "koclip.loop.steps=3",
+    "koclip.model.image_encoder=efficientnet",
+    "koclip.model.image_width=0.1",
+    "koclip.model.image_depth=0.1",
+    "koclip.model.image_hidden_dim=128",
+    "kodalle.loop.steps=4",
+    "kodalle.model.num_layers=1",
+    "kodalle.augmented_views=1",
+)
+
+
+def draw(folder: Path, count: int) -> Path:
+    """Coloured squares and circles, captioned in English."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        colour, shape = list(COLOURS)[number % 3], ("square", "circle")[number // 3 % 2]
+        image = Image.new("RGB", (40, 32), "white")
+        pen = ImageDraw.Draw(image)
+        box = [8 + number % 4, 6, 28 + number % 4, 26]
+        (pen.rectangle if shape == "square" else pen.ellipse)(box, fill=COLOURS[colour])
+        image.save(folder / f"{number:02d}.png")
+        (folder / f"{number:02d}.txt").write_text(f"a {colour} {shape}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return draw(tmp_path / "photos", 24)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trains in this process what the command launches; tests/engine/training proves the launcher."""
+    from engine.training import trainer
+
+    names: list[str] = []
+
+    def train(arguments: Sequence[str], *, num_processes: int) -> int:
+        names.append(Path(arguments[0]).stem)
+        trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
+        return 0
+
+    monkeypatch.setattr(stages, "launch", train)
+    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
+    return names
+
+
+@pytest.mark.slow
+def test_pictures_to_a_model_with_a_report(
+    photos: Path,
+    tmp_path: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from engine.pipeline.pipeline import Pipeline
+
+    out = tmp_path / "run"
+    request = Request(photos, out, TINY)
+
+    # Interrupted in the evaluation: everything before it is done.
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_pictures, "_evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_pictures.train_pictures(request)
+    assert trained == ["vqgan", "koclip", "kodalle"]
+    assert not (out / "report.html").exists()
+    printed = capsys.readouterr().out
+    assert "24 captioned images" in printed
+    assert "[8/8]" not in printed
+
+    # The same command goes on, without its options too; nothing is trained again.
+    train_pictures.train_pictures(Request(photos, out))
+    assert trained == ["vqgan", "koclip", "kodalle"]
+    printed = capsys.readouterr().out
+    assert "goes on as it was planned" in printed
+    assert f"kodalle serve {out / 'model'} --port 8000" in printed
+
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert 'src="http' not in report  # one file, nothing fetched
+    assert report.count("<svg") >= 5
+    assert report.count("data:image/png") > 8
+    for verdict in json.loads((out / "verdicts.json").read_text(encoding="utf-8")):
+        assert verdict["text"] in (out / "report.md").read_text(encoding="utf-8")
+        assert verdict["text"] in (out / "model" / "model_card.md").read_text(encoding="utf-8")
+    pipeline = Pipeline.from_pretrained(out / "model", device=torch.device("cpu"))
+    assert pipeline(["a red circle"], candidates=2, seed=1)[0].candidates[0].image.size == (32, 32)
+
+    # The configs are ordinary ones.
+    for stage in ("vqgan", "koclip", "kodalle"):
+        assert load_run(out / "configs" / f"{stage}.yaml").loop.steps in (3, 4)
+
+    # A third call finds all of it done.
+    before = {path: path.stat().st_mtime_ns for path in (out / "model").glob("*.safetensors")}
+    train_pictures.train_pictures(request)
+    assert {path: path.stat().st_mtime_ns for path in (out / "model").glob("*.safetensors")} == before
+
+    # Training on from it with a word that it has not seen: old rows are kept, the vocabulary grows where it must.
+    more = draw(tmp_path / "more", 12)
+    for file in more.glob("*.txt"):
+        file.write_text(file.read_text(encoding="utf-8").replace("red", "crimson"), encoding="utf-8")
+    train_pictures.train_pictures(
+        Request(more, tmp_path / "on", ("vqgan.loop.steps=1", "koclip.loop.steps=1", "kodalle.loop.steps=1"), None, out / "model")
+    )  # fmt: skip
+    old = json.loads((out / "model" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    new = json.loads((tmp_path / "on" / "model" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert old.items() < new.items()
+    assert new["crimson"] == max(old.values()) + 1
+
+
+@pytest.fixture
+def started(photos: Path, tmp_path: Path) -> Path:
+    """A run folder as `_start` leaves it, with nothing trained."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "source.txt").write_text(source_listing(photos), encoding="utf-8")
+    write_json(out / "plan.json", {"overrides": ["vqgan.loop.steps=9"], "minutes": 90.0, "start_from": None})
+    return out
+
+
+def _change_a_caption(photos: Path, out: Path) -> Request:
+    (photos / "03.txt").write_text("something else", encoding="utf-8")
+    return Request(photos, out)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "message"),
+    [
+        (_change_a_caption, r"PHOTOS: .*photos: .*run was started with other files: 1 changed \(the first: 03.txt\)"),
+        (lambda photos, out: Request(photos, out, minutes=30), "--minutes: 30: .*run was planned with 90.0"),
+        (lambda photos, out: Request(photos, out, ("vqgan.loop.steps=8",)), "--set: vqgan.loop.steps=8: .*was planned"),
+        (lambda photos, out: Request(photos, out, start_from=photos), "--from: .*run was planned with none"),
+        (lambda photos, out: Request(photos / "nowhere", out), "PHOTOS: .*nowhere: no such folder"),
+        (lambda photos, out: Request(photos, photos / "run"), "--out: .*lies inside"),
+        (lambda photos, out: Request(photos, photos.parent), "--out: .*holds something other than a run"),
+    ],
+)
+def test_what_is_refused_by_name(
+    request_of: Callable[[Path, Path], Request], message: str, photos: Path, started: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_pictures.train_pictures(request_of(photos, started))
+    assert not (started / "pairs").exists()
+
+
+def test_too_few_pictures_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    few = draw(tmp_path / "few", 5)
+    with pytest.raises(InputError, match=r"PHOTOS: .*few: 5 captioned images: give 10 or more"):
+        train_pictures.train_pictures(Request(few, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_plan_prints_and_stops(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = [part for text in TINY for part in ("--set", text)]
+    answer = CliRunner().invoke(cli.app, ["train", str(photos), "--out", str(out), "--plan", *options])
+    assert answer.exit_code == 0, answer.output
+    for text in (
+        "image size",
+        "32 x 32 pixels",
+        "half of the images are no larger than 32",
+        "parameters",
+        "activations",
+        "in all",
+    ):
+        assert text in answer.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PHOTOS", "loop.steps=4"], "KEY=VALUE: loop.steps=4: is for a config"),
+        (["config.yaml", "--minutes", "4"], "--minutes: 4.0: is for a folder of captioned images"),
+        (["config.yaml", "--plan"], "--plan: True: is for a folder"),
+        (["nowhere.yaml"], "config: nowhere.yaml: no such file"),
+    ],
+)
+def test_options_of_the_other_form_are_refused(
+    arguments: list[str], message: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    given = [str(photos) if argument == "PHOTOS" else argument for argument in arguments]
+    answer = CliRunner().invoke(cli.app, ["train", *given])
+    assert isinstance(answer.exception, InputError)
+    assert message in str(answer.exception)
+
+
+def test_the_split_holds_out_about_as_many_as_wanted(tmp_path: Path) -> None:
+    from engine.data.pairs import split_of
+    from engine.training.plan.facts import choose_split
+
+    for count in (10, 24, 40, 99, 100, 500, 5000):
+        photos = [f"photo-{number}" for number in range(count)]
+        fraction, seed = choose_split(photos)
+        held = sum(split_of(photo, fraction, seed) == "validation" for photo in photos)
+        wanted = fraction * count
+        assert max(1, 0.8 * wanted - 1) <= held <= 1.2 * wanted + 1, (count, held, wanted)
+
+
+def test_facts_of_a_folder(photos: Path) -> None:
+    from engine.training.plan.facts import dataset_facts
+
+    facts = dataset_facts(photos)
+    assert (facts.train + facts.validation, facts.captions, facts.side) == (24, 6, 32)
+    assert facts.validation >= 2
+    assert facts.longest_tokens == 5  # [CLS] a red square [SEP]
+    assert not facts.mentions_sides
+    (photos / "00.txt").write_text("a square on the left of a very red circle", encoding="utf-8")
+    changed = dataset_facts(photos)
+    assert changed.mentions_sides
+    assert changed.longest_tokens == 12
+    assert changed.vocabulary > facts.vocabulary
+    shutil.rmtree(photos)
