@@ -193,7 +193,8 @@ def _part_faults(field: str, folder: Path, part: str) -> list[tuple[str, object,
     if not file.is_file():
         return [(field, folder, "no such model folder: train it first, or give one that is there")]
     config = read_json(file, field=field, remedy="give a folder that training exported")
-    return [] if part in config else [(field, folder, f"has no {part}: give a folder that has one")]
+    held = ", ".join(name for name in config if name != "format") or "nothing"
+    return [] if part in config else [(field, folder, f"has no {part} (it holds: {held}): give a folder that has one")]
 
 
 def _start_faults(config: Section, folder: Path, part: str) -> list[tuple[str, object, str]]:

@@ -18,7 +18,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,11 @@ from engine.training.plan.plan import (
     make_plan,
     plan_sizes,
     steps_for,
+    views_for,
     with_steps,
+    with_views,
 )
+from engine.training.run_lock import hold_lock
 
 if TYPE_CHECKING:
     from engine.training.plan.cost import StageCost
@@ -69,7 +72,8 @@ def train_pictures(request: Request, *, only_plan: bool = False) -> None:
     """Runs every step that is left; with `only_plan` prints what would be done and what it costs, and writes nothing.
 
     Raises:
-        InputError: no usable images, a changed input, a budget that is too small, or a step that failed.
+        InputError: no usable images, a changed input, a budget that is too small, another process at work in the folder, or
+            a step that failed.
     """
     _check_places(request)
     if only_plan:
@@ -78,6 +82,11 @@ def train_pictures(request: Request, *, only_plan: bool = False) -> None:
         print(f"\n{describe_costs(plan, costs, other_s=other_s)}")
         return
     check_deepspeed()
+    with hold_lock(request.out / ".lock", field="--out"):
+        _run_steps(request)
+
+
+def _run_steps(request: Request) -> None:
     out = request.out
     if (out / "plan.json").is_file():
         stored = _read_plan(request)
@@ -127,7 +136,10 @@ def _check_places(request: Request) -> None:
         )
     if out.resolve().is_relative_to(photos.resolve()):
         raise InputError("--out", out, f"lies inside {photos}: choose a folder outside")
-    if out.exists() and not (out / "plan.json").is_file() and any(out.iterdir()):
+    # What a run leaves that was killed before its plan was written may stay.
+    of_a_run = {"configs", "source.txt"}
+    held = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    if held - of_a_run and "plan.json" not in held:
         raise InputError("--out", out, "holds something other than a run of this command: choose another folder")
 
 
@@ -142,13 +154,19 @@ def _measured_plan(
     print("timing a few steps of each stage …", flush=True)
     import torch
 
-    from engine.training.plan.cost import evaluation_seconds, measure_costs
+    from engine.training.plan.cost import evaluation_seconds, measure_costs, view_seconds
 
     costs = measure_costs(plan.runs, data.train, torch.device(machine.device))
     check_memory(costs, machine)
     other_s = evaluation_seconds(costs, plan.runs, captions=plan.captions, candidates=plan.candidates)
     other_s += (data.train + data.validation) * _PREPARE_S / machine.cores
     if minutes is not None:
+        view_s = view_seconds(costs["vqgan"], plan.runs["vqgan"], data.train)
+        views = views_for(minutes, sizes.augmented_views, view_s)
+        if views < sizes.augmented_views:
+            saved_s = (sizes.augmented_views - views) * view_s
+            costs["kodalle"] = replace(costs["kodalle"], fixed_s=costs["kodalle"].fixed_s - saved_s)
+            sizes = with_views(sizes, views, f"more would take over a tenth of {minutes:g} minutes to encode")
         planned = {stage: run.loop.steps or 1 for stage, run in plan.runs.items()}
         stated = stated_steps(overrides)
         steps = steps_for(minutes, costs, planned, stated=stated, other_s=other_s)

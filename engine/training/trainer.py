@@ -56,7 +56,6 @@ def train(run: Run) -> Path:
     started_s = time.monotonic()
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
-    check_folders(run)
     check_keys(run.deepspeed)
     check_muon(run.deepspeed)
     micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read
@@ -66,6 +65,7 @@ def train(run: Run) -> Path:
     ):
         check_folder(run)
         inputs = check_inputs(run) if world.is_main else {}
+        check_folders(run)
         return Trainer(run, make_stage(run, world), world, inputs=inputs, started_s=started_s).train()
 
 

@@ -8,7 +8,7 @@ B images a micro batch, S pixels.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,11 +68,16 @@ def measure_costs(runs: dict[str, AnyRun], num_train: int, device: torch.device)
     assert isinstance(kodalle, KodalleRun), kodalle.stage
     start_s = _measure_start()
     costs = {"vqgan": _vqgan(vqgan, device, start_s)}
-    image_s = costs["vqgan"].step_s / _batch(vqgan) / 3  # a forward pass is a third of a step
+    view_s = view_seconds(costs["vqgan"], vqgan, num_train)
     views = (2 if kodalle.data.flip else 1) + kodalle.augmented_views
-    costs["koclip"] = _koclip(koclip, device, start_s + num_train * image_s)
-    costs["kodalle"] = _kodalle(kodalle, device, start_s + num_train * views * image_s / 2)
+    costs["koclip"] = _koclip(koclip, device, start_s + 2 * view_s)  # encoded and decoded
+    costs["kodalle"] = _kodalle(kodalle, device, start_s + views * view_s)
     return costs
+
+
+def view_seconds(cost: StageCost, vqgan: AnyRun, num_train: int) -> float:
+    """Seconds to encode one view of every training image: a forward pass is a third of a step, the encoder half of it."""
+    return num_train * cost.step_s / _batch(vqgan) / 6
 
 
 def evaluation_seconds(
@@ -123,18 +128,22 @@ def _vqgan(run: VqganRun, device: torch.device, fixed_s: float) -> StageCost:
     if discriminator is None:
         return plain.cost(early_s, activations, fixed_s)
     d_optimizer = torch.optim.AdamW(discriminator.parameters())
+    reconstructed: list[Tensor] = []
 
-    def both() -> Tensor:
+    def late() -> Tensor:
         discriminator.requires_grad_(False)
         loss, reconstruction = generator(config.disc_start)
-        discriminator.requires_grad_(True)
-        d_loss, _ = discriminator_loss(discriminator, reconstruction, images)
-        d_loss.backward()
-        d_optimizer.step()
-        d_optimizer.zero_grad()
+        reconstructed[:] = [reconstruction]
         return loss
 
-    late_s, activations = plain.measure(both)
+    def discriminate() -> None:
+        discriminator.requires_grad_(True)
+        loss, _ = discriminator_loss(discriminator, reconstructed[0], images)
+        loss.backward()
+        d_optimizer.step()
+        d_optimizer.zero_grad()
+
+    late_s, activations = plain.measure(late, discriminate)
     steps = run.loop.steps or 1
     share = min(1.0, config.disc_start / steps)
     with_both = _Trained([model, discriminator], device)
@@ -168,18 +177,23 @@ class _Trained:
         self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0)
 
-    def measure(self, loss: Callable[[], Tensor]) -> tuple[float, int]:
-        """(median seconds of a step, bytes of what the forward pass keeps for the backward pass)."""
+    def measure(self, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None) -> tuple[float, int]:
+        """(median seconds of a step, bytes of what the forward passes keep for the backward passes).
+
+        Args:
+            after: what else belongs to a step, once its gradients are there.
+        """
         on_gpu = self._device.type == "cuda"
 
         def step() -> None:
             with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=on_gpu):
                 value = loss()
             value.backward()
+            after()
             self._optimizer.step()
             self._optimizer.zero_grad()
 
-        with _saved_bytes() as saved:
+        with _saved_bytes(self._parameters) as saved:
             step()  # warms up, too
         return statistics.median(time_runs(step, self._device, repeat=_TIMED_STEPS, budget_s=_TIMED_S)), saved[0]
 
@@ -198,13 +212,13 @@ class _Trained:
 
 
 @contextmanager
-def _saved_bytes() -> Iterator[list[int]]:
-    """Bytes that autograd keeps within the block, each storage counted once."""
-    total, seen = [0], set[int]()
+def _saved_bytes(parameters: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Bytes that autograd keeps within the block, each storage counted once, parameters (and views of them) not at all."""
+    total, seen = [0], {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total[0] += storage.nbytes()
         return tensor

@@ -86,6 +86,22 @@ def with_steps(sizes: Sizes, steps: Mapping[str, int], reason: str) -> Sizes:
     return replace(sizes, schedules=schedules, reasons=reasons)
 
 
+def views_for(minutes: float, planned: int, view_s: float) -> int:
+    """Augmented views of which encoding takes a tenth of a budget at most, and no more than planned.
+
+    Args:
+        view_s: seconds to encode one view of every training image.
+    """
+    return min(planned, int(minutes * 60 / 10 / view_s))
+
+
+def with_views(sizes: Sizes, views: int, reason: str) -> Sizes:
+    """The sizes with fewer augmented views."""
+    return replace(
+        sizes, augmented_views=views, reasons=sizes.reasons | {"augmented views": (f"{views} an image", reason)}
+    )
+
+
 def steps_for(
     minutes: float,
     costs: "Mapping[str, StageCost]",

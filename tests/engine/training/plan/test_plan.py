@@ -12,8 +12,18 @@ from engine.config_folders import different_sizes
 from engine.errors import InputError
 from engine.training.plan.configs import read_base
 from engine.training.plan.cost import StageCost
-from engine.training.plan.plan import Plan, check_memory, describe, describe_costs, plan_sizes, steps_for
-from engine.training.plan.sizes import STAGES
+from engine.training.plan.plan import (
+    Plan,
+    check_memory,
+    describe,
+    describe_costs,
+    make_plan,
+    plan_sizes,
+    steps_for,
+    views_for,
+    with_views,
+)
+from engine.training.plan.sizes import STAGES, choose_sizes
 from tests.engine.training.plan.test_sizes import CPU, DATA, GPU
 from tests.paths import REPOSITORY
 
@@ -110,6 +120,15 @@ def test_what_one_stage_does_not_need_goes_to_the_others() -> None:
     assert few["koclip"] == 40
     assert few["vqgan"] > many["vqgan"]
     assert few["kodalle"] > many["kodalle"]
+
+
+@pytest.mark.parametrize(("view_s", "views"), [(1.0, 6), (54.0, 6), (100.0, 5), (600.0, 0)])
+def test_views_that_would_eat_the_budget_are_left_out(view_s: float, views: int) -> None:
+    assert views_for(90, 6, view_s) == min(views, 6)
+    sizes = with_views(choose_sizes(DATA, CPU), views, "for the test")
+    kodalle = make_plan(sizes, DATA, Path("run"), Path("pairs")).runs["kodalle"]
+    assert isinstance(kodalle, KodalleRun)
+    assert kodalle.augmented_views == views  # and augment_shift goes with them, or the config would be refused
 
 
 def test_stated_steps_stay_and_count() -> None:
