@@ -13,8 +13,19 @@ TOP = {"카테고리": "티셔츠", "색상": "화이트"}
 BOX = {"X좌표": 4.0, "Y좌표": 6.0, "가로": 20, "세로": 30}
 
 
-def label_tree(identifier: Any, *, boxes: dict[str, Any], **labelling: Any) -> dict[str, Any]:
-    """A label file's content; garment types that are in neither `boxes` nor `labelling` are absent as in K-Fashion: `[{}]`."""
+def polygon(*points: tuple[float, float]) -> dict[str, Any]:
+    """An outline as K-Fashion writes it."""
+    return {
+        f"{axis}좌표{number}": value
+        for number, point in enumerate(points, 1)
+        for axis, value in zip("XY", point, strict=True)
+    }
+
+
+def label_tree(
+    identifier: Any, *, boxes: dict[str, Any], polygons: dict[str, Any] | None = None, **labelling: Any
+) -> dict[str, Any]:
+    """A label file's content; garment types that are not given in a part are absent from it as in K-Fashion: `[{}]`."""
     absent: dict[str, Any] = {garment_type: [{}] for garment_type in GARMENT_TYPES}
     return {
         "이미지 정보": {
@@ -24,7 +35,11 @@ def label_tree(identifier: Any, *, boxes: dict[str, Any], **labelling: Any) -> d
             "이미지 너비": WIDTH,
         },
         "데이터셋 정보": {
-            "데이터셋 상세설명": {"렉트좌표": {**absent, **boxes}, "라벨링": {"스타일": [{}], **absent, **labelling}}
+            "데이터셋 상세설명": {
+                "렉트좌표": {**absent, **boxes},
+                "폴리곤좌표": {**absent, **(polygons or {})},
+                "라벨링": {"스타일": [{}], **absent, **labelling},
+            }
         },
     }
 

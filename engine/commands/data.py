@@ -16,6 +16,7 @@ from rich.table import Table
 
 from engine.data.check import DEFECTS, CheckReport
 from engine.data.check import check as check_folder
+from engine.data.cut_out import DEFAULT_GROUND
 from engine.data.kfashion.captions import ListValues
 from engine.data.kfashion.label_format import OPTION_HELP, CaptionScope, KFashionLabels
 from engine.data.prepare import PrepareReport
@@ -60,11 +61,20 @@ def prepare(
     image_size: Annotated[int, typer.Option(help="side of the square images, in pixels")] = 256,
     image_format: Annotated[Literal["png", "jpg"], typer.Option(help="of the images written")] = "png",
     keep_aspect: Annotated[bool, typer.Option(help="pad crops to a square (published: stretch)")] = False,
-    box_margin: Annotated[float, typer.Option(help="around boxes, as a share of their longer side")] = 0.0,
+    box_margin: Annotated[float, typer.Option(help="around boxes and outlines, as a share of their longer side")] = 0.0,
     box_origin: Annotated[
         Literal["top_left", "center"], typer.Option(help="the point that x and y of a box mean; K-Fashion: top_left")
     ] = "top_left",
     scale_boxes: Annotated[bool, typer.Option(help="photos were resized after labelling: scale the boxes")] = False,
+    cut_out: Annotated[
+        bool, typer.Option("--cut-out", help="cut along the labels' polygons, or the transparency of name.png")
+    ] = False,
+    ground: Annotated[
+        str | None, typer.Option(help=f'colour around cut-outs, as "#rrggbb"; default: {DEFAULT_GROUND}')
+    ] = None,
+    keep_uncut: Annotated[
+        bool, typer.Option("--keep-uncut", help="with --cut-out: use what has no outline as it is")
+    ] = False,
     caption_scope: Annotated[CaptionScope, typer.Option(help=OPTION_HELP["caption_scope"])] = "garment",
     style: Annotated[bool, typer.Option(help=OPTION_HELP["style"])] = False,
     subject_once: Annotated[bool, typer.Option(help=OPTION_HELP["subject_once"])] = False,
@@ -86,6 +96,9 @@ def prepare(
         box_margin=box_margin,
         box_origin=box_origin,
         scale_boxes=scale_boxes,
+        cut_out=cut_out,
+        ground=ground,
+        keep_uncut=keep_uncut,
         label_format=KFashionLabels(caption_scope, style, subject_once, list_values),
         validation_fraction=validation_fraction,
         seed=seed,
@@ -130,6 +143,8 @@ def _print_prepared(report: PrepareReport, destination: Path) -> None:
     typer.echo(
         f"{report.records} records: {report.used} used, {len(report.skipped)} set aside, {report.bad} of them bad"
     )
+    if report.options.cut_out:
+        typer.echo(f"{report.cut_outs} of the used are cut out, on a ground of {report.options.ground}")
     typer.echo(f"{report.train} pairs to train on, {report.validation} for validation (split by {report.split})")
     for cause, count in report.causes.items():
         first = next(item for item in report.skipped if item.cause == cause)

@@ -6,7 +6,7 @@ unmatched files, replaced a corrupt image by its neighbour. Every image is decod
 shows a truncated one.
 
 Errors are records that cannot be used as they are (`kodalle data prepare` sets them aside); warnings can be used, but look
-odd.
+odd. Faults of outlines are warnings: only `--cut-out` reads outlines, and sets such objects aside.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.data.crops import ImageFault, open_image, pixel_box
+from engine.data.crops import ImageFault, open_layered, pixel_box
+from engine.data.cut_out import OutlineFault, fit_outline, visible_layer
 from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
@@ -55,9 +56,14 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "photo_without_caption": ("error", "no caption file for an image"),
     "broken_pairs": ("error", "pairs.jsonl that training would refuse"),
     "same_name": ("warning", "caption files of one name in two folders: one photo for the split"),
-    "object_without_box": ("warning", "object with labels, but without a box"),
-    "object_without_label": ("warning", "object with a box, but without labels"),
+    "object_without_box": ("warning", "object without a box"),
+    "object_without_label": ("warning", "object without labels"),
     "box_over_edge": ("warning", "box that is cut by more than a pixel at the image's edge"),
+    "broken_outline": ("warning", "outline with gaps, fewer than 3 points, or something else than numbers"),
+    "outline_outside_image": ("warning", "outline with points far outside the image"),
+    "zero_area_outline": ("warning", "outline that is a line, or crosses itself until next to nothing is left"),
+    "outline_off_box": ("warning", "outline and box of one object in different places"),
+    "transparent_image": ("warning", "image in which nothing is visible"),
     "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
     "unread_content": ("warning", "content of a label that was not understood"),
     "id_differs": ("warning", "photo id that is not the label file's name"),
@@ -120,6 +126,7 @@ class _Inspected:
     width: int = 0
     height: int = 0
     digest: str = ""
+    is_visible: bool = True
     fault: str = ""
     detail: str = ""
 
@@ -188,6 +195,8 @@ def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progr
             continue
         if min(result.width, result.height) < SMALLEST_SIDE:
             findings.add(path, "tiny_image", f"{result.width} x {result.height}")
+        if not result.is_visible:
+            findings.add(path, "transparent_image", "is transparent everywhere")
         first = by_digest.setdefault(result.digest, path)
         if first != path:
             findings.add(path, "duplicate_image", f"same as {first.relative_to(findings.source).as_posix()}")
@@ -197,10 +206,11 @@ def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progr
 def _inspect(path: Path) -> _Inspected:
     """Decodes one image, in a worker process."""
     try:
-        image = open_image(path)
+        image = open_layered(path)
     except ImageFault as fault:
         return _Inspected(fault=fault.defect, detail=fault.remedy)
-    return _Inspected(image.width, image.height, hashlib.sha256(path.read_bytes()).hexdigest())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _Inspected(image.width, image.height, digest, is_visible=visible_layer(image) is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- labels
@@ -230,7 +240,7 @@ def _check_labels(
         if label.photo != path.stem:
             findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
-        _check_boxes(path, label, inspected.get(image_path) if image_path else None, findings)
+        _check_places(path, label, inspected.get(image_path) if image_path else None, findings)
     for image_path in inspected:
         if image_path not in claimed:
             findings.add(image_path, "photo_without_label", "no label file names it")
@@ -247,12 +257,14 @@ def _check_content(path: Path, label: PhotoLabel, findings: _Findings) -> None:
         if item.box_fault:
             findings.add(path, "broken_box", item.box_fault, item.name)
         elif item.box is None:
-            findings.add(path, "object_without_box", "has labels, but no box to crop", item.name)
+            findings.add(path, "object_without_box", "has no box to crop", item.name)
         if not item.attributes:
-            findings.add(path, "object_without_label", "has a box, but no labels for a caption", item.name)
+            findings.add(path, "object_without_label", "has no labels for a caption", item.name)
+        if item.outline_fault:
+            findings.add(path, "broken_outline", item.outline_fault, item.name)
 
 
-def _check_boxes(path: Path, label: PhotoLabel, image: _Inspected | None, findings: _Findings) -> None:
+def _check_places(path: Path, label: PhotoLabel, image: _Inspected | None, findings: _Findings) -> None:
     width, height = label.width, label.height
     if image is not None and not image.fault:
         labelled = (width or image.width, height or image.height)
@@ -263,6 +275,11 @@ def _check_boxes(path: Path, label: PhotoLabel, image: _Inspected | None, findin
             width, height = labelled
     for item in label.objects:
         box = item.box
+        if item.outline is not None and width is not None and height is not None:
+            inside = None if box is None else pixel_box(box, width, height)[0]
+            fitted = fit_outline(item.outline, width, height, inside)
+            if isinstance(fitted, OutlineFault):
+                findings.add(path, fitted.defect, fitted.reason, item.name)
         if box is None:
             continue
         numbers = f"x {box.x:g}, y {box.y:g}, width {box.width:g}, height {box.height:g}"

@@ -12,6 +12,7 @@ centre, so that reading is an explicit option.
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -73,6 +74,15 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageFault: missing or empty file, not JPEG/PNG/WEBP, truncated or damaged, or above MAX_PIXELS pixels.
     """
+    return _decode(path, upright_rgb)
+
+
+def open_layered(path: Path) -> Image.Image:
+    """`open_image` with transparency kept: RGBA, upright. Raises ImageFault."""
+    return _decode(path, upright_rgba)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
@@ -85,7 +95,7 @@ def open_image(path: Path) -> Image.Image:
                 reason = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
                 raise ImageFault("oversize_image", path, reason)
             image.load()
-            return upright_rgb(image)
+            return convert(image)
     except ImageFault:
         raise
     except Image.UnidentifiedImageError as error:
@@ -106,12 +116,22 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         # 16-bit grey PNG: Pillow's own conversion clips at 255, which turns it white
         grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if _has_transparency(image):
         # dropping alpha instead would show what was hidden under it, usually black
         layered = image.convert("RGBA")
         ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layered).convert("RGB")
     return image.convert("RGB")
+
+
+def upright_rgba(image: Image.Image) -> Image.Image:
+    """Any mode to RGBA: EXIF orientation applied, 16-bit grey scaled; opaque without transparency of its own."""
+    image = ImageOps.exif_transpose(image)
+    return image.convert("RGBA") if _has_transparency(image) else upright_rgb(image).convert("RGBA")
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
 
 
 def pixel_box(

@@ -36,6 +36,10 @@ class Box(NamedTuple):
     height: float
 
 
+Outline = tuple[tuple[float, float], ...]
+"""The (x, y) corners of a polygon, closed, in (possibly fractional) pixels of the stored photo."""
+
+
 @dataclass(frozen=True)
 class LabelledObject:
     """One object of a photo: one crop, one caption.
@@ -46,6 +50,7 @@ class LabelledObject:
         caption: of the object, or of the whole photo if the format's options say so; "" if nothing is labelled.
         attributes: as a prepared folder stores them; {} if nothing is labelled.
         box: None when there is none, or when `box_fault` says why it could not be read.
+        outline: at least three points; None when there is none, or when `outline_fault` says why it could not be read.
     """
 
     name: str
@@ -54,6 +59,8 @@ class LabelledObject:
     attributes: Attributes
     box: Box | None = None
     box_fault: str = ""
+    outline: Outline | None = None
+    outline_fault: str = ""
 
 
 @dataclass(frozen=True)

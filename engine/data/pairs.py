@@ -24,12 +24,15 @@ import numpy.typing as npt
 
 from engine.data.caption_guide import CaptionGuide, example_captions
 from engine.data.crops import crop_and_resize, open_image
+from engine.data.cut_out import ground_rgb
 from engine.data.formats import grammar_of
 from engine.data.label_format import Attributes
 from engine.data.source_files import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
 from engine.errors import InputError
+from engine.files import read_json
 
 FORMAT_VERSION = 1
+REPORT_FILE = "report.json"
 MAX_SET_ASIDE = 0.05  # share of a plain folder's records that may be unusable before training refuses to start
 
 Split = Literal["train", "validation"]
@@ -61,10 +64,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a folder, sorted by key, and its unusable records as (name, reason)."""
+    """All pairs of a folder, sorted by key, and its unusable records as (name, reason).
+
+    `ground` is the colour around cut-outs, `#rrggbb`; None for other images.
+    """
 
     all: tuple[Pair, ...]
     set_aside: tuple[tuple[str, str], ...] = ()
+    ground: str | None = None
 
     @cached_property
     def train(self) -> tuple[Pair, ...]:
@@ -287,7 +294,19 @@ def _load_prepared(folder: Path) -> Pairs:
         if pair.image_path.name not in listings[parent]:
             raise InputError("pairs", pair.image_path, f"no such file, named in {file}:{number}: prepare it again")
         pairs[pair.key] = pair
-    return Pairs(tuple(pairs[key] for key in sorted(pairs)))
+    return Pairs(tuple(pairs[key] for key in sorted(pairs)), ground=_ground(folder / REPORT_FILE))
+
+
+def _ground(report: Path) -> str | None:
+    """The ground that a prepared folder's report names; older folders, and ones made by hand, have none."""
+    if not report.is_file():
+        return None
+    tree = read_json(report, field="pairs", remedy="prepare the folder again")
+    options = tree.get("options") if isinstance(tree, dict) else None
+    ground = options.get("ground") if isinstance(options, dict) else None
+    if ground is not None:
+        ground_rgb(ground)
+    return ground
 
 
 def _read_line(line: str, folder: Path, where: str) -> Pair:

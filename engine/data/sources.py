@@ -12,15 +12,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from engine.data.crops import Origin
+from engine.data.cut_out import DEFAULT_GROUND, ground_rgb
 from engine.data.formats import default_label_format
-from engine.data.label_format import Attributes, Box, LabelFault, LabelFormat, PhotoLabel
+from engine.data.label_format import (
+    Attributes,
+    Box,
+    LabelFault,
+    LabelFormat,
+    LabelledObject,
+    Outline,
+    PhotoLabel,
+)
 from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, source_sides, split_of
 from engine.data.source_files import SourceFolder, scan
 from engine.errors import InputError
 
 SourceForm = Literal["labels", "plain"]
 # Incomplete labels are normal in large data sets: counted and named, but no fault.
-NORMAL = ("object_without_box", "object_without_label", "label_without_object")
+NORMAL = ("object_without_box", "object_without_label", "label_without_object", "no_outline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +40,14 @@ class PrepareOptions:
         image_size: side of the square images written, in pixels.
         image_format: png, or jpg (quality 95: about a quarter of the bytes).
         keep_aspect: pad crops to a square instead of stretching them (published: stretch).
-        box_margin: added on each side of a box, as a share of its longer side.
+        box_margin: added on each side of a box, or of an outline, as a share of its longer side.
         box_origin: the point that x and y of a box mean.
         scale_boxes: photos were resized after labelling: scale boxes from the label's size to the photo's.
-            Without it such photos are set aside as `size_mismatch`.
+            Without it such photos are set aside as `size_mismatch`. Outlines are scaled with the boxes.
+        cut_out: objects without their background, on a plain ground, with the proportions of their outline: a label's
+            polygon, or the transparency of a plain source's PNG or WEBP. Objects without one are set aside as `no_outline`.
+        ground: `#rrggbb` around cut-outs; None: DEFAULT_GROUND with `cut_out`, else there is none.
+        keep_uncut: objects without an outline are used as without `cut_out`.
         label_format: reads the label files and makes the captions; captions of plain sources stay as they are.
         validation_fraction: share of photos held out, unless the source has train/ and validation/.
         seed: of that split.
@@ -42,7 +55,7 @@ class PrepareOptions:
         form: of the source; None: detected (labels when there are at least as many .json as .txt files).
 
     Raises:
-        InputError: a value out of its range.
+        InputError: a value out of its range, or `ground` or `keep_uncut` without `cut_out`.
     """
 
     image_size: int = 256
@@ -51,6 +64,9 @@ class PrepareOptions:
     box_margin: float = 0.0
     box_origin: Origin = "top_left"
     scale_boxes: bool = False
+    cut_out: bool = False
+    ground: str | None = None
+    keep_uncut: bool = False
     label_format: LabelFormat = field(default_factory=default_label_format)
     validation_fraction: float = 0.05
     seed: int = 42
@@ -67,6 +83,16 @@ class PrepareOptions:
         for name, is_fine, remedy in checks:
             if not is_fine:
                 raise InputError(name, getattr(self, name), remedy)
+        if self.cut_out:
+            ground = DEFAULT_GROUND if self.ground is None else self.ground.lower()
+            ground_rgb(ground)
+            object.__setattr__(self, "ground", ground)  # frozen; the report has the colour that was used
+        elif self.ground is not None:
+            raise InputError("ground", self.ground, "is the colour around cut-outs: add cut_out, or leave it out")
+        elif self.keep_uncut:
+            raise InputError(
+                "keep_uncut", True, "is about what has no outline to cut out: add cut_out, or leave it out"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """All options, those of the label format among them."""
@@ -92,11 +118,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Crop:
-    """One future pair; `box` None means the whole image."""
+    """One future pair; `box` and `outline` None mean the whole image."""
 
     record: str
     key: str
     box: Box | None
+    outline: Outline | None
     captions: tuple[str, ...]
     photo: str
     split: Split
@@ -105,10 +132,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class CropJob:
-    """One image file and its crops; `labelled_size` is (width, height) as the label has it."""
+    """One image file and its crops; `labelled_size` is (width, height) as the label has it, None in plain sources."""
 
     image_path: Path
-    labelled_size: tuple[int | None, int | None]
+    labelled_size: tuple[int | None, int | None] | None
     crops: tuple[Crop, ...]
 
 
@@ -199,27 +226,42 @@ def _list_labels(source: Path, sides: dict[str, Split], options: PrepareOptions,
         else:
             photos[label.photo] = record
             split = sides[record.split("/")[0]] if sides else _split(label.photo, options)
-            _list_objects(record, label, image_path, split, listing)
+            _list_objects(record, label, image_path, split, options, listing)
     _list_unlabelled(folder, claimed, listing)
 
 
-def _list_objects(record: str, label: PhotoLabel, image_path: Path, split: Split, listing: SourceListing) -> None:
+def _list_objects(
+    record: str, label: PhotoLabel, image_path: Path, split: Split, options: PrepareOptions, listing: SourceListing
+) -> None:
     if not label.objects:
         listing.skip(record, "label_without_object", "no object has a label or a box")
     crops = []
     for item in label.objects:
         name = f"{record}: {item.name}"
-        if item.box_fault:
-            listing.skip(name, "bad_box", item.box_fault)
-        elif item.box is None:
-            listing.skip(name, "object_without_box", "has labels, but no box to crop")
-        elif not item.attributes:
-            listing.skip(name, "object_without_label", "has a box, but no labels for a caption")
+        fault = _unusable(item, options)
+        if fault is None:
+            key, outline = pair_key(label.photo, item.key), item.outline if options.cut_out else None
+            crops.append(Crop(name, key, item.box, outline, (item.caption,), label.photo, split, item.attributes))
         else:
-            key = pair_key(label.photo, item.key)
-            crops.append(Crop(name, key, item.box, (item.caption,), label.photo, split, item.attributes))
+            listing.skip(name, *fault)
     if crops:
         listing.jobs.append(CropJob(image_path, (label.width, label.height), tuple(crops)))
+
+
+def _unusable(item: LabelledObject, options: PrepareOptions) -> tuple[str, str] | None:
+    """Cause and reason why an object cannot be a pair, as far as its label tells; None if it can."""
+    is_cut = options.cut_out and item.outline is not None
+    if item.box_fault:
+        return "bad_box", item.box_fault
+    if options.cut_out and item.outline_fault:
+        return "bad_outline", item.outline_fault
+    if item.box is None and not is_cut:
+        return "object_without_box", "has no box to crop"
+    if not item.attributes:
+        return "object_without_label", "has no labels for a caption"
+    if options.cut_out and not is_cut and not options.keep_uncut:
+        return "no_outline", "has no outline to cut it out along (keep_uncut takes its box)"
+    return None
 
 
 def _list_unlabelled(folder: SourceFolder, claimed: set[Path], listing: SourceListing) -> None:
@@ -247,7 +289,7 @@ def _list_plain(source: Path, sides: dict[str, Split], options: PrepareOptions, 
             listing.skip(record, fault.defect, f"{text_path.name} {fault.remedy}")
             continue
         split = sides[record.split("/")[0]] if sides else _split(photo, options)
-        listing.jobs.append(CropJob(image_path, (None, None), (Crop(record, key, None, captions, photo, split, {}),)))
+        listing.jobs.append(CropJob(image_path, None, (Crop(record, key, None, None, captions, photo, split, {}),)))
 
 
 def _split(photo: str, options: PrepareOptions) -> Split:

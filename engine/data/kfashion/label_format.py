@@ -68,6 +68,8 @@ class KFashionLabels:
             attributes=attributes,
             box=garment.box,
             box_fault=garment.box_fault,
+            outline=garment.outline,
+            outline_fault=garment.outline_fault,
         )
 
     def _caption(self, label: Label, garments: list[Garment] | None) -> str:

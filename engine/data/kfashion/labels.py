@@ -1,8 +1,8 @@
 """K-Fashion label JSON (AI Hub "K-Fashion 이미지" v1.1) as frozen dataclasses, and its vocabulary.
 
 Labels in the wild are incomplete: garments without 카테고리, boxes without a useful label and the reverse, `[{}]` for an
-absent garment, boxes without area. None of that fails here; what could not be understood is kept in `Label.notes` or
-`Garment.box_fault` for reports.
+absent garment, boxes without area. None of that fails here; what could not be understood is kept in `Label.notes`,
+`Garment.box_fault` or `Garment.outline_fault` for reports.
 
 The vocabulary is open (K-COORD's own tables lack values that occur): an unknown value is a warning, never a fault, and
 spelling variants are merged for lookups only; captions keep the label's spelling.
@@ -10,13 +10,16 @@ spelling variants are merged for lookups only; captions keep the label's spellin
 Source: K-COORD/K-Fashion, examples/*.json, README.md, dataset.py.
 """
 
+import itertools
 import json
+import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.label_format import Attributes, Box, LabelFault
+from engine.data.label_format import Attributes, Box, LabelFault, Outline
 from engine.data.source_files import CONVERT, REPLACEMENT
 
 STYLE = "스타일"
@@ -85,6 +88,8 @@ _SPELLINGS = {
     "시퀸": "시퀸/글리터",
 }
 
+_CORNER = re.compile("[XY]좌표[1-9][0-9]{0,5}")
+
 
 @dataclass(frozen=True)
 class Garment:
@@ -95,6 +100,7 @@ class Garment:
         index: counts the entries of one type, from 0.
         attributes: as labelled, in file order, without empty values; {} when nothing is labelled.
         box: None when there is none, or when `box_fault` says why it could not be read.
+        outline: at least three points; None when there is none, or when `outline_fault` says why it could not be read.
     """
 
     garment_type: str
@@ -102,6 +108,8 @@ class Garment:
     attributes: Attributes
     box: Box | None = None
     box_fault: str = ""
+    outline: Outline | None = None
+    outline_fault: str = ""
 
     @property
     def name(self) -> str:
@@ -156,20 +164,17 @@ def parse_label(tree: Any, path: Path) -> Label:
     if not isinstance(about, dict):
         notes.append("이미지 정보 is not an object")
         about = {}
-    boxes = detail.get("렉트좌표", {})
-    if not isinstance(boxes, dict):
-        notes.append("렉트좌표 is not an object")
-        boxes = {}
+    boxes, polygons = (_positions(detail, name, notes) for name in ("렉트좌표", "폴리곤좌표"))
     notes += [f"라벨링 has an unknown part {name!r}" for name in labelling if name not in (STYLE, *GARMENT_TYPES)]
     styles = (_attributes(entry, STYLE, notes) for entry in _entries(labelling, STYLE, notes))
     garments: list[Garment] = []
     for garment_type in GARMENT_TYPES:
-        entries, rectangles = _entries(labelling, garment_type, notes), _entries(boxes, garment_type, notes)
-        for index in range(max(len(entries), len(rectangles))):
-            attributes = _attributes(entries[index], f"{garment_type} {index}", notes) if index < len(entries) else {}
-            box, fault = _box(rectangles[index]) if index < len(rectangles) else (None, "")
-            if attributes or box or fault:
-                garments.append(Garment(garment_type, index, attributes, box, fault))
+        parts = (_entries(section, garment_type, notes) for section in (labelling, boxes, polygons))
+        for index, (entry, rectangle, polygon) in enumerate(itertools.zip_longest(*parts, fillvalue={})):
+            attributes = _attributes(entry, f"{garment_type} {index}", notes)
+            garment = Garment(garment_type, index, attributes, *_box(rectangle), *_outline(polygon))
+            if garment != Garment(garment_type, index, {}):
+                garments.append(garment)
     return Label(
         photo=_identifier(about.get("이미지 식별자"), path),
         image_file_name=str(about.get("이미지 파일명") or ""),
@@ -219,6 +224,14 @@ def _section(tree: Any, name: str, path: Path) -> dict[str, Any]:
     return part
 
 
+def _positions(detail: dict[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
+    section = detail.get(name, {})
+    if isinstance(section, dict):
+        return section
+    notes.append(f"{name} is not an object")
+    return {}
+
+
 def _entries(section: dict[str, Any], part: str, notes: list[str]) -> list[dict[str, Any]]:
     entries = section.get(part)
     if entries is None:
@@ -255,15 +268,41 @@ def _attributes(entry: dict[str, Any], where: str, notes: list[str]) -> Attribut
 def _box(entry: dict[str, Any]) -> tuple[Box | None, str]:
     if not entry:
         return None, ""
+    numbers, fault = _numbers(entry, ("X좌표", "Y좌표", "가로", "세로"))
+    return (None, f"box: {fault}") if fault else (Box(*numbers), "")
+
+
+def _outline(entry: dict[str, Any]) -> tuple[Outline | None, str]:
+    """The points X좌표1, Y좌표1, X좌표2, … of one polygon, in the order of their numbers."""
+    if not entry:
+        return None, ""
+    strange = next((name for name in entry if not _CORNER.fullmatch(name)), None)
+    if strange is not None:
+        return None, f"outline: {strange[:40]!r} is no coordinate"
+    count = max(int(name[len("X좌표") :]) for name in entry)
+    if count > len(entry):  # at least half of the numbers below are missing; do not list a million names
+        return None, f"outline: has a point {count}, but only {len(entry)} coordinates"
+    names = [f"{axis}좌표{number}" for number in range(1, count + 1) for axis in "XY"]
+    numbers, fault = _numbers(entry, names)
+    if fault:
+        return None, f"outline: {fault}"
+    points = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    if len(set(points)) < 3:
+        return None, f"outline: has {len(set(points))} different points, at least 3 enclose an area"
+    return points, ""
+
+
+def _numbers(entry: dict[str, Any], names: Iterable[str]) -> tuple[list[float], str]:
+    """The positions under `names`, or what is wrong with the first bad one."""
     numbers = []
-    for name in ("X좌표", "Y좌표", "가로", "세로"):
+    for name in names:
         number = entry.get(name)
         if isinstance(number, bool) or not isinstance(number, int | float):
-            return None, f"box: {name} is {number!r}, not a number" if name in entry else f"box: {name} is missing"
+            return [], f"{name} is {number!r:.40}, not a number" if name in entry else f"{name} is missing"
         if not abs(number) < 1e9:  # also false for NaN, which Python's JSON reader accepts
-            return None, f"box: {name} is {number!r}, which is no position in an image"
+            return [], f"{name} is {number!r}, which is no position in an image"
         numbers.append(float(number))
-    return Box(*numbers), ""
+    return numbers, ""
 
 
 def _pixels(about: dict[str, Any], name: str, notes: list[str]) -> int | None:

@@ -48,7 +48,7 @@ def test_captions_options(demo: Path, tmp_path: Path) -> None:
         "아우터": [{"색상": "라벤더", "카테고리": "가디건", "소재": ["니트", "면"]}],
         "하의": [{"색상": "블랙"}],
     }
-    content["데이터셋 정보"]["데이터셋 상세설명"]["렉트좌표"] = {}
+    content["데이터셋 정보"]["데이터셋 상세설명"] |= {"렉트좌표": {}, "폴리곤좌표": {}}
     path = tmp_path / "1.json"
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     options = ("--no-style", "--subject-once", "--per-garment", "--list-values", "first")
@@ -61,7 +61,7 @@ def test_captions_options(demo: Path, tmp_path: Path) -> None:
 
 def test_captions_of_an_empty_label(demo: Path, tmp_path: Path) -> None:
     _, content = first_label(demo)
-    content["데이터셋 정보"]["데이터셋 상세설명"] |= {"라벨링": {}, "렉트좌표": {}}
+    content["데이터셋 정보"]["데이터셋 상세설명"] |= {"라벨링": {}, "렉트좌표": {}, "폴리곤좌표": {}}
     (tmp_path / "1.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     for option in ("--style", "--per-garment"):
         result = run("captions", tmp_path / "1.json", option)
@@ -77,6 +77,12 @@ def test_prepare_prints_its_summary(demo: Path, tmp_path: Path) -> None:
     assert f"{len(pairs.train)} pairs to train on, {len(pairs.validation)} for validation" in result.stdout
     with Image.open(pairs.all[0].image_path) as image:
         assert image.size == (16, 16)
+
+
+def test_the_demo_set_has_outlines_to_cut_out(demo: Path, tmp_path: Path) -> None:
+    result = run("prepare", demo, tmp_path / "out", "--cut-out", "--image-size", 16, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert f"{len(load_pairs(tmp_path / 'out'))} used, 0 set aside" in result.stdout
 
 
 def test_prepare_has_the_defaults_of_its_options() -> None:

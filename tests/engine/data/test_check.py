@@ -5,19 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from engine.data import crops
 from engine.data.check import DEFECTS, CheckReport, check
 from engine.data.prepare import prepare
 from engine.data.sources import PrepareOptions
 from engine.errors import InputError
-from tests.label_trees import BOX, HEIGHT, TOP, WIDTH, label_tree, photo
+from tests.label_trees import BOX, HEIGHT, TOP, WIDTH, label_tree, photo, polygon
 
 
-def tree(identifier: Any, box: dict[str, Any] | None = None, top: dict[str, Any] | None = None) -> dict[str, Any]:
+def tree(
+    identifier: Any,
+    box: dict[str, Any] | None = None,
+    top: dict[str, Any] | None = None,
+    outline: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """A label of one top; `{}` leaves its box or its attributes out."""
-    boxes = {"상의": [BOX if box is None else box]}
-    return label_tree(identifier, boxes=boxes, 상의=[TOP if top is None else top])
+    boxes, polygons = {"상의": [BOX if box is None else box]}, {"상의": [outline or {}]}
+    return label_tree(identifier, boxes=boxes, polygons=polygons, 상의=[TOP if top is None else top])
+
+
+def outlined(*points: tuple[float, float]) -> dict[str, Any]:
+    return tree(2, outline=polygon(*points))
 
 
 def write(path: Path, content: Any, encoding: str = "utf-8") -> None:
@@ -84,6 +94,10 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("object_without_box", GARMENT, lambda s: write(s / LABEL, tree(2, {}))),
     ("object_without_label", GARMENT, lambda s: write(s / LABEL, tree(2, top={}))),
     ("box_over_edge", GARMENT, lambda s: write(s / LABEL, tree(2, {**BOX, "세로": 100}))),
+    ("broken_outline", GARMENT, lambda s: write(s / LABEL, tree(2, outline=polygon((4, 6), (24, 36))))),
+    ("outline_outside_image", GARMENT, lambda s: write(s / LABEL, outlined((4, 6), (24, 6), (24, 99)))),
+    ("zero_area_outline", GARMENT, lambda s: write(s / LABEL, outlined((4, 6), (24, 36), (14, 21)))),
+    ("outline_off_box", GARMENT, lambda s: write(s / LABEL, outlined((20, 30), (40, 30), (40, 60), (20, 60)))),
     ("unknown_value", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "무지개"}))),
     ("unread_content", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": 3, "핏": "루즈"}))),
     ("id_differs", LABEL, lambda s: write(s / LABEL, tree(77))),
@@ -99,6 +113,11 @@ def test_planted_label_defects_are_named(
     report = check(labelled)
     assert found(report) == {record: defect}  # this record, and no other
     assert bool(report.errors) == (DEFECTS[defect][0] == "error")
+
+
+def test_sound_outlines_are_no_findings(labelled: Path) -> None:
+    write(labelled / LABEL, outlined((4, 6), (24, 7), (23, 36), (5, 35)))
+    assert check(labelled).findings == ()
 
 
 def test_duplicate_id_and_equal_stems(labelled: Path) -> None:
@@ -134,6 +153,7 @@ PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("photo_without_caption", "b.png", lambda s: (s / "b.txt").unlink()),
     ("broken_image", "b.png", lambda s: cut(s / "b.png")),
     ("empty_file", "b.png", lambda s: (s / "b.png").write_bytes(b"")),
+    ("transparent_image", "b.png", lambda s: Image.new("RGBA", (WIDTH, HEIGHT)).save(s / "b.png")),
     ("equal_stems", "b.png", lambda s: photo(s / "b.jpg", 8)),
     (
         "decomposed_hangul",

@@ -1,4 +1,5 @@
 import json
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from engine.data.kfashion.labels import (
 from engine.data.label_format import Box, LabelFault
 from engine.data.source_files import scan
 from engine.errors import InputError
+from tests.label_trees import polygon
 
 BOX = {"X좌표": 12.5, "Y좌표": 30.0, "가로": 100, "세로": 200}
 
@@ -132,6 +134,65 @@ def test_unreadable_boxes_say_why(box: dict[str, Any], word: str) -> None:
     assert word in garment.box_fault
 
 
+CORNERS = ((12.5, 30), (112, 31.5), (60, 230))
+
+
+def test_outlines_are_read_in_the_order_of_their_numbers() -> None:
+    written = dict(reversed(polygon(*CORNERS, *((1, n) for n in range(9))).items()))  # 10 to 12 come before 2 as text
+    content = tree(상의=[{}, {"색상": "블랙"}, {"색상": "레드"}])
+    content["데이터셋 정보"]["데이터셋 상세설명"]["폴리곤좌표"] = {"상의": [{}, written], "하의": [polygon(*CORNERS)]}
+    bottom, black, red = parse_label(content, Path("1")).garments
+    assert black.outline == (*CORNERS, *((1, n) for n in range(9)))
+    assert (black.index, black.outline_fault) == (1, "")
+    assert (red.outline, red.outline_fault) == (None, "")
+    assert (bottom.outline, bottom.attributes, bottom.box) == (CORNERS, {}, None)
+
+
+@pytest.mark.parametrize("polygons", [None, [{}], "x", {}, {"상의": [{}]}, {"상의": None}])
+def test_labels_without_outlines_are_whole(polygons: Any) -> None:
+    content = tree(boxes={"상의": [BOX]}, 상의=[{"색상": "블랙"}])
+    content["데이터셋 정보"]["데이터셋 상세설명"]["폴리곤좌표"] = polygons
+    label = parse_label(content, Path("1"))
+    assert [(g.outline, g.outline_fault, g.box) for g in label.garments] == [(None, "", Box(12.5, 30.0, 100.0, 200.0))]
+    assert label.notes == (() if isinstance(polygons, dict) else ("폴리곤좌표 is not an object",))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"Y좌표3": ...}, "Y좌표3 is missing"),
+        ({"X좌표1": ...}, "X좌표1 is missing"),
+        ({"X좌표2": ..., "Y좌표2": ...}, "X좌표2 is missing"),
+        ({"X좌표999999": 1, "Y좌표999999": 1}, "point 999999, but only 10 coordinates"),
+        ({f"{axis}좌표{n}": ... for axis in "XY" for n in (1, 2, 3)}, "point 4, but only 2 coordinates"),
+        ({"X좌표3": ..., "Y좌표3": ..., "X좌표4": ..., "Y좌표4": ...}, "2 different points"),
+        ({f"{axis}좌표{n}": 5 for axis in "XY" for n in (2, 3, 4)}, "2 different points"),
+        ({"X좌표1": "10"}, "'10', not a number"),
+        ({"X좌표1": None}, "None, not a number"),
+        ({"X좌표1": True}, "True, not a number"),
+        ({"X좌표1": [1]}, "not a number"),
+        ({"Y좌표2": float("nan")}, "no position"),
+        ({"Y좌표2": float("-inf")}, "no position"),
+        ({"Y좌표2": 1e300}, "no position"),
+        ({"Z좌표1": 1}, "'Z좌표1' is no coordinate"),
+        ({"X좌표0": 1, "Y좌표0": 1}, "no coordinate"),
+        ({"X좌표01": 1, "Y좌표01": 1}, "no coordinate"),
+        ({"X좌표" + "9" * 5000: 1}, "no coordinate"),
+        ({"X좌표": 1}, "no coordinate"),
+    ],
+)
+def test_unreadable_outlines_say_why(change: dict[str, Any], word: str) -> None:
+    """`...` leaves a coordinate out of an outline of four points."""
+    entry = {name: value for name, value in (polygon(*CORNERS, (3, 4)) | change).items() if value is not ...}
+    content = tree(boxes={"상의": [BOX]}, 상의=[{"색상": "블랙"}])
+    content["데이터셋 정보"]["데이터셋 상세설명"]["폴리곤좌표"] = {"상의": [entry]}
+    (garment,) = parse_label(content, Path("1")).garments
+    assert garment.outline is None
+    assert re.search(word, garment.outline_fault)
+    assert len(garment.outline_fault) < 120
+    assert garment.box is not None  # which is usable all the same
+
+
 def test_empty_values_are_nothing_and_strange_ones_are_noted() -> None:
     entry = {"색상": " ", "카테고리": None, "소재": ["", None, " 면 "], "핏": 3, "디테일": [{"a": 1}]}
     content = tree(상의=[entry], 하의={"색상": "블랙"}, 신발=[{}])
@@ -195,7 +256,10 @@ _JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["스타일", *GARMENT_TYPES, "색상", "소재", "X좌표", "Y좌표", "가로", "세로"]), inner
+            st.sampled_from(
+                ["스타일", *GARMENT_TYPES, "색상", "소재", "X좌표", "Y좌표", "가로", "세로", "X좌표1", "Y좌표1"]
+            ),
+            inner,
         )
     ),
     max_leaves=12,
@@ -203,17 +267,19 @@ _JSON = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(labelling=_JSON, boxes=_JSON, about=_JSON)
-def test_any_json_gives_a_label_or_an_input_error(labelling: Any, boxes: Any, about: Any) -> None:
+@given(labelling=_JSON, boxes=_JSON, polygons=_JSON, about=_JSON)
+def test_any_json_gives_a_label_or_an_input_error(labelling: Any, boxes: Any, polygons: Any, about: Any) -> None:
     content = tree()
-    content["데이터셋 정보"]["데이터셋 상세설명"].update({"라벨링": labelling, "렉트좌표": boxes})
+    content["데이터셋 정보"]["데이터셋 상세설명"].update(
+        {"라벨링": labelling, "렉트좌표": boxes, "폴리곤좌표": polygons}
+    )
     content["이미지 정보"] = about
     try:
         label = parse_label(content, Path("1.json"))
     except LabelFault:
         return
     unknown_values(label)
-    assert all(g.attributes or g.box or g.box_fault for g in label.garments)
+    assert all(g.attributes or g.box or g.box_fault or g.outline or g.outline_fault for g in label.garments)
 
 
 # ---------------------------------------------------------------------------------------------------- vocabulary
