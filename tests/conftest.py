@@ -34,6 +34,7 @@ COLOURS = {
     "검정": (20, 20, 20),
 }
 SIZE = 32  # pixels
+GROUND = "#dcdcd8"  # of cut-outs, as the tiny prepared folder's report claims
 STEPS = 8
 
 # What a tiny model of each stage is. One thread: sums in one order, so that runs can be compared bit by bit.
@@ -141,6 +142,7 @@ def write_pairs(folder: Path) -> Path:
         )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "pairs.jsonl").write_text(text, encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps({"options": {"ground": GROUND}}), encoding="utf-8")
     return folder
 
 

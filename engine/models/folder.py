@@ -1,6 +1,7 @@
 """The model folder: what training exports, import writes and the server loads.
 
-    config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional
+    config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional;
+                              "ground": "#rrggbb" where its pictures are cut-outs on a plain ground
     <part>.safetensors        its weights
     tokenizer.json, …         Hugging Face tokenizer files
     generation_config.json    default sampling parameters; optional
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig
 from engine.config_files import parse_section
 from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
+from engine.data.cut_out import ground_rgb
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
@@ -59,11 +61,13 @@ def write_model_folder(
     tokenizer: CaptionTokenizer | None = None,
     generation: GenerationConfig | None = None,
     caption_guide: CaptionGuide | None = None,
+    ground: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a complete folder and renames it into place; replaces an older model of the same name.
 
     Args:
+        ground: the colour around the objects, `#rrggbb`, of a model that learned from cut-outs.
         dtype: floating-point weights are stored in it (None: as they are).
 
     Raises:
@@ -92,6 +96,8 @@ def write_model_folder(
             write_json(folder / GENERATION_FILE, generation.model_dump(mode="json", exclude_none=True))
         if caption_guide is not None:
             write_guide(folder, caption_guide)
+        if ground is not None:
+            config["ground"] = ground
         write_json(folder / "config.json", config)
         (folder / "model_card.md").write_text(card, encoding="utf-8")
 
@@ -124,6 +130,7 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
         tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
         generation=read_generation(source),
         caption_guide=read_guide(source),
+        ground=read_ground(source),
         dtype=dtype,
     )
     return sum((destination / f"{name}.safetensors").stat().st_size for name in parts)
@@ -152,6 +159,18 @@ def read_generation(folder: Path) -> GenerationConfig:
     tree = read_json(path, field="model folder", remedy="mend it, or remove it")
     generation: GenerationConfig = parse_section(GenerationConfig, tree, source=str(path))
     return generation
+
+
+def read_ground(folder: Path) -> str | None:
+    """The colour around the objects in a model's pictures, `#rrggbb`; None if they have no plain ground.
+
+    Raises:
+        InputError: config.json names something else than a colour.
+    """
+    ground: str | None = read_config(folder).get("ground")
+    if ground is not None:
+        ground_rgb(ground)
+    return ground
 
 
 def has_part(folder: Path, name: PartName) -> bool:

@@ -38,6 +38,7 @@ from engine.models.folder import (
     load_folder_tokenizer,
     model_digest,
     read_generation,
+    read_ground,
     write_model_folder,
 )
 from engine.models.koclip import KoClip
@@ -73,6 +74,7 @@ class Pipeline:
         *,
         generation: GenerationConfig | None = None,
         caption_guide: CaptionGuide | None = None,
+        ground: str | None = None,
         int8: bool = False,
         speculative: bool = True,
         codec_backend: CodecBackend = "torch",
@@ -87,6 +89,7 @@ class Pipeline:
         self._card = card
         self._generation = generation or GenerationConfig()
         self.caption_guide = caption_guide or CaptionGuide()
+        self.ground = ground  # `#rrggbb` around the objects in its images, if it learned from cut-outs
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
@@ -140,6 +143,7 @@ class Pipeline:
             codec,
             generation=read_generation(folder),
             caption_guide=read_guide(folder),
+            ground=read_ground(folder),
             int8=int8,
             speculative=speculative,
             codec_backend=codec_backend,
@@ -157,7 +161,8 @@ class Pipeline:
             parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
         write_model_folder(
             Path(folder), parts, card=self._card,
-            tokenizer=self.tokenizer, generation=self._generation, caption_guide=self.caption_guide, dtype=dtype,
+            tokenizer=self.tokenizer, generation=self._generation, caption_guide=self.caption_guide,
+            ground=self.ground, dtype=dtype,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -170,6 +175,7 @@ class Pipeline:
             "card": self._card,
             "generation": self._generation,
             "caption_guide": self.caption_guide,
+            "ground": self.ground,
             "int8": self._int8,
             "speculative": self._speculative,
             "codec_backend": self._codec_backend,

@@ -7,11 +7,12 @@ from engine.config import KodalleRun, Run, VqganRun
 from engine.training.checkpoints import TrainingProgress
 
 
-def model_card(run: Run, progress: TrainingProgress, log: Path | None) -> str:
+def model_card(run: Run, progress: TrainingProgress, log: Path | None, *, ground: str | None = None) -> str:
     """Markdown with the training data and settings, held-out figures and limits of a model.
 
     Args:
         log: log.jsonl to read the last validation figures from; None on ranks that write nothing.
+        ground: `#rrggbb` around the objects in its training images, if they are cut-outs.
     """
     kind = "VQGAN" if isinstance(run, VqganRun) else "KoDALLE" if isinstance(run, KodalleRun) else "KoCLIP"
     lines = [
@@ -19,6 +20,7 @@ def model_card(run: Run, progress: TrainingProgress, log: Path | None) -> str:
         "",
         f"Trained with KoDALLE engine for {progress.step} steps on the captioned images of `{run.data.pairs.name}`, "
         f"seed {run.seed}.",
+        *([] if ground is None else ["", f"Its images are cut-outs on a plain ground of `{ground}`."]),
         "",
         "## Held-out figures",
         "",

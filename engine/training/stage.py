@@ -22,6 +22,7 @@ class Stage(Protocol):
     name: str
     num_train: int  # images in the training split
     num_validation: int
+    ground: str | None  # `#rrggbb` around the objects in its images, if they are cut-outs; goes into what it exports
     source: BatchSource
     validation_source: BatchSource | None
 

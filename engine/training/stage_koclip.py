@@ -44,6 +44,7 @@ class KoclipStage:
     def __init__(self, run: KoclipRun, world: World) -> None:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
+        self.ground = pairs.ground
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
@@ -151,7 +152,10 @@ class KoclipStage:
     def export(self, folder: Path, card: str) -> None:
         weights = full_weights(self.engine)
         if self.world.is_main:
-            write_model_folder(folder, {"koclip": Part(self.run.model, weights)}, card=card, tokenizer=self.tokenizer)
+            write_model_folder(
+                folder, {"koclip": Part(self.run.model, weights)}, card=card,
+                tokenizer=self.tokenizer, ground=self.ground,
+            )  # fmt: skip
         self.world.barrier()
 
     def _own_columns(self, batch_size: int) -> slice:

@@ -64,6 +64,7 @@ class KodalleStage:
     def __init__(self, run: KodalleRun, world: World) -> None:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
+        self.ground = pairs.ground
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         captions = (caption for pair in pairs.train for caption in pair.captions)
@@ -169,6 +170,7 @@ class KodalleStage:
             write_model_folder(
                 folder, parts, card=card,
                 tokenizer=self.tokenizer, generation=run.generation, caption_guide=self._caption_guide,
+                ground=self.ground,
             )  # fmt: skip
         self.world.barrier()
 

@@ -39,6 +39,7 @@ class VqganStage:
     def __init__(self, run: VqganRun, world: World) -> None:
         self.run, self.world = run, world
         self.pairs = read_pairs(run.data, run.seed)
+        self.ground = self.pairs.ground
         self.num_train, self.num_validation = len(self.pairs.train), len(self.pairs.validation)
         self._batch_size, _ = micro_batch(run.deepspeed)
         train = Images(self.pairs.train, run.model.image_size, cache=run.data.cache_images)
@@ -148,7 +149,7 @@ class VqganStage:
     def export(self, folder: Path, card: str) -> None:
         weights = {name.removeprefix("vqgan."): value for name, value in full_weights(self.engine).items()}
         if self.world.is_main:
-            write_model_folder(folder, {"vqgan": Part(self.run.model, weights)}, card=card)
+            write_model_folder(folder, {"vqgan": Part(self.run.model, weights)}, card=card, ground=self.ground)
         self.world.barrier()
 
     def state(self) -> dict[str, Tensor]:

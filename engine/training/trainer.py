@@ -278,7 +278,8 @@ class Trainer:
         )  # fmt: skip
 
     def _card(self) -> str:
-        return model_card(self.run, self.progress, self.run.run / "log.jsonl" if self.world.is_main else None)
+        log = self.run.run / "log.jsonl" if self.world.is_main else None
+        return model_card(self.run, self.progress, log, ground=self.stage.ground)
 
     @contextlib.contextmanager
     def _eval_mode(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from engine.models.folder import (
     convert_model_folder,
     load_part,
     read_generation,
+    read_ground,
     read_part,
     weights_digest,
     write_model_folder,
@@ -308,6 +309,20 @@ def test_sampling_defaults_and_attributes_are_stored_and_converted(tmp_path: Pat
     (source / "captions.json").write_text('{"attributes": {"상의": ["블랙"]}}')
     with pytest.raises(InputError, match=r"상의.*captions\.json"):
         read_guide(source)
+
+
+def test_the_ground_is_stored_and_converted(model: Path, tmp_path: Path) -> None:
+    assert read_ground(model) is None
+    assert "ground" not in json.loads((model / "config.json").read_text())
+    part = {"transformer": read_part(model, "transformer")}
+    write_model_folder(tmp_path / "on-grey", part, card="card", ground="#eeeeec")  # type: ignore[arg-type]
+    convert_model_folder(tmp_path / "on-grey", tmp_path / "small", dtype=torch.float16)
+    assert read_ground(tmp_path / "on-grey") == read_ground(tmp_path / "small") == "#eeeeec"
+    for ground in ("grey", "#eee", 7, ["#eeeeec"]):
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"ground": ground}))
+        with pytest.raises(InputError, match="#rrggbb"):
+            read_ground(model)
 
 
 def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from engine.pipeline.init_image import InitImage
 from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams, SequenceRequest
+from tests.conftest import GROUND
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 LONG = "빨강 바탕에 파랑 네모 " * 6
@@ -100,6 +101,7 @@ def test_saved_and_loaded_generates_the_same(pipeline: Pipeline, sixteen: Genera
     generation = loaded(CAPTIONS[:1], candidates=16, seed=5)[0]
     for one, other in zip(generation.candidates, sixteen.candidates, strict=True):
         _same(one, other)
+    assert pipeline.ground == loaded.ground == GROUND
     loaded.save_pretrained(tmp_path / "copy")  # over itself, the card kept
     assert "# KoDALLE" in (tmp_path / "copy" / "model_card.md").read_text(encoding="utf-8")
     loaded.save_pretrained(tmp_path / "half", dtype=torch.float16)

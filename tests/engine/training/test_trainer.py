@@ -23,6 +23,7 @@ from engine.training.engines import make_engine
 from engine.training.process_group import free_port, join_world
 from engine.training.stage import make_stage
 from engine.training.stage_kodalle import KodalleStage
+from tests.conftest import GROUND
 from tests.forked import DEEPSPEED, run_forked
 from tests.paths import REPOSITORY
 
@@ -90,6 +91,14 @@ def test_card_quotes_the_last_validation(run_of: dict[str, Path], stage: str, lo
     card = (run_of[stage] / "model" / "model_card.md").read_text(encoding="utf-8")
     assert f"- loss: {last['validation_loss']}" in card
     assert "for 8 steps on the captioned images of `squares`" in card
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_ground_of_cut_outs_reaches_model_and_card(run_of: dict[str, Path], stage: str) -> None:
+    for name in ("model", "model-best"):
+        assert model_folder.read_ground(run_of[stage] / name) == GROUND
+        card = (run_of[stage] / name / "model_card.md").read_text(encoding="utf-8")
+        assert f"Its images are cut-outs on a plain ground of `{GROUND}`." in card
 
 
 def test_best_model_is_the_lowest_validation_loss(kodalle_run: Path, losses: Losses) -> None:
