@@ -38,12 +38,21 @@ class CaptionGrammar(Protocol):
         """The attribute of a pair that names the subject of all its other attributes."""
         ...
 
+    @property
+    def class_attribute(self) -> str:
+        """The attribute whose value says what sort of thing its subject is, e.g. shirt or trousers."""
+        ...
+
     def facts(self, caption: str) -> list[Fact]:
         """The facts of a caption, in order; [] for text that does not follow the grammar."""
         ...
 
     def write(self, facts: Sequence[Fact]) -> str:
         """The caption that states these facts."""
+        ...
+
+    def in_english(self, caption: str) -> str:
+        """The caption's facts in English; the caption itself where it states none."""
         ...
 
     def subject_phrase(self, sentence: str) -> str:

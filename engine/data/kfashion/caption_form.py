@@ -23,7 +23,7 @@ _SHOWN_ATTRIBUTES = (
     "디테일",
 )
 # Values in the order in which a form shows them.
-_ENGLISH = {
+ENGLISH = {
     # garments and attributes
     "아우터": "Outerwear",
     "하의": "Bottom",
@@ -245,7 +245,7 @@ def kfashion_form() -> CaptionForm:
             "separator": JOIN,
             "shown_subjects": _SHOWN_GARMENTS,
             "shown_attributes": _SHOWN_ATTRIBUTES,
-            "words": {"en": _ENGLISH},
+            "words": {"en": ENGLISH},
             "colours": {name: "#{:02x}{:02x}{:02x}".format(*colour) for name, colour in K_FASHION_COLOURS.items()},
         }
     )

@@ -7,18 +7,23 @@ from engine.data.caption_guide import CaptionForm
 from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.kfashion.captions import parse, write_sentence
 from engine.data.kfashion.colours import COLOUR_ATTRIBUTE
+from engine.data.kfashion.english import in_english
 
 
 class KFashionGrammar:
     """Sentences `{garment}에서 {attribute}은 {value}이다.`; see engine.data.kfashion.captions."""
 
     subject_attribute = "garment"
+    class_attribute = "카테고리"
 
     def facts(self, caption: str) -> list[Fact]:
         return parse(caption)
 
     def write(self, facts: Sequence[Fact]) -> str:
         return " ".join(write_sentence(fact) for fact in facts)
+
+    def in_english(self, caption: str) -> str:
+        return in_english(parse(caption)) or caption
 
     def subject_phrase(self, sentence: str) -> str:
         first = sentence.partition(" ")[0]
