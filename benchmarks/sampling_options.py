@@ -1,7 +1,7 @@
 """Temperature and guidance of a model: the settings whose images match the captions of training images best.
 
     python benchmarks/sampling_options.py models/clothing data/clothing64 \
-        --independent-classifier runs/clothing/independent_classifier/model --out benchmarks/results/clothing/sampling_options.json
+        --independent-classifier runs/clothing/classifier --out benchmarks/results/clothing/sampling_options.json
 
 Held-out pairs are left for `kodalle evaluate`: captions are those of training images, whole and with sentences left out,
 the same for all settings. Reported for each setting: the share of images of the right class (by the independent
@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from machine_facts import print_document
 
+from engine.data.caption_classes import find_caption_classes
 from engine.data.pairs import Pair, Pairs, load_pairs
 from engine.data.partial_captions import with_partial_held_out
 from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
-from engine.metrics.evaluate import load_independent_classifier
-from engine.metrics.generations import colour_names, score_generations
+from engine.metrics.agreement import ImageReader, colour_names
+from engine.metrics.generations import score_generations
+from engine.metrics.independent_classifier import load_classifier
+from engine.metrics.lite0_features import Lite0Encoder
 from engine.metrics.parts import EvaluationRun
 from engine.pipeline.pipeline import Pipeline
 
@@ -37,7 +40,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("pairs", type=Path)
     parser.add_argument(
-        "--independent-classifier", type=Path, required=True, help="model folder with a KoCLIP that does not rank"
+        "--independent-classifier", type=Path, required=True, help="folder of `kodalle train-classifier`"
     )
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 0.7, 0.85, 1.0])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
@@ -61,8 +64,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     fit_threads()
     machine = facts(device)  # before anything is computed: the load
     pairs = load_pairs(arguments.pairs)
-    names = colour_names(pairs)
-    classifier = load_independent_classifier(arguments.independent_classifier, arguments.model, pairs, device)
+    classes = find_caption_classes(pairs)
+    if classes is None:
+        raise InputError("pairs", arguments.pairs, "its training captions state fewer than two classes")
+    folder = arguments.independent_classifier
+    reader = ImageReader(colour_names(pairs), load_classifier(folder).for_classes(classes, folder=folder), classes)
+    encoder = Lite0Encoder(device)
     run = EvaluationRun(device, _SEED, batch_size=16, on_progress=lambda *_: None)
     chosen_pairs = _training_captions(pairs, arguments.captions, run.generator())
     ways = {"whole": chosen_pairs, "partial": with_partial_held_out(chosen_pairs, _SEED)}
@@ -75,8 +82,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for way, some in ways.items():
             sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
             found = score_generations(
-                run, pipeline, some, names, classifier,
-                count=arguments.captions, candidates=arguments.candidates, sheet=sheet,
+                run, pipeline, some, reader, encoder,
+                count=arguments.captions, candidates=arguments.candidates, sheets=sheet,
             )  # fmt: skip
             row[way] = _row(found)
         rows.append(row)

@@ -6,6 +6,7 @@
     kodalle generate [MODEL] --from generations/01-seed7-candidate003.png
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
+    kodalle train-classifier PAIRS --out FOLDER
     kodalle train PHOTOS --out FOLDER                                     (or one stage: kodalle train CONFIG key=value …)
     kodalle serve MODEL --port 8000                                       (from the package serve)
     kodalle export MODEL --out DIR
@@ -27,6 +28,7 @@ from engine.commands import doctor as doctor_command
 from engine.commands import evaluate as evaluate_command
 from engine.commands import export as export_commands
 from engine.commands import train as train_commands
+from engine.commands import train_classifier as train_classifier_command
 from engine.commands.error_lines import run_app
 from engine.commands.plugins import add_plugin_commands
 from engine.errors import InputError
@@ -36,6 +38,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
 app.command("train")(train_commands.train)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("train-classifier")(train_classifier_command.train_classifier)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
 app.command("doctor")(doctor_command.doctor)

@@ -59,6 +59,33 @@ class ProgressBar:
             print(f"{self.name} {done}/{self.total}, {left} left {note}".rstrip(), flush=True)
 
 
+class PhaseBars:
+    """One progress bar a phase, for work that reports (phase, done, total)."""
+
+    def __init__(self) -> None:
+        self._bar: ProgressBar | None = None
+
+    def __enter__(self) -> "PhaseBars":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.name != phase:
+            self._end()
+            self._bar = ProgressBar(phase, total=total)
+            self._bar.__enter__()
+        self._bar.update(done)
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
 def seconds_text(seconds: float) -> str:
     """75 -> '1m15s'."""
     minutes, rest = divmod(round(seconds), 60)

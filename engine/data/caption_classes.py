@@ -1,7 +1,7 @@
-"""Classes of captions: the commonest training captions without their colours, for classifying what an image shows.
+"""Classes of captions: what sort of thing an image shows, for classifying generations.
 
-With a caption grammar a class is the facts of a caption without its colours. Without one it is a set of attribute values
-of the pairs, and its caption is the commonest training caption of the pairs that have them.
+With a caption grammar a class is the value of its class attribute (K-Fashion: 카테고리, ten of them here). Without one it
+is a set of attribute values of the pairs, colours aside: colours are read from pixels (engine.metrics.colour).
 engine.metrics.independent_classifier assigns images to classes.
 """
 
@@ -15,29 +15,51 @@ from engine.data.pairs import Pair, Pairs
 
 _MOST_CLASSES = 50  # more differ by attributes that no small image shows
 
+Facts = tuple[Fact, ...]
+
 
 @dataclass(frozen=True)
 class CaptionClasses:
-    """K classes: the facts that each one states, and a caption that states them."""
+    """K classes, the commonest first.
 
-    facts: tuple[tuple[Fact, ...], ...]
-    captions: tuple[str, ...]
+    Args:
+        facts: that make each class.
+        captions: for each class, the sets of facts, colours aside, that its training captions state.
+        colour_attribute: of captions without a grammar.
+    """
+
+    facts: tuple[Facts, ...]
+    captions: tuple[frozenset[frozenset[Fact]], ...]
     grammar: CaptionGrammar | None
     colour_attribute: str = ""
 
-    def matching(self, pair: Pair) -> frozenset[int]:
-        """The classes that a pair's caption may mean: those that state all its facts, colours aside.
+    def of(self, pair: Pair) -> int | None:
+        """The class that a pair's caption states in full; None if it states none."""
+        own = _class_facts(self._stated(pair), self.grammar)
+        return self.facts.index(own) if own in self.facts else None
 
-        A caption with sentences left out matches several; one that matches none states something else than all classes.
+    def matching(self, pair: Pair) -> frozenset[int]:
+        """The classes that a pair's caption may mean.
+
+        A caption with sentences left out may not state its class: then it may mean all those of which some training
+        caption states everything that it does. One that matches none states something else than all classes.
         """
-        facts = _facts(pair, self.grammar)
-        subjects = {fact.subject for fact in facts}
-        stated = set(_without_colours(facts, self.grammar, self.colour_attribute))
+        stated = self._stated(pair)
+        own = _class_facts(stated, self.grammar)
+        if own in self.facts:
+            return frozenset([self.facts.index(own)])
+        subjects = {fact.subject for fact in _facts(pair, self.grammar)}  # a colour has one, too
         return frozenset(
             number
-            for number, own in enumerate(self.facts)
-            if stated <= set(own) and subjects <= {fact.subject for fact in own}
+            for number, captions in enumerate(self.captions)
+            if any(
+                set(stated) <= caption and subjects <= {fact.subject for fact in self.facts[number]}
+                for caption in captions
+            )
         )
+
+    def _stated(self, pair: Pair) -> Facts:
+        return _without_colours(_facts(pair, self.grammar), self.grammar, self.colour_attribute)
 
 
 def find_caption_classes(pairs: Pairs) -> CaptionClasses | None:
@@ -45,20 +67,18 @@ def find_caption_classes(pairs: Pairs) -> CaptionClasses | None:
     grammar = grammar_of(pair.captions[0] for pair in pairs.train)
     palette = palette_of(pair.attributes for pair in pairs.train)
     colour = "" if palette is None else palette.attribute
-    of_pairs = [_without_colours(_facts(pair, grammar), grammar, colour) for pair in pairs.train]
-    counts = Counter(of_pairs)
-    del counts[()]
+    counts: Counter[Facts] = Counter()
+    captions: dict[Facts, set[frozenset[Fact]]] = {}
+    for pair in pairs.train:
+        stated = _without_colours(_facts(pair, grammar), grammar, colour)
+        if own := _class_facts(stated, grammar):
+            counts[own] += 1
+            captions.setdefault(own, set()).add(frozenset(stated))
     commonest = sorted(counts, key=lambda facts: (-counts[facts], facts))[:_MOST_CLASSES]
     if len(commonest) < 2:
         return None
-    if grammar is not None:
-        return CaptionClasses(tuple(commonest), tuple(grammar.write(facts) for facts in commonest), grammar)
-    captions: dict[tuple[Fact, ...], Counter[str]] = {facts: Counter() for facts in commonest}
-    for facts, pair in zip(of_pairs, pairs.train, strict=True):
-        if facts in captions:
-            captions[facts][pair.captions[0]] += 1
-    by_class = tuple(_commonest_caption(captions[facts]) for facts in commonest)
-    return CaptionClasses(tuple(commonest), by_class, None, colour)
+    stated_by = tuple(frozenset(captions[facts]) for facts in commonest)
+    return CaptionClasses(tuple(commonest), stated_by, grammar, colour)
 
 
 def commonest_share(matching: Sequence[frozenset[int]]) -> float | None:
@@ -76,10 +96,11 @@ def _facts(pair: Pair, grammar: CaptionGrammar | None) -> list[Fact]:
     ]
 
 
-def _without_colours(facts: Sequence[Fact], grammar: CaptionGrammar | None, colour: str) -> tuple[Fact, ...]:
+def _without_colours(facts: Sequence[Fact], grammar: CaptionGrammar | None, colour: str) -> Facts:
     is_colour = (lambda attribute: attribute == colour) if grammar is None else grammar.is_colour
     return tuple(fact for fact in facts if not is_colour(fact.attribute))
 
 
-def _commonest_caption(counts: Counter[str]) -> str:
-    return min(counts, key=lambda caption: (-counts[caption], caption))
+def _class_facts(facts: Facts, grammar: CaptionGrammar | None) -> Facts:
+    """Those of a caption's facts that make its class."""
+    return facts if grammar is None else tuple(fact for fact in facts if fact.attribute == grammar.class_attribute)

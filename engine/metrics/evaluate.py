@@ -5,8 +5,9 @@ Every part of the folder is measured, on the validation split:
     vqgan         reconstruction error, use of the codebook                        all pairs
     transformer   loss of text and image tokens, top-1 accuracy of image tokens    all pairs
     koclip        loss, recall@1/5 of the right caption among 100                  all pairs
-    all           generations of held-out captions: KoCLIP score, FID, KID,        `generations` captions x `candidates`
-                  colours, caption classes
+    all           generations of held-out captions: KoCLIP score, colours,         `generations` captions x `candidates`
+                  caption classes
+                  their FID, KID, nearest training photographs                     `distance_images` generations
 
 Equal arguments give equal reports on one machine; only `seconds` differs.
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data.caption_classes import find_caption_classes
+from engine.data.caption_classes import CaptionClasses, find_caption_classes
 from engine.data.pairs import Pair, Pairs, load_pairs
 from engine.data.partial_captions import with_partial_held_out
 from engine.data.tokenizer import CaptionTokenizer
@@ -29,21 +30,23 @@ from engine.device import fit_threads, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
-from engine.metrics.generations import colour_names, score_generations
-from engine.metrics.independent_classifier import IndependentClassifier
+from engine.metrics.agreement import ImageReader, colour_names
+from engine.metrics.generations import score_generations
+from engine.metrics.independent_classifier import LEAST_ACCURACY, IndependentClassifier, agreement, load_classifier
+from engine.metrics.lite0_features import Lite0Encoder
 from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
-from engine.models.folder import has_part, load_folder_tokenizer, load_part, weights_digest
+from engine.models.folder import has_part, weights_digest
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
 from engine.pipeline.pipeline import Pipeline
-from engine.progress import ProgressBar, seconds_text
+from engine.progress import PhaseBars, seconds_text
 
 RECALL_AMONG = 100
 RECALL_RANKS = (1, 5)
 _RECALL_ROUNDS = 20  # of 100 captions, when there are more: the standard error of one is up to 5 points
-_TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "generations")
+_TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "independent_classifier", "generations")
 _LOSS_BATCH = 64  # KoCLIP's loss depends on how many captions compete
 
 
@@ -58,7 +61,8 @@ def evaluate(
     device: str = "",
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
-    sheet: Path | None = None,
+    distance_images: int = 0,
+    sheets: Path | None = None,
     on_progress: OnPhaseProgress | None = None,
 ) -> dict[str, Any]:
     """Measures every part of a model folder on the validation split.
@@ -70,37 +74,48 @@ def evaluate(
         seed: of the generations and of every choice of pairs.
         batch_size: images at once.
         device: as `pick_device`; "": CUDA where there is one.
-        independent_classifier: model folder with a KoCLIP that assigns images to caption classes, trained apart from the
-            model's own.
+        independent_classifier: folder of `kodalle train-classifier`. Left out of what generations are measured by when
+            it names fewer than LEAST_ACCURACY of the held-out photographs rightly.
         partial_captions: use captions with sentences left out, as people write them.
-        sheet: where the PNG of all top-ranked images goes.
+        distance_images: generations of whole captions for FID, KID and nearest training photographs; 0: none.
+        sheets: where PNGs of top-ranked images go, see engine.metrics.sheets.
         on_progress: called with (phase, done, total).
 
     Returns:
         The report, ready for JSON; each key is described by the function that makes it.
 
     Raises:
-        InputError: no validation split, a model without parts, a part that cannot be read, options out of range, an
-            independent classifier that is the model's own KoCLIP.
+        InputError: no validation split, a model without parts, a part that cannot be read, options out of range or that
+            exclude each other, an independent classifier of other classes.
     """
     for option, value, least in (
         ("--generations", generations, 0),
         ("--candidates", candidates, 1),
         ("--seed", seed, 0),
+        ("--distance-images", distance_images, 0),
     ):
         if value < least:
             raise InputError(option, value, f"give {least} or more")
+    if distance_images and not generations:
+        raise InputError(
+            "--distance-images", distance_images, "are some of the generations: leave --generations above 0"
+        )
+    if partial_captions and distance_images:
+        raise InputError("--distance-images", distance_images, "is for whole captions: leave --partial-captions out")
     started = time.perf_counter()
     pairs = load_pairs(pairs_folder)
     if not pairs.validation:
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
     fit_threads()
     parts = load_parts(model_folder, pick_device(device))
-    classifier = (
-        None
-        if independent_classifier is None
-        else load_independent_classifier(independent_classifier, model_folder, pairs, parts.device)
-    )
+    classes = None if independent_classifier is None else find_caption_classes(pairs)
+    classifier = None
+    if independent_classifier is not None:
+        if classes is None:
+            remedy = "has nothing to tell apart: these pairs' training captions state fewer than two classes"
+            raise InputError("--independent-classifier", independent_classifier, remedy)
+        classifier = load_classifier(independent_classifier).for_classes(classes, folder=independent_classifier)
+    encoder = Lite0Encoder(parts.device) if classifier is not None or distance_images else None
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
     seconds = {"loading": time.perf_counter() - started}
@@ -119,10 +134,15 @@ def evaluate(
     if koclip is not None and tokenizer is not None:
         phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
     if pipeline is not None and generations:
+        if classifier is not None and classes is not None and encoder is not None:
+            size = pipeline.vqgan.config.image_size
+            phase("independent_classifier", lambda: _trust(run, encoder, classifier, classes, held, size))
+        usable = report.get("independent_classifier", {}).get("usable", False)
         held_out = with_partial_held_out(pairs, seed) if partial_captions else pairs
+        reader = ImageReader(colour_names(pairs), classifier if usable else None, classes)
         phase("generations", lambda: {"partial_captions": partial_captions} | score_generations(
-            run, pipeline, held_out, colour_names(pairs), classifier,
-            count=generations, candidates=candidates, sheet=sheet,
+            run, pipeline, held_out, reader, encoder,
+            count=generations, candidates=candidates, distance_images=distance_images, sheets=sheets,
         ))  # fmt: skip
     seconds["total"] = time.perf_counter() - started
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -140,8 +160,9 @@ def evaluate_to_file(
     device: str = "",
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
+    distance_images: int = 0,
 ) -> dict[str, Any]:
-    """`evaluate` with progress bars; writes `out` (JSON), the sheet beside it (.png), and prints a table.
+    """`evaluate` with progress bars; writes `out` (JSON), the sheets beside it (.png), and prints a table.
 
     The file names the machine, the versions and the commit, too.
 
@@ -151,11 +172,11 @@ def evaluate_to_file(
     if out.is_dir() or out.suffix.lower() == ".png":
         raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
     machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
-    with _Bars() as bars:
+    with PhaseBars() as bars:
         report = evaluate(
             model, pairs, generations=generations, candidates=candidates, seed=seed, device=device,
             independent_classifier=independent_classifier, partial_captions=partial_captions,
-            sheet=out.with_suffix(".png"), on_progress=bars.update,
+            distance_images=distance_images, sheets=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
     write_json(out, machine | report)
     print(table(report))
@@ -185,27 +206,31 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
     }
 
 
-def load_independent_classifier(
-    folder: Path, model: Path, pairs: Pairs, device: torch.device
-) -> IndependentClassifier | None:
-    """The KoCLIP of `folder` as a classifier of `model`'s generations; None where the captions have no classes.
-
-    Raises:
-        InputError: no KoCLIP there, or it is the model's own.
-    """
-    koclip = load_part(folder, "koclip").to(device)
-    if has_part(model, "koclip") and weights_digest(folder, "koclip") == weights_digest(model, "koclip"):
-        remedy = "is the KoCLIP that ranks, which would confirm itself: train one from another seed"
-        raise InputError("--independent-classifier", folder, remedy)
-    classes = find_caption_classes(pairs)
-    return None if classes is None else IndependentClassifier(koclip, load_folder_tokenizer(folder), classes)
-
-
 # ------------------------------------------------------------------------------------------------- parts on all pairs
 
 
 def _reconstruction(run: EvaluationRun, vqgan: Vqgan, held: Sequence[Pair]) -> dict[str, Any]:
     return reconstruction_error(vqgan, run.images(held, vqgan.config.image_size, "reconstruction"))
+
+
+def _trust(
+    run: EvaluationRun,
+    encoder: Lite0Encoder,
+    classifier: IndependentClassifier,
+    classes: CaptionClasses,
+    held: Sequence[Pair],
+    image_size: int,
+) -> dict[str, Any]:
+    """How often the classifier is right about held-out photographs at the model's size; `left_out` says when its word is
+    worth nothing."""
+    known = [(pair, number) for pair in held if (number := classes.of(pair)) is not None]
+    if not known:
+        return {"images": 0, "usable": False, "left_out": "no held-out photograph has a class of the training captions"}
+    images = run.images([pair for pair, _ in known], image_size, "independent classifier")
+    found = agreement(classifier.classify(encoder.encode(images)), [number for _, number in known])
+    if not found["usable"]:
+        found["left_out"] = f"fewer than {LEAST_ACCURACY:.0%} of held-out photographs named rightly: worth nothing"
+    return found
 
 
 @torch.no_grad()
@@ -288,27 +313,6 @@ def mean_recall(
 
 
 # --------------------------------------------------------------------------------------------------------- reporting
-
-
-class _Bars:
-    """One progress bar a phase."""
-
-    def __init__(self) -> None:
-        self._bar: ProgressBar | None = None
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-
-    def update(self, phase: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.name != phase:
-            self.__exit__()
-            self._bar = ProgressBar(phase, total=total)
-            self._bar.__enter__()
-        self._bar.update(done)
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -1,19 +1,18 @@
-"""Fréchet and kernel distances between sets of images, in the features of the model's own KoCLIP.
+"""Fréchet and kernel distances between sets of images, in features of EfficientNet-Lite0.
 
     fid = |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))      means and covariances of features
     kid = MMD^2 with the kernel (f.f'/H + 1)^3          unbiased; small values may be below 0
 
-The features are the pooled output of KoCLIP's image encoder, H numbers an image, in place of Inception's, whose weights
-would have to be downloaded and which was not trained on the images' domain. Hence `koclip_features` in the names: these
-numbers compare models that share a KoCLIP, never with FIDs of papers. FID also shrinks as samples grow; KID does not.
+The features are what Lite0's own classifier reads (engine.metrics.lite0_features), 1280 numbers an image, in place of
+Inception's, whose weights would have to be downloaded. Hence `lite0_features` in the names: never compare these numbers
+with FIDs of papers. FID also shrinks as samples grow; KID does not.
 
 Sources: Heusel et al. 2017, arXiv:1706.08500; Bińkowski et al. 2018, arXiv:1801.01401; computed by torchmetrics.
 
-B images, H features (EfficientNet-B0: 1280).
+B images, H features.
 """
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,36 +20,12 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from engine.models.koclip import KoClip
-
 # Fewer images than this on either side give no distance at all. Covariances of fewer than H images are not of full rank
 # even so, which adds the same to any two sets of one size: compare with a set of real images as large.
 LEAST_FOR_FID = 256
 LEAST_FOR_KID = 50
 _KID_SUBSETS = 100
 _LARGEST_KID_SUBSET = 1000  # torchmetrics' default
-
-
-@torch.no_grad()
-def koclip_features(koclip: KoClip, batches: Iterable[Tensor]) -> Tensor:
-    """Pooled features of images.
-
-    Args:
-        koclip: in eval mode.
-        batches: images (B, 3, any, any) float in [0, 1], at least one batch, on its device.
-
-    Returns:
-        (sum of B, H) float32 on the CPU.
-    """
-    kept: list[Tensor] = []
-    # The projection's input, captured by a hook, so that images are prepared as KoCLIP prepares them.
-    hook = koclip.image_projection.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().cpu()))
-    try:
-        for images in batches:
-            koclip.embed_images(images)
-    finally:
-        hook.remove()
-    return torch.cat(kept)
 
 
 def feature_distances(real: Tensor, other: Tensor, *, seed: int = 0) -> dict[str, Any]:
@@ -63,13 +38,13 @@ def feature_distances(real: Tensor, other: Tensor, *, seed: int = 0) -> dict[str
 
     Returns:
         num_real, num_other, num_features, and where both sets are large enough (None otherwise):
-        fid_koclip_features; kid_koclip_features, kid_koclip_features_std (over subsets).
+        fid_lite0_features; kid_lite0_features, kid_lite0_features_std (over subsets).
     """
     least = min(len(real), len(other))
     found: dict[str, Any] = {"num_real": len(real), "num_other": len(other), "num_features": real.shape[1]}
-    found["fid_koclip_features"] = _fid(real, other) if least >= LEAST_FOR_FID else None
+    found["fid_lite0_features"] = _fid(real, other) if least >= LEAST_FOR_FID else None
     mean, deviation = _kid(real, other, seed) if least >= LEAST_FOR_KID else (None, None)
-    found["kid_koclip_features"], found["kid_koclip_features_std"] = mean, deviation
+    found["kid_lite0_features"], found["kid_lite0_features_std"] = mean, deviation
     return found
 
 

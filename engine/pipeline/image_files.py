@@ -21,6 +21,7 @@ HANGUL_FONTS = (
     "UnDotum.ttf",
 )
 _GAP = 4
+_CAPTION_SIZE, _LINE_HEIGHT = 12, 15  # pixels, of captions under single images
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -63,12 +64,7 @@ def contact_sheet(
         scale: whole-number enlargement, nearest neighbour: small images stay what they are.
     """
     font = hangul_font(15)
-    if font is None and not caption.isascii():
-        logging.getLogger(__name__).warning(
-            "no font with Korean letters found: the sheet has no caption (it is in the metadata). "
-            "Install one, e.g. the package fonts-nanum"
-        )
-        caption = ""
+    caption = _readable(caption, font)
     width, height = (side * scale for side in images[0].size)
     rows = -(-len(images) // columns)
     label_height, sheet_width = 16, columns * (width + _GAP) + _GAP
@@ -85,6 +81,59 @@ def contact_sheet(
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         draw.text((x + 2, y + height + 1), label, fill="black", font=small)
     return sheet
+
+
+def captioned_sheet(
+    images: Sequence[Image.Image],
+    texts: Sequence[Sequence[str]],
+    *,
+    columns: int,
+    cell_width: int,
+    scale: int = 1,
+) -> Image.Image:
+    """Images of one size, row by row, each with its own texts beneath: the first black, the others grey.
+
+    Args:
+        texts: paragraphs of each image, wrapped at `cell_width` pixels.
+        cell_width: of an image and its texts; at least the image's width is taken.
+        scale: whole-number enlargement, nearest neighbour: small images stay what they are.
+    """
+    font = hangul_font(_CAPTION_SIZE)
+    width, height = (side * scale for side in images[0].size)
+    cell_width = max(cell_width, width)
+    # One warning at most: captions of one sheet are in one language.
+    readable = font is not None or all(text.isascii() for own in texts for text in own)
+    if not readable:
+        _readable(next(text for own in texts for text in own if not text.isascii()), font)
+    paragraphs = [[_wrap(text, font, cell_width) for text in own if readable or text.isascii()] for own in texts]
+    tops, bottom = [], _GAP
+    for start in range(0, len(images), columns):
+        tops.append(bottom)
+        lines = max(sum(map(len, own)) for own in paragraphs[start : start + columns])
+        bottom += height + _GAP + lines * _LINE_HEIGHT + 2 * _GAP
+    sheet = Image.new("RGB", (_GAP + columns * (cell_width + 2 * _GAP), bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, own) in enumerate(zip(images, paragraphs, strict=True)):
+        row, column = divmod(number, columns)
+        x, y = _GAP + column * (cell_width + 2 * _GAP), tops[row]
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        y += height + _GAP
+        for place, paragraph in enumerate(own):
+            for line in paragraph:
+                draw.text((x, y), line, fill="black" if place == 0 else "#555555", font=font)
+                y += _LINE_HEIGHT
+    return sheet
+
+
+def _readable(caption: str, font: ImageFont.FreeTypeFont | None) -> str:
+    """The caption, or "" with a warning where no font has its letters."""
+    if font is not None or caption.isascii():
+        return caption
+    logging.getLogger(__name__).warning(
+        "no font with Korean letters found: the sheet has no caption (it is in the metadata). "
+        "Install one, e.g. the package fonts-nanum"
+    )
+    return ""
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | None, width: int) -> list[str]:

@@ -1,10 +1,12 @@
 """A tiny model of every part, evaluated: numbers against plain computations, parts that are missing, faults."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,22 @@ from typer.testing import CliRunner
 
 from engine.cli import app
 from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.data.caption_classes import find_caption_classes
 from engine.data.pairs import load_image, load_pairs
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
+from engine.metrics.classifier_training import fit
 from engine.metrics.evaluate import evaluate, evaluate_to_file, mean_recall, table
+from engine.metrics.generations import _as_often_as_held_out, _Tally
+from engine.metrics.independent_classifier import save_classifier
+from engine.metrics.lite0_features import Lite0Encoder
+from engine.metrics.parts import EvaluationRun
 from engine.models.folder import Part, PartName, load_folder_tokenizer, load_part, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.image_encoding import read_metadata
+from engine.pipeline.pipeline import Pipeline
 from tests.paths import REPOSITORY
 
 COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
@@ -42,19 +51,19 @@ TRANSFORMER = TransformerConfig(
 )  # fmt: skip
 
 
-def write_pairs(folder: Path, *, held_out: int) -> Path:
+def write_pairs(folder: Path, *, held_out: int, train: int = 16) -> Path:
     """Squares on a light ground: 16 to train on, `held_out` held out, four of which share a caption with another."""
     (folder / "images").mkdir(parents=True)
     lines = []
-    for number in range(16 + held_out):
+    for number in range(train + held_out):
         name = list(COLOURS)[number % 4]
         pixels = np.full((32, 32, 3), 235, np.uint8)
         size = 4 + number % 3
         pixels[16 - 2 * size : 16 + 2 * size, 8:24] = COLOURS[name]
-        Image.fromarray(pixels).save(folder / f"images/{number:02d}.png")
+        Image.fromarray(pixels).save(folder / f"images/{number:03d}.png")
         lines.append({
-            "key": f"{number:02d}", "image": f"images/{number:02d}.png", "photo": f"{number:02d}",
-            "caption": f"{name} 네모 {size}", "split": "train" if number < 16 else "validation",
+            "key": f"{number:03d}", "image": f"images/{number:03d}.png", "photo": f"{number:03d}",
+            "caption": f"{name} 네모 {size}", "split": "train" if number < train else "validation",
             "attributes": {"색상": name},
         })  # fmt: skip
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -143,16 +152,33 @@ def test_scores_and_colours_have_their_bounds(evaluated: tuple[dict[str, Any], P
     colour = generations["colour_agreement"]
     assert (colour["real"], colour["num_real"], colour["names"], colour["num_captions"]) == (1.0, 16, 4, 12)
     assert colour["commonest"] == 0.25
-    assert "50 are needed" in generations["distances"]["left_out"]  # 16 held-out images
+    assert not {"distances", "nearest", "class_agreement"} & set(generations)
 
 
-def test_the_sheet_shows_every_caption_once(evaluated: tuple[dict[str, Any], Path]) -> None:
+def test_the_sheets_show_every_caption_once(evaluated: tuple[dict[str, Any], Path]) -> None:
     report, out = evaluated
-    assert report["generations"]["sheet"] == {"file": "evaluation.png", "columns": 10}
-    with Image.open(out.with_suffix(".png")) as sheet:
-        assert sheet.size == (10 * 36 + 4, 2 * 36 + 4)
-    metadata = read_metadata(out.with_suffix(".png").read_bytes())
-    assert metadata["captions"] == report["generations"]["top_ranked"]
+    assert report["generations"]["sheets"] == {
+        "plain": "evaluation.png", "captioned": "evaluation-captioned.png", "large": "evaluation-large.png",
+        "reconstructions": "evaluation-reconstructions.png",
+    }  # fmt: skip
+    sizes = {}
+    for name, file in report["generations"]["sheets"].items():
+        with Image.open(out.parent / file) as sheet:
+            sizes[name] = sheet.size
+    assert sizes["plain"] == (10 * 36 + 4, 2 * 36 + 4)
+    assert sizes["reconstructions"] == (10 * 36 + 4, 2 * 68 + 4)
+    assert sizes["captioned"][0] == 4 + 8 * 164
+    assert sizes["large"][0] == 4 + 4 * 72
+    for name in ("plain", "captioned"):
+        metadata = read_metadata((out.parent / report["generations"]["sheets"][name]).read_bytes())
+        assert metadata["captions"] == report["generations"]["top_ranked"]
+
+
+def test_more_captions_begin_with_the_same(model: Path, pairs: Path, evaluated: tuple[dict[str, Any], Path]) -> None:
+    few = evaluate(model, pairs, generations=3, candidates=5, seed=3)["generations"]["top_ranked"]
+    many = evaluated[0]["generations"]["top_ranked"]
+    assert [one["caption"] for one in few] == [one["caption"] for one in many[:3]]
+    assert [one["candidate"] for one in few] == [one["candidate"] for one in many[:3]]
 
 
 def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
@@ -160,19 +186,58 @@ def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
 
 
-def test_distances_stand_beside_those_of_training_images(model: Path, tmp_path: Path) -> None:
-    many = write_pairs(tmp_path / "many", held_out=50)
+@pytest.mark.slow
+def test_distances_and_nearest_photographs(model: Path, tmp_path: Path) -> None:
+    many = write_pairs(tmp_path / "many", held_out=50, train=60)
     phases: list[tuple[str, int, int]] = []
-    distances = evaluate(
-        model, many, generations=10, candidates=6, on_progress=lambda *phase: phases.append(phase)
-    )["generations"]["distances"]  # fmt: skip
-    assert distances["generations"]["num_real"] == 50
-    assert distances["generations"]["num_other"] == 60
-    assert distances["generations"]["kid_koclip_features"] > 0.0
-    assert distances["generations"]["fid_koclip_features"] is None
-    assert distances["training_images"]["num_other"] == 16
+    generations = evaluate(
+        model, many, generations=10, candidates=3, distance_images=60, sheets=tmp_path / "sheet.png",
+        on_progress=lambda *phase: phases.append(phase),
+    )["generations"]  # fmt: skip
+    to_held_out, to_training = generations["distances"]["to_held_out"], generations["distances"]["to_training"]
+    assert (to_held_out["generations"]["num_real"], to_held_out["generations"]["num_other"]) == (50, 60)
+    assert to_held_out["generations"]["kid_lite0_features"] > 0.0
+    assert to_held_out["generations"]["fid_lite0_features"] is None  # of 50 photographs
+    assert to_held_out["reconstructed_training_images"]["num_other"] == 60
+    assert (to_training["generations"]["num_real"], to_training["held_out"]["num_other"]) == (60, 50)
+    nearest = generations["nearest"]
+    assert len(nearest["distances"]) == len(nearest["photographs"]) == 10
+    trained_on = {pair.key for pair in load_pairs(many).train}
+    assert set(nearest["photographs"]) <= trained_on
+    assert nearest["sheet"] == "sheet-nearest.png"
+    with Image.open(tmp_path / "sheet-nearest.png") as sheet:
+        assert sheet.size == (4 + 5 * 72, 4 + 2 * (32 + 4 + 15 + 8))
     assert ("koclip", 50, 50) in phases
     assert ("generating", 10, 10) in phases
+    assert ("generating for distances", 60, 60) in phases
+    too_few = evaluate(model, many, generations=2, candidates=2, distance_images=49)["generations"]
+    assert "50 of each are needed" in too_few["distances"]["left_out"]
+
+
+def test_the_set_for_distances_has_captions_as_often_as_the_photographs(model: Path, pairs: Path) -> None:
+    """Its images are those of the seed's candidates, whether they were ranked or not."""
+    encoded: list[torch.Tensor] = []
+
+    class Encoder:
+        """Keeps the images; a feature is their mean."""
+
+        def encode(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+            kept = list(batches)
+            encoded.extend(kept)
+            return torch.cat(kept).mean(dim=(1, 2, 3))[:, None]
+
+    held = load_pairs(pairs).validation
+    pipeline = Pipeline.from_pretrained(model, dtype=torch.float32)
+    run = EvaluationRun(torch.device("cpu"), 3, 16, lambda *_: None)
+    repeated = next(text for text, times in Counter(pair.captions[0] for pair in held).items() if times == 2)
+    wanted = pipeline([repeated], candidates=4, seed=3)[0]
+    pixels = {one.candidate: np.asarray(one.image).astype(np.float32).mean() / 255 for one in wanted.candidates}
+    tally = _Tally(features={repeated: torch.tensor([[100.0], [101.0], [102.0]])})  # of three candidates, ranked before
+    found = _as_often_as_held_out(run, pipeline, held, Encoder(), tally, 32)  # type: ignore[arg-type]
+    assert len(found) == 32
+    assert {100.0, 101.0, 102.0} <= set(found[:, 0].tolist())  # 4 of the caption: 3 from before, 1 new
+    assert sum(map(len, encoded)) == 29
+    assert min(abs(found[:, 0] - pixels[3])) < 2e-3
 
 
 def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], pairs: Path) -> None:
@@ -233,7 +298,7 @@ def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
 
 
 def with_garments(folder: Path) -> Path:
-    """`write_pairs` with captions of the grammar: shirts and trousers in four colours."""
+    """`write_pairs` with captions of the grammar: shirts, wider than tall, and trousers, taller than wide."""
     file = folder / "pairs.jsonl"
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for number, line in enumerate(lines):
@@ -241,53 +306,87 @@ def with_garments(folder: Path) -> Path:
         colour = line["attributes"]["색상"]
         line["caption"] = f"{garment}에서 색상은 {colour}이다. {garment}에서 카테고리는 {category}이다."
         line["attributes"] = {"garment": garment, "색상": colour, "카테고리": category}
+        pixels = np.full((32, 32, 3), 235, np.uint8)
+        pixels[4:28, 10:22] = COLOURS[colour]
+        Image.fromarray(pixels if category == "팬츠" else pixels.transpose(1, 0, 2)).save(folder / line["image"])
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return folder
 
 
-def test_an_independent_classifier_assigns_classes(
-    model: Path, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def write_classifier(folder: Path, pairs: Path, *, blind: bool = False) -> Path:
+    """Of shirts and trousers: by whether the subject, in `with_garments`, is taller than wide; `blind`: one answer."""
+    classes = find_caption_classes(load_pairs(pairs))
+    assert classes is not None
+    encoder, by_class = Lite0Encoder(torch.device("cpu")), []
+    for garment in ("셔츠", "팬츠"):
+        some = [pair for pair in load_pairs(pairs).train if garment in pair.captions[0]]
+        images = np.stack([load_image(pair, 32) for pair in some])
+        by_class.append(encoder.encode([torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255]))
+    order = [0, 1] if classes.facts[0][0].value == "셔츠" else [1, 0]
+    labels = torch.tensor([number for number, own in zip(order, by_class, strict=True) for _ in own])
+    classifier = fit(torch.cat(by_class), labels, classes.facts)
+    if blind:
+        classifier = dataclasses.replace(classifier, weight=torch.zeros_like(classifier.weight))
+    save_classifier(folder, classifier, {})
+    return folder
+
+
+@pytest.mark.slow
+def test_an_independent_classifier_assigns_classes(model: Path, tmp_path: Path) -> None:
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=16))
-    with pytest.raises(InputError, match=r"--independent-classifier.*confirm itself"):
-        evaluate(model, pairs, independent_classifier=make_model("koclip"))
-    with pytest.raises(InputError, match="has no koclip"):
-        evaluate(model, pairs, independent_classifier=make_model("vqgan"))
-    other = tmp_path / "other"
-    torch.manual_seed(1)
-    captions = [pair.captions[0] for pair in load_pairs(pairs).train]
-    tokenizer = train_tokenizer(captions, vocab_size=60)
-    write_model_folder(other, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+    classifier = write_classifier(tmp_path / "classifier", pairs)
+    with pytest.raises(InputError, match=r"--independent-classifier.*no such file"):
+        evaluate(model, pairs, independent_classifier=model)
 
-    def score(**options: Any) -> dict[str, Any]:
-        report = evaluate(model, pairs, generations=8, candidates=4, independent_classifier=other, **options)
-        return dict(report["generations"])
+    def score(folder: Path, **options: Any) -> dict[str, Any]:
+        return evaluate(model, pairs, generations=8, candidates=4, independent_classifier=folder, **options)
 
-    whole = score()
-    assert whole["partial_captions"] is False
-    found = whole["class_agreement"]
+    whole = score(classifier)
+    assert whole["independent_classifier"] == {
+        "images": 16, "accuracy": 1.0, "balanced_accuracy": 1.0, "majority": 0.5, "usable": True,
+    }  # fmt: skip
+    generations = whole["generations"]
+    assert generations["partial_captions"] is False
+    found = generations["class_agreement"]
     assert (found["classes"], found["num_real"], found["num_captions"], found["commonest"]) == (2, 16, 8, 0.5)
+    assert found["real"] == 1.0
     # of random weights: a share of 8 x 4 images
     assert {found[name] * 32 for name in ("real", "top_ranked", "random")} <= set(range(33))
-    partial = score(partial_captions=True)
+    both = generations["colour_and_class_agreement"]
+    assert both["real"] == 1.0
+    assert both["random"] <= min(found["random"], generations["colour_agreement"]["random"])
+    partial = score(classifier, partial_captions=True)["generations"]
     captions = [one["caption"] for one in partial["top_ranked"]]
     assert partial["partial_captions"] is True
     assert all(caption.count("이다.") == 1 for caption in captions)
     with_colour = [caption for caption in captions if "색상" in caption]
     assert partial["colour_agreement"]["num_captions"] == len(with_colour) < len(captions)
     assert partial["class_agreement"]["num_captions"] == len(captions)  # 상의 alone determines the class, too
+    with pytest.raises(InputError, match="is for whole captions"):
+        score(classifier, partial_captions=True, distance_images=50)
+    with pytest.raises(InputError, match="leave --generations above 0"):
+        evaluate(model, pairs, generations=0, distance_images=50)
+    alike = write_pairs(tmp_path / "alike", held_out=4, train=1)
+    with pytest.raises(InputError, match="fewer than two classes"):
+        evaluate(model, alike, generations=1, independent_classifier=classifier)
+
+
+def test_a_classifier_that_is_seldom_right_is_left_out_and_the_report_says_so(model: Path, tmp_path: Path) -> None:
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=16))
+    blind = write_classifier(tmp_path / "classifier", pairs, blind=True)
+    report = evaluate(model, pairs, generations=2, candidates=2, independent_classifier=blind)
+    assert report["independent_classifier"]["usable"] is False
+    assert report["independent_classifier"]["accuracy"] == 0.5
+    assert "worth nothing" in report["independent_classifier"]["left_out"]
+    assert "worth nothing" in table(report)
+    assert not {"class_agreement", "colour_and_class_agreement"} & set(report["generations"])
 
 
 @pytest.mark.slow
-def test_settings_are_compared_on_training_captions(
-    model: Path, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_settings_are_compared_on_training_captions(model: Path, tmp_path: Path) -> None:
     """benchmarks/sampling_options.py, whole: no held-out caption is used."""
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
-    classifier = tmp_path / "classifier"
-    torch.manual_seed(1)
-    tokenizer = train_tokenizer([pair.captions[0] for pair in load_pairs(pairs).train], vocab_size=60)
-    write_model_folder(classifier, {"koclip": Part(KOCLIP, KoClip(KOCLIP).state_dict())}, card="", tokenizer=tokenizer)
+    classifier = write_classifier(tmp_path / "classifier", pairs)
     script = REPOSITORY / "benchmarks" / "sampling_options.py"
     command = [
         sys.executable, str(script), str(model), str(pairs), "--independent-classifier", str(classifier),

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.config import KoclipConfig, KoclipRun
 from engine.errors import InputError
-from engine.metrics.fid import koclip_features
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0
 from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
@@ -93,7 +92,7 @@ def test_features_are_the_network_s() -> None:
     """In train mode each is standardised over the batch; the package's weights, since nothing was trained."""
     koclip = KoClip.from_pretrained_encoders(LITE0)
     images = _images(5)[..., :32, :32]
-    found = koclip_features(koclip.train(), [images])
+    found = koclip.train().image_encoder(images)
     taps, head = load_efficientnet_lite0(field="test").features(images)
     flat = [tap.flatten(2) for tap in taps]
     pooled = [head.mean((2, 3)), head.flatten(2).max(2).values]

@@ -2,12 +2,13 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from engine.pipeline import image_files
-from engine.pipeline.image_files import contact_sheet, image_grid, paste_grid, to_uint8
+from engine.pipeline.image_files import captioned_sheet, contact_sheet, image_grid, paste_grid, to_uint8
 
 
 def _plain(colour: str, size: int = 8) -> Image.Image:
@@ -76,3 +77,36 @@ def test_without_a_hangul_font_the_sheet_warns_once_and_has_no_boxes(
     caplog.clear()
     contact_sheet("shirt", [_plain("red")], ["#1"], columns=1)
     assert not caplog.records
+
+
+def test_captioned_sheets_have_room_for_the_longest_text_of_a_row() -> None:
+    images = [_plain("red", 20), _plain("lime", 20), _plain("blue", 20)]
+    texts = [["shirt"], ["long shirt " * 6, "grey"], ["a"]]
+    sheet = captioned_sheet(images, texts, columns=2, cell_width=60)
+    wrapped = len(image_files._wrap("long shirt " * 6, image_files.hangul_font(12), 60))
+    assert wrapped > 2
+    first, second = 20 + 12 + (wrapped + 1) * 15, 20 + 12 + 15
+    assert sheet.size == (4 + 2 * 68, 4 + first + second)
+    places = [(4, 4), (4 + 68, 4), (4, 4 + first)]
+    assert [sheet.getpixel(place) for place in places] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    # text lies under its image, in the first row's second cell down to its last line
+    last_line = sheet.crop((72, 4 + first - 8 - 15, 136, 4 + first - 8)).convert("L")
+    assert np.asarray(last_line).min() < 200
+    assert sheet.crop((4, 4 + 20 + 4 + 15, 64, 4 + first)).convert("L").getextrema() == (255, 255)
+
+
+def test_captioned_sheets_enlarge_by_whole_numbers_and_widen_for_it() -> None:
+    sheet = captioned_sheet([_plain("red", 20)], [[]], columns=1, cell_width=10, scale=3)
+    assert sheet.size == (4 + 60 + 8, 4 + 60 + 12)
+    assert {sheet.getpixel((x, 63)) for x in range(4, 64)} == {(255, 0, 0)}
+
+
+def test_captioned_sheets_warn_once_without_a_hangul_font(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(image_files, "HANGUL_FONTS", ("no-such-font.ttf",))
+    images = [_plain("red")] * 2
+    with caplog.at_level(logging.WARNING):
+        sheet = captioned_sheet(images, [["상의", "Top"], ["하의", "Bottom"]], columns=2, cell_width=60)
+    assert len(caplog.records) == 1
+    assert sheet.size == captioned_sheet(images, [["Top"], ["Bottom"]], columns=2, cell_width=60).size

@@ -1,0 +1,135 @@
+"""Do images show what their captions state: the colour, read from pixels, and the class, by the independent classifier.
+
+Every share stands beside that of real photographs, read alike, and beside that of a candidate taken at random.
+
+G captions, n candidates of each, H features.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from engine.data.caption_classes import CaptionClasses, commonest_share
+from engine.data.formats import palette_of
+from engine.data.pairs import Pair, Pairs
+from engine.metrics.colour import Lab, dominant_colour, lab_palette, nearest_colour_name
+from engine.metrics.independent_classifier import IndependentClassifier
+
+
+@dataclass(frozen=True)
+class ColourNames:
+    """The colours that a set's captions name."""
+
+    attribute: str
+    palette: dict[str, Lab]
+
+    def stated(self, pair: Pair) -> str | None:
+        """The colour that a pair states; None if it states none, several, or one that the palette lacks."""
+        value = pair.attributes.get(self.attribute)
+        return value if isinstance(value, str) and value in self.palette else None
+
+    def of(self, image: np.ndarray) -> str:
+        """The name of an image's colour."""
+        return nearest_colour_name(dominant_colour(image), self.palette)
+
+
+def colour_names(pairs: Pairs) -> ColourNames | None:
+    """The colours that the pairs' attributes name; None if they name none."""
+    palette = palette_of(pair.attributes for pair in pairs.all)
+    return None if palette is None else ColourNames(palette.attribute, lab_palette(palette.colours))
+
+
+@dataclass(frozen=True)
+class Right:
+    """Whether an image shows what its caption states; None where the caption states nothing of the kind."""
+
+    colour: bool | None
+    class_: bool | None
+
+    @property
+    def both(self) -> bool | None:
+        return None if self.colour is None or self.class_ is None else self.colour and self.class_
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """What can be read from an image: its colour, its class; either may be missing."""
+
+    names: ColourNames | None
+    classifier: IndependentClassifier | None
+    classes: CaptionClasses | None
+
+    def read(self, pair: Pair, images: Sequence[np.ndarray], features: Tensor) -> list[Right]:
+        """Whether images show what a pair's caption states.
+
+        Args:
+            images: (S, S, 3) uint8 each.
+            features: (len(images), H), of engine.metrics.lite0_features; not looked at without a classifier.
+        """
+        colour = self.names.stated(pair) if self.names is not None else None
+        colours: list[bool | None] = [None] * len(images)
+        if self.names is not None and colour is not None:
+            colours = [self.names.of(image) == colour for image in images]
+        matching = self.classes.matching(pair) if self.classes is not None else frozenset[int]()
+        right: list[bool | None] = [None] * len(images)
+        if self.classifier is not None and matching:
+            right = [number in matching for number in self.classifier.classify(features)]
+        return [Right(*both) for both in zip(colours, right, strict=True)]
+
+    def report(
+        self, held: Sequence[Pair], real: Sequence[Right], generated: Sequence[Sequence[Right]]
+    ) -> dict[str, Any]:
+        """Shares of images that agree with their captions.
+
+        Args:
+            held: all held-out pairs.
+            real: of the photograph of each.
+            generated: of the candidates of each caption, best first.
+
+        Returns:
+            colour_agreement, class_agreement, colour_and_class_agreement, each where it can be read, with the shares of
+            `_shares`; `commonest` in the first two is the best constant answer.
+        """
+        found: dict[str, Any] = {}
+        if self.names is not None:
+            stated = Counter(name for pair in held if (name := self.names.stated(pair)) is not None)
+            found["colour_agreement"] = {
+                "attribute": self.names.attribute,
+                "names": len(self.names.palette),
+                "commonest": max(stated.values()) / stated.total() if stated else None,
+            } | _shares(real, generated, lambda right: right.colour)
+        if self.classifier is not None and self.classes is not None:
+            matching = [classes for pair in held if (classes := self.classes.matching(pair))]
+            found["class_agreement"] = {
+                "classes": len(self.classes.facts),
+                "commonest": commonest_share(matching),
+            } | _shares(real, generated, lambda right: right.class_)
+            if self.names is not None:
+                found["colour_and_class_agreement"] = _shares(real, generated, lambda right: right.both)
+        return found
+
+
+def _shares(
+    real: Sequence[Right], generated: Sequence[Sequence[Right]], part: Callable[[Right], bool | None]
+) -> dict[str, Any]:
+    """Of captions that state it: shares of right photographs, top-ranked images, and images taken at random."""
+    photographs = [right for one in real if (right := part(one)) is not None]
+    captions = [[part(one) for one in candidates] for candidates in generated]
+    stating = [[bool(right) for right in rights] for rights in captions if None not in rights]
+    top, random = _share([rights[0] for rights in stating]), _share([right for rights in stating for right in rights])
+    return {
+        "real": _share(photographs),
+        "num_real": len(photographs),
+        "top_ranked": top,
+        "random": random,
+        "top_ranked_minus_random": None if top is None or random is None else top - random,
+        "num_captions": len(stating),
+    }
+
+
+def _share(right: Sequence[bool]) -> float | None:
+    return sum(right) / len(right) if right else None
