@@ -407,6 +407,29 @@ def test_settings_are_compared_on_training_captions(model: Path, tmp_path: Path)
     assert {one["caption"] for one in shown} <= trained_on
 
 
+@pytest.mark.slow
+def test_figures_are_made_by_one_command(model: Path, tmp_path: Path) -> None:
+    """benchmarks/clothing_figures.py, whole."""
+    pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
+    classifier = write_classifier(tmp_path / "classifier", pairs)
+    script = REPOSITORY / "benchmarks" / "clothing_figures.py"
+    out = tmp_path / "figures"
+    command = [
+        sys.executable, str(script), str(model), str(pairs), "--independent-classifier", str(classifier), "--quick",
+        "--out", str(out),
+    ]  # fmt: skip
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    document = json.loads((out / "figures.json").read_text(encoding="utf-8"))
+    assert json.loads(printed.splitlines()[-1]) == document
+    assert document.keys() >= {"commit", "hardware", "versions", "partial_captions"}
+    assert {one["reached"] for one in document["figures"]} > {"not measured"}  # distances, of 4 photographs
+    sheets = {"sheet.png", "sheet-captioned.png", "sheet-large.png", "sheet-reconstructions.png"}
+    assert {file.name for file in out.iterdir()} == sheets | {"figures.json"}
+    refused = subprocess.run([*command[:4], "--independent-classifier", str(tmp_path)], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "train-classifier" in refused.stderr.splitlines()[-1]
+
+
 def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:
     report, _ = evaluated
     assert report["hardware"]["device"] == "cpu"
