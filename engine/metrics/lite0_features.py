@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.efficientnet_lite0 import HEAD_CHANNELS, TAP_CHANNELS, load_efficientnet_lite0
+from engine.models.efficientnet_lite0 import HEAD_CHANNELS, NUM_POOLED, load_efficientnet_lite0
 
 IMAGE_SIZE = 128
-NUM_FEATURES = 2 * HEAD_CHANNELS + 2 * sum(TAP_CHANNELS)
+NUM_FEATURES = NUM_POOLED
 
 
 class Lite0Encoder:
@@ -46,12 +46,7 @@ class Lite0Encoder:
             if images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
                 size = (IMAGE_SIZE, IMAGE_SIZE)
                 images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-            found = self._network.features(images)
-            parts = [found.head.mean(dim=(2, 3)), found.head.amax(dim=(2, 3))]
-            for tap in found.taps:
-                deviation, mean = torch.std_mean(tap, dim=(2, 3), correction=0)
-                parts += [mean, deviation]
-            kept.append(torch.cat(parts, dim=1).float().cpu())
+            kept.append(self._network.features(images).pooled().cpu())
         return torch.cat(kept)
 
 

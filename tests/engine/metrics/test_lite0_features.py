@@ -29,7 +29,7 @@ def test_features_are_means_maxima_and_deviations(encoder: Lite0Encoder) -> None
     assert torch.allclose(head_mean(found), whole.head.mean(dim=(2, 3)), atol=1e-4)
     assert torch.allclose(found[:, 1280:2560], whole.head.amax(dim=(2, 3)), atol=1e-4)
     first = whole.taps[0].flatten(2)
-    assert torch.allclose(found[:, 2560:2592], torch.cat([first.mean(2), first.std(2, correction=0)], 1), atol=1e-4)
+    assert torch.allclose(found[:, 2560:2592], torch.cat([first.mean(2), first.std(2, correction=0)], 1), atol=2e-3)
     assert encoder.encode([]).shape == (0, NUM_FEATURES)
 
 
