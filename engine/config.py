@@ -8,7 +8,16 @@ of a model folder holds.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.errors import InputError
 from engine.sampling_params import FIELDS, GENERATION_FIELDS, SamplingParams
@@ -37,6 +46,9 @@ class Section(BaseModel):
 class VqganConfig(Section):
     """VQGAN f16/16384 by default: 76,073,859 parameters without loss modules (taming `VQModel`)."""
 
+    family: Literal["vqgan", "gumbel-vqgan"] = Field(
+        "vqgan", description="gumbel-vqgan: taming's `GumbelVQ`, which is imported and not trained here"
+    )
     image_size: int = Field(256, gt=0, description="pixels, square")
     base_channels: int = Field(128, gt=0, description="channels of the first level; a multiple of norm_groups")
     channel_multipliers: tuple[int, ...] = Field(
@@ -77,6 +89,72 @@ class VqganConfig(Section):
         return self
 
 
+class DiscreteVaeConfig(Section):
+    """DALLE-pytorch's `DiscreteVAE`, imported and not trained here (engine/models/discrete_vae.py)."""
+
+    family: Literal["discrete-vae"] = "discrete-vae"
+    image_size: int = Field(gt=0, description="pixels, square")
+    image_channels: Literal[3, 4] = Field(3, description="3: RGB; 4: with alpha")
+    num_layers: int = Field(ge=1, description="strided convolutions; each halves the size")
+    hidden_channels: int = Field(gt=0, description="channels of all layers")
+    num_res_blocks: int = Field(0, ge=0, description="residual blocks of encoder and decoder each")
+    embed_dim: int = Field(gt=0, description="width of a codebook entry")
+    codebook_size: int = Field(gt=1, le=65536, description="entries of the codebook")
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // 2**self.num_layers
+
+    @property
+    def image_seq_len(self) -> int:
+        return self.grid_size**2
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiscreteVaeConfig":
+        if self.image_size % 2**self.num_layers:
+            raise ValueError(f"image_size {self.image_size} must be divisible by 2**num_layers")
+        return self
+
+
+class OpenaiDvaeConfig(Section):
+    """OpenAI's dVAE f8/8192 by default, imported and not trained here (engine/models/openai_dvae.py)."""
+
+    family: Literal["openai-dvae"] = "openai-dvae"
+    image_size: int = Field(256, gt=0, multiple_of=8, description="pixels, square")
+    hidden_channels: int = Field(
+        256, ge=4, description="channels of the finest level; the coarsest has eight times as many"
+    )
+    decoder_channels: int = Field(128, gt=0, description="channels that the decoder starts with")
+    blocks_per_group: int = Field(2, ge=1, description="blocks of each of the four groups")
+    codebook_size: int = Field(8192, gt=1, le=65536, description="entries of the codebook")
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // 8
+
+    @property
+    def image_seq_len(self) -> int:
+        return self.grid_size**2
+
+
+def _codec_family(tree: Any) -> str:
+    """Folders from before there were families hold VQGANs."""
+    family = tree.get("family", "vqgan") if isinstance(tree, dict) else getattr(tree, "family", "")
+    return "vqgan" if family == "gumbel-vqgan" else str(family)
+
+
+CodecConfig = Annotated[
+    Annotated[VqganConfig, Tag("vqgan")]
+    | Annotated[DiscreteVaeConfig, Tag("discrete-vae")]
+    | Annotated[OpenaiDvaeConfig, Tag("openai-dvae")],
+    Discriminator(_codec_family),
+]
+"""The codec of a model folder, section `vqgan` of its config.json: one of the families of engine/models/image_codec.py."""
+
+
+AttentionPattern = Literal["full", "axial_row", "axial_col", "conv", "conv_symmetric"]
+
+
 class TransformerConfig(Section):
     """KoDALLE 16 x 1024 by default: 334,974,336 trainable parameters with 128 text positions, 334,908,736 with 64."""
 
@@ -90,6 +168,10 @@ class TransformerConfig(Section):
     text_vocab_size: int = Field(32000, gt=4, description="rows of the text token table; the tokenizer's at least")
     text_seq_len: int = Field(128, gt=0, description="text tokens with [CLS] and [SEP]; <bos> comes before them")
     text_position_rows: int = Field(514, gt=0, description="rows of the position table (RoBERTa: 514); row 0 is <bos>")
+    unique_padding: bool = Field(
+        False,
+        description="each padded position has a token row of its own after the vocabulary, as in DALLE-pytorch; padding is 0",
+    )
     image_vocab_size: int = Field(16384, gt=1, description="entries of the VQGAN's codebook")
     image_grid_size: int = Field(16, gt=0, description="image tokens along one side")
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys of each head, without weights")
@@ -103,6 +185,31 @@ class TransformerConfig(Section):
     target_positions: bool = Field(
         False, description="each input also carries the position of the token that it predicts; for order_annealing"
     )
+
+    reversible: bool = Field(
+        False, description="two residual streams: attention reads the second onto the first, feed-forward the other way"
+    )
+    sandwich_norm: bool = Field(False, description="a LayerNorm after every branch too, before its scale")
+    stable: bool = Field(
+        False,
+        description="DALLE-pytorch's: the head reads vectors over their largest channel; embeddings get a tenth of the gradient",
+    )
+
+    token_shift: bool = Field(
+        False, description="each branch reads some channels of the position before, of the cells above and to the left"
+    )
+    rotary: bool = Field(False, description="positions turn queries, keys and values, instead of tables that are added")
+    attention_patterns: tuple[AttentionPattern, ...] = Field(
+        ("full",),
+        min_length=1,
+        description="which cells a cell attends to, cycled over the layers; conv: 5 x 5 up and to the left, before "
+        "DALLE-pytorch 1.5 around it (conv_symmetric)",
+    )
+
+    @property
+    def reads_whole_sequence(self) -> bool:
+        """Whether a position's output needs more of those before it than keys and values: it is decoded by whole passes."""
+        return self.token_shift or self.rotary or any(pattern != "full" for pattern in self.attention_patterns)
 
     @property
     def image_seq_len(self) -> int:
@@ -122,6 +229,12 @@ class TransformerConfig(Section):
     def _fits(self) -> "TransformerConfig":
         if self.text_position_rows < self.prefix_len:
             raise ValueError(f"text_position_rows {self.text_position_rows} is less than 1 + text_seq_len")
+        if self.reads_whole_sequence and (self.target_positions or self.qk_norm or self.x0_scalars):
+            raise ValueError(
+                "token_shift, rotary and attention_patterns are DALLE-pytorch's: leave qk_norm, x0_scalars, target_positions out"
+            )
+        if self.reversible and self.x0_scalars:
+            raise ValueError("x0_scalars mix one stream with its start, and reversible has two: leave one out")
         return self
 
 
@@ -152,6 +265,10 @@ class KoclipConfig(Section):
     similarity: Literal["cosine", "published"] = Field(
         "cosine", description="cosine: normalised, learned temperature; published: raw dot product * 0.07"
     )
+    pixels: Literal["resized", "served"] = Field(
+        "resized",
+        description="served: unresized and in [0, 1], as KoDALLE's code ranked with a KoCLIP trained on 0 to 255",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "KoclipConfig":
@@ -159,6 +276,8 @@ class KoclipConfig(Section):
             raise ValueError("text_position_rows must be at least text_seq_len + 2 (RoBERTa positions start at 2)")
         if self.image_encoder == "efficientnet-lite0":
             self._check_lite0()
+        if self.pixels == "served" and self.similarity != "published":
+            raise ValueError("pixels served is for similarity published: leave it out")
         return self
 
     def _check_lite0(self) -> None:
@@ -171,6 +290,57 @@ class KoclipConfig(Section):
             raise ValueError(f"image_size {self.image_size} is too small for efficientnet-lite0: 32 at least")
         if self.similarity != "cosine":
             raise ValueError("similarity published is for image_encoder efficientnet: leave it out")
+
+
+class ClipConfig(Section):
+    """CLIP of two transformers, ViT-B/32 by default, imported and not trained here (engine/models/clip.py)."""
+
+    family: Literal["clip"] = "clip"
+    image_size: int = Field(224, gt=0, description="pixels, square; other sizes are resized")
+    patch_size: int = Field(32, gt=0, description="pixels of a patch; must divide image_size")
+    image_dim: int = Field(768, gt=0, description="width of the image encoder")
+    image_layers: int = Field(12, gt=0, description="layers of the image encoder")
+    image_heads: int = Field(12, gt=0, description="attention heads a layer; must divide image_dim")
+    image_ff_dim: int = Field(3072, gt=0, description="inner width of the image encoder's feed-forward layers")
+    text_vocab_size: int = Field(49408, gt=4, description="rows of the text token table; its tokenizer's at least")
+    text_seq_len: int = Field(77, gt=2, description="text tokens with those of start and end")
+    text_dim: int = Field(512, gt=0, description="width of the text encoder")
+    text_layers: int = Field(12, gt=0, description="layers of the text encoder")
+    text_heads: int = Field(8, gt=0, description="attention heads a layer; must divide text_dim")
+    text_ff_dim: int = Field(2048, gt=0, description="inner width of the text encoder's feed-forward layers")
+    end_token: int = Field(
+        49407, ge=0, description="token whose place gives the embedding; 2: the highest token's place"
+    )
+    embed_dim: int = Field(512, gt=0, description="width of the shared space")
+    activation: Literal["quick_gelu", "gelu"] = Field("quick_gelu", description="of the feed-forward layers")
+    layer_norm_eps: float = Field(1e-5, gt=0, description="of all LayerNorms")
+    image_mean: tuple[float, float, float] = Field(
+        (0.48145466, 0.4578275, 0.40821073), description="subtracted from red, green and blue"
+    )
+    image_std: tuple[float, float, float] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="that red, green and blue are divided by"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ClipConfig":
+        if self.image_dim % self.image_heads or self.text_dim % self.text_heads:
+            raise ValueError("image_heads must divide image_dim, and text_heads text_dim")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} must divide image_size {self.image_size}")
+        if 0.0 in self.image_std:
+            raise ValueError("image_std must not be 0")
+        return self
+
+
+def _ranker_family(tree: Any) -> str:
+    """Folders from before there were families hold KoCLIPs."""
+    return str(tree.get("family", "koclip") if isinstance(tree, dict) else getattr(tree, "family", "koclip"))
+
+
+RankerConfig = Annotated[
+    Annotated[KoclipConfig, Tag("koclip")] | Annotated[ClipConfig, Tag("clip")], Discriminator(_ranker_family)
+]
+"""The ranker of a model folder, section `koclip` of its config.json: one of the families of engine/models/ranker.py."""
 
 
 # ----------------------------------------------------------------------------------------------------- the runs

@@ -100,14 +100,15 @@ def run_layers(
         fed[batch.unconditional_rows], held[batch.unconditional_rows] = tokens[batch.guided], lengths[batch.guided]
     offsets = torch.arange(w, dtype=torch.int64, device=model.device)
     cells = (held[:, None] + offsets).clamp(max=N - 1)  # (R, w)
-    x = start = rule.fill(model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
+    start = rule.fill(model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
+    x = model.to_streams(start)
     cache.begin_step(held, longest)
     for number, layer in enumerate(model.layers):
         x = model.mix(number, x, start)
         qkv = rule.tiled(layer.project, x)  # (at least R * w, 3, H, D)
         attended = cache.append_and_attend(number, qkv[: R * w].unflatten(0, (R, w))).flatten(0, 1)
         x = rule.tiled(layer.finish, x, rule.fill(attended))
-    return x[: R * w].unflatten(0, (R, w))
+    return model.from_streams(x[: R * w]).unflatten(0, (R, w))
 
 
 def guided_logits(model: StepModel, batch: BatchMetadata, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
                              anew for each generation, which costs its buffers and nothing else
             JacobiDecoder    one or two slots: several tokens a pass
             AdaptiveDecoder  more slots, continuous batching: either of the two, by how many slots are taken
+    both    WholePassDecoder models that read a sequence from its start; slow, as one line on stderr says
     CUDA    GraphDecoder     replays captured steps; cached, so that the next generation need not capture them again,
                              and grown to the next power of two when a generation has more sequences
 
@@ -26,6 +27,7 @@ from engine.decoding.slot_decoder import SlotDecoder
 from engine.decoding.speculative.adaptive import AdaptiveDecoder
 from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
+from engine.decoding.whole_passes import WholePassDecoder, report_whole_passes
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
@@ -100,6 +102,10 @@ class DecoderCache:
         # Guesses are checked by equality, which is worth as much as the equality of arithmetic.
         on_cpu = model.head.weight.device.type == "cpu"
         self._speculates = speculative and batch_invariant and on_cpu and model.config.image_seq_len > 1
+        self._reads_whole = model.config.reads_whole_sequence
+        if self._reads_whole:
+            report_whole_passes(model.config)
+            graphed = False
         self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
         self._cached: GraphDecoder | None = None
         self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
@@ -115,6 +121,9 @@ class DecoderCache:
             null_prefix: the empty caption, prefilled; needed for guidance.
             continuous_batching: False: all sequences are added at once and finish together.
         """
+        if self._reads_whole:
+            yield WholePassDecoder(self._model, num_slots, null_prefix=null_prefix)
+            return
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
             if self._speculates and num_slots <= _SPECULATIVE_SLOTS:

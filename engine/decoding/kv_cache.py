@@ -44,11 +44,13 @@ class Prefix:
     """Prefilled captions.
 
     keys, values: (L, G, P, H, D). hidden: (G, C), the last position's output, which predicts the first image token.
+    text_tokens: (G, text_seq_len), for models that read them again at every step, which have no keys and values here.
     """
 
     keys: Tensor
     values: Tensor
     hidden: Tensor
+    text_tokens: Tensor | None = None
 
     @property
     def num_captions(self) -> int:

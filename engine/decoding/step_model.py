@@ -2,15 +2,16 @@
 
 R rows, C model dim, H heads, D head dim, V image vocabulary, N image tokens.
 
-    embed ─► [ mix ─► project ─► attention over the cache ─► finish ] x layers ─► hidden ─► norm ─► image_logits
+    embed ─► to_streams ─► [ mix ─► project ─► attention over the cache ─► finish ] x layers ─► from_streams ─► hidden ─► norm ─► image_logits
 
+`to_streams` and `from_streams` are the model's: a reversible one has two streams between them, x (R, 2 C).
 `mix` changes nothing but in models with x0 scalars, whose layers read the first one's input as well.
 The plain step model calls the model's own modules. engine/decoding/cpu/packed_weights.py makes others, for processors.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class StepModel:
         self.head_norm: Callable[[Tensor], Tensor] = model.head.norm
         self._tokens = model.image_embedding.tokens
         self._positions = model.input_positions().detach()  # (N, C)
+        self.to_streams, self.from_streams = model.to_streams, model.from_streams
         self._mixes = [layer.mix for layer in cast(list[Layer], list(model.layers))]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -118,12 +120,11 @@ def plain_step_model(model: KoDalle) -> StepModel:
 
 class _PlainLayer:
     def __init__(self, layer: Layer) -> None:
-        self._attention, self._feed_forward = layer.attention, layer.feed_forward
+        self._layer = layer
 
     def project(self, x: Tensor) -> Tensor:
-        q, k, v = self._attention.project(x[:, None])  # (R, 1, H, D) each
-        return torch.cat([q * self._attention.head_dim**-0.5, k, v], dim=1)
+        q, k, v = self._layer.project(x[:, None])  # (R, 1, H, D) each
+        return torch.cat([q * self._layer.attention.head_dim**-0.5, k, v], dim=1)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        result: Any = self._feed_forward(self._attention.add(x[:, None], attended[:, None]))
-        return cast(Tensor, result[:, 0])
+        return self._layer.finish(x[:, None], attended[:, None])[:, 0]

@@ -72,6 +72,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, backend: 
     return reference.attention(q, k, v, causal=causal)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, backend: AttentionBackend) -> Tensor:
+    """The same over what a mask (Tq, Tk) allows: q, k, v (B, T, H, D) -> (B, Tq, H, D).
+
+    Raises:
+        InputError: a backend without masks.
+    """
+    if backend != "sdpa":
+        raise InputError("attention backend", backend, "has no attention_patterns: choose sdpa")
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
 def normalised_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys (..., D) with a root mean square of 1 a head, without weights; queries times `QK_GAIN`.
 

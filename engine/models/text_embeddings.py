@@ -83,6 +83,10 @@ def apply_text_tables(model: KoDalle, tables: TextTables) -> None:
     ):
         if ours != theirs:
             raise InputError(field, ours, f"the pretrained text tables have {theirs}: set {field} to {theirs}")
+    if model.text_embedding.positions is None:
+        raise InputError("model.rotary", True, "leaves no table for pretrained positions: leave it out")
+    if config.unique_padding:
+        raise InputError("model.unique_padding", True, "pretrained text tables have no rows of padding: leave it out")
     with torch.no_grad():
         model.text_embedding.tokens.copy_(tables.tokens)
         model.text_embedding.positions.copy_(tables.positions)

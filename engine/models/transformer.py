@@ -12,8 +12,11 @@ checkpoints can be loaded and its parameter counts agree exactly (334,974,336 wi
 * <bos> is text id 0, put before a caption that itself begins with [CLS] = 0; position rows count from 0.
 * [PAD] = 1 is attended to and is a target: nothing is masked but the future.
 * Row 1 of both text tables gets no gradient (padding_idx of the language model they come from).
+* With unique_padding, as DALLE-pytorch has it, id 0 is padding and becomes text_vocab_size + its position, of which the token
+  table has a row each; no row of the tables is then without a gradient.
 * Options for small models (`TransformerConfig`: qk_norm, zero_init_branches, x0_scalars, target_positions) are off by
   default and then leave no trace, neither in the parameters nor in the arithmetic. docs/training.md has their sources.
+* DALLE-pytorch's reversible, sandwich_norm, stable, token_shift, rotary and attention_patterns are options too, for its checkpoints (docs/importing.md).
 * The head is one weight over the joint vocabulary [text | one reserved row per text position | image]. A text
   position may only predict text rows and an image position only image rows; cutting the weight into two views is
   the same function as masking the joint logits, at half the work and memory.
@@ -30,9 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import TransformerConfig
-from engine.models.attention import AttentionBackend, attention, normalised_heads
+from engine.models.attention import AttentionBackend, attention, masked_attention, normalised_heads
+from engine.models.whole_sequence import pattern_mask, rotated, shift_tokens
 from kernels.reference import geglu
 
+_STABLE_GRADIENT = 0.1  # of the embeddings, where the transformer is `stable`
 BOS_ID = 0
 PAD_ID = 1
 
@@ -96,6 +101,7 @@ class KoDalle(nn.Module):
                 None: row by row. Needs target positions.
             loss_image_weight: w in (text + w * image) / (1 + w).
         """
+        text_tokens = self.text_embedding.numbered(text_tokens)
         inputs = image_tokens if noisy_image_tokens is None else noisy_image_tokens
         if orders is not None:
             image_tokens, inputs = image_tokens.gather(1, orders), inputs.gather(1, orders)
@@ -119,21 +125,43 @@ class KoDalle(nn.Module):
             (B, text_seq_len, text_vocab_size + text_seq_len) and (B, n, image_vocab_size).
         """
         config = self.config
-        assert text_tokens.shape[1] == config.text_seq_len, (text_tokens.shape, config.text_seq_len)
         assert 1 <= image_tokens.shape[1] <= config.image_seq_len, (image_tokens.shape, config.image_seq_len)
         assert orders is None or self.target_embedding is not None, "other orders need target positions"
+        text_logits, image_logits = self.head(
+            self.outputs(text_tokens, image_tokens[:, :-1], None if orders is None else orders[:, :-1], orders)
+        )
+        return text_logits, image_logits
+
+    def outputs(
+        self, text_tokens: Tensor, image_tokens: Tensor, cells: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads of each position.
+
+        Args:
+            text_tokens: (B, text_seq_len).
+            image_tokens: (B, n), all of them inputs; n may be 0.
+            cells, targets: (B, n) and (B, n + 1) int64, the grid cells that these tokens are of and that they predict; None: the
+                first ones, row by row.
+
+        Returns:
+            (B, 1 + text_seq_len + n, C).
+        """
+        config = self.config
+        assert text_tokens.shape[1] == config.text_seq_len, (text_tokens.shape, config.text_seq_len)
         text = self.text_embedding(text_tokens)  # (B, 1 + text_seq_len, C)
-        image = self.image_embedding(image_tokens[:, :-1], None if orders is None else orders[:, :-1])
+        image = self.image_embedding(image_tokens, cells)
         if self.target_embedding is None:
             x = torch.cat([text, image], dim=1)
         else:
-            targets = self.target_embedding(image_tokens.shape[1], orders)  # (B or 1, n, C)
-            x = torch.cat([text[:, :-1], torch.cat([text[:, -1:], image], dim=1) + targets], dim=1)
+            predicted = self.target_embedding(image_tokens.shape[1] + 1, targets)  # (B or 1, n + 1, C)
+            x = torch.cat([text[:, :-1], torch.cat([text[:, -1:], image], dim=1) + predicted], dim=1)
+        if config.stable and torch.is_grad_enabled():
+            x = _STABLE_GRADIENT * x + (1 - _STABLE_GRADIENT) * x.detach()
         start = x
+        x = self.to_streams(x)
         for layer in self.layers:
-            x = layer(x, start)  # (B, text_seq_len + n, C)
-        text_logits, image_logits = self.head(x)
-        return text_logits, image_logits
+            x = layer(x, start)  # (B, 1 + text_seq_len + n, C or 2 C)
+        return self.from_streams(x)
 
     def embed_prefix(self, text_tokens: Tensor) -> Tensor:
         """The layers' input for whole captions, (B, text_seq_len) -> (B, 1 + text_seq_len, C); cells come row by row."""
@@ -155,11 +183,23 @@ class KoDalle(nn.Module):
     def apply_layers(self, x: Tensor, attend: Attend) -> Tensor:
         """The layers around an attention of the caller's, over a cache for example: (B, T, C) -> (B, T, C)."""
         start = x
+        x = self.to_streams(x)
         for number, layer in enumerate(cast(list[Layer], list(self.layers))):
             x = layer.mix(x, start)
-            q, k, v = layer.attention.project(x)
-            x = layer.feed_forward(layer.attention.add(x, attend(number, layer, q, k, v)))
-        return x
+            q, k, v = layer.project(x)
+            x = layer.finish(x, attend(number, layer, q, k, v))
+        return self.from_streams(x)
+
+    def to_streams(self, x: Tensor) -> Tensor:
+        """Embedded inputs (..., C) -> what the first layer takes: twice the same side by side where there are two streams."""
+        return torch.cat([x, x], dim=-1) if self.config.reversible else x
+
+    def from_streams(self, x: Tensor) -> Tensor:
+        """What the last layer gives -> (..., C) for the head: the streams' mean, and over its largest channel with `stable`."""
+        if self.config.reversible:
+            first, second = x.chunk(2, dim=-1)
+            x = (first + second) / 2
+        return x / x.amax(dim=-1, keepdim=True).detach() if self.config.stable else x
 
     @torch.no_grad()
     def start_from_codebook(self, codes: Tensor) -> None:
@@ -183,11 +223,10 @@ class KoDalle(nn.Module):
 
     def _init_tables(self, std: float) -> None:
         with torch.no_grad():
-            for table in (self.text_embedding.tokens, self.text_embedding.positions):
-                table.normal_(0, std)
-                table[PAD_ID].zero_()
-            for table in (self.image_embedding.tokens, self.image_embedding.rows, self.image_embedding.columns):
-                table.normal_(0, std)
+            for embedding in (self.text_embedding, self.image_embedding):
+                for table in embedding.parameters():
+                    table.normal_(0, std)
+            self.text_embedding.zero_padding()
             if self.target_embedding is not None:
                 for table in (self.target_embedding.rows, self.target_embedding.columns):
                     table.normal_(0, std)
@@ -198,20 +237,37 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(config.text_vocab_size, config.dim, dtype=torch.float32))
-        self.positions = nn.Parameter(torch.randn(config.text_position_rows, config.dim, dtype=torch.float32))
-        with torch.no_grad():  # the initialisation of nn.Embedding(padding_idx=1)
-            self.tokens[PAD_ID].zero_()
-            self.positions[PAD_ID].zero_()
+        self.unique_from = config.text_vocab_size if config.unique_padding else None
+        # padding_idx keeps row 1 of both tables without a gradient.
+        self.padding_idx = None if config.unique_padding else PAD_ID
+        rows = config.text_vocab_size + (config.text_seq_len if config.unique_padding else 0)
+        self.tokens = nn.Parameter(torch.randn(rows, config.dim, dtype=torch.float32))
+        positions = None if config.rotary else torch.randn(config.text_position_rows, config.dim, dtype=torch.float32)
+        self.positions = None if positions is None else nn.Parameter(positions)
+        self.zero_padding()
 
     def forward(self, text_tokens: Tensor) -> Tensor:
         """(B, T) ids from [CLS] on -> (B, 1 + T, C)."""
-        text_tokens = F.pad(text_tokens, (1, 0), value=BOS_ID)  # (B, 1 + T)
+        text_tokens = F.pad(self.numbered(text_tokens), (1, 0), value=BOS_ID)  # (B, 1 + T)
+        tokens = F.embedding(text_tokens, self.tokens, padding_idx=self.padding_idx)
+        if self.positions is None:
+            return tokens
         positions = torch.arange(text_tokens.shape[1], dtype=torch.int64, device=text_tokens.device)
-        # padding_idx keeps row 1 of both tables without a gradient.
-        return F.embedding(text_tokens, self.tokens, padding_idx=PAD_ID) + F.embedding(
-            positions, self.positions, padding_idx=PAD_ID
-        )
+        return tokens + F.embedding(positions, self.positions, padding_idx=self.padding_idx)
+
+    def numbered(self, text_tokens: Tensor) -> Tensor:
+        """(B, T) ids, with unique padding those of padded positions instead of 0; doing it twice changes nothing."""
+        if self.unique_from is None:
+            return text_tokens
+        positions = torch.arange(text_tokens.shape[1], dtype=text_tokens.dtype, device=text_tokens.device)
+        return torch.where(text_tokens == 0, self.unique_from + positions, text_tokens)
+
+    @torch.no_grad()
+    def zero_padding(self) -> None:
+        """The initialisation of nn.Embedding(padding_idx=1)."""
+        for table in (self.tokens, self.positions):
+            if self.padding_idx is not None and table is not None:
+                table[self.padding_idx].zero_()
 
 
 class ImageEmbedding(nn.Module):
@@ -221,8 +277,9 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.grid_size = config.image_grid_size
         self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim, dtype=torch.float32))
-        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
-        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
+        shape = (config.image_grid_size, config.dim)
+        self.rows = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
+        self.columns = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
 
     def forward(self, image_tokens: Tensor, cells: Tensor | None = None) -> Tensor:
         """(B, n) ids of the grid cells (B, n), by default the first n; n may be 0 -> (B, n, C)."""
@@ -232,6 +289,8 @@ class ImageEmbedding(nn.Module):
 
     def position_table(self) -> Tensor:
         """(image_seq_len, C): position embedding of each grid cell, row by row."""
+        if self.rows is None or self.columns is None:  # rotary: positions are in the attention
+            return self.tokens.new_zeros(self.grid_size**2, self.tokens.shape[1])
         return _axial_table(self.rows, self.columns)
 
 
@@ -258,18 +317,26 @@ class TargetEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """x += attention branch; x += feed-forward branch. With x0 scalars, x is first mixed with the first layer's input."""
+    """x += attention branch; x += feed-forward branch. With x0 scalars, x is first mixed with the first layer's input.
+
+    Reversible: x is two streams side by side, (..., 2 C); first += attention branch of the second, second += feed-forward branch
+    of the first (Gomez et al. 2017, arXiv 1707.04585, as DALLE-pytorch).
+    """
 
     def __init__(self, config: TransformerConfig, number: int, attention_backend: AttentionBackend) -> None:
         super().__init__()
+        self.reversible = config.reversible
         self.attention = AttentionBranch(config, number, attention_backend)
         self.feed_forward = FeedForwardBranch(config, number)
         start = torch.tensor([1.0, 0.0], dtype=torch.float32) if config.x0_scalars else None
         self.x0_scalars = None if start is None else nn.Parameter(start)
 
     def forward(self, x: Tensor, start: Tensor) -> Tensor:
-        """x (B, T, C) and the first layer's input (B, T, C) -> (B, T, C)."""
-        return self.feed_forward(self.attention(self.mix(x, start)))
+        """x (B, T, C), two streams (B, T, 2 C), and the first layer's input (B, T, C) -> as x."""
+        x = self.mix(x, start)
+        first, second = self.streams(x)
+        first = self.attention(second, first)
+        return self._joined(first, self.feed_forward(first, self._onto(first, second)))
 
     def mix(self, x: Tensor, start: Tensor) -> Tensor:
         """r * x + s * start, of any equal shapes; x where the model has no such scalars."""
@@ -278,9 +345,33 @@ class Layer(nn.Module):
         keep, add = self.x0_scalars.unbind()
         return keep * x + add * start
 
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention is added to, and what it reads: the two streams, or the only one twice."""
+        if not self.reversible:
+            return x, x
+        first, second = x.chunk(2, dim=-1)
+        return first, second
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `AttentionBranch.project`."""
+        return self.attention.project(self.streams(x)[1])
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x and the attention's result (B, T, H, D) -> the next layer's x."""
+        first, second = self.streams(x)
+        first = self.attention.add(first, attended)
+        return self._joined(first, self.feed_forward(first, self._onto(first, second)))
+
+    def _onto(self, first: Tensor, second: Tensor) -> Tensor:
+        """What the feed-forward branch is added to."""
+        return second if self.reversible else first
+
+    def _joined(self, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([first, second], dim=-1) if self.reversible else second
+
 
 class AttentionBranch(nn.Module):
-    """x + scale * out(attention(qkv(norm(x)))).
+    """onto + scale * out(attention(qkv(norm(x)))).
 
     `project` and `add` are its two halves; decoding runs attention over the KV cache between them.
     """
@@ -294,25 +385,41 @@ class AttentionBranch(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * inner, bias=False, dtype=torch.float32)
         self.out = nn.Linear(inner, config.dim, dtype=torch.float32)
         self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
+        self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
         self.scale = _branch_scale(config, number, self.out)
+        self.config = config
+        self.pattern = config.attention_patterns[(number - 1) % len(config.attention_patterns)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """x (B, T, C) from <bos> on, onto (B, T, C) -> (B, T, C)."""
         q, k, v = self.project(x)
-        return self.add(x, attention(q, k, v, causal=True, backend=self.backend))
+        if self.pattern == "full":
+            return self.add(onto, attention(q, k, v, causal=True, backend=self.backend))
+        mask = pattern_mask(self.pattern, self.config.prefix_len, self.config.image_grid_size, x.device)
+        return self.add(onto, masked_attention(q, k, v, mask[: x.shape[1], : x.shape[1]], backend=self.backend))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> q, k, v, each (B, T, H, D), for an attention that divides by sqrt(D)."""
+        """(B, T, C) -> q, k, v, each (B, T, H, D), for an attention that divides by sqrt(D).
+
+        With token shift and rotary positions x is of a whole sequence, from <bos> on.
+        """
         B, T, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        normed = self.norm(x)
+        if self.config.token_shift:
+            normed = shift_tokens(normed, self.config)
+        q, k, v = self.qkv(normed).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        if self.config.rotary:
+            q, k, v = (rotated(part, self.config) for part in (q, k, v))
         return (*normalised_heads(q, k), v) if self.qk_norm else (q, k, v)
 
-    def add(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x (B, T, C) plus the projected, scaled attention output (B, T, H, D)."""
-        return x + self.scale * self.dropout(self.out(attended.flatten(2)))
+    def add(self, onto: Tensor, attended: Tensor) -> Tensor:
+        """onto (B, T, C) plus the projected, scaled attention output (B, T, H, D)."""
+        branch = self.dropout(self.out(attended.flatten(2)))
+        return onto + self.scale * (branch if self.norm_out is None else self.norm_out(branch))
 
 
 class FeedForwardBranch(nn.Module):
-    """x + scale * shrink(geglu(grow(norm(x)))), F = ff_mult * C."""
+    """onto + scale * shrink(geglu(grow(norm(x)))), F = ff_mult * C."""
 
     def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
@@ -321,11 +428,17 @@ class FeedForwardBranch(nn.Module):
         self.grow = nn.Linear(config.dim, 2 * inner, dtype=torch.float32)  # value first, then gate
         self.dropout = nn.Dropout(config.ff_dropout)
         self.shrink = nn.Linear(inner, config.dim, dtype=torch.float32)
+        self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
         self.scale = _branch_scale(config, number, self.shrink)
+        self.config = config
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        return x + self.scale * self.shrink(self.dropout(geglu(self.grow(self.norm(x)))))
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
+        """x (B, T, C), onto (B, T, C) -> (B, T, C); with token shift from <bos> on."""
+        normed = self.norm(x)
+        if self.config.token_shift:
+            normed = shift_tokens(normed, self.config)
+        branch = self.shrink(self.dropout(geglu(self.grow(normed))))
+        return onto + self.scale * (branch if self.norm_out is None else self.norm_out(branch))
 
 
 class JointHead(nn.Module):

@@ -67,6 +67,8 @@ def continue_caption(
     Raises:
         InputError: the beginning fills the model's text; guidance, which is for images; count or seed out of range.
     """
+    if model.config.reads_whole_sequence or model.config.unique_padding:
+        raise InputError("caption", beginning, "is not continued by a model with DALLE-pytorch's positions or padding")
     params = (sampling_params or SamplingParams()).updated(seed=seed)
     if params.is_guided:
         raise InputError("guidance_scale", params.guidance_scale, "guides images, not captions: leave it out")
@@ -185,6 +187,7 @@ class _TextCache:
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Reads one token a sequence, (R,), at `position`: (R, C). Later positions, of an earlier batch, are not attended."""
         embedding = self._model.text_embedding
+        assert embedding.positions is not None, "continue_caption refuses rotary models"
         x = (embedding.tokens[tokens] + embedding.positions[position])[:, None]  # (R, 1, C)
 
         def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -102,8 +102,11 @@ def make_step_model(model: KoDalle, weights: Weights) -> StepModel:
 
 
 class _Norm:
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        self._shape, self._weight, self._bias, self._eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    """A LayerNorm, its result times `scale`."""
+
+    def __init__(self, norm: nn.LayerNorm, scale: Tensor | None = None) -> None:
+        self._shape, self._eps = norm.normalized_shape, norm.eps
+        self._weight, self._bias = (part if scale is None else part * scale for part in (norm.weight, norm.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
@@ -136,11 +139,18 @@ class _Attention:
     def __init__(self, branch: AttentionBranch) -> None:
         self._heads, self._qk_norm = (3, branch.num_heads, branch.head_dim), branch.qk_norm
         self.norm = _Norm(branch.norm)
-        self.out = _PackedLinear(*_scaled(branch.out, branch.scale))
+        self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
+        self._out = _PackedLinear(*_scaled(branch.out, branch.scale if self._norm_out is None else None))
         query_scale = 1 if branch.qk_norm else branch.head_dim**-0.5
         self.qkv_weight = torch.cat(
             [rows * scale for rows, scale in zip(branch.qkv.weight.chunk(3), (query_scale, 1, 1), strict=True)]
         )
+
+    def add(self, onto: Tensor, attended: Tensor) -> Tensor:
+        """onto (R, C) plus what the branch makes of the attention's result (R, H, D)."""
+        if self._norm_out is None:
+            return self._out.combined(attended.flatten(1), onto, "add")
+        return onto + self._norm_out(self._out(attended.flatten(1)))
 
     def split(self, qkv: Tensor) -> Tensor:
         """The first layer's result (R, 3 H D) -> queries / sqrt(D), keys, values (R, 3, H, D)."""
@@ -155,21 +165,29 @@ class _Attention:
 class _PackedLayer:
     def __init__(self, layer: Layer) -> None:
         branch: FeedForwardBranch = layer.feed_forward
+        self._reversible = layer.reversible
         self._attention = _Attention(layer.attention)
         self._qkv = _PackedLinear(self._attention.qkv_weight, None)
         self._norm = _Norm(branch.norm)
         (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
         self._value, self._gate = _PackedLinear(value, value_bias), _PackedLinear(gate, gate_bias)
-        self._shrink = _PackedLinear(*_scaled(branch.shrink, branch.scale))
+        self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
+        self._shrink = _PackedLinear(*_scaled(branch.shrink, branch.scale if self._norm_out is None else None))
 
     def project(self, x: Tensor) -> Tensor:
-        return self._attention.split(self._qkv(self._attention.norm(x)))
+        return self._attention.split(self._qkv(self._attention.norm(_streams(x, self._reversible)[1])))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self._attention.out.combined(attended.flatten(1), x, "add")
-        normed = self._norm(x)
+        first, second = _streams(x, self._reversible)
+        first = self._attention.add(first, attended)
+        onto = second if self._reversible else first
+        normed = self._norm(first)
         grown = self._value.combined(normed, self._gate.gelu(normed), "mul")  # (R, F)
-        return self._shrink.combined(grown, x, "add")
+        if self._norm_out is None:
+            added = self._shrink.combined(grown, onto, "add")
+        else:
+            added = onto + self._norm_out(self._shrink(grown))
+        return torch.cat([first, added], dim=1) if self._reversible else added
 
 
 class _Int8Linear:
@@ -233,21 +251,26 @@ class _FloatProducts:
 class _Int8Layer:
     def __init__(self, layer: Layer) -> None:
         branch: FeedForwardBranch = layer.feed_forward
+        self._reversible = layer.reversible
         self._attention = _Attention(layer.attention)
         self._qkv = _Int8Linear(self._attention.qkv_weight, None)
         self._norm = _Norm(branch.norm)
         (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
         self._value, self._gate = _Int8Linear(value, value_bias), _Int8Linear(gate, gate_bias)
-        self._shrink = _Int8Linear(*_scaled(branch.shrink, branch.scale))
+        self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
+        self._shrink = _Int8Linear(*_scaled(branch.shrink, branch.scale if self._norm_out is None else None))
 
     def project(self, x: Tensor) -> Tensor:
-        return self._attention.split(self._qkv(self._attention.norm(x)))
+        return self._attention.split(self._qkv(self._attention.norm(_streams(x, self._reversible)[1])))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = self._attention.out.combined(attended.flatten(1), x, "add")
-        normed = _quantise_rows(self._norm(x))
+        first, second = _streams(x, self._reversible)
+        first = self._attention.add(first, attended)
+        normed = _quantise_rows(self._norm(first))
         grown = F.gelu(self._gate.multiply(*normed)).mul_(self._value.multiply(*normed))  # (R, F)
-        return x + self._shrink.multiply(*_quantise_rows(grown)).to(x.dtype)
+        branch = self._shrink.multiply(*_quantise_rows(grown)).to(x.dtype)
+        added = (second if self._reversible else first) + (branch if self._norm_out is None else self._norm_out(branch))
+        return torch.cat([first, added], dim=1) if self._reversible else added
 
 
 def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,6 +282,16 @@ def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).add_(_ZERO_POINT + 0.5).to(torch.uint8), scale
 
 
-def _scaled(linear: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _streams(x: Tensor, reversible: bool) -> tuple[Tensor, Tensor]:
+    """(R, 2 C) -> the two streams (R, C) each; the only one twice. Contiguous, as packed products take them."""
+    if not reversible:
+        return x, x
+    first, second = x.chunk(2, dim=1)
+    return first.contiguous(), second.contiguous()
+
+
+def _scaled(linear: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of scale * linear(x)."""
+    if scale is None:
+        return linear.weight, linear.bias
     return linear.weight * scale[:, None], linear.bias * scale

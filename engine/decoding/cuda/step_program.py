@@ -35,7 +35,7 @@ from engine.decoding.cuda.prefix_pool import PrefixPool
 from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.decoding.slot_table import SlotTable
 from engine.models.attention import normalised_heads
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
 from kernels.linear import linear, num_counters
@@ -104,21 +104,31 @@ class StepProgram:
         """x (R, C) through the layers, to `hidden`."""
         config, prefixes, counters = self._model.config, self._table.prefixes[:R], self._counters
         start = x
+        x = self._model.to_streams(x)
         for number, layer in enumerate(self._layers):
-            x = layer.mix(x, start)
+            first, second = (stream.contiguous() for stream in layer.streams(layer.mix(x, start)))
             norm, qkv, out = layer.attention.norm, layer.attention.qkv, layer.attention.out
-            projected = linear(x, qkv.weight, norm=_norm(norm), counters=counters)  # (R, 3 H D)
+            projected = linear(second, qkv.weight, norm=_norm(norm), counters=counters)  # (R, 3 H D)
             q, k, v = projected.view(R, 3, config.num_heads, config.head_dim).unbind(1)  # (R, H, D) each
             if config.qk_norm:
                 q, k = normalised_heads(q, k)
             attended = self._attend(q, self._cache(number, R), prefixes, num_read, k, v).flatten(1)  # (R, H D)
-            residual = Residual(x, layer.attention.scale)
-            x = linear(attended, out.weight, out.bias, residual=residual, counters=counters)
+            first = self._added(first, attended, out, layer.attention)
             norm, grow, shrink = layer.feed_forward.norm, layer.feed_forward.grow, layer.feed_forward.shrink
-            inner = linear(x, grow.weight, grow.bias, norm=_norm(norm), gated=True, counters=counters)  # (R, F)
-            residual = Residual(x, layer.feed_forward.scale)
-            x = linear(inner, shrink.weight, shrink.bias, residual=residual, counters=counters)
-        self.hidden[:R] = x
+            inner = linear(first, grow.weight, grow.bias, norm=_norm(norm), gated=True, counters=counters)  # (R, F)
+            x = self._added(second if config.reversible else first, inner, shrink, layer.feed_forward)
+            x = torch.cat([first, x], dim=1) if config.reversible else x
+        self.hidden[:R] = self._model.from_streams(x)
+
+    def _added(
+        self, onto: Tensor, inner: Tensor, last: nn.Linear, branch: AttentionBranch | FeedForwardBranch
+    ) -> Tensor:
+        """onto (R, C) plus the branch that ends in `last`, of inner (R, K)."""
+        if branch.norm_out is None:
+            residual = Residual(onto, branch.scale)
+            return linear(inner, last.weight, last.bias, residual=residual, counters=self._counters)
+        out = linear(inner, last.weight, last.bias, counters=self._counters)
+        return onto + branch.scale * branch.norm_out(out)
 
     def _cache(self, layer: int, R: int) -> LayerCache:
         return LayerCache(

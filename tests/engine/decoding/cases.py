@@ -16,6 +16,9 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "qk_norm": {"qk_norm": True},
     "x0_scalars": {"x0_scalars": True},
     "target_positions": {"target_positions": True},
+    "reversible": {"reversible": True},
+    "sandwich_norm": {"sandwich_norm": True},
+    "all of DALLE-pytorch": {"reversible": True, "sandwich_norm": True, "stable": True},
     "all": {"qk_norm": True, "zero_init_branches": True, "x0_scalars": True, "target_positions": True},
 }
 

@@ -129,6 +129,7 @@ def test_row_1_of_both_text_tables_gets_no_gradient() -> None:
     model = _tiny()
     model(*_batch()).loss.backward()
     for table in (model.text_embedding.tokens, model.text_embedding.positions):
+        assert table is not None
         assert table.grad is not None
         assert not table.grad[1].any()
         assert table.grad[0].any()
@@ -181,6 +182,7 @@ def test_first_values_are_torchs_or_scaled() -> None:
         assert scaled.get_parameter(table).std().item() == pytest.approx(0.02, rel=0.1)
     for model in (published, scaled):
         assert not model.text_embedding.tokens[1].any()
+        assert model.text_embedding.positions is not None
         assert not model.text_embedding.positions[1].any()
         assert model.head.weight.abs().max() <= 1 / 8
 

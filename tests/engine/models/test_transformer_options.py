@@ -146,6 +146,10 @@ def test_column_by_column_is_row_by_row_of_a_model_with_swapped_axes() -> None:
         ):
             assert one is not None
             assert other is not None
+            assert one.rows is not None
+            assert one.columns is not None
+            assert other.rows is not None
+            assert other.columns is not None
             other.rows.copy_(one.columns)
             other.columns.copy_(one.rows)
     by_column = torch.arange(N).view(3, 3).T.flatten()
