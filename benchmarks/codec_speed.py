@@ -32,7 +32,7 @@ from torch import Tensor
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import open_koclip, open_vqgan
 from engine.codec.onnx_export import export_model
-from engine.codec.vqgan_decoder import FastVqganDecoder, decodes_int8
+from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
 from engine.device import fit_threads
 from engine.facts import facts
 from engine.measure import count_flops
@@ -94,12 +94,12 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
         (onnx / name).symlink_to((folder / name).resolve())
     decoders: dict[str, Work] = {
         "modules": vqgan.decode,
-        "image threads": FastVqganDecoder(vqgan, row_tiles=False).decode,
-        "row tiles": FastVqganDecoder(vqgan, row_tiles=True).decode,
+        "image threads": FastDecoder(vqgan, row_tiles=False).decode,
+        "row tiles": FastDecoder(vqgan, row_tiles=True).decode,
         "onnx": open_vqgan(onnx, vqgan.config, _CPU).decode,
     }
     if decodes_int8(_CPU):
-        decoders["int8"] = FastVqganDecoder(vqgan, precision="int8").decode
+        decoders["int8"] = FastDecoder(vqgan, precision="int8").decode
     embedders: dict[str, Work] = {
         "modules": koclip.embed_images,
         "image threads": KoclipEncoder(koclip).embed_images,

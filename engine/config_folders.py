@@ -20,13 +20,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from engine.config import KoclipRun, KodalleRun, Run, Section, VqganConfig, VqganRun
+from engine.config import CodecConfig, KoclipRun, KodalleRun, Run, Section, VqganRun
 from engine.errors import InputError
 from engine.files import read_json
 
 AUTO = "auto"
+_CODEC: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 # What may differ from the model that a run starts from: it changes training, not the weights; the text vocabulary may grow.
 _FREE = {"attention_dropout", "ff_dropout", "dropout", "commitment_weight", "legacy_commitment"}
 Tree = dict[str, Any]
@@ -76,7 +77,8 @@ def different_sizes(config: Section, found: Mapping[str, Any]) -> list[str]:
     theirs = type(config).model_validate(dict(found)).model_dump(mode="json")
     different = []
     for name, value in ours.items():
-        smaller = name == "text_vocab_size" and value >= theirs[name]
+        # Rows of padding come after those of words where each padded position has its own.
+        smaller = name == "text_vocab_size" and value >= theirs[name] and not ours.get("unique_padding")
         if name not in _FREE and value != theirs[name] and not smaller:
             different.append(f"model.{name} is {value}, there {theirs[name]}")
     return different
@@ -111,7 +113,8 @@ def _of_part(folder_key: str, part: str, value: Callable[[Tree], Any]) -> Callab
 
 
 def _grid(vqgan: Tree) -> int:
-    return VqganConfig.model_validate(vqgan).grid_size
+    config: CodecConfig = _CODEC.validate_python(vqgan)
+    return config.grid_size
 
 
 def _entries_of_text(tree: Tree, key: str) -> Any:

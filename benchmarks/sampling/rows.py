@@ -28,7 +28,7 @@ from engine.measure import (
     synchronize,
     time_runs,
 )
-from engine.models.vqgan import Vqgan
+from engine.models.image_codec import build_codec
 from engine.pipeline.generation import Generation
 from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.pipeline import Pipeline
@@ -170,9 +170,9 @@ def add_floor(row: Row, pipeline: Pipeline, variant: Variant, rates: dict[str, f
 def image_flops(pipeline: Pipeline, images: int) -> tuple[int, int]:
     """FLOP of decoding `images` images and of ranking them, as the plain networks need."""
     with torch.device("meta"):  # shapes without memory or time; KoCLIP looks at values, and is small
-        vqgan = Vqgan(pipeline.vqgan.config).eval()
-        latents = torch.zeros(1, vqgan.config.embed_dim, vqgan.config.grid_size, vqgan.config.grid_size)
-        _, decoded = count_flops(lambda: vqgan.decode_latents(latents))
+        codec = build_codec(pipeline.vqgan.config).eval()
+        latents = torch.zeros(1, codec.latent_table().shape[1], codec.config.grid_size, codec.config.grid_size)
+        _, decoded = count_flops(lambda: codec.decoder(latents))
     koclip = pipeline.koclip
     if koclip is None:
         return images * decoded, 0

@@ -16,10 +16,13 @@ import torch
 
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import OnnxKoClip, OnnxVqgan, open_koclip, open_vqgan
-from engine.codec.vqgan_decoder import FastVqganDecoder, Precision, decodes_int8
+from engine.codec.vqgan_decoder import FastDecoder, Precision, decodes_int8
+from engine.config import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
+from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
+from engine.models.ranker import Ranker
 from engine.models.vqgan import Vqgan
 
 CodecBackend = Literal["torch", "onnx"]
@@ -28,35 +31,38 @@ CodecBackend = Literal["torch", "onnx"]
 class Codec(NamedTuple):
     """Image decoder and embedder, each batch-invariant; `KoClip.scores` compares the embeddings."""
 
-    decoder: FastVqganDecoder | OnnxVqgan
+    decoder: FastDecoder | OnnxVqgan
     embedder: KoclipEncoder | OnnxKoClip | None
 
     @classmethod
-    def of(cls, vqgan: Vqgan, koclip: KoClip | None, *, int8: bool = False) -> "Codec":
+    def of(cls, vqgan: ImageCodec, koclip: Ranker | None, *, int8: bool = False) -> "Codec":
         """The torch codec, in the models' dtype. It holds copies of the weights: build a new one after training on.
 
         Args:
-            int8: 8-bit convolutions in the VQGAN decoder; on a CPU without VNNI the VQGAN's dtype instead, which one
-                line on stderr reports.
+            int8: 8-bit convolutions in the VQGAN decoder; where there are none (a CPU without VNNI, another family of codec)
+                the codec's dtype instead, which one line on stderr reports.
 
         Raises:
             InputError: `int8` on a GPU.
         """
-        weight = vqgan.post_quant_conv.weight
+        weight = next(vqgan.decoder.parameters())
         dtypes: dict[torch.dtype, Precision] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
         precision = dtypes.get(weight.dtype, "float32")
-        if int8 and weight.device.type == "cpu" and not decodes_int8(weight.device):
-            _report_no_int8(precision)
+        if int8 and not isinstance(vqgan.config, VqganConfig):
+            _report_no_int8(precision, f"which is not made for a codec of the family {vqgan.config.family}")
+        elif int8 and weight.device.type == "cpu" and not decodes_int8(weight.device):
+            isa = cpu_capabilities().isa
+            _report_no_int8(precision, f"which is slower on a processor without VNNI ({isa})")
         elif int8:
             precision = "int8"
-        decoder = FastVqganDecoder(vqgan, precision=precision)
+        decoder = FastDecoder(vqgan, precision=precision)
         return cls(decoder, None if koclip is None else KoclipEncoder(koclip))
 
 
 def open_codec(
     folder: Path,
-    vqgan: Vqgan,
-    koclip: KoClip | None,
+    vqgan: ImageCodec,
+    koclip: Ranker | None,
     *,
     backend: CodecBackend,
     device: torch.device,
@@ -78,11 +84,14 @@ def open_codec(
         raise InputError("codec_backend", backend, "write torch or onnx")
     if int8:
         raise InputError("codec_backend", backend, "has no int8: write torch, or leave int8 out")
+    if not isinstance(vqgan, Vqgan):
+        raise InputError("codec_backend", backend, f"has no decoder of the family {vqgan.config.family}: write torch")
+    if not isinstance(koclip, KoClip | None):
+        raise InputError("codec_backend", backend, f"has no ranker of the family {koclip.config.family}: write torch")
     embedder = None if koclip is None else open_koclip(folder, koclip.config, device)
     return Codec(open_vqgan(folder, vqgan.config, device), embedder)
 
 
 @functools.cache
-def _report_no_int8(precision: Precision) -> None:
-    isa = cpu_capabilities().isa
-    print(f"codec: {precision} instead of int8, which is slower on a processor without VNNI ({isa})", file=sys.stderr)
+def _report_no_int8(precision: Precision, reason: str) -> None:
+    print(f"codec: {precision} instead of int8, {reason}", file=sys.stderr)

@@ -38,7 +38,7 @@ from engine.codec.onnx_backend import (
     onnx_file,
     require,
 )
-from engine.codec.vqgan_decoder import FastVqganDecoder
+from engine.codec.vqgan_decoder import FastDecoder
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import atomic_file, write_json
@@ -178,7 +178,7 @@ def _measure(
         shape = (IMAGES_PER_CALL, vqgan.config.image_seq_len)
         image_tokens = _random_tokens(0, vqgan.config.codebook_size, shape, generator).to(device)
         errors["vqgan_decoder"] = _error(vqgan.decode, onnx_vqgan.decode, image_tokens, name="vqgan_decoder")
-        decoder = FastVqganDecoder(vqgan)
+        decoder = FastDecoder(vqgan)
         timings["vqgan"] = _timing(
             lambda: decoder.decode(image_tokens), lambda: onnx_vqgan.decode(image_tokens), device
         )
@@ -278,7 +278,7 @@ class _VqganDecoder(nn.Module):
 
     def forward(self, image_tokens: Tensor) -> Tensor:
         grid = self.vqgan.config.grid_size
-        entries = F.embedding(image_tokens, self.vqgan.quantize.embedding.weight)  # (B, N) -> (B, N, E)
+        entries = F.embedding(image_tokens, self.vqgan.code_vectors())  # (B, N) -> (B, N, E)
         latents = entries.reshape(-1, grid, grid, entries.shape[-1]).permute(0, 3, 1, 2)  # (B, E, h, w)
         return to_unit_range(self.vqgan.decode_latents(latents))
 

@@ -1,4 +1,4 @@
-"""The VQGAN decoder on a GPU: channels last, GroupNorm and SiLU in one kernel, all of it one CUDA graph.
+"""A codec's decoder on a GPU: channels last, GroupNorm and SiLU of VQGANs in one kernel, all of it one CUDA graph.
 
 A decoder is some 180 launches, many of them shorter than the launch: the graph makes them one. It is captured once, for
 `graph_images`, and always runs so many: cuDNN picks a convolution's algorithm by the batch size, so a graph for each size
@@ -26,15 +26,15 @@ from taming.modules.diffusionmodules.model import AttnBlock, Decoder, ResnetBloc
 from torch import Tensor, nn
 
 from engine.codec.captured import Captured
-from engine.models.vqgan import to_unit_range
+from engine.models.image_codec import ImageCodec
 from kernels.group_norm import group_norm
 
 
 class CudaDecoder:
-    """taming's decoder from tokens on, captured.
+    """A decoder from tokens on, captured.
 
     Args:
-        decoder: taming's, on a GPU; copied.
+        codec: on a GPU; its decoder is copied.
         table: (K, Z), the latent vector of each code.
         dtype: float32, float16 or bfloat16, of weights and feature maps; normalisation sums are float32.
         graph_images: batch of the graph; fewer images are padded, more are decoded in turn.
@@ -42,12 +42,15 @@ class CudaDecoder:
     """
 
     def __init__(
-        self, decoder: Decoder, table: Tensor, *, dtype: torch.dtype, graph_images: int = 4, graphed: bool = True
+        self, codec: ImageCodec, table: Tensor, *, dtype: torch.dtype, graph_images: int = 4, graphed: bool = True
     ) -> None:
-        self._decoder = copy.deepcopy(decoder).eval().to(dtype=dtype, memory_format=torch.channels_last)
+        decoder: nn.Module = copy.deepcopy(codec.decoder).eval().to(dtype=dtype)
+        self._decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._decoder.requires_grad_(False)
         self._table = table.to(dtype)
-        self._grid: int = decoder.z_shape[2]
+        self._grid: int = codec.config.grid_size
+        self._size: int = codec.config.image_size
+        self._to_images = codec.to_images
         self._device = table.device
         self._graph_images = graph_images
         self._stream = torch.cuda.Stream(self._device)
@@ -68,10 +71,8 @@ class CudaDecoder:
                 padded = part.new_zeros(self._graph_images, part.shape[1])
                 padded[: len(part)] = part
                 parts.append(self._run(padded)[: len(part)])
-            size = self._grid * 2 ** (self._decoder.num_resolutions - 1)
-            images = (
-                torch.cat(parts) if parts else torch.empty(0, 3, size, size, dtype=torch.float32, device=self._device)
-            )
+            empty = (0, 3, self._size, self._size)
+            images = torch.cat(parts) if parts else torch.empty(empty, dtype=torch.float32, device=self._device)
             done = torch.cuda.Event()
             done.record(self._stream)
         image_tokens.record_stream(self._stream)
@@ -83,7 +84,9 @@ class CudaDecoder:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             latents = F.embedding(image_tokens, self._table)  # (B, N, Z)
             latents = latents.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)  # (B, Z, h, w), channels last
-            return to_unit_range(decode_channels_last(self._decoder, latents))
+            if isinstance(self._decoder, Decoder):
+                return self._to_images(decode_channels_last(self._decoder, latents))
+            return self._to_images(self._decoder(latents))
 
 
 def decode_channels_last(decoder: Decoder, latents: Tensor) -> Tensor:

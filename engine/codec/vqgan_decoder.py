@@ -1,8 +1,8 @@
-"""The fast decoder of a VQGAN: the images of `Vqgan.decode` up to rounding, at the machine's speed.
+"""The fast decoder of a codec: the images of `ImageCodec.decode` up to rounding, at the machine's speed.
 
-    CPU, float32 and int8    engine.codec.vqgan_cpu: row tiles, Winograd or 8-bit convolutions, an image a thread
-    CPU, 16 bit or narrow    the modules, an image a thread
-    GPU                      engine.codec.vqgan_cuda: channels last, one CUDA graph
+    VQGANs, CPU, float32 and int8             engine.codec.vqgan_cpu: row tiles, Winograd or 8-bit convolutions
+    CPU, 16 bit or narrow or another family   the modules, an image a thread
+    GPU                                       engine.codec.vqgan_cuda: VQGANs channels last; one CUDA graph
 
 The codebook and the 1x1 convolution after it are one table (`latent_table`, 16,384 x 256 as published): a code's latent
 vector is looked up.
@@ -21,56 +21,61 @@ import copy
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.codec.threads import single_threads
 from engine.codec.vqgan_cpu import CpuDecoder
 from engine.codec.vqgan_cuda import CudaDecoder
+from engine.config import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
-from engine.models.vqgan import Vqgan, to_unit_range
+from engine.models.image_codec import ImageCodec
+from engine.models.vqgan import to_unit_range
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 _WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-class FastVqganDecoder:
-    """An image decoder with copies of a VQGAN's weights, on the VQGAN's device.
+class FastDecoder:
+    """An image decoder with copies of a codec's weights, on the codec's device.
 
     Args:
-        vqgan: on a CPU or a GPU, of any dtype; not changed.
+        codec: on a CPU or a GPU, of any dtype; not changed.
         precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
             only: about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR to its images for the
-            demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect).
+            demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect). VQGANs only.
         row_tiles: float32 on a CPU: decode in row tiles; None: where the decoder is wide enough for it to pay.
 
     Raises:
-        InputError: unknown precision, or int8 on a machine without it.
+        InputError: unknown precision, or int8 on a machine or for a family without it.
     """
 
-    def __init__(self, vqgan: Vqgan, *, precision: Precision = "float32", row_tiles: bool | None = None) -> None:
+    def __init__(self, codec: ImageCodec, *, precision: Precision = "float32", row_tiles: bool | None = None) -> None:
         if precision not in _DTYPES:
             raise InputError("precision", precision, f"write one of {', '.join(_DTYPES)}")
-        self.config, self.precision = vqgan.config, precision
-        self._table = latent_table(vqgan)
+        self.config, self.precision = codec.config, precision
+        self._table = codec.latent_table()
         self._device = self._table.device
         if precision == "int8" and not decodes_int8(self._device):
             where = "a GPU" if self._device.type != "cpu" else f"a processor without VNNI ({cpu_capabilities().isa})"
             raise InputError("precision", "int8", f"is not made for {where}: write float32 or bfloat16")
         self._cpu: CpuDecoder | None = None
         self._cuda: CudaDecoder | None = None
+        if precision == "int8" and not isinstance(codec.config, VqganConfig):
+            raise InputError("precision", "int8", f"is not made for a codec of the family {codec.config.family}")
         dtype = _DTYPES[precision]
         if self._device.type == "cuda":
-            self._cuda = CudaDecoder(vqgan.decoder, self._table, dtype=dtype)
-        elif precision == "int8" or (precision == "float32" and _uses_row_tiles(vqgan, row_tiles)):
-            self._cpu = CpuDecoder(vqgan.decoder, int8=precision == "int8")
+            self._cuda = CudaDecoder(codec, self._table, dtype=dtype)
+        elif precision == "int8" or (precision == "float32" and _uses_row_tiles(codec, row_tiles)):
+            self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8")
         else:
-            module = copy.deepcopy(vqgan.decoder).eval().requires_grad_(False)
-            is_wide = vqgan.config.base_channels >= _WIDE_CHANNELS
+            module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
+            is_wide = not isinstance(codec.config, VqganConfig) or codec.config.base_channels >= _WIDE_CHANNELS
             self._layout = torch.channels_last if is_wide else torch.contiguous_format
-            self._module = module.to(dtype=dtype, memory_format=self._layout)
+            self._module = module.to(dtype=dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
             self._table = self._table.to(dtype)
+            self._to_images = codec.to_images
 
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class FastVqganDecoder:
     @torch.inference_mode()
     def _decode_image(self, latent: Tensor) -> Tensor:
         """(Z, h, w) -> (1, 3, S, S), by the modules, on one thread."""
-        return to_unit_range(self._module(latent[None].contiguous(memory_format=self._layout)))
+        return self._to_images(self._module(latent[None].contiguous(memory_format=self._layout)))
 
     def decode_async(self, image_tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """On a GPU: starts decoding and returns images that may be read after the event (`CudaDecoder.enqueue`).
@@ -141,14 +146,7 @@ def decodes_int8(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_capabilities().packs_int8
 
 
-def _uses_row_tiles(vqgan: Vqgan, row_tiles: bool | None) -> bool:
-    return vqgan.config.base_channels >= _WIDE_CHANNELS if row_tiles is None else row_tiles
-
-
-@torch.no_grad()
-def latent_table(vqgan: Vqgan) -> Tensor:
-    """Latent vectors of all codes, codebook and `post_quant_conv` in one: (K, Z) float32, computed in float64."""
-    matrix = vqgan.post_quant_conv.weight.double()[:, :, 0, 0]  # (Z, E)
-    bias = vqgan.post_quant_conv.bias
-    assert bias is not None, "a Conv2d has one by default"
-    return torch.addmm(bias.double(), vqgan.quantize.embedding.weight.double(), matrix.T).float()
+def _uses_row_tiles(codec: ImageCodec, row_tiles: bool | None) -> bool:
+    if not isinstance(codec.config, VqganConfig):
+        return False
+    return codec.config.base_channels >= _WIDE_CHANNELS if row_tiles is None else row_tiles

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.config import TextConfig
+from engine.config import TextConfig, TransformerConfig
 from engine.errors import InputError
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
@@ -219,6 +219,14 @@ def tokenizer_for(
             f"numbers the entries of {start_from} otherwise: write `train`, or that folder",
         )
     return tokenizer
+
+
+def check_padding(tokenizer: CaptionTokenizer, config: TransformerConfig, *, field: str, value: object) -> None:
+    """Raises InputError: a model that numbers padded positions itself, with a tokenizer that pads with another id than 0."""
+    if config.unique_padding and tokenizer.pad_id != 0:
+        raise InputError(
+            field, value, f"pads with {tokenizer.pad_id}, and a model with unique_padding reads 0 as padding"
+        )
 
 
 def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:

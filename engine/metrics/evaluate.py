@@ -38,8 +38,8 @@ from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, l
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
 from engine.models.folder import has_part, weights_digest
-from engine.models.koclip import KoClip
-from engine.models.vqgan import Vqgan
+from engine.models.image_codec import ImageCodec
+from engine.models.ranker import Ranker
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import PhaseBars, seconds_text
 
@@ -209,7 +209,7 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
 # ------------------------------------------------------------------------------------------------- parts on all pairs
 
 
-def _reconstruction(run: EvaluationRun, vqgan: Vqgan, held: Sequence[Pair]) -> dict[str, Any]:
+def _reconstruction(run: EvaluationRun, vqgan: ImageCodec, held: Sequence[Pair]) -> dict[str, Any]:
     return reconstruction_error(vqgan, run.images(held, vqgan.config.image_size, "reconstruction"))
 
 
@@ -258,7 +258,7 @@ def _likelihood(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) ->
 
 
 @torch.no_grad()
-def _retrieval(run: EvaluationRun, koclip: KoClip, tokenizer: CaptionTokenizer, held: Sequence[Pair]) -> dict[str, Any]:
+def _retrieval(run: EvaluationRun, koclip: Ranker, tokenizer: CaptionTokenizer, held: Sequence[Pair]) -> dict[str, Any]:
     """KoCLIP's loss over batches of `loss_batch`, and recall of the right caption among `recall_among`."""
     text = tokenizer.encode([pair.captions[0] for pair in held], koclip.config.text_seq_len)
     texts = torch.cat([koclip.embed_texts(part.to(run.device)) for part in text.tokens.split(run.batch_size)])
@@ -277,7 +277,7 @@ def _retrieval(run: EvaluationRun, koclip: KoClip, tokenizer: CaptionTokenizer, 
 
 
 def mean_recall(
-    koclip: KoClip, images: Tensor, texts: Tensor, tokens: Tensor, generator: torch.Generator
+    koclip: Ranker, images: Tensor, texts: Tensor, tokens: Tensor, generator: torch.Generator
 ) -> dict[str, Any]:
     """Mean recall over rounds; each takes (up to) 100 distinct captions and one image of each, at random.
 

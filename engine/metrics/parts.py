@@ -14,9 +14,9 @@ from torch import Tensor
 from engine.data.pairs import Pair, load_image
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
-from engine.models.folder import PartName, has_part, load_folder_tokenizer, load_part
-from engine.models.koclip import KoClip
-from engine.models.vqgan import Vqgan
+from engine.models.folder import PartName, has_part, load_part, load_ranker_tokenizer
+from engine.models.image_codec import ImageCodec
+from engine.models.ranker import Ranker
 from engine.pipeline.pipeline import Pipeline
 
 PARTS: tuple[PartName, ...] = ("vqgan", "transformer", "koclip")
@@ -28,11 +28,11 @@ OnPhaseProgress = Callable[[str, int, int], None]  # phase, done, total
 class Parts:
     """The parts of a folder, in eval mode on one device.
 
-    `pipeline` is not None when the folder has a transformer, `tokenizer` when it has a transformer or a KoCLIP.
+    `pipeline` is not None when the folder has a transformer, `tokenizer`, the ranker's, when it has a transformer or a ranker.
     """
 
-    vqgan: Vqgan | None
-    koclip: KoClip | None
+    vqgan: ImageCodec | None
+    koclip: Ranker | None
     pipeline: Pipeline | None
     tokenizer: CaptionTokenizer | None
     device: torch.device
@@ -71,7 +71,7 @@ def load_parts(folder: Path, device: torch.device) -> Parts:
         raise InputError("model folder", folder, f"holds none of {', '.join(PARTS)}: export the model again")
     if "transformer" in held:
         pipeline = Pipeline.from_pretrained(folder, device=device, dtype=torch.float32)
-        return Parts(pipeline.vqgan, pipeline.koclip, pipeline, pipeline.tokenizer, device)
+        return Parts(pipeline.vqgan, pipeline.koclip, pipeline, pipeline.ranker_tokenizer, device)
     vqgan = load_part(folder, "vqgan").to(device) if "vqgan" in held else None
     koclip = load_part(folder, "koclip").to(device) if "koclip" in held else None
-    return Parts(vqgan, koclip, None, load_folder_tokenizer(folder) if koclip is not None else None, device)
+    return Parts(vqgan, koclip, None, load_ranker_tokenizer(folder) if koclip is not None else None, device)

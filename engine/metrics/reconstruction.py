@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from engine.models.image_codec import ImageCodec
 from engine.models.quantiser import codebook_stats
-from engine.models.vqgan import Vqgan
 
 # Floor of the mean square error: images of 8 bits are further from their exact values (1.3e-6) anyway, and the PSNR of a
 # perfect codec stays a number that JSON can hold.
@@ -19,7 +19,7 @@ _LEAST_MSE = 1e-7
 
 
 @torch.no_grad()
-def reconstruction_error(vqgan: Vqgan, batches: Iterable[Tensor]) -> dict[str, float]:
+def reconstruction_error(vqgan: ImageCodec, batches: Iterable[Tensor]) -> dict[str, float]:
     """The error of images against their reconstructions.
 
     Args:

@@ -2,8 +2,10 @@
 
     config.json               {"format": 1, "vqgan": {…}, "transformer": {…}, "koclip": {…}}; each part optional;
                               "ground": "#rrggbb" where its pictures are cut-outs on a plain ground
-    <part>.safetensors        its weights
+    <part>.safetensors        its weights; `vqgan` is the codec and `koclip` the ranker, of whatever
+                              family (engine/models/image_codec.py, engine/models/ranker.py)
     tokenizer.json, …         Hugging Face tokenizer files
+    ranker_tokenizer/         those of a ranker that has its own; optional
     generation_config.json    default sampling parameters; optional
     captions.json             how to write captions for it: examples, known attributes, form of sentences; optional
     model_card.md             data, training, figures, limits
@@ -14,35 +16,46 @@ Networks are float32 whatever torch's default dtype is.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.config import GenerationConfig, KoclipConfig, Section, TransformerConfig, VqganConfig
+from engine.config import CodecConfig, GenerationConfig, RankerConfig, Section, TransformerConfig
 from engine.config_files import parse_section
 from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
 from engine.data.cut_out import ground_rgb
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, read_json, write_json
-from engine.models.koclip import KoClip
+from engine.models.image_codec import build_codec
+from engine.models.ranker import build_ranker
 from engine.models.transformer import KoDalle
-from engine.models.vqgan import Vqgan
+from engine.models.weight_file import LazyTensor, write_weight_file
 
 FOLDER_FORMAT = 1
 GENERATION_FILE = "generation_config.json"
+RANKER_TOKENIZER = "ranker_tokenizer"
 PartName = Literal["vqgan", "transformer", "koclip"]
-_CONFIGS: dict[PartName, type[Section]] = {
-    "vqgan": VqganConfig,
+_CONFIGS: dict[PartName, Any] = {
+    "vqgan": TypeAdapter(CodecConfig),
     "transformer": TransformerConfig,
-    "koclip": KoclipConfig,
+    "koclip": TypeAdapter(RankerConfig),
 }
-_MODULES: dict[PartName, Any] = {"vqgan": Vqgan, "transformer": KoDalle, "koclip": KoClip}
+_MODULES: dict[PartName, Any] = {"vqgan": build_codec, "transformer": KoDalle, "koclip": build_ranker}
+
+
+@dataclass(frozen=True)
+class LazyPart:
+    """One network whose weights are read when they are written: its config, and name to `LazyTensor`."""
+
+    config: Section
+    weights: dict[str, LazyTensor]
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,11 @@ class Part:
 
 def write_model_folder(
     destination: Path,
-    parts: dict[PartName, Part],
+    parts: Mapping[PartName, Part | LazyPart],
     *,
     card: str,
     tokenizer: CaptionTokenizer | None = None,
+    ranker_tokenizer: CaptionTokenizer | None = None,
     generation: GenerationConfig | None = None,
     caption_guide: CaptionGuide | None = None,
     ground: str | None = None,
@@ -81,17 +95,16 @@ def write_model_folder(
         for name, part in parts.items():
             config[name] = part.config.model_dump(mode="json")
             weights = {
-                key: (value.to(dtype) if dtype is not None and value.is_floating_point() else value)
-                .detach()
-                .contiguous()
-                .cpu()
-                .clone()  # safetensors refuses tensors that share memory
+                key: value if isinstance(value, LazyTensor) else LazyTensor.of(value)
                 for key, value in part.weights.items()
             }
-            save_file(weights, folder / f"{name}.safetensors")
-            (folder / f"{name}.safetensors").chmod(0o644)  # from 0600, which other users could not serve
+            if dtype is not None:
+                weights = {key: value.to(dtype) for key, value in weights.items()}
+            write_weight_file(folder / f"{name}.safetensors", weights)
         if tokenizer is not None:
             tokenizer.save(folder)
+        if ranker_tokenizer is not None:
+            ranker_tokenizer.save(folder / RANKER_TOKENIZER)
         if generation is not None and generation != GenerationConfig():
             write_json(folder / GENERATION_FILE, generation.model_dump(mode="json", exclude_none=True))
         if caption_guide is not None:
@@ -128,6 +141,7 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
         parts,
         card=f"{card_text.rstrip()}\n\n## Weights\n\nConverted to {type_name} after training.\n",
         tokenizer=load_folder_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
+        ranker_tokenizer=load_own_ranker_tokenizer(source),
         generation=read_generation(source),
         caption_guide=read_guide(source),
         ground=read_ground(source),
@@ -199,8 +213,7 @@ def read_part(folder: Path, name: PartName) -> Part:
     """
     config = part_config(folder, name)
     path = _weight_file(folder, name)
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
+    expected = expected_shapes(name, config)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -213,8 +226,14 @@ def read_part(folder: Path, name: PartName) -> Part:
     return Part(config, weights)
 
 
+def expected_shapes(name: PartName, config: Section) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a network of this config has."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
+
+
 def load_part(folder: Path, name: PartName) -> Any:
-    """The network itself (`Vqgan`, `KoDalle` or `KoClip`), in eval mode, float32, on the CPU."""
+    """The network itself (an `ImageCodec`, a `KoDalle` or a `Ranker`), in eval mode, float32, on the CPU."""
     part = read_part(folder, name)
     with torch.device("cpu"):  # whatever torch's default device and dtype are
         module: nn.Module = _MODULES[name](part.config).float()
@@ -231,6 +250,17 @@ def load_folder_tokenizer(folder: Path) -> CaptionTokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise InputError("model folder", folder, "has no tokenizer.json: export the model again")
     return load_tokenizer(str(folder))
+
+
+def load_own_ranker_tokenizer(folder: Path) -> CaptionTokenizer | None:
+    """The tokenizer that only the ranker of a folder uses; None: it uses the folder's."""
+    own = folder / RANKER_TOKENIZER
+    return load_tokenizer(str(own)) if own.is_dir() else None
+
+
+def load_ranker_tokenizer(folder: Path) -> CaptionTokenizer:
+    """The tokenizer of a folder's ranker: its own, or the one it shares with the transformer."""
+    return load_own_ranker_tokenizer(folder) or load_folder_tokenizer(folder)
 
 
 def weights_digest(folder: Path, name: PartName) -> str:

@@ -3,8 +3,10 @@
 An image encoder (pooled features of an EfficientNet) and RoBERTa ([CLS] hidden state), each projected to a shared space;
 engine.models.koclip_encoders builds them. Two similarities:
 - `cosine` (default): unit-length embeddings and a learned temperature, as CLIP (Radford et al. 2021, arXiv:2103.00020).
-- `published`: raw dot product * 0.07 on raw 0-255 pixels, as KoDALLE's ranker computes it, without a parameter. For
-  ranking only: its softmax is no probability: five images gave 1.0, 4e-9, 8e-17, ...
+- `published`: raw dot product * 0.07 on raw 0-255 pixels, as KoDALLE's ranker computes it, without a parameter, and
+  with the constants of timm's EfficientNet (BatchNorm eps 1e-5, padding on both sides). For ranking only: its softmax
+  is no probability: five images gave 1.0, 4e-9, 8e-17, ... `pixels: served` is what KoDALLE's sampling handed over
+  instead of what KoCLIP was trained with: 256 pixels, not resized, in [0, 1].
 
 Parameters at the default sizes, `mlp` head:
 - `published` 116,202,620, exactly what KoDALLE's team counted: RoBERTa 110,618,112 + EfficientNet-B0 4,007,548 +
@@ -168,6 +170,13 @@ class KoClip(nn.Module):
         hidden = self.text_encoder(input_ids=text_tokens, attention_mask=text_tokens != PAD_TOKEN).last_hidden_state
         return self._finish(self.text_projection(hidden[:, 0]))  # [CLS]: (M, T, H) -> (M, H)
 
+    def trim(self, text_tokens: list[int]) -> list[int]:
+        """A caption's tokens without the padding after them."""
+        end = len(text_tokens)
+        while end > 1 and text_tokens[end - 1] == PAD_TOKEN:
+            end -= 1
+        return text_tokens[:end]
+
     def scores(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
         """Ranking scores of each image for each caption: (B, E), (M, E) -> (M, B).
 
@@ -231,6 +240,8 @@ class KoClip(nn.Module):
         """Resized to config.image_size and normalised as the encoder expects: (B, 3, any, any) -> (B, 3, S, S) float32."""
         S = self.config.image_size
         images = images.float()
+        if self.config.pixels == "served":
+            return images
         if images.shape[2:] != (S, S):
             images = F.interpolate(images, size=(S, S), mode="bilinear", align_corners=False, antialias=True)
         if self.config.image_encoder == "efficientnet-lite0":

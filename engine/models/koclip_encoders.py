@@ -79,6 +79,8 @@ def _build_efficientnet(config: KoclipConfig) -> "EfficientNetModel":
             f"an EfficientNet of width {config.image_width} makes {made} features: write image_hidden_dim: {made}",
         )
     encoder = EfficientNetModel(_efficientnet_config(config)).float()  # transformers builds in the default dtype
+    if config.similarity == "published":
+        _as_in_timm(encoder)
     _initialise_efficientnet(encoder)
     return encoder
 
@@ -87,12 +89,17 @@ def _efficientnet_config(config: KoclipConfig) -> "EfficientNetConfig":
     from transformers import EfficientNetConfig
 
     published_size = config.image_width >= 1 and config.image_depth >= 1
+    num_blocks = sum(math.ceil(config.image_depth * repeats) for repeats in _EFFICIENTNET_REPEATS)
+    as_in_timm = config.similarity == "published"
     return EfficientNetConfig(
         image_size=config.image_size,
         width_coefficient=config.image_width,
         depth_coefficient=config.image_depth,
         hidden_dim=config.image_hidden_dim,
-        depthwise_padding=_odd_strided_blocks(config.image_size, config.image_depth),
+        batch_norm_eps=1e-5 if as_in_timm else 1e-3,
+        depthwise_padding=(
+            list(range(num_blocks)) if as_in_timm else _odd_strided_blocks(config.image_size, config.image_depth)
+        ),
         # Keras defines momentum the other way round: 0.99 there is 0.01 in torch, but transformers passes 0.99 to
         # torch, so that evaluation would use the statistics of the last batch only (a tiny KoCLIP, trained to a loss
         # of 1.66, evaluated to 2.09 so, and to 1.85 with torch's own default of 0.1).
@@ -100,6 +107,21 @@ def _efficientnet_config(config: KoclipConfig) -> "EfficientNetConfig":
         # Regularisation for training long on much data; a small encoder on small data underfits with it.
         drop_connect_rate=0.2 if published_size else 0.0,
     )
+
+
+def _as_in_timm(encoder: "EfficientNetModel") -> None:
+    """The rest of what KoCLIP's EfficientNet, timm's `efficientnet_b0`, computes otherwise than TensorFlow's.
+
+    It pads on both sides, and has a residual wherever a block keeps its size, a stage's first block included (which none does
+    at the published widths). With TensorFlow's constants embeddings of original checkpoints are off by up to 5.5e-2.
+    """
+    encoder.embeddings.padding = nn.ZeroPad2d(1)
+    for block in encoder.encoder.blocks:
+        entry = block.expansion.expand_conv if block.expand else block.depthwise_conv.depthwise_conv
+        keeps_size = (
+            block.depthwise_conv.stride == 1 and entry.in_channels == block.projection.project_conv.out_channels
+        )
+        block.projection.apply_dropout = keeps_size
 
 
 def _odd_strided_blocks(image_size: int, depth: float) -> list[int]:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.models.image_tokens import check_tokens
+
 # Rows of latents per distance product: at K = 16384 one piece is 0.5 GiB of float32.
 _ROWS_PER_PRODUCT = 8192
 
@@ -107,17 +109,9 @@ class VectorQuantizer(nn.Module):
         """Entries of the given tokens: (...) integers -> (..., E).
 
         Raises:
-            ValueError: not integers, or a token outside 0..K-1. Checked here because on a GPU the embedding would
-                destroy the CUDA context of the process instead.
+            ValueError: not integers, or a token outside 0..K-1.
         """
-        if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
-            raise ValueError(f"image tokens must be integers, not {image_tokens.dtype}")
-        image_tokens = image_tokens.long()
-        if image_tokens.numel():
-            lowest, highest = (int(value) for value in torch.stack(torch.aminmax(image_tokens)).tolist())
-            if lowest < 0 or highest >= self.codebook_size:
-                raise ValueError(f"image tokens span {lowest}..{highest}; the codebook has 0..{self.codebook_size - 1}")
-        return F.embedding(image_tokens, self.embedding.weight)
+        return F.embedding(check_tokens(image_tokens, self.codebook_size), self.embedding.weight)
 
     # ------------------------------------------------------------------------------------------------------ resets
 

@@ -27,6 +27,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch import Tensor, nn
 
 from engine.config import VqganConfig
+from engine.errors import InputError
 from engine.models.quantiser import VectorQuantizer
 
 _BUILDING = threading.Lock()  # taming's module is the same for all threads
@@ -38,27 +39,17 @@ class Vqgan(nn.Module):
     Args:
         config: sizes.
         track_usage: keep in training what `quantize.reset_unused` needs (see engine.models.quantiser).
+
+    Raises:
+        InputError: the config is of a GumbelVQ (engine.models.gumbel_vqgan).
     """
 
     def __init__(self, config: VqganConfig, *, track_usage: bool = False) -> None:
         super().__init__()
+        if config.family != "vqgan":
+            raise InputError("model.family", config.family, "is imported and not trained here: write vqgan")
         self.config = config
-        sizes: dict[str, object] = {
-            "ch": config.base_channels,
-            "out_ch": 3,
-            "ch_mult": config.channel_multipliers,
-            "num_res_blocks": config.num_res_blocks,
-            "attn_resolutions": config.attention_resolutions,
-            "dropout": config.dropout,
-            "in_channels": 3,
-            "resolution": config.image_size,
-            "z_channels": config.latent_channels,
-        }
-        # taming's Decoder prints its latent shape to standard output, which belongs to the command line's answers.
-        with _norm_groups(config.norm_groups), contextlib.redirect_stdout(io.StringIO()):
-            # double_z: taming's default is for KL autoencoders and doubles the channels.
-            self.encoder = Encoder(**sizes, double_z=False).float()  # taming builds in the default dtype
-            self.decoder = Decoder(**sizes).float()
+        self.encoder, self.decoder = build_networks(config)
         self.quantize = VectorQuantizer(
             config.codebook_size,
             config.embed_dim,
@@ -125,6 +116,18 @@ class Vqgan(nn.Module):
         """Decoder: (B, E, h, w) -> (B, 3, S, S), unclamped around [-1, 1]. Without checks, for export."""
         return self.decoder(self.post_quant_conv(latents))
 
+    def code_vectors(self) -> Tensor:
+        """(K, E)."""
+        return self.quantize.embedding.weight.detach()
+
+    def latent_table(self) -> Tensor:
+        """(K, Z): entries after `post_quant_conv`."""
+        return joint_latent_table(self.quantize.embedding.weight, self.post_quant_conv)
+
+    def to_images(self, decoded: Tensor) -> Tensor:
+        """[-1, 1] -> [0, 1], clamped."""
+        return to_unit_range(decoded)
+
     @torch.no_grad()
     def residual_init(self) -> None:
         """Kaiming-normal convolutions without bias; the last one of each residual branch at zero.
@@ -145,6 +148,36 @@ class Vqgan(nn.Module):
     def last_layer_weight(self) -> nn.Parameter:
         """Weight of the decoder's last convolution, where `engine.models.vqgan_loss` balances the adversarial loss."""
         return self.decoder.conv_out.weight
+
+
+def build_networks(config: VqganConfig) -> tuple[Encoder, Decoder]:
+    """taming's encoder and decoder of a config, with random weights, float32."""
+    sizes: dict[str, object] = {
+        "ch": config.base_channels,
+        "out_ch": 3,
+        "ch_mult": config.channel_multipliers,
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": config.attention_resolutions,
+        "dropout": config.dropout,
+        "in_channels": 3,
+        "resolution": config.image_size,
+        "z_channels": config.latent_channels,
+    }
+    # taming's Decoder prints its latent shape to standard output, which belongs to the command line's answers.
+    with _norm_groups(config.norm_groups), contextlib.redirect_stdout(io.StringIO()):
+        # double_z: taming's default is for KL autoencoders and doubles the channels.
+        encoder = Encoder(**sizes, double_z=False).float()  # taming builds in the default dtype
+        decoder = Decoder(**sizes).float()
+    return encoder, decoder
+
+
+@torch.no_grad()
+def joint_latent_table(codebook: Tensor, post_quant_conv: nn.Conv2d) -> Tensor:
+    """Latent vectors of all codes, codebook and `post_quant_conv` in one: (K, E) -> (K, Z) float32, in float64."""
+    bias = post_quant_conv.bias
+    assert bias is not None, "a Conv2d has one by default"
+    matrix = post_quant_conv.weight.double()[:, :, 0, 0]  # (Z, E)
+    return torch.addmm(bias.double(), codebook.double(), matrix.T).float()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.models.vqgan import Vqgan
+from engine.models.image_codec import ImageCodec
 from engine.pipeline.generation import PreparedInitImage
 from engine.pipeline.init_image import InitImage, check_kept_after
 from engine.pipeline.torch_state import inference
@@ -10,7 +10,7 @@ from engine.sampling_params import RankBy
 
 
 def encode_init_image(
-    vqgan: Vqgan, init_image: InitImage | None, *, rank_by: RankBy, device: torch.device
+    vqgan: ImageCodec, init_image: InitImage | None, *, rank_by: RankBy, device: torch.device
 ) -> PreparedInitImage | None:
     """Tokens by the VQGAN's encoder, -1 where they are sampled, and the pixels to paste.
 

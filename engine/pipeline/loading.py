@@ -10,9 +10,9 @@ from engine.device import default_dtype
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import has_part, load_part
-from engine.models.koclip import KoClip
+from engine.models.image_codec import ImageCodec
+from engine.models.ranker import Ranker
 from engine.models.transformer import KoDalle
-from engine.models.vqgan import Vqgan
 
 
 def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -40,8 +40,8 @@ def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, l
 
 def load_models(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None
-) -> tuple[KoDalle, Vqgan, KoClip | None]:
-    """Transformer, VQGAN and ranker (None: the folder has none) of a model folder, on `device`.
+) -> tuple[KoDalle, ImageCodec, Ranker | None]:
+    """Transformer, codec and ranker (None: the folder has none) of a model folder, on `device`.
 
     Args:
         dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and the ranker's too;
@@ -51,8 +51,8 @@ def load_models(
         InputError: a part that is missing, or weights that do not fit, each by name.
     """
     transformer: KoDalle = load_part(folder, "transformer")
-    vqgan: Vqgan = load_part(folder, "vqgan")
-    koclip: KoClip | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
+    vqgan: ImageCodec = load_part(folder, "vqgan")
+    koclip: Ranker | None = load_part(folder, "koclip") if has_part(folder, "koclip") else None
     _check_fit(transformer, vqgan, folder)
     dtype = dtype or default_dtype(device, sum(parameter.numel() for parameter in transformer.parameters()))
     transformer.to(device=device, dtype=dtype)
@@ -63,7 +63,7 @@ def load_models(
     return transformer, vqgan, koclip
 
 
-def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
+def _check_fit(transformer: KoDalle, vqgan: ImageCodec, folder: Path) -> None:
     """Raises InputError: a transformer of other image tokens than the VQGAN's."""
     ours, theirs = transformer.config, vqgan.config
     if (ours.image_vocab_size, ours.image_grid_size) != (theirs.codebook_size, theirs.grid_size):
@@ -71,5 +71,5 @@ def _check_fit(transformer: KoDalle, vqgan: Vqgan, folder: Path) -> None:
             "model folder",
             folder,
             f"the transformer has {ours.image_grid_size}x{ours.image_grid_size} of {ours.image_vocab_size} tokens, the "
-            f"VQGAN {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
+            f"codec {theirs.grid_size}x{theirs.grid_size} of {theirs.codebook_size}: they are of two models",
         )

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.codec.codec import Codec, CodecBackend, open_codec
 from engine.config import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
-from engine.data.tokenizer import CaptionTokenizer
+from engine.data.tokenizer import CaptionTokenizer, check_padding
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities
 from engine.errors import InputError
@@ -36,14 +36,15 @@ from engine.models.folder import (
     Part,
     PartName,
     load_folder_tokenizer,
+    load_own_ranker_tokenizer,
     model_digest,
     read_generation,
     read_ground,
     write_model_folder,
 )
-from engine.models.koclip import KoClip
+from engine.models.image_codec import ImageCodec
+from engine.models.ranker import Ranker
 from engine.models.transformer import KoDalle
-from engine.models.vqgan import Vqgan
 from engine.pipeline.caption_continuation import Continuation, continue_caption
 from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, batch_init_tokens, ranked
 from engine.pipeline.image_files import to_uint8
@@ -66,8 +67,8 @@ class Pipeline:
     def __init__(
         self,
         transformer: KoDalle,
-        vqgan: Vqgan,
-        koclip: KoClip | None,
+        vqgan: ImageCodec,
+        koclip: Ranker | None,
         tokenizer: CaptionTokenizer,
         card: str = "",
         codec: Codec | None = None,
@@ -75,6 +76,7 @@ class Pipeline:
         generation: GenerationConfig | None = None,
         caption_guide: CaptionGuide | None = None,
         ground: str | None = None,
+        ranker_tokenizer: CaptionTokenizer | None = None,
         int8: bool = False,
         speculative: bool = True,
         codec_backend: CodecBackend = "torch",
@@ -85,7 +87,7 @@ class Pipeline:
         self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
         if koclip is not None:
             koclip.eval()
-        self.tokenizer = tokenizer
+        self.tokenizer, self._ranker_tokenizer = tokenizer, ranker_tokenizer
         self._card = card
         self._generation = generation or GenerationConfig()
         self.caption_guide = caption_guide or CaptionGuide()
@@ -132,18 +134,21 @@ class Pipeline:
         survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
         transformer, vqgan, koclip = load_models(folder, device=device, dtype=dtype)
+        tokenizer = load_folder_tokenizer(folder)
+        check_padding(tokenizer, transformer.config, field="model folder", value=folder)
         card = folder / "model_card.md"
         codec = open_codec(folder, vqgan, koclip, backend=codec_backend, device=device, int8=int8)
         return cls(
             transformer,
             vqgan,
             koclip,
-            load_folder_tokenizer(folder),
+            tokenizer,
             card.read_text(encoding="utf-8") if card.is_file() else "",
             codec,
             generation=read_generation(folder),
             caption_guide=read_guide(folder),
             ground=read_ground(folder),
+            ranker_tokenizer=load_own_ranker_tokenizer(folder),
             int8=int8,
             speculative=speculative,
             codec_backend=codec_backend,
@@ -161,8 +166,8 @@ class Pipeline:
             parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
         write_model_folder(
             Path(folder), parts, card=self._card,
-            tokenizer=self.tokenizer, generation=self._generation, caption_guide=self.caption_guide,
-            ground=self.ground, dtype=dtype,
+            tokenizer=self.tokenizer, ranker_tokenizer=self._ranker_tokenizer, generation=self._generation,
+            caption_guide=self.caption_guide, ground=self.ground, dtype=dtype,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,6 +181,7 @@ class Pipeline:
             "generation": self._generation,
             "caption_guide": self.caption_guide,
             "ground": self.ground,
+            "ranker_tokenizer": self._ranker_tokenizer,
             "int8": self._int8,
             "speculative": self._speculative,
             "codec_backend": self._codec_backend,
@@ -183,6 +189,11 @@ class Pipeline:
             "folder": self._folder,
         }
         return _unpickled, (arguments,)
+
+    @property
+    def ranker_tokenizer(self) -> CaptionTokenizer:
+        """What the ranker reads captions with; the transformer's where it has none of its own."""
+        return self._ranker_tokenizer or self.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -388,7 +399,7 @@ class Pipeline:
         if self.koclip is None or embedder is None:
             return None
         with inference(self.device):
-            tokens = self.tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
+            tokens = self.ranker_tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
             texts = embedder.embed_texts(tokens)  # (G, E)
             embeddings = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_AT_ONCE)])
             embeddings = embeddings.unflatten(0, images.shape[:2])  # (G, n, E)

@@ -14,8 +14,8 @@ from engine.data.tokenizer import tokenizer_for
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
+from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
-from engine.models.vqgan import Vqgan
 from engine.pipeline.image_files import image_grid
 from engine.training.batches import (
     Batch,
@@ -58,7 +58,7 @@ class KoclipStage:
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
         reconstructions = None
         if run.codec is not None:
-            vqgan: Vqgan = load_part(run.codec, "vqgan").to(world.device)
+            vqgan: ImageCodec = load_part(run.codec, "vqgan").to(world.device)
             reconstructions = Reconstructions(
                 pairs.train,
                 size,

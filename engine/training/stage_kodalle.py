@@ -18,21 +18,22 @@ from engine.data.token_shards import (
     shards_fault,
     write_shards,
 )
-from engine.data.tokenizer import CaptionTokenizer, tokenizer_for
+from engine.data.tokenizer import CaptionTokenizer, check_padding, tokenizer_for
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.models.folder import (
     Part,
     PartName,
     load_folder_tokenizer,
+    load_own_ranker_tokenizer,
     load_part,
     read_part,
     weights_digest,
     write_model_folder,
 )
+from engine.models.image_codec import ImageCodec
 from engine.models.text_embeddings import apply_text_tables, load_text_tables
 from engine.models.transformer import KoDalle, Losses
-from engine.models.vqgan import Vqgan
 from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
 from engine.sampling_params import SequenceRequest
@@ -75,7 +76,8 @@ class KodalleStage:
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
         )  # the tokenizer is not trained on these
-        self.vqgan: Vqgan = load_part(run.vqgan, "vqgan")
+        check_padding(self.tokenizer, run.model, field="text.tokenizer", value=run.text.tokenizer)
+        self.vqgan: ImageCodec = load_part(run.vqgan, "vqgan")
         if run.koclip is not None:
             read_part(run.koclip, "koclip")  # fails now instead of at the export
             _check_same_tokenizer(run.koclip, self.tokenizer)
@@ -97,7 +99,7 @@ class KodalleStage:
         run, self._guard = self.run, guard
         model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=run.attention)
         if run.codebook_init:
-            model.start_from_codebook(self.vqgan.quantize.embedding.weight.detach().cpu())
+            model.start_from_codebook(self.vqgan.code_vectors().cpu())
         if run.pretrained_text_embeddings is not None:
             apply_text_tables(model, load_text_tables(run.pretrained_text_embeddings))
         if run.start_from is not None:
@@ -165,12 +167,13 @@ class KodalleStage:
                 ),  # not read again: the folder may hold a newer one
                 "transformer": Part(run.model, weights),
             }
+            ranker_tokenizer = None
             if run.koclip is not None:
                 parts["koclip"] = read_part(run.koclip, "koclip")
+                ranker_tokenizer = load_own_ranker_tokenizer(run.koclip)
             write_model_folder(
-                folder, parts, card=card,
-                tokenizer=self.tokenizer, generation=run.generation, caption_guide=self._caption_guide,
-                ground=self.ground,
+                folder, parts, card=card, tokenizer=self.tokenizer, ranker_tokenizer=ranker_tokenizer,
+                generation=run.generation, caption_guide=self._caption_guide, ground=self.ground,
             )  # fmt: skip
         self.world.barrier()
 
@@ -245,8 +248,8 @@ class KodalleStage:
 
 
 def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:
-    """A model folder has one tokenizer, which transformer and KoCLIP share."""
-    if load_folder_tokenizer(koclip).digest != tokenizer.digest:
+    """A model folder has one tokenizer, which transformer and KoCLIP share; a CLIP brings its own."""
+    if load_own_ranker_tokenizer(koclip) is None and load_folder_tokenizer(koclip).digest != tokenizer.digest:
         raise InputError(
             "text.tokenizer", koclip, f"this KoCLIP was trained with another tokenizer: write text.tokenizer={koclip}"
         )

@@ -29,7 +29,7 @@ from engine.codec.onnx_backend import (
     open_vqgan,
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
-from engine.codec.vqgan_decoder import FastVqganDecoder, decodes_int8
+from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
 from engine.config import KoclipConfig, TransformerConfig, VqganConfig
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
@@ -334,7 +334,7 @@ def test_no_cuda_is_reported(exported: Path, capfd: pytest.CaptureFixture[str]) 
 def test_backend_is_an_explicit_choice(exported: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for folder in (model, exported):  # torch, whether there are ONNX files or not
         torchs = Pipeline.from_pretrained(folder)._codec
-        assert (type(torchs.decoder), type(torchs.embedder)) == (FastVqganDecoder, KoclipEncoder)
+        assert (type(torchs.decoder), type(torchs.embedder)) == (FastDecoder, KoclipEncoder)
     onnxs = Pipeline.from_pretrained(exported, codec_backend="onnx")._codec
     assert (type(onnxs.decoder), type(onnxs.embedder)) == (OnnxVqgan, OnnxKoClip)
     assert capfd.readouterr().err == ""
@@ -352,7 +352,7 @@ def test_int8_where_the_processor_gains_by_it(model: Path, capsys: pytest.Captur
     codec._report_no_int8.cache_clear()
     vqgan = load_part(model, "vqgan")
     decoders = [open_codec(model, vqgan, None, backend="torch", device=CPU, int8=True).decoder for _ in range(2)]
-    assert isinstance(decoders[0], FastVqganDecoder)
+    assert isinstance(decoders[0], FastDecoder)
     has_int8 = decodes_int8(CPU)
     assert decoders[0].precision == ("int8" if has_int8 else "float32")
     assert [line[:22] for line in capsys.readouterr().err.splitlines()] == (
@@ -363,7 +363,7 @@ def test_int8_where_the_processor_gains_by_it(model: Path, capsys: pytest.Captur
 def test_torch_decodes_in_the_models_dtype(model: Path) -> None:
     vqgan = load_part(model, "vqgan").bfloat16()
     decoder, embedder = open_codec(model, vqgan, None, backend="torch", device=CPU)
-    assert isinstance(decoder, FastVqganDecoder)
+    assert isinstance(decoder, FastDecoder)
     assert (decoder.precision, embedder) == ("bfloat16", None)
 
 

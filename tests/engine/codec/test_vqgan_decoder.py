@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.codec import vqgan_decoder, vqgan_row_tiles
 from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
-from engine.codec.vqgan_decoder import FastVqganDecoder, latent_table
+from engine.codec.vqgan_decoder import FastDecoder
 from engine.codec.vqgan_row_tiles import convolve, float_conv
 from engine.config import VqganConfig
 from engine.device import cpu_capabilities
@@ -82,7 +82,7 @@ def test_equals_the_vqgan(name: str, count: int, row_tiles: bool) -> None:
     vqgan = _vqgan(name)
     tokens = _tokens(vqgan, count)
     expected = vqgan.decode(tokens)
-    found = FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens)
+    found = FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens)
     assert (found.shape, found.dtype) == (expected.shape, torch.float32)
     assert expected.std() > 0.05  # no flat grey that any decoder would get right
     assert (found - expected).abs().max() <= 1e-5
@@ -95,25 +95,25 @@ def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, row_tiles: bool) ->
     """Tensors of that mode may not be written by other threads, which are not in it."""
     tokens = _tokens(vqgan, count)
     with torch.inference_mode():
-        found = FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens.clone())
-    assert torch.equal(found, FastVqganDecoder(vqgan, row_tiles=row_tiles).decode(tokens))
+        found = FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens.clone())
+    assert torch.equal(found, FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens))
 
 
 def test_equals_the_vqgan_with_many_row_tiles(vqgan: Vqgan, small_tiles: None) -> None:
     tokens = _tokens(vqgan, 3)
-    assert (FastVqganDecoder(vqgan, row_tiles=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
+    assert (FastDecoder(vqgan, row_tiles=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.05), ("float16", 0.01)])
 def test_sixteen_bits_are_near(vqgan: Vqgan, precision: vqgan_decoder.Precision, allowed: float) -> None:
     tokens = _tokens(vqgan, 2)
-    error = (FastVqganDecoder(vqgan, precision=precision).decode(tokens) - vqgan.decode(tokens)).abs()
+    error = (FastDecoder(vqgan, precision=precision).decode(tokens) - vqgan.decode(tokens)).abs()
     assert 1e-5 < error.max() <= allowed
 
 
 def test_table_is_the_latents(vqgan: Vqgan) -> None:
     entries = vqgan.quantize.lookup(torch.arange(40))[:, :, None, None]
-    torch.testing.assert_close(latent_table(vqgan), vqgan.post_quant_conv(entries)[:, :, 0, 0])
+    torch.testing.assert_close(vqgan.latent_table(), vqgan.post_quant_conv(entries)[:, :, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
     [("float32", True), ("float32", False), ("bfloat16", False), pytest.param("int8", True, marks=needs_vnni)],
 )
 def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool) -> None:
-    decoder = FastVqganDecoder(vqgan, precision=precision, row_tiles=row_tiles)
+    decoder = FastDecoder(vqgan, precision=precision, row_tiles=row_tiles)
     tokens = _tokens(vqgan, 5)
     together = decoder.decode(tokens)
     for rows in ([0], [4], [3, 0], [4, 1, 2, 0]):
@@ -170,7 +170,7 @@ def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_
 def test_the_number_of_threads_changes_nothing(
     vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool, small_tiles: None
 ) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, precision=precision, row_tiles=row_tiles), _tokens(vqgan, 2)
+    decoder, tokens = FastDecoder(vqgan, precision=precision, row_tiles=row_tiles), _tokens(vqgan, 2)
     before = torch.get_num_threads()
     found = []
     try:
@@ -186,7 +186,7 @@ def test_the_number_of_threads_changes_nothing(
 
 @ROW_TILES
 def test_two_decoders_in_two_threads(vqgan: Vqgan, row_tiles: bool) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 3)
+    decoder, tokens = FastDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 3)
     expected, before = decoder.decode(tokens), torch.get_num_threads()
     found: list[Tensor] = []
     workers = [threading.Thread(target=lambda: found.append(decoder.decode(tokens))) for _ in range(3)]
@@ -214,8 +214,8 @@ def test_int8_costs_little_on_a_trained_codec() -> None:
         optimiser.zero_grad()
         (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
         optimiser.step()
-    expected = FastVqganDecoder(vqgan, row_tiles=True).decode(tokens)
-    error = FastVqganDecoder(vqgan, precision="int8").decode(tokens) - expected
+    expected = FastDecoder(vqgan, row_tiles=True).decode(tokens)
+    error = FastDecoder(vqgan, precision="int8").decode(tokens) - expected
     assert error.abs().max() > 0
     assert -10 * torch.log10(error.square().mean()) >= 40
 
@@ -224,7 +224,7 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
     lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", packs_int8=False)
     monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: lesser)
     with pytest.raises(InputError, match=r"precision: int8: is not made for a processor without VNNI \(avx2\)"):
-        FastVqganDecoder(vqgan, precision="int8")
+        FastDecoder(vqgan, precision="int8")
 
 
 # --------------------------------------------------------------------------------------------------------- faults
@@ -233,12 +233,12 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
 @pytest.mark.parametrize(("channels", "uses_row_tiles"), [(32, False), (64, True)])
 def test_narrow_decoders_use_no_row_tiles(channels: int, uses_row_tiles: bool) -> None:
     config = VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels}))
-    assert (FastVqganDecoder(Vqgan(config))._cpu is not None) == uses_row_tiles
+    assert (FastDecoder(Vqgan(config))._cpu is not None) == uses_row_tiles
 
 
 @ROW_TILES
 def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, row_tiles: bool) -> None:
-    decoder, tokens = FastVqganDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 2)
+    decoder, tokens = FastDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 2)
     outside = tokens.clone()
     outside[1, 3] = 40
     for bad in (tokens[:, :5], tokens[0], tokens.float(), tokens > 3, outside, tokens - 41):
@@ -253,10 +253,10 @@ def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, row_tiles: bool) -> None:
 
 def test_other_faults(vqgan: Vqgan) -> None:
     with pytest.raises(InputError, match="precision: int4: write one of float32, bfloat16, float16, int8"):
-        FastVqganDecoder(vqgan, precision="int4")  # type: ignore[arg-type]
+        FastDecoder(vqgan, precision="int4")  # type: ignore[arg-type]
     if not HAS_CUDA:
         with pytest.raises(ValueError, match="decode_async: this decoder is on the CPU"):
-            FastVqganDecoder(vqgan).decode_async(_tokens(vqgan, 1))
+            FastDecoder(vqgan).decode_async(_tokens(vqgan, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------- GPU
@@ -269,9 +269,9 @@ def test_on_a_gpu_graphed_equals_eager_and_is_batch_invariant(precision: vqgan_d
     from engine.codec.vqgan_cuda import CudaDecoder
 
     vqgan = _vqgan("attention").cuda()
-    decoder, tokens = FastVqganDecoder(vqgan, precision=precision), _tokens(vqgan, 6).cuda()
+    decoder, tokens = FastDecoder(vqgan, precision=precision), _tokens(vqgan, 6).cuda()
     dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
-    eager = CudaDecoder(vqgan.decoder, latent_table(vqgan), dtype=dtype, graphed=False)
+    eager = CudaDecoder(vqgan, vqgan.latent_table(), dtype=dtype, graphed=False)
     expected, done = eager.enqueue(tokens)
     done.synchronize()
     images = decoder.decode(tokens)
@@ -287,7 +287,7 @@ def test_on_a_gpu_graphed_equals_eager_and_is_batch_invariant(precision: vqgan_d
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 def test_on_a_gpu_decoding_runs_beside_the_callers_stream() -> None:
     vqgan = _vqgan("attention").cuda()
-    decoder, tokens = FastVqganDecoder(vqgan), _tokens(vqgan, 4).cuda()
+    decoder, tokens = FastDecoder(vqgan), _tokens(vqgan, 4).cuda()
     expected = decoder.decode(tokens)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -1,0 +1,20 @@
+"""The ranker families behind one interface: how well images fit captions.
+
+    family   network                config          tokenizer
+    koclip   engine.models.koclip   KoclipConfig    the transformer's
+    clip     engine.models.clip     ClipConfig      its own
+
+What ranking, metrics and the fast encoder (engine.codec.koclip_encoder) use of each: `config` with embed_dim, image_size and
+text_seq_len, `prepare`, `embed_images`, `embed_texts`, `trim`, `scores`, `loss`, and `image_projection`, the layer from pooled features.
+"""
+
+from engine.config import ClipConfig, RankerConfig
+from engine.models.clip import Clip
+from engine.models.koclip import KoClip
+
+Ranker = KoClip | Clip
+
+
+def build_ranker(config: RankerConfig) -> Ranker:
+    """The network of a config, with random weights."""
+    return Clip(config) if isinstance(config, ClipConfig) else KoClip(config)
