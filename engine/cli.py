@@ -11,6 +11,7 @@
     kodalle serve MODEL --port 8000                                       (from the package serve)
     kodalle export MODEL --out DIR
     kodalle convert MODEL DIR --dtype float16
+    kodalle import CHECKPOINT DIR
     kodalle demo
     kodalle doctor
 
@@ -27,6 +28,7 @@ from engine.commands import data as data_commands
 from engine.commands import doctor as doctor_command
 from engine.commands import evaluate as evaluate_command
 from engine.commands import export as export_commands
+from engine.commands import import_checkpoint as import_command
 from engine.commands import train as train_commands
 from engine.commands import train_classifier as train_classifier_command
 from engine.commands.error_lines import run_app
@@ -41,6 +43,7 @@ app.command("evaluate")(evaluate_command.evaluate)
 app.command("train-classifier")(train_classifier_command.train_classifier)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
+app.command("import")(import_command.import_)
 app.command("doctor")(doctor_command.doctor)
 add_plugin_commands(app)
 

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects -> model folders. Nothing in a foreign file is ever executed."""
