@@ -15,7 +15,8 @@
     kodalle demo
     kodalle doctor
 
-Exit codes: 0 done, 1 faults found (`data check`, `doctor`), 2 bad input: one line on stderr naming field, value and remedy.
+Exit codes: 0 done, 1 faults found (`data check`, `doctor`), 2 bad input: one line on stderr naming field, value and remedy;
+130 and 143 stopped by SIGINT or SIGTERM.
 """
 
 from pathlib import Path
