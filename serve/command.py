@@ -44,10 +44,12 @@ _READY_WITHIN_S = 60.0  # after the application has started
 _CHECK_EVERY_S = 5.0
 _CHECKS_FAILED = 3
 
+# Two commands rather than a group: a model's name stands where a subcommand's would.
 app = typer.Typer(no_args_is_help=False, add_completion=False, pretty_exceptions_enable=False)
+key_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command("start")
+@app.command()
 def start(
     model: Annotated[str | None, typer.Argument(help="model folder, or owner/name; default: models/clothing")] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; beyond this machine only with --keys")] = None,
@@ -83,7 +85,7 @@ def start(
     raise typer.Exit(run(_absolute(arguments), host=host, port=port))
 
 
-@app.command("key")
+@key_app.command()
 def key(
     name: Annotated[str, typer.Argument(help="id of the key's holder, as it appears in logs")],
     file: Annotated[Path, typer.Option(help="keys file; created when missing")],
@@ -290,4 +292,6 @@ def _start_error(error: RuntimeError) -> Exception:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. `key` is a subcommand, so a model folder of that name is written ./key."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    run_app(app, arguments if arguments[:1] == ["key"] else ["start", *arguments], prog_name="kodalle serve")
+    if arguments[:1] == ["key"]:
+        run_app(key_app, arguments[1:], prog_name="kodalle serve key")
+    run_app(app, arguments, prog_name="kodalle serve")

@@ -1,6 +1,7 @@
 """Error reports of commands: bad input as one line, `error: field: value: remedy`, on stderr, with exit code 2.
 
-Typer draws a box of three lines round it, under two more about usage.
+Typer draws a box of three lines round it, under two more about usage. A field that the user gave by an option is called
+as it was typed: `--top-k`, not `top_k`.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -24,6 +25,16 @@ _HOME = re.compile(r"^(--[\w-]+=)(~.*)$")
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
+# Options whose field has another name in engine and serve.
+_FIELDS_OF_OPTIONS = {
+    "--mask": ("mask_image",),
+    "--int8": ("weights",),
+    "--keys": ("keys_file",),
+    "--file": ("keys_file",),
+    "--workers": ("num_workers",),
+}
+
+
 def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: str) -> NoReturn:
     """Runs a command and leaves the program.
 
@@ -34,18 +45,24 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: 
     signal.signal(signal.SIGTERM, _end)
     # A shell leaves `--out=~/x` alone, and no one wants a folder named ~.
     given = [_HOME.sub(_in_home, argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    with error_lines(prog_name):
-        code = app(given, prog_name=prog_name, standalone_mode=False)
+    with error_lines(prog_name, given):
+        command = typer.main.get_command(app)
+        _show_flags_without_a_type(command)
+        code = command(given, prog_name=prog_name, standalone_mode=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
-def error_lines(prog_name: str = "") -> Iterator[None]:
-    """Turns what the user can mend into one line on stderr and exit code 2: bad input, a package that is not installed."""
+def error_lines(prog_name: str = "", arguments: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what the user can mend into one line on stderr and exit code 2: bad input, a package that is not installed.
+
+    Args:
+        arguments: of the command line, whose options name the fields that they set.
+    """
     try:
         yield
     except InputError as error:
-        _fail(f"error: {error}")
+        _fail(f"error: {InputError(_as_typed(error.field, arguments), error.value, error.remedy)}")
     except OSError as error:
         fault = as_disk_fault(error)
         if fault is None:
@@ -72,6 +89,22 @@ def _in_home(found: re.Match[str]) -> str:
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
     """SIGTERM ends a command as an exception does: what it started and its temporary files go with it."""
     sys.exit(128 + number)
+
+
+def _as_typed(field: str, arguments: Sequence[str]) -> str:
+    """The option that set a field, where the command line has one; else the field."""
+    typed = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+    options = [f"--{field.replace('_', '-')}", *(name for name, known in _FIELDS_OF_OPTIONS.items() if field in known)]
+    return next((option for option in options if option in typed), field)
+
+
+def _show_flags_without_a_type(command: Any) -> None:
+    """Typer's help prints `<bool>` behind a flag, as if it took a value."""
+    for option in [*command.params, command.get_help_option(typer.Context(command))]:
+        if getattr(option, "is_bool_flag", False):
+            option.metavar = ""
+    for inner in getattr(command, "commands", {}).values():
+        _show_flags_without_a_type(inner)
 
 
 def _as_line(error: Any, prog_name: str) -> str:

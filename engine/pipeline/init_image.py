@@ -64,7 +64,10 @@ class InitImage:
         """
         mask_image = None
         if mask is not None:
-            open_image(mask)  # checks the file; its result has transparency laid on white, which a mask must not have
+            try:
+                open_image(mask)  # a check alone: its result has transparency laid on white, which a mask must not have
+            except InputError as error:
+                raise InputError("mask_image", error.value, error.remedy) from error
             with Image.open(mask, formats=IMAGE_FORMATS) as opened:
                 opened.load()
                 mask_image = opened

@@ -1,8 +1,6 @@
 """The commands as a shell sees them: exit codes, one line for what the user got wrong, help from anywhere."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,33 +11,26 @@ import typer
 from typer.testing import CliRunner
 
 from engine import cli
-from engine.errors import InputError
 from engine.sampling_params import FIELDS
 
 
-def _kodalle(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("kodalle")), *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=200,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_generate_from_another_folder(kodalle_run: Path, tmp_path: Path) -> None:
+def test_generate_from_another_folder(
+    kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--candidates", "3", "--top", "2", "--seed", "7", "--top-k", "9", "--out", "그림", "--device", "cpu"]
-    answer = _kodalle(tmp_path, "generate", str(kodalle_run / "model"), "빨강 바탕에 파랑 네모", *options)
-    assert answer.returncode == 0, answer.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["kodalle", "generate", str(kodalle_run / "model"), "빨강 바탕에 파랑 네모", *options]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
     result = json.loads((tmp_path / "그림" / "result.json").read_text(encoding="utf-8"))
     assert result["caption"] == "빨강 바탕에 파랑 네모"
     assert len(result["candidates"]) == 3
     assert result["candidates"][0]["provenance"]["sampling_params"]["top_k"] == 9
-    assert "그림/sheet.png" in answer.stdout
+    assert "그림/sheet.png" in capsys.readouterr().out
     assert not (tmp_path / "generations").exists()
 
 
@@ -65,11 +56,17 @@ def _commands(command: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 @pytest.mark.parametrize("command", list(_commands(typer.main.get_command(cli.app))), ids=" ".join)
-def test_help_of_every_command(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_of_every_command(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = CliRunner().invoke(cli.app, [*command, "--help"])
-    assert answer.exit_code == 0, answer.output
-    assert "Usage:" in answer.output
+    monkeypatch.setattr(sys, "argv", ["kodalle", *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"Usage: {' '.join(['kodalle', *command])} [" in " ".join(printed.split())
+    assert "<bool>" not in printed  # a flag takes no value
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,22 +105,22 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--candidates", "0"], "candidates: 0"),
+        (["--candidates", "0"], "--candidates: 0"),
         (["--codec-backend", "auto"], "--codec-backend: auto: write torch or onnx"),
-        (["--seed", "-1"], "seed: -1"),
-        (["--seed", str(2**64)], "seed: "),
-        (["--temperature", "-1"], "temperature: -1"),
-        (["--temperature", "1e-40"], "temperature: 1e-40: must be a number, 0.01 to 100, or 0"),
-        (["--temperature", "nan"], "temperature: nan"),
-        (["--top-k", "0"], "top_k: 0"),
-        (["--top-p", "1.5"], "top_p: 1.5"),
-        (["--guidance-scale", "inf"], "guidance_scale: inf"),
-        (["--candidates", "2", "--top", "3"], "top: 3: is more than the 2 candidates"),
+        (["--seed", "-1"], "--seed: -1"),
+        (["--seed", str(2**64)], "--seed: "),
+        (["--temperature", "-1"], "--temperature: -1"),
+        (["--temperature", "1e-40"], "--temperature: 1e-40: must be a number, 0.01 to 100, or 0"),
+        (["--temperature", "nan"], "--temperature: nan"),
+        (["--top-k", "0"], "--top-k: 0"),
+        (["--top-p", "1.5"], "--top-p: 1.5"),
+        (["--guidance-scale", "inf"], "--guidance-scale: inf"),
+        (["--candidates", "2", "--top", "3"], "--top: 3: is more than the 2 candidates"),
         (["--device", "gpu"], "--device: gpu"),
         (["--mask", "mask.png"], "--mask: mask.png: give the image too: --image FILE"),
         (["--keep-rows", "3"], "--keep-rows: 3: give the image too"),
         (["--no-paste"], "--no-paste: without an image: give the image too"),
-        (["--image", "no.png"], "image: no.png: no such file"),
+        (["--image", "no.png"], "--image: no.png: no such file"),
         (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or log_likelihood"),
         (["--rank-by", "log_likelihood"], "--rank-by: log_likelihood: is for inpainting"),
     ],
@@ -143,16 +140,6 @@ def test_bad_values_are_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {message}")
-
-
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(cli, "app", broken)
-    with pytest.raises(ZeroDivisionError):
-        cli.main()
-    assert not issubclass(ZeroDivisionError, InputError)
 
 
 def test_help_states_the_bounds_of_every_sampling_parameter() -> None:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from engine import cli
-from engine.commands.error_lines import run_app
+from engine.commands.error_lines import error_lines, run_app
 from engine.errors import InputError
 from serve import command
 
@@ -34,7 +34,7 @@ def ended(capsys: pytest.CaptureFixture[str], app: typer.Typer, *arguments: str)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("generate", "x", "y", "--seed", "-1"), "error: seed: -1: must be a whole number, 0 to "),
+        (("generate", "x", "y", "--seed", "-1"), "error: --seed: -1: must be a whole number, 0 to "),
         (("continue", "x", "y", "--count", "0"), "error: --count: 0: Input should be greater than or equal to 1; see"),
         (("generate", "x", "y", "--top", "many"), "error: --top: many: Input should be a valid integer"),
         (("continue", "x"), "error: Missing argument 'beginning'; see `it continue --help`"),
@@ -56,9 +56,28 @@ def test_kodalle_reports_bad_input_in_one_line(
 
 
 def test_the_server_reports_bad_input_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    code, stderr = ended(capsys, command.app, "start", "--port", "70000")
+    code, stderr = ended(capsys, command.app, "--port", "70000")
     assert (code, stderr.count("\n")) == (2, 1)
-    assert stderr.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it start --help`")
+    assert stderr.startswith("error: --port: 70000: Input should be less than or equal to 65535; see `it --help`")
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments", "shown"),
+    [
+        ("top_k", ["--top-k", "0"], "--top-k"),
+        ("top_k", ["--top-k=0"], "--top-k"),
+        ("keys_file", ["x", "--keys", "k.yaml"], "--keys"),
+        ("mask_image", ["--mask", "m.png"], "--mask"),
+        ("top_k", ["--top", "4"], "top_k"),  # the model's own
+        ("data.pairs", ["run.yaml", "data.pairs=nowhere"], "data.pairs"),
+    ],
+)
+def test_a_field_is_called_by_the_option_that_set_it(
+    field: str, arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), error_lines(arguments=arguments):
+        raise InputError(field, "a value", "mend it")
+    assert capsys.readouterr().err == f"error: {shown}: a value: mend it\n"
 
 
 def test_disk_faults_are_one_line_and_home_is_found(

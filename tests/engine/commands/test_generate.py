@@ -199,16 +199,16 @@ def test_what_is_not_as_the_metadata_state_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image", "text.png"], "image: text.png: is not a JPEG, PNG, WEBP image"),
-        (["--image", "empty.png"], "image: empty.png: the file is empty"),
-        (["--image", "cut.png"], "image: cut.png: is truncated or damaged"),
-        (["--image", "사진.png", "--mask", "nowhere.png"], "image: nowhere.png: no such file"),
-        (["--image", "사진.png", "--mask", "square.png"], "mask_image: 40 x 40: must be as large as the image"),
-        (["--image", "사진.png", "--mask", "black.png"], "mask_image: all black: marks nothing"),
-        (["--image", "사진.png", "--mask", "white.png"], "mask_image: all white: keeps nothing"),
-        (["--image", "사진.png", "--mask", "clear.png"], "mask_image: has transparent pixels"),
-        (["--image", "사진.png", "--mask", "mask.png", "--keep-rows", "2"], "keep_rows: 2: goes with no mask"),
-        (["--image", "사진.png", "--keep-rows", "0"], "keep_rows: 0: must be 1 or more"),
+        (["--image", "text.png"], "--image: text.png: is not a JPEG, PNG, WEBP image"),
+        (["--image", "empty.png"], "--image: empty.png: the file is empty"),
+        (["--image", "cut.png"], "--image: cut.png: is truncated or damaged"),
+        (["--image", "사진.png", "--mask", "nowhere.png"], "--mask: nowhere.png: no such file"),
+        (["--image", "사진.png", "--mask", "square.png"], "--mask: 40 x 40: must be as large as the image"),
+        (["--image", "사진.png", "--mask", "black.png"], "--mask: all black: marks nothing"),
+        (["--image", "사진.png", "--mask", "white.png"], "--mask: all white: keeps nothing"),
+        (["--image", "사진.png", "--mask", "clear.png"], "--mask: has transparent pixels"),
+        (["--image", "사진.png", "--mask", "mask.png", "--keep-rows", "2"], "--keep-rows: 2: goes with no mask"),
+        (["--image", "사진.png", "--keep-rows", "0"], "--keep-rows: 0: must be 1 or more"),
         (
             ["--image", "사진.png", "--keep-rows", "3", "--rank-by", "log_likelihood"],
             "--rank-by: log_likelihood: is for inpainting",
@@ -229,7 +229,7 @@ def test_too_many_rows_for_the_model(
 ) -> None:
     options = ["--image", "사진.png", "--keep-rows", "8", "--device", "cpu"]
     assert _kodalle(monkeypatch, files, "generate", str(kodalle_run / "model"), CAPTION, *options) == 2
-    assert "error: keep_rows: 8: this model's images have 8 rows of tokens" in capsys.readouterr().err
+    assert "error: --keep-rows: 8: this model's images have 8 rows of tokens" in capsys.readouterr().err
     assert not (files / "generations").exists()
 
 
@@ -256,7 +256,7 @@ def test_continue_refuses(
     for arguments, message in (
         (["missing", "빨강"], "error: model folder: missing: no such folder"),
         ([str(kodalle_run / "model"), "빨강 " * 20], "error: caption: "),
-        (["missing", "빨강", "--top-p", "2"], "error: top_p: 2.0"),
+        (["missing", "빨강", "--top-p", "2"], "error: --top-p: 2.0"),
     ):
         assert _kodalle(monkeypatch, tmp_path, "continue", *arguments, "--device", "cpu") == 2
         (line,) = capsys.readouterr().err.splitlines()
