@@ -25,6 +25,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.paths import REPOSITORY
+
 COLOURS = {
     "빨강": (220, 40, 40),
     "파랑": (40, 60, 220),
@@ -106,6 +108,16 @@ _EXCLUSIVE = (
     "tests/benchmarks/test_serve_load.py",
     "tests/benchmarks/test_serve_two_hosts.py",
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of which every test is deselected are not imported either: Ray, browsers and Triton take seconds."""
+    deselected = str(config.getoption("markexpr")).split(" and ")
+    name = collection_path.relative_to(REPOSITORY).as_posix() if collection_path.is_relative_to(REPOSITORY) else ""
+    for mark, places in (("slow", _SLOW), ("exclusive", _EXCLUSIVE)):
+        if f"not {mark}" in deselected and name.endswith(".py") and name.startswith(places):
+            return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,8 @@ def run_forked(
     Returns:
         Exit code (negative: the signal that killed it) and printed text of each.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preload)
     files = [folder / f"job-{number}.txt" for number in range(len(jobs))]
-    children = [
-        context.Process(target=_run, args=(function, arguments, file), daemon=True)
-        for (function, arguments), file in zip(jobs, files, strict=True)
-    ]
-    for child in children:
-        child.start()
+    children = [fork(job, file, preload=preload) for job, file in zip(jobs, files, strict=True)]
     try:
         for child in children:
             child.join(timeout_s)
@@ -50,6 +44,20 @@ def run_forked(
     ]
 
 
+def fork(job: Job, output: Path, *, preload: list[str], daemon: bool = True) -> BaseProcess:
+    """Starts a job in a process of its own.
+
+    Args:
+        output: file for what it prints.
+        daemon: it ends with the test process, and may start no processes itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    child = context.Process(target=_run, args=(*job, output), daemon=daemon)
+    child.start()
+    return child
+
+
 def _run(function: Callable[..., None], arguments: tuple[Any, ...], output: Path) -> None:
     for name in _GROUP_VARIABLES:
         os.environ.pop(name, None)
@@ -60,6 +68,8 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], output: Path
     ):
         try:
             function(*arguments)
+        except SystemExit:
+            raise
         except BaseException:
             traceback.print_exc()
             sys.exit(1)

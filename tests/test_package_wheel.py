@@ -85,7 +85,11 @@ def test_version(bare: Environment, tmp_path: Path) -> None:
         (("train", "run.yaml"), "deepspeed: not installed: pip install 'kodalle-engine[train]'"),
         (("serve", MODEL), "uvicorn: not installed: pip install 'kodalle-engine[serve]'"),
         (("evaluate", MODEL, "pairs"), "torchmetrics: not installed: pip install 'kodalle-engine[train]'"),
-        (("demo",), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
+        pytest.param(  # a second command without taming
+            ("demo",),
+            "taming: not installed: pip install --no-deps taming-transformers-rom1504",
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=lambda one: one[0] if isinstance(one, tuple) else "",
 )

@@ -2,21 +2,23 @@
 
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
-from tests.conftest import KOCLIP, TRANSFORMER, VQGAN
+from tests.conftest import COLOURS, KOCLIP, TRANSFORMER, VQGAN
 from tests.engine.commands.test_train_pictures import TINY
+from tests.forked import DEEPSPEED, Job, fork
 from tests.paths import REPOSITORY
 
 README, KOREAN = REPOSITORY / "README.md", REPOSITORY / "README.ko.md"
@@ -24,9 +26,13 @@ DOCUMENTS = sorted([README, KOREAN, *(REPOSITORY / "docs").glob("*.md"), REPOSIT
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)")
 _TINY_LOOP = {"steps": 2, "validate_every": 2, "validation_batches": 1, "sample_every": 2, "checkpoint_every": 2}
-_VOCABULARY = 256  # the captions of the drawn garments
+_VOCABULARY = 60
 _READY_WITHIN_S = 120
 _ENDS_WITHIN_S = 900  # of one command, on a machine that does much else
+_PRELOAD = [
+    *DEEPSPEED, "transformers", "engine.commands.generate", "engine.training.trainer",
+    *(f"engine.training.stage_{stage}" for stage in ("vqgan", "koclip", "kodalle")),
+]  # fmt: skip
 
 
 def _blocks(document: Path) -> list[tuple[str, str]]:
@@ -93,10 +99,10 @@ def _shrink(tree: dict[str, object]) -> None:
 
 @pytest.mark.slow
 def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> None:
-    shell.run("kodalle data make-demo PHOTOS --count 24 --image-size 64")  # the reader's own photographs
+    _take_photographs(folder / "PHOTOS")
     for kind, block in _blocks(README):
         if kind == "python":
-            shell.run(f"python -c {shlex.quote(block)}")
+            shell.run_python(block)
             continue
         for command in _commands(block):
             shell.run(command)
@@ -105,18 +111,26 @@ def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> N
     assert sorted(name for name in made if not (folder / name).exists()) == []
 
 
+def _take_photographs(folder: Path) -> None:
+    """The reader's own: each in one colour, with its name as a caption."""
+    folder.mkdir()
+    for number, (name, colour) in enumerate(list(COLOURS.items()) * 5):
+        Image.new("RGB", (80, 60), colour).save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"{name} 네모", encoding="utf-8")
+
+
 class _Shell:
-    """Runs the README's commands in a folder; a server runs on in the background."""
+    """Runs the README's commands in a folder, each in a process of its own; a server runs on in the background.
+
+    `kodalle` and Python's blocks run in processes that are forked with the engine imported, which starting Python would
+    take most of the time for; tests/test_package_wheel.py starts the installed command.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._server: subprocess.Popen[bytes] | None = None
+        self._server: BaseProcess | None = None
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self._port = listener.getsockname()[1]
-        paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-        self._environment = os.environ | {
-            "PATH": os.pathsep.join(paths), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "2",
-        }  # fmt: skip
 
     def run(self, command: str) -> None:
         command = command.replace("8000", str(self._port))
@@ -126,26 +140,42 @@ class _Shell:
             subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=REPOSITORY, check=True, capture_output=True)
         elif command.startswith("kodalle train PHOTOS "):
             tiny = [f"--set {one}" for one in (*TINY, "vqgan.model.image_size=32")]
-            self._check(" ".join([command.replace("--minutes 90", "--minutes 20"), *tiny]))
+            tiny_command = " ".join([command.replace("--minutes 90", "--minutes 20"), *tiny])
+            self._check(tiny_command, (_kodalle, (self._words(tiny_command), self._folder)))
         elif command.startswith("kodalle serve "):
             self._serve(f"{command} --without-ray")
+        elif command.startswith("kodalle "):
+            self._check(command, (_kodalle, (self._words(command), self._folder)))
         else:
-            self._check(command)
+            assert command.startswith("curl "), command
+            assert '"b64_json"' in self._bash(command)
 
-    def _check(self, command: str) -> None:
+    def run_python(self, block: str) -> None:
+        self._check(block, (_python, (block.replace("8000", str(self._port)), self._folder)))
+
+    def _words(self, command: str) -> list[str]:
+        """As the shell splits and expands them."""
+        return self._bash(f"printf '%s\\0' {command}").split("\0")[:-1]
+
+    def _bash(self, command: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", command], cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=_ENDS_WITHIN_S,
-            check=False,
-        )  # fmt: skip
+            ["bash", "-c", command], cwd=self._folder, capture_output=True, text=True, timeout=_ENDS_WITHIN_S, check=False
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        if command.startswith("curl "):
-            assert '"b64_json"' in done.stdout, done.stdout[-1000:]
+        return done.stdout
+
+    def _check(self, what: str, job: Job) -> None:
+        output = self._folder / "printed.txt"
+        child = fork(job, output, preload=_PRELOAD, daemon=False)
+        child.join(_ENDS_WITHIN_S)
+        assert child.exitcode == 0, f"{what}\n{output.read_text(encoding='utf-8')[-4000:]}"
 
     def _serve(self, command: str) -> None:
-        self._server = subprocess.Popen(shlex.split(command), cwd=self._folder, env=self._environment)
+        job = (_kodalle, (self._words(command), self._folder))
+        self._server = fork(job, self._folder / "server.txt", preload=_PRELOAD, daemon=False)
         ends = time.monotonic() + _READY_WITHIN_S
         while time.monotonic() < ends:
-            assert self._server.poll() is None, "the server stopped"
+            assert self._server.is_alive(), (self._folder / "server.txt").read_text(encoding="utf-8")
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self._port}/readyz", timeout=5)
                 return
@@ -156,7 +186,28 @@ class _Shell:
     def stop(self) -> None:
         if self._server is not None:
             self._server.terminate()
-            self._server.wait(timeout=60)
+            self._server.join(60)
+            assert self._server.exitcode == 0
+
+
+def _kodalle(words: list[str], folder: Path) -> None:
+    """The command; a training runs in this process, where the command would start DeepSpeed's launcher."""
+    from engine import cli, train
+    from engine.commands import train as train_command
+
+    def train_here(arguments: Sequence[str], **_: int) -> int:
+        sys.argv = ["train.py", "--config", *arguments]
+        return train.main()
+
+    os.chdir(folder)
+    train_command.launch = train_here  # type: ignore[assignment]
+    sys.argv = words
+    cli.main()
+
+
+def _python(block: str, folder: Path) -> None:
+    os.chdir(folder)
+    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 
 
 @pytest.fixture

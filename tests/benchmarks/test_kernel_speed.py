@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 from engine.config import TransformerConfig
+from tests.benchmark_scripts import run_script
 from tests.paths import REPOSITORY
 
 pytest.importorskip("triton")
@@ -84,14 +82,7 @@ def test_the_usual_sampling_keeps_what_its_filters_keep() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the table where there is no GPU")
 def test_without_cuda(tmp_path: Path) -> None:
-    answer = subprocess.run(
-        [sys.executable, str(REPOSITORY / "benchmarks" / "kernel_speed.py"), "--out", str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    answer = run_script("kernel_speed", "--out", str(tmp_path))
     assert answer.returncode == 0, answer.stderr
     document = json.loads(answer.stdout.splitlines()[-1])
     (stored,) = (tmp_path / "results" / "kernel_speed").glob("*.json")

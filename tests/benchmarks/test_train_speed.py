@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,23 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmark_scripts import Answer, run_script
 from tests.paths import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks" / "train_speed.py"
 
 
-def run(out: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--out", str(out), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(out: Path, *arguments: str) -> Answer:
+    """A quick run; its training is a process of its own."""
+    return run_script("train_speed", "--quick", "--out", str(out), *arguments)
 
 
-def last_line(answer: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+def last_line(answer: Answer) -> dict[str, Any]:
     document = json.loads(answer.stdout.splitlines()[-1])
     assert isinstance(document, dict)
     return document

@@ -1,13 +1,9 @@
 """Minutes of trainings are the sum over their logged steps."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.paths import REPOSITORY
-
-SCRIPT = REPOSITORY / "benchmarks" / "training_minutes.py"
+from tests.benchmark_scripts import run_script
 
 
 def test_minutes_are_summed_over_steps_without_validations(kodalle_run: Path, tmp_path: Path) -> None:
@@ -19,8 +15,7 @@ def test_minutes_are_summed_over_steps_without_validations(kodalle_run: Path, tm
         lines = [*steps, {"step": 1, "validation_loss": 1.0}]
         (tmp_path / stage / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "training.json"
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--out", str(out)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = run_script("training_minutes", str(tmp_path), "--out", str(out)).stdout
     document = json.loads(out.read_text(encoding="utf-8"))
     assert json.loads(printed.splitlines()[-1]) == document
     assert document.keys() >= {"commit", "hardware", "versions"}

@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.exclusive]
 
 CAPTION = "빨강 바탕에 파랑 네모"
 SLOW = {"n": 1, "candidates": 48}  # more sequences than slots: a second or so on two cores
+SEEDS = list(range(5))  # of requests that are sent at once
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +162,13 @@ def images_of(answers: dict[int, tuple[int, Any]]) -> dict[int, list[str]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Any) -> dict[int, list[str]]:
-    return images_of(generate_while(server, list(range(8)), lambda: None))
+    return images_of(generate_while(server, SEEDS, lambda: None))
 
 
 def test_a_killed_worker_loses_no_request_and_changes_no_byte(server: Any, undisturbed: dict[int, list[str]]) -> None:
     before = metric(server, "kodalle_reruns_total")
     victim = replicas(server, "Worker")[0]
-    answers = generate_while(server, list(range(8)), victim.kill)
+    answers = generate_while(server, SEEDS, victim.kill)
     assert images_of(answers) == undisturbed
     assert not victim.is_running()
     wait_until(lambda: metric(server, "kodalle_reruns_total") > before)
@@ -177,7 +178,7 @@ def test_a_killed_worker_loses_no_request_and_changes_no_byte(server: Any, undis
 def test_a_killed_api_server_loses_no_request_and_changes_no_byte(
     server: Any, undisturbed: dict[int, list[str]]
 ) -> None:
-    answers = generate_while(server, list(range(8)), replicas(server, "ApiServer")[0].kill)
+    answers = generate_while(server, SEEDS, replicas(server, "ApiServer")[0].kill)
     assert images_of(answers) == undisturbed
     wait_until(lambda: len(replicas(server, "ApiServer")) == 2)
 
@@ -307,7 +308,7 @@ def test_sigterm_finishes_accepted_requests_refuses_new_ones_and_exits_with_0(
         time.sleep(0.5)
         late.append(post(server, {"seed": 1, "candidates": 1}))
 
-    answers = generate_while(server, list(range(8)), stop)
+    answers = generate_while(server, SEEDS, stop)
     assert images_of(answers) == undisturbed
     assert late[0][0] == 503
     assert late[0][1]["error"]["code"] == "unavailable"

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,7 +32,7 @@ from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline
-from tests.paths import REPOSITORY
+from tests.benchmark_scripts import run_script
 
 COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
 VQGAN = VqganConfig(
@@ -387,14 +385,12 @@ def test_settings_are_compared_on_training_captions(model: Path, tmp_path: Path)
     """benchmarks/sampling_options.py, whole: no held-out caption is used."""
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
     classifier = write_classifier(tmp_path / "classifier", pairs)
-    script = REPOSITORY / "benchmarks" / "sampling_options.py"
-    command = [
-        sys.executable, str(script), str(model), str(pairs), "--independent-classifier", str(classifier),
+    printed = run_script(
+        "sampling_options", str(model), str(pairs), "--independent-classifier", str(classifier),
         "--out", str(tmp_path / "o.json"),
         "--temperature", "0.5", "2", "--guidance", "1", "--captions", "3", "--candidates", "2",
         "--sheets", str(tmp_path / "sheets"),
-    ]  # fmt: skip
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ).stdout  # fmt: skip
     document = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
     assert json.loads(printed.splitlines()[-1]) == document
     assert document.keys() >= {"commit", "hardware", "versions", "chosen"}

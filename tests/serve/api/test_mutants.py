@@ -56,12 +56,13 @@ def test_the_templates_are_valid(port: int) -> None:
         assert ask(port, "POST", template.path.decode(), body=template.body, headers=headers).status == 200
 
 
-def test_a_thousand_mutated_requests_cause_no_server_error_and_no_reset(port: int) -> None:
-    result = attack(port, templates(), count=1000, seed=20261121)
+@pytest.mark.parametrize("count", [400, pytest.param(4000, marks=pytest.mark.soak)])
+def test_mutated_requests_cause_no_server_error_and_no_reset(port: int, count: int) -> None:
+    result = attack(port, templates(), count=count, seed=20261121)
     assert result.faults == []
-    assert result.sent == 1000
-    assert result.statuses[400] > 300
-    assert result.statuses[200] > 50  # mutants that happen to be valid
+    assert result.sent == count
+    assert result.statuses[400] > 0.3 * count
+    assert result.statuses[200] > 0.05 * count  # mutants that happen to be valid
     assert ask(port, "GET", "/readyz").status == 200
     assert post_json(port, "/v1/images/generations", {"prompt": "a"}).status == 200
 
