@@ -98,8 +98,16 @@ Tree = dict[str, Any]
 
 # Fixtures that train models first: tests on them are none of `make test-fast`.
 _TRAINING = {"vqgan_run", "koclip_run", "kodalle_run", "kodalle_parts", "run_of", "tree_of", "train_tree"}
-# Programs, and Triton's interpreter, which takes a second for what a GPU does in microseconds.
-_SLOW = ("tests/benchmarks/", "tests/kernels/")
+# Programs; Triton's interpreter, which takes a second for what a GPU does in microseconds; DeepSpeed, torchmetrics and
+# ONNX, which take seconds to import.
+_SLOW = (
+    "tests/benchmarks/",
+    "tests/kernels/",
+    "tests/engine/training/",
+    "tests/engine/codec/test_onnx.py",
+    "tests/engine/decoding/test_graph_decoder",
+    "tests/engine/metrics/test_evaluate.py",
+)
 # Tests that start servers, browsers or Ray, and wait for them.
 _EXCLUSIVE = (
     "tests/serve/page/",

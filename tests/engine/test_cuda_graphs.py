@@ -11,6 +11,7 @@ import torch
 from engine.cuda_graphs import capturing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enabled", [True, False])
 def test_garbage_collection_is_off_during_a_capture_and_restored_after_a_fault_too(
     enabled: bool, monkeypatch: pytest.MonkeyPatch

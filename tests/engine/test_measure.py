@@ -179,6 +179,7 @@ def test_mean_step_is_the_mean_of_the_steps() -> None:
     assert mean_step_bytes(PUBLISHED, load) == pytest.approx(sum(steps) / len(steps), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_counted_work_is_what_the_formula_says() -> None:
     """Reading a caption at the published sizes, on tensors without memory; norms and biases are not counted."""
     with torch.device("meta"):

@@ -69,6 +69,7 @@ def test_fused_optimizers_withhold_the_update_where_found_inf_is_1(found_inf: fl
 # ------------------------------------------------------------------------------------------------- DeepSpeed and Typer
 
 
+@pytest.mark.slow
 def test_deepspeed_optimizers_keep_the_gradient_norm() -> None:
     """engine/training computes it where an optimizer has no such attribute."""
     pytest.importorskip("deepspeed")

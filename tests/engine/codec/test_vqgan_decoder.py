@@ -140,6 +140,7 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     assert torch.equal(moments.lowest, target.flatten(0, 1).amin(0))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled here, not interpreted")
 @torch.no_grad()
 def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
@@ -201,6 +202,7 @@ def test_two_decoders_in_two_threads(vqgan: Vqgan, row_tiles: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------- int8
 
 
+@pytest.mark.slow
 @needs_vnni
 def test_int8_costs_little_on_a_trained_codec() -> None:
     """A codec trained for a moment on blots: 40 dB is 2.5 grey levels in the root mean square."""

@@ -118,6 +118,7 @@ def test_next_logits_are_those_of_single_steps() -> None:
         assert torch.equal(adaptive.remove(here), single.remove(there))
 
 
+@pytest.mark.slow
 def test_a_cache_of_several_splits_moves_whole() -> None:
     """169 tokens, and a sequence that moves late."""
     torch.manual_seed(0)

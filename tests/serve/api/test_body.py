@@ -179,6 +179,7 @@ def test_a_large_body_is_413_whether_declared_or_chunked(port: int, path: str) -
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
 
 
+@pytest.mark.slow
 def test_an_incomplete_body_is_408_and_must_not_be_retried(port: int) -> None:
     whole = request_bytes("POST", "/v1/images/generations", body=b'{"prompt": "a"}', port=port)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:

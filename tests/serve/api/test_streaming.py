@@ -175,6 +175,7 @@ def test_the_deadline_holds_whatever_the_worker_does_and_the_client_sends(script
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_openais_client_retries_a_full_queue_and_not_a_missed_deadline() -> None:
     for script, error, times in (
         (never, openai.InternalServerError, 1),
@@ -228,6 +229,7 @@ def test_without_disconnect_detection_the_job_goes_on_to_its_deadline(monkeypatc
     assert count("kodalle_cancelled_total") == 0
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_is_disconnected_at_the_deadline() -> None:
     async def flood(_: GenerationJob) -> AsyncIterator[GenerationEvent]:
         for number in range(100_000):

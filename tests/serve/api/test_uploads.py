@@ -245,6 +245,7 @@ def _growth_mb(data: bytes, max_pixels: int) -> tuple[str, float]:
     return " ".join(code), float(growth)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_decompression_bomb_takes_no_memory_and_without_the_limit_it_does() -> None:
     data = bomb(13_300)

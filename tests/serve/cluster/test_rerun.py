@@ -102,6 +102,7 @@ def test_a_silent_worker_is_given_up_and_its_call_is_closed() -> None:
     assert workers.num_closed == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_sends_heartbeats_is_waited_for() -> None:
     steps: list[Step] = [None, *[0.3, None] * 4, DONE]
     workers = Workers(steps)
@@ -139,6 +140,7 @@ def test_a_worker_that_has_no_room_sends_the_job_to_one_other(reason: str) -> No
     assert len(both.jobs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["draining", "queue_full"])
 def test_an_accepted_job_waits_for_room_when_its_worker_died(reason: str) -> None:
     full: list[Step] = [None, Refused(reason, retry_after_s=3.0)]  # type: ignore[arg-type]
