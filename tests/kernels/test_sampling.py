@@ -5,9 +5,6 @@ sequence in Python (some 20 ms, with filters 100 ms), so cases are few and small
 """
 
 import math
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import contract, reference, sampling
+from kernels import reference, sampling
 from kernels.sampling import head_sample, sample
 
 HAS_CUDA = torch.cuda.is_available()
@@ -299,69 +296,6 @@ def test_head_reads_rows_of_larger_tables(device: str) -> None:
     expected = head_sample(hidden[:, :20], weight[50:, :20], bias[50:], *rest)
     copies = hidden[:, :20].clone(), weight[50:, :20].clone(), bias[50:].clone()
     assert torch.equal(head_sample(*copies, *rest), expected)
-
-
-# ------------------------------------------------------------------------------------------------------ contracts
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"logits": torch.zeros(2, 9, dtype=torch.float64)}, "logits"),
-        ({"logits": torch.zeros(2, 65537)}, "logits"),
-        ({"logits": torch.zeros(9)}, "logits"),
-        ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds"),
-        ({"candidates": torch.zeros(2, dtype=torch.int32)}, "candidates"),
-        ({"positions": torch.zeros(4, dtype=torch.int64)[::2]}, "positions"),
-        ({"temperature": torch.ones(2, dtype=torch.float64)}, "temperature"),
-        ({"top_k": torch.ones(2)}, "top_k"),
-        ({"top_p": torch.ones(2, device="meta")}, "top_p"),
-    ],
-)
-def test_contract_errors_name_the_tensor(changes: dict[str, Tensor], field: str) -> None:
-    seeds, candidates, positions = _rows(2, "cpu")
-    temperature, top_k, top_p = _off(2, "cpu")
-    arguments = {
-        "logits": torch.zeros(2, 9), "seeds": seeds, "candidates": candidates, "positions": positions,
-        "temperature": temperature, "top_k": top_k, "top_p": top_p,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=f"^{field}: "):
-        sample(**(arguments | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"hidden": torch.zeros(2, 4, dtype=torch.int64)}, "hidden"),
-        ({"hidden": torch.zeros(4, 2).t()}, "hidden"),
-        ({"weight": torch.zeros(7, 5)}, "weight"),
-        ({"weight": torch.zeros(7, 4, dtype=torch.float16)}, "weight"),
-        ({"bias": torch.zeros(8)}, "bias"),
-        ({"temperature": torch.ones(1)}, "temperature"),
-    ],
-)
-def test_head_contract_errors_name_the_tensor(changes: dict[str, Tensor], field: str) -> None:
-    seeds, candidates, positions = _rows(2, "cpu")
-    arguments = {
-        "hidden": torch.zeros(2, 4), "weight": torch.zeros(7, 4), "bias": torch.zeros(7), "seeds": seeds,
-        "candidates": candidates, "positions": positions, "temperature": torch.ones(2),
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=f"^{field}: "):
-        head_sample(**(arguments | changes))
-
-
-def test_the_cpu_is_refused_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "is_interpreted", lambda _: False)
-    with pytest.raises(ValueError, match="where no kernel runs: call kernels"):
-        sample(torch.zeros(1, 4), *_rows(1, "cpu"), *_off(1, "cpu"))
-
-
-def test_without_triton_the_module_imports_and_its_functions_name_the_remedy(
-    without_triton: Callable[[ModuleType], Any],
-) -> None:
-    module = without_triton(sampling)
-    with pytest.raises(ImportError, match="pip install triton"):
-        module.sample(torch.zeros(1, 4), *_rows(1, "cpu"), *_off(1, "cpu"))
 
 
 # --------------------------------------------------------------------------------------------------- GPU only

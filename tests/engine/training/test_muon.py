@@ -19,7 +19,8 @@ from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import free_port, join_world
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights
-from tests.engine.training.test_trainer import PRELOAD, stop_after, train_as_rank
+from tests.engine.training.test_resuming import stop_after
+from tests.engine.training.test_trainer import PRELOAD, train_as_rank
 from tests.forked import run_forked
 
 Tree = dict[str, Any]
