@@ -16,12 +16,11 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from engine.decoding.cuda.graph_decoder import GraphDecoder
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.decoding.speculative.adaptive import AdaptiveDecoder
@@ -29,40 +28,12 @@ from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.decoding.whole_passes import WholePassDecoder, report_whole_passes
 from engine.models.transformer import KoDalle
-from engine.sampling_params import SequenceRequest
 
 # Windows of 8 for one or two sequences: such a pass costs 1.25 (1.55) times a step and gives a sequence 2.5 tokens or
 # more. With 16 one sequence gains no more on photographs and has twice as much to lose; four sequences hardly gain
 # (benchmarks/LOG.md).
 _WINDOW = 8
 _SPECULATIVE_SLOTS = 2
-
-
-class Decoder(Protocol):
-    """Sequences in flight: added and removed between any two steps, each at its own position."""
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that have not been removed, finished ones included."""
-
-    @property
-    def num_free(self) -> int:
-        """Free slots; a guided sequence needs two."""
-
-    def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
-        """Adds a sequence and returns its slot; see `engine.decoding.slot_table.SlotTable.add`."""
-
-    def remove(self, slot: int) -> Tensor:
-        """Removes a sequence, finished or not, and returns its (n,) tokens so far."""
-
-    def num_tokens(self, slot: int) -> int:
-        """Tokens that a sequence has so far; cheaper than a view of them."""
-
-    def tokens(self, slot: int) -> Tensor:
-        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
-
-    def step(self) -> list[int]:
-        """Gives every unfinished sequence at least one token and returns the slots of those that finished."""
 
 
 def can_graph(device: torch.device) -> bool:
@@ -140,7 +111,7 @@ class DecoderCache:
             yield self._make_graphed(num_slots)
             return
         cached = self._cached
-        if cached is None or cached.num_slots < num_slots or (null_prefix is not None and not cached.can_guide):
+        if cached is None or cached.num_slots < num_slots or (null_prefix is not None and not cached.table.can_guide):
             size = max(num_slots, 0 if cached is None else cached.num_slots)
             self._cached = cached = None  # its memory first
             cached = self._cached = self._make_graphed(1 << (size - 1).bit_length())

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from engine.decoding.cpu.packed_weights import Weights, choose_weights, make_step_model
-from engine.decoding.decoders import Decoder, DecoderCache
+from engine.decoding.decoder import Decoder
+from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix, empty_prefix
 from engine.decoding.step_model import StepModel
 from engine.decoding.whole_passes import read_captions

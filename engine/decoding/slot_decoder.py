@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.batch_step import BatchMetadata, batch_metadata, guided_logits, next_tokens, run_layers
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import KVCache, Prefix
 from engine.decoding.slot_table import SlotTable
 from engine.decoding.step_model import StepModel, as_step_model
@@ -28,7 +29,7 @@ from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
 
-class SlotDecoder:
+class SlotDecoder(Decoder):
     """Sequences in flight, one token a step. Use it with a model in eval mode and under `torch.inference_mode`, from one thread.
 
     Args:
@@ -48,42 +49,20 @@ class SlotDecoder:
         batch_invariant: bool = True,
     ) -> None:
         self.model = as_step_model(model, batch_invariant=batch_invariant)
-        self._table = SlotTable(
+        self.table = SlotTable(
             num_slots, self.model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device
         )
-        self._steps = SingleTokenSteps(self.model, self._table)
-
-    @property
-    def num_slots(self) -> int:
-        return self._table.num_slots
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that have not been removed, finished ones included."""
-        return self._table.num_sequences
-
-    @property
-    def num_free(self) -> int:
-        """Free slots; a guided sequence needs two."""
-        return self._table.num_free
+        self._steps = SingleTokenSteps(self.model, self.table)
 
     def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
         """See `SlotTable.add`."""
-        slot = self._table.add(prefix, request, init_tokens=init_tokens)
+        slot = self.table.add(prefix, request, init_tokens=init_tokens)
         self._steps.start(slot)
         return slot
 
     def remove(self, slot: int) -> Tensor:
         """See `SlotTable.remove`."""
-        return self._table.remove(slot)
-
-    def num_tokens(self, slot: int) -> int:
-        """Tokens that a sequence has so far; cheaper than a view of them."""
-        return self._table.num_tokens(slot)
-
-    def tokens(self, slot: int) -> Tensor:
-        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
-        return self._table.tokens_of(slot)
+        return self.table.remove(slot)
 
     def step(self) -> list[int]:
         """Gives every unfinished sequence its next token.

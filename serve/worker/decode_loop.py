@@ -19,7 +19,7 @@ from collections import OrderedDict, deque
 
 import torch
 
-from engine.decoding.decoders import Decoder
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.errors import InputError
 from engine.pipeline.pipeline import Pipeline

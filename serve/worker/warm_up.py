@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.decoding.decoders import Decoder
+from engine.decoding.decoder import Decoder
 from engine.decoding.sampler import Sampler
 from engine.sampling_params import SamplingParams, SequenceRequest
 

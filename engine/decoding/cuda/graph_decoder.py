@@ -24,6 +24,7 @@ from engine.cuda_graphs import capturing
 from engine.decoding.cuda.prefix_pool import PrefixPool
 from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.decoding.cuda.step_program import StepProgram
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_table import SlotTable
 from engine.errors import InputError
@@ -41,7 +42,7 @@ class _Batch:
     filters: bool
 
 
-class GraphDecoder:
+class GraphDecoder(Decoder):
     """Sequences in flight on a GPU. Use it as `SlotDecoder`, on one stream.
 
     Args:
@@ -71,74 +72,47 @@ class GraphDecoder:
         if self.graphs and device.type != "cuda":
             raise InputError("graphs", self.graphs, f"needs CUDA and the model is on {device}: leave it out")
         self.model = model
-        self._slots = SlotTable(num_slots, config.image_seq_len, null_prefix=null_prefix, device=device)
+        self.table = SlotTable(num_slots, config.image_seq_len, null_prefix=null_prefix, device=device)
         self._pool = PrefixPool(
             num_slots,  # always enough
             (config.num_layers, config.prefix_len, config.num_heads, config.head_dim),
             null_prefix=null_prefix, dtype=dtype, device=device,
         )  # fmt: skip
-        self._table = SequenceTable(
+        self._sequences = SequenceTable(
             num_slots, idle_position=config.image_seq_len, vocab_size=config.image_vocab_size, device=device
         )
-        self._program = StepProgram(model, self._slots, self._table, self._pool, attention=attention)
+        self._program = StepProgram(model, self.table, self._sequences, self._pool, attention=attention)
         self.attention = self._program.attention  # by name; "auto" has become one
         self._batch: _Batch | None = None
         self._version = -1  # of the slot table when `_batch` was made
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.graphs else None
 
-    @property
-    def num_slots(self) -> int:
-        return self._slots.num_slots
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that have not been removed, finished ones included."""
-        return self._slots.num_sequences
-
-    @property
-    def num_free(self) -> int:
-        """Free slots; a guided sequence needs two."""
-        return self._slots.num_free
-
-    @property
-    def can_guide(self) -> bool:
-        """Whether it has the empty caption."""
-        return self._slots.can_guide
-
     def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
         """See `SlotTable.add`. The host does not wait for the device."""
-        slot = self._slots.add(prefix, request, init_tokens=init_tokens)
-        refs = self._slots.prefix_refs
-        unconditional_slot = self._slots.sequences[slot].unconditional_slot
-        for own in self._slots.slots_of(slot):
+        slot = self.table.add(prefix, request, init_tokens=init_tokens)
+        refs = self.table.prefix_refs
+        unconditional_slot = self.table.sequences[slot].unconditional_slot
+        for own in self.table.slots_of(slot):
             self._program.hidden[own] = refs[own].hidden
         entry = self._pool.hold(refs[slot])
-        self._table.set_sequence(slot, request, prefix_entry=entry, unconditional_slot=unconditional_slot)
+        self._sequences.set_sequence(slot, request, prefix_entry=entry, unconditional_slot=unconditional_slot)
         if unconditional_slot is not None:
             null_entry = self._pool.hold(refs[unconditional_slot])
-            self._table.set_unconditional(unconditional_slot, source=slot, prefix_entry=null_entry)
+            self._sequences.set_unconditional(unconditional_slot, source=slot, prefix_entry=null_entry)
         return slot
 
     def remove(self, slot: int) -> Tensor:
         """See `SlotTable.remove`."""
-        for own in self._slots.slots_of(slot):
-            self._pool.release(self._slots.prefix_refs[own])
-            self._table.set_idle(own)
-        return self._slots.remove(slot)
+        for own in self.table.slots_of(slot):
+            self._pool.release(self.table.prefix_refs[own])
+            self._sequences.set_idle(own)
+        return self.table.remove(slot)
 
     def clear(self) -> None:
         """Removes all sequences."""
-        for slot in list(self._slots.sequences):
+        for slot in list(self.table.sequences):
             self.remove(slot)
-
-    def num_tokens(self, slot: int) -> int:
-        """Tokens that a sequence has so far; cheaper than a view of them."""
-        return self._slots.num_tokens(slot)
-
-    def tokens(self, slot: int) -> Tensor:
-        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
-        return self._slots.tokens_of(slot)
 
     def step(self) -> list[int]:
         """Gives every unfinished sequence its next token.
@@ -146,12 +120,12 @@ class GraphDecoder:
         Returns:
             The slots of sequences that finished in this step.
         """
-        if self._batch is None or self._version != self._slots.version:
-            self._batch, self._version = self._make_batch(), self._slots.version
+        if self._batch is None or self._version != self.table.version:
+            self._batch, self._version = self._make_batch(), self.table.version
         batch = self._batch
         if batch is None:
             return []
-        finished = [slot for slot in batch.slots if self._slots.advance(slot, 1)]
+        finished = [slot for slot in batch.slots if self.table.advance(slot, 1)]
         if len(finished) == len(batch.slots):  # what the layers would make of the last tokens is never read
             self._program.sample(batch.bucket, filters=batch.filters)
         else:
@@ -184,15 +158,17 @@ class GraphDecoder:
 
     def _make_batch(self) -> _Batch | None:
         """The unfinished sequences, uploaded to the device; None when there are none."""
-        slots = self._slots.unfinished()
+        slots = self.table.unfinished()
         if not slots:
             return None
-        for slot, state in self._slots.sequences.items():
-            for own in self._slots.slots_of(slot):
-                self._table.set_position(own, state.position)
-        self._table.upload()
-        highest = max(own for slot in slots for own in self._slots.slots_of(slot))
-        filters = any(self._table.filters_logits(self._slots.sequences[slot].request.sampling_params) for slot in slots)
+        for slot, state in self.table.sequences.items():
+            for own in self.table.slots_of(slot):
+                self._sequences.set_position(own, state.position)
+        self._sequences.upload()
+        highest = max(own for slot in slots for own in self.table.slots_of(slot))
+        filters = any(
+            self._sequences.filters_logits(self.table.sequences[slot].request.sampling_params) for slot in slots
+        )
         return _Batch(slots, min(bucket for bucket in self.buckets() if bucket > highest), filters)
 
     def _run(self, bucket: int, filters: bool) -> None:

@@ -10,6 +10,7 @@ of its cache; to move back costs one step as well, since a window ends before it
 
 from torch import Tensor
 
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_decoder import SingleTokenSteps
 from engine.decoding.slot_table import SlotTable
@@ -19,7 +20,7 @@ from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
 
-class AdaptiveDecoder:
+class AdaptiveDecoder(Decoder):
     """Sequences in flight, several tokens a step while few slots are taken. Use it as `SlotDecoder`.
 
     Args:
@@ -38,46 +39,24 @@ class AdaptiveDecoder:
         null_prefix: Prefix | None = None,
     ) -> None:
         self.model = as_step_model(model, batch_invariant=True)
-        self._table = SlotTable(
+        self.table = SlotTable(
             num_slots, self.model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device
         )
         self._speculative_slots = speculative_slots
-        self._steps = SingleTokenSteps(self.model, self._table)
-        self._passes = WindowPasses(self.model, self._table, num_rows=speculative_slots, window=window)
+        self._steps = SingleTokenSteps(self.model, self.table)
+        self._passes = WindowPasses(self.model, self.table, num_rows=speculative_slots, window=window)
         self.num_moves = {"in": 0, "back": 0}
-
-    @property
-    def num_slots(self) -> int:
-        return self._table.num_slots
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that have not been removed, finished ones included."""
-        return self._table.num_sequences
-
-    @property
-    def num_free(self) -> int:
-        """Free slots; a guided sequence needs two."""
-        return self._table.num_free
 
     def add(self, prefix: Prefix, request: SequenceRequest, *, init_tokens: Tensor | None = None) -> int:
         """See `SlotTable.add`."""
-        slot = self._table.add(prefix, request, init_tokens=init_tokens)
+        slot = self.table.add(prefix, request, init_tokens=init_tokens)
         self._steps.start(slot)
         return slot
 
     def remove(self, slot: int) -> Tensor:
         """See `SlotTable.remove`."""
         self._passes.remove(slot)
-        return self._table.remove(slot)
-
-    def num_tokens(self, slot: int) -> int:
-        """Tokens that a sequence has so far; cheaper than a view of them."""
-        return self._table.num_tokens(slot)
-
-    def tokens(self, slot: int) -> Tensor:
-        """(n,) tokens that a sequence has so far; a view, overwritten once it is removed."""
-        return self._table.tokens_of(slot)
+        return self.table.remove(slot)
 
     def step(self) -> list[int]:
         """Gives every unfinished sequence at least one token.
@@ -85,8 +64,8 @@ class AdaptiveDecoder:
         Returns:
             The slots of sequences that finished in this step.
         """
-        unfinished = self._table.unfinished()
-        if sum(len(self._table.slots_of(slot)) for slot in unfinished) > self._speculative_slots:
+        unfinished = self.table.unfinished()
+        if sum(len(self.table.slots_of(slot)) for slot in unfinished) > self._speculative_slots:
             self._move_back()
             return self._steps.step()
         for slot in unfinished:
@@ -104,7 +83,7 @@ class AdaptiveDecoder:
         """Moves all sequences from the windows to single steps."""
         moved = list(self._passes.rows_of)
         for slot in moved:
-            for own, row in zip(self._table.slots_of(slot), self._passes.rows_of[slot], strict=True):
+            for own, row in zip(self.table.slots_of(slot), self._passes.rows_of[slot], strict=True):
                 self._steps.cache.copy_sequence(own, self._passes.cache, row)
             self._passes.remove(slot)
         self.num_moves["back"] += len(moved)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from engine.config import TransformerConfig
-from engine.decoding.decoders import Decoder, DecoderCache
+from engine.decoding.decoder import Decoder
+from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler
 from engine.decoding.slot_decoder import SingleTokenSteps, SlotDecoder

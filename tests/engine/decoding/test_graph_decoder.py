@@ -195,7 +195,7 @@ def test_another_sequences_filter_does_not_decide_how_logits_are_rounded(device:
         for filters in (False, True):
             decoder._make_batch()  # back to the first position
             decoder._program.sample(12, filters=filters)
-            generated.append(decoder._slots.tokens[:11, 0].clone())
+            generated.append(decoder.table.tokens[:11, 0].clone())
         rounded = model.head.image_logits(model.head.norm(decoder._program.hidden[:11])).argmax(1)
     assert torch.equal(generated[0], generated[1])
     assert not torch.equal(generated[0], rounded)

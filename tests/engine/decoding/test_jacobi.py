@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.config import TransformerConfig
 from engine.decoding.cpu.packed_weights import can_pack, make_step_model
-from engine.decoding.decoders import Decoder
+from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
