@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +35,7 @@ from engine.models.vqgan import Vqgan
 from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline
 from tests.benchmark_scripts import run_script
+from tests.paths import REPOSITORY
 
 COLOURS = {"레드": (200, 40, 50), "블루": (50, 80, 180), "그린": (40, 140, 70), "블랙": (30, 30, 30)}
 VQGAN = VqganConfig(

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine.config_files import load_run
+from engine.models import folder as model_folder
 from engine.training import trainer
 from engine.training.checkpoints import complete_checkpoints
 from engine.training.engines import make_engine
