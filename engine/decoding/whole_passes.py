@@ -32,10 +32,10 @@ class WholePassDecoder(SlotDecoder):
 
     def __init__(self, model: KoDalle, num_slots: int, *, null_prefix: Prefix | None = None) -> None:
         self.model = plain_step_model(model).without_padding()
-        self._table = SlotTable(
+        self.table = SlotTable(
             num_slots, model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device
         )
-        self._steps = _WholePassSteps(model, self._table)
+        self._steps = _WholePassSteps(model, self.table)
 
 
 class _WholePassSteps(SingleTokenSteps):

@@ -305,9 +305,9 @@ def test_the_ground_is_read_back(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--ground", "#eeeeec"), "error: ground: #eeeeec: is the colour around cut-outs: add cut_out"),
-        (("--keep-uncut",), "error: keep_uncut: True: is about what has no outline"),
-        (("--cut-out", "--ground", "grey"), 'error: ground: grey: must be a colour as "#rrggbb"'),
+        (("--ground", "#eeeeec"), "error: --ground: #eeeeec: is the colour around cut-outs: add cut_out"),
+        (("--keep-uncut",), "error: --keep-uncut: True: is about what has no outline"),
+        (("--cut-out", "--ground", "grey"), 'error: --ground: grey: must be a colour as "#rrggbb"'),
     ],
 )
 def test_options_that_do_not_fit_are_refused_in_one_line(
