@@ -196,7 +196,7 @@ def _part_faults(field: str, folder: Path, part: str) -> list[tuple[str, object,
     if not file.is_file():
         return [(field, folder, "no such model folder: train it first, or give one that is there")]
     config = read_json(file, field=field, remedy="give a folder that training exported")
-    held = ", ".join(name for name in config if name != "format") or "nothing"
+    held = ", ".join(name for name in ("vqgan", "transformer", "koclip") if name in config) or "nothing"
     return [] if part in config else [(field, folder, f"has no {part} (it holds: {held}): give a folder that has one")]
 
 

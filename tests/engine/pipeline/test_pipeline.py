@@ -179,7 +179,7 @@ def test_parts_of_two_models_are_refused(kodalle_run: Path, tmp_path: Path) -> N
            for name, value in transformer.weights.items()}  # fmt: skip
     parts = {"vqgan": read_part(source, "vqgan"), "transformer": Part(config, cut)}
     write_model_folder(tmp_path / "m", parts, card="")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"transformer has 8x8 of 31 tokens.*VQGAN 8x8 of 32"):
+    with pytest.raises(InputError, match=r"transformer has 8x8 of 31 tokens.*codec 8x8 of 32"):
         Pipeline.from_pretrained(tmp_path / "m")
 
 
