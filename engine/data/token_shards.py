@@ -77,7 +77,10 @@ def shards_fault(folder: Path, expected: dict[str, Any]) -> str | None:
     """
     if not (folder / "shards.json").is_file():
         return "are not there"
-    index = _read_index(folder)
+    try:
+        index = _read_index(folder)
+    except InputError as error:
+        return f"are damaged: shards.json {error.remedy}"
     identity = index.get("identity", {})
     for name, value in expected.items():
         if identity.get(name) != value:
@@ -190,7 +193,11 @@ def open_shard(folder: Path, split: str, *, image_vocab_size: int, text_vocab_si
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    return dict(read_json(folder / "shards.json", field="token_shards", remedy="remove the folder"))
+    return dict(
+        read_json(
+            folder / "shards.json", field="token_shards", remedy="remove the folder, or run again: it is encoded anew"
+        )
+    )
 
 
 def _encode_captions(
