@@ -32,9 +32,7 @@ class WholePassDecoder(SlotDecoder):
 
     def __init__(self, model: KoDalle, num_slots: int, *, null_prefix: Prefix | None = None) -> None:
         self.model = plain_step_model(model).without_padding()
-        self.table = SlotTable(
-            num_slots, model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device
-        )
+        self.table = SlotTable(num_slots, model.config.image_seq_len, null_prefix=null_prefix, device=self.model.device)
         self._steps = _WholePassSteps(model, self.table)
 
 
