@@ -5,17 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from engine.config import KoclipRun
+from engine.config import KoclipRun, VqganConfig
 from engine.config_files import load_run
+from engine.data.pairs import load_image, load_pairs
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0
-from engine.models.folder import load_part
+from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.koclip_encoders import Lite0ImageEncoder
+from engine.models.vqgan import Vqgan
 from engine.training.process_group import join_world
 from engine.training.stage_koclip import KoclipStage, _groups
+from tests.conftest import SIZE, VQGAN
 
 Tree = dict[str, Any]
 MakeTree = Callable[..., Tree]
@@ -99,3 +104,28 @@ def test_batches_of_both_splits_say_which_images_fit_which_captions(
         size = len(batch["images"])
         assert batch["fits"].shape == (size, size)
         assert batch["fits"].diagonal().all()
+
+
+def test_half_of_the_visits_see_the_codec_s_reconstruction(
+    run_tree: MakeTree, write_tree: Callable[..., Path], pairs_folder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    vqgan = Vqgan(VqganConfig(**VQGAN)).eval()
+    write_model_folder(tmp_path / "codec", {"vqgan": Part(vqgan.config, vqgan.state_dict())}, card="")
+    tree = run_tree("koclip", tmp_path / "run", augment_shift=0, codec=str(tmp_path / "codec"))
+    tree["data"]["flip"] = False
+    run = load_run(write_tree(tree, tmp_path / "run.yaml"))
+    assert isinstance(run, KoclipRun)
+    stage = KoclipStage(run, join_world(torch_threads=None))
+    originals = torch.from_numpy(np.stack([load_image(pair, SIZE) for pair in load_pairs(pairs_folder).train]))
+    originals = originals.permute(0, 3, 1, 2)
+    decoded = vqgan.decode(vqgan.encode(originals.float() / 255)).clamp(0, 1).mul(255)
+    seen = torch.cat([stage.source(number)["images"] for number in range(10)])
+    reconstructed = 0
+    for image in seen:
+        if (image == originals).flatten(1).all(dim=1).any():
+            continue
+        # one grey level: rounding, and batches of another size
+        assert float((image - decoded).abs().amax(dim=(1, 2, 3)).min()) <= 1
+        reconstructed += 1
+    assert 0.25 * len(seen) < reconstructed < 0.75 * len(seen)
