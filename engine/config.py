@@ -506,6 +506,16 @@ class VqganRun(Run):
     )
 
     @model_validator(mode="after")
+    def _features_have_room(self) -> "VqganRun":
+        window = self.model.image_size - self.loss.perceptual_shift
+        if self.loss.perceptual == "efficientnet-lite0" and window < 32:  # its maps are halved five times
+            raise ValueError(
+                f"loss.perceptual_shift: {self.loss.perceptual_shift} leaves windows of {window} pixels, and "
+                "efficientnet-lite0 needs 32: lower it, raise model.image_size, or set loss.perceptual to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokens_stay(self) -> "VqganRun":
         if self.decoder_only and self.start_from is None:
             raise ValueError("decoder_only: needs a trained encoder and codebook: give start_from")

@@ -125,13 +125,14 @@ def test_decoder_alone_keeps_every_token(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"codebook_reset": {}}, "decoder_only: needs a trained .*: give start_from"),
+    [({"decoder_only": False, "loss": {"perceptual": "efficientnet-lite0", "perceptual_shift": 8}}, "windows of 24 pixels"),
+     ({"codebook_reset": {}}, "decoder_only: needs a trained .*: give start_from"),
      ({"start_from": "x", "codebook_reset": {"reset_every": 5}}, "decoder_only: codebook_reset would change")],
 )  # fmt: skip
-def test_decoder_alone_needs_a_codebook_that_stays(
+def test_vqgan_options_that_do_not_fit_are_refused(
     tree_of: TreeOf, train_tree: Train, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    _rejected(train_tree, tree_of("vqgan", tmp_path / "run", decoder_only=True, **changes), message)
+    _rejected(train_tree, tree_of("vqgan", tmp_path / "run", **({"decoder_only": True} | changes)), message)
 
 
 def test_unreadable_image_is_named(
