@@ -5,9 +5,8 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,34 +38,8 @@ def _job(*, candidates: int, top: int = 2, **more: Any) -> GenerationJob:
 
 
 @pytest.fixture(scope="module")
-def settings(kodalle_run: Path) -> ServeSettings:
-    return ServeSettings(model=str(kodalle_run / "model"), num_slots=6, max_queued_sequences=64)
-
-
-@pytest.fixture(scope="module")
 def pipeline(settings: ServeSettings) -> Pipeline:
     return Pipeline.from_pretrained(settings.model)
-
-
-@pytest.fixture(scope="module")
-def worker(settings: ServeSettings) -> Iterator[Worker]:
-    """A worker for tests that leave it as they found it."""
-    worker = Worker(settings)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def make_worker(settings: ServeSettings) -> Iterator[Callable[..., Worker]]:
-    workers = []
-
-    def make(**changes: Any) -> Worker:
-        workers.append(Worker(settings.model_copy(update=changes)))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.close()
 
 
 async def _events(worker: Worker, job: GenerationJob) -> list[GenerationEvent]:

@@ -1,44 +1,16 @@
 """How jobs end without images: cancelled, refused, too late, drained, or with a dead worker."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve.messages import Finished, GenerationEvent, GenerationJob, Queued, Refused
-from serve.settings import ServeSettings
 from serve.worker.postprocessing import Postprocessor
 from serve.worker.worker import Worker, WorkerFailed
 from tests.serve.worker.test_worker import JOB, _events, _finished, _job, _run
-
-
-@pytest.fixture(scope="module")
-def settings(kodalle_run: Path) -> ServeSettings:
-    return ServeSettings(model=str(kodalle_run / "model"), num_slots=6, max_queued_sequences=64)
-
-
-@pytest.fixture(scope="module")
-def worker(settings: ServeSettings) -> Iterator[Worker]:
-    """A worker for tests that leave it as they found it."""
-    worker = Worker(settings)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def make_worker(settings: ServeSettings) -> Iterator[Callable[..., Worker]]:
-    workers = []
-
-    def make(**changes: Any) -> Worker:
-        workers.append(Worker(settings.model_copy(update=changes)))
-        return workers[-1]
-
-    yield make
-    for worker in workers:
-        worker.close()
 
 
 async def _wait_until(holds: Callable[[], bool], *, within_s: float = 30.0) -> None:

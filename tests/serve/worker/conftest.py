@@ -1,0 +1,36 @@
+"""Workers with a tiny model, for tests of what they generate and of how jobs end."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.settings import ServeSettings
+from serve.worker.worker import Worker
+
+
+@pytest.fixture(scope="module")
+def settings(kodalle_run: Path) -> ServeSettings:
+    return ServeSettings(model=str(kodalle_run / "model"), num_slots=6, max_queued_sequences=64)
+
+
+@pytest.fixture(scope="module")
+def worker(settings: ServeSettings) -> Iterator[Worker]:
+    """A worker for tests that leave it as they found it."""
+    worker = Worker(settings)
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def make_worker(settings: ServeSettings) -> Iterator[Callable[..., Worker]]:
+    workers = []
+
+    def make(**changes: Any) -> Worker:
+        workers.append(Worker(settings.model_copy(update=changes)))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.close()
