@@ -18,6 +18,7 @@ The last line is one JSON document.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -282,9 +283,10 @@ def _two_ranks(bed: Bed) -> Ended:
 
     other = os.fork()
     if other == 0:
-        link = bed.folder / "rank-1"
-        train(bed.config, link, f"run={bed.run}", before=become(1), meanwhile=_end_with_parent)
-        os._exit(0)
+        try:
+            train(bed.config, bed.folder / "rank-1", f"run={bed.run}", before=become(1), meanwhile=_end_with_parent)
+        finally:
+            os._exit(0)  # whatever happens: past this point the bed would be cleared away under the other rank
     try:
         return train(bed.config, bed.run, before=become(0))
     finally:
@@ -296,7 +298,8 @@ def _end_with_parent(pid: int) -> None:
     """In rank 1's parent: a signal to it ends rank 1."""
 
     def end(_number: int, _frame: object) -> None:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself and been waited for
+            os.kill(pid, signal.SIGKILL)
         os._exit(0)
 
     signal.signal(signal.SIGTERM, end)

@@ -40,8 +40,9 @@ def module_of(tensors: dict[str, Tensor], module: str, name: str, **attributes: 
 
 @contextmanager
 def importable(*objects: Any) -> Iterator[None]:
-    """Makes the classes of objects picklable under the names that they state."""
-    added = []
+    """Makes the classes of objects picklable under the names that they state; afterwards these names mean what they did."""
+    added: list[str] = []
+    replaced: list[tuple[types.ModuleType, str, Any]] = []
     for item in objects:
         kind = item if isinstance(item, type) else type(item)
         path = ""
@@ -50,10 +51,17 @@ def importable(*objects: Any) -> Iterator[None]:
             if path not in sys.modules:
                 sys.modules[path] = types.ModuleType(path)
                 added.append(path)
-        setattr(sys.modules[kind.__module__], kind.__name__, kind)
+        owner = sys.modules[kind.__module__]
+        replaced.append((owner, kind.__name__, vars(owner).get(kind.__name__)))
+        setattr(owner, kind.__name__, kind)
     try:
         yield
     finally:
+        for owner, name, before in reversed(replaced):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
         for path in added:
             del sys.modules[path]
 
