@@ -41,7 +41,8 @@ from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.facts import facts
 from engine.models.folder import load_folder_tokenizer, load_part
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels import reference
 

@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class PublishedSizes:
-    """As `engine.config.TransformerConfig`, which needs pydantic; a machine that is borrowed for minutes may lack it."""
+    """As `engine.config.transformer.TransformerConfig`, which needs pydantic; a machine that is borrowed for minutes may lack it."""
 
     dim: int = 1024
     num_heads: int = 8

@@ -15,7 +15,8 @@ from machine_facts import print_document
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config import KoclipConfig, TransformerConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.facts import facts

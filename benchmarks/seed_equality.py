@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from machine_facts import print_document
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu.packed_weights import Weights, can_quantise
 from engine.decoding.sampler import Sampler
 from engine.facts import facts

@@ -1,4 +1,4 @@
-"""The reference of all configuration keys as Markdown, generated from the sections of engine/config.py.
+"""The reference of all configuration keys as Markdown, generated from the sections of engine/config/.
 
 python -m engine.config_docs > docs/configuration.md
 """
@@ -12,7 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from engine.config import KoclipRun, KodalleRun, Run, Section, VqganRun
+from engine.config.run import Run
+from engine.config.section import Section
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 
 RUNS: tuple[type[Run], ...] = (VqganRun, KoclipRun, KodalleRun)
 COMMAND = "python -m engine.config_docs > docs/configuration.md"
@@ -20,7 +22,7 @@ _BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
 _HEADER = "| key | type | default | description |\n|---|---|---|---|"
 _INTRODUCTION = f"""# Configuration
 
-Generated from `engine/config.py`; do not edit it. After a change there: `{COMMAND}`
+Generated from `engine/config/`; do not edit it. After a change there: `{COMMAND}`
 
 A training reads one YAML file and `key=value` overrides, with dots between section and key:
 

@@ -1,4 +1,4 @@
-"""Reading and writing of configuration files: YAML and `key=value` to the sections of engine/config.py.
+"""Reading and writing of configuration files: YAML and `key=value` to the sections of engine/config/.
 
 Precedence: defaults < YAML file < `key=value` on the command line. An unknown key, a wrong type or the text "None"
 (which YAML reads as a string, so that the published KoDALLE recipe silently switched options on) is an InputError
@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from engine.config import AnyRun, KoclipRun, KodalleRun, Run, VqganRun
+from engine.config.run import Run
+from engine.config.stages import AnyRun, KoclipRun, KodalleRun, VqganRun
 from engine.config_folders import resolve_auto
 from engine.errors import InputError
 

@@ -22,7 +22,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from engine.config import CodecConfig, KoclipRun, KodalleRun, Run, Section, VqganRun
+from engine.config.codec import CodecConfig
+from engine.config.run import Run
+from engine.config.section import Section
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.errors import InputError
 from engine.files import read_json
 

@@ -129,7 +129,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 class TransformerSizes(Protocol):
-    """The sizes of `engine.config.TransformerConfig` that the formulas need."""
+    """The sizes of `engine.config.transformer.TransformerConfig` that the formulas need."""
 
     @property
     def dim(self) -> int: ...

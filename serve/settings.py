@@ -1,6 +1,6 @@
 """Settings of a server: model, slots, queue, deadlines, keys, and limits on requests.
 
-Strict like the training configs (engine/config.py): an unknown key or a wrong type is one line naming the field. The same
+Strict like the training configs (engine/config/): an unknown key or a wrong type is one line naming the field. The same
 fields are arguments of the Ray Serve application (`args:` in configs/serve.yaml).
 
 No torch, no ray.
@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from engine.config import Section
+from engine.config.section import Section
 from engine.config_files import as_input_error
 from engine.sampling_params import FIELDS
 

@@ -6,7 +6,7 @@ import json
 import torch
 import torch.nn.functional as F
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu.packed_weights import Weights, _Int8Linear, _quantise_rows
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities, default_dtype

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from kernels import reference
 
 PUBLISHED_FILTER_THRES = 0.5  # KoDALLE's default; of 48,512 it keeps 24,256, more than there are image tokens

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 
 
 def missing() -> str | None:

@@ -12,14 +12,10 @@ from typing import Any, Literal
 import torch
 from machine_facts import REPOSITORY
 
-from engine.config import (
-    KoclipConfig,
-    KoclipRun,
-    KodalleRun,
-    TransformerConfig,
-    VqganConfig,
-    VqganRun,
-)
+from engine.config.codec import VqganConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
+from engine.config.transformer import TransformerConfig
 from engine.config_files import load_run
 from engine.data.tokenizer import train_tokenizer
 from engine.device import cpu_capabilities, default_dtype

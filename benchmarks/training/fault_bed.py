@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.files import file_digest
 from engine.models.folder import Part, write_model_folder
 from engine.models.vqgan import Vqgan

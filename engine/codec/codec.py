@@ -17,7 +17,7 @@ import torch
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import OnnxKoClip, OnnxVqgan, open_koclip, open_vqgan
 from engine.codec.vqgan_decoder import FastDecoder, Precision, decodes_int8
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.image_codec import ImageCodec

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import KoclipConfig, VqganConfig
+from engine.config.codec import VqganConfig
+from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.folder import PartName, weights_digest
 

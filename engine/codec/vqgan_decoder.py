@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from engine.codec.threads import single_threads
 from engine.codec.vqgan_cpu import CpuDecoder
 from engine.codec.vqgan_cuda import CudaDecoder
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.image_codec import ImageCodec

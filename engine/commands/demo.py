@@ -21,7 +21,7 @@ from engine.commands.generate import generate_to_folder
 from engine.commands.stages import STAGES, TITLES, prepare_once, train_stage
 from engine.commands.steps import Steps
 from engine.commands.train import check_deepspeed
-from engine.config import VqganRun
+from engine.config.stages import VqganRun
 from engine.config_files import load_run
 from engine.data.pairs import Pair, load_pairs
 from engine.data.sources import PrepareOptions

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from engine.commands.stages import STAGES, TITLES, prepare_once, train_stage
 from engine.commands.steps import Steps
 from engine.commands.train import check_deepspeed
-from engine.config import VqganRun
+from engine.config.stages import VqganRun
 from engine.config_files import load_run
 from engine.data.check import check
 from engine.data.pairs import Pair, load_pairs

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.config import TextConfig, TransformerConfig
+from engine.config.run import TextConfig
+from engine.config.transformer import TransformerConfig
 from engine.errors import InputError
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")

@@ -26,7 +26,8 @@ from engine.decoding.step_model import StepModel
 from engine.decoding.whole_passes import read_captions
 from engine.errors import InputError
 from engine.models.attention import attention
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.sampling_params import SequenceRequest
 
 OnStep = Callable[[int, Tensor], None]

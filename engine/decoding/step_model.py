@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
-from engine.models.transformer import KoDalle, Layer
+from engine.config.transformer import TransformerConfig
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 
 
 class StepLayer(Protocol):

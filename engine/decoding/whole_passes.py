@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.batch_step import BatchMetadata
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_decoder import SingleTokenSteps, SlotDecoder

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config import ClipConfig
+from engine.config.ranker import ClipConfig
 from engine.config_files import parse_section
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
+from engine.config.codec import DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.config_files import parse_section
 from engine.errors import InputError
 from engine.interop.trees import Weights, number

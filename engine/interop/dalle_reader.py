@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.config_files import parse_section
 from engine.errors import InputError
 from engine.interop.trees import Weights, number

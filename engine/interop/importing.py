@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import CaptionTokenizer, check_padding, load_tokenizer
 from engine.errors import InputError
 from engine.interop.checkpoint import Checkpoint, open_checkpoint, taming_config, torch_files

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.config_files import parse_section
 from engine.errors import InputError
 from engine.interop.pickle_values import Record

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ClipConfig
+from engine.config.ranker import ClipConfig
 from engine.models.environment import check_torchvision
 
 _LEGACY_END_TOKEN = 2  # in older configs; such models end where the highest token is

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import DiscreteVaeConfig
+from engine.config.codec import DiscreteVaeConfig
 from engine.models.image_tokens import check_images, token_grid
 
 

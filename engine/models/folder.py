@@ -26,7 +26,11 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.config import CodecConfig, GenerationConfig, RankerConfig, Section, TransformerConfig
+from engine.config.codec import CodecConfig
+from engine.config.generation import GenerationConfig
+from engine.config.ranker import RankerConfig
+from engine.config.section import Section
+from engine.config.transformer import TransformerConfig
 from engine.config_files import parse_section
 from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
 from engine.data.cut_out import ground_rgb

@@ -11,7 +11,7 @@ Source: CompVis/taming-transformers `GumbelVQ`, `GumbelQuantize`.
 import torch
 from torch import Tensor, nn
 
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.models.image_tokens import check_images, token_grid
 from engine.models.vqgan import build_networks, joint_latent_table, to_signed_range, to_unit_range
 

@@ -19,7 +19,7 @@ What pipeline, token shards, training and the fast decoders (engine.codec) use o
 B images, S pixels, N = h*w image tokens, K codes, Z width of a latent vector.
 """
 
-from engine.config import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig
+from engine.config.codec import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig
 from engine.models.discrete_vae import DiscreteVae
 from engine.models.gumbel_vqgan import GumbelVqgan
 from engine.models.openai_dvae import OpenaiDvae

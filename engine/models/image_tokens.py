@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import CodecConfig
+from engine.config.codec import CodecConfig
 
 
 def check_images(images: Tensor, *, channels: int, size: int) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.models.environment import check_torchvision
 from engine.models.koclip_encoders import (
     PAD_TOKEN,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.efficientnet_lite0 import NUM_POOLED, EfficientNetLite0, load_efficientnet_lite0
 

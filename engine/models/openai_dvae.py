@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import OpenaiDvaeConfig
+from engine.config.codec import OpenaiDvaeConfig
 from engine.models.image_tokens import check_images, token_grid
 
 LOGIT_LAPLACE_EPS = 0.1

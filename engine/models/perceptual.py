@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.config import VqganLossConfig
+from engine.config.stages import VqganLossConfig
 from engine.models.efficientnet_lite0 import EfficientNetLite0, load_efficientnet_lite0
 from engine.models.lpips import load_lpips, unit_length
 

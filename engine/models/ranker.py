@@ -8,7 +8,7 @@ What ranking, metrics and the fast encoder (engine.codec.koclip_encoder) use of 
 text_seq_len, `prepare`, `embed_images`, `embed_texts`, `trim`, `scores`, `loss`, and `image_projection`, the layer from pooled features.
 """
 
-from engine.config import ClipConfig, RankerConfig
+from engine.config.ranker import ClipConfig, RankerConfig
 from engine.models.clip import Clip
 from engine.models.koclip import KoClip
 

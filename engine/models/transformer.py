@@ -32,17 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import TransformerConfig
-from engine.models.attention import AttentionBackend, attention, masked_attention, normalised_heads
-from engine.models.whole_sequence import pattern_mask, rotated, shift_tokens
-from kernels.reference import geglu
+from engine.config.transformer import TransformerConfig
+from engine.models.attention import AttentionBackend
+from engine.models.transformer_embeddings import ImageEmbedding, TargetEmbedding, TextEmbedding
+from engine.models.transformer_layer import Layer
 
 _STABLE_GRADIENT = 0.1  # of the embeddings, where the transformer is `stable`
-BOS_ID = 0
-PAD_ID = 1
 
 # (layer's number from 0, layer, q, k, v (B, T, H, D) each) -> (B, T, H, D)
-Attend = Callable[[int, "Layer", Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Layer, Tensor, Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
@@ -232,215 +230,6 @@ class KoDalle(nn.Module):
                     table.normal_(0, std)
 
 
-class TextEmbedding(nn.Module):
-    """<bos> and caption tokens -> vectors: token row + position row, rows counted from 0, no LayerNorm."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.unique_from = config.text_vocab_size if config.unique_padding else None
-        # padding_idx keeps row 1 of both tables without a gradient.
-        self.padding_idx = None if config.unique_padding else PAD_ID
-        rows = config.text_vocab_size + (config.text_seq_len if config.unique_padding else 0)
-        self.tokens = nn.Parameter(torch.randn(rows, config.dim, dtype=torch.float32))
-        positions = None if config.rotary else torch.randn(config.text_position_rows, config.dim, dtype=torch.float32)
-        self.positions = None if positions is None else nn.Parameter(positions)
-        self.zero_padding()
-
-    def forward(self, text_tokens: Tensor) -> Tensor:
-        """(B, T) ids from [CLS] on -> (B, 1 + T, C)."""
-        text_tokens = F.pad(self.numbered(text_tokens), (1, 0), value=BOS_ID)  # (B, 1 + T)
-        tokens = F.embedding(text_tokens, self.tokens, padding_idx=self.padding_idx)
-        if self.positions is None:
-            return tokens
-        positions = torch.arange(text_tokens.shape[1], dtype=torch.int64, device=text_tokens.device)
-        return tokens + F.embedding(positions, self.positions, padding_idx=self.padding_idx)
-
-    def numbered(self, text_tokens: Tensor) -> Tensor:
-        """(B, T) ids, with unique padding those of padded positions instead of 0; doing it twice changes nothing."""
-        if self.unique_from is None:
-            return text_tokens
-        positions = torch.arange(text_tokens.shape[1], dtype=text_tokens.dtype, device=text_tokens.device)
-        return torch.where(text_tokens == 0, self.unique_from + positions, text_tokens)
-
-    @torch.no_grad()
-    def zero_padding(self) -> None:
-        """The initialisation of nn.Embedding(padding_idx=1)."""
-        for table in (self.tokens, self.positions):
-            if self.padding_idx is not None and table is not None:
-                table[self.padding_idx].zero_()
-
-
-class ImageEmbedding(nn.Module):
-    """Image tokens -> vectors: token row + grid row + grid column (axial positions, summed)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.grid_size = config.image_grid_size
-        self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim, dtype=torch.float32))
-        shape = (config.image_grid_size, config.dim)
-        self.rows = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
-        self.columns = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
-
-    def forward(self, image_tokens: Tensor, cells: Tensor | None = None) -> Tensor:
-        """(B, n) ids of the grid cells (B, n), by default the first n; n may be 0 -> (B, n, C)."""
-        table = self.position_table()
-        positions = table[: image_tokens.shape[1]] if cells is None else F.embedding(cells, table)
-        return F.embedding(image_tokens, self.tokens) + positions
-
-    def position_table(self) -> Tensor:
-        """(image_seq_len, C): position embedding of each grid cell, row by row."""
-        if self.rows is None or self.columns is None:  # rotary: positions are in the attention
-            return self.tokens.new_zeros(self.grid_size**2, self.tokens.shape[1])
-        return _axial_table(self.rows, self.columns)
-
-
-class TargetEmbedding(nn.Module):
-    """The grid cell that an input must predict -> a vector that is added to it (RAR, arXiv 2411.00776).
-
-    Tables of its own, axial as the positions of the inputs. RAR learns a vector for each of the g * g cells; these are
-    2 * g vectors, each of which is learned from g times as many tokens.
-    """
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
-        self.columns = nn.Parameter(torch.randn(config.image_grid_size, config.dim, dtype=torch.float32))
-
-    def forward(self, n: int, cells: Tensor | None = None) -> Tensor:
-        """Cells (B, n) -> (B, n, C); None: the first n, row by row -> (1, n, C)."""
-        table = self.position_table()
-        return table[None, :n] if cells is None else F.embedding(cells, table)
-
-    def position_table(self) -> Tensor:
-        """(image_seq_len, C)."""
-        return _axial_table(self.rows, self.columns)
-
-
-class Layer(nn.Module):
-    """x += attention branch; x += feed-forward branch. With x0 scalars, x is first mixed with the first layer's input.
-
-    Reversible: x is two streams side by side, (..., 2 C); first += attention branch of the second, second += feed-forward branch
-    of the first (Gomez et al. 2017, arXiv 1707.04585, as DALLE-pytorch).
-    """
-
-    def __init__(self, config: TransformerConfig, number: int, attention_backend: AttentionBackend) -> None:
-        super().__init__()
-        self.reversible = config.reversible
-        self.attention = AttentionBranch(config, number, attention_backend)
-        self.feed_forward = FeedForwardBranch(config, number)
-        start = torch.tensor([1.0, 0.0], dtype=torch.float32) if config.x0_scalars else None
-        self.x0_scalars = None if start is None else nn.Parameter(start)
-
-    def forward(self, x: Tensor, start: Tensor) -> Tensor:
-        """x (B, T, C), two streams (B, T, 2 C), and the first layer's input (B, T, C) -> as x."""
-        x = self.mix(x, start)
-        first, second = self.streams(x)
-        first = self.attention(second, first)
-        return self._joined(first, self.feed_forward(first, self._onto(first, second)))
-
-    def mix(self, x: Tensor, start: Tensor) -> Tensor:
-        """r * x + s * start, of any equal shapes; x where the model has no such scalars."""
-        if self.x0_scalars is None:
-            return x
-        keep, add = self.x0_scalars.unbind()
-        return keep * x + add * start
-
-    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention is added to, and what it reads: the two streams, or the only one twice."""
-        if not self.reversible:
-            return x, x
-        first, second = x.chunk(2, dim=-1)
-        return first, second
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `AttentionBranch.project`."""
-        return self.attention.project(self.streams(x)[1])
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x and the attention's result (B, T, H, D) -> the next layer's x."""
-        first, second = self.streams(x)
-        first = self.attention.add(first, attended)
-        return self._joined(first, self.feed_forward(first, self._onto(first, second)))
-
-    def _onto(self, first: Tensor, second: Tensor) -> Tensor:
-        """What the feed-forward branch is added to."""
-        return second if self.reversible else first
-
-    def _joined(self, first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat([first, second], dim=-1) if self.reversible else second
-
-
-class AttentionBranch(nn.Module):
-    """onto + scale * out(attention(qkv(norm(x)))).
-
-    `project` and `add` are its two halves; decoding runs attention over the KV cache between them.
-    """
-
-    def __init__(self, config: TransformerConfig, number: int, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.backend = config.num_heads, config.head_dim, backend
-        self.qk_norm = config.qk_norm
-        inner = config.num_heads * config.head_dim
-        self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False, dtype=torch.float32)
-        self.out = nn.Linear(inner, config.dim, dtype=torch.float32)
-        self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
-        self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
-        self.scale = _branch_scale(config, number, self.out)
-        self.config = config
-        self.pattern = config.attention_patterns[(number - 1) % len(config.attention_patterns)]
-
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """x (B, T, C) from <bos> on, onto (B, T, C) -> (B, T, C)."""
-        q, k, v = self.project(x)
-        if self.pattern == "full":
-            return self.add(onto, attention(q, k, v, causal=True, backend=self.backend))
-        mask = pattern_mask(self.pattern, self.config.prefix_len, self.config.image_grid_size, x.device)
-        return self.add(onto, masked_attention(q, k, v, mask[: x.shape[1], : x.shape[1]], backend=self.backend))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> q, k, v, each (B, T, H, D), for an attention that divides by sqrt(D).
-
-        With token shift and rotary positions x is of a whole sequence, from <bos> on.
-        """
-        B, T, _ = x.shape
-        normed = self.norm(x)
-        if self.config.token_shift:
-            normed = shift_tokens(normed, self.config)
-        q, k, v = self.qkv(normed).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        if self.config.rotary:
-            q, k, v = (rotated(part, self.config) for part in (q, k, v))
-        return (*normalised_heads(q, k), v) if self.qk_norm else (q, k, v)
-
-    def add(self, onto: Tensor, attended: Tensor) -> Tensor:
-        """onto (B, T, C) plus the projected, scaled attention output (B, T, H, D)."""
-        branch = self.dropout(self.out(attended.flatten(2)))
-        return onto + self.scale * (branch if self.norm_out is None else self.norm_out(branch))
-
-
-class FeedForwardBranch(nn.Module):
-    """onto + scale * shrink(geglu(grow(norm(x)))), F = ff_mult * C."""
-
-    def __init__(self, config: TransformerConfig, number: int) -> None:
-        super().__init__()
-        inner = config.ff_mult * config.dim
-        self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
-        self.grow = nn.Linear(config.dim, 2 * inner, dtype=torch.float32)  # value first, then gate
-        self.dropout = nn.Dropout(config.ff_dropout)
-        self.shrink = nn.Linear(inner, config.dim, dtype=torch.float32)
-        self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
-        self.scale = _branch_scale(config, number, self.shrink)
-        self.config = config
-
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """x (B, T, C), onto (B, T, C) -> (B, T, C); with token shift from <bos> on."""
-        normed = self.norm(x)
-        if self.config.token_shift:
-            normed = shift_tokens(normed, self.config)
-        branch = self.shrink(self.dropout(geglu(self.grow(normed))))
-        return onto + self.scale * (branch if self.norm_out is None else self.norm_out(branch))
-
-
 class JointHead(nn.Module):
     """LayerNorm and one Linear over the joint vocabulary, applied as two views of its rows."""
 
@@ -469,32 +258,6 @@ class JointHead(nn.Module):
     def image_rows(self) -> tuple[Tensor, Tensor]:
         """Weight (V_image, C) and bias (V_image,) of the image vocabulary; views."""
         return self.weight[self.num_text_rows :], self.bias[self.num_text_rows :]
-
-
-def layer_scale(number: int) -> float:
-    """Initial scale of a branch; `number` counts layers from 1 (CaiT, arXiv 2103.17239, as DALLE-pytorch)."""
-    if number <= 18:
-        return 0.1
-    return 1e-5 if number <= 24 else 1e-6
-
-
-def _branch_scale(config: TransformerConfig, number: int, last: nn.Linear) -> nn.Parameter:
-    """The learned scale (C,) of a branch that ends in `last`, at its start.
-
-    A branch whose last projection starts at zero adds nothing to begin with, which is what a small scale is for. With
-    both, each step of the projection would have a tenth of its effect for no reason: the scale starts at 1 then, which
-    is how nanochat and modded-nanogpt, which have no scales, begin.
-    """
-    if config.zero_init_branches:
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-    start = 1.0 if config.zero_init_branches else layer_scale(number)
-    return nn.Parameter(torch.full((config.dim,), start, dtype=torch.float32))
-
-
-def _axial_table(rows: Tensor, columns: Tensor) -> Tensor:
-    """(g, C) each -> (g * g, C): row + column of each cell, row by row."""
-    return (rows[:, None] + columns[None]).flatten(0, 1)
 
 
 def _layer_numbers(config: TransformerConfig) -> range:

@@ -26,7 +26,7 @@ from taming.modules.diffusionmodules import model as blocks
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch import Tensor, nn
 
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.errors import InputError
 from engine.models.quantiser import VectorQuantizer
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from torch import Tensor, nn
 
-from engine.config import VqganLossConfig
+from engine.config.stages import VqganLossConfig
 from engine.models.perceptual import PerceptualDistance, shifted_windows
 from engine.models.vqgan import to_signed_range
 

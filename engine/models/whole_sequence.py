@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import AttentionPattern, TransformerConfig
+from engine.config.transformer import AttentionPattern, TransformerConfig
 
 _FAR = 8192.0  # text position of all image tokens
 _OUTSIDE = -10.0  # of text on the image's axes, which span -1 to 1

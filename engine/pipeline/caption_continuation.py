@@ -29,7 +29,8 @@ from engine.decoding.sampler import evaluating
 from engine.decoding.sampling_tensors import SamplingTensors
 from engine.errors import InputError
 from engine.models.attention import attention
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.sampling_params import FIELDS, SamplingParams, SequenceRequest
 
 _BATCH = 16

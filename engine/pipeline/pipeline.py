@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from engine.codec.codec import Codec, CodecBackend, open_codec
-from engine.config import GenerationConfig
+from engine.config.generation import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.tokenizer import CaptionTokenizer, check_padding
 from engine.decoding.sampler import Sampler

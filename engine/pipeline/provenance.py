@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from engine import __version__
-from engine.config import GenerationConfig, Section
+from engine.config.generation import GenerationConfig
+from engine.config.section import Section
 from engine.config_files import parse_section
 from engine.sampling_params import RankBy, SamplingParams
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.config import DataConfig
+from engine.config.run import DataConfig
 from engine.data.augment import augment
 from engine.data.caption_fit import CaptionFit
 from engine.data.order import BatchOrder

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from engine.config import KodalleRun, Run, VqganRun
+from engine.config.run import Run
+from engine.config.stages import KodalleRun, VqganRun
 from engine.training.checkpoints import TrainingProgress
 
 

@@ -14,7 +14,7 @@ step): the batch brings a permutation and a number between 0 and 1, and the step
 
 import torch
 
-from engine.config import OrderAnnealingConfig
+from engine.config.stages import OrderAnnealingConfig
 from engine.training.batches import Batch
 
 

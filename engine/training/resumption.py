@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from engine.config import KoclipRun, KodalleRun, Run
+from engine.config.run import Run
+from engine.config.stages import KoclipRun, KodalleRun
 from engine.config_files import load_run
 from engine.data.digests import pairs_digests
 from engine.data.tokenizer import load_tokenizer

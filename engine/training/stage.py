@@ -6,7 +6,8 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from engine.config import KoclipRun, KodalleRun, Run, VqganRun
+from engine.config.run import Run
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.training.batches import Batch, BatchSource
 from engine.training.engines import Engines
 from engine.training.process_group import World

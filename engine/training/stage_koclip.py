@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.config import KoclipRun
+from engine.config.stages import KoclipRun
 from engine.data.caption_fit import CaptionFit
 from engine.data.partial_captions import with_partial_captions
 from engine.data.tokenizer import tokenizer_for

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.config import KodalleRun
+from engine.config.stages import KodalleRun
 from engine.data.pairs import Pairs, caption_guide
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_shards import (

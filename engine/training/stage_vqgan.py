@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.config import VqganLossConfig, VqganRun
+from engine.config.stages import VqganLossConfig, VqganRun
 from engine.errors import InputError
 from engine.models.folder import Part, write_model_folder
 from engine.models.perceptual import PerceptualDistance, perceptual_from_config

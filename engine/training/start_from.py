@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.config import Section, TransformerConfig
+from engine.config.section import Section
+from engine.config.transformer import TransformerConfig
 from engine.config_folders import different_sizes
 from engine.errors import InputError
 from engine.models.folder import PartName, part_config, read_part

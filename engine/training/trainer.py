@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import Run
+from engine.config.run import Run
 from engine.config_files import dump_yaml
 from engine.config_folders import check_folders
 from engine.errors import InputError

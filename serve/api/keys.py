@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AwareDatetime, Field, StringConstraints
 
-from engine.config import Section
+from engine.config.section import Section
 from engine.config_files import load_yaml, parse_section
 from engine.errors import InputError
 from engine.files import atomic_file

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from tests.benchmark_scripts import run_script
 from tests.paths import REPOSITORY
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.config import KodalleRun, VqganConfig, VqganRun
+from engine.config.codec import VqganConfig
+from engine.config.stages import KodalleRun, VqganRun
 from engine.config_files import dump_yaml, load_run, parse_section
 from engine.errors import InputError
 from tests.paths import REPOSITORY

@@ -1,10 +1,10 @@
-"""docs/configuration.md describes what engine/config.py accepts."""
+"""docs/configuration.md describes what engine/config/ accepts."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from engine.config import Section
+from engine.config.section import Section
 from engine.config_docs import COMMAND, RUNS, configuration_page
 from tests.paths import REPOSITORY
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import KoclipRun, KodalleRun
+from engine.config.stages import KoclipRun, KodalleRun
 from engine.config_files import dump_tree, load_run
 from engine.config_folders import check_folders
 from engine.errors import InputError

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine import measure
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.measure import (
     Machine,
     Workload,

@@ -37,7 +37,8 @@ from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.attention import normalised_heads
-from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).

@@ -35,7 +35,8 @@ from engine.decoding.cuda.prefix_pool import PrefixPool
 from engine.decoding.cuda.sequence_table import SequenceTable
 from engine.decoding.slot_table import SlotTable
 from engine.models.attention import normalised_heads
-from engine.models.transformer import AttentionBranch, FeedForwardBranch, KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer
 from kernels.feed_tokens import feed_tokens
 from kernels.guided_norm import guided_norm
 from kernels.linear import linear, num_counters

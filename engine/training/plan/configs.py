@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.config_files import apply_override, parse_run
 from engine.errors import InputError
 from engine.files import read_json

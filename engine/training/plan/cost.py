@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.config import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.measure import time_runs
 from engine.models.koclip import KoClip
 from engine.models.perceptual import perceptual_from_config

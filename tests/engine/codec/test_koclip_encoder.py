@@ -5,7 +5,7 @@ import torch
 
 from engine.codec import koclip_encoder
 from engine.codec.koclip_encoder import KoclipEncoder, fold_batch_norms
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.models.koclip import KoClip
 
 HAS_CUDA = torch.cuda.is_available()

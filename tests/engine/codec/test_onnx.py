@@ -30,7 +30,9 @@ from engine.codec.onnx_backend import (
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
 from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
-from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.config.codec import VqganConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
 from engine.models.folder import Part, load_part, read_part, weights_digest, write_model_folder

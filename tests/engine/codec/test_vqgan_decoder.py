@@ -14,7 +14,7 @@ from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastDecoder
 from engine.codec.vqgan_row_tiles import convolve, float_conv
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan

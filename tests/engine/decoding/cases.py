@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.models.transformer import KoDalle
 
 NULL = torch.tensor([0, 2, 1, 1, 1, 1, 1, 1])

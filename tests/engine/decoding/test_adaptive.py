@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.decoder import Decoder
 from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix

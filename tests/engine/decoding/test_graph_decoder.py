@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cuda.attention_choice import runnable
 from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.kv_cache import Prefix

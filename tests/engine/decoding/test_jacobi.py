@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu.packed_weights import can_pack, make_step_model
 from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix

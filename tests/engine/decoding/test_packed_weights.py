@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu import packed_weights
 from engine.decoding.cpu.packed_weights import (
     Weights,

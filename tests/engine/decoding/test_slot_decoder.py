@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu.packed_weights import Weights
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cpu.packed_weights import Weights, can_pack, can_quantise, make_step_model
 from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.decoders import Decoder

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from engine.codec.koclip_encoder import KoclipEncoder
-from engine.config import ClipConfig, TransformerConfig
+from engine.config.ranker import ClipConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
 from engine.interop.importing import import_checkpoint

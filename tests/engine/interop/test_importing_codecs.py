@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from engine.codec.vqgan_decoder import FastDecoder
-from engine.config import DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
+from engine.config.codec import DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.errors import InputError
 from engine.interop.importing import ImportOptions, Kind, import_checkpoint
 from engine.models.discrete_vae import DiscreteVae

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import train_tokenizer
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.codec.koclip_encoder import KoclipEncoder
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.interop.importing import import_checkpoint
 from engine.models.folder import load_part

@@ -17,7 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from engine.cli import app
-from engine.config import KoclipConfig, TransformerConfig, VqganConfig
+from engine.config.codec import VqganConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.caption_classes import find_caption_classes
 from engine.data.pairs import load_image, load_pairs
 from engine.data.tokenizer import train_tokenizer

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.metrics.reconstruction import reconstruction_error
 from engine.models.vqgan import Vqgan
 

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.config import GenerationConfig, KoclipConfig, TransformerConfig, VqganConfig
+from engine.config.codec import VqganConfig
+from engine.config.generation import GenerationConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.kfashion.caption_form import kfashion_form
 from engine.errors import InputError

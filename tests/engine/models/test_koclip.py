@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import KoclipConfig
+from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.koclip import KoClip, ProjectionHead
 from tests.forked import run_forked

@@ -8,7 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from engine.codec.koclip_encoder import KoclipEncoder
-from engine.config import KoclipConfig, KoclipRun
+from engine.config.ranker import KoclipConfig
+from engine.config.stages import KoclipRun
 from engine.errors import InputError
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0
 from engine.models.folder import Part, load_part, write_model_folder

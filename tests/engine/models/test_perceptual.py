@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import VqganLossConfig
+from engine.config.stages import VqganLossConfig
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0
 from engine.models.perceptual import Lite0Distance, perceptual_from_config, shifted_windows
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM, RobertaModel
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.errors import InputError
 from engine.models.text_embeddings import TextTables, apply_text_tables, load_text_tables
 from engine.models.transformer import KoDalle

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import TransformerConfig
-from engine.models.transformer import KoDalle, layer_scale
+from engine.config.transformer import TransformerConfig
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import layer_scale
 
 TINY = TransformerConfig(
     dim=24,

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.models.attention import QK_GAIN, normalised_heads
-from engine.models.transformer import KoDalle, Layer
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 
 CONFIG = TransformerConfig(
     dim=24, num_layers=3, num_heads=2, head_dim=8, text_vocab_size=20, text_seq_len=5, text_position_rows=9,

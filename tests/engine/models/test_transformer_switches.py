@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.config import AttentionPattern, TransformerConfig
-from engine.models.transformer import KoDalle, Layer
+from engine.config.transformer import AttentionPattern, TransformerConfig
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.models.whole_sequence import pattern_mask, rotated, shift_tokens
 
 CONFIG = TransformerConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 
-from engine.config import VqganConfig
+from engine.config.codec import VqganConfig
 from engine.models.vqgan import Vqgan, to_signed_range, to_unit_range
 
 TINY = VqganConfig(

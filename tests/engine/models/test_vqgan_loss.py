@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import VqganLossConfig
+from engine.config.stages import VqganLossConfig
 from engine.models.lpips import Lpips
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
 

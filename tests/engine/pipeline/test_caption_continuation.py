@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
 from engine.errors import InputError
 from engine.models.transformer import KoDalle

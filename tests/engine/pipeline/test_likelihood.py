@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.models.transformer import KoDalle
 from engine.pipeline.likelihood import log_likelihoods
 

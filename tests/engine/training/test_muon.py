@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config import TransformerConfig
+from engine.config.transformer import TransformerConfig
 from engine.errors import InputError
 from engine.models.folder import load_part
 from engine.models.transformer import KoDalle

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import OrderAnnealingConfig
+from engine.config.stages import OrderAnnealingConfig
 from engine.data.order import BatchOrder
 from engine.data.token_shards import TokenShard
 from engine.training.batches import Batch, token_source

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import KoclipRun, VqganConfig
+from engine.config.codec import VqganConfig
+from engine.config.stages import KoclipRun
 from engine.config_files import load_run
 from engine.data.pairs import load_image, load_pairs
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0

@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config import KoclipConfig, TextConfig, TransformerConfig
+from engine.config.ranker import KoclipConfig
+from engine.config.run import TextConfig
+from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import extend_tokenizer, load_tokenizer, tokenizer_for, train_tokenizer
 from engine.errors import InputError
 from engine.models.koclip import KoClip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.config_files import dump_tree, load_run
 from engine.config_folders import different_sizes
 from engine.errors import InputError

@@ -1,0 +1,1 @@
+"""Configuration of models and training runs: strict, frozen sections."""

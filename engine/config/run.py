@@ -1,0 +1,72 @@
+"""Configuration that every training stage shares: captioned images, tokenization, length of the run."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from engine.config.section import Section
+
+
+class DataConfig(Section):
+    """The captioned images and how they are loaded."""
+
+    pairs: Path = Field(description="a prepared folder (`kodalle data prepare`) or a folder of name.jpg + name.txt")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="for plain folders; a prepared one has its split")
+    balance: str | None = Field(None, description="attribute whose rare values are sampled more often")
+    num_workers: int = Field(0, ge=0, description="processes that prepare batches; 0: the training process does")
+    cache_images: bool = Field(False, description="keep decoded uint8 images in memory")
+    flip: bool = Field(
+        False, description="mirror half of the images; wrong where captions say left or right, or logos matter"
+    )
+
+
+class TextConfig(Section):
+    """Tokenization of captions."""
+
+    tokenizer: str = Field("klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)")
+    vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
+    partial_captions: int = Field(
+        0, ge=0, le=16, description="copies added to each training caption, with sentences left out at random"
+    )
+
+
+class LoopConfig(Section):
+    """Length of the run, and the intervals in steps at which things are written."""
+
+    steps: int | None = Field(None, gt=0, description="optimiser steps; either this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training split; either this or steps")
+    validate_every: int = Field(1000, gt=0, description="steps between validations; the best model is exported then")
+    validation_batches: int = Field(16, gt=0, description="batches per validation, at most; no image comes twice")
+    sample_every: int = Field(1000, gt=0, description="steps between sample images")
+    sample_count: int = Field(8, gt=0, description="images per sample")
+    checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")
+    max_skipped_steps: int = Field(
+        50, gt=0, description="stop after this many steps in a row that fp16 skipped (inf or nan gradients)"
+    )
+    torch_threads: int | None = Field(None, gt=0, description="CPU threads a process; null: its share of the cores")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "LoopConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Run(Section):
+    """Sections and keys of every training run."""
+
+    run: Path = Field(description="folder of this run: config.yaml, log.jsonl, checkpoints/, samples/, model/")
+    seed: int = Field(42, ge=0, lt=2**32, description="of the weights, the data order and all other randomness")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: from the newest checkpoint; never: an error where there is one"
+    )
+    start_from: Path | None = Field(
+        None,
+        description="model folder to train on from; its sizes must be the config's, except text_vocab_size, which may grow",
+    )
+    data: DataConfig
+    loop: LoopConfig
+    deepspeed: dict[str, Any] = Field(description="DeepSpeed's own configuration, passed on unchanged")
