@@ -104,9 +104,9 @@ _SLOW = (
     "tests/benchmarks/",
     "tests/kernels/",
     "tests/engine/training/",
-    "tests/engine/codec/test_onnx.py",
+    "tests/engine/codec/test_onnx",
     "tests/engine/decoding/test_graph_decoder",
-    "tests/engine/metrics/test_evaluate.py",
+    "tests/engine/metrics/test_evaluate",
 )
 # Tests that start servers, browsers or Ray, and wait for them.
 _EXCLUSIVE = (

@@ -1,4 +1,4 @@
-"""ONNX export and ONNX Runtime: the same outputs as torch, the explicit choice of backend, stale files refused."""
+"""ONNX Runtime: the same outputs as torch, the explicit choice of backend, stale files refused."""
 
 import hashlib
 import json
@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import cli
-from engine.codec import codec, onnx_export
+from engine.codec import codec
 from engine.codec.codec import open_codec
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import (
@@ -30,14 +29,10 @@ from engine.codec.onnx_backend import (
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
 from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
-from engine.config.codec import VqganConfig
 from engine.config.ranker import KoclipConfig
-from engine.config.transformer import TransformerConfig
-from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
 from engine.models.folder import Part, load_part, read_part, weights_digest, write_model_folder
 from engine.models.koclip import KoClip
-from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
@@ -45,41 +40,6 @@ from engine.pipeline.pipeline import Pipeline
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 CPU = torch.device("cpu")
 FILES = {f"{name}.onnx" for name in NETWORKS} | {MEASUREMENT_FILE}
-
-
-@pytest.fixture(scope="module")
-def model(run_tree: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with random weights, an attention block in its decoder and images that are not flat."""
-    folder = tmp_path_factory.mktemp("onnx") / "model"
-    tree = {stage: run_tree(stage, folder)["model"] for stage in ("vqgan", "koclip", "kodalle")}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vqgan = Vqgan(VqganConfig(**(tree["vqgan"] | {"attention_resolutions": [8]})))
-        torch.nn.init.normal_(vqgan.quantize.embedding.weight)
-        koclip = KoClip(KoclipConfig(**tree["koclip"]))
-        transformer = KoDalle(TransformerConfig(**tree["kodalle"]))
-    parts = {
-        "vqgan": Part(vqgan.config, vqgan.state_dict()),
-        "koclip": Part(koclip.config, koclip.state_dict()),
-        "transformer": Part(transformer.config, transformer.state_dict()),
-    }
-    write_model_folder(folder, parts, card="", tokenizer=train_tokenizer(CAPTIONS, vocab_size=60))  # type: ignore[arg-type]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with its ONNX files. Read it, never write there."""
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    folder = shutil.copytree(model, tmp_path_factory.mktemp("exported") / "model")
-    export_model(folder, folder)
-    return folder
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "_MOST_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -180,93 +140,6 @@ def test_refuses_what_torch_refuses(exported: Path) -> None:
         for texts in (torch.zeros(2, 12), torch.zeros(12, dtype=torch.int64), torch.full((1, 13), 5)):
             with pytest.raises(ValueError, match="text tokens"):
                 embedder.embed_texts(texts)
-
-
-# ----------------------------------------------------------------------------------------------------------- export
-
-
-def test_what_is_written(model: Path, exported: Path) -> None:
-    assert {path.name for path in exported.iterdir()} == {path.name for path in model.iterdir()} | FILES
-    report = json.loads((exported / MEASUREMENT_FILE).read_text(encoding="utf-8"))
-    assert report["files"].keys() == NETWORKS.keys()
-    for name, file in report["files"].items():
-        assert file["bytes"] == onnx_file(exported, name).stat().st_size
-        assert file["source"] == weights_digest(exported, NETWORKS[name].part)
-        assert 0 <= file["max_abs_error"] <= 1e-4
-    measured = report["measured"]["cpu"]
-    assert (measured["threads"], measured["provider"]) == (torch.get_num_threads(), "CPUExecutionProvider")
-    for part in ("vqgan", "koclip"):
-        assert measured[part]["torch_ms"] > 0
-        assert measured[part]["onnx_ms"] > 0
-    assert report["facts"]["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick", "exported")
-def test_export_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    before = sorted(model.iterdir())
-    out = tmp_path / "그림" / "onnx"
-    out.mkdir(parents=True)
-    (out / ".partial-vqgan_decoder.onnx-killed").write_bytes(b"half a file")
-    monkeypatch.setattr(sys, "argv", ["kodalle", "export", str(model), "--out", str(out)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 0
-    assert {path.name for path in out.iterdir()} == FILES
-    assert sorted(model.iterdir()) == before
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    lines = printed.out.splitlines()
-    progress = [line for line in lines if line.startswith("export ")]  # a slow machine prints more than the last
-    assert progress[-1].startswith("export 4/4")
-    lines = lines[len(progress) :]
-    for name, line in zip(NETWORKS, lines[:3], strict=True):
-        assert line.startswith(f"{onnx_file(out, name)}  {onnx_file(out, name).stat().st_size:,} bytes  max abs error")
-    assert lines[3].startswith(f"cpu, {torch.get_num_threads()} threads: VQGAN decoder: torch ")
-    assert "; KoCLIP images: torch " in lines[3]
-
-
-@pytest.mark.usefixtures("quick", "exported")
-def test_folder_of_a_codec_alone(model: Path, tmp_path: Path) -> None:
-    write_model_folder(tmp_path / "m", {"vqgan": read_part(model, "vqgan")}, card="")
-    report = export_model(tmp_path / "m", tmp_path / "m")
-    assert report.files.keys() == {"vqgan_decoder"}
-    assert report.measured["cpu"].koclip is None
-    assert not onnx_file(tmp_path / "m", "koclip_text").exists()
-    write_model_folder(tmp_path / "t", {"transformer": read_part(model, "transformer")}, card="")
-    with pytest.raises(InputError, match="has neither a vqgan nor a koclip"):
-        export_model(tmp_path / "t", tmp_path / "t")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_export_that_fails_changes_nothing(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    monkeypatch.setattr(onnx_export, "_WORST_ERROR", -1.0)
-    with pytest.raises(RuntimeError, match=r"vqgan_decoder exported to ONNX is .* from torch's output"):
-        export_model(copied, copied)
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--out: .*is a file"):
-        export_model(copied, tmp_path / "file")
-
-
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_export_without_a_package_is_exit_code_2(
-    package: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("onnx", "onnxruntime"):
-        if name != package:
-            pytest.importorskip(name)
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, "argv", ["kodalle", "export", str(model), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: package {package}: needed for")
-    assert f"install it with `pip install {package}" in line
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------- files refused
