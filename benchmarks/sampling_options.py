@@ -68,12 +68,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     if classes is None:
         raise InputError("pairs", arguments.pairs, "its training captions state fewer than two classes")
     folder = arguments.independent_classifier
-    reader = ImageReader(colour_names(pairs), load_classifier(folder).for_classes(classes, folder=folder), classes)
     encoder = Lite0Encoder(device)
     run = EvaluationRun(device, _SEED, batch_size=16, on_progress=lambda *_: None)
     chosen_pairs = _training_captions(pairs, arguments.captions, run.generator())
     ways = {"whole": chosen_pairs, "partial": with_partial_held_out(chosen_pairs, _SEED)}
     pipeline = Pipeline.from_pretrained(arguments.model, device=device, dtype=torch.float32)
+    colours = colour_names(pairs, pipeline.vqgan.config.image_size)
+    reader = ImageReader(colours, load_classifier(folder).for_classes(classes, folder=folder), classes)
     chosen = pipeline.default_sampling_params
     rows = []
     for temperature, guidance in itertools.product(arguments.temperature, arguments.guidance):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.data.caption_grammar import CaptionGrammar, Fact
-from engine.data.formats import grammar_of, palette_of
+from engine.data.formats import colour_attribute_of, grammar_of
 from engine.data.pairs import Pair, Pairs
 
 _MOST_CLASSES = 50  # more differ by attributes that no small image shows
@@ -65,8 +65,7 @@ class CaptionClasses:
 def find_caption_classes(pairs: Pairs) -> CaptionClasses | None:
     """The classes of the training captions; None if there are fewer than two."""
     grammar = grammar_of(pair.captions[0] for pair in pairs.train)
-    palette = palette_of(pair.attributes for pair in pairs.train)
-    colour = "" if palette is None else palette.attribute
+    colour = colour_attribute_of(pair.attributes for pair in pairs.train) or ""
     counts: Counter[Facts] = Counter()
     captions: dict[Facts, set[frozenset[Fact]]] = {}
     for pair in pairs.train:

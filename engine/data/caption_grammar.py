@@ -5,7 +5,7 @@ set's captions. Captions that people wrote have none.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,13 +13,6 @@ import numpy as np
 from engine.data.caption_guide import CaptionForm
 
 _SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
-
-
-class Palette(NamedTuple):
-    """The attribute whose values name colours, and each name's sRGB value, 0 to 255."""
-
-    attribute: str
-    colours: Mapping[str, tuple[int, int, int]]
 
 
 class Fact(NamedTuple):

@@ -5,8 +5,8 @@ With a second data set, the label format becomes an argument of `kodalle data`, 
 
 from collections.abc import Iterable
 
-from engine.data.caption_grammar import CaptionGrammar, Palette
-from engine.data.kfashion.colours import COLOUR_ATTRIBUTE, K_FASHION_COLOURS
+from engine.data.caption_grammar import CaptionGrammar
+from engine.data.kfashion.colours import COLOUR_ATTRIBUTE
 from engine.data.kfashion.grammar import KFashionGrammar
 from engine.data.kfashion.label_format import KFashionLabels
 from engine.data.label_format import Attributes, LabelFormat
@@ -23,12 +23,6 @@ def grammar_of(captions: Iterable[str]) -> CaptionGrammar | None:
     return grammar if any(grammar.facts(caption) for caption in captions) else None
 
 
-def palette_of(attributes: Iterable[Attributes]) -> Palette | None:
-    """The colours that the pairs' attributes name, only those that occur; None if they name none.
-
-    Names that do not occur are left out: gold and silver, say, would take from yellow and grey what no label names.
-    """
-    values = (each.get(COLOUR_ATTRIBUTE) for each in attributes)
-    occurring = {value for value in values if isinstance(value, str)}
-    colours = {name: colour for name, colour in K_FASHION_COLOURS.items() if name in occurring}
-    return Palette(COLOUR_ATTRIBUTE, colours) if colours else None
+def colour_attribute_of(attributes: Iterable[Attributes]) -> str | None:
+    """The attribute whose values name the pairs' colours; None if they name none."""
+    return COLOUR_ATTRIBUTE if any(isinstance(each.get(COLOUR_ATTRIBUTE), str) for each in attributes) else None

@@ -14,33 +14,46 @@ import numpy as np
 from torch import Tensor
 
 from engine.data.caption_classes import CaptionClasses, commonest_share
-from engine.data.formats import palette_of
-from engine.data.pairs import Pair, Pairs
-from engine.metrics.colour import Lab, dominant_colour, lab_palette, nearest_colour_name
+from engine.data.formats import colour_attribute_of
+from engine.data.pairs import Pair, Pairs, load_image
+from engine.metrics.colour import ColourReader, fit_colour_reader
 from engine.metrics.independent_classifier import IndependentClassifier
 
 
 @dataclass(frozen=True)
 class ColourNames:
-    """The colours that a set's captions name."""
+    """The colours that a set's captions name, read like those of its training photographs."""
 
     attribute: str
-    palette: dict[str, Lab]
+    reader: ColourReader
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.reader.names)
 
     def stated(self, pair: Pair) -> str | None:
-        """The colour that a pair states; None if it states none, several, or one that the palette lacks."""
-        value = pair.attributes.get(self.attribute)
-        return value if isinstance(value, str) and value in self.palette else None
+        """The colour that a pair states; None if it states none, several, or one that no training photograph has."""
+        value = _one_colour(pair, self.attribute)
+        return value if value in self.names else None
 
     def of(self, image: np.ndarray) -> str:
         """The name of an image's colour."""
-        return nearest_colour_name(dominant_colour(image), self.palette)
+        return self.reader.name_of(image)
 
 
-def colour_names(pairs: Pairs) -> ColourNames | None:
-    """The colours that the pairs' attributes name; None if they name none."""
-    palette = palette_of(pair.attributes for pair in pairs.all)
-    return None if palette is None else ColourNames(palette.attribute, lab_palette(palette.colours))
+def colour_names(pairs: Pairs, size: int) -> ColourNames | None:
+    """The colours that the training pairs' attributes name, from their images at `size` pixels; None if they name none."""
+    attribute = colour_attribute_of(pair.attributes for pair in pairs.train)
+    if attribute is None:
+        return None
+    named = [(pair, name) for pair in pairs.train if (name := _one_colour(pair, attribute)) is not None]
+    images = [load_image(pair, size) for pair, _ in named]
+    return ColourNames(attribute, fit_colour_reader(images, [name for _, name in named])) if named else None
+
+
+def _one_colour(pair: Pair, attribute: str) -> str | None:
+    value = pair.attributes.get(attribute)
+    return value if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class ImageReader:
             stated = Counter(name for pair in held if (name := self.names.stated(pair)) is not None)
             found["colour_agreement"] = {
                 "attribute": self.names.attribute,
-                "names": len(self.names.palette),
+                "names": len(self.names.names),
                 "commonest": max(stated.values()) / stated.total() if stated else None,
             } | _shares(real, generated, lambda right: right.colour)
         if self.classifier is not None and self.classes is not None:

@@ -139,7 +139,8 @@ def evaluate(
             phase("independent_classifier", lambda: _trust(run, encoder, classifier, classes, held, size))
         usable = report.get("independent_classifier", {}).get("usable", False)
         held_out = with_partial_held_out(pairs, seed) if partial_captions else pairs
-        reader = ImageReader(colour_names(pairs), classifier if usable else None, classes)
+        colours = colour_names(pairs, pipeline.vqgan.config.image_size)
+        reader = ImageReader(colours, classifier if usable else None, classes)
         phase("generations", lambda: {"partial_captions": partial_captions} | score_generations(
             run, pipeline, held_out, reader, encoder,
             count=generations, candidates=candidates, distance_images=distance_images, sheets=sheets,

@@ -6,9 +6,10 @@ from PIL import Image, ImageFilter
 
 from engine.data.kfashion.colours import K_FASHION_COLOURS
 from engine.data.kfashion.labels import VOCABULARY
-from engine.metrics.colour import Lab, dominant_colour, lab_palette, nearest_colour_name, srgb_to_lab
+from engine.metrics.colour import fit_colour_reader, srgb_to_lab, subject_colours
 
-PALETTE = lab_palette(K_FASHION_COLOURS)
+Colour = tuple[int, int, int]
+LIGHT, DARK = (245, 245, 245), (70, 50, 40)
 
 
 def image(ground: tuple[int, int, int], colour: tuple[int, int, int], *, size: int = 96) -> np.ndarray:
@@ -32,43 +33,57 @@ def test_lab_of_known_colours() -> None:
 @pytest.mark.parametrize("size", [5, 32, 64, 100])
 def test_a_flat_image_is_of_its_own_colour(size: int) -> None:
     flat = np.full((size, size, 3), (185, 40, 50), np.uint8)
-    assert dominant_colour(flat) == pytest.approx(PALETTE["레드"], abs=1e-9)
+    lightness, a, b = srgb_to_lab(np.array((185, 40, 50), np.uint8))
+    own = [0.8 * lightness, a, b]  # lightness counts less
+    assert subject_colours(flat) == pytest.approx([*own, *own, *own, 0, 0, 0], abs=1e-9)
 
 
-def test_every_name_is_read_back_from_a_drawn_shape() -> None:
-    for name, colour in K_FASHION_COLOURS.items():
-        ground = (245, 245, 245) if PALETTE[name].lightness < 60 else (70, 50, 40)
-        found = dominant_colour(image(ground, colour))
-        assert nearest_colour_name(found, PALETTE) == name, (name, found, PALETTE[name])
+def test_a_reader_of_drawn_shapes_reads_every_name_on_other_grounds() -> None:
+    def ground(colour: Colour, other: bool) -> Colour:
+        return LIGHT if (srgb_to_lab(np.array(colour, np.uint8))[0] < 60) is not other else DARK
 
-
-def test_the_ground_does_not_matter() -> None:
+    names = list(K_FASHION_COLOURS)
+    reader = fit_colour_reader([image(ground(colour, False), colour) for colour in K_FASHION_COLOURS.values()], names)
+    found = [reader.name_of(image(ground(colour, False), colour, size=64)) for colour in K_FASHION_COLOURS.values()]
+    assert found == names
     red = K_FASHION_COLOURS["레드"]
-    for ground in ((245, 245, 245), (20, 20, 20), (60, 120, 70), (190, 180, 164)):
-        assert nearest_colour_name(dominant_colour(image(ground, red)), PALETTE) == "레드"
+    for other in ((20, 20, 20), (60, 120, 70), (190, 180, 164)):
+        assert reader.name_of(image(other, red)) == "레드"
 
 
 def test_a_subject_of_the_grounds_colour_is_still_read() -> None:
-    assert nearest_colour_name(dominant_colour(image((216, 215, 211), (222, 221, 217))), PALETTE) == "화이트"
+    reader = fit_colour_reader([image(LIGHT, (38, 38, 40)), image(LIGHT, (222, 221, 217))], ["블랙", "화이트"])
+    assert reader.name_of(image((216, 215, 211), (222, 221, 217))) == "화이트"
+
+
+def test_several_near_photographs_outweigh_one_that_is_nearer() -> None:
+    shades = [(122, 122, 122), (126, 126, 126), (127, 127, 127), (128, 128, 128)]
+    reader = fit_colour_reader([image(LIGHT, shade) for shade in shades], ["블랙", "그레이", "그레이", "그레이"])
+    assert reader.name_of(image(LIGHT, (123, 123, 123))) == "그레이"
+    assert fit_colour_reader([image(LIGHT, shades[0])], ["블랙"]).name_of(image(LIGHT, (200, 0, 0))) == "블랙"
+
+
+def test_the_median_is_that_of_the_heavier_half() -> None:
+    half = np.full((32, 32, 3), 245, np.uint8)
+    half[4:28, 4:28] = (185, 40, 50)
+    half[4:28, 4:12] = (38, 38, 40)
+    assert subject_colours(half)[6:9] == pytest.approx(subject_colours(np.full_like(half, (185, 40, 50)))[:3])
 
 
 def test_same_image_same_colour() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert dominant_colour(noise) == dominant_colour(noise.copy())
-
-
-def test_of_equally_near_names_the_first() -> None:
-    palette = {"b": Lab(50, 10, 0), "a": Lab(50, -10, 0)}
-    assert nearest_colour_name(Lab(50, 0, 0), palette) == "b"
+    assert (subject_colours(noise) == subject_colours(noise.copy())).all()
 
 
 def test_faults() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        dominant_colour(np.zeros((8, 8, 3)))  # type: ignore[arg-type]
+        subject_colours(np.zeros((8, 8, 3)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(S, S, 3\)"):
-        dominant_colour(np.zeros((8, 6, 3), np.uint8))
-    with pytest.raises(ValueError, match="empty"):
-        nearest_colour_name(Lab(50, 0, 0), {})
+        subject_colours(np.zeros((8, 6, 3), np.uint8))
+    with pytest.raises(ValueError, match="got 0 images"):
+        fit_colour_reader([], [])
+    with pytest.raises(ValueError, match="got 1 images, 2 names"):
+        fit_colour_reader([np.zeros((8, 8, 3), np.uint8)], ["레드", "블루"])
 
 
 def test_the_palette_has_the_label_formats_names() -> None:

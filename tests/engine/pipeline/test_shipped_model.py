@@ -8,7 +8,7 @@ import pytest
 from engine.data.caption_guide import read_guide
 from engine.data.kfashion.colours import K_FASHION_COLOURS
 from engine.data.synthetic.oracle import read
-from engine.metrics.colour import dominant_colour, lab_palette, nearest_colour_name
+from engine.metrics.colour import fit_colour_reader
 from engine.pipeline.pipeline import Pipeline
 from serve.settings import ServeSettings
 from tests.paths import REPOSITORY
@@ -58,9 +58,6 @@ def test_the_clothing_model_generates_clothes_of_the_colours_that_the_captions_s
         for colour in wanted
     ]
     generations = Pipeline.from_pretrained(PHOTOS)(captions, candidates=8, seed=7)
-    palette = lab_palette({name: rgb for name, rgb in K_FASHION_COLOURS.items() if name in attributes["색상"]})
-    best = [
-        nearest_colour_name(dominant_colour(np.asarray(generation.candidates[0].image)), palette)
-        for generation in generations
-    ]
-    assert best == wanted
+    swatches = {name: rgb for name, rgb in K_FASHION_COLOURS.items() if name in attributes["색상"]}
+    reader = fit_colour_reader([np.full((8, 8, 3), rgb, np.uint8) for rgb in swatches.values()], list(swatches))
+    assert [reader.name_of(np.asarray(generation.candidates[0].image)) for generation in generations] == wanted
