@@ -201,7 +201,7 @@ def demo(
         Path | None, typer.Option(help="folder with the demo's configs; default: those that come with the project")
     ] = None,
 ) -> None:
-    """The whole job at a small size: a drawn data set, three trainings, generations for held-out captions, report.json."""
+    """`kodalle train` on a drawn data set: three trainings in minutes, the report, and shares of right images."""
     from engine.commands.demo import run_demo, shipped_configs
 
     run_demo(out, configs or shipped_configs())

@@ -46,6 +46,14 @@ def train(
     from_: Annotated[
         Path | None, typer.Option("--from", help="with PHOTOS: model folder to train on from", show_default=False)
     ] = None,
+    cut_out: Annotated[
+        bool | None,
+        typer.Option(
+            "--cut-out/--no-cut-out",
+            help="with PHOTOS: objects without their background; default: where most have an outline",
+            show_default=False,
+        ),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="with PHOTOS: print parameters, memory and minutes of each stage, and stop")
     ] = False,
@@ -54,16 +62,18 @@ def train(
     if target.is_dir():
         if overrides:
             raise InputError("KEY=VALUE", overrides[0], "is for a config: with a folder write --set stage.key=value")
-        from engine.commands.train_pictures import Request, train_pictures
+        from engine.commands.train_pictures import train_pictures
+        from engine.commands.train_plan import Request
 
         place = out or Path("runs") / target.resolve().name
-        train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_), only_plan=plan)
+        train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_, cut_out), only_plan=plan)
         return
     for option, value in (
         ("--out", out),
         ("--set", set_),
         ("--minutes", minutes),
         ("--from", from_),
+        ("--cut-out", cut_out),
         ("--plan", plan or None),
     ):
         if value is not None and value != []:

@@ -34,6 +34,7 @@ from engine.metrics.agreement import ImageReader, colour_names
 from engine.metrics.generations import score_generations
 from engine.metrics.independent_classifier import LEAST_ACCURACY, IndependentClassifier, agreement, load_classifier
 from engine.metrics.lite0_features import Lite0Encoder
+from engine.metrics.oracle import Oracle
 from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, load_parts
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import num_distinct, recall_at
@@ -62,6 +63,7 @@ def evaluate(
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
     distance_images: int = 0,
+    oracle: Oracle | None = None,
     sheets: Path | None = None,
     on_progress: OnPhaseProgress | None = None,
 ) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def evaluate(
             it names fewer than LEAST_ACCURACY of the held-out photographs rightly.
         partial_captions: use captions with sentences left out, as people write them.
         distance_images: generations of whole captions for FID, KID and nearest training photographs; 0: none.
+        oracle: reads from pixels whether a generation is right.
         sheets: where PNGs of top-ranked images go, see engine.metrics.sheets.
         on_progress: called with (phase, done, total).
 
@@ -143,7 +146,7 @@ def evaluate(
         reader = ImageReader(colours, classifier if usable else None, classes)
         phase("generations", lambda: {"partial_captions": partial_captions} | score_generations(
             run, pipeline, held_out, reader, encoder,
-            count=generations, candidates=candidates, distance_images=distance_images, sheets=sheets,
+            count=generations, candidates=candidates, distance_images=distance_images, oracle=oracle, sheets=sheets,
         ))  # fmt: skip
     seconds["total"] = time.perf_counter() - started
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
@@ -162,6 +165,7 @@ def evaluate_to_file(
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
     distance_images: int = 0,
+    oracle: Oracle | None = None,
 ) -> dict[str, Any]:
     """`evaluate` with progress bars; writes `out` (JSON), the sheets beside it (.png), and prints a table.
 
@@ -177,7 +181,7 @@ def evaluate_to_file(
         report = evaluate(
             model, pairs, generations=generations, candidates=candidates, seed=seed, device=device,
             independent_classifier=independent_classifier, partial_captions=partial_captions,
-            distance_images=distance_images, sheets=out.with_suffix(".png"), on_progress=bars.update,
+            distance_images=distance_images, oracle=oracle, sheets=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
     write_json(out, machine | report)
     print(table(report))

@@ -22,6 +22,8 @@ from engine.metrics.agreement import ImageReader, Right
 from engine.metrics.distances import nearest_report, photograph_features, set_distances
 from engine.metrics.fid import LEAST_FOR_KID
 from engine.metrics.lite0_features import NUM_FEATURES, Lite0Encoder, head_mean
+from engine.metrics.oracle import Oracle, shares_right
+from engine.metrics.oracle import Right as OracleRight
 from engine.metrics.parts import EvaluationRun
 from engine.metrics.sheets import SHEET_IMAGES, Shown, write_nearest_sheet, write_sheets
 from engine.pipeline.generation import Generation
@@ -40,6 +42,7 @@ class _Tally:
     all_scores: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
     right: list[list[Right]] = field(default_factory=list)  # for each caption, of its candidates, best first
+    oracle_right: list[list[OracleRight]] = field(default_factory=list)  # the same, by the oracle
     top_features: list[Tensor] = field(default_factory=list)  # (H,)
     features: dict[str, Tensor] = field(default_factory=dict)  # caption -> (n, 1280), in the order of candidates
 
@@ -64,6 +67,7 @@ def score_generations(
     count: int,
     candidates: int,
     distance_images: int = 0,
+    oracle: Oracle | None = None,
     sheets: Path | None = None,
 ) -> dict[str, Any]:
     """Generates images for `count` distinct held-out captions, for all when there are fewer.
@@ -73,6 +77,7 @@ def score_generations(
         encoder: for the reader's classifier and for distances; may be None without both.
         distance_images: generations whose distances from photographs are measured, for the held-out captions as often as
             they occur; 0: none.
+        oracle: reads from pixels whether an image is right.
         sheets: where PNGs of top-ranked images go, see engine.metrics.sheets.
 
     Returns:
@@ -82,6 +87,7 @@ def score_generations(
             [0, 1], averaged; None for one candidate;
         koclip_score: when the model has a KoCLIP, see `_scores`;
         colour_agreement, class_agreement, colour_and_class_agreement: see `ImageReader.report`;
+        oracle: with one, see `shares_right`;
         distances, nearest: with `distance_images`, see engine.metrics.distances;
         sheets: with `sheets`, their file names;
         top_ranked: caption, held-out pair, seed, candidate and score of each top-ranked image, the sheets' first.
@@ -96,6 +102,8 @@ def score_generations(
             part, pipeline([pair.captions[0] for pair in part], candidates=candidates, seed=run.seed), strict=True
         ):
             tally.add(pair, generation)
+            if oracle is not None:
+                tally.oracle_right.append(oracle(pair, [one.image for one in generation.candidates]))
             captions_cut += generation.tokens_cut > 0
             pixels = [np.asarray(one.image) for one in generation.candidates]
             if candidates > 1:
@@ -114,6 +122,8 @@ def score_generations(
     if pipeline.koclip is not None:
         found["koclip_score"] = _scores(run, pipeline, chosen, tally)
     found |= reader.report(pairs.validation, _real(run, pipeline, pairs, reader, encoder), tally.right)
+    if oracle is not None:
+        found["oracle"] = shares_right(tally.oracle_right)
     if sheets is not None:
         found["sheets"] = write_sheets(run, pipeline, pairs.validation, tally.shown, sheets, made=tally.listed)
     if distance_images and encoder is not None:

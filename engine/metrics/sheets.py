@@ -18,7 +18,7 @@ from engine.data.formats import grammar_of
 from engine.data.pairs import Pair
 from engine.metrics.parts import EvaluationRun
 from engine.pipeline.image_encoding import save_png
-from engine.pipeline.image_files import captioned_sheet, paste_grid, to_uint8
+from engine.pipeline.image_files import captioned_sheet, cut_grid, paste_grid, to_uint8
 from engine.pipeline.pipeline import Pipeline
 
 SHEET_IMAGES = 40
@@ -80,6 +80,12 @@ def write_sheets(
     file = _beside(path, "reconstructions")
     save_png(file, _reconstructions(run, pipeline, photographs), {"photographs": [pair.key for pair in photographs]})
     return files | {"reconstructions": file.name}
+
+
+def read_sheet(path: Path, count: int) -> list[Image.Image]:
+    """The first images of a sheet without captions."""
+    with Image.open(path) as sheet:
+        return cut_grid(sheet, min(count, SHEET_IMAGES), columns=_COLUMNS)
 
 
 def write_nearest_sheet(

@@ -45,6 +45,14 @@ def paste_grid(images: Sequence[Image.Image], *, columns: int, gap: int = _GAP) 
     return grid
 
 
+def cut_grid(grid: Image.Image, count: int, *, columns: int, gap: int = _GAP) -> list[Image.Image]:
+    """The first images of a `paste_grid` of squares."""
+    side = (grid.width - gap) // columns - gap
+    places = [divmod(number, columns) for number in range(count)]
+    corners = [(gap + column * (side + gap), gap + row * (side + gap)) for row, column in places]
+    return [grid.crop((left, top, left + side, top + side)).convert("RGB") for left, top in corners]
+
+
 def hangul_font(size: int) -> ImageFont.FreeTypeFont | None:
     """A font that has Korean letters, or None where the system has none."""
     for name in HANGUL_FONTS:

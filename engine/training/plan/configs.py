@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.stages import KoclipRun, KodalleRun, VqganRun
-from engine.config_files import apply_override, parse_run
+from engine.config_files import apply_override, parse_run, read_config_file
 from engine.errors import InputError
 from engine.files import read_json
 from engine.training.plan.sizes import STAGES, Schedule, Sizes
 
 Tree = dict[str, Any]
+# A loss scale that follows the gradients, with DeepSpeed's defaults written out.
+FP16 = {
+    "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1,
+}  # fmt: skip
 AnyRun = VqganRun | KoclipRun | KodalleRun
 
 
@@ -84,6 +88,28 @@ def make_trees(
     return trees
 
 
+def preset_trees(configs: Path, out: Path, pairs: Path, overrides: Sequence[str] = ()) -> dict[str, Tree]:
+    """The configs of a folder, vqgan.yaml, koclip.yaml and kodalle.yaml, with the places of this run.
+
+    Raises:
+        InputError: one of them is missing or no YAML.
+    """
+    texts = split_overrides(overrides)
+    trees = {}
+    for stage in STAGES:
+        tree = read_config_file(configs / f"{stage}.yaml", example=f"configs/demo/{stage}.yaml")
+        tree["run"] = str(out / stage)
+        tree.setdefault("data", {})["pairs"] = str(pairs)
+        if stage == "koclip" and "codec" in tree:
+            tree["codec"] = str(out / "vqgan" / "model")
+        if stage == "kodalle":
+            tree |= {name: str(out / name / "model") for name in ("vqgan", "koclip")}
+            tree.setdefault("text", {})["tokenizer"] = str(out / "koclip" / "model")
+        _apply(tree, texts[stage])
+        trees[stage] = tree
+    return trees
+
+
 def parse_trees(trees: dict[str, Tree], source: str) -> dict[str, AnyRun]:
     """The trees, checked.
 
@@ -135,7 +161,6 @@ def _loop(sizes: Sizes, schedule: Schedule, *, validation_batches: int) -> Tree:
 
 
 def _deepspeed(sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float], decay: float, least: float) -> Tree:
-    """`gradient_clipping` is stated: DeepSpeed's own default changes the arithmetic."""
     optimizer: Tree = {"lr": lr, "betas": betas, "weight_decay": decay, "torch_adam": True}
     settings: Tree = {
         "train_micro_batch_size_per_gpu": max(1, schedule.batch // sizes.gpus),
@@ -145,6 +170,7 @@ def _deepspeed(sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float
             "params": {
                 "total_num_steps": "auto",
                 "warmup_num_steps": max(2, min(100, schedule.steps // 20)),
+                "warmup_type": "log",
                 "cos_min_ratio": least,
             },
         },
@@ -152,7 +178,8 @@ def _deepspeed(sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float
         "zero_optimization": {"stage": 0 if sizes.device == "cpu" else 1},
     }
     if sizes.device != "cpu":
-        settings |= {"bf16": {"enabled": True}} if sizes.has_bf16 else {"fp16": {"enabled": True}}
+        settings |= {"bf16": {"enabled": True}} if sizes.has_bf16 else {"fp16": dict(FP16)}
+        settings["communication_data_type"] = "fp32"
     return settings
 
 

@@ -1,27 +1,32 @@
 """What sizes are chosen from: the captioned images, and the machine.
 
-Nothing here trains or decodes whole images; headers of a sample are enough for their size.
+Nothing here trains. Headers of a sample are enough for the images' size; of it those with an alpha channel are decoded, to know
+whether they are cut-outs.
 """
 
 import os
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
+from engine.data.crops import ImageFault, open_layered
+from engine.data.cut_out import DEFAULT_GROUND, outline_extent
 from engine.data.pairs import load_pairs, split_of
-from engine.data.sources import Crop, CropJob, PrepareOptions, list_source
+from engine.data.sources import Crop, CropJob, PrepareOptions, SourceListing, list_source
 from engine.errors import InputError
+from engine.files import read_json
 
 Item = TypeVar("Item")
 
 LEAST_PAIRS = 10
 _SAMPLED_IMAGES = 200  # headers that are read for the median size
 _SAMPLED_CAPTIONS = 200_000  # distinct ones that the vocabulary is counted from
+_MOSTLY_OUTLINED = 0.8  # of the objects, from which they are cut out, and the others left out
 _SEEDS = range(42, 142)  # tried until the split holds out about as many photos as wanted
 # A mirrored image contradicts a caption with one of these.
 _SIDES = re.compile(
@@ -39,6 +44,7 @@ class DatasetFacts:
     longest_tokens: text tokens of the longest caption with that tokenizer, [CLS] and [SEP] among them.
     side: median over the images of the shorter side, in pixels.
     mentions_sides: some caption says left or right.
+    ground: `#rrggbb` around the objects, if they are cut out; background: why they are, or are not.
     split_fraction, split_seed: of the split, for the preparation.
     """
 
@@ -49,6 +55,8 @@ class DatasetFacts:
     longest_tokens: int
     side: int
     mentions_sides: bool
+    ground: str | None = None
+    background: str = "no outlines and no transparency to cut along"
     split_fraction: float = 0.05
     split_seed: int = 42
 
@@ -70,21 +78,27 @@ def most_entries(pairs: int) -> int:
     return 2048 if pairs < 1000 else 8192 if pairs < 50_000 else 32_000
 
 
-def dataset_facts(photos: Path, *, start_from: Path | None = None) -> DatasetFacts:
+def dataset_facts(photos: Path, *, start_from: Path | None = None, cut_out: bool | None = None) -> DatasetFacts:
     """Facts of a source folder (labels, or name.jpg + name.txt) or of a prepared one.
 
     Args:
-        start_from: model folder whose tokenizer counts the captions' tokens, extended by their new words.
+        start_from: model folder whose tokenizer counts the captions' tokens, extended by their new words, and whose
+            ground objects are cut out on, if it has one.
+        cut_out: whether objects are; None: where the model was trained on cut-outs, or, without a model, where most have
+            an outline.
 
     Raises:
-        InputError: nothing usable in it, or fewer than `LEAST_PAIRS` pairs.
+        InputError: nothing usable in it, fewer than `LEAST_PAIRS` pairs, or nothing to cut out along.
     """
     if (photos / "pairs.jsonl").is_file():
         pairs = load_pairs(photos)
         train = [caption for pair in pairs.train for caption in pair.captions]
         sides = [_image_side(pair.image_path) for pair in _sample(pairs.all)]
-        return _facts(photos, len(pairs.train), len(pairs.validation), train, sides, 0.05, 42, start_from)
-    listing = list_source(photos, PrepareOptions(), strict=False)
+        background = "as the folder was prepared"
+        return _facts(
+            photos, len(pairs.train), len(pairs.validation), train, sides, 0.05, 42, start_from, pairs.ground, background
+        )  # fmt: skip
+    listing, ground, background = source_as_prepared(photos, start_from, cut_out)
     crops = [crop for job in listing.jobs for crop in job.crops]
     fraction, seed = 0.05, 42
     if listing.has_sides:
@@ -95,7 +109,66 @@ def dataset_facts(photos: Path, *, start_from: Path | None = None) -> DatasetFac
         held = [split_of(crop.photo, fraction, seed) == "validation" for crop in crops]
     train = [caption for crop, out in zip(crops, held, strict=True) if not out for caption in crop.captions]
     sides = [side for job in _sample(listing.jobs) for side in _crop_sides(job)]
-    return _facts(photos, len(crops) - sum(held), sum(held), train, sides, fraction, seed, start_from)
+    counts = len(crops) - sum(held), sum(held)
+    return _facts(photos, *counts, train, sides, fraction, seed, start_from, ground, background)
+
+
+def source_as_prepared(
+    photos: Path, start_from: Path | None, cut_out: bool | None
+) -> tuple[SourceListing, str | None, str]:
+    """The source as it will be prepared; the ground of cut-outs, or None; and why."""
+    ground, wanted, reason = DEFAULT_GROUND, cut_out, "as --cut-out states" if cut_out else "as --no-cut-out states"
+    if start_from is not None:
+        theirs = read_json(start_from / "config.json", field="--from", remedy="give a model folder").get("ground")
+        ground = theirs or ground
+        if wanted is None:
+            wanted, reason = theirs is not None, f"as in {start_from}"
+    if wanted is False:
+        return list_source(photos, PrepareOptions(), strict=False), None, reason
+    listing = list_source(photos, PrepareOptions(cut_out=True, keep_uncut=True), strict=False)
+    share = _outlined_share(listing)
+    if wanted and not share:
+        raise InputError(
+            "--cut-out" if cut_out else "--from",
+            photos if cut_out else start_from,
+            "no object has an outline or a transparent background to cut it out along: leave --cut-out out"
+            if cut_out
+            else f"was trained on cut-outs, and {photos} has no outlines: give --no-cut-out to train on whole images",
+        )
+    if wanted or share >= _MOSTLY_OUTLINED:
+        if listing.form == "labels":
+            listing.jobs = [_outlined(job) for job in listing.jobs]
+        reason = reason if wanted else f"{share:.0%} have an outline: backgrounds need not be learnt then"
+        return listing, ground, reason
+    if share:
+        reason = f"only {share:.0%} have an outline; --cut-out takes these alone"
+        return list_source(photos, PrepareOptions(), strict=False), None, reason
+    return listing, None, "no outlines and no transparency to cut along"
+
+
+def _outlined(job: CropJob) -> CropJob:
+    """The job without the objects that have no outline."""
+    return replace(job, crops=tuple(crop for crop in job.crops if crop.outline is not None))
+
+
+def _outlined_share(listing: SourceListing) -> float:
+    """Of the objects those with an outline; of images without labels, from a sample, those with a transparent part."""
+    if listing.form == "labels":
+        crops = [crop for job in listing.jobs for crop in job.crops]
+        return sum(crop.outline is not None for crop in crops) / max(1, len(crops))
+    sample = _sample(listing.jobs)
+    return sum(_is_transparent(job.image_path) for job in sample) / max(1, len(sample))
+
+
+def _is_transparent(path: Path) -> bool:
+    """Whether an image is in part; those that cannot be read are named by the preparation."""
+    try:
+        with Image.open(path) as image:
+            if not image.has_transparency_data:
+                return False
+        return bool(open_layered(path).getchannel("A").getextrema()[0] != 255)
+    except (ImageFault, OSError, UnidentifiedImageError):
+        return False
 
 
 def choose_split(photos: Sequence[str]) -> tuple[float, int]:
@@ -140,6 +213,8 @@ def _facts(
     fraction: float,
     seed: int,
     start_from: Path | None,
+    ground: str | None,
+    background: str,
 ) -> DatasetFacts:
     if train + validation < LEAST_PAIRS:
         raise InputError("PHOTOS", photos, f"{train + validation} captioned images: give {LEAST_PAIRS} or more")
@@ -156,6 +231,8 @@ def _facts(
         longest_tokens=longest,
         side=round(statistics.median(sides)) if sides else 0,
         mentions_sides=any(_SIDES.search(caption) for caption in distinct),
+        ground=ground,
+        background=background,
         split_fraction=fraction,
         split_seed=seed,
     )
@@ -189,6 +266,11 @@ def _image_side(path: Path) -> int:
 
 def _crop_sides(job: CropJob) -> list[int]:
     def side(crop: Crop) -> int:
-        return round(min(crop.box.width, crop.box.height)) if crop.box is not None else _image_side(job.image_path)
+        if crop.box is not None:
+            return round(min(crop.box.width, crop.box.height))
+        if crop.outline is not None:
+            left, top, right, bottom = outline_extent(crop.outline)
+            return round(min(right - left, bottom - top))
+        return _image_side(job.image_path)
 
     return [side(crop) for crop in job.crops]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
 from engine.progress import seconds_text
-from engine.training.plan.configs import AnyRun, Base, make_trees, parse_trees, stated_steps
+from engine.training.plan.configs import AnyRun, Base, make_trees, parse_trees, preset_trees, stated_steps
 from engine.training.plan.facts import DatasetFacts, MachineFacts
 from engine.training.plan.sizes import GIB, STAGES, Schedule, Sizes, choose_sizes, with_base
 
@@ -75,6 +75,39 @@ def make_plan(
         captions=min(12 if short else 40, data.validation),
         candidates=8 if short else 16,
     )
+
+
+def preset_plan(
+    configs: Path,
+    out: Path,
+    pairs: Path,
+    data: DatasetFacts,
+    *,
+    overrides: Sequence[str],
+    captions: int,
+    candidates: int,
+) -> Plan:
+    """The plan of given configs; what is printed of it is read from them.
+
+    Raises:
+        InputError: a config that is missing or wrong, or an override that fits no field.
+    """
+    trees = preset_trees(configs, out, pairs, overrides)
+    runs = parse_trees(trees, str(configs))
+    where = f"as in {configs}"
+    vqgan, kodalle = trees["vqgan"]["model"], trees["kodalle"]["model"]
+    grid = kodalle["image_grid_size"]
+    reasons = {
+        "held out": (f"{data.validation} of {data.train + data.validation} pairs", "by the data set itself"),
+        "background": (f"cut out, {data.ground} instead" if data.ground else "kept", data.background),
+        "image size": (f"{vqgan['image_size']} x {vqgan['image_size']} pixels", where),
+        "image tokens": (f"{grid} x {grid} of {vqgan['codebook_size']}", where),
+        "transformer": (f"{kodalle['num_layers']} layers of {kodalle['dim']}", where),
+    }
+    for stage, run in runs.items():
+        batch = run.deepspeed["train_micro_batch_size_per_gpu"]
+        reasons[f"{stage} steps"] = (f"{run.loop.steps:,} of {batch} images", where)
+    return Plan(trees, runs, reasons, captions=min(captions, data.validation), candidates=candidates)
 
 
 def with_steps(sizes: Sizes, steps: Mapping[str, int], reason: str) -> Sizes:

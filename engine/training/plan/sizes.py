@@ -105,6 +105,7 @@ def choose_sizes(data: DatasetFacts, machine: MachineFacts, *, minutes: float | 
             f"{data.validation} of {data.train + data.validation} pairs",
             "never trained on, so that the report can say what was learnt",
         ),
+        "background": (f"cut out, {data.ground} instead" if data.ground else "kept", data.background),
         "image size": (f"{image_size} x {image_size} pixels", size_reason),
         "image tokens": (f"{grid} x {grid}", f"one for {image_size // grid} x {image_size // grid} pixels"),
         "codebook": (f"{codebook} entries", codebook_reason),

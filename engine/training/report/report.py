@@ -12,6 +12,7 @@ from PIL import Image
 
 from engine.data.pairs import Pair, load_image
 from engine.files import atomic_file, write_json
+from engine.metrics.sheets import read_sheet
 from engine.training.report import verdicts
 from engine.training.report.charts import Line, line_chart
 from engine.training.report.figures import CodeUse, StageLog
@@ -95,6 +96,7 @@ def all_verdicts(given: ReportInput) -> list[Verdict]:
         ranker,
         verdicts.transformer(kodalle["loss_image"], given.code_use.used),
         verdicts.best_step("the transformer", given.logs["kodalle"].validation()),
+        verdicts.by_oracle(generations["oracle"], generations["captions"]) if "oracle" in generations else None,
         verdicts.following(scores["real"], scores["real_of_another_caption"], scores["top_ranked"], scores["random"])
         if scores and ranker.level in ("good", "fair")
         else None,
@@ -170,22 +172,17 @@ def _stage_html(stage: str, log: StageLog) -> str:
 
 def _captions_html(given: ReportInput) -> str:
     generations = given.evaluation.get("generations", {})
-    if given.sheet is None or not given.sheet.is_file() or "sheet" not in generations:
+    if given.sheet is None or not given.sheet.is_file() or not generations:
         return "<p>none were generated</p>"
-    columns, gap = generations["sheet"]["columns"], 4  # engine/pipeline/image_files.py: paste_grid
     by_caption = {pair.captions[0]: pair for pair in reversed(given.held_out)}
+    listed = generations["top_ranked"][:_SHOWN_CAPTIONS]
     parts = []
-    with Image.open(given.sheet) as sheet:
-        side = (sheet.width - gap) // columns - gap
-        for number, one in enumerate(generations["top_ranked"][:_SHOWN_CAPTIONS]):
-            row, column = divmod(number, columns)
-            left, top = gap + column * (side + gap), gap + row * (side + gap)
-            generated = sheet.crop((left, top, left + side, top + side)).convert("RGB")
-            real = Image.fromarray(load_image(by_caption[one["caption"]], side))
-            parts.append(
-                f'<figure class="pair"><img src="{_data_url(real)}" alt="real"><img src="{_data_url(generated)}" '
-                f'alt="generated"><figcaption>{html.escape(one["caption"])}</figcaption></figure>'
-            )
+    for one, generated in zip(listed, read_sheet(given.sheet, len(listed)), strict=True):
+        real = Image.fromarray(load_image(by_caption[one["caption"]], generated.width))
+        parts.append(
+            f'<figure class="pair"><img src="{_data_url(real)}" alt="real"><img src="{_data_url(generated)}" '
+            f'alt="generated"><figcaption>{html.escape(one["caption"])}</figcaption></figure>'
+        )
     return "".join(parts)
 
 

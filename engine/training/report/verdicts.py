@@ -5,7 +5,7 @@ uncertain for a verdict (a few held-out images), the verdict says so.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,6 +172,25 @@ def following(real: float, other: float | None, top_ranked: float, random: float
     if share >= 0.2:
         return Verdict("generation", "fair", f"generated images follow their captions in part; {figure}", remedy)
     return Verdict("generation", "bad", f"generated images do not follow their captions; {figure}", remedy)
+
+
+def by_oracle(shares: Mapping[str, Mapping[str, float]], captions: int) -> Verdict:
+    """How many generations are right, for data whose right answer is computed from pixels.
+
+    Args:
+        shares: right images by measure, of random and of top-ranked candidates; see engine/metrics/oracle.py.
+        captions: held-out ones.
+    """
+    measures = [name for name in shares["top_ranked"] if name != "all"]
+    right = shares["top_ranked"]["all"]
+    text = (
+        f"{right:.0%} of the best-ranked images of {captions} held-out captions have {', '.join(measures)} right "
+        f"(a random candidate: {shares['random']['all']:.0%})"
+    )
+    remedy = "more steps (kodalle.loop.steps)"
+    if right >= 0.8:
+        return Verdict("generation", "good", text)
+    return Verdict("generation", "fair" if right >= 0.4 else "bad", text, remedy)
 
 
 def variety(difference: float | None) -> Verdict | None:

@@ -1,7 +1,6 @@
 """From a folder of captioned images to a served model at a tiny size; what is refused; what a second call does."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 from engine import cli
 from engine.commands import stages, train_pictures
-from engine.commands.train_pictures import Request
+from engine.commands.train_plan import Request
 from engine.config_files import load_run
 from engine.data.source_listing import source_listing
 from engine.errors import InputError
@@ -109,6 +108,9 @@ def test_pictures_to_a_model_with_a_report(
     assert 'src="http' not in report  # one file, nothing fetched
     assert report.count("<svg") >= 5
     assert report.count("data:image/png") > 8
+    assert report.count('class="pair"') == len(
+        json.loads((out / "evaluation.json").read_text())["generations"]["top_ranked"]
+    )
     for verdict in json.loads((out / "verdicts.json").read_text(encoding="utf-8")):
         assert verdict["text"] in (out / "report.md").read_text(encoding="utf-8")
         assert verdict["text"] in (out / "model" / "model_card.md").read_text(encoding="utf-8")
@@ -143,7 +145,9 @@ def started(photos: Path, tmp_path: Path) -> Path:
     out = tmp_path / "run"
     out.mkdir()
     (out / "source.txt").write_text(source_listing(photos), encoding="utf-8")
-    write_json(out / "plan.json", {"overrides": ["vqgan.loop.steps=9"], "minutes": 90.0, "start_from": None})
+    write_json(
+        out / "plan.json", {"overrides": ["vqgan.loop.steps=9"], "minutes": 90.0, "start_from": None, "cut_out": None}
+    )
     return out
 
 
@@ -159,6 +163,7 @@ def _change_a_caption(photos: Path, out: Path) -> Request:
         (lambda photos, out: Request(photos, out, minutes=30), "--minutes: 30: .*run was planned with 90.0"),
         (lambda photos, out: Request(photos, out, ("vqgan.loop.steps=8",)), "--set: vqgan.loop.steps=8: .*was planned"),
         (lambda photos, out: Request(photos, out, start_from=photos), "--from: .*run was planned with none"),
+        (lambda photos, out: Request(photos, out, cut_out=True), "--cut-out: True: .*run was planned with none"),
         (lambda photos, out: Request(photos / "nowhere", out), "PHOTOS: .*nowhere: no such folder"),
         (lambda photos, out: Request(photos, photos / "run"), "--out: .*lies inside"),
         (lambda photos, out: Request(photos, photos.parent), "--out: .*holds something other than a run"),
@@ -215,31 +220,3 @@ def test_options_of_the_other_form_are_refused(
     answer = CliRunner().invoke(cli.app, ["train", *given])
     assert isinstance(answer.exception, InputError)
     assert message in str(answer.exception)
-
-
-def test_the_split_holds_out_about_as_many_as_wanted(tmp_path: Path) -> None:
-    from engine.data.pairs import split_of
-    from engine.training.plan.facts import choose_split
-
-    for count in (10, 24, 40, 99, 100, 500, 5000):
-        photos = [f"photo-{number}" for number in range(count)]
-        fraction, seed = choose_split(photos)
-        held = sum(split_of(photo, fraction, seed) == "validation" for photo in photos)
-        wanted = fraction * count
-        assert max(1, 0.8 * wanted - 1) <= held <= 1.2 * wanted + 1, (count, held, wanted)
-
-
-def test_facts_of_a_folder(photos: Path) -> None:
-    from engine.training.plan.facts import dataset_facts
-
-    facts = dataset_facts(photos)
-    assert (facts.train + facts.validation, facts.captions, facts.side) == (24, 6, 32)
-    assert facts.validation >= 2
-    assert facts.longest_tokens == 5  # [CLS] a red square [SEP]
-    assert not facts.mentions_sides
-    (photos / "00.txt").write_text("a square on the left of a very red circle", encoding="utf-8")
-    changed = dataset_facts(photos)
-    assert changed.mentions_sides
-    assert changed.longest_tokens == 12
-    assert changed.vocabulary > facts.vocabulary
-    shutil.rmtree(photos)
