@@ -1,4 +1,4 @@
-"""What `kodalle train PHOTOS` was asked for, and the plan that is made of it once and kept in the run's folder.
+"""What `kodalle train PHOTOS` requests, and the plan that is made of it once and kept in the run's folder.
 
 <out>/plan.json               what was requested and chosen, how pairs are prepared, seconds expected
 <out>/configs/<stage>.yaml    the three configs; ordinary ones, `kodalle train <out>/configs/vqgan.yaml` trains alone
