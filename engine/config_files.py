@@ -45,7 +45,12 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: no YAML, or a key given twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # a number of more digits than Python reads, a date that is none
+        raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | KoclipRun | KodalleRun:

@@ -202,9 +202,11 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as UTF-8 JSON, atomically, Korean left readable."""
+    """Writes `content` as UTF-8 JSON, atomically, Korean left readable; what has no encoding, such as a byte of a file name,
+    stands there as JSON's own escape."""
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, *, field: str, remedy: str) -> Any:
@@ -212,8 +214,11 @@ def read_json(path: Path, *, field: str, remedy: str) -> Any:
     if not path.is_file():
         raise InputError(field, path, f"no such file: {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also not UTF-8, or a number of more digits than Python reads
         raise InputError(field, path, f"is not JSON ({error}): {remedy}") from error
 
 

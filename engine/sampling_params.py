@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from engine.errors import InputError
+from engine.text import clean_text, shown
 
 Number = int | float
 # By KoCLIP's score of the finished image, or by the log-likelihood of what an init image keeps after the mask.
@@ -184,10 +185,11 @@ _CANDIDATE = FieldSpec("candidate", int, 0, 0, 2**32 - 1, "number of the image a
 
 
 def check_captions(captions: Any) -> list[str]:
-    """The captions as a list of strings.
+    """The captions as a list of strings in their normal form (engine/text.py).
 
     Raises:
-        InputError: not a list or tuple of strings, no caption at all, or one that is empty.
+        InputError: not a list or tuple of strings, no caption at all, one in which nothing is visible, or one with characters
+            that no text has.
     """
     if isinstance(captions, str | bytes) or not isinstance(captions, Sequence):  # else one caption a letter
         raise InputError("captions", _shown(captions), "give a list of strings")
@@ -196,10 +198,11 @@ def check_captions(captions: Any) -> list[str]:
             raise InputError("captions", _shown(caption), "every caption must be a string")
     if not captions:
         raise InputError("caption", "[]", "give a caption that is not empty")
-    empty = next((caption for caption in captions if not caption.strip()), None)
-    if empty is not None:
-        raise InputError("caption", _shown(empty), "give a caption that is not empty")
-    return list(captions)
+    cleaned = [clean_text(caption) for caption in captions]
+    for caption, text in zip(captions, cleaned, strict=True):
+        if not text:
+            raise InputError("caption", shown(caption), "give a caption that is not empty")
+    return cleaned
 
 
 def _shown(value: Any) -> str:

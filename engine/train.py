@@ -28,10 +28,12 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
 
+    from engine.commands.error_lines import print_anything
     from engine.commands.missing_packages import as_input_error
     from engine.errors import InputError
     from engine.files import DiskFault
 
+    print_anything()
     try:
         from engine.config_files import load_run
         from engine.config_folders import check_folders

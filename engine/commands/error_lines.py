@@ -5,6 +5,7 @@ as it was typed: `--top-k`, not `top_k`.
 """
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -43,6 +44,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, *, prog_name: 
         prog_name: how the command is called in its help and in remedies.
     """
     signal.signal(signal.SIGTERM, _end)
+    print_anything()
     # A shell leaves `--out=~/x` alone, and no one wants a folder named ~.
     given = [_HOME.sub(_in_home, argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     with error_lines(prog_name, given):
@@ -80,6 +82,13 @@ def error_lines(prog_name: str = "", arguments: Sequence[str] = ()) -> Iterator[
             error.show()
             sys.exit(2)
         _fail(f"error: {_as_line(error, prog_name)}")
+
+
+def print_anything() -> None:
+    """Lets stdout and stderr escape what they cannot encode: a name that is not UTF-8, or Hangul on an ASCII terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test's may be something else
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _in_home(found: re.Match[str]) -> str:

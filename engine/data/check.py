@@ -10,7 +10,6 @@ odd. Faults of outlines are warnings: only `--cut-out` reads outlines, and sets 
 """
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from engine.data.source_files import SourceFolder, scan
 from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError
+from engine.text import MAX_CHARACTERS, is_clean_name
 
 Severity = Literal["error", "warning"]
 SMALLEST_SIDE = 32  # pixels; smaller photos are thumbnails or icons
@@ -36,6 +36,8 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "wrong_structure": ("error", "JSON file that is not a label of this data set"),
     "wrong_encoding": ("error", "label or caption that is not UTF-8"),
     "replacement_characters": ("error", "label or caption with U+FFFD: characters were lost"),
+    "bad_characters": ("error", "label or caption with characters that no text has: controls, halves of characters"),
+    "too_long": ("error", f"label value or caption of more than {MAX_CHARACTERS:,} characters"),
     "label_without_photo": ("error", "no image for a label file"),
     "photo_without_label": ("error", "no label file for an image"),
     "label_without_object": ("error", "label without any labelled object"),
@@ -69,7 +71,7 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "id_differs": ("warning", "photo id that is not the label file's name"),
     "duplicate_image": ("warning", "image with the same bytes as another"),
     "tiny_image": ("warning", f"image with a side of less than {SMALLEST_SIDE} pixels"),
-    "decomposed_hangul": ("warning", "caption in decomposed Hangul (NFD), which tokenizers may not know"),
+    "other_form": ("warning", "caption with invisible or decomposed characters, which is read without them"),
 }
 
 
@@ -302,12 +304,14 @@ def _check_captions(paths: list[Path], findings: _Findings) -> None:
     _check_stems(paths, "same_name", findings)
     for path in paths:
         try:
-            captions = read_captions(path)
+            read_captions(path)
         except CaptionFault as fault:
             findings.add(path, fault.defect, fault.remedy)
             continue
-        if any(not unicodedata.is_normalized("NFC", caption) for caption in captions):
-            findings.add(path, "decomposed_hangul", "write it in composed form (NFC)")
+        if not is_clean_name(path.read_text(encoding="utf-8-sig")):
+            findings.add(
+                path, "other_form", "training and prompts use the composed form (NFC), without invisible characters"
+            )
 
 
 def _check_stems(paths: Iterable[Path], defect: str, findings: _Findings) -> None:

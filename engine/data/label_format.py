@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from engine.errors import InputError
+from engine.text import TextDefect
 
 Attributes = Mapping[str, str | list[str]]
 """What is labelled of an object: attribute to value, or to several."""
 
-LabelDefect = Literal[
-    "unreadable_label", "empty_file", "wrong_encoding", "replacement_characters", "broken_json", "wrong_structure"
-]
+LabelDefect = Literal["unreadable_label", "empty_file", "wrong_encoding", "broken_json", "wrong_structure"] | TextDefect
 
 
 class LabelFault(InputError):

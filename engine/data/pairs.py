@@ -10,7 +10,6 @@ of two folders overwrite each other; here a key is the path under the folder.
 """
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -23,20 +22,23 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.caption_guide import CaptionGuide, example_captions
+from engine.data.clean_json import read_clean_json
 from engine.data.crops import crop_and_resize, open_image
 from engine.data.cut_out import ground_rgb
 from engine.data.formats import grammar_of
 from engine.data.label_format import Attributes
-from engine.data.source_files import CONVERT, IMAGE_SUFFIXES, REPLACEMENT, SIDES, files_under
+from engine.data.source_files import CONVERT, IMAGE_SUFFIXES, SIDES, files_under
 from engine.errors import InputError
 from engine.files import read_json
+from engine.text import TextDefect, TextFault, clean_text
 
 FORMAT_VERSION = 1
 REPORT_FILE = "report.json"
+_MAX_CAPTION_BYTES = 1_000_000
 MAX_SET_ASIDE = 0.05  # share of a plain folder's records that may be unusable before training refuses to start
 
 Split = Literal["train", "validation"]
-CaptionDefect = Literal["unreadable_caption", "wrong_encoding", "empty_caption", "replacement_characters"]
+CaptionDefect = Literal["unreadable_caption", "wrong_encoding", "empty_caption"] | TextDefect
 
 _log = logging.getLogger(__name__)
 
@@ -192,20 +194,24 @@ def source_sides(root: Path) -> dict[str, Split]:
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
-    """The non-empty lines of a caption file, UTF-8 with or without a byte order mark.
+    """The lines of a caption file (UTF-8, with or without a byte order mark) in which something is visible, in normal form.
 
     Raises:
-        CaptionFault: (an InputError) unreadable, not UTF-8, with characters lost to an earlier conversion, or empty.
+        CaptionFault: (an InputError) unreadable, not UTF-8, with characters that no text has, too long, or empty.
     """
     try:
+        if path.stat().st_size > _MAX_CAPTION_BYTES:
+            raise CaptionFault("too_long", path, f"has more than {_MAX_CAPTION_BYTES:,} bytes: it is no caption")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CaptionFault("wrong_encoding", path, f"is not UTF-8: convert it ({CONVERT})") from error
     except OSError as error:
         raise CaptionFault("unreadable_caption", path, f"cannot be read: {error.strerror}") from error
-    if REPLACEMENT in text:
-        raise CaptionFault("replacement_characters", path, "has U+FFFD where characters were lost: take the original")
-    captions = tuple(line.strip() for line in text.splitlines() if line.strip())
+    try:
+        # not splitlines(): it breaks captions at U+2028 and other characters that are no line ends in a text file
+        captions = tuple(filter(None, map(clean_text, text.split("\n"))))
+    except TextFault as fault:
+        raise CaptionFault(fault.defect, path, fault.remedy) from fault
     if not captions:
         raise CaptionFault("empty_caption", path, "is empty: write a caption into it")
     return captions
@@ -276,7 +282,7 @@ def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
 def _load_prepared(folder: Path) -> Pairs:
     file = folder / "pairs.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError("pairs", file, f"is not UTF-8 ({error}): prepare the folder again") from error
     listings: dict[Path, set[str]] = {}
@@ -314,8 +320,10 @@ def _read_line(line: str, folder: Path, where: str) -> Pair:
         return InputError("pairs", where, f"{reason}: prepare the folder again")
 
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = read_clean_json(line, file_name="image")
+    except TextFault as fault:
+        raise bad(f"{fault.value} {fault.remedy}") from fault
+    except ValueError as error:
         raise bad(f"is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise bad("is not a JSON object")
@@ -327,14 +335,20 @@ def _read_line(line: str, folder: Path, where: str) -> Pair:
     image = PurePosixPath(record["image"])
     if image.is_absolute() or ".." in image.parts:
         raise bad(f"image {record['image']!r} points outside the folder")
-    captions = record.get("captions", [record["caption"]])
-    if not _is_texts(captions) or not captions or captions[0] != record["caption"]:
+    texts = record.get("captions", [record["caption"]])
+    if not _is_texts(texts) or not texts or texts[0] != record["caption"]:
         raise bad("captions is not a list of texts that starts with caption")
+    try:
+        captions = tuple(map(clean_text, texts))
+    except TextFault as fault:
+        raise bad(f"{fault.value} {fault.remedy}") from fault
+    if not all(captions):
+        raise bad("has a caption in which nothing is visible")
     attributes: Any = record.get("attributes", {})
     if not isinstance(attributes, dict) or not all(isinstance(v, str) or _is_texts(v) for v in attributes.values()):
         raise bad("attributes is not a flat object of texts and lists of texts")
     split = cast(Split, record["split"])
-    return Pair(record["key"], folder / image, tuple(captions), record["photo"], split, attributes)
+    return Pair(record["key"], folder / image, captions, record["photo"], split, attributes)
 
 
 def _is_texts(value: Any) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-REPLACEMENT = "\ufffd"  # what a careless conversion leaves in place of a character
 CONVERT = "for cp949: iconv -f cp949 -t utf-8"
 # First-level folders that are a source's own split, in lower case.
 SIDES: dict[str, Literal["train", "validation"]] = {

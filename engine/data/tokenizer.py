@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from engine.config.run import TextConfig
 from engine.config.transformer import TransformerConfig
 from engine.errors import InputError
+from engine.text import clean_text, shown
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
@@ -59,21 +60,23 @@ class CaptionTokenizer:
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
 
     def encode(self, captions: Sequence[str], text_seq_len: int, *, strict: bool = False) -> EncodedCaptions:
-        """Tokenises, adds [CLS] and [SEP], cuts or pads to `text_seq_len`.
+        """Tokenises captions in their normal form (engine/text.py), adds [CLS] and [SEP], cuts or pads to `text_seq_len`.
 
         Raises:
-            InputError: with `strict`, a caption that does not fit, with the number of tokens that would be cut.
+            InputError: characters that no text has; with `strict`, a caption that does not fit, with the number of tokens that
+                would be cut.
         """
         if not captions:  # transformers 5 takes no empty list
             return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.int64, device="cpu"), [])
-        lists = self._tokenizer(list(captions), add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+        texts = [clean_text(caption) for caption in captions]
+        lists = self._tokenizer(texts, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
         rows, cut = [], []
         for caption, ids in zip(captions, lists, strict=True):
             excess = max(0, len(ids) - text_seq_len)
             if excess and strict:
                 raise InputError(
                     "caption",
-                    _shorten(caption),
+                    shown(caption),
                     f"is {len(ids)} tokens, {excess} more than the model's {text_seq_len}: shorten it, "
                     "or leave out --strict to have its end cut",
                 )
@@ -89,7 +92,9 @@ class CaptionTokenizer:
 
     def encode_beginning(self, beginning: str) -> list[int]:
         """Tokens of a caption that is to be continued: [CLS] and its words, without the [SEP] that would end it."""
-        ids = self._tokenizer(beginning, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+        ids = self._tokenizer(clean_text(beginning), add_special_tokens=True, truncation=False, padding=False)[
+            "input_ids"
+        ]
         while ids and ids[-1] in self.end_ids:
             ids = ids[:-1]
         return list(ids)
@@ -256,7 +261,3 @@ def _special_id(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
         if value is not None:
             return int(value)
     raise InputError("text.tokenizer", tokenizer.name_or_path, "has neither a padding nor an end token: add pad_token")
-
-
-def _shorten(caption: str, limit: int = 60) -> str:
-    return caption if len(caption) <= limit else caption[: limit - 1] + "…"

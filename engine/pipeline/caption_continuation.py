@@ -32,6 +32,7 @@ from engine.models.attention import attention
 from engine.models.transformer import KoDalle
 from engine.models.transformer_layer import Layer
 from engine.sampling_params import FIELDS, SamplingParams, SequenceRequest
+from engine.text import clean_text, shown
 
 _BATCH = 16
 _FIRST_POSITION = 2**31
@@ -41,7 +42,7 @@ _FIRST_POSITION = 2**31
 class Continuation:
     """A caption and what the model added to it."""
 
-    text: str  # the beginning as it was written, and what was added
+    text: str  # the beginning, in its normal form, and what was added
     candidate: int
     seed: int
     text_tokens: tuple[int, ...]  # [CLS] and words, without [SEP]
@@ -69,16 +70,19 @@ def continue_caption(
         InputError: the beginning fills the model's text; guidance, which is for images; count or seed out of range.
     """
     if model.config.reads_whole_sequence or model.config.unique_padding:
-        raise InputError("caption", beginning, "is not continued by a model with DALLE-pytorch's positions or padding")
+        raise InputError(
+            "caption", shown(beginning), "is not continued by a model with DALLE-pytorch's positions or padding"
+        )
     params = (sampling_params or SamplingParams()).updated(seed=seed)
     if params.is_guided:
         raise InputError("guidance_scale", params.guidance_scale, "guides images, not captions: leave it out")
     count = FIELDS["candidates"].check(count, name="count")
     if not isinstance(beginning, str):
         raise InputError("caption", repr(beginning), "must be a string")
+    beginning = clean_text(beginning)
     first, room = tokenizer.encode_beginning(beginning), model.config.text_seq_len
     if len(first) >= room:
-        raise InputError("caption", beginning, f"is {len(first)} tokens and the model's text {room}: shorten it")
+        raise InputError("caption", shown(beginning), f"is {len(first)} tokens and the model's text {room}: shorten it")
     sequences = [SequenceRequest(0, params, candidate=number) for number in range(count)]
     sampled = continue_tokens(model, first, sequences, allowed=allowed_tokens(tokenizer), end_ids=tokenizer.end_ids)
     before = tokenizer.decode(first)
@@ -89,7 +93,7 @@ def continue_caption(
         # Decoding the beginning loses words that the tokenizer does not know: it stays as it was written.
         text = whole
         if whole.startswith(before):
-            text = beginning.rstrip() + ("" if before else " ") + whole[len(before) :]
+            text = beginning + ("" if before else " ") + whole[len(before) :]
         lines.append(
             Continuation(text.strip(), sequence.candidate, params.seed, (*first, *words), len(words) < len(tokens))
         )

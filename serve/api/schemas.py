@@ -13,7 +13,6 @@ No torch, no ray.
 import math
 import re
 import secrets
-import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
 from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
+from engine.text import TextFault, clean_text
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import printable
 from serve.messages import GenerationJob, ModelInfo
@@ -32,6 +32,8 @@ Quality = Literal["low", "medium", "high", "xhigh", "max"]
 # Candidates that are generated and ranked if `quality` is given and `candidates` is not.
 QUALITIES: dict[Quality, int] = {"low": 4, "medium": 8, "high": 16, "xhigh": 32, "max": 64}
 _DALLE_QUALITIES: dict[str, Quality] = {"standard": "medium", "hd": "high"}
+
+_DECOMPOSED = 3  # characters that a syllable of decomposed Hangul has at most
 
 _NO_EFFECT = "accepted for compatibility with OpenAI's clients, without effect"
 _MODEL_DEFAULT = "; default: the model's default_sampling_params"
@@ -221,17 +223,30 @@ def generation_job(
 
 
 def checked_prompt(prompt: str, limits: Limits) -> str:
-    """The prompt in NFC, as tokenizers expect Korean; raises Failure if it is too long."""
-    prompt = unicodedata.normalize("NFC", prompt)
-    if len(prompt) > limits.max_prompt_characters:
-        most = limits.max_prompt_characters
-        raise Failure(
-            "invalid_value",
-            f"`prompt` has {len(prompt)} characters: the limit is {most}.",
-            f"`prompt`는 {most}자까지 쓸 수 있습니다(지금 {len(prompt)}자).",
-            param="prompt",
-        )
+    """The prompt in its normal form (engine/text.py), "" where nothing is visible.
+
+    Raises:
+        Failure: too long, or characters that no text has.
+    """
+    most = limits.max_prompt_characters
+    if len(prompt) > _DECOMPOSED * most:  # before anything is composed
+        raise _long_prompt(len(prompt), most)
+    try:
+        prompt = clean_text(prompt, field="prompt")
+    except TextFault as fault:
+        raise _invalid("prompt", fault.remedy, f"쓸 수 없는 문자가 있습니다({fault.remedy})") from None
+    if len(prompt) > most:
+        raise _long_prompt(len(prompt), most)
     return prompt
+
+
+def _long_prompt(length: int, most: int) -> Failure:
+    return Failure(
+        "invalid_value",
+        f"`prompt` has {length} characters: the limit is {most}.",
+        f"`prompt`는 {most}자까지 쓸 수 있습니다(지금 {length}자).",
+        param="prompt",
+    )
 
 
 def quality_of(num_candidates: int) -> Quality:
@@ -241,7 +256,7 @@ def quality_of(num_candidates: int) -> Quality:
 
 def _caption(prompt: str, limits: Limits) -> str:
     prompt = checked_prompt(prompt, limits)
-    if not prompt.strip():
+    if not prompt:
         raise _invalid("prompt", "must not be empty", "설명을 입력해 주세요")
     return prompt
 

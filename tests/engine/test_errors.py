@@ -19,3 +19,9 @@ def test_travels_between_processes() -> None:
         assert type(again) is type(error)
         assert str(again) == str(error)
         assert again.__dict__ == error.__dict__
+
+
+def test_every_terminal_takes_the_line() -> None:
+    name = "옷\x1b[2J\u200b.jpg".encode("cp949", "replace").decode("utf-8", "surrogateescape")
+    line = str(InputError("image", Path(name), "rename it"))
+    assert line == "image: \\xbf\\xca\\x1b[2J?.jpg: rename it"

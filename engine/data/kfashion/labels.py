@@ -11,16 +11,16 @@ Source: K-COORD/K-Fashion, examples/*.json, README.md, dataset.py.
 """
 
 import itertools
-import json
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.data.clean_json import read_clean_json
 from engine.data.label_format import Attributes, Box, LabelFault, Outline
-from engine.data.source_files import CONVERT, REPLACEMENT
+from engine.data.source_files import CONVERT
+from engine.text import TextFault
 
 STYLE = "스타일"
 # Types of garment in the order of the JSON's keys and of captions, each with its name in file names.
@@ -142,15 +142,13 @@ def read_label(path: Path) -> Label:
     if not content.strip():
         raise LabelFault("empty_file", path, "the file is empty")
     try:
-        # NFC: archives repacked on macOS carry decomposed Hangul, whose keys would not be found
-        text = unicodedata.normalize("NFC", content.decode("utf-8-sig"))
+        # In normal form: archives repacked on macOS carry decomposed Hangul, whose keys would not be found.
+        tree = read_clean_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise LabelFault("wrong_encoding", path, f"is not UTF-8: convert it ({CONVERT})") from error
-    if REPLACEMENT in text:
-        raise LabelFault("replacement_characters", path, "has U+FFFD where characters were lost: take the original")
-    try:
-        tree = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except TextFault as fault:
+        raise LabelFault(fault.defect, path, f"{fault.value} {fault.remedy}") from fault
+    except ValueError as error:
         raise LabelFault("broken_json", path, f"is not JSON: {error}") from error
     return parse_label(tree, path)
 

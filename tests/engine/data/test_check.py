@@ -35,6 +35,10 @@ def write(path: Path, content: Any, encoding: str = "utf-8") -> None:
     path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
 
 
+def write_escaped(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))  # what has no encoding stands there as \uD800
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     for identifier in range(1, 5):
@@ -80,6 +84,9 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("wrong_structure", LABEL, lambda s: write(s / LABEL, {"label": "shirt"})),
     ("wrong_encoding", LABEL, lambda s: write(s / LABEL, tree(2), "cp949")),
     ("replacement_characters", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "화\ufffd"}))),
+    ("bad_characters", LABEL, lambda s: write_escaped(s / LABEL, tree(2, top={"색상": "화이트\ud800"}))),
+    ("bad_characters", LABEL, lambda s: write_escaped(s / LABEL, tree(2, top={"색상": "화이트\0"}))),
+    ("broken_json", LABEL, lambda s: (s / LABEL).write_text('{"a": ' + "7" * 5000 + "}")),
     ("label_without_photo", LABEL, lambda s: (s / PHOTO).unlink()),
     ("photo_without_label", PHOTO, lambda s: (s / LABEL).unlink()),
     ("label_without_object", LABEL, lambda s: write(s / LABEL, tree(2, {}, {}))),
@@ -149,6 +156,11 @@ PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("empty_caption", "b.txt", lambda s: (s / "b.txt").write_bytes(b"")),
     ("wrong_encoding", "b.txt", lambda s: (s / "b.txt").write_bytes("흰 셔츠".encode("cp949"))),
     ("replacement_characters", "b.txt", lambda s: (s / "b.txt").write_text("흰 \ufffd", encoding="utf-8")),
+    ("bad_characters", "b.txt", lambda s: (s / "b.txt").write_bytes(b"red\0 shirt")),
+    ("too_long", "b.txt", lambda s: (s / "b.txt").write_text("red " * 5000)),
+    ("too_long", "b.txt", lambda s: (s / "b.txt").write_text("red\n" * 500_000)),
+    ("empty_caption", "b.txt", lambda s: (s / "b.txt").write_text("\ufeff\u200b\n\u3164", encoding="utf-8")),
+    ("other_form", "b.txt", lambda s: (s / "b.txt").write_text("흰\u00ad 셔츠", encoding="utf-8")),
     ("caption_without_photo", "b.txt", lambda s: (s / "b.png").unlink()),
     ("photo_without_caption", "b.png", lambda s: (s / "b.txt").unlink()),
     ("broken_image", "b.png", lambda s: cut(s / "b.png")),
@@ -156,7 +168,7 @@ PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("transparent_image", "b.png", lambda s: Image.new("RGBA", (WIDTH, HEIGHT)).save(s / "b.png")),
     ("equal_stems", "b.png", lambda s: photo(s / "b.jpg", 8)),
     (
-        "decomposed_hangul",
+        "other_form",
         "b.txt",
         lambda s: (s / "b.txt").write_text(unicodedata.normalize("NFD", "흰 셔츠"), encoding="utf-8"),
     ),

@@ -1,5 +1,6 @@
 import json
 import logging
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,34 @@ def test_several_captions(tmp_path: Path) -> None:
     assert load_pairs(prepared(tmp_path, line)).train[0].captions == ("상의에서 색상은 레드이다.", "빨간 셔츠")
 
 
+def test_texts_of_prepared_folders_are_read_in_their_normal_form(tmp_path: Path) -> None:
+    nfd = unicodedata.normalize("NFD", "빨간 셔츠")
+    line = {**LINE, "caption": f"\u200b{nfd}", "photo": unicodedata.normalize("NFD", "옷"), "attributes": {nfd: [nfd]}}
+    pair = load_pairs(prepared(tmp_path / "a", line)).train[0]
+    assert (pair.captions, pair.photo, pair.attributes) == (("빨간 셔츠",), "옷", {"빨간 셔츠": ["빨간 셔츠"]})
+    with_mark = prepared(tmp_path / "b", OTHER, LINE) / "pairs.jsonl"
+    with_mark.write_text("\ufeff" + with_mark.read_text(encoding="utf-8").replace("\n", "\r\n"), encoding="utf-8")
+    assert len(load_pairs(tmp_path / "b")) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({**LINE, "caption": "a\0"}, "control character"),
+        (json.dumps({**LINE, "caption": "a\ud800"}), "half a character"),
+        ({**LINE, "caption": "\u200b"}, "no text under `caption`"),
+        ({**LINE, "captions": [LINE["caption"], "\u2800"]}, "nothing is visible"),
+        ('{"n": ' + "1" * 5000 + "}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_texts_that_are_none_are_named_with_their_line(tmp_path: Path, line: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=f"pairs.jsonl:2: .*{reason}"):
+        load_pairs(prepared(tmp_path, OTHER, line))
+
+
 def test_line_separators_inside_captions_do_not_split_lines(tmp_path: Path) -> None:
-    assert load_pairs(prepared(tmp_path, {**LINE, "caption": "a\u2028b\x85c"})).train[0].captions == ("a\u2028b\x85c",)
+    assert load_pairs(prepared(tmp_path, {**LINE, "caption": "a\u2028b"})).train[0].captions == ("a b",)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Captions to ranked images: the same image whatever else is generated, and what `kodalle generate` writes."""
 
+import copy
+import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from engine.decoding.sampler import Sampler
 from engine.device import pick_device
@@ -321,3 +325,28 @@ def test_pick_device() -> None:
     for name in ("gpu", "cuda:77", "meta", "cpu:x"):
         with pytest.raises(InputError, match=f"--device: {name}"):
             pick_device(name)
+
+
+def test_captions_that_look_alike_are_one_with_any_tokenizer(pipeline: Pipeline) -> None:
+    rules = json.loads(pipeline.tokenizer.to_json())
+    rules["normalizer"] = None  # as tokenizers of other projects have it
+    plain = copy.copy(pipeline)
+    plain.tokenizer = pipeline.tokenizer.with_backend(Tokenizer.from_str(json.dumps(rules)))
+    expected = plain(CAPTIONS[:1], candidates=1, seed=5)[0]
+    for caption in (
+        unicodedata.normalize("NFD", CAPTIONS[0]),
+        "\ufeff" + CAPTIONS[0],
+        CAPTIONS[0].replace(" ", " \u200b\t").replace("바", "바\u00ad"),
+    ):
+        found = plain([caption], candidates=1, seed=5)[0]
+        assert found.caption == CAPTIONS[0]
+        _same(found.candidates[0], expected.candidates[0])
+        assert plain.provenance(found.request, 0)["caption"] == CAPTIONS[0]
+        images = torch.zeros(1, 1, 3, 32, 32)
+        scores = plain.rank_scores([caption], images), plain.rank_scores(CAPTIONS[:1], images)
+        assert torch.equal(*scores)  # type: ignore[arg-type]
+        assert plain.continue_caption(caption, count=1) == plain.continue_caption(CAPTIONS[0], count=1)
+    with pytest.raises(InputError, match=r"caption: .*control character U.0000"):
+        plain(["빨강\0"])
+    with pytest.raises(InputError, match=r"caption: .*not empty"):
+        plain(["\u200b\u3164"])

@@ -1,6 +1,7 @@
 import base64
 import io
 import socket
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -192,6 +193,14 @@ def test_tokenize_counts_the_tokens_that_the_model_reads(client: openai.OpenAI, 
     cut: Any = client.images.generate(prompt=long, extra_body={"candidates": 1})
     assert cut.tokens_cut == counted["tokens"] - 12 > 0
     assert post_json(port, "/v1/tokenize", {"prompt": ""}).json()["tokens"] == 2
+
+
+def test_tokenize_reads_prompts_as_generation_does(client: openai.OpenAI, port: int) -> None:
+    plain = post_json(port, "/v1/tokenize", {"prompt": "빨강 네모"}).json()
+    for prompt in (unicodedata.normalize("NFD", "빨강 네모"), "\ufeff빨강\u200b 네\u00ad모"):
+        assert post_json(port, "/v1/tokenize", {"prompt": prompt}).json() == plain
+    assert post_json(port, "/v1/tokenize", {"prompt": "\u200b"}).json()["tokens"] == 2
+    assert post_json(port, "/v1/tokenize", {"prompt": "a\x07"}).error["param"] == "prompt"
 
 
 # ------------------------------------------------------------------------------------------------------------- faults

@@ -1,4 +1,5 @@
 import re
+import unicodedata
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +131,10 @@ def test_form_text_that_is_not_a_number_or_boolean_is_rejected_by_name(name: str
         ({"prompt": 5}, "invalid_type", "prompt"),
         ({"prompt": " \n "}, "invalid_value", "prompt"),
         ({"prompt": "a" * 1001}, "invalid_value", "prompt"),
+        ({"prompt": "\u200b\ufeff\u3164"}, "invalid_value", "prompt"),
+        ({"prompt": "red\x1b[2J"}, "invalid_value", "prompt"),
+        ({"prompt": "\ufffe"}, "invalid_value", "prompt"),
+        ({"prompt": "e" + "\u0301\u0316" * 400}, "invalid_value", "prompt"),
         ({"n": 0}, "invalid_value", "n"),
         ({"n": 11}, "invalid_value", "n"),
         ({"n": True}, "invalid_type", "n"),
@@ -196,10 +201,23 @@ def test_no_error_repeats_the_input() -> None:
     assert len(name) == 64
 
 
-def test_the_prompt_is_normalized_to_nfc_before_its_length_is_checked() -> None:
+def test_the_length_of_a_prompt_is_that_of_its_composed_form() -> None:
     decomposed = "\u1100\u1161" * 1000  # NFD: two code points each
     assert job(prompt=decomposed).caption == "가" * 1000
     assert failure_of(prompt="가" * 1001).param == "prompt"
+
+
+def test_the_length_of_a_prompt_is_bounded_before_it_is_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemas, "clean_text", lambda *_, **__: pytest.fail("read the whole prompt"))
+    assert failure_of(prompt="a" + "\u0301\u0316" * 32_000).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["\ufeff빨간 니트", "빨\u200b간 \u00ad니트", " 빨간\u3000\n니트", unicodedata.normalize("NFD", "빨간 니트")],
+)
+def test_prompts_that_look_alike_are_one(prompt: str) -> None:
+    assert job(prompt=prompt).caption == "빨간 니트"
 
 
 @pytest.mark.parametrize(
