@@ -2,6 +2,8 @@
 
 import sys
 import time
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -11,12 +13,18 @@ PLAIN_EVERY_S = 10.0
 
 
 class ProgressBar:
-    """`with ProgressBar("vqgan", total=900) as bar: bar.update(120, "loss 0.12")`; silent when `enabled` is False."""
+    """`with ProgressBar("vqgan", total=900) as bar: bar.update(120, "loss 0.12")`; silent when `enabled` is False.
 
-    def __init__(self, name: str, *, total: int, start: int = 0, enabled: bool = True) -> None:
+    Args:
+        start: what was done before, by an earlier process.
+        log: a file that gets the plain lines too, with the time before each, whether or not `enabled`.
+    """
+
+    def __init__(self, name: str, *, total: int, start: int = 0, enabled: bool = True, log: Path | None = None) -> None:
         self.name = name
         self.total = total
         self.enabled = enabled
+        self._log = log
         self._start = start
         self._started = self._printed = time.monotonic()
         self._live: Progress | None = None
@@ -46,17 +54,21 @@ class ProgressBar:
 
     def update(self, done: int, note: str = "") -> None:
         """Shows that `done` of `total` are finished."""
-        if not self.enabled:
+        if not self.enabled and self._log is None:
             return
         if self._live is not None:
             self._live.update(self._task, completed=done, note=note)
-            return
         now = time.monotonic()
         if now - self._printed >= PLAIN_EVERY_S or done == self.total:
             self._printed = now
             pace = (now - self._started) / max(1, done - self._start)
             left = seconds_text(pace * (self.total - done))
-            print(f"{self.name} {done}/{self.total}, {left} left {note}".rstrip(), flush=True)
+            line = f"{self.name} {done}/{self.total}, {left} left {note}".rstrip()
+            if self.enabled and self._live is None:
+                print(line, flush=True)
+            if self._log is not None:
+                with self._log.open("a", encoding="utf-8") as log:
+                    log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
 
 
 class PhaseBars:

@@ -19,7 +19,8 @@ from engine.data.check import check as check_folder
 from engine.data.cut_out import DEFAULT_GROUND
 from engine.data.kfashion.captions import ListValues
 from engine.data.kfashion.label_format import OPTION_HELP, CaptionScope, KFashionLabels
-from engine.data.prepare import PrepareReport
+from engine.data.pairs import REPORT_FILE
+from engine.data.prepare import SET_ASIDE_FILE, PrepareReport
 from engine.data.prepare import prepare as prepare_folder
 from engine.data.sources import PrepareOptions
 from engine.data.synthetic.garments import make_demo
@@ -141,15 +142,20 @@ def make_demo_set(
 
 def _print_prepared(report: PrepareReport, destination: Path) -> None:
     typer.echo(
-        f"{report.records} records: {report.used} used, {len(report.skipped)} set aside, {report.bad} of them bad"
+        f"{report.records} records: {report.used} used, {sum(report.causes.values())} set aside, {report.bad} of them bad"
     )
     if report.options.cut_out:
         typer.echo(f"{report.cut_outs} of the used are cut out, on a ground of {report.options.ground}")
     typer.echo(f"{report.train} pairs to train on, {report.validation} for validation (split by {report.split})")
-    for cause, count in report.causes.items():
-        first = next(item for item in report.skipped if item.cause == cause)
-        typer.echo(f"  {cause}: {count}, the first: {first.record}: {first.reason}")
-    typer.echo(f"all of it is in {destination / 'report.json'}")
+    for title, kinds in (("set aside", report.set_aside), ("used, but worth a look", report.found)):
+        if kinds:
+            typer.echo(f"{title}:")
+        for kind, examples in kinds.items():
+            record, reason = examples.first[0]
+            typer.echo(f"  {kind}: {examples.count}, the first: {record}: {reason}")
+    typer.echo(
+        f"more examples are in {destination / REPORT_FILE}, all records set aside in {destination / SET_ASIDE_FILE}"
+    )
 
 
 def _print_checked(report: CheckReport, names: int) -> None:

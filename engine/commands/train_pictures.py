@@ -29,11 +29,11 @@ from engine.data.check import check
 from engine.data.pairs import Pair, load_pairs
 from engine.data.sources import PrepareOptions
 from engine.files import atomic_file, atomic_folder, write_json
+from engine.folder_lock import hold_lock
 from engine.metrics.oracle import Oracle
 from engine.progress import seconds_text
 from engine.training.plan.facts import machine_facts
 from engine.training.plan.plan import describe_costs
-from engine.training.run_lock import hold_lock
 
 _SEED = 7  # of the evaluation
 

@@ -20,8 +20,9 @@ from engine.data.crops import ImageFault, open_layered, pixel_box
 from engine.data.cut_out import OutlineFault, fit_outline, visible_layer
 from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
+from engine.data.pairing import pair_files
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
-from engine.data.source_files import SourceFolder, scan
+from engine.data.source_files import SourceFolder, scan, stem_of
 from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError
@@ -41,8 +42,7 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "label_without_photo": ("error", "no image for a label file"),
     "photo_without_label": ("error", "no label file for an image"),
     "label_without_object": ("error", "label without any labelled object"),
-    "duplicate_id": ("error", "photo id that another label file has too"),
-    "equal_stems": ("error", "file name that occurs in two folders, or with two suffixes"),
+    "equal_stems": ("error", "image of the same name as another, with another suffix"),
     "broken_box": ("error", "box with a missing number, or with something else than a number"),
     "negative_box": ("error", "box with a negative width or height"),
     "zero_area_box": ("error", "box without area"),
@@ -68,6 +68,7 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "transparent_image": ("warning", "image in which nothing is visible"),
     "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
     "unread_content": ("warning", "content of a label that was not understood"),
+    "duplicate_id": ("warning", "photo id that another label file has too"),
     "id_differs": ("warning", "photo id that is not the label file's name"),
     "duplicate_image": ("warning", "image with the same bytes as another"),
     "tiny_image": ("warning", f"image with a side of less than {SMALLEST_SIDE} pixels"),
@@ -174,7 +175,7 @@ def check(
     if form == "labels":
         folder = scan(source)
         labels = len(folder.labels)
-        images = [path for paths in folder.images.values() for path in paths]
+        images = [source / path for path in folder.images]
         inspected = _inspect_all(images, findings, workers=workers, progress=progress)
         _check_labels(folder, label_format or default_label_format(), inspected, findings)
     else:
@@ -221,31 +222,31 @@ def _inspect(path: Path) -> _Inspected:
 def _check_labels(
     folder: SourceFolder, label_format: LabelFormat, inspected: dict[Path, _Inspected], findings: _Findings
 ) -> None:
-    claimed: set[Path] = set()
-    photos: dict[str, Path] = {}
-    _check_stems(folder.labels, "equal_stems", findings)
-    for path in folder.labels:
-        twin = folder.images.get(path.stem, ())
+    read: dict[str, PhotoLabel] = {}
+    for name in folder.labels:
         try:
-            label = label_format.read(path)
+            read[name] = label_format.read(folder.root / name)
         except LabelFault as fault:
-            claimed.update(twin)
-            findings.add(path, fault.defect, fault.remedy)
-            continue
-        image_path = folder.find_image(path, *label.image_names)
-        claimed.update(twin if image_path is None else (image_path,))
-        if image_path is None:
+            findings.add(folder.root / name, fault.defect, fault.remedy)
+    pairing = pair_files(folder, lambda name: read[name].image_names if name in read else ())
+    photos: dict[str, Path] = {}
+    for name, label in read.items():
+        path, image = folder.root / name, pairing.image_of.get(name)
+        if image is None:
             findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or similar")
         first = photos.setdefault(label.photo, path)
         if first != path:
             findings.add(path, "duplicate_id", f"{label.photo} is {first.relative_to(folder.root).as_posix()} too")
-        if label.photo != path.stem:
+        if label.photo != stem_of(name):
             findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
-        _check_places(path, label, inspected.get(image_path) if image_path else None, findings)
-    for image_path in inspected:
-        if image_path not in claimed:
-            findings.add(image_path, "photo_without_label", "no label file names it")
+        _check_places(path, label, None if image is None else inspected[folder.root / image], findings)
+    claimed = set(pairing.image_of.values())
+    for image in folder.images:
+        if image in pairing.alike:
+            findings.add(folder.root / image, "equal_stems", f"same name as {pairing.alike[image]}")
+        elif image not in claimed:
+            findings.add(folder.root / image, "photo_without_label", "no label file names it")
 
 
 def _check_content(path: Path, label: PhotoLabel, findings: _Findings) -> None:

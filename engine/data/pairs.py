@@ -27,7 +27,14 @@ from engine.data.crops import crop_and_resize, open_image
 from engine.data.cut_out import ground_rgb
 from engine.data.formats import grammar_of
 from engine.data.label_format import Attributes
-from engine.data.source_files import CONVERT, IMAGE_SUFFIXES, SIDES, files_under
+from engine.data.source_files import (
+    CONVERT,
+    IMAGE_SUFFIXES,
+    display_sides,
+    files_under,
+    side_of,
+    source_sides,
+)
 from engine.errors import InputError
 from engine.files import read_json
 from engine.text import TextDefect, TextFault, clean_text
@@ -183,16 +190,6 @@ def split_of(photo: str, validation_fraction: float, seed: int) -> Split:
     return "validation" if int.from_bytes(digest[:8], "big") < validation_fraction * 2**64 else "train"
 
 
-def source_sides(root: Path) -> dict[str, Split]:
-    """The sub-folders of `root` that are the source's own split ({} unless both sides are there).
-
-    Their names are train or Training, and val, valid, validation or Validation.
-    """
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name.lower() in SIDES)
-    sides = {name: SIDES[name.lower()] for name in folders}
-    return sides if set(sides.values()) == {"train", "validation"} else {}
-
-
 def read_captions(path: Path) -> tuple[str, ...]:
     """The lines of a caption file (UTF-8, with or without a byte order mark) in which something is visible, in normal form.
 
@@ -259,16 +256,16 @@ def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
     pairs = []
     sides = source_sides(folder)
     for key, image_path, text_path in matched:
-        parent, photo = PurePosixPath(key).parts[0], PurePosixPath(key).name
-        if sides and parent not in sides:
-            set_aside.append((text_path.relative_to(folder).as_posix(), f"is in none of {', '.join(sides)}"))
+        photo, side = PurePosixPath(key).name, side_of(key, sides)
+        if sides and side is None:
+            set_aside.append((text_path.relative_to(folder).as_posix(), f"is in none of {display_sides(sides)}"))
             continue
         try:
             captions = read_captions(text_path)
         except InputError as error:
             set_aside.append((text_path.relative_to(folder).as_posix(), error.remedy))
             continue
-        split = sides[parent] if sides else split_of(photo, validation_fraction, seed)
+        split = side or split_of(photo, validation_fraction, seed)
         pairs.append(Pair(key, image_path, captions, photo, split))
     if pairs and set_aside:
         name, reason = set_aside[0]

@@ -1,79 +1,134 @@
-"""The files of a source folder, by what they are: label files, images, the rest; and the folders of its own split."""
+"""The files of a source folder, by what they are: label files, images, the rest; and the folders of its own split.
 
+Paths are texts under the source, as the file system has them: a delivery has a million, and a `Path` takes ten times the
+memory.
+"""
+
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from engine.data.names import readable_name
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".egg", ".alz")
 CONVERT = "for cp949: iconv -f cp949 -t utf-8"
-# First-level folders that are a source's own split, in lower case.
-SIDES: dict[str, Literal["train", "validation"]] = {
+Side = Literal["train", "validation"]
+# Folders that are a source's own split, in lower case and without a number before them.
+SIDES: dict[str, Side] = {
     "train": "train",
     "training": "train",
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
 }
+_SIDES_DEPTH = 3  # folders from the source down to which a split is looked for
+_NUMBER = re.compile(r"^[0-9]{1,3}[.)_ -]+(?=\D)")
 
 
 @dataclass(frozen=True)
 class SourceFolder:
-    """The files of a labelled folder, sorted; `others` are neither labels nor images."""
+    """The files of a folder, sorted; `others` are neither labels nor images nor archives."""
 
     root: Path
-    labels: tuple[Path, ...]
-    images: dict[str, tuple[Path, ...]]  # by stem
-    others: tuple[Path, ...]
-    label_stems: frozenset[str]
-
-    def find_image(self, label_path: Path, *names: str) -> Path | None:
-        """The image of a label: by the label file's stem, else by the first of `names` that leads to one.
-
-        Names are what a label says of its photo, which may be another photo's name on disk: they never lead to an image
-        that has a label file of its own.
-        """
-        found = self._nearest(label_path, label_path.stem)
-        for stem in names:
-            if found is None and stem and stem not in self.label_stems:
-                found = self._nearest(label_path, stem)
-        return found
-
-    def _nearest(self, label_path: Path, stem: str) -> Path | None:
-        """Beside the label, else in images/ for labels/, else the only one on the same side of the split."""
-        candidates = self.images.get(stem, ())
-        place = label_path.parent
-        parts = place.relative_to(self.root).parts
-        twin = self.root.joinpath(*("images" if part.lower() == "labels" else part for part in parts))
-        for wanted in (place, twin):
-            here = [path for path in candidates if path.parent == wanted]
-            if here:
-                return here[0]
-        elsewhere = [path for path in candidates if self._side(path) == self._side(label_path)]
-        return elsewhere[0] if len(elsewhere) == 1 else None
-
-    def _side(self, path: Path) -> str:
-        return SIDES.get(path.relative_to(self.root).parts[0].lower(), "")
+    labels: tuple[str, ...]
+    images: tuple[str, ...]
+    others: tuple[str, ...]
+    archives: tuple[str, ...]
 
 
 def scan(root: Path) -> SourceFolder:
-    """Lists `root` recursively: `labels/*.json` + `images/*.jpg`, or `<any folder>/<id>.{json,jpg}`."""
-    labels: list[Path] = []
-    images: dict[str, list[Path]] = {}
-    others: list[Path] = []
-    for path in files_under(root):
-        if path.suffix.lower() == ".json":
+    """Lists `root` recursively."""
+    labels: list[str] = []
+    images: list[str] = []
+    others: list[str] = []
+    archives: list[str] = []
+    for path in paths_under(root):
+        suffix = suffix_of(path)
+        if suffix == ".json":
             labels.append(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            images.setdefault(path.stem, []).append(path)
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(path)
         else:
-            others.append(path)
-    stems = frozenset(path.stem for path in labels)
-    return SourceFolder(root, tuple(labels), {k: tuple(v) for k, v in images.items()}, tuple(others), stems)
+            (archives if suffix in ARCHIVE_SUFFIXES else others).append(path)
+    return SourceFolder(root, tuple(labels), tuple(images), tuple(others), tuple(archives))
 
 
 def files_under(root: Path) -> Iterator[Path]:
-    """All files under `root`, sorted by path, without hidden files and folders (leftovers of archivers)."""
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            yield path
+    """`paths_under`, as paths that can be opened."""
+    return (root / path for path in paths_under(root))
+
+
+def paths_under(root: Path) -> Iterator[str]:
+    """Paths under `root` of all its files, sorted folder by folder, without hidden ones (leftovers of archivers)."""
+    return _walk(str(root), "")
+
+
+def _walk(folder: str, prefix: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
+        elif entry.is_file():
+            yield prefix + entry.name
+
+
+def suffix_of(path: str) -> str:
+    """The suffix of a path, in lower case, with its point."""
+    return os.path.splitext(path)[1].lower()
+
+
+def stem_of(path: str) -> str:
+    """The name of a file without its suffix, as it was meant (`readable_name`)."""
+    return readable_name(os.path.splitext(path.rpartition("/")[2])[0])
+
+
+def without_number(part: str) -> str:
+    """A folder's name as it was meant, in lower case, without a number before it: `1.Training` is `training`."""
+    return _NUMBER.sub("", readable_name(part).strip().lower())
+
+
+def source_sides(root: Path) -> dict[str, Side]:
+    """The folders under `root` that are the source's own split: paths under it, {} unless both sides are there.
+
+    They lie side by side, at the top or in a folder or two around them, and are called train or Training, and val, valid,
+    validation or Validation, with or without a number before it.
+    """
+    level = [""]
+    for _ in range(_SIDES_DEPTH):
+        sides: dict[str, Side] = {}
+        below: list[str] = []
+        for parent in level:
+            with os.scandir(root / parent) as entries:
+                found = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            own = {f"{parent}{name}": SIDES[without_number(name)] for name in found if without_number(name) in SIDES}
+            if set(own.values()) == {"train", "validation"}:
+                sides |= own
+            below += [f"{parent}{name}/" for name in found]
+        if sides:
+            return sides
+        level = below
+    return {}
+
+
+def side_of(path: str, sides: dict[str, Side]) -> Side | None:
+    """The side of a file, by its path under the source; None outside of both."""
+    return next((side for folder, side in sides.items() if path.startswith(f"{folder}/")), None)
+
+
+def display_sides(sides: dict[str, Side]) -> str:
+    """The folders of a split, for messages."""
+    return ", ".join(readable_name(PurePosixPath(folder).as_posix()) for folder in sides)
+
+
+def unpack_remedy(archive: str) -> str:
+    """How an archive is unpacked so that its names survive."""
+    name = readable_name(archive.rpartition("/")[2])
+    folder = name.rpartition(".")[0]
+    if suffix_of(archive) == ".zip":
+        return f"unpack it: unzip -O cp949 '{name}' -d '{folder}'"
+    return f"unpack it into a folder '{folder}'"

@@ -1,12 +1,12 @@
 """What a source folder holds: the crops that `prepare` will make, and the records set aside already, each with its cause.
 
-Two forms of source: label files with photos (a `LabelFormat` reads them), and plain name.jpg + name.txt. One `Crop` is
-one future pair, one `CropJob` one image file with all its crops, so that no photo is decoded twice. Nothing is written here
-and no image is opened.
+Two forms of source: label files with photos (a `LabelFormat` reads them), and plain name.jpg + name.txt. `list_photos` looks
+at names alone, `read_photo` at the texts of one image; one `Crop` is one future pair. Nothing is written here and no image is
+opened.
 """
 
-import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,15 +21,26 @@ from engine.data.label_format import (
     LabelFormat,
     LabelledObject,
     Outline,
-    PhotoLabel,
 )
-from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, source_sides, split_of
-from engine.data.source_files import SourceFolder, scan
+from engine.data.names import readable_name
+from engine.data.pair_keys import base_name
+from engine.data.pairing import Pairing, pair_files
+from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, split_of
+from engine.data.set_aside import Finds, Skipped
+from engine.data.source_files import (
+    Side,
+    SourceFolder,
+    display_sides,
+    scan,
+    side_of,
+    source_sides,
+    stem_of,
+    suffix_of,
+    unpack_remedy,
+)
 from engine.errors import InputError
 
 SourceForm = Literal["labels", "plain"]
-# Incomplete labels are normal in large data sets: counted and named, but no fault.
-NORMAL = ("object_without_box", "object_without_label", "label_without_object", "no_outline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,77 +115,123 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A record of the source that is not used."""
-
-    record: str
-    cause: str
-    reason: str
-
-    @property
-    def is_bad(self) -> bool:
-        return self.cause not in NORMAL
-
-
-@dataclass(frozen=True)
 class Crop:
-    """One future pair; `box` and `outline` None mean the whole image."""
+    """One future pair.
+
+    Args:
+        record: for reports.
+        text: the label or caption file, as its name was meant.
+        base, object_key: parts of the key; `base` is the photo's id as a file name, or a plain source's key.
+        box, outline: None mean the whole image.
+        labelled_size: (width, height) as the label has it; None in plain sources.
+    """
 
     record: str
-    key: str
+    text: str
+    base: str
+    object_key: str
     box: Box | None
     outline: Outline | None
     captions: tuple[str, ...]
     photo: str
     split: Split
     attributes: Attributes
+    labelled_size: tuple[int | None, int | None] | None
+
+    @property
+    def key(self) -> str:
+        """Of the pair, unless another photo has the same `base`."""
+        return f"{self.base}_{self.object_key}" if self.object_key else self.base
 
 
 @dataclass(frozen=True)
 class CropJob:
-    """One image file and its crops; `labelled_size` is (width, height) as the label has it, None in plain sources."""
+    """One image file and its crops."""
 
     image_path: Path
-    labelled_size: tuple[int | None, int | None] | None
     crops: tuple[Crop, ...]
+
+
+@dataclass(frozen=True)
+class SourcePhoto:
+    """One image file and what describes it: label files, or one caption file; paths under the source."""
+
+    image: str
+    texts: tuple[str, ...]
+
+
+@dataclass
+class PhotoListing:
+    """What the names in a source folder tell; `found` is what is used all the same, but worth knowing."""
+
+    source: Path
+    form: SourceForm
+    sides: dict[str, Side]
+    photos: list[SourcePhoto] = field(default_factory=list)
+    found: Finds = field(default_factory=Finds)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class ReadPhoto:
+    """What the texts of one image tell: future pairs, and records set aside."""
+
+    photo: SourcePhoto
+    crops: list[Crop] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    ids: list[str] = field(default_factory=list)  # of the labels that could be read
 
 
 @dataclass
 class SourceListing:
-    """The jobs for a source folder, and the records set aside so far."""
+    """All of a source folder in memory: the jobs, and the records set aside."""
 
     form: SourceForm
     has_sides: bool
-    strict: bool
     jobs: list[CropJob] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def records(self) -> int:
-        """Future pairs and records set aside, as long as no job has been done."""
-        return sum(len(job.crops) for job in self.jobs) + len(self.skipped)
-
-    def skip(self, record: str, cause: str, reason: str) -> None:
-        item = Skipped(record, cause, reason)
-        if self.strict and item.is_bad:
-            raise InputError(record, cause, f"{reason} (without strict it is set aside)")
-        self.skipped.append(item)
 
 
 def list_source(source: Path, options: PrepareOptions, *, strict: bool) -> SourceListing:
-    """The jobs and the unusable records of `source`.
+    """The jobs and the unusable records of `source`, all in memory.
 
     Raises:
         InputError: no such folder, nothing in it, or, with `strict`, the first faulty record.
     """
+    skipped: list[Skipped] = []
+
+    def set_aside(item: Skipped) -> None:
+        if strict and item.is_bad:
+            raise InputError(item.record, item.cause, f"{item.reason} (without strict it is set aside)")
+        skipped.append(item)
+
+    photos = list_photos(source, options, set_aside)
+    listing = SourceListing(photos.form, bool(photos.sides), skipped=skipped)
+    for photo in photos.photos:
+        read = read_photo(photo, source, photos.sides, options)
+        for item in read.skipped:
+            set_aside(item)
+        if read.crops:
+            listing.jobs.append(CropJob(source / photo.image, tuple(read.crops)))
+    return listing
+
+
+def list_photos(source: Path, options: PrepareOptions, set_aside: Callable[[Skipped], None]) -> PhotoListing:
+    """The images of `source` with the texts that describe them, in the order of these.
+
+    Args:
+        set_aside: gets each file that is left over.
+
+    Raises:
+        InputError: no such folder, or nothing in it.
+    """
     form = find_form(source) if options.form is None else options.form
-    sides = source_sides(source)
-    listing = SourceListing(form, bool(sides), strict)
+    listing = PhotoListing(source, form, source_sides(source))
     if form == "labels":
-        _list_labels(source, sides, options, listing)
+        _list_labels(listing, options, set_aside)
     else:
-        _list_plain(source, sides, options, listing)
+        _list_plain(listing, set_aside)
     return listing
 
 
@@ -189,63 +246,136 @@ def find_form(source: Path) -> SourceForm:
     if (source / "pairs.jsonl").is_file():
         raise InputError("source", source, "is a prepared folder already: train on it, or give the original source")
     folder = scan(source)
-    texts = sum(path.suffix.lower() == ".txt" for path in folder.others)
+    texts = sum(suffix_of(path) == ".txt" for path in folder.others)
     if not folder.labels and not texts:
+        if folder.archives:
+            first = readable_name(folder.archives[0])
+            many = f"{len(folder.archives)} archives, the first: {first}"
+            raise InputError("source", source, f"has {many}, and nothing beside them: {unpack_remedy(first)}")
         raise InputError("source", source, "has neither label files (.json) nor captions (.txt): nothing to prepare")
     return "labels" if len(folder.labels) >= texts else "plain"
 
 
-def pair_key(photo: str, object_key: str) -> str:
-    """`<photo>_<object>`; characters of a photo's id other than letters, digits, Hangul, `.` and `-` become `-`."""
-    return f"{re.sub(r'[^0-9A-Za-z가-힣.-]', '-', photo).lstrip('.')}_{object_key}"
+def _list_labels(listing: PhotoListing, options: PrepareOptions, set_aside: Callable[[Skipped], None]) -> None:
+    folder = scan(listing.source)
+    faults: dict[str, LabelFault] = {}
 
-
-def _list_labels(source: Path, sides: dict[str, Split], options: PrepareOptions, listing: SourceListing) -> None:
-    folder = scan(source)
-    claimed: set[Path] = set()
-    photos: dict[str, str] = {}
-    for label_path in folder.labels:
-        record = label_path.relative_to(source).as_posix()
-        twin = folder.images.get(label_path.stem, ())  # a faulty label's own photo is not one more record
+    def stated_names(label: str) -> Sequence[str]:
         try:
-            label = options.label_format.read(label_path)
+            return options.label_format.read(listing.source / label).image_names
         except LabelFault as fault:
-            claimed.update(twin)
-            listing.skip(record, fault.defect, fault.remedy)
-            continue
-        listing.notes.update(label.unknown_values)
-        listing.notes.update(label.notes)
-        image_path = folder.find_image(label_path, *label.image_names)
-        claimed.update(twin if image_path is None else (image_path,))
-        if image_path is None:
-            listing.skip(record, "label_without_photo", f"no image named {label_path.stem}, {label.photo} or similar")
-        elif label.photo in photos:
-            listing.skip(record, "duplicate_id", f"photo {label.photo} is labelled by {photos[label.photo]} already")
-        elif sides and record.split("/")[0] not in sides:
-            listing.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
+            faults[label] = fault
+            return ()
+
+    pairing = pair_files(folder, stated_names)
+    listing.photos = [SourcePhoto(image, tuple(labels)) for image, labels in pairing.photos()]
+    for label in folder.labels:
+        if label not in pairing.image_of:
+            fault = faults.get(label)
+            cause, reason = (
+                (fault.defect, fault.remedy) if fault else ("label_without_photo", "no image is found for it")
+            )
+            set_aside(Skipped(readable_name(label), cause, reason))
+    images = set(pairing.image_of.values())
+    for image in folder.images:
+        if image in pairing.alike:
+            reason = f"has the same name as {readable_name(pairing.alike[image])}, which the label takes"
+            set_aside(Skipped(readable_name(image), "equal_stems", reason))
+        elif image not in images:
+            set_aside(Skipped(readable_name(image), "photo_without_label", "no label file is found for it"))
+    _note_files(folder, pairing, listing)
+
+
+def _note_files(folder: SourceFolder, pairing: Pairing, listing: PhotoListing) -> None:
+    for path in folder.archives:
+        listing.found.add("archive_not_read", readable_name(path), f"if it is not unpacked, {unpack_remedy(path)}")
+    for label in pairing.stated:
+        image = readable_name(pairing.image_of[label])
+        listing.found.add("stated_name", readable_name(label), f"states the name of its image, {image}")
+    first: dict[str, str] = {}
+    for image in pairing.image_of.values():
+        other = first.setdefault(stem_of(image), image)
+        if other != image:
+            listing.found.add("repeated_name", readable_name(image), f"has the name of {readable_name(other)} too")
+    listing.notes.update(f"image files: *{path[path.rindex('.') :]}" for path in folder.images)
+    listing.notes.update(f"ignored files: *{suffix_of(path)}" for path in folder.others)
+
+
+def _list_plain(listing: PhotoListing, set_aside: Callable[[Skipped], None]) -> None:
+    matched, unmatched = find_plain(listing.source)
+    for name, cause, reason in unmatched:
+        set_aside(Skipped(name, cause, reason))
+    for _, image_path, text_path in matched:
+        image, text = (path.relative_to(listing.source).as_posix() for path in (image_path, text_path))
+        listing.photos.append(SourcePhoto(image, (text,)))
+
+
+def read_photo(photo: SourcePhoto, source: Path, sides: dict[str, Side], options: PrepareOptions) -> ReadPhoto:
+    """Reads the label files or the caption file of one image."""
+    read = ReadPhoto(photo)
+    for text in photo.texts:
+        # plain sources are reported by image, labelled ones by label
+        record = readable_name(photo.image if suffix_of(text) == ".txt" else text)
+        if sides and side_of(text, sides) is None:
+            read.skipped.append(Skipped(record, "outside_split", f"is in none of {display_sides(sides)}"))
+        elif suffix_of(text) == ".txt":
+            _read_captions(record, text, source, sides, options, read)
         else:
-            photos[label.photo] = record
-            split = sides[record.split("/")[0]] if sides else _split(label.photo, options)
-            _list_objects(record, label, image_path, split, options, listing)
-    _list_unlabelled(folder, claimed, listing)
+            _read_label(record, text, source, sides, options, read)
+    return read
 
 
-def _list_objects(
-    record: str, label: PhotoLabel, image_path: Path, split: Split, options: PrepareOptions, listing: SourceListing
+def _read_captions(
+    record: str, text: str, source: Path, sides: dict[str, Side], options: PrepareOptions, read: ReadPhoto
 ) -> None:
+    try:
+        captions = read_captions(source / text)
+    except CaptionFault as fault:
+        read.skipped.append(Skipped(record, fault.defect, f"{PurePosixPath(text).name} {fault.remedy}"))
+        return
+    key = PurePosixPath(read.photo.image).with_suffix("").as_posix()
+    photo = PurePosixPath(key).name
+    split = side_of(text, sides) or split_of(photo, options.validation_fraction, options.seed)
+    read.crops.append(Crop(record, readable_name(text), key, "", None, None, captions, photo, split, {}, None))
+
+
+def _read_label(
+    record: str, text: str, source: Path, sides: dict[str, Side], options: PrepareOptions, read: ReadPhoto
+) -> None:
+    try:
+        label = options.label_format.read(source / text)
+    except LabelFault as fault:
+        read.skipped.append(Skipped(record, fault.defect, fault.remedy))
+        return
+    read.notes.update(label.unknown_values)
+    read.notes.update(label.notes)
+    read.ids.append(label.photo)
     if not label.objects:
-        listing.skip(record, "label_without_object", "no object has a label or a box")
-    crops = []
+        read.skipped.append(Skipped(record, "label_without_object", "no object has a label or a box"))
+    split = side_of(text, sides) or split_of(label.photo, options.validation_fraction, options.seed)
+    base, size = base_name(label.photo), (label.width, label.height)
     for item in label.objects:
         name = f"{record}: {item.name}"
-        fault = _unusable(item, options)
-        if fault is None:
-            key, outline = pair_key(label.photo, item.key), item.outline if options.cut_out else None
-            crops.append(Crop(name, key, item.box, outline, (item.caption,), label.photo, split, item.attributes))
-        else:
-            listing.skip(name, *fault)
-    if crops:
-        listing.jobs.append(CropJob(image_path, (label.width, label.height), tuple(crops)))
+        reason = _unusable(item, options)
+        if reason is not None:
+            read.skipped.append(Skipped(name, *reason))
+            continue
+        outline = item.outline if options.cut_out else None
+        read.crops.append(
+            Crop(
+                name,
+                record,
+                base,
+                item.key,
+                item.box,
+                outline,
+                (item.caption,),
+                label.photo,
+                split,
+                item.attributes,
+                size,
+            )
+        )
 
 
 def _unusable(item: LabelledObject, options: PrepareOptions) -> tuple[str, str] | None:
@@ -262,35 +392,3 @@ def _unusable(item: LabelledObject, options: PrepareOptions) -> tuple[str, str] 
     if options.cut_out and not is_cut and not options.keep_uncut:
         return "no_outline", "has no outline to cut it out along (keep_uncut takes its box)"
     return None
-
-
-def _list_unlabelled(folder: SourceFolder, claimed: set[Path], listing: SourceListing) -> None:
-    for paths in folder.images.values():
-        for path in paths:
-            if path not in claimed:
-                listing.skip(path.relative_to(folder.root).as_posix(), "photo_without_label", "no label file names it")
-    for path in folder.others:
-        listing.notes[f"ignored files: *{path.suffix}"] += 1
-
-
-def _list_plain(source: Path, sides: dict[str, Split], options: PrepareOptions, listing: SourceListing) -> None:
-    matched, unmatched = find_plain(source)
-    for name, cause, reason in unmatched:
-        listing.skip(name, cause, reason)
-    for key, image_path, text_path in matched:
-        record = image_path.relative_to(source).as_posix()
-        photo = PurePosixPath(key).name
-        if sides and record.split("/")[0] not in sides:
-            listing.skip(record, "outside_split", f"is in none of {', '.join(sides)}")
-            continue
-        try:
-            captions = read_captions(text_path)
-        except CaptionFault as fault:
-            listing.skip(record, fault.defect, f"{text_path.name} {fault.remedy}")
-            continue
-        split = sides[record.split("/")[0]] if sides else _split(photo, options)
-        listing.jobs.append(CropJob(image_path, None, (Crop(record, key, None, None, captions, photo, split, {}),)))
-
-
-def _split(photo: str, options: PrepareOptions) -> Split:
-    return split_of(photo, options.validation_fraction, options.seed)

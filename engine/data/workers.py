@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -26,9 +26,15 @@ AHEAD = 16  # jobs submitted per worker: keeps all busy, few results in memory
 
 
 def ordered_map(
-    function: Callable[[Job], Result], jobs: Sequence[Job], *, workers: int, title: str, progress: bool
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    *,
+    workers: int,
+    title: str = "",
+    progress: bool = False,
+    total: int | None = None,
 ) -> Generator[tuple[Job, Result], None, None]:
-    """Yields (job, function(job)) in order.
+    """Yields (job, function(job)) in order; jobs are taken a few ahead of the results.
 
     Args:
         function: picklable when workers > 1.
@@ -36,35 +42,44 @@ def ordered_map(
         workers: processes; 1 works in this one.
         title: beside the bar.
         progress: show a bar with the time left, on stderr, if that is a terminal.
+        total: number of jobs, where they are not a sequence.
 
     Raises:
         InputError: workers < 1, or a worker process died (usually out of memory).
     """
     if workers < 1:
         raise InputError("workers", workers, "must be at least 1")
+    if isinstance(jobs, Sequence):
+        total = len(jobs)
+        workers = min(workers, total)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
-        contextlib.closing(_in_order(function, jobs, min(workers, len(jobs)))) as results,
+        contextlib.closing(_in_order(function, jobs, workers)) as results,
         Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar,
     ):
-        yield from zip(jobs, bar.track(results, total=len(jobs), description=title), strict=True)
+        yield from bar.track(results, total=total, description=title)
 
 
-def _in_order(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Generator[Result, None, None]:
+def _in_order(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Generator[tuple[Job, Result], None, None]:
     if workers <= 1:
-        yield from map(function, jobs)
+        for job in jobs:
+            yield job, function(job)
         return
     # spawn: forking a process that has threads (the progress bar's, a tokenizer's) may deadlock the child
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_stay_with_parent)
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[tuple[Job, Future[Result]]] = deque()
     try:
         for job in jobs:
-            waiting.append(pool.submit(function, job))
+            waiting.append((job, pool.submit(function, job)))
             if len(waiting) >= AHEAD * workers:
-                yield waiting.popleft().result()
+                first, future = waiting.popleft()
+                yield first, future.result()
         while waiting:
-            yield waiting.popleft().result()
+            first, future = waiting.popleft()
+            yield first, future.result()
     except BrokenProcessPool as error:
         raise InputError("workers", workers, "a worker process died, likely out of memory: use fewer") from error
     finally:

@@ -21,6 +21,7 @@ from engine.data.token_shards import (
 from engine.data.tokenizer import CaptionTokenizer, check_padding, tokenizer_for
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
+from engine.folder_lock import hold_lock
 from engine.models.folder import (
     Part,
     PartName,
@@ -51,7 +52,6 @@ from engine.training.muon import make_muon
 from engine.training.order_annealing import batch_orders
 from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import World
-from engine.training.run_lock import hold_lock
 from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters

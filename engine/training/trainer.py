@@ -24,6 +24,7 @@ from engine.config_files import dump_yaml
 from engine.config_folders import check_folders
 from engine.errors import InputError
 from engine.files import atomic_file, named_disk_faults
+from engine.folder_lock import hold_lock
 from engine.measure import count_flops, matrix_peak
 from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
@@ -35,7 +36,6 @@ from engine.training.engines import Engines, is_fp16, micro_batch
 from engine.training.muon import check_muon
 from engine.training.process_group import World, join_world
 from engine.training.resumption import check_folder, check_inputs
-from engine.training.run_lock import hold_lock
 from engine.training.run_log import FLUSH_EVERY, RunLog
 from engine.training.stage import Stage, make_stage
 from engine.training.step_clock import SlowSteps, StepClock

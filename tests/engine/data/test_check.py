@@ -127,14 +127,17 @@ def test_sound_outlines_are_no_findings(labelled: Path) -> None:
     assert check(labelled).findings == ()
 
 
-def test_duplicate_id_and_equal_stems(labelled: Path) -> None:
+def test_ids_and_names_that_repeat(labelled: Path) -> None:
     write(labelled / "labels" / "5.json", tree(2))
     photo(labelled / "images" / "5.png", 5)
-    write(labelled / "more" / "labels" / "3.json", tree(30))
+    write(labelled / "more" / "labels" / "3.json", tree(30))  # as its photo does, in a folder of its own
     photo(labelled / "more" / "images" / "3.png", 30)
-    details = {(f.record, f.defect): f.detail for f in check(labelled).findings}
+    photo(labelled / "images" / "1.jpg", 6)
+    report = check(labelled)
+    details = {(f.record, f.defect): f.detail for f in report.findings}
     assert "labels/2.json" in details["labels/5.json", "duplicate_id"]
-    assert "labels/3.json" in details["more/labels/3.json", "equal_stems"]
+    assert "images/1.jpg" in details["images/1.png", "equal_stems"]
+    assert {finding.defect for finding in report.errors} == {"equal_stems"}
 
 
 def test_oversize_image(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,8 +174,10 @@ def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> 
         {path.relative_to(tmp_path / n): path.read_bytes() for path in (tmp_path / n).rglob("*") if path.is_file()}
         for n in "12"
     )
+    for files in (one, two):
+        del files[Path("prepare.log")]  # which has times
     assert one == two
-    assert len(one) == 3 * 2 + 2
+    assert len(one) == 3 * 2 + 3
 
 
 BAD_OUTLINES = [

@@ -151,7 +151,7 @@ def test_finished_run_can_be_made_longer(
 
 
 def test_run_that_another_process_writes_is_refused(started: Path, tree_of: TreeOf, train_tree: Train) -> None:
-    code = "import sys; from pathlib import Path; from engine.training.run_lock import hold_lock\n"
+    code = "import sys; from pathlib import Path; from engine.folder_lock import hold_lock\n"
     code += "with hold_lock(Path(sys.argv[1]), field='run'): print('held', flush=True); input()"
     command = [sys.executable, "-c", code, str(started / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as other:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.kfashion import labels
-from engine.data.kfashion.label_format import KFashionLabels
 from engine.data.kfashion.labels import (
     GARMENT_TYPES,
     parse_label,
@@ -17,7 +16,6 @@ from engine.data.kfashion.labels import (
     unknown_values,
 )
 from engine.data.label_format import Box, LabelFault
-from engine.data.source_files import scan
 from engine.errors import InputError
 from tests.label_trees import polygon
 
@@ -49,12 +47,6 @@ def tree(identifier: Any = 1092253, boxes: dict[str, Any] | None = None, **label
 def write(path: Path, content: Any, encoding: str = "utf-8") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
-    return path
-
-
-def image(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # names alone matter here
     return path
 
 
@@ -321,66 +313,3 @@ def test_unknown_values_are_listed_and_nothing_fails() -> None:
     assert "종이" in lines
     assert "무게" in lines
     assert "면" not in lines
-
-
-# --------------------------------------------------------------------------------------------------- folder layouts
-
-
-def found(root: Path, label: Path) -> Path | None:
-    return scan(root).find_image(label, *KFashionLabels().read(label).image_names)
-
-
-def test_labels_and_images_folders_with_splits(tmp_path: Path) -> None:
-    for split in ("train", "validation"):
-        label = write(tmp_path / split / "labels" / "7.json", tree(7))
-        expected = image(tmp_path / split / "images" / "7.jpg")
-        assert found(tmp_path, label) == expected
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".PNG", ".Jpeg"])
-def test_aihub_layout_beside_the_label(tmp_path: Path, suffix: str) -> None:
-    label = write(tmp_path / "Training" / "아우터 01" / "7.json", tree(7))
-    expected = image(tmp_path / "Training" / "아우터 01" / f"7{suffix}")
-    image(tmp_path / "Training" / "아우터 02" / "7.jpg")
-    assert found(tmp_path, label) == expected
-
-
-def test_image_elsewhere_only_if_it_is_the_only_one(tmp_path: Path) -> None:
-    label = write(tmp_path / "Training" / "labels-zip" / "7.json", tree(7))
-    expected = image(tmp_path / "Training" / "photos-zip" / "7.jpg")
-    image(tmp_path / "Validation" / "7.jpg")  # the other side never counts
-    assert found(tmp_path, label) == expected
-    other = write(tmp_path / "labels-zip" / "9.json", tree(9))
-    beside = image(tmp_path / "photos-zip" / "9.jpg")
-    assert found(tmp_path, other) == beside
-    image(tmp_path / "Training" / "more" / "7.jpg")
-    assert found(tmp_path, label) is None
-
-
-def test_stem_first_then_id_then_file_name(tmp_path: Path) -> None:
-    label = write(tmp_path / "a.json", tree(7))
-    by_name = image(tmp_path / "shop (3).jpg")
-    assert found(tmp_path, label) == by_name
-    by_id = image(tmp_path / "7.jpg")
-    assert found(tmp_path, label) == by_id
-    by_stem = image(tmp_path / "a.jpg")
-    assert found(tmp_path, label) == by_stem
-
-
-def test_a_name_never_leads_to_another_labels_photo(tmp_path: Path) -> None:
-    content = tree(7)
-    content["이미지 정보"]["이미지 파일명"] = "8.jpg"  # the shop's name, by chance the id of another photo
-    label = write(tmp_path / "7.json", content)
-    write(tmp_path / "8.json", tree(8))
-    image(tmp_path / "8.jpg")
-    assert found(tmp_path, label) is None
-
-
-def test_scan_is_sorted_and_ignores_hidden_files(tmp_path: Path) -> None:
-    for name in ("b", "a", "c"):
-        write(tmp_path / f"{name}.json", tree())
-    write(tmp_path / "._a.json", tree())
-    image(tmp_path / "__MACOSX" / ".a.jpg")
-    folder = scan(tmp_path)
-    assert [path.name for path in folder.labels] == ["a.json", "b.json", "c.json"]
-    assert folder.images == {}

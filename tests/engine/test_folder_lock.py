@@ -10,13 +10,13 @@ from typing import IO
 import pytest
 
 from engine.errors import InputError
-from engine.training.run_lock import hold_lock
+from engine.folder_lock import hold_lock
 from tests.paths import REPOSITORY
 
 _HOLD = """
 import sys
 from pathlib import Path
-from engine.training.run_lock import hold_lock
+from engine.folder_lock import hold_lock
 with hold_lock(Path(sys.argv[1]), field="run", wait=sys.argv[2] == "wait"):
     print("held", flush=True)
     sys.stdin.read()
