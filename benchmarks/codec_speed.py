@@ -33,7 +33,7 @@ from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import open_koclip, open_vqgan
 from engine.codec.onnx_export import export_model
 from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.facts import facts
 from engine.measure import count_flops
 from engine.models.folder import Part, load_part, write_model_folder
@@ -49,7 +49,8 @@ Work = Callable[[Tensor], Tensor]
 
 def main() -> int:
     arguments = _arguments()
-    torch.set_num_threads(arguments.threads or fit_threads())
+    allowed = fit_to_machine()
+    torch.set_num_threads(arguments.threads or allowed)
     document: dict[str, Any] = {
         "benchmark": "codec_speed",
         **facts(_CPU),

@@ -21,7 +21,7 @@ from kernel_cases import Case, PublishedSizes, Sizes, Work, cpu_cases, gpu_cases
 from machine_facts import hardware_name, kept_when_stopped, print_document, slug
 from text_table import NOT_MEASURED, table
 
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.facts import facts
 from engine.files import write_json
 from engine.measure import read_bandwidth, synchronize, time_runs
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     arguments = _arguments()
-    fit_threads()
+    fit_to_machine()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     document: dict[str, Any] = {
         "benchmark": "kernel_speed",

@@ -35,13 +35,13 @@ from sampling.report import published_rows, ratios, tables
 from sampling.rows import FIRST_SEED, GUIDANCE_SCALE
 from text_table import NOT_MEASURED
 
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.facts import facts
 
 
 def main() -> int:
     arguments = _arguments()
-    fit_threads()
+    fit_to_machine()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = arguments.dtype or default_variants(device)
     document: dict[str, Any] = {

@@ -21,7 +21,7 @@ from machine_facts import print_document
 from engine.data.caption_classes import find_caption_classes
 from engine.data.pairs import Pair, Pairs, load_pairs
 from engine.data.partial_captions import with_partial_held_out
-from engine.device import fit_threads, pick_device
+from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
@@ -61,7 +61,7 @@ def main() -> int:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     device = pick_device("")
-    fit_threads()
+    fit_to_machine()
     machine = facts(device)  # before anything is computed: the load
     pairs = load_pairs(arguments.pairs)
     classes = find_caption_classes(pairs)

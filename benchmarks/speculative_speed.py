@@ -17,7 +17,7 @@ import torch
 from machine_facts import REPOSITORY, kept_when_stopped, print_document, store_document
 from text_table import table
 
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.facts import facts
 from engine.pipeline.pipeline import Pipeline
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=6, help="captions and seeds")
     parser.add_argument("--out", type=Path, help="folder for results/ (default: benchmarks/)")
     arguments = parser.parse_args()
-    fit_threads()
+    fit_to_machine()
     torch.set_num_threads(1)
     document: dict[str, Any] = {"benchmark": "speculative_speed", **facts(_CPU), "repeat": arguments.repeat, "rows": []}
     with kept_when_stopped(document):

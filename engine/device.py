@@ -12,6 +12,7 @@ small trial of each packed layer, because PyTorch's packing is a private interfa
     amx             yes             yes              yes          yes
 """
 
+import ctypes
 import functools
 import math
 import os
@@ -29,6 +30,9 @@ from engine.errors import InputError
 InstructionSet = Literal["baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
+# mallopt(3): blocks above the first are mapped and unmapped each time, free memory above the second goes back to the kernel.
+_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES = -3, 2**30
+_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES = -1, 2**31 - 1
 # Below this the read of the weights does not limit a step, and equal images on every processor are worth more.
 _LARGE_PARAMETERS = 50_000_000
 _AVX512 = frozenset({"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"})
@@ -153,16 +157,31 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def fit_threads(cgroups: Path = _CGROUPS) -> int:
-    """Limits PyTorch to the threads that the container may use, and returns their number.
+def fit_to_machine(cgroups: Path = _CGROUPS) -> int:
+    """Limits PyTorch to the threads that the container may use, keeps freed memory, and returns the number of threads.
 
     PyTorch counts the processors that it sees. In a container limited to 2 of 64 it would start 64 threads, and each
     operation would wait for 62 that do not run. A smaller number that was set before (OMP_NUM_THREADS) stays.
     """
+    _keep_freed_memory()
     allowed = min(_visible_cpus(), _quota_cpus(cgroups))
     if allowed < torch.get_num_threads():
         torch.set_num_threads(allowed)
     return torch.get_num_threads()
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep large blocks that are freed, instead of returning each to the kernel.
+
+    PyTorch asks for every result of an operation anew; each new page costs a fault and is zeroed. A step asks for the same sizes
+    again and again. Whoever sets malloc's variables keeps what they say; other C libraries have no such setting.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
 
 
 # -------------------------------------------------------------------------------------------------------------- trials

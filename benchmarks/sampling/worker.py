@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.models.folder import load_part
 from engine.models.transformer import KoDalle
 from engine.pipeline.generation import Generation
@@ -108,7 +108,7 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    fit_threads()
+    fit_to_machine()
     print(json.dumps(measure(SamplingPlan.from_json(sys.argv[1]))), flush=True)
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from starlette.requests import Request
 
-from engine.device import fit_threads, pick_device
+from engine.device import fit_to_machine, pick_device
 from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
@@ -67,7 +67,7 @@ class BatchedWorker:
     def __init__(self, model: str, max_batch_size: int, batch_wait_timeout_s: float) -> None:
         from ray import serve as ray_serve
 
-        fit_threads()
+        fit_to_machine()
         self._pipeline = Pipeline.from_pretrained(model, device=pick_device(""))
 
         @ray_serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=batch_wait_timeout_s)

@@ -46,7 +46,7 @@ def diagnose() -> dict[str, Any]:
     import torch
 
     from engine.decoding.cuda.attention_choice import runnable
-    from engine.device import cpu_capabilities, default_dtype, fit_threads
+    from engine.device import cpu_capabilities, default_dtype, fit_to_machine
 
     cpu = cpu_capabilities()
     has_cuda = torch.cuda.is_available()
@@ -58,7 +58,7 @@ def diagnose() -> dict[str, Any]:
             "name": cpu.name,
             "instruction_set": cpu.isa,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": fit_threads(),
+            "threads": fit_to_machine(),
             "packs": [name for name, is_packed in packed.items() if is_packed],
             "multiplies": ["float32", *(["bfloat16"] if cpu.multiplies_bfloat16 else [])],
             "int8": _int8(in_bytes=cpu.packs_int8, packs_float32=cpu.packs_float32),

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 import torch
 
 from engine.codec.codec import CodecBackend
-from engine.device import fit_threads, pick_device
+from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
 from engine.models.folder import model_digest, part_config
@@ -60,7 +60,7 @@ def generate_to_folder(
         raise InputError("--rank-by", rank_by, "is for inpainting: give --image and --mask, or rank by koclip")
     if codec_backend not in get_args(CodecBackend):
         raise InputError("--codec-backend", codec_backend, f"write {' or '.join(get_args(CodecBackend))}")
-    fit_threads()
+    fit_to_machine()
     started = time.perf_counter()
     backend = cast(CodecBackend, codec_backend)
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8, codec_backend=backend)
@@ -113,7 +113,7 @@ def regenerate_to_folder(
         )
         raise InputError("MODEL", model or made.model, remedy)
     start = _init_image_of(made.init_image, image, init_image, mask, source)
-    fit_threads()
+    fit_to_machine()
     started = time.perf_counter()
     arithmetic = made.arithmetic
     pipeline = Pipeline.from_pretrained(
@@ -196,7 +196,7 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
     Raises:
         InputError: bad parameters or model; a beginning that fills the model's text.
     """
-    fit_threads()
+    fit_to_machine()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device))
     for line in pipeline.continue_caption(beginning, params, count=count):
         print(line.text)

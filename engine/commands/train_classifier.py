@@ -17,12 +17,12 @@ def train_classifier(
 ) -> None:
     """Trains the classifier that `kodalle evaluate --independent-classifier` uses, and measures it on held-out photographs."""
     from engine.data.pairs import load_pairs
-    from engine.device import fit_threads, pick_device
+    from engine.device import fit_to_machine, pick_device
     from engine.metrics.classifier_training import train_classifier as train
     from engine.metrics.independent_classifier import LEAST_ACCURACY, save_classifier
     from engine.progress import PhaseBars
 
-    fit_threads()
+    fit_to_machine()
     with PhaseBars() as bars:
         classifier, record = train(
             load_pairs(pairs), views=views, seed=seed, device=pick_device(device), on_progress=bars.update

@@ -26,7 +26,7 @@ from engine.data.caption_classes import CaptionClasses, find_caption_classes
 from engine.data.pairs import Pair, Pairs, load_pairs
 from engine.data.partial_captions import with_partial_held_out
 from engine.data.tokenizer import CaptionTokenizer
-from engine.device import fit_threads, pick_device
+from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
@@ -109,7 +109,7 @@ def evaluate(
     pairs = load_pairs(pairs_folder)
     if not pairs.validation:
         raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
-    fit_threads()
+    fit_to_machine()
     parts = load_parts(model_folder, pick_device(device))
     classes = None if independent_classifier is None else find_caption_classes(pairs)
     classifier = None

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from engine.device import fit_threads
+from engine.device import fit_to_machine
 from engine.errors import InputError
 
 # How long ranks wait for one another. The default of 10 to 30 minutes ends a run while rank 0 encodes a large data set.
@@ -137,8 +137,9 @@ def join_world(*, torch_threads: int | None) -> World:
 
 
 def _threads(local_size: int) -> int:
+    allowed = fit_to_machine()
     stated = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(stated) if stated.isdigit() and int(stated) > 0 else max(1, fit_threads() // local_size)
+    return int(stated) if stated.isdigit() and int(stated) > 0 else max(1, allowed // local_size)
 
 
 def free_port() -> int:

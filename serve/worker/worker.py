@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.device import fit_threads, pick_device
+from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import model_digest
@@ -55,7 +55,7 @@ class Worker:
     """
 
     def __init__(self, settings: ServeSettings) -> None:
-        fit_threads()
+        fit_to_machine()
         folder = local_folder(settings.model)
         self.pipeline = Pipeline.from_pretrained(folder, device=pick_device(settings.device), int8=settings.int8)
         self.info = model_info(self.pipeline, folder, name=settings.model_id or _name(settings.model))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from engine import device as device_module
-from engine.device import CpuCapabilities, cpu_capabilities, default_dtype, fit_threads, instruction_set
+from engine.device import CpuCapabilities, cpu_capabilities, default_dtype, fit_to_machine, instruction_set
 from tests.paths import REPOSITORY
 
 
@@ -42,14 +43,43 @@ def test_a_container_s_share_of_the_processors(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert fit_threads(tmp_path) == expected
+    assert fit_to_machine(tmp_path) == expected
     assert torch.get_num_threads() == expected
 
 
 def test_threads_are_never_added(tmp_path: Path, threads: int) -> None:
     torch.set_num_threads(1)
     (tmp_path / "cpu.max").write_text("800000 100000")
-    assert fit_threads(tmp_path) == 1
+    assert fit_to_machine(tmp_path) == 1
+
+
+def _faults_of_repeated_blocks(environment: dict[str, str]) -> int:
+    """Page faults of a process that asks for 20 blocks of 40 MB, one after another, after `fit_to_machine`.
+
+    It has asked for as many before: aligned blocks leave gaps, which the next ones fill.
+    """
+    code = """
+import resource, torch
+from engine.device import fit_to_machine
+fit_to_machine()
+before = 0
+for block in range(40):
+    if block == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library: its malloc has no such setting")
+def test_freed_memory_is_kept() -> None:
+    kept = _faults_of_repeated_blocks({})
+    assert kept < 1_000
+    assert _faults_of_repeated_blocks({"MALLOC_MMAP_THRESHOLD_": "1000000"}) > 10 * (kept + 1_000), "a user's stays"
 
 
 # -------------------------------------------------------------------------------------------------------- instructions

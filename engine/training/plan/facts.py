@@ -192,16 +192,16 @@ def machine_facts() -> MachineFacts:
     """This machine as trainings will see it."""
     import torch  # seconds to import, and the tests of the choices need none of it
 
-    from engine.device import cpu_capabilities, fit_threads
+    from engine.device import cpu_capabilities, fit_to_machine
 
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu":
         properties = torch.cuda.get_device_properties(0)
         return MachineFacts(
-            device="cuda", name=properties.name, cores=fit_threads(), memory_bytes=properties.total_memory,
+            device="cuda", name=properties.name, cores=fit_to_machine(), memory_bytes=properties.total_memory,
             gpus=torch.cuda.device_count(), has_bf16=torch.cuda.get_device_capability(0) >= (8, 0),
         )  # fmt: skip
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return MachineFacts(device="cpu", name=cpu_capabilities().name, cores=fit_threads(), memory_bytes=memory)
+    return MachineFacts(device="cpu", name=cpu_capabilities().name, cores=fit_to_machine(), memory_bytes=memory)
 
 
 def _facts(

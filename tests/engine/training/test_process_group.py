@@ -39,7 +39,7 @@ def test_port_of_another_program(tmp_path: Path) -> None:
 )
 def test_threads(stated: str, local_size: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", stated)
-    monkeypatch.setattr(process_group, "fit_threads", lambda: 8)
+    monkeypatch.setattr(process_group, "fit_to_machine", lambda: 8)
     assert process_group._threads(local_size) == threads
 
 
