@@ -75,14 +75,19 @@ def check_folders(run: Run) -> None:
 
 
 def different_sizes(config: Section, found: Mapping[str, Any]) -> list[str]:
-    """Sizes of a config that are not those of the trained model, one text each; the text vocabulary may be larger."""
+    """Sizes of a config that are not those of the trained model, one text each.
+
+    The text vocabulary may be larger. The images may have another size where convolutions alone see them: a VQGAN's attention
+    stands at given resolutions, and a transformer has a row for each position.
+    """
     ours = config.model_dump(mode="json")
     theirs = type(config).model_validate(dict(found)).model_dump(mode="json")
     different = []
     for name, value in ours.items():
         # Rows of padding come after those of words where each padded position has its own.
         smaller = name == "text_vocab_size" and value >= theirs[name] and not ours.get("unique_padding")
-        if name not in _FREE and value != theirs[name] and not smaller:
+        resized = name == "image_size" and not ours.get("attention_resolutions")
+        if name not in _FREE and value != theirs[name] and not smaller and not resized:
             different.append(f"model.{name} is {value}, there {theirs[name]}")
     return different
 

@@ -65,7 +65,8 @@ class Run(Section):
     )
     start_from: Path | None = Field(
         None,
-        description="model folder to train on from; its sizes must be the config's, except text_vocab_size, which may grow",
+        description="model folder to train on from; its sizes must be the config's, except text_vocab_size, which may grow, and "
+        "image_size where no attention sees the image",
     )
     data: DataConfig
     loop: LoopConfig

@@ -1,7 +1,8 @@
 """Training on from a trained model: which sizes must agree, and how weights go into tables that have grown.
 
 A text vocabulary may grow, for words that the first training never saw: old rows keep their values, new ones stay as they were
-initialised. Everything else must have the sizes of the model that it starts from.
+initialised. Images may have another size where convolutions alone see them. Everything else must have the sizes of the model
+that it starts from.
 
 V text token table, T text positions, N image token table, C width.
 """

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config.codec import VqganConfig
 from engine.config.ranker import KoclipConfig
 from engine.config.run import TextConfig
 from engine.config.transformer import TransformerConfig
@@ -15,8 +16,9 @@ from engine.data.tokenizer import extend_tokenizer, load_tokenizer, tokenizer_fo
 from engine.errors import InputError
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
+from engine.models.vqgan import Vqgan
 from engine.training.start_from import start_from
-from tests.conftest import KOCLIP, TRANSFORMER
+from tests.conftest import KOCLIP, TRANSFORMER, VQGAN
 
 Tree = dict[str, Any]
 
@@ -47,6 +49,26 @@ def test_a_grown_ranker_scores_the_same(koclip_run: Path) -> None:
         start_from(model, model.config, folder, "koclip")
     images, text = torch.rand(2, 3, 32, 32), torch.randint(64, (3, 12))
     torch.testing.assert_close(new.eval().similarity(images, text), old.eval().similarity(images, text))
+
+
+def test_convolutions_go_on_at_another_image_size(vqgan_run: Path, koclip_run: Path) -> None:
+    """A codec's tokens of a patch, and a ranker's scores of resized images, stay what they were at the old size."""
+    small, large = (Vqgan(VqganConfig(**VQGAN | {"image_size": size})) for size in (32, 64))
+    for model in (small, large):
+        start_from(model, model.config, vqgan_run / "model", "vqgan")
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(small.state_dict().values(), large.state_dict().values(), strict=True)
+    )
+    assert large.encode(torch.rand(1, 3, 64, 64)).shape == (1, 4 * small.config.image_seq_len)
+    ranker = KoClip(KoclipConfig(**KOCLIP | {"image_size": 64}))
+    start_from(ranker, ranker.config, koclip_run / "model", "koclip")
+
+
+def test_attention_keeps_its_image_size(vqgan_run: Path) -> None:
+    config = VqganConfig(**VQGAN | {"image_size": 64, "attention_resolutions": [8]})
+    with pytest.raises(InputError, match=r"model.image_size is 64, there 32; .*attention_resolutions"):
+        start_from(Vqgan(config), config, vqgan_run / "model", "vqgan")
 
 
 def test_other_sizes_are_named(kodalle_run: Path) -> None:
