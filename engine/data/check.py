@@ -9,23 +9,24 @@ Errors are records that cannot be used as they are (`kodalle data prepare` sets 
 odd. Faults of outlines are warnings: only `--cut-out` reads outlines, and sets such objects aside.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.data.crops import ImageFault, open_layered, pixel_box
+from engine.data.crops import IMAGE_FORMATS, ImageFault, open_layered, pixel_box
 from engine.data.cut_out import OutlineFault, fit_outline, visible_layer
 from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
+from engine.data.orientation import label_frame, size_difference
 from engine.data.pairing import pair_files
 from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
 from engine.data.source_files import SourceFolder, scan, stem_of
 from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError
+from engine.files import file_digest
 from engine.text import MAX_CHARACTERS, is_clean_name
 
 Severity = Literal["error", "warning"]
@@ -49,7 +50,8 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "box_outside_image": ("error", "box with at most one pixel inside the image"),
     "size_mismatch": ("error", "size in the label that is not the image's"),
     "missing_image": ("error", "image file that vanished or cannot be opened"),
-    "not_an_image": ("error", "image file that is no JPEG, PNG or WEBP"),
+    "not_an_image": ("error", f"image file that is none of {', '.join(IMAGE_FORMATS)}"),
+    "animated_image": ("error", "animation: which of its pictures the caption means is not known"),
     "broken_image": ("error", "truncated or damaged image file"),
     "oversize_image": ("error", "image with more pixels than are safe to decode"),
     "empty_caption": ("error", "caption file without a caption"),
@@ -128,6 +130,7 @@ class _Inspected:
 
     width: int = 0
     height: int = 0
+    orientation: int = 1
     digest: str = ""
     is_visible: bool = True
     fault: str = ""
@@ -209,11 +212,13 @@ def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progr
 def _inspect(path: Path) -> _Inspected:
     """Decodes one image, in a worker process."""
     try:
-        image = open_layered(path)
+        image, orientation = open_layered(path)
+        digest = file_digest(path).sha256
     except ImageFault as fault:
         return _Inspected(fault=fault.defect, detail=fault.remedy)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _Inspected(image.width, image.height, digest, is_visible=visible_layer(image) is not None)
+    except OSError as error:
+        return _Inspected(fault="missing_image", detail=f"cannot be read: {error.strerror}")
+    return _Inspected(*image.size, orientation, digest, is_visible=visible_layer(image) is not None)
 
 
 # ------------------------------------------------------------------------------------------------------- labels
@@ -269,18 +274,22 @@ def _check_content(path: Path, label: PhotoLabel, findings: _Findings) -> None:
 
 def _check_places(path: Path, label: PhotoLabel, image: _Inspected | None, findings: _Findings) -> None:
     width, height = label.width, label.height
+    frame = None
     if image is not None and not image.fault:
-        labelled = (width or image.width, height or image.height)
-        if labelled != (image.width, image.height):
-            sizes = f"label says {labelled[0]} x {labelled[1]}, the image is {image.width} x {image.height}"
-            findings.add(path, "size_mismatch", sizes)
+        size, labelled = (image.width, image.height), (width, height)
+        frame = label_frame(size, image.orientation, labelled)
+        if frame is None:
+            findings.add(path, "size_mismatch", size_difference("the image", size, image.orientation, labelled))
         else:
-            width, height = labelled
+            width, height = size
     for item in label.objects:
-        box = item.box
-        if item.outline is not None and width is not None and height is not None:
+        box, outline = item.box, item.outline
+        if frame is not None:
+            box = None if box is None else frame.box(box, is_centred=False)
+            outline = None if outline is None else frame.outline(outline)
+        if outline is not None and width is not None and height is not None:
             inside = None if box is None else pixel_box(box, width, height)[0]
-            fitted = fit_outline(item.outline, width, height, inside)
+            fitted = fit_outline(outline, width, height, inside)
             if isinstance(fitted, OutlineFault):
                 findings.add(path, fitted.defect, fitted.reason, item.name)
         if box is None:

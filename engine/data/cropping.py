@@ -7,10 +7,12 @@ from PIL import Image
 
 from engine.data.crops import (
     ImageFault,
+    Photo,
     PixelBox,
     crop_and_resize,
     open_image,
     open_layered,
+    open_photo,
     pixel_box,
 )
 from engine.data.cut_out import (
@@ -22,8 +24,8 @@ from engine.data.cut_out import (
     place_on_ground,
     visible_layer,
 )
-from engine.data.label_format import Box
 from engine.data.names import readable_name
+from engine.data.orientation import label_frame, size_difference
 from engine.data.sources import Crop, CropJob, PrepareOptions
 from engine.files import file_digest
 
@@ -47,18 +49,29 @@ def cut_photo(job: CropJob, images: Path, options: PrepareOptions) -> CutPhoto:
     """Writes the crops or cut-outs of one photo into `images`, in a worker process."""
     is_layered = options.cut_out and job.crops[0].labelled_size is None
     try:
-        photo = open_layered(job.image_path) if is_layered else open_image(job.image_path)
+        photo = _open(job, is_layered, options)
         digest = file_digest(job.image_path).sha256[:32]
     except ImageFault as fault:
         name = readable_name(job.image_path.name)
         return CutPhoto("", [CropFault(fault.defect, f"{name} {fault.remedy}") for _ in job.crops])
     outcomes: list[Outcome] = []
     for crop in job.crops:
-        found = _visible(photo, options) if is_layered else _labelled(crop, job.image_path, photo, options)
+        found = _visible(photo.image, options) if is_layered else _labelled(crop, job.image_path, photo, options)
         if not isinstance(found, CropFault):
-            _write(_square(photo, found, options), images / f"{crop.key}.{options.image_format}", crop, options)
+            _write(_square(photo.image, found, options), images / f"{crop.key}.{options.image_format}", crop, options)
         outcomes.append(found if isinstance(found, CropFault) else "cut-out" if isinstance(found, Layer) else "crop")
     return CutPhoto(digest, outcomes)
+
+
+def _open(job: CropJob, is_layered: bool, options: PrepareOptions) -> Photo:
+    """Raises ImageFault."""
+    if is_layered:
+        return open_layered(job.image_path)
+    if job.crops[0].labelled_size is not None:
+        return open_photo(job.image_path)
+    # a plain source's image, all of which is used
+    size, keep_aspect = options.image_size, options.keep_aspect
+    return Photo(open_image(job.image_path, for_size=size, keep_aspect=keep_aspect), 1)
 
 
 def _visible(photo: Image.Image, options: PrepareOptions) -> Layer | PixelBox | CropFault:
@@ -70,28 +83,25 @@ def _visible(photo: Image.Image, options: PrepareOptions) -> Layer | PixelBox | 
     return visible_layer(photo) or CropFault("bad_outline", "is transparent everywhere")
 
 
-def _labelled(
-    crop: Crop, image_path: Path, photo: Image.Image, options: PrepareOptions
-) -> Layer | PixelBox | CropFault:
+def _labelled(crop: Crop, image_path: Path, photo: Photo, options: PrepareOptions) -> Layer | PixelBox | CropFault:
     """What the label says of an object, in pixels of its photo."""
-    width, height = crop.labelled_size or (None, None)
-    x_scale, y_scale = photo.width / (width or photo.width), photo.height / (height or photo.height)
-    if (x_scale, y_scale) != (1.0, 1.0) and not options.scale_boxes:
-        sizes = f"label says {width} x {height}, {readable_name(image_path.name)} is {photo.width} x {photo.height}"
+    image = photo.image
+    frame = label_frame(image.size, photo.orientation, crop.labelled_size, is_resized=options.scale_boxes)
+    if frame is None:
+        sizes = size_difference(readable_name(image_path.name), image.size, photo.orientation, crop.labelled_size)
         return CropFault("size_mismatch", f"{sizes} (photos resized after labelling: scale_boxes)")
     margin, box = options.box_margin if crop.outline is None else 0.0, None
     if crop.box is not None:
-        x, y, box_width, box_height = crop.box
-        scaled = Box(x * x_scale, y * y_scale, box_width * x_scale, box_height * y_scale)
-        box, reason = pixel_box(scaled, photo.width, photo.height, origin=options.box_origin, margin=margin)
+        turned = frame.box(crop.box, is_centred=options.box_origin == "center")
+        box, reason = pixel_box(turned, *image.size, origin=options.box_origin, margin=margin)
         if box is None:
             return CropFault("bad_box", reason)
     if crop.outline is None:
-        return box or PixelBox(0, 0, *photo.size)
-    outline = fit_outline(tuple((x * x_scale, y * y_scale) for x, y in crop.outline), *photo.size, box)
+        return box or PixelBox(0, 0, *image.size)
+    outline = fit_outline(frame.outline(crop.outline), *image.size, box)
     if isinstance(outline, OutlineFault):
         return CropFault("bad_outline", outline.reason)
-    return outlined_layer(photo, outline)
+    return outlined_layer(image, outline)
 
 
 def _square(photo: Image.Image, found: Layer | PixelBox, options: PrepareOptions) -> Image.Image:

@@ -5,7 +5,7 @@ Pillow by itself only warns about a decompression bomb above 89 million pixels a
 file is 0.5 GB of RGB in every worker. Here the size in the header is checked before a pixel is decoded: above
 `MAX_PIXELS` is a fault. A truncated JPEG is a fault too, not an image with a grey lower half.
 
-x, y of a box is its top-left corner in pixels of the stored image. Some secondary material on K-Fashion calls it the
+x, y of a box is its top-left corner in pixels of the upright image (engine/data/orientation.py turns labels). Some secondary material on K-Fashion calls it the
 centre, so that reading is an explicit option.
 """
 
@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from engine.data.label_format import Box
+from engine.data.orientation import orientation_of, turn_upright
+from engine.data.transparency import UnknownPixels, to_rgb, to_rgba
 from engine.errors import InputError
 
 MAX_PIXELS = 50_000_000
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_LARGE = 16_000_000  # pixels from which a JPEG is decoded smaller
+# A closed list: Pillow has decoders for formats that no camera writes. MPO, a JPEG with more behind it, is JPEG here.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 Origin = Literal["top_left", "center"]
-ImageDefect = Literal["missing_image", "empty_file", "not_an_image", "broken_image", "oversize_image"]
+ImageDefect = Literal["missing_image", "empty_file", "not_an_image", "animated_image", "broken_image", "oversize_image"]
 
 # What Pillow's decoders raise on damaged bytes (tests feed them mutated files).
 DECODE_ERRORS = (
@@ -68,21 +72,42 @@ class PixelBox(NamedTuple):
         return max(0, self.right - self.left) * max(0, self.bottom - self.top)
 
 
-def open_image(path: Path) -> Image.Image:
+class Photo(NamedTuple):
+    """A decoded image, upright, and the EXIF orientation that it was stored in (engine/data/orientation.py)."""
+
+    image: Image.Image
+    orientation: int
+
+
+def open_image(path: Path, *, for_size: int | None = None, keep_aspect: bool = False) -> Image.Image:
     """Reads an image file completely: RGB, upright (EXIF orientation applied), transparency on white.
 
+    Args:
+        for_size: all of it will be brought to so many pixels: a very large JPEG may be decoded smaller.
+        keep_aspect: it will be padded to a square before.
+
     Raises:
-        ImageFault: missing or empty file, not JPEG/PNG/WEBP, truncated or damaged, or above MAX_PIXELS pixels.
+        ImageFault: missing or empty file, none of IMAGE_FORMATS, animated, truncated or damaged, or above MAX_PIXELS pixels.
     """
-    return _decode(path, upright_rgb)
+    return _decode(path, to_rgb, for_size, keep_aspect).image
 
 
-def open_layered(path: Path) -> Image.Image:
-    """`open_image` with transparency kept: RGBA, upright. Raises ImageFault."""
-    return _decode(path, upright_rgba)
+def open_photo(path: Path) -> Photo:
+    """`open_image` with the orientation in which it was stored. Raises ImageFault."""
+    return _decode(path, to_rgb)
 
 
-def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def open_layered(path: Path) -> Photo:
+    """`open_photo` with transparency kept: RGBA, upright. Raises ImageFault."""
+    return _decode(path, to_rgba)
+
+
+def _decode(
+    path: Path,
+    convert: Callable[[Image.Image], Image.Image],
+    for_size: int | None = None,
+    keep_aspect: bool = False,
+) -> Photo:
     try:
         size_bytes = path.stat().st_size
     except OSError as error:
@@ -94,44 +119,61 @@ def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.
             if image.width * image.height > MAX_PIXELS:
                 reason = f"{image.width} x {image.height} is more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it"
                 raise ImageFault("oversize_image", path, reason)
-            image.load()
-            return convert(image)
+            if is_animated(image):
+                raise ImageFault("animated_image", path, "is animated: save one picture of it")
+            if for_size is not None:
+                _shrink_while_decoding(image, for_size, keep_aspect)
+            converted = convert(image)
+            orientation = orientation_of(image)
+            return Photo(turn_upright(converted, orientation), orientation)
     except ImageFault:
         raise
     except Image.UnidentifiedImageError as error:
         raise ImageFault("not_an_image", path, f"is not a {', '.join(IMAGE_FORMATS)} image") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warning: under python -W error
         raise ImageFault("oversize_image", path, f"is too large to decode: {error}") from error
+    except UnknownPixels as error:
+        raise ImageFault("not_an_image", path, error.remedy) from error
     except DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ImageFault("broken_image", path, f"is truncated or damaged: {reason}") from error
 
 
+class Header(NamedTuple):
+    """What an image file says of itself before it is decoded; the size is that of the stored pixels."""
+
+    width: int
+    height: int
+    may_be_transparent: bool
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of an image file; None where it cannot be read (`open_image` says why)."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return Header(*image.size, image.has_transparency_data)
+    except (*DECODE_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+
+
+def is_animated(image: Image.Image) -> bool:
+    """Whether an opened file shows several pictures one after another. Others that hold several, as phones' MPO and scanners'
+    TIFF, stand for their first."""
+    return image.format not in ("MPO", "TIFF") and bool(getattr(image, "is_animated", False))
+
+
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: EXIF orientation applied, 16-bit grey scaled, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit grey PNG: Pillow's own conversion clips at 255, which turns it white
-        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if _has_transparency(image):
-        # dropping alpha instead would show what was hidden under it, usually black
-        layered = image.convert("RGBA")
-        ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, layered).convert("RGB")
-    return image.convert("RGB")
+    converted = to_rgb(image)
+    return turn_upright(converted, orientation_of(image))
 
 
-def upright_rgba(image: Image.Image) -> Image.Image:
-    """Any mode to RGBA: EXIF orientation applied, 16-bit grey scaled; opaque without transparency of its own."""
-    image = ImageOps.exif_transpose(image)
-    return image.convert("RGBA") if _has_transparency(image) else upright_rgb(image).convert("RGBA")
-
-
-def _has_transparency(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+def _shrink_while_decoding(image: Image.Image, size: int, keep_aspect: bool) -> None:
+    """Lets libjpeg drop detail that resizing would drop anyway; smaller images are resized from all their pixels."""
+    if image.width * image.height > _LARGE and image.format in ("JPEG", "MPO"):
+        longer = max(image.size) if keep_aspect else None
+        wanted = [max(1, 2 * size * side // (longer or side)) for side in image.size]
+        image.draft(image.mode, (wanted[0], wanted[1]))
 
 
 def pixel_box(
@@ -175,13 +217,21 @@ def crop_and_resize(image: Image.Image, box: PixelBox | None, size: int, *, keep
     """
     crop = image.crop(box) if box is not None else image
     if keep_aspect and crop.width != crop.height:
+        edge_color = _edge_color(crop)
+        crop = crop.reduce(square_reduction(max(crop.size), size))
         side = max(crop.width, crop.height)
-        square = Image.new("RGB", (side, side), _edge_color(crop))
+        square = Image.new("RGB", (side, side), edge_color)
         square.paste(crop, ((side - crop.width) // 2, (side - crop.height) // 2))
         crop = square
     if crop.size == (size, size):
         return crop
     return crop.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def square_reduction(side: float, size: int) -> int:
+    """The whole number by which an image is made smaller before it is padded to a square of `side` pixels: 1, unless that
+    would have more than MAX_PIXELS. At least four times `size`, to which the square is brought, are left."""
+    return 1 if side**2 <= MAX_PIXELS else max(1, int(side) // (4 * size))
 
 
 def _shown(box: Box) -> str:
@@ -199,7 +249,8 @@ def _clamped(left: float, top: float, right: float, bottom: float, image_width: 
 
 
 def _edge_color(image: Image.Image) -> tuple[int, int, int]:
-    pixels = np.asarray(image)  # (height, width, 3)
-    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])  # (2 * width + 2 * height, 3)
-    red, green, blue = np.median(edges, axis=0).round().astype(int).tolist()
+    right, bottom = image.size
+    edges = [(0, 0, right, 1), (0, bottom - 1, right, bottom), (0, 0, 1, bottom), (right - 1, 0, right, bottom)]
+    pixels = np.concatenate([np.asarray(image.crop(edge)).reshape(-1, 3) for edge in edges])
+    red, green, blue = np.median(pixels, axis=0).round().astype(int).tolist()
     return red, green, blue

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from engine.data.crops import PixelBox
+from engine.data.crops import PixelBox, square_reduction
 from engine.data.label_format import Outline
 from engine.errors import InputError
 
@@ -167,6 +167,10 @@ def place_on_ground(layer: Layer, size: int, *, ground: tuple[int, int, int], ma
     """
     extent = layer.extent
     side = max(extent.right - extent.left, extent.bottom - extent.top) * (1 + 2 * margin)
+    reduction = square_reduction(side, size)
+    if reduction > 1:
+        small = Extent(*(place / reduction for place in extent))
+        return place_on_ground(Layer(layer.image.reduce(reduction), small), size, ground=ground, margin=margin)
     left, top = (extent.left + extent.right - side) / 2, (extent.top + extent.bottom - side) / 2
     x, y = math.floor(left), math.floor(top)
     whole = layer.image.crop((x, y, math.ceil(left + side), math.ceil(top + side)))  # beyond the image: transparent

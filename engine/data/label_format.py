@@ -27,7 +27,7 @@ class LabelFault(InputError):
 
 
 class Box(NamedTuple):
-    """A rectangle as the label has it, in (possibly fractional) pixels of the stored photo; x, y is top-left."""
+    """A rectangle as the label has it, in (possibly fractional) pixels of the photo, as stored or as seen upright; x, y is top-left."""
 
     x: float
     y: float
@@ -36,7 +36,7 @@ class Box(NamedTuple):
 
 
 Outline = tuple[tuple[float, float], ...]
-"""The (x, y) corners of a polygon, closed, in (possibly fractional) pixels of the stored photo."""
+"""The (x, y) corners of a polygon, closed, in (possibly fractional) pixels of the photo, as its box."""
 
 
 @dataclass(frozen=True)

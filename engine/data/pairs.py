@@ -157,7 +157,7 @@ def load_image(pair: Pair, image_size: int) -> npt.NDArray[np.uint8]:
     Raises:
         ImageFault: (an InputError) unreadable, truncated or oversize; names the file.
     """
-    image = crop_and_resize(open_image(pair.image_path), None, image_size)
+    image = crop_and_resize(open_image(pair.image_path, for_size=image_size), None, image_size)
     return np.array(image, dtype=np.uint8)  # a copy: the caller may write to it
 
 

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.data.crops import IMAGE_FORMATS, PixelBox, crop_and_resize, open_image, upright_rgb
+from engine.data.crops import PixelBox, crop_and_resize, open_image, open_layered, upright_rgb
+from engine.data.transparency import alpha_of
 from engine.errors import InputError
 
 # 14 of 32 rows, as DALL-E's completions and DALLE-pytorch's `num_init_img_tokens` (arXiv 2102.12092, appendix).
@@ -65,12 +66,9 @@ class InitImage:
         mask_image = None
         if mask is not None:
             try:
-                open_image(mask)  # a check alone: its result has transparency laid on white, which a mask must not have
+                mask_image = open_layered(mask).image  # transparency laid on white would mark what is clear
             except InputError as error:
                 raise InputError("mask_image", error.value, error.remedy) from error
-            with Image.open(mask, formats=IMAGE_FORMATS) as opened:
-                opened.load()
-                mask_image = opened
         return cls(open_image(image), keep_rows=keep_rows, mask_image=mask_image, paste=paste)
 
     def __post_init__(self) -> None:
@@ -80,7 +78,8 @@ class InitImage:
             return
         if self.keep_rows is not None:
             raise InputError("keep_rows", self.keep_rows, "goes with no mask: give one of the two")
-        if self.mask_image.has_transparency_data and np.asarray(self.mask_image.convert("RGBA"))[..., 3].min() < 255:
+        alpha = alpha_of(self.mask_image)
+        if alpha is not None and alpha.min() < 255:
             # Some programs erase what is to be regenerated, others paint it on a clear layer: both look the same here.
             remedy = "make it black and white, white where to regenerate"
             raise InputError("mask_image", "has transparent pixels", remedy)

@@ -17,10 +17,11 @@ from types import TracebackType
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from engine.data.crops import DECODE_ERRORS
+from engine.data.crops import DECODE_ERRORS, is_animated
+from engine.data.orientation import orientation_of, turn_upright
+from engine.data.transparency import alpha_of, with_alpha
 from engine.errors import InputError
 from engine.pipeline.init_image import InitImage, check_kept_after
 from serve.api.errors import Failure, input_failure
@@ -101,10 +102,10 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
         with Image.open(file, formats=UPLOAD_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise _too_many_pixels(param, max_pixels)
-            if getattr(image, "is_animated", False):
+            if is_animated(image):
                 raise _bad_image(param, "is animated: send a single image", "움직이는 이미지는 쓸 수 없습니다")
-            image.load()
-            return ImageOps.exif_transpose(image)
+            loaded = with_alpha(image)
+            return turn_upright(loaded, orientation_of(image))
     except Image.UnidentifiedImageError:
         raise _bad_image(param, "is not a PNG, WebP or JPEG image", "PNG, WebP, JPEG 이미지가 아닙니다") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -155,9 +156,9 @@ def _check_rows(keep_rows: int | None, grid_size: int) -> None:
 
 def _black_and_white(mask: Image.Image) -> Image.Image:
     """A mask that is white where to regenerate: from its transparent pixels if it has any, else as it is."""
-    if not mask.has_transparency_data:
+    alpha = alpha_of(mask)
+    if alpha is None:
         return mask
-    alpha = _alpha(mask)
     if alpha.min() == 255:
         return mask.convert("RGB")
     if alpha.min() > 0:
@@ -170,14 +171,10 @@ def _black_and_white(mask: Image.Image) -> Image.Image:
 
 
 def _own_mask(image: Image.Image) -> Image.Image | None:
-    if not image.has_transparency_data:
+    alpha = alpha_of(image)
+    if alpha is None or alpha.min() > 0:
         return None
-    alpha = _alpha(image)
-    return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8)) if alpha.min() == 0 else None
-
-
-def _alpha(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image.convert("RGBA").getchannel("A"))
+    return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
 
 
 def _bad_image(param: str, detail: str, detail_ko: str) -> Failure:

@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
-
-from engine.data.crops import ImageFault, open_layered
+from engine.data.crops import ImageFault, open_layered, read_header
 from engine.data.cut_out import DEFAULT_GROUND, outline_extent
 from engine.data.pairs import load_pairs, split_of
 from engine.data.sources import Crop, CropJob, PrepareOptions, SourceListing, list_source
@@ -162,12 +160,12 @@ def _outlined_share(listing: SourceListing) -> float:
 
 def _is_transparent(path: Path) -> bool:
     """Whether an image is in part; those that cannot be read are named by the preparation."""
+    header = read_header(path)
+    if header is None or not header.may_be_transparent:
+        return False
     try:
-        with Image.open(path) as image:
-            if not image.has_transparency_data:
-                return False
-        return bool(open_layered(path).getchannel("A").getextrema()[0] != 255)
-    except (ImageFault, OSError, UnidentifiedImageError):
+        return bool(open_layered(path).image.getchannel("A").getextrema()[0] != 255)
+    except ImageFault:
         return False
 
 
@@ -257,11 +255,8 @@ def _sample(items: Sequence[Item]) -> list[Item]:
 
 def _image_side(path: Path) -> int:
     """The shorter side from the file's header; 0 where it has none (the preparation names such a file)."""
-    try:
-        with Image.open(path) as image:
-            return min(image.size)
-    except (OSError, UnidentifiedImageError):
-        return 0
+    header = read_header(path)
+    return 0 if header is None else min(header.width, header.height)
 
 
 def _crop_sides(job: CropJob) -> list[int]:

@@ -35,6 +35,11 @@ def write(path: Path, content: Any, encoding: str = "utf-8") -> None:
     path.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
 
 
+def animation(path: Path) -> None:
+    pictures = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+
+
 def write_escaped(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))  # what has no encoding stands there as \uD800
 
@@ -170,6 +175,7 @@ PLAIN_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("empty_file", "b.png", lambda s: (s / "b.png").write_bytes(b"")),
     ("transparent_image", "b.png", lambda s: Image.new("RGBA", (WIDTH, HEIGHT)).save(s / "b.png")),
     ("equal_stems", "b.png", lambda s: photo(s / "b.jpg", 8)),
+    ("animated_image", "b.png", lambda s: animation(s / "b.png")),
     (
         "other_form",
         "b.txt",
