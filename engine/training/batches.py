@@ -17,7 +17,7 @@ from engine.data.augment import augment
 from engine.data.caption_fit import CaptionFit
 from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
-from engine.data.token_shards import TokenShard
+from engine.data.token_shards import TokenShard, TokenShards
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
 from engine.training.process_group import World
@@ -163,7 +163,7 @@ def captioned_image_source(
 
 
 def token_source(
-    shard: TokenShard,
+    shards: TokenShard | TokenShards,
     order: BatchOrder,
     *,
     empty: Tensor,
@@ -191,7 +191,7 @@ def token_source(
         texts, images, noisy, orders, draws = [], [], [], [], []
         for position in order.positions(number):
             generator = order.generator(position)
-            text, image = shard.pick(order.index(position), generator)
+            text, image = shards.pick(order.index(position), generator)
             dropped = caption_dropout > 0 and generator.random() < caption_dropout
             texts.append(empty[0].numpy() if dropped else text)
             images.append(image)

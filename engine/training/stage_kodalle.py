@@ -1,6 +1,8 @@
 """KoDALLE training: a batch is token ids; images are encoded once, into token shards, before the first step."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -9,14 +11,15 @@ from torch import Tensor
 from engine.config.stages import KodalleRun
 from engine.data.pairs import Pairs, caption_guide
 from engine.data.partial_captions import with_partial_captions
+from engine.data.token_encoding import Encoding, begin_shards, encode_shards, finish_shards
 from engine.data.token_shards import (
     AugmentedViews,
-    TokenShard,
+    TokenShards,
     captions_cut,
-    open_shard,
+    check_shards,
+    open_shards,
     shard_identity,
     shards_fault,
-    write_shards,
 )
 from engine.data.tokenizer import CaptionTokenizer, check_padding, tokenizer_for
 from engine.decoding.sampler import Sampler
@@ -192,15 +195,17 @@ class KodalleStage:
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return to_device(batch["text_tokens"], self.world.device), to_device(batch["image_tokens"], self.world.device)
 
-    def _shards(self, pairs: Pairs) -> tuple[TokenShard, TokenShard | None]:
-        """Opens the token shards, after rank 0 has written them where they are missing or made from other inputs."""
+    def _shards(self, pairs: Pairs) -> tuple[TokenShards, TokenShards | None]:
+        """Opens the token shards, after all ranks have encoded them where they are missing or made from other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
         views = AugmentedViews(run.data.flip, run.augmented_views, run.augment_shift)
-        if self.world.is_main:
-            with hold_lock(folder.parent / f".{folder.name}.lock", field="token_shards", wait=True):
-                self._write_shards(pairs, folder, views)
+        lock = hold_lock(folder.parent / f".{folder.name}.lock", field="token_shards", wait=True)
+        with lock if self.world.is_main else contextlib.nullcontext():
+            self._write_shards(pairs, folder, views)
         self.world.barrier()
+        if self.world.local_rank == 0 and not self.world.is_main:
+            check_shards(folder)  # a host may read a copy of its own
         cut = captions_cut(folder)
         if cut and run.strict_captions:
             raise InputError(
@@ -210,7 +215,7 @@ class KodalleStage:
         if cut and self.world.is_main:
             print(f"note: the captions of {len(cut)} images are too long and were cut: see {folder / 'shards.json'}")
         train, held_out = (
-            open_shard(folder, split, image_vocab_size=model.image_vocab_size, text_vocab_size=model.text_vocab_size)
+            open_shards(folder, split, image_vocab_size=model.image_vocab_size, text_vocab_size=model.text_vocab_size)
             if present
             else None
             for split, present in (("train", True), ("validation", bool(pairs.validation)))
@@ -220,31 +225,40 @@ class KodalleStage:
 
     def _write_shards(self, pairs: Pairs, folder: Path, views: AugmentedViews) -> None:
         length = self.run.model.text_seq_len
-        identity = shard_identity(
-            pairs,
-            self.tokenizer,
-            vqgan_digest=weights_digest(self.run.vqgan, "vqgan"),
-            text_seq_len=length,
-            views=views,
-        )
-        fault = shards_fault(folder, identity)
-        if fault is None:
-            return
-        if folder.exists():
-            print(f"note: the token shards in {folder} {fault}: they are written anew", flush=True)
-        with ProgressBar("encoding images", total=len(pairs)) as bar:
-            write_shards(
-                folder,
+        plan: tuple[dict[str, Any], str | None] = ({}, None)
+        if self.world.is_main:
+            identity = shard_identity(
                 pairs,
                 self.tokenizer,
-                lambda images: self.vqgan.encode(images.to(self.world.device)),
-                identity=identity,
-                image_size=self.vqgan.config.image_size,
+                vqgan_digest=weights_digest(self.run.vqgan, "vqgan"),
                 text_seq_len=length,
                 views=views,
-                strict=self.run.strict_captions,
-                on_progress=lambda done, _: bar.update(done),
             )
+            plan = identity, shards_fault(folder, identity)
+        identity, fault = self.world.share(plan)
+        if fault is None:
+            return
+        encoding = Encoding(
+            pairs,
+            self.tokenizer,
+            lambda images: self.vqgan.encode(images.to(self.world.device)),
+            identity=identity,
+            image_size=self.vqgan.config.image_size,
+            text_seq_len=length,
+            views=views,
+            strict=self.run.strict_captions,
+        )
+        if self.world.is_main:
+            if folder.exists():
+                print(f"note: the token shards in {folder} {fault}: they are written anew", flush=True)
+            begin_shards(folder, encoding)
+        self.world.barrier()
+        rank, size = self.world.rank, self.world.size
+        with ProgressBar("encoding images", total=encoding.num_images(rank, size), enabled=self.world.is_main) as bar:
+            encode_shards(folder, encoding, rank=rank, world_size=size, on_progress=lambda done, _: bar.update(done))
+        self.world.barrier()
+        if self.world.is_main:
+            finish_shards(folder, encoding)
 
 
 def _check_same_tokenizer(koclip: Path, tokenizer: CaptionTokenizer) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.token_shards import open_shards
 from engine.training.report.charts import Point
 
 _SHOWN_SAMPLES = 4  # of a stage: the first, the last and those between
@@ -60,5 +61,9 @@ def code_use(shards: Path, codebook_size: int) -> CodeUse:
     Args:
         shards: folder that the transformer's training wrote.
     """
-    tokens = np.load(shards / "train" / "image_tokens.npy", mmap_mode="r")[:, 0]
-    return CodeUse(used=len(np.unique(tokens)), size=codebook_size, tokens=tokens.size)
+    used = np.zeros(codebook_size, dtype=bool)
+    count = 0
+    for shard in open_shards(shards, "train", image_vocab_size=codebook_size):
+        used[shard.image_tokens[:, 0]] = True
+        count += shard.image_tokens[:, 0].size
+    return CodeUse(used=int(used.sum()), size=codebook_size, tokens=count)

@@ -4,23 +4,29 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.data.order import BatchOrder
 from engine.data.pairs import Pairs, load_image, load_pairs
+from engine.data.token_encoding import Encoding, begin_shards, encode_shards, finish_shards, write_shards
 from engine.data.token_shards import (
     AugmentedViews,
+    TokenShard,
+    TokenShards,
     captions_cut,
-    open_shard,
+    check_shards,
+    open_shards,
     shard_identity,
     shards_fault,
-    write_shards,
 )
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
 from engine.errors import InputError
+from engine.training.batches import token_source
 
 T = 10
 
@@ -40,18 +46,44 @@ def _encode(images: Tensor) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], 2).flatten(1).mul(255).long()
 
 
+def _open(folder: Path, split: str = "train") -> TokenShards:
+    return open_shards(folder, split, image_vocab_size=256, text_vocab_size=60)
+
+
+def _whole(folder: Path, split: str = "train") -> TokenShard:
+    """All shards of a split as one."""
+    shards = list(_open(folder, split))
+    lengths = np.concatenate([np.diff(shard.text_offsets) for shard in shards])
+    return TokenShard(
+        np.concatenate([shard.image_tokens for shard in shards]),
+        np.concatenate([shard.text_tokens for shard in shards]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
 @pytest.fixture
-def write(tmp_path: Path, pairs: Pairs, tokenizer: CaptionTokenizer) -> Callable[..., Path]:
-    def make(
-        some: Pairs = pairs, *, strict: bool = False, text_seq_len: int = T, batch_size: int = 7, **views: int
-    ) -> Path:
-        some_views = AugmentedViews(**views)  # type: ignore[arg-type]
-        identity = shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=text_seq_len, views=some_views)
-        write_shards(
-            tmp_path / "shards", some, tokenizer, _encode,
-            identity=identity, image_size=32, text_seq_len=text_seq_len, views=some_views, strict=strict,
-            batch_size=batch_size,
-        )  # fmt: skip
+def encoding(pairs: Pairs, tokenizer: CaptionTokenizer) -> Callable[..., Encoding]:
+    def make(some: Pairs = pairs, *, text_seq_len: int = T, **options: Any) -> Encoding:
+        views = options.pop("views", AugmentedViews())
+        identity = shard_identity(some, tokenizer, vqgan_digest="v", text_seq_len=text_seq_len, views=views)
+        settings = {
+            "encode": _encode,
+            "identity": identity,
+            "image_size": 32,
+            "batch_size": 7,
+            "views": views,
+        } | options
+        return Encoding(some, tokenizer, text_seq_len=text_seq_len, **settings)
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path: Path, encoding: Callable[..., Encoding]) -> Callable[..., Path]:
+    def make(some: Pairs | None = None, **options: Any) -> Path:
+        views = AugmentedViews(**{name: options.pop(name) for name in ("flip", "count", "shift") if name in options})
+        made = encoding(views=views, **options) if some is None else encoding(some, views=views, **options)
+        write_shards(tmp_path / "shards", made)
         return tmp_path / "shards"
 
     return make
@@ -62,7 +94,7 @@ def test_shards_hold_what_the_pairs_state(
 ) -> None:
     folder = write(flip=True)
     for name, split in (("train", pairs.train), ("validation", pairs.validation)):
-        shard = open_shard(folder, name, image_vocab_size=256, text_vocab_size=60)
+        shard = _whole(folder, name)
         assert len(shard) == len(split)
         assert shard.image_tokens.shape == (len(split), 2 if name == "train" else 1, 4)
         for index, pair in enumerate(split):
@@ -75,7 +107,7 @@ def test_shards_hold_what_the_pairs_state(
 
 
 def test_pick_samples_all_captions_and_views(write: Callable[..., Path]) -> None:
-    shard = open_shard(write(flip=True), "train", image_vocab_size=256, text_vocab_size=60)
+    shard = _whole(write(flip=True))
     seen = set()
     for number in range(60):
         text, image = shard.pick(0, np.random.default_rng(number))
@@ -89,7 +121,7 @@ def test_pick_samples_all_captions_and_views(write: Callable[..., Path]) -> None
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmented_views_are_shifted_images(write: Callable[..., Path], pairs: Pairs, flip: bool) -> None:
     """Each is what some translation (and mirror image) encodes to, they differ, and batch borders change none."""
-    shard = open_shard(write(flip=flip, count=3, shift=2), "train", image_vocab_size=256, text_vocab_size=60)
+    shard = _whole(write(flip=flip, count=3, shift=2))
     plain = 2 if flip else 1
     assert shard.image_tokens.shape == (len(pairs.train), plain + 3, 4)
     for index, pair in enumerate(pairs.train):
@@ -108,16 +140,16 @@ def test_augmented_views_are_shifted_images(write: Callable[..., Path], pairs: P
     assert len({shard.image_tokens[:, view].tobytes() for view in (0, *range(plain, plain + 3))}) == 4
     before = shard.image_tokens.tobytes()
     again = write(flip=flip, count=3, shift=2, batch_size=4)
-    assert open_shard(again, "train", image_vocab_size=256, text_vocab_size=60).image_tokens.tobytes() == before
-    held_out = open_shard(again, "validation", image_vocab_size=256, text_vocab_size=60)
+    assert _whole(again).image_tokens.tobytes() == before
+    held_out = _whole(again, "validation")
     assert held_out.image_tokens.shape == (len(pairs.validation), 1, 4)
 
 
 def test_no_validation_pairs(write: Callable[..., Path], pairs: Pairs) -> None:
     folder = write(Pairs(pairs.train))
-    assert len(open_shard(folder, "train", image_vocab_size=256, text_vocab_size=60)) == len(pairs.train)
+    assert len(_open(folder)) == len(pairs.train)
     with pytest.raises(InputError, match="no such file"):
-        open_shard(folder, "validation", image_vocab_size=256, text_vocab_size=60)
+        _open(folder, "validation")
 
 
 def test_identity_covers_what_the_shards_depend_on(
@@ -179,11 +211,11 @@ def test_flipped_bit_is_seen(write: Callable[..., Path], name: str, split: str) 
     folder = write()
     identity = json.loads((folder / "shards.json").read_text(encoding="utf-8"))["identity"]
     assert shards_fault(folder, identity) is None
-    path = folder / split / f"{name}.npy"
+    path = folder / split / f"{name}-00000.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert shards_fault(folder, identity) == f"are damaged: {split}/{name}.npy has other bytes than were written"
+    assert shards_fault(folder, identity) == f"are damaged: {split}/{name}-00000.npy has other bytes than were written"
     path.unlink()
     assert shards_fault(folder, identity) is not None
 
@@ -203,25 +235,23 @@ def test_cut_captions_are_counted_by_name_or_refused(write: Callable[..., Path],
 @pytest.mark.parametrize(("name", "sizes"), [("image_tokens", (10, 60)), ("text_tokens", (256, 5))])
 def test_tokens_outside_the_models_tables(write: Callable[..., Path], name: str, sizes: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=rf"token_shards {name}: \d+: exceeds the model's vocabulary"):
-        open_shard(write(), "train", image_vocab_size=sizes[0], text_vocab_size=sizes[1])
+        open_shards(write(), "train", image_vocab_size=sizes[0], text_vocab_size=sizes[1])
 
 
 def test_damaged_array_is_named(write: Callable[..., Path]) -> None:
     folder = write()
-    path = folder / "train" / "image_tokens.npy"
+    path = folder / "train" / "image_tokens-00000.npy"
     for size in (0, 20, path.stat().st_size - 3):
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(InputError, match=r"image_tokens\.npy: is damaged"):
-            open_shard(folder, "train", image_vocab_size=256, text_vocab_size=60)
+        with pytest.raises(InputError, match=r"image_tokens-00000\.npy: is damaged"):
+            _open(folder)
 
 
-def test_largest_code_fits_16_bits(tmp_path: Path, pairs: Pairs, tokenizer: CaptionTokenizer) -> None:
-    few = Pairs(pairs.train[:2])
-    write_shards(
-        tmp_path / "s", few, tokenizer, lambda images: torch.full((len(images), 4), 65535),
-        identity={}, image_size=32, text_seq_len=T,
-    )  # fmt: skip
-    assert open_shard(tmp_path / "s", "train", image_vocab_size=65536, text_vocab_size=60).image_tokens.max() == 65535
+def test_largest_code_fits_16_bits(tmp_path: Path, pairs: Pairs, encoding: Callable[..., Encoding]) -> None:
+    few, most = Pairs(pairs.train[:2]), 65535
+    write_shards(tmp_path / "s", encoding(few, encode=lambda images: torch.full((len(images), 4), most)))
+    (shard,) = open_shards(tmp_path / "s", "train", image_vocab_size=65536, text_vocab_size=60)
+    assert shard.image_tokens.max() == most
 
 
 def test_another_folder_is_never_overwritten(tmp_path: Path, write: Callable[..., Path]) -> None:
@@ -236,3 +266,176 @@ def test_index_is_readable(write: Callable[..., Path]) -> None:
     index = json.loads((write() / "shards.json").read_text(encoding="utf-8"))
     assert index["pairs"] == 30
     assert index["identity"]["format"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------ several shards
+
+
+def _same(one: TokenShard, other: TokenShard) -> bool:
+    return all(np.array_equal(getattr(one, array), getattr(other, array)) for array in one.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("views", [{}, {"flip": True, "count": 2, "shift": 2}])
+def test_several_shards_hold_what_one_holds(write: Callable[..., Path], views: dict[str, int]) -> None:
+    one = {split: _whole(write(**views), split) for split in ("train", "validation")}
+    folder = write(shard_pairs=7, **views)
+    assert len(list((folder / "train").glob("image_tokens-*.npy"))) == 4
+    for split, shard in one.items():
+        assert _same(_whole(folder, split), shard)
+        shards, generators = _open(folder, split), [np.random.default_rng(3) for _ in range(2)]
+        for index in range(len(shard)):
+            for array, expected in zip(
+                shards.pick(index, generators[0]), shard.pick(index, generators[1]), strict=True
+            ):
+                assert np.array_equal(array, expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_see_the_batches_of_one_process(write: Callable[..., Path], world_size: int) -> None:
+    """Each its own pairs, in the order of the single file, and none opens a shard that it needs nothing of."""
+    one = _whole(write())
+    folder = write(shard_pairs=7)
+    batch, steps = 6 // world_size, 3
+    empty = torch.zeros(1, T, dtype=torch.int64)
+
+    def batches(shards: TokenShard | TokenShards, rank: int, world_size: int) -> list[Tensor]:
+        order = BatchOrder(len(one), 6 // world_size, seed=5, rank=rank, world_size=world_size)
+        source = token_source(shards, order, empty=empty)
+        return [torch.cat(list(source(step).values()), dim=1) for step in range(steps)]
+
+    expected = batches(one, 0, 1)
+    ranks = [_open(folder) for _ in range(world_size)]
+    found = [batches(shards, rank, world_size) for rank, shards in enumerate(ranks)]
+    for step in range(steps):
+        assert torch.equal(torch.cat([own[step] for own in found]), expected[step])
+    for rank, shards in enumerate(ranks):
+        order = BatchOrder(len(one), batch, seed=5, rank=rank, world_size=world_size)
+        wanted = {order.index(position) // 7 for step in range(steps) for position in order.positions(step)}
+        assert shards.opened == sorted(wanted)
+
+
+def test_a_shard_that_is_not_wanted_is_not_read(write: Callable[..., Path]) -> None:
+    folder = write(shard_pairs=7)
+    shards = _open(folder)
+    for path in folder.glob("train/*-00002.npy"):
+        path.write_bytes(b"")
+    assert shards.pick(0, np.random.default_rng(0))[0].shape == (T,)
+    with pytest.raises(InputError, match=r"-00002\.npy: is damaged"):
+        shards.pick(15, np.random.default_rng(0))
+    with pytest.raises(InputError, match=r"-00002\.npy has other bytes"):
+        check_shards(folder)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_several_processes_encode_what_one_does(
+    tmp_path: Path, encoding: Callable[..., Encoding], world_size: int
+) -> None:
+    made = encoding(shard_pairs=7)
+    write_shards(tmp_path / "one", made)
+    begin_shards(tmp_path / "several", made)
+    for rank in range(world_size):
+        encode_shards(tmp_path / "several", made, rank=rank, world_size=world_size)
+    finish_shards(tmp_path / "several", made)
+    assert _files(tmp_path / "several") == _files(tmp_path / "one")
+
+
+def test_processes_that_do_not_share_a_disk(tmp_path: Path, encoding: Callable[..., Encoding]) -> None:
+    made = encoding(shard_pairs=7)
+    begin_shards(tmp_path / "s", made)
+    encode_shards(tmp_path / "s", made, rank=0, world_size=2)
+    with pytest.raises(InputError, match="on a disk that all hosts share"):
+        finish_shards(tmp_path / "s", made)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class _Stopping:
+    """An encoder that is stopped at one of its batches."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at, self.done = stop_at, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.done == self.stop_at:
+            raise KeyboardInterrupt
+        self.done += 1
+        return _encode(images)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 4])
+def test_a_stopped_encoding_goes_on(tmp_path: Path, encoding: Callable[..., Encoding], stop_at: int) -> None:
+    """No batch is encoded twice, and the bytes are those of an encoding that was not stopped."""
+    every, stopping, rest = _Stopping(), _Stopping(stop_at), _Stopping()
+    write_shards(tmp_path / "whole", encoding(encode=every, shard_pairs=14))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "s", encoding(encode=stopping, shard_pairs=14))
+    assert not (tmp_path / "s").exists()
+    write_shards(tmp_path / "s", encoding(encode=rest, shard_pairs=14))
+    assert stopping.done + rest.done == every.done
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+    assert not (tmp_path / ".encoding-s").exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content[:-3],
+        lambda content: content[:-30] + bytes(30),
+        lambda content: bytes(len(content)),
+        lambda content: content + b"\0" * 11,
+        lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:],
+    ],
+)
+@pytest.mark.parametrize("name", ["image_tokens-00001.partial", "image_tokens-00000.npy", "text_tokens-00000.npy"])
+def test_damaged_work_is_encoded_again(
+    tmp_path: Path, encoding: Callable[..., Encoding], spoil: Callable[[bytes], bytes], name: str
+) -> None:
+    write_shards(tmp_path / "whole", encoding(shard_pairs=14))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "s", encoding(encode=_Stopping(3), shard_pairs=14))
+    file = tmp_path / ".encoding-s" / "train" / name
+    file.write_bytes(spoil(file.read_bytes()))
+    write_shards(tmp_path / "s", encoding(shard_pairs=14))
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+
+
+def test_other_inputs_start_anew(tmp_path: Path, encoding: Callable[..., Encoding]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "s", encoding(encode=_Stopping(3), shard_pairs=14))
+    other = encoding(text_seq_len=T + 1, shard_pairs=14)
+    write_shards(tmp_path / "s", other)
+    write_shards(tmp_path / "whole", other)
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+
+
+def test_a_folder_of_the_version_before_is_still_read(
+    write: Callable[..., Path], pairs: Pairs, tokenizer: CaptionTokenizer
+) -> None:
+    """One file a split, without a number and without the largest tokens; a million images need not be encoded again."""
+    folder = write()
+    expected = {split: _whole(folder, split) for split in ("train", "validation")}
+    index = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+    for path in list(folder.glob("*/*.npy")):
+        path.rename(path.with_name(path.name.replace("-00000", "")))
+    files = {name.replace("-00000", ""): digest for name, digest in index["files"].items()}
+    before = {name: index[name] for name in ("identity", "pairs", "captions_cut")} | {"files": files}
+    (folder / "shards.json").write_text(json.dumps(before), encoding="utf-8")
+    views = AugmentedViews()
+    identity = shard_identity(pairs, tokenizer, vqgan_digest="v", text_seq_len=T, views=views)
+    assert shards_fault(folder, identity) is None
+    for split, shard in expected.items():
+        assert _same(_whole(folder, split), shard)
+    with pytest.raises(InputError, match="exceeds the model's vocabulary of 10"):
+        open_shards(folder, "train", image_vocab_size=10, text_vocab_size=60)
+
+
+def test_the_number_of_shards_is_bounded(pairs: Pairs, encoding: Callable[..., Encoding]) -> None:
+    """A shard has whole batches, about 16,384 images of one view, and a split no more than 256 shards."""
+    made = encoding(batch_size=32)
+    for count, views, expected in ((10, 1, 16_384), (10**6, 1, 16_384), (10**6, 15, 3_936), (10**7, 1, 39_072)):
+        size = made._shard_pairs(count, views)
+        assert size == expected
+        assert size % 32 == 0
+        assert -(-count // size) <= 256
