@@ -13,16 +13,18 @@ Parts, each in a process of its own (its peak of resident memory is the part's),
     photo       photographs of 800 x 1,066 pixels to 256 pixels, the published size: what a real pair costs
     encode      photographs to token shards with the published VQGAN (random weights) on this CPU
 
+A slow machine does `prepare-N` in pieces: with `--limit-s 400 --scratch FOLDER` it is interrupted, and the same command goes on.
+Seconds and processor seconds are of all pieces. The processor's seconds tell more where others use the machine too.
+
 What limits the numbers: photographs are decoded, resized and compressed again (`photo`); with tiny ones the reading of labels,
 the writing of two files a pair and the journals are left (`prepare-N`). The last line is one JSON document, also stored as
 <out>/results/prepare_scale/<hardware>.json.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -59,11 +61,17 @@ def main() -> int:
     }  # fmt: skip
     stored = _stored(document, arguments.out, quick=arguments.quick)
     document["parts"] = json.loads(stored.read_text(encoding="utf-8"))["parts"] if stored.is_file() else {}
-    with tempfile.TemporaryDirectory(prefix="prepare-scale-", dir=arguments.scratch) as name:
+    with contextlib.ExitStack() as stack:
+        scratch = arguments.scratch or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prepare-scale-")))
+        scratch.mkdir(parents=True, exist_ok=True)
         for part in arguments.parts:
             print(f"{part} …", file=sys.stderr, flush=True)
-            document["parts"][part] = {**_child(part, Path(name), quick=arguments.quick), "commit": document["commit"]}
+            found = _child(part, scratch, quick=arguments.quick, limit_s=arguments.limit_s)
+            document["parts"][part] = {**found, "commit": document["commit"]}
             store_document(document, arguments.out, quick=arguments.quick)
+            if found.get("unfinished"):
+                print(f"{part} reached --limit-s: run it again with the same --scratch", file=sys.stderr)
+                break
     print(_table(document["parts"]), end="\n\n")
     print_document(document)
     return 0
@@ -117,22 +125,37 @@ def _measure(part: str, folder: Path, *, quick: bool) -> Part:
         "photo": lambda: _photo(folder, 8 if quick else 200),
         "encode": lambda: _encode(folder, 2 if quick else 8, tiny=quick),
     }
-    return {**measures[name](), "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    found = measures[name]()
+    return {"peak_rss_mib": _peak_rss_mib(), **found}
 
 
 def _prepare(folder: Path, count: int) -> Part:
     from engine.data.prepare import prepare
     from engine.data.sources import PrepareOptions
 
-    source = folder / f"source-{count}"
-    started = time.perf_counter()
-    write_delivery(source, count)
-    written_s = time.perf_counter() - started
-    timed = _timed(lambda: prepare(source, folder / f"pairs-{count}", PrepareOptions(image_size=32), progress=True))
-    report = json.loads((folder / f"pairs-{count}" / "report.json").read_text(encoding="utf-8"))
+    source, pairs, log = folder / f"source-{count}", folder / f"pairs-{count}", folder / f"pieces-{count}.json"
+    if not log.is_file():
+        write_delivery(source, count)
+        log.write_text("[]", encoding="utf-8")
+    pieces: list[Part] = json.loads(log.read_text(encoding="utf-8"))
+    before = _cut(pairs)
+    timed = _timed(lambda: prepare(source, pairs, PrepareOptions(image_size=32), progress=True))
+    done = count if pairs.is_dir() else _cut(pairs)
+    pieces.append({"from": before, "to": done, **_rates(timed, done - before), "peak_rss_mib": _peak_rss_mib()})
+    log.write_text(json.dumps(pieces), encoding="utf-8")
+    seconds, cpu_s = (sum(piece[key] for piece in pieces) for key in ("seconds", "cpu_s"))
+    found: Part = {"pairs": count, **_rates((seconds, cpu_s), done), "pieces": pieces}
+    if done < count:
+        return {**found, "unfinished": True}
+    report = json.loads((pairs / "report.json").read_text(encoding="utf-8"))
     assert (report["used"], report["set_aside"]) == (count, {}), report
-    shutil.rmtree(source)
-    return {"pairs": count, "writing_the_delivery_s": round(written_s, 1), **_rates(timed, count)}
+    return {**found, "peak_rss_mib": max(piece["peak_rss_mib"] for piece in pieces)}
+
+
+def _cut(pairs: Path) -> int:
+    """Photographs that an unfinished run has cut, by its journal."""
+    journal = pairs.with_name(f".preparing-{pairs.name}") / ".journal" / "cuts.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.is_file() else 0
 
 
 def _read(folder: Path, count: int) -> Part:
@@ -232,9 +255,10 @@ def _encode(folder: Path, count: int, *, tiny: bool) -> Part:
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of this process's processor time."""
+    """Seconds by the clock, and of this process's processor time; a signal ends the work."""
     started, cpu = time.perf_counter(), time.process_time()
-    work()
+    with contextlib.suppress(KeyboardInterrupt):
+        work()
     return time.perf_counter() - started, time.process_time() - cpu
 
 
@@ -248,6 +272,12 @@ def _rates(timed: tuple[float, float], count: int) -> Part:
     }
 
 
+def _peak_rss_mib() -> int:
+    """Not by getrusage, which counts the process that started this one too."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1024)
+
+
 def _resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -256,13 +286,18 @@ def _resident_mib() -> float:
 # ---------------------------------------------------------------------------------------------------------- the whole
 
 
-def _child(part: str, folder: Path, *, quick: bool) -> Part:
+def _child(part: str, folder: Path, *, quick: bool, limit_s: float) -> Part:
     command = [sys.executable, str(Path(__file__).resolve()), "--part", part, "--folder", str(folder)]
     command += ["--quick"] if quick else []
-    done = subprocess.run(
-        command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY
-    )
-    found: Part = json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as child:
+        try:
+            output, _ = child.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            output, _ = child.communicate()
+    if child.returncode:
+        raise RuntimeError(f"{part} ended with {child.returncode}: see above")
+    found: Part = json.loads(output.splitlines()[-1])
     return found
 
 
@@ -286,8 +321,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", help="comma-separated; default: all")
     parser.add_argument("--out", type=Path, help="folder of results/; default: benchmarks/")
     parser.add_argument(
-        "--scratch", type=Path, help="a folder with room for the deliveries (4 GB); default: the system's"
+        "--scratch", type=Path, help="folder of the deliveries (4 GB), which stays; default: a temporary one"
     )
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="of one part; prepare-N goes on in the next run")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, stored under runs/benchmarks")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

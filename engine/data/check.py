@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.data.crops import IMAGE_FORMATS, ImageFault, open_layered, pixel_box
-from engine.data.cut_out import OutlineFault, fit_outline, visible_layer
+from engine.data.cut_out import OutlineFault, crosses_itself, fit_outline, visible_layer
 from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
 from engine.data.orientation import label_frame, size_difference
@@ -66,6 +66,8 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "broken_outline": ("warning", "outline with gaps, fewer than 3 points, or something else than numbers"),
     "outline_outside_image": ("warning", "outline with points far outside the image"),
     "zero_area_outline": ("warning", "outline that is a line, or crosses itself until next to nothing is left"),
+    "long_outline": ("warning", "outline with more points than an outline has"),
+    "crossed_outline": ("warning", "outline that crosses itself: it is filled by the even-odd rule"),
     "outline_off_box": ("warning", "outline and box of one object in different places"),
     "transparent_image": ("warning", "image in which nothing is visible"),
     "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
@@ -292,6 +294,8 @@ def _check_places(path: Path, label: PhotoLabel, image: _Inspected | None, findi
             fitted = fit_outline(outline, width, height, inside)
             if isinstance(fitted, OutlineFault):
                 findings.add(path, fitted.defect, fitted.reason, item.name)
+            elif crosses_itself(fitted):
+                findings.add(path, "crossed_outline", "is filled by the even-odd rule", item.name)
         if box is None:
             continue
         numbers = f"x {box.x:g}, y {box.y:g}, width {box.width:g}, height {box.height:g}"

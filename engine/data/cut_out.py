@@ -30,7 +30,10 @@ _SAMPLES = 4  # a pixel side
 _STRIP = 256  # rows of the mask that are drawn at a time, which bounds the memory
 _VISIBLE = 13  # of 255: fainter pixels, such as specks and far ends of shadows, do not widen the extent
 
-OutlineDefect = Literal["outline_outside_image", "zero_area_outline", "outline_off_box"]
+MOST_POINTS = 10_000  # of an outline; hand-drawn ones have some hundreds
+_PAIRS = 1 << 20  # of sides that are compared at a time, which bounds the memory
+
+OutlineDefect = Literal["outline_outside_image", "zero_area_outline", "outline_off_box", "long_outline"]
 
 
 class OutlineFault(NamedTuple):
@@ -83,8 +86,10 @@ def fit_outline(outline: Outline, width: int, height: int, box: PixelBox | None 
     Returns:
         The outline with points that lie a little outside moved to the edge. A fault: points far outside, an outline that
         fills next to nothing of its own extent (a line, or one that crosses itself wrongly), or one that the box
-        contradicts, as another object's does.
+        contradicts, as another object's does; or more than `MOST_POINTS` points.
     """
+    if len(outline) > MOST_POINTS:
+        return OutlineFault("long_outline", f"outline: has {len(outline):,} points, more than {MOST_POINTS:,}")
     tolerance = max(2.0, OUTSIDE_TOLERANCE * max(width, height))
     inside = []
     for x, y in outline:
@@ -107,6 +112,29 @@ def fit_outline(outline: Outline, width: int, height: int, box: PixelBox | None 
             reason = f"outline: its extent {_shown(extent)} and the box {_shown(box)} overlap by {overlap:.0%} only"
             return OutlineFault("outline_off_box", reason)
     return fitted
+
+
+def crosses_itself(outline: Outline) -> bool:
+    """Whether two sides cross, each strictly between its ends; touching is no crossing. False above `MOST_POINTS`."""
+    if len(outline) > MOST_POINTS:
+        return False
+    start = np.array(outline, dtype=np.float64)  # (N, 2)
+    along = np.roll(start, -1, axis=0) - start
+    small = 1e-9 * max(1.0, float(np.abs(start).max())) ** 2
+    rows = max(1, _PAIRS // len(start))
+    for first in range(0, len(start), rows):
+        own, step = start[first : first + rows, None], along[first : first + rows, None]
+        # on which side of each other's line a point lies: (rows, N)
+        ends = _side(step, start[None] - own, small), _side(step, start[None] + along[None] - own, small)
+        owns = _side(along[None], own - start[None], small), _side(along[None], own + step - start[None], small)
+        if ((ends[0] * ends[1] < 0) & (owns[0] * owns[1] < 0)).any():
+            return True
+    return False
+
+
+def _side(along: np.ndarray, to: np.ndarray, small: float) -> np.ndarray:
+    cross: np.ndarray = along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0]
+    return np.where(np.abs(cross) <= small, 0.0, cross)
 
 
 def outline_extent(outline: Outline) -> Extent:

@@ -236,6 +236,8 @@ class _Work:
             for item in entry["skipped"]:
                 self.skips.add(Skipped(**item))
             self._notes.update(entry["notes"])
+            for kind, record, reason in entry["found"]:
+                listing.found.add(kind, record, reason)
             crops += len(entry["crops"])
             for photo in entry["ids"]:
                 number = text_number(photo)

@@ -20,6 +20,7 @@ def label_entry(read: ReadPhoto) -> dict[str, Any]:
         "crops": [asdict(crop) for crop in read.crops],
         "skipped": [asdict(item) for item in read.skipped],
         "notes": read.notes,
+        "found": read.found,
     }
 
 

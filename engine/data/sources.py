@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from engine.data.crops import Origin
-from engine.data.cut_out import DEFAULT_GROUND, ground_rgb
+from engine.data.cut_out import DEFAULT_GROUND, crosses_itself, ground_rgb
 from engine.data.formats import default_label_format
 from engine.data.label_format import (
     Attributes,
@@ -181,6 +181,7 @@ class ReadPhoto:
     skipped: list[Skipped] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     ids: list[str] = field(default_factory=list)  # of the labels that could be read
+    found: list[tuple[str, str, str]] = field(default_factory=list)  # used, but worth knowing: kind, record, reason
 
 
 @dataclass
@@ -361,6 +362,10 @@ def _read_label(
             read.skipped.append(Skipped(name, *reason))
             continue
         outline = item.outline if options.cut_out else None
+        if outline is not None and crosses_itself(outline):
+            read.found.append(
+                ("crossed_outline", name, "the outline crosses itself: it is filled by the even-odd rule")
+            )
         read.crops.append(
             Crop(
                 name,

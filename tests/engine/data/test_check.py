@@ -109,6 +109,12 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("broken_outline", GARMENT, lambda s: write(s / LABEL, tree(2, outline=polygon((4, 6), (24, 36))))),
     ("outline_outside_image", GARMENT, lambda s: write(s / LABEL, outlined((4, 6), (24, 6), (24, 99)))),
     ("zero_area_outline", GARMENT, lambda s: write(s / LABEL, outlined((4, 6), (24, 36), (14, 21)))),
+    ("crossed_outline", GARMENT, lambda s: write(s / LABEL, outlined((4, 6), (24, 36), (24, 6), (4, 36)))),
+    (
+        "long_outline",
+        GARMENT,
+        lambda s: write(s / LABEL, outlined(*[(4 + n % 20, 6 + n / 400) for n in range(10_001)])),
+    ),
     ("outline_off_box", GARMENT, lambda s: write(s / LABEL, outlined((20, 30), (40, 30), (40, 60), (20, 60)))),
     ("unknown_value", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": "무지개"}))),
     ("unread_content", LABEL, lambda s: write(s / LABEL, tree(2, top={"색상": 3, "핏": "루즈"}))),

@@ -13,6 +13,7 @@ from engine.data.cut_out import (
     Extent,
     Layer,
     OutlineFault,
+    crosses_itself,
     fit_outline,
     ground_rgb,
     outline_extent,
@@ -246,3 +247,30 @@ def test_grounds_that_are_no_colour(ground: object) -> None:
 def test_ground_colours() -> None:
     assert ground_rgb(DEFAULT_GROUND) == GROUND
     assert ground_rgb("#00FFa0") == (0, 255, 160)
+
+
+@pytest.mark.parametrize(
+    ("outline", "crosses"),
+    [
+        (((0, 0), (10, 10), (10, 0), (0, 10)), True),  # a bow tie
+        (((0, 0), (10, 0), (10, 10), (5, -1), (0, 10)), True),
+        (((0, 0), (10, 0), (10, 10), (0, 10)), False),
+        (((0, 0), (10, 0), (10, 10), (5, 0), (0, 10)), False),  # touches a side
+        (((0, 0), (10, 0), (10, 10), (10, 10), (0, 10), (0, 0)), False),  # points that are there twice
+        (((0, 0), (10, 0), (5, 0), (5, 5)), False),  # along a side and back
+        (((0.1, 0.1), (0.7, 0.7), (0.3, 0.3), (0.9, 0.1)), False),
+        (tuple((100 + 50 * np.cos(n / 100), 100 + 50 * np.sin(n / 100)) for n in range(628)), False),
+        (tuple((100 + 50 * np.cos(n / 100), 100 + 50 * np.sin(n / 50)) for n in range(628)), True),  # an eight
+    ],
+)
+def test_outlines_that_cross_themselves(outline: Outline, crosses: bool) -> None:
+    assert crosses_itself(outline) is crosses
+    assert crosses_itself(outline[::-1]) is crosses
+    assert crosses_itself((*outline[3:], *outline[:3])) is crosses
+
+
+def test_outlines_of_very_many_points_are_refused_unread() -> None:
+    outline = tuple((float(n % 97), float(n % 89)) for n in range(10_001))
+    fault = fit_outline(outline, 100, 100)
+    assert isinstance(fault, OutlineFault)
+    assert (fault.defect, "10,001 points" in fault.reason) == ("long_outline", True)

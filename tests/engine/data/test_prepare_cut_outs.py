@@ -180,6 +180,14 @@ def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> 
     assert len(one) == 3 * 2 + 3
 
 
+def test_outlines_that_cross_themselves_are_used_and_counted(source: Path, tmp_path: Path) -> None:
+    add(source, 4, polygon((4, 6), (24, 36), (24, 6), (4, 36)))
+    report = cut(source, tmp_path / "out")
+    assert causes(report) == {"2.json: 상의 0": "no_outline"}
+    assert report.found["crossed_outline"].first[0][0] == "labels/4.json: 상의 0"
+    assert "crossed_outline" not in cut(source, tmp_path / "uncut", cut_out=False).found
+
+
 BAD_OUTLINES = [
     (polygon((4, 6), (24, 36)), "2 different points"),
     ({**polygon(*CORNERS), "X좌표2": "24"}, "not a number"),

@@ -27,6 +27,7 @@ from engine.data.token_shards import (
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
 from engine.errors import InputError
 from engine.training.batches import token_source
+from engine.training.report.figures import code_use
 
 T = 10
 
@@ -439,3 +440,9 @@ def test_the_number_of_shards_is_bounded(pairs: Pairs, encoding: Callable[..., E
         assert size == expected
         assert size % 32 == 0
         assert -(-count // size) <= 256
+
+
+def test_the_report_counts_the_codes_of_all_shards(write: Callable[..., Path]) -> None:
+    one = code_use(write(), 256)
+    assert code_use(write(shard_pairs=7), 256) == one
+    assert one.used > 1
