@@ -21,11 +21,12 @@ from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
 from engine.data.orientation import label_frame, size_difference
 from engine.data.pairing import pair_files
-from engine.data.pairs import CaptionFault, find_plain, load_pairs, read_captions
-from engine.data.source_files import SourceFolder, scan, stem_of
+from engine.data.pairs import CaptionFault, load_pairs, read_captions
+from engine.data.plain_folder import find_plain
+from engine.data.source_files import UNREAD_SUFFIXES, SourceFolder, scan, stem_of, suffix_of
 from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
-from engine.errors import InputError
+from engine.errors import InputError, printable
 from engine.files import file_digest
 from engine.text import MAX_CHARACTERS, is_clean_name
 
@@ -43,6 +44,8 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "label_without_photo": ("error", "no image for a label file"),
     "photo_without_label": ("error", "no label file for an image"),
     "label_without_object": ("error", "label without any labelled object"),
+    "bad_name": ("error", "file name that is not UTF-8, or has control characters"),
+    "unread_format": ("error", "picture in a format that is not read"),
     "equal_stems": ("error", "image of the same name as another, with another suffix"),
     "broken_box": ("error", "box with a missing number, or with something else than a number"),
     "negative_box": ("error", "box with a negative width or height"),
@@ -147,7 +150,7 @@ class _Findings:
     found: list[Finding] = field(default_factory=list)
 
     def add(self, path: Path, defect: str, detail: str, part: str = "") -> None:
-        record = path.relative_to(self.source).as_posix()
+        record = printable(path.relative_to(self.source).as_posix())
         self.found.append(Finding(f"{record}: {part}" if part else record, defect, detail))
 
     def sorted(self) -> tuple[Finding, ...]:
@@ -186,10 +189,10 @@ def check(
     else:
         matched, unmatched = find_plain(source)
         labels = len(matched)
-        images = [image_path for _, image_path, _ in matched]
+        images = [pair.image for pair in matched]
         for name, cause, reason in unmatched:
             findings.add(source / name, cause, reason)
-        _check_captions([text_path for _, _, text_path in matched], findings)
+        _check_captions([pair.text for pair in matched], findings)
         _inspect_all(images, findings, workers=workers, progress=progress)
     return CheckReport(form, labels, len(images), findings.sorted())
 
@@ -248,6 +251,9 @@ def _check_labels(
             findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
         _check_places(path, label, None if image is None else inspected[folder.root / image], findings)
+    for name in folder.others:
+        if suffix_of(name) in UNREAD_SUFFIXES:
+            findings.add(folder.root / name, "unread_format", f"convert it to JPEG or PNG ({suffix_of(name)})")
     claimed = set(pairing.image_of.values())
     for image in folder.images:
         if image in pairing.alike:

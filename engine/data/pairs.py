@@ -11,8 +11,10 @@ of two folders overwrite each other; here a key is the path under the folder.
 
 import hashlib
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -23,25 +25,26 @@ import numpy.typing as npt
 
 from engine.data.caption_guide import CaptionGuide, example_captions
 from engine.data.clean_json import read_clean_json
-from engine.data.crops import crop_and_resize, open_image
+from engine.data.crops import ImageFault, check_image, crop_and_resize, open_image
 from engine.data.cut_out import ground_rgb
 from engine.data.formats import grammar_of
 from engine.data.label_format import Attributes
+from engine.data.plain_folder import find_plain
 from engine.data.source_files import (
     CONVERT,
-    IMAGE_SUFFIXES,
     display_sides,
-    files_under,
     side_of,
     source_sides,
 )
-from engine.errors import InputError
+from engine.errors import InputError, printable
 from engine.files import read_json
+from engine.progress import ProgressBar
 from engine.text import TextDefect, TextFault, clean_text
 
 FORMAT_VERSION = 1
 REPORT_FILE = "report.json"
 _MAX_CAPTION_BYTES = 1_000_000
+_MANY = 1000  # images; from there on decoding them takes long enough for a progress bar
 MAX_SET_ASIDE = 0.05  # share of a plain folder's records that may be unusable before training refuses to start
 
 Split = Literal["train", "validation"]
@@ -214,37 +217,6 @@ def read_captions(path: Path) -> tuple[str, ...]:
     return captions
 
 
-def find_plain(folder: Path) -> tuple[list[tuple[str, Path, Path]], list[tuple[str, str, str]]]:
-    """The images of a plain folder with their caption files.
-
-    Returns:
-        matched: (key, image, caption file), sorted by key; the key is the path under `folder` without its suffix.
-        unmatched: (path under `folder`, one-word cause, reason) for every image or caption file without the other.
-    """
-    images: dict[str, Path] = {}
-    texts: dict[str, Path] = {}
-    unmatched: list[tuple[str, str, str]] = []
-    for path in files_under(folder):
-        relative = path.relative_to(folder)
-        suffix = path.suffix.lower()
-        key = relative.with_suffix("").as_posix()
-        known = images if suffix in IMAGE_SUFFIXES else texts if suffix == ".txt" else None
-        if known is None:
-            continue
-        if key in known:
-            unmatched.append((relative.as_posix(), "equal_stems", f"has the same name as {known[key].name}"))
-        else:
-            known[key] = path
-    for key, path in images.items():
-        if key not in texts:
-            unmatched.append((path.relative_to(folder).as_posix(), "photo_without_caption", f"there is no {key}.txt"))
-    for key, path in texts.items():
-        if key not in images:
-            unmatched.append((path.relative_to(folder).as_posix(), "caption_without_photo", f"no image named {key}"))
-    matched = [(key, images[key], texts[key]) for key in sorted(images.keys() & texts.keys())]
-    return matched, sorted(unmatched)
-
-
 def _value_of(pair: Pair, attribute: str) -> str:
     value = pair.attributes.get(attribute, "")
     return value if isinstance(value, str) else ", ".join(value)
@@ -255,25 +227,51 @@ def _load_plain(folder: Path, validation_fraction: float, seed: int) -> Pairs:
     set_aside = [(name, reason) for name, _, reason in unmatched]
     pairs = []
     sides = source_sides(folder)
-    for key, image_path, text_path in matched:
-        photo, side = PurePosixPath(key).name, side_of(key, sides)
+    for found, fault in zip(matched, _image_faults([each.image for each in matched]), strict=True):
+        photo, side = PurePosixPath(found.key).name, side_of(found.text.relative_to(folder).as_posix(), sides)
         if sides and side is None:
-            set_aside.append((text_path.relative_to(folder).as_posix(), f"is in none of {display_sides(sides)}"))
+            set_aside.append((_name(found.text, folder), f"is in none of {display_sides(sides)}"))
+            continue
+        if fault is not None:
+            set_aside.append((_name(found.image, folder), fault.remedy))
             continue
         try:
-            captions = read_captions(text_path)
+            captions = read_captions(found.text)
         except InputError as error:
-            set_aside.append((text_path.relative_to(folder).as_posix(), error.remedy))
+            set_aside.append((_name(found.text, folder), error.remedy))
             continue
         split = side or split_of(photo, validation_fraction, seed)
-        pairs.append(Pair(key, image_path, captions, photo, split))
-    if pairs and set_aside:
+        pairs.append(Pair(found.key, found.image, captions, photo, split))
+    if set_aside:
         name, reason = set_aside[0]
         summary = f"{len(set_aside)} of {len(pairs) + len(set_aside)} records set aside, the first: {name}: {reason}"
         if len(set_aside) > MAX_SET_ASIDE * (len(pairs) + len(set_aside)):
             raise InputError("pairs", folder, f"{summary}; run `kodalle data check` on it and repair or remove them")
-        _log.warning("%s: %s", folder, summary)
+        _log.warning("%s: %s", folder, printable(summary))
     return Pairs(tuple(pairs), tuple(set_aside))
+
+
+def _image_faults(paths: Sequence[Path]) -> Iterator[ImageFault | None]:
+    """What is wrong with each image: found here, and not at the step that meets it."""
+
+    def fault_of(path: Path) -> ImageFault | None:
+        try:
+            check_image(path)
+        except ImageFault as fault:
+            return fault
+        return None
+
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # decoding leaves Python's lock
+        ProgressBar("checking images", total=len(paths), enabled=len(paths) > _MANY) as bar,
+    ):
+        for number, fault in enumerate(pool.map(fault_of, paths), 1):
+            bar.update(number)
+            yield fault
+
+
+def _name(path: Path, folder: Path) -> str:
+    return printable(path.relative_to(folder).as_posix())
 
 
 def _load_prepared(folder: Path) -> Pairs:

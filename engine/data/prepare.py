@@ -169,7 +169,9 @@ def _identity(source: Path, options: PrepareOptions) -> dict[str, Any]:
     """All that the work depends on. `max_bad` is left out: it decides whether there is a result, not which."""
     digest = hashlib.sha256()
     for path in paths_under(source):
-        found = os.stat(source / path)
+        found = os.stat(
+            source / path, follow_symlinks=os.path.exists(source / path)
+        )  # a link to nothing is named later
         digest.update(f"{found.st_size} {found.st_mtime_ns} {path}\n".encode(errors="surrogateescape"))
     stated = {name: value for name, value in options.to_json().items() if name != "max_bad"}
     return {"format": FORMAT_VERSION, "files": digest.hexdigest(), "options": stated}

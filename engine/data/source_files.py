@@ -13,7 +13,15 @@ from typing import Literal
 
 from engine.data.names import readable_name
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp")
+    + (".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif")
+)  # fmt: skip
+# Pictures that are named, because they are not read.
+UNREAD_SUFFIXES = (
+    (".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga", ".ppm", ".pgm", ".eps", ".ai")
+    + (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pdf")
+)  # fmt: skip
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".egg", ".alz")
 CONVERT = "for cp949: iconv -f cp949 -t utf-8"
 Side = Literal["train", "validation"]
@@ -63,18 +71,31 @@ def files_under(root: Path) -> Iterator[Path]:
 
 
 def paths_under(root: Path) -> Iterator[str]:
-    """Paths under `root` of all its files, sorted folder by folder, without hidden ones (leftovers of archivers)."""
-    return _walk(str(root), "")
+    """Paths under `root` of all its files, sorted folder by folder, without hidden ones (leftovers of archivers).
+
+    Linked folders are followed, once each, unless they lie in a folder that is read already, or that one in them. A link to
+    nothing is a file that cannot be opened.
+    """
+    return _walk(str(root), "", [os.path.realpath(root)])
 
 
-def _walk(folder: str, prefix: str) -> Iterator[str]:
+def _walk(folder: str, prefix: str, read: list[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/")
-        elif entry.is_file():
+        if entry.is_dir() and (not entry.is_symlink() or _is_new(entry.path, read)):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", read)
+        elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
             yield prefix + entry.name
+
+
+def _is_new(link: str, read: list[str]) -> bool:
+    """Whether a linked folder has nothing in common with those that are read, to which it is then added."""
+    target = os.path.realpath(link)
+    if any(f"{target}/".startswith(f"{other}/") or f"{other}/".startswith(f"{target}/") for other in read):
+        return False
+    read.append(target)
+    return True
 
 
 def suffix_of(path: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 from engine.data.source_files import files_under
+from engine.errors import printable
 
 _READ_WHOLE = (".txt", ".json", ".jsonl")
 
@@ -15,8 +16,12 @@ def source_listing(source: Path) -> str:
     """The listing, sorted by path."""
     lines = []
     for path in files_under(source):
+        name = printable(path.relative_to(source).as_posix())
+        if not path.exists():
+            lines.append(f"0 gone {name}\n")  # a link to nothing
+            continue
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix.lower() in _READ_WHOLE else "-"
-        lines.append(f"{path.stat().st_size} {digest} {path.relative_to(source).as_posix()}\n")
+        lines.append(f"{path.stat().st_size} {digest} {name}\n")
     return "".join(lines)
 
 

@@ -25,9 +25,11 @@ from engine.data.label_format import (
 from engine.data.names import readable_name
 from engine.data.pair_keys import base_name
 from engine.data.pairing import Pairing, pair_files
-from engine.data.pairs import CaptionFault, Split, find_plain, read_captions, split_of
+from engine.data.pairs import CaptionFault, Split, read_captions, split_of
+from engine.data.plain_folder import find_plain
 from engine.data.set_aside import Finds, Skipped
 from engine.data.source_files import (
+    UNREAD_SUFFIXES,
     Side,
     SourceFolder,
     display_sides,
@@ -39,6 +41,7 @@ from engine.data.source_files import (
     unpack_remedy,
 )
 from engine.errors import InputError
+from engine.text import MAX_CHARACTERS
 
 SourceForm = Literal["labels", "plain"]
 
@@ -158,6 +161,7 @@ class SourcePhoto:
 
     image: str
     texts: tuple[str, ...]
+    key: str = ""  # of a plain source
 
 
 @dataclass
@@ -299,16 +303,19 @@ def _note_files(folder: SourceFolder, pairing: Pairing, listing: PhotoListing) -
         if other != image:
             listing.found.add("repeated_name", readable_name(image), f"has the name of {readable_name(other)} too")
     listing.notes.update(f"image files: *{path[path.rindex('.') :]}" for path in folder.images)
-    listing.notes.update(f"ignored files: *{suffix_of(path)}" for path in folder.others)
+    for path in folder.others:
+        listing.notes[f"ignored files: *{suffix_of(path)}"] += 1
+        if suffix_of(path) in UNREAD_SUFFIXES:
+            listing.found.add("unread_format", readable_name(path), "is not read: convert it to JPEG or PNG")
 
 
 def _list_plain(listing: PhotoListing, set_aside: Callable[[Skipped], None]) -> None:
     matched, unmatched = find_plain(listing.source)
     for name, cause, reason in unmatched:
         set_aside(Skipped(name, cause, reason))
-    for _, image_path, text_path in matched:
-        image, text = (path.relative_to(listing.source).as_posix() for path in (image_path, text_path))
-        listing.photos.append(SourcePhoto(image, (text,)))
+    for pair in matched:
+        image, text = (path.relative_to(listing.source).as_posix() for path in (pair.image, pair.text))
+        listing.photos.append(SourcePhoto(image, (text,), pair.key))
 
 
 def read_photo(photo: SourcePhoto, source: Path, sides: dict[str, Side], options: PrepareOptions) -> ReadPhoto:
@@ -334,7 +341,7 @@ def _read_captions(
     except CaptionFault as fault:
         read.skipped.append(Skipped(record, fault.defect, f"{PurePosixPath(text).name} {fault.remedy}"))
         return
-    key = PurePosixPath(read.photo.image).with_suffix("").as_posix()
+    key = read.photo.key
     photo = PurePosixPath(key).name
     split = side_of(text, sides) or split_of(photo, options.validation_fraction, options.seed)
     read.crops.append(Crop(record, readable_name(text), key, "", None, None, captions, photo, split, {}, None))
@@ -392,8 +399,10 @@ def _unusable(item: LabelledObject, options: PrepareOptions) -> tuple[str, str] 
         return "bad_outline", item.outline_fault
     if item.box is None and not is_cut:
         return "object_without_box", "has no box to crop"
-    if not item.attributes:
+    if not item.attributes or not item.caption:
         return "object_without_label", "has no labels for a caption"
+    if len(item.caption) > MAX_CHARACTERS:
+        return "too_long", f"its caption has {len(item.caption):,} characters: shorten its values"
     if options.cut_out and not is_cut and not options.keep_uncut:
         return "no_outline", "has no outline to cut it out along (keep_uncut takes its box)"
     return None

@@ -19,6 +19,7 @@ from typing import Any
 
 from engine.data.clean_json import read_clean_json
 from engine.data.label_format import Attributes, Box, LabelFault, Outline
+from engine.data.names import readable_name
 from engine.data.source_files import CONVERT
 from engine.text import TextFault
 
@@ -314,5 +315,5 @@ def _pixels(about: dict[str, Any], name: str, notes: list[str]) -> int | None:
 
 def _identifier(value: Any, path: Path) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-        return path.stem
+        return readable_name(path.stem)
     return str(value).strip()
