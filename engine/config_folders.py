@@ -33,6 +33,7 @@ AUTO = "auto"
 _CODEC: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 # What may differ from the model that a run starts from: it changes training, not the weights; the text vocabulary may grow.
 _FREE = {"attention_dropout", "ff_dropout", "dropout", "commitment_weight", "legacy_commitment"}
+_OWN_AUTO = ("resume", "attention")  # a value of their own
 Tree = dict[str, Any]
 
 
@@ -174,7 +175,7 @@ def _refuse_other_autos(tree: Tree) -> None:
     ]
     for prefix, section in sections:
         for name, value in section.items():
-            if value == AUTO and prefix + name != "resume":
+            if value == AUTO and prefix + name not in _OWN_AUTO:
                 known = ", ".join(_KOCLIP if tree.get("stage") == "koclip" else _KODALLE)
                 raise InputError(prefix + name, AUTO, f"follows from nothing: write a value; what can be auto: {known}")
 

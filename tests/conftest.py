@@ -52,7 +52,10 @@ LOOP = {
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": 1.0e-3, "torch_adam": True}},
-    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 2, "warmup_type": "log", "cos_min_ratio": 1.0e-4},
+    },
     "gradient_clipping": 1.0,
     "zero_optimization": {"stage": 0},
 }

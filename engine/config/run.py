@@ -68,6 +68,12 @@ class Run(Section):
         description="model folder to train on from; its sizes must be the config's, except text_vocab_size, which may grow, and "
         "image_size where no attention sees the image",
     )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="validate and export the exponential moving average of the weights, e.g. 0.999; null: the weights",
+    )
     data: DataConfig
     loop: LoopConfig
     deepspeed: dict[str, Any] = Field(description="DeepSpeed's own configuration, passed on unchanged")

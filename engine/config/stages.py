@@ -151,8 +151,8 @@ class KodalleRun(Run):
         False,
         description="initialise image token and head rows from the VQGAN's codebook, so that similar codes start alike",
     )
-    attention: Literal["sdpa", "xformers", "reference"] = Field(
-        "sdpa", description="attention backend; xformers needs a GPU"
+    attention: Literal["auto", "sdpa", "xformers", "reference"] = Field(
+        "auto", description="attention backend; auto: the fastest that runs, measured on a GPU; xformers needs a GPU"
     )
     loss_image_weight: float = Field(7.0, gt=0, description="loss = (text + w * image) / (1 + w)")
     caption_dropout: float = Field(

@@ -14,6 +14,7 @@ from engine.errors import InputError
 from engine.models.folder import weights_digest
 from engine.training import checkpoints
 from engine.training.batches import read_pairs
+from engine.training.deepspeed_section import with_defaults
 
 # Keys that may change between a run and its resumption: they determine when things are written, or where they lie, not
 # what is computed. What lies at the paths is compared by its digest.
@@ -85,6 +86,8 @@ def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) ->
         if key in _PLAIN:
             continue
         before, after = old.get(key), new.get(key)
+        if key == "deepspeed" and isinstance(before, dict):
+            before, after = with_defaults(before), with_defaults(after)  # to write a default out changes nothing
         free = _FREE_ON_RESUME.get(key, set())
         if isinstance(before, dict) and isinstance(after, dict):
             for inner in sorted(before.keys() | after.keys()):

@@ -37,8 +37,8 @@ class Stage(Protocol):
             step: optimiser steps done before this one.
         """
 
-    def after_step(self, step: int) -> None:
-        """Called after optimiser step number `step` (1-based)."""
+    def after_step(self, step: int) -> bool:
+        """Called after optimiser step number `step` (1-based); whether weights were set in it by other means than the step."""
 
     def validate(self, batches: list[Batch]) -> dict[str, float]:
         """Means over held-out batches, equal on all ranks; the model with the lowest `loss` is the best."""

@@ -116,8 +116,8 @@ class KoclipStage:
         self._guard.backward_and_step(self.engine, loss)
         return {"loss": loss.detach()}
 
-    def after_step(self, step: int) -> None:
-        pass
+    def after_step(self, step: int) -> bool:
+        return False
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:

@@ -41,6 +41,7 @@ from engine.models.transformer import KoDalle, Losses
 from engine.pipeline.image_files import image_grid
 from engine.progress import ProgressBar
 from engine.sampling_params import SequenceRequest
+from engine.training.attention_choice import choose_attention
 from engine.training.batches import (
     Batch,
     BatchSource,
@@ -100,7 +101,8 @@ class KodalleStage:
 
     def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
         run, self._guard = self.run, guard
-        model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=run.attention)
+        backend = choose_attention(run, self.world)
+        model = KoDalle(run.model, embedding_std=run.embedding_std, attention_backend=backend)
         if run.codebook_init:
             model.start_from_codebook(self.vqgan.code_vectors().cpu())
         if run.pretrained_text_embeddings is not None:
@@ -131,8 +133,8 @@ class KodalleStage:
         self._guard.backward_and_step(self.engine, losses.loss)
         return {name: value.detach() for name, value in losses._asdict().items()}
 
-    def after_step(self, step: int) -> None:
-        pass
+    def after_step(self, step: int) -> bool:
+        return False
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:

@@ -104,19 +104,22 @@ class VqganStage:
         stats = codebook_stats(image_tokens, self.run.model.codebook_size)
         return {**scalars, "codebook_usage": stats.usage, "codebook_perplexity": stats.perplexity}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> bool:
         """Resets unused codebook entries every `reset_every` steps, in the first three quarters of the run.
 
         A reset entry changes what its token means, and the decoder needs the last quarter to adapt to the final ones.
         """
         reset = self.run.codebook_reset
+        was_set = step == reset.start_step + 1 > 1  # by `_set_codebook`, before this step
         if reset.reset_every == 0 or step % reset.reset_every or not reset.start_step < step <= 0.75 * self.total_steps:
-            return
+            return was_set
         self._guard.check()  # latents become entries below
         quantiser = self.vqgan.quantize
         generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + step)
-        if len(quantiser.reset_unused(generator)):
-            update_master(self.engine, quantiser.embedding.weight)
+        if not len(quantiser.reset_unused(generator)):
+            return was_set
+        update_master(self.engine, quantiser.embedding.weight)
+        return True
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:

@@ -30,8 +30,8 @@ from engine.progress import ProgressBar, seconds_text
 from engine.training import checkpoints
 from engine.training.batches import Batch, stream
 from engine.training.card import model_card
-from engine.training.checkpoints import TrainingProgress
-from engine.training.deepspeed_section import check_keys
+from engine.training.checkpoints import Restorable, TrainingProgress
+from engine.training.deepspeed_section import check_defaults, check_keys
 from engine.training.engines import Engines, is_fp16, micro_batch
 from engine.training.muon import check_muon
 from engine.training.process_group import World, join_world
@@ -41,6 +41,7 @@ from engine.training.stage import Stage, make_stage
 from engine.training.step_clock import SlowSteps, StepClock
 from engine.training.stop_signal import StopSignal
 from engine.training.update_guard import REMEDY, UpdateGuard
+from engine.training.weight_average import make_average
 
 
 def train(run: Run) -> Path:
@@ -57,6 +58,7 @@ def train(run: Run) -> Path:
     world = join_world(torch_threads=run.loop.torch_threads)
     torch.manual_seed(run.seed)
     check_keys(run.deepspeed)
+    check_defaults(run.deepspeed, processes=world.size)
     check_muon(run.deepspeed)
     micro_batch(run.deepspeed)  # raises for wrong sizes before any data is read
     with (
@@ -92,6 +94,7 @@ class Trainer:
         for engine in self.engines.values():
             self.guard.watch(engine)
         self.main = next(iter(self.engines.values()))
+        self.average = make_average(run, self.main, world)
         self._clock = StepClock(world.device)
         self._slow_steps = SlowSteps()
         self._flops_per_step = 0.0  # counted in the first step
@@ -115,13 +118,14 @@ class Trainer:
             self._run_steps(log)
         finally:
             log.close()
-        self.stage.export(model, self._card())
+        with self._averaged():
+            self.stage.export(model, self._card())
         if world.is_main:
             print(f"{model} written after {seconds_text(time.monotonic() - self._started_s)}", flush=True)
         return model
 
     def _resume(self) -> None:
-        found = checkpoints.resume(self.run.run / "checkpoints", self.engines, world=self.world)
+        found = checkpoints.resume(self.run.run / "checkpoints", self._restorable(), world=self.world)
         if found is None:
             return
         self.progress, state = found
@@ -191,7 +195,11 @@ class Trainer:
             for name, value in scalars.items():
                 sums[name] = sums[name] + value if name in sums else value
         self.progress = replace(self.progress, step=number + 1)
-        self.stage.after_step(number + 1)
+        weights_were_set = self.stage.after_step(number + 1)
+        if self.average is not None:
+            self.average.update()
+            if weights_were_set:
+                self.average.restart()
         return {name: value / self.accumulation for name, value in sums.items()}
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -257,25 +265,33 @@ class Trainer:
             return
         whole = stage.num_validation // self.micro_batch_size  # batches in which no image comes twice
         batches = [stage.validation_source(number) for number in range(max(1, min(run.loop.validation_batches, whole)))]
-        with self._eval_mode():
+        with self._eval_mode(), self._averaged():
             values = stage.validate(batches)
         log.validation(self.progress.step, values)
         if self.progress.best_loss is None or values["loss"] < self.progress.best_loss:
             self.progress = replace(self.progress, best_loss=values["loss"], best_step=self.progress.step)
             log.flush()
-            stage.export(run.run / "model-best", self._card())
+            with self._averaged():
+                stage.export(run.run / "model-best", self._card())
 
     def _sample(self, log: RunLog) -> None:
-        with self._eval_mode():
+        with self._eval_mode(), self._averaged():
             log.image(self.progress.step, self.stage.sample(self.run.loop.sample_count))
 
     def _save(self, log: RunLog) -> None:
         self._check_weights()
         log.flush(to_disk=True)  # a resumed run goes on from here: the lines up to here must not be lost
         checkpoints.save(
-            self.run.run / "checkpoints", self.progress, self.engines, self.stage.state(),
+            self.run.run / "checkpoints", self.progress, self._restorable(), self.stage.state(),
             world=self.world, keep=self.run.loop.keep_checkpoints, inputs=self._inputs,
         )  # fmt: skip
+
+    def _restorable(self) -> dict[str, Restorable]:
+        """What a checkpoint holds: the engines, and the average of the weights if there is one."""
+        return {**self.engines, **({"average": self.average} if self.average is not None else {})}
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def _card(self) -> str:
         log = self.run.run / "log.jsonl" if self.world.is_main else None

@@ -162,7 +162,7 @@ def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
 
 def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost:
     config, batch = run.model, _batch(run)
-    model = KoDalle(config, embedding_std=run.embedding_std, attention_backend=run.attention).to(device)
+    model = KoDalle(config, embedding_std=run.embedding_std, attention_backend="sdpa").to(device)
     text = torch.randint(5, config.text_vocab_size, (batch, config.text_seq_len), device=device, dtype=torch.int64)
     image = torch.randint(config.image_vocab_size, (batch, config.image_seq_len), device=device, dtype=torch.int64)
     trained = _Trained([model], device)

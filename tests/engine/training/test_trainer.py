@@ -1,4 +1,4 @@
-"""All three stages train, in every precision and on several ranks."""
+"""All three stages train and in every precision."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine.config_files import load_run
+from engine.errors import InputError
 from engine.models import folder as model_folder
-from engine.training import trainer
 from engine.training.checkpoints import complete_checkpoints
 from engine.training.engines import make_engine
 from engine.training.process_group import free_port, join_world
 from engine.training.stage import make_stage
 from tests.conftest import GROUND
-from tests.forked import DEEPSPEED, run_forked
+from tests.forked import DEEPSPEED
 from tests.paths import REPOSITORY
 
 STAGES = ["vqgan", "koclip", "kodalle"]
@@ -104,7 +104,7 @@ def test_kodalle_learns(kodalle_run: Path, losses: Losses) -> None:
 # ------------------------------------------------------------------------------------------- precision, accumulation
 
 
-def _exact(tree: Tree) -> Tree:
+def exact(tree: Tree) -> Tree:
     """Without dropout, which depends on the grouping of images, and with an optimiser that is insensitive to rounding."""
     tree["model"] |= {"attention_dropout": 0.0, "ff_dropout": 0.0}
     tree["deepspeed"]["optimizer"]["params"]["eps"] = 1e-3
@@ -116,20 +116,20 @@ def _exact(tree: Tree) -> Tree:
 def exact_run(tree_of: TreeOf, train_tree: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, batches of four."""
     run = tmp_path_factory.mktemp("exact") / "run"
-    tree = _exact(tree_of("kodalle", run))
+    tree = exact(tree_of("kodalle", run))
     tree["deepspeed"]["zero_optimization"] = {"stage": 1}  # where DeepSpeed computes the gradient norm
     train_tree(tree)
     return run
 
 
-def _close(model: Path, other: Path, tolerance: float) -> None:
+def close(model: Path, other: Path, tolerance: float) -> None:
     ours, theirs = (load_file(folder / "transformer.safetensors") for folder in (model, other))
     assert ours.keys() == theirs.keys()
     worst = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
     assert max(worst.values()) <= tolerance, max(worst.items(), key=lambda item: item[1])
 
 
-def _same_norms(run: Path, other: Path, losses: Losses) -> None:
+def same_norms(run: Path, other: Path, losses: Losses) -> None:
     norms = [[line["grad_norm"] for line in losses(folder) if "loss" in line] for folder in (run, other)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -137,21 +137,21 @@ def _same_norms(run: Path, other: Path, losses: Losses) -> None:
 def test_accumulated_equals_one_batch(
     exact_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, losses: Losses
 ) -> None:
-    tree = _exact(tree_of("kodalle", tmp_path / "run"))
+    tree = exact(tree_of("kodalle", tmp_path / "run"))
     tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
-    _close(train_tree(tree), exact_run / "model", 1e-5)
-    _same_norms(tmp_path / "run", exact_run, losses)
+    close(train_tree(tree), exact_run / "model", 1e-5)
+    same_norms(tmp_path / "run", exact_run, losses)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_bf16_runs_on_cpu(zero: int, exact_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path) -> None:
-    tree = _exact(tree_of("kodalle", tmp_path / "run"))
+    tree = exact(tree_of("kodalle", tmp_path / "run"))
     tree["deepspeed"] |= {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}}
     model = train_tree(tree)
     weights = load_file(model / "transformer.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())  # the master copies
-    _close(model, exact_run / "model", 5e-3)
+    close(model, exact_run / "model", 5e-3)
 
 
 @pytest.mark.parametrize(("stage", "zero"), [("vqgan", 2), ("koclip", 1), ("koclip", 3)])
@@ -219,55 +219,6 @@ def test_partial_captions_reach_the_batches(
     assert captions(made.validation_source) == {"가 나. 다 라."}
 
 
-def train_as_rank(rank: int, port: int, files: list[Path]) -> None:
-    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    pytest.MonkeyPatch().setattr(trainer, "matrix_peak", lambda *_: 1e12)
-    for file in files:
-        trainer.train(load_run(file))
-
-
-TwoRanks = Callable[[int], Path]
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
-    """The run of two gloo processes with batches of two, by ZeRO's stage."""
-    folder = tmp_path_factory.mktemp("ranks")
-
-    def train(*stages: int) -> None:
-        """One after the other, in the same two processes."""
-        files = []
-        for zero in stages:
-            tree = _exact(tree_of("kodalle", folder / f"zero{zero}"))
-            tree["deepspeed"] |= {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": zero}}
-            files.append(write_tree(tree, folder / f"zero{zero}.yaml"))
-        port = free_port()
-        answers = run_forked([(train_as_rank, (rank, port, files)) for rank in range(2)], folder, preload=PRELOAD)
-        assert [code for code, _ in answers] == [0, 0], answers
-
-    def run(zero: int) -> Path:
-        if not (folder / f"zero{zero}").exists():
-            train(*((1,) if zero == 1 else (0, 2, 3)))
-        return folder / f"zero{zero}"
-
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 2, 3, pytest.param(1, marks=pytest.mark.soak)])  # 1 is 2 with whole gradients
-def test_two_ranks_equal_one_with_twice_the_batch(
-    zero: int, two_ranks: TwoRanks, exact_run: Path, losses: Losses
-) -> None:
-    run = two_ranks(zero)
-    _close(run / "model", exact_run / "model", 1e-5)
-    _same_norms(run, exact_run, losses)
-    logged = [[line["loss"] for line in losses(folder) if "loss" in line] for folder in (run, exact_run)]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-4)  # the whole batch's, not rank 0's half
-    marker = json.loads((complete_checkpoints(run / "checkpoints")[0] / "complete.json").read_text())
-    assert marker["processes"] == 2
-
-
 # ------------------------------------------------------------------------------------------------------- the launcher
 
 
@@ -308,3 +259,14 @@ def test_engine_takes_the_runs_length_for_auto() -> None:
     engine: Any = make_engine(torch.nn.Linear(2, 2), settings, total_steps=77)
     assert engine.lr_scheduler.total_num_steps == 77
     assert settings["scheduler"]["params"]["total_num_steps"] == "auto"  # type: ignore[index]
+
+
+def test_attention_is_chosen_and_said_once(
+    tree_of: TreeOf, train_tree: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tree_of("kodalle", tmp_path / "run")
+    tree["loop"]["steps"] = 1
+    train_tree(tree)
+    assert capsys.readouterr().out.count("attention: sdpa (the fused one of a CPU)") == 1
+    with pytest.raises(InputError, match=r"attention backend: xformers: .*CUDA only"):
+        train_tree(tree | {"run": str(tmp_path / "other"), "attention": "xformers"})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.training.plan.configs import FP16
 from tests.paths import REPOSITORY
 
 Tree = dict[str, Any]
@@ -53,7 +54,7 @@ def test_kodalle_trains_and_resumes(
     tree = tree_of("kodalle", tmp_path / "run")
     tree["deepspeed"]["optimizer"]["params"]["fused"] = True
     tree["deepspeed"]["zero_optimization"] = {"stage": zero}
-    tree["deepspeed"][dtype] = {"enabled": True}
+    tree["deepspeed"][dtype] = {"enabled": True} if dtype == "bf16" else dict(FP16)
     tree["loop"] |= {"steps": 40, "validate_every": 40, "sample_every": 40, "checkpoint_every": 20}
     file = write_tree(tree, tmp_path / "run.yaml")
     train(file)

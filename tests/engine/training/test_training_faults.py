@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from engine.errors import InputError
 from engine.training.checkpoints import complete_checkpoints
+from engine.training.plan.configs import FP16
 from engine.training.process_group import World
 from engine.training.update_guard import UpdateGuard
 from tests.engine.training.config_trees import Tree, with_value
@@ -38,8 +39,14 @@ def _rejected(train: Train, tree: Tree, message: str) -> None:
         ("koclip", "deepspeed.optimizer.params.learning_rate", 1.0, r"deepspeed: .*learning_rate"),
         ("kodalle", "deepspeed.scheduler.type", "Sometimes", r"deepspeed: .*Sometimes"),
         ("koclip", "deepspeed.zero_optimization.stage", 7, r"deepspeed: .*(7|stage)"),
-        ("kodalle", "deepspeed.fp16.enabled", True, r"zero_optimization.stage: 0: DeepSpeed scales no fp16 loss at"),
-        ("koclip", "deepspeed.fp16.enabled", True, "deepspeed.fp16.enabled: True: DeepSpeed has no fp16 on CPU"),
+        (
+            "kodalle",
+            "deepspeed.gradient_clipping",
+            None,
+            r"deepspeed.gradient_clipping: \(nothing\): .*changes the arith",
+        ),
+        ("kodalle", "deepspeed.fp16", FP16, r"zero_optimization.stage: 0: DeepSpeed scales no fp16 loss at"),
+        ("koclip", "deepspeed.fp16", FP16, "deepspeed.fp16.enabled: True: DeepSpeed has no fp16 on CPU"),
         ("koclip", "deepspeed.train_batch_size", 77, r"deepspeed: .*batch"),
         ("koclip", "deepspeed.scheduler.type", "WarmupDecayLR", "encoder_lr_ratio: 0.8: .*one rate"),
         ("koclip", "model.text_vocab_size", 20, r"model.text_vocab_size: 20: the tokenizer has \d+ entries: raise it"),
