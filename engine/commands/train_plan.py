@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.stages import VqganRun
 from engine.config_files import dump_tree
 from engine.data.source_listing import first_difference, source_listing
 from engine.errors import InputError
@@ -24,6 +25,7 @@ from engine.training.plan.plan import (
     preset_plan,
     steps_for,
     views_for,
+    with_bf16,
     with_steps,
     with_views,
 )
@@ -129,9 +131,17 @@ def measured_plan(
     print("timing a few steps of each stage …", flush=True)
     import torch
 
-    from engine.training.plan.cost import evaluation_seconds, measure_costs, view_seconds
+    from engine.training.plan.cost import evaluation_seconds, measure_costs, view_seconds, vqgan_cost_in_bf16
 
-    costs = measure_costs(plan.runs, data.train, torch.device(machine.device))
+    device = torch.device(machine.device)
+    costs = measure_costs(plan.runs, data.train, device)
+    vqgan = plan.runs["vqgan"]
+    if machine.multiplies_bf16 and sizes is not None and isinstance(vqgan, VqganRun) and "bf16" not in vqgan.deepspeed:
+        in_bf16 = vqgan_cost_in_bf16(vqgan, device, costs["vqgan"])
+        sizes = with_bf16(sizes, costs["vqgan"].step_s, in_bf16.step_s)
+        if sizes.bf16_on_cpu:
+            costs["vqgan"] = in_bf16
+            plan = make_plan(sizes, data, request.out, request.pairs, overrides=overrides, minutes=minutes, base=base)
     check_memory(costs, machine)
     other_s = evaluation_seconds(costs, plan.runs, captions=plan.captions, candidates=plan.candidates)
     other_s += (data.train + data.validation) * _PREPARE_S / machine.cores

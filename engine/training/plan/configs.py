@@ -131,7 +131,8 @@ def _start_from(tree: Tree, base: Base | None, part: str) -> None:
     grown = {name: tree["model"][name] for name in ("text_vocab_size",) if name in tree["model"]}
     tree["model"] = dict(base.config[part]) | grown
     tree["start_from"] = str(base.folder)
-    tree["deepspeed"]["optimizer"]["params"]["lr"] /= 3
+    rates = tree["deepspeed"]["optimizer"]["params"]
+    rates |= {name: rates[name] / 3 for name in ("lr", "adam_lr") if name in rates}
     if part == "vqgan":
         tree["codebook_reset"] = {"start_step": 0, "reset_every": 0}
     if part == "transformer":
@@ -160,7 +161,9 @@ def _loop(sizes: Sizes, schedule: Schedule, *, validation_batches: int) -> Tree:
     return loop | ({"torch_threads": sizes.threads} if sizes.device == "cpu" else {})
 
 
-def _deepspeed(sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float], decay: float, least: float) -> Tree:
+def _deepspeed(
+    sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float], decay: float, least: float, bf16: bool = False
+) -> Tree:
     optimizer: Tree = {"lr": lr, "betas": betas, "weight_decay": decay, "torch_adam": True}
     settings: Tree = {
         "train_micro_batch_size_per_gpu": max(1, schedule.batch // sizes.gpus),
@@ -177,6 +180,8 @@ def _deepspeed(sizes: Sizes, schedule: Schedule, *, lr: float, betas: list[float
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 0 if sizes.device == "cpu" else 1},
     }
+    if sizes.device == "cpu" and bf16:
+        settings["bf16"] = {"enabled": True}
     if sizes.device != "cpu":
         settings |= {"bf16": {"enabled": True}} if sizes.has_bf16 else {"fp16": dict(FP16)}
         settings["communication_data_type"] = "fp32"
@@ -221,6 +226,7 @@ def _vqgan(sizes: Sizes, out: Path, pairs: Path) -> Tree:
             betas=[0.5, 0.9] if sizes.discriminator else [0.9, 0.99],
             decay=0.0,
             least=0.03,
+            bf16=sizes.bf16_on_cpu,
         ),
     }
     return tree
@@ -260,6 +266,16 @@ def _koclip(sizes: Sizes, out: Path, pairs: Path, *, image_size: int) -> Tree:
 
 def _kodalle(sizes: Sizes, out: Path, pairs: Path, *, vqgan: Tree, koclip: Tree) -> Tree:
     schedule, model = sizes.schedules["kodalle"], sizes.transformer
+    deepspeed = _deepspeed(
+        sizes, schedule, lr=1e-3 if model.dim <= 256 else 4e-4, betas=[0.9, 0.98], decay=0.05, least=0.02
+    )
+    if sizes.small_transformer:
+        deepspeed["optimizer"] = {
+            "type": "Muon",
+            "params": {"lr": 0.02, "adam_lr": 1e-3, "momentum": 0.95, "weight_decay": 0.05, "betas": [0.9, 0.98]},
+        }
+        deepspeed["zero_optimization"] = {"stage": 0}  # at 1 and 2 DeepSpeed would clip Muon's updates
+    options = ("qk_norm", "zero_init_branches", "x0_scalars") if sizes.small_transformer else ()
     tree = _shared("kodalle", sizes, out, pairs)
     tree |= {
         "text": {"tokenizer": str(out / "koclip" / "model"), "partial_captions": 2},
@@ -272,6 +288,7 @@ def _kodalle(sizes: Sizes, out: Path, pairs: Path, *, vqgan: Tree, koclip: Tree)
         "augmented_views": sizes.augmented_views,
         "augment_shift": max(1, sizes.image_size // 20) if sizes.augmented_views else 0,
         "generation": {"temperature": 0.7, "guidance_scale": 3.0},
+        "weight_decay_on": "matrices" if sizes.small_transformer else "all",
         "model": {
             "dim": model.dim,
             "num_layers": model.layers,
@@ -285,10 +302,9 @@ def _kodalle(sizes: Sizes, out: Path, pairs: Path, *, vqgan: Tree, koclip: Tree)
             "text_position_rows": koclip["text_seq_len"] + 1,
             "image_vocab_size": vqgan["codebook_size"],
             "image_grid_size": vqgan["image_size"] // 2 ** (len(vqgan["channel_multipliers"]) - 1),
+            **dict.fromkeys(options, True),
         },
         "loop": _loop(sizes, schedule, validation_batches=16),
-        "deepspeed": _deepspeed(
-            sizes, schedule, lr=1e-3 if model.dim <= 256 else 4e-4, betas=[0.9, 0.98], decay=0.05, least=0.02
-        ),
+        "deepspeed": deepspeed,
     }
     return tree

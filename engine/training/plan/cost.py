@@ -75,6 +75,11 @@ def measure_costs(runs: dict[str, AnyRun], num_train: int, device: torch.device)
     return costs
 
 
+def vqgan_cost_in_bf16(run: VqganRun, device: torch.device, float_cost: StageCost) -> StageCost:
+    """The VQGAN's cost with products in bfloat16, everything else as in float32."""
+    return _vqgan(run, device, float_cost.fixed_s, bf16=True)
+
+
 def view_seconds(cost: StageCost, vqgan: AnyRun, num_train: int) -> float:
     """Seconds to encode one view of every training image: a forward pass is a third of a step, the encoder half of it."""
     return num_train * cost.step_s / _batch(vqgan) / 6
@@ -106,7 +111,7 @@ def _measure_start() -> float:
     return max(12.0, 3 * (time.perf_counter() - started))
 
 
-def _vqgan(run: VqganRun, device: torch.device, fixed_s: float) -> StageCost:
+def _vqgan(run: VqganRun, device: torch.device, fixed_s: float, *, bf16: bool = False) -> StageCost:
     model, config = Vqgan(run.model), run.loss
     model.residual_init()
     model.to(device)
@@ -123,7 +128,7 @@ def _vqgan(run: VqganRun, device: torch.device, fixed_s: float) -> StageCost:
         )  # fmt: skip
         return loss, reconstruction.detach()
 
-    plain = _Trained([model], device)
+    plain = _Trained([model], device, bf16=bf16)
     early_s, activations = plain.measure(lambda: generator(config.disc_start - 1)[0]) if config.disc_start else (0.0, 0)
     if discriminator is None:
         return plain.cost(early_s, activations, fixed_s)
@@ -146,7 +151,7 @@ def _vqgan(run: VqganRun, device: torch.device, fixed_s: float) -> StageCost:
     late_s, activations = plain.measure(late, discriminate)
     steps = run.loop.steps or 1
     share = min(1.0, config.disc_start / steps)
-    with_both = _Trained([model, discriminator], device)
+    with_both = _Trained([model, discriminator], device, bf16=bf16)
     return with_both.cost(share * early_s + (1 - share) * late_s, activations, fixed_s)
 
 
@@ -170,10 +175,10 @@ def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost
 
 
 class _Trained:
-    """Modules under one AdamW, timed; on a GPU under bfloat16 autocast where it has bfloat16."""
+    """Modules under one AdamW, timed; on a GPU, and with `bf16`, under bfloat16 autocast."""
 
-    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
-        self._device = device
+    def __init__(self, modules: list[nn.Module], device: torch.device, *, bf16: bool = False) -> None:
+        self._device, self._bf16 = device, bf16 or device.type == "cuda"
         self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0)
 
@@ -183,10 +188,9 @@ class _Trained:
         Args:
             after: what else belongs to a step, once its gradients are there.
         """
-        on_gpu = self._device.type == "cuda"
 
         def step() -> None:
-            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16):
                 value = loss()
             value.backward()
             after()

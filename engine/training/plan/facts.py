@@ -68,7 +68,8 @@ class MachineFacts:
     cores: int
     memory_bytes: int
     gpus: int = 0
-    has_bf16: bool = False
+    has_bf16: bool = False  # the GPU
+    multiplies_bf16: bool = False  # the CPU, in hardware
 
 
 def most_entries(pairs: int) -> int:
@@ -199,7 +200,10 @@ def machine_facts() -> MachineFacts:
             gpus=torch.cuda.device_count(), has_bf16=torch.cuda.get_device_capability(0) >= (8, 0),
         )  # fmt: skip
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return MachineFacts(device="cpu", name=cpu_capabilities().name, cores=fit_to_machine(), memory_bytes=memory)
+    cpu = cpu_capabilities()
+    return MachineFacts(
+        device="cpu", name=cpu.name, cores=fit_to_machine(), memory_bytes=memory, multiplies_bf16=cpu.multiplies_bfloat16
+    )
 
 
 def _facts(

@@ -39,9 +39,13 @@ TRANSFORMERS = (
     Transformer(float("inf"), 1024, 16, 8, 64, 4, 0.0),
 )
 _LARGEST_ON_CPU = 256
+_LARGEST_SMALL = 256  # the width that configs/clothing has tried qk_norm, zero_init_branches, x0_scalars and Muon at
 
 # Each level but the last halves the image, so that 4 levels make one token of 8 x 8 pixels.
-_LEVELS: dict[int, tuple[int, ...]] = {32: (1, 2, 4), 64: (1, 1, 2, 4), 128: (1, 1, 2, 4), 256: (1, 1, 2, 2, 4)}
+_LEVELS: dict[int, tuple[int, ...]] = {
+    32: (1, 2, 4), 64: (1, 1, 2, 4), 96: (1, 1, 2, 4), 128: (1, 1, 2, 4), 256: (1, 1, 2, 2, 4),
+}  # fmt: skip
+_LEAST_MINUTES_FOR_96 = 120  # on a CPU
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,18 @@ class Sizes:
     split_fraction: float
     split_seed: int
     schedules: dict[str, Schedule]
+    bf16_on_cpu: bool = False  # for the VQGAN, where it is measured to be faster
     reasons: dict[str, tuple[str, str]] = field(compare=False)
 
     @property
     def grid(self) -> int:
         """Image tokens along one side."""
         return self.image_size // 2 ** (len(self.levels) - 1)
+
+    @property
+    def small_transformer(self) -> bool:
+        """Whether the transformer gets the options for small models, and Muon, which needs bf16 or float32."""
+        return self.transformer.dim <= _LARGEST_SMALL and (self.device == "cpu" or self.has_bf16)
 
 
 def choose_sizes(data: DatasetFacts, machine: MachineFacts, *, minutes: float | None = None) -> Sizes:
@@ -120,6 +130,7 @@ def choose_sizes(data: DatasetFacts, machine: MachineFacts, *, minutes: float | 
         "text length": (f"{text_seq_len} tokens", f"the longest caption has {data.longest_tokens}{cut}"),
         "ranker": ("efficientnet-lite0", "starts from ImageNet, so that few images suffice"),
         "transformer": (f"{transformer.layers} layers of {transformer.dim}", transformer_reason),
+        "transformer's options": _transformer_options(transformer, machine),
         "augmented views": (
             f"{views} an image" if views else "none",
             "shifted copies against memorising" if views else "enough images without copies",
@@ -204,6 +215,8 @@ def _image_size(data: DatasetFacts, machine: MachineFacts, minutes: float | None
     if machine.device == "cpu":
         if minutes is not None and minutes < SHORT_MINUTES:
             wanted, reason = 32, f"{minutes:g} minutes on a CPU are too few for 64"
+        elif data.ground and data.train >= _FEW_FOR_A_DISCRIMINATOR and (minutes or 1e9) >= _LEAST_MINUTES_FOR_96:
+            wanted, reason = 96, "cut-outs leave the tokens to the objects, so that a CPU can train it in hours"
         else:
             wanted, reason = 64, "what a CPU can train in hours"
     elif machine.memory_bytes < 20 * GIB:
@@ -237,6 +250,14 @@ def _transformer(train: int, *, on_gpu: bool) -> tuple[Transformer, str]:
         largest = next(row for row in reversed(TRANSFORMERS) if row.dim <= _LARGEST_ON_CPU)
         return largest, "the largest that a CPU can train"
     return chosen, f"for {train:,} pairs; a larger one would memorise them" if chosen.dim < 1024 else "as published"
+
+
+def _transformer_options(transformer: Transformer, machine: MachineFacts) -> tuple[str, str]:
+    if transformer.dim > _LARGEST_SMALL:
+        return "as published", f"the others are tried up to a width of {_LARGEST_SMALL}"
+    if machine.device != "cpu" and not machine.has_bf16:
+        return "as published", "Muon needs bfloat16, which this GPU has not"
+    return "qk_norm, zero_init_branches, x0_scalars, Muon", "what configs/clothing trains small models with"
 
 
 def _schedules(train: int, *, on_gpu: bool) -> dict[str, Schedule]:

@@ -10,6 +10,8 @@ from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.config_files import dump_tree, load_run
 from engine.config_folders import different_sizes
 from engine.errors import InputError
+from engine.training.deepspeed_section import check_defaults
+from engine.training.muon import check_muon
 from engine.training.plan.configs import read_base
 from engine.training.plan.cost import StageCost
 from engine.training.plan.plan import (
@@ -21,6 +23,7 @@ from engine.training.plan.plan import (
     plan_sizes,
     steps_for,
     views_for,
+    with_bf16,
     with_views,
 )
 from engine.training.plan.sizes import STAGES, choose_sizes
@@ -54,7 +57,8 @@ def test_configs_are_valid_and_fit_each_other(machine: Any, tmp_path: Path) -> N
     assert kodalle.text.tokenizer == str(kodalle.koclip) == "run/koclip/model"
     assert koclip.codec == kodalle.vqgan == Path("run/vqgan/model")
     for stage, run in plan.runs.items():
-        assert run.deepspeed["gradient_clipping"] == 1.0
+        check_defaults(run.deepspeed, processes=max(1, machine.gpus))
+        check_muon(run.deepspeed)
         file = tmp_path / f"{stage}.yaml"
         file.write_text(dump_tree(plan.trees[stage]), encoding="utf-8")
         assert load_run(file) == run
@@ -207,3 +211,30 @@ def test_a_base_is_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"format": 1, "vqgan": {}}', encoding="utf-8")
     with pytest.raises(InputError, match=r"--from: .*has no transformer"):
         read_base(tmp_path)
+
+
+def test_small_transformers_train_with_muon_and_large_ones_as_published() -> None:
+    small = _plan().trees["kodalle"]
+    assert small["deepspeed"]["optimizer"]["type"] == "Muon"
+    assert small["weight_decay_on"] == "matrices"
+    assert small["model"]["qk_norm"]
+    assert small["model"]["zero_init_branches"]
+    assert small["model"]["x0_scalars"]
+    million = replace(DATA, train=10**6, validation=2000)
+    large = plan_sizes(million, GPU, Path("run"), Path("pairs"))[1].trees["kodalle"]
+    assert large["deepspeed"]["optimizer"]["type"] == "AdamW"
+    assert "qk_norm" not in large["model"]
+
+
+def test_the_vqgan_computes_in_bfloat16_where_that_is_faster() -> None:
+    sizes, plan = plan_sizes(DATA, CPU, Path("run"), Path("pairs"))
+    assert "bf16" not in plan.trees["vqgan"]["deepspeed"]
+    assert with_bf16(sizes, 0.50, 0.45) == sizes
+    faster = with_bf16(sizes, 0.50, 0.30)
+    assert faster.reasons["VQGAN's arithmetic"] == (
+        "bfloat16", "0.30 s a step on this CPU, 0.50 s in float32; float32 master weights",
+    )  # fmt: skip
+    trees = make_plan(faster, DATA, Path("run"), Path("pairs")).trees
+    assert trees["vqgan"]["deepspeed"]["bf16"] == {"enabled": True}
+    assert "bf16" not in trees["koclip"]["deepspeed"]
+    assert "bf16" not in trees["kodalle"]["deepspeed"]

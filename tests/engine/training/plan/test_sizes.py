@@ -44,7 +44,7 @@ def test_image_size_follows_the_machine_and_the_number(
     assert (sizes.image_size, sizes.grid) == (image_size, grid)
 
 
-@pytest.mark.parametrize(("side", "chosen"), [(400, 256), (200, 128), (100, 64), (40, 32), (20, 32)])
+@pytest.mark.parametrize(("side", "chosen"), [(400, 256), (200, 128), (100, 96), (90, 64), (40, 32), (20, 32)])
 def test_images_are_not_made_larger_than_they_are(side: int, chosen: int) -> None:
     sizes = choose_sizes(replace(DATA, side=side), GPU)
     assert sizes.image_size == chosen
@@ -97,3 +97,24 @@ def test_every_line_has_a_value_and_a_reason() -> None:
     for name, (value, reason) in choose_sizes(DATA, CPU).reasons.items():
         assert value, name
         assert len(reason) > 5, name
+
+
+def test_cut_outs_on_a_cpu_get_96_pixels_where_there_is_time() -> None:
+    """As configs/clothing."""
+    cut = replace(DATA, ground="#eeeeec")
+    assert (choose_sizes(cut, CPU).image_size, choose_sizes(cut, CPU).grid) == (96, 12)
+    assert choose_sizes(cut, CPU, minutes=180).image_size == 96
+    assert choose_sizes(cut, CPU, minutes=60).image_size == 64
+    assert choose_sizes(replace(cut, train=300), CPU).image_size == 64
+
+
+@pytest.mark.parametrize(
+    ("train", "machine", "small"),
+    [(300, CPU, True), (10**6, CPU, True), (2000, GPU, True), (50_000, GPU, False), (300, replace(GPU, has_bf16=False), False)],
+)  # fmt: skip
+def test_small_transformers_get_the_options_that_were_tried_on_them(
+    train: int, machine: MachineFacts, small: bool
+) -> None:
+    sizes = choose_sizes(_with(train), machine)
+    assert sizes.small_transformer == small
+    assert ("Muon" in sizes.reasons["transformer's options"][0]) == small
