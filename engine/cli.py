@@ -12,6 +12,7 @@
     kodalle export MODEL --out DIR
     kodalle convert MODEL DIR --dtype float16
     kodalle import CHECKPOINT DIR
+    kodalle push FOLDER owner/name
     kodalle demo
     kodalle doctor
 
@@ -30,6 +31,7 @@ from engine.commands import doctor as doctor_command
 from engine.commands import evaluate as evaluate_command
 from engine.commands import export as export_commands
 from engine.commands import import_checkpoint as import_command
+from engine.commands import push as push_command
 from engine.commands import train as train_commands
 from engine.commands import train_classifier as train_classifier_command
 from engine.commands.error_lines import run_app
@@ -45,6 +47,7 @@ app.command("train-classifier")(train_classifier_command.train_classifier)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
 app.command("import")(import_command.import_)
+app.command("push")(push_command.push)
 app.command("doctor")(doctor_command.doctor)
 add_plugin_commands(app)
 
