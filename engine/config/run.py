@@ -55,6 +55,15 @@ class LoopConfig(Section):
         return self
 
 
+class PowerSgdConfig(Section):
+    """Gradients of several ranks averaged in compressed form (PowerSGD), for slow links; see engine/training/power_sgd.py."""
+
+    rank: int = Field(
+        4, ge=1, description="columns of the factors of a gradient: more are nearer to it, and more to send"
+    )
+    start_step: int = Field(100, ge=0, description="first steps, whose gradients are averaged exactly")
+
+
 class Run(Section):
     """Sections and keys of every training run."""
 
@@ -73,6 +82,10 @@ class Run(Section):
         gt=0,
         lt=1,
         description="validate and export the exponential moving average of the weights, e.g. 0.999; null: the weights",
+    )
+    gradient_compression: PowerSgdConfig | None = Field(
+        None,
+        description="for data-parallel runs over slow links, at ZeRO stage 0; null: gradients are averaged exactly",
     )
     data: DataConfig
     loop: LoopConfig

@@ -34,6 +34,7 @@ from engine.training.checkpoints import Restorable, TrainingProgress
 from engine.training.deepspeed_section import check_defaults, check_keys
 from engine.training.engines import Engines, is_fp16, micro_batch
 from engine.training.muon import check_muon
+from engine.training.power_sgd import compress_gradients
 from engine.training.process_group import World, join_world
 from engine.training.resumption import check_folder, check_inputs
 from engine.training.run_log import FLUSH_EVERY, RunLog
@@ -95,6 +96,7 @@ class Trainer:
             self.guard.watch(engine)
         self.main = next(iter(self.engines.values()))
         self.average = make_average(run, self.main, world)
+        self._compressions = compress_gradients(run, self.engines, world)
         self._clock = StepClock(world.device)
         self._slow_steps = SlowSteps()
         self._flops_per_step = 0.0  # counted in the first step
@@ -287,8 +289,9 @@ class Trainer:
         )  # fmt: skip
 
     def _restorable(self) -> dict[str, Restorable]:
-        """What a checkpoint holds: the engines, and the average of the weights if there is one."""
-        return {**self.engines, **({"average": self.average} if self.average is not None else {})}
+        """What a checkpoint holds: the engines, the average of the weights, errors of compressed gradients."""
+        average = {"average": self.average} if self.average is not None else {}
+        return {**self.engines, **average, **self._compressions}
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
