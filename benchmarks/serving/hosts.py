@@ -57,6 +57,11 @@ class Host:
     def cut(self) -> None:
         _ip("-n", self.name, "link", "set", self.link, "down")
 
+    def limit(self, mbit_per_s: float) -> None:
+        """What this host sends goes out at so many Mbit/s."""
+        shape = ["rate", f"{mbit_per_s:g}mbit", "burst", "128kb", "latency", "400ms"]
+        _call("tc", "-n", self.name, "qdisc", "replace", "dev", self.link, "root", "tbf", *shape)
+
     def mend(self) -> None:
         _ip("-n", self.name, "link", "set", self.link, "up")
 
@@ -129,7 +134,11 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def _ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    return _call("ip", *arguments)
+
+
+def _call(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout

@@ -78,8 +78,8 @@ class Findings:
         return {"faults": sum(kinds.values()), "by_kind": kinds, **counts, "broken_promises": self.broken}
 
 
-def make_bed(folder: Path, seed: int) -> Bed:
-    """Squares with captions, a VQGAN with random weights, a config; and the run that nothing disturbs."""
+def write_config(folder: Path) -> Path:
+    """Squares with captions, a VQGAN with random weights, and the config of a tiny KoDALLE on them."""
     pairs = folder / "pairs"
     pairs.mkdir()
     colours = ("red", "green", "blue", "yellow", "white", "black")
@@ -118,6 +118,12 @@ def make_bed(folder: Path, seed: int) -> Bed:
     }  # fmt: skip
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
+
+
+def make_bed(folder: Path, seed: int) -> Bed:
+    """The config of `write_config`, and the run of it that nothing disturbs."""
+    file = write_config(folder)
     bed = Bed(folder, random.Random(seed), file)
     for run, kind in ((folder / "undisturbed", "kill"), (folder / "again", "flipped_bit")):
         ended = train(file, run, fault=WriteFault(kind, 0))  # strikes never, and counts

@@ -167,6 +167,10 @@ class KodalleRun(Run):
     weight_decay_on: Literal["all", "matrices"] = Field(
         "all", description="matrices: the optimizer's weight_decay spares tables, head, biases, norms and scales"
     )
+    resblock_gradient_scaling: bool = Field(
+        False,
+        description="for fp16 with a static loss_scale: a loss scale for each branch, in the place of one that moves (DALL-E)",
+    )
     generation: GenerationConfig = Field(
         GenerationConfig(), description="exported with the model: its default sampling parameters"
     )

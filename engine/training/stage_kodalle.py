@@ -56,6 +56,7 @@ from engine.training.muon import make_muon
 from engine.training.order_annealing import batch_orders
 from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import World
+from engine.training.resblock_scaling import make_resblock_scaling
 from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, gathered_parameters
@@ -110,6 +111,9 @@ class KodalleStage:
         if run.start_from is not None:
             start_from(model, run.model, run.start_from, "transformer")
         self._total_steps = total_steps
+        self._scaling = (
+            make_resblock_scaling(model, run.deepspeed, self.world) if run.resblock_gradient_scaling else None
+        )
         kinds, decay_others = parameter_kinds(model), run.weight_decay_on == "all"
         optimizer = None
         if is_muon(run.deepspeed):
@@ -134,6 +138,8 @@ class KodalleStage:
         return {name: value.detach() for name, value in losses._asdict().items()}
 
     def after_step(self, step: int) -> bool:
+        if self._scaling is not None:
+            self._scaling.after_step(step)
         return False
 
     @torch.no_grad()
@@ -189,10 +195,11 @@ class KodalleStage:
         return module
 
     def state(self) -> dict[str, Tensor]:
-        return {}
+        return {} if self._scaling is None else self._scaling.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        pass
+        if self._scaling is not None:
+            self._scaling.load_state(state)
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return to_device(batch["text_tokens"], self.world.device), to_device(batch["image_tokens"], self.world.device)
