@@ -73,6 +73,7 @@ soak: $(READY)  ## an hour or so: tests and benchmarks that `make test` leaves o
 	$(BIN)/python benchmarks/serve_soak.py --server ray --out $(RESULTS)/serve_soak
 	$(BIN)/python benchmarks/serve_load.py --model $(MODEL) --out $(RESULTS)/serve_load
 	$(BIN)/python benchmarks/train_faults.py --out $(RESULTS)/train_faults
+	$(BIN)/python benchmarks/train_hosts.py --out $(RESULTS)/train_hosts
 
 # What the tests of the page and of two hosts need besides Python: a browser with a Korean font, `ip`, and the TypeScript
 # that checks the page's types where there is node. Without them, or without leave to install them, those tests skip and

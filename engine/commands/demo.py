@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from engine.commands.steps import Steps
 from engine.commands.train import check_deepspeed
 from engine.commands.train_pictures import train_pictures
 from engine.commands.train_plan import Preset, Request
@@ -56,8 +57,8 @@ def run_demo(
             raise InputError("--configs", configs, f"has no {stage}.yaml: give configs/demo of the source repository")
     photos = out / "photos"
     if not photos.is_dir():
-        print(f"drawing {images} images", flush=True)
-        make_demo(photos, count=images, seed=1, held_out=held_out, progress=True)
+        steps = Steps({"data": f"drawing {images} images"})
+        steps.run("data", lambda: make_demo(photos, count=images, seed=1, held_out=held_out, progress=True))
     preset = Preset(configs, box_margin=0.04, captions=held_out, candidates=candidates)
     request = Request(photos, out, tuple(overrides), preset=preset, title="A model of drawn garments")
     seconds = train_pictures(request, oracle=right_of)

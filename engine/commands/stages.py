@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.commands.train import launch
+from engine.commands.train import StoppedTraining, launch
 from engine.config_files import load_run
 from engine.data.prepare import PrepareReport, prepare
 from engine.data.sources import PrepareOptions
@@ -41,7 +41,7 @@ def train_stage(
     arguments = [str(config), *(f"{key}={value}" for key, value in places.items()), *overrides]
     code = launch(arguments, num_processes=num_processes)
     if code in (130, 143):
-        raise SystemExit(code)  # a signal reached the training alone, which has said how to go on
+        raise StoppedTraining(code)  # a signal reached the training alone
     if code:
         raise InputError("training", stage, f"ended with exit code {code}: see above; run the same command to go on")
 

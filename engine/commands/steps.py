@@ -1,8 +1,10 @@
 """Numbered steps of a command that takes long, with the time that went by and the time left over the whole."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 
+from engine.commands.train import StoppedTraining
 from engine.progress import seconds_text
 
 
@@ -29,7 +31,17 @@ class Steps:
         number = list(self._titles).index(name) + 1
         print(f"[{number}/{len(self._titles)}] {self._titles[name]}  ({self._times(name)})", flush=True)
         started = time.monotonic()
-        work()
+        try:
+            work()
+        except StoppedTraining:
+            raise
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+        ) as stop:  # SIGINT, or SIGTERM as engine/commands/error_lines.py raises it
+            code = stop.code if isinstance(stop, SystemExit) else 130
+            print(f"stopped while {self._titles[name]}: run the same command to go on", file=sys.stderr, flush=True)
+            raise SystemExit(code) from stop
         self.seconds[name] = round(time.monotonic() - started, 1)
 
     def _times(self, name: str) -> str:

@@ -19,6 +19,10 @@ from engine.errors import InputError
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a training that wrote its checkpoint first
 
 
+class StoppedTraining(SystemExit):
+    """A signal ended a training, which has said how to go on; the code is 128 + the signal's number."""
+
+
 def train(
     target: Annotated[
         Path,
@@ -106,7 +110,7 @@ def launch(arguments: Sequence[str], *, num_processes: int = 1) -> int:
     of its own: a terminal's Ctrl-C would reach it too, and it kills a training that still writes.
 
     Raises:
-        SystemExit: 128 + the number of the signal that stopped it.
+        StoppedTraining: by a signal to this process.
     """
     received = 0
     launcher = subprocess.Popen(
@@ -130,7 +134,7 @@ def launch(arguments: Sequence[str], *, num_processes: int = 1) -> int:
     if received:
         if code not in _STOPPED:  # else the training has said so, with its step
             print("stopped before the next checkpoint: run the same command to go on", file=sys.stderr, flush=True)
-        raise SystemExit(128 + received)
+        raise StoppedTraining(128 + received)
     return code
 
 

@@ -89,13 +89,15 @@ def test_pictures_to_a_model_with_a_report(
 
     with monkeypatch.context() as patched:
         patched.setattr(train_pictures, "_evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stopped:
             train_pictures.train_pictures(request)
+        assert stopped.value.code == 130
     assert trained == ["vqgan", "koclip", "kodalle"]
     assert not (out / "report.html").exists()
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
     assert "24 captioned images" in printed
     assert "[8/8]" not in printed
+    assert errors.endswith("stopped while measuring it on held-out images: run the same command to go on\n")
 
     # The same command goes on, without its options too; nothing is trained again.
     train_pictures.train_pictures(Request(photos, out))
