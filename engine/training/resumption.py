@@ -87,7 +87,10 @@ def _same_computation(old: dict[str, Any], new: dict[str, Any], folder: Path) ->
             continue
         before, after = old.get(key), new.get(key)
         if key == "deepspeed" and isinstance(before, dict):
-            before, after = with_defaults(before), with_defaults(after)  # to write a default out changes nothing
+            before, after = (
+                with_defaults(before),
+                with_defaults(dict(after or {})),
+            )  # to write a default out changes nothing
         free = _FREE_ON_RESUME.get(key, set())
         if isinstance(before, dict) and isinstance(after, dict):
             for inner in sorted(before.keys() | after.keys()):

@@ -202,7 +202,11 @@ def machine_facts() -> MachineFacts:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cpu = cpu_capabilities()
     return MachineFacts(
-        device="cpu", name=cpu.name, cores=fit_to_machine(), memory_bytes=memory, multiplies_bf16=cpu.multiplies_bfloat16
+        device="cpu",
+        name=cpu.name,
+        cores=fit_to_machine(),
+        memory_bytes=memory,
+        multiplies_bf16=cpu.multiplies_bfloat16,
     )
 
 

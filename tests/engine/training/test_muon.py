@@ -19,8 +19,9 @@ from engine.training.parameter_groups import decayed_groups, parameter_kinds
 from engine.training.process_group import free_port, join_world
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights
+from tests.engine.training.test_ranks import train_as_rank
 from tests.engine.training.test_resuming import stop_after
-from tests.engine.training.test_trainer import PRELOAD, train_as_rank
+from tests.engine.training.test_trainer import PRELOAD
 from tests.forked import run_forked
 
 Tree = dict[str, Any]
@@ -260,7 +261,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(
         for zero in range(3)
     ]
     port = free_port()
-    answers = run_forked([(train_as_rank, (rank, port, files)) for rank in range(2)], tmp_path, preload=PRELOAD)
+    answers = run_forked([(train_as_rank, (rank, 2, port, files)) for rank in range(2)], tmp_path, preload=PRELOAD)
     assert [code for code, _ in answers] == [0, 0], answers
     for zero in range(3):
         run = tmp_path / f"zero{zero}"
