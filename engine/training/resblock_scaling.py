@@ -13,13 +13,14 @@ precision within the branches, before their sums over the batch.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.training.engines import is_fp16
 from engine.training.process_group import World
 
@@ -36,7 +37,8 @@ class ResblockScaling:
 
     def __init__(self, model: KoDalle, world: World, *, loss_scale: float = 1.0) -> None:
         self._world, self._loss_scale = world, loss_scale
-        branches = [branch for layer in model.layers for branch in (layer.attention, layer.feed_forward)]
+        layers = cast(list[Layer], list(model.layers))
+        branches = [branch for layer in layers for branch in (layer.attention, layer.feed_forward)]
         device = world.device
         self.scales = torch.full((len(branches),), _START, dtype=torch.float64, device=device)
         self.divided_at = torch.full((len(branches),), -_QUIET_STEPS, dtype=torch.int64, device=device)
@@ -81,7 +83,7 @@ class ResblockScaling:
             self.found_bad[number] += (~is_clean).float()
             return torch.where(is_clean, gradient.float() / scale, 0.0).to(gradient.dtype)
 
-        branch.forward = forward  # type: ignore[method-assign] # of this module alone
+        branch.forward = forward  # of this module alone
         for parameter in branch.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(unscaled)
@@ -97,7 +99,7 @@ class _Incoming(torch.autograd.Function):
         return result.float()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (scale,) = context.saved_tensors
         return (gradient * scale).to(context.dtype), None
 
@@ -112,7 +114,7 @@ class _Outgoing(torch.autograd.Function):
         return x.to(dtype)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (scale,) = context.saved_tensors
         finite = gradient.isfinite()
         context.found_bad += (~finite.all()).float()

@@ -1,13 +1,16 @@
 """Per-resblock gradient scaling in fp16 on a CPU, without DeepSpeed, which has no fp16 there; overflows are put in by hand."""
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from engine.config.transformer import TransformerConfig
 from engine.errors import InputError
 from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import Layer
 from engine.training.process_group import World
 from engine.training.resblock_scaling import ResblockScaling, make_resblock_scaling
 
@@ -79,10 +82,11 @@ def test_without_gradients_the_model_computes_the_same() -> None:
 def test_an_overflow_is_kept_in_its_branch_and_halves_its_scale_alone() -> None:
     model = _model().half()
     scaling = ResblockScaling(model, ALONE)
-    layer = model.layers[1]
-    handle = layer.feed_forward.shrink.register_full_backward_hook(
-        lambda module, inputs, outputs: (torch.full_like(inputs[0], math.inf),)
-    )
+
+    def overflow(module: nn.Module, inputs: Any, outputs: Any) -> tuple[torch.Tensor]:
+        return (torch.full_like(inputs[0], math.inf),)
+
+    handle = cast(Layer, model.layers[1]).feed_forward.shrink.register_full_backward_hook(overflow)
     found = _gradients(model)
     handle.remove()
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
