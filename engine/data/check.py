@@ -19,11 +19,12 @@ from engine.data.crops import IMAGE_FORMATS, ImageFault, open_layered, pixel_box
 from engine.data.cut_out import OutlineFault, crosses_itself, fit_outline, visible_layer
 from engine.data.formats import default_label_format
 from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
+from engine.data.names import readable_name
 from engine.data.orientation import label_frame, size_difference
 from engine.data.pairing import pair_files
 from engine.data.pairs import CaptionFault, load_pairs, read_captions
 from engine.data.plain_folder import find_plain
-from engine.data.source_files import UNREAD_SUFFIXES, SourceFolder, scan, stem_of, suffix_of
+from engine.data.source_files import UNREAD_SUFFIXES, SourceFolder, scan, side_of, source_sides, stem_of, suffix_of
 from engine.data.sources import SourceForm, find_form
 from engine.data.workers import ordered_map
 from engine.errors import InputError, printable
@@ -57,6 +58,7 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "animated_image": ("error", "animation: which of its pictures the caption means is not known"),
     "broken_image": ("error", "truncated or damaged image file"),
     "oversize_image": ("error", "image with more pixels than are safe to decode"),
+    "in_both_splits": ("error", "image with the same bytes as one of the other side of the split"),
     "empty_caption": ("error", "caption file without a caption"),
     "unreadable_caption": ("error", "caption file that cannot be opened"),
     "caption_without_photo": ("error", "no image for a caption file"),
@@ -200,6 +202,7 @@ def check(
 def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progress: bool) -> dict[Path, _Inspected]:
     results = dict(ordered_map(_inspect, images, workers=workers, title="check", progress=progress))
     by_digest: dict[str, Path] = {}
+    sides = source_sides(findings.source)
     for path, result in results.items():
         if result.fault:
             findings.add(path, result.fault, result.detail)
@@ -210,7 +213,9 @@ def _inspect_all(images: list[Path], findings: _Findings, *, workers: int, progr
             findings.add(path, "transparent_image", "is transparent everywhere")
         first = by_digest.setdefault(result.digest, path)
         if first != path:
-            findings.add(path, "duplicate_image", f"same as {first.relative_to(findings.source).as_posix()}")
+            one, other = (each.relative_to(findings.source).as_posix() for each in (path, first))
+            is_leak = {side_of(one, sides), side_of(other, sides)} == {"train", "validation"}
+            findings.add(path, "in_both_splits" if is_leak else "duplicate_image", f"same as {readable_name(other)}")
     return results
 
 
@@ -232,21 +237,26 @@ def _inspect(path: Path) -> _Inspected:
 def _check_labels(
     folder: SourceFolder, label_format: LabelFormat, inspected: dict[Path, _Inspected], findings: _Findings
 ) -> None:
-    read: dict[str, PhotoLabel] = {}
-    for name in folder.labels:
+    def stated_names(name: str) -> tuple[str, ...]:
         try:
-            read[name] = label_format.read(folder.root / name)
-        except LabelFault as fault:
-            findings.add(folder.root / name, fault.defect, fault.remedy)
-    pairing = pair_files(folder, lambda name: read[name].image_names if name in read else ())
-    photos: dict[str, Path] = {}
-    for name, label in read.items():
+            return label_format.read(folder.root / name).image_names
+        except LabelFault:
+            return ()
+
+    pairing = pair_files(folder, stated_names)
+    photos: dict[str, str] = {}
+    for name in folder.labels:
         path, image = folder.root / name, pairing.image_of.get(name)
+        try:
+            label = label_format.read(path)
+        except LabelFault as fault:
+            findings.add(path, fault.defect, fault.remedy)
+            continue
         if image is None:
             findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or similar")
-        first = photos.setdefault(label.photo, path)
-        if first != path:
-            findings.add(path, "duplicate_id", f"{label.photo} is {first.relative_to(folder.root).as_posix()} too")
+        first = photos.setdefault(label.photo, name)
+        if first != name:
+            findings.add(path, "duplicate_id", f"{label.photo} is {readable_name(first)} too")
         if label.photo != stem_of(name):
             findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
@@ -257,7 +267,7 @@ def _check_labels(
     claimed = set(pairing.image_of.values())
     for image in folder.images:
         if image in pairing.alike:
-            findings.add(folder.root / image, "equal_stems", f"same name as {pairing.alike[image]}")
+            findings.add(folder.root / image, "equal_stems", f"same name as {readable_name(pairing.alike[image])}")
         elif image not in claimed:
             findings.add(folder.root / image, "photo_without_label", "no label file names it")
 

@@ -123,7 +123,7 @@ class Crop:
 
     Args:
         record: for reports.
-        text: the label or caption file, as its name was meant.
+        text: the label or caption file, under the source.
         base, object_key: parts of the key; `base` is the photo's id as a file name, or a plain source's key.
         box, outline: None mean the whole image.
         labelled_size: (width, height) as the label has it; None in plain sources.
@@ -339,12 +339,12 @@ def _read_captions(
     try:
         captions = read_captions(source / text)
     except CaptionFault as fault:
-        read.skipped.append(Skipped(record, fault.defect, f"{PurePosixPath(text).name} {fault.remedy}"))
+        read.skipped.append(Skipped(record, fault.defect, f"{readable_name(PurePosixPath(text).name)} {fault.remedy}"))
         return
     key = read.photo.key
     photo = PurePosixPath(key).name
     split = side_of(text, sides) or split_of(photo, options.validation_fraction, options.seed)
-    read.crops.append(Crop(record, readable_name(text), key, "", None, None, captions, photo, split, {}, None))
+    read.crops.append(Crop(record, text, key, "", None, None, captions, photo, split, {}, None))
 
 
 def _read_label(
@@ -376,7 +376,7 @@ def _read_label(
         read.crops.append(
             Crop(
                 name,
-                record,
+                text,
                 base,
                 item.key,
                 item.box,

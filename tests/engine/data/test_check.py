@@ -1,4 +1,5 @@
 import json
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from engine.data.check import DEFECTS, CheckReport, check
 from engine.data.prepare import prepare
 from engine.data.sources import PrepareOptions
 from engine.errors import InputError
+from tests.deliveries import delivery, photo_path
 from tests.label_trees import BOX, HEIGHT, TOP, WIDTH, label_tree, photo, polygon
 
 
@@ -234,9 +236,18 @@ def test_several_defects_are_counted(labelled: Path) -> None:
     assert report.to_json()["errors"] == 3
 
 
+def test_check_names_photographs_on_both_sides(tmp_path: Path) -> None:
+    source = delivery(tmp_path / "s")
+    copy = photo_path(source, "(116)IMG_1", side="Validation")
+    shutil.copy(photo_path(source, "(117)IMG_2"), copy)
+    (found,) = (finding for finding in check(source).errors if finding.defect != "size_mismatch")
+    assert (found.record, found.defect) == (copy.relative_to(source).as_posix(), "in_both_splits")
+    assert found.detail == "same as Training/원천데이터/레트로/(117)IMG_2.jpg"
+
+
 def test_every_defect_has_a_test() -> None:
     tested = {defect for defect, _, _ in [*LABELLED_DEFECTS, *PLAIN_DEFECTS]}
-    tested |= {"duplicate_id", "oversize_image", "tiny_image", "same_name", "broken_pairs"}
+    tested |= {"duplicate_id", "oversize_image", "tiny_image", "same_name", "broken_pairs", "in_both_splits"}
     # files that vanish or lose their permissions while they are read: cannot be planted as root
     assert set(DEFECTS) - tested == {"unreadable_label", "unreadable_caption"}
 

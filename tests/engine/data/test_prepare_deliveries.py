@@ -1,6 +1,7 @@
 """Real deliveries: what repeats, contradicts or is missing in them is counted by kind, with examples, and none of it is lost."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -192,6 +193,23 @@ def test_suffixes_in_both_cases(source: Path) -> None:
         "image files: *.JPG": 1,
         "image files: *.jpg": 7,
     }
+
+
+def test_names_in_cp949(source: Path) -> None:
+    """As some unpackers leave a whole delivery: read, with names that people can read in all reports."""
+    for folder, folders, files in os.walk(source, topdown=False):
+        for name in (*folders, *files):
+            raw = os.fsdecode(name.replace("IMG", "셔츠").encode("cp949"))
+            os.rename(os.path.join(folder, name), os.path.join(folder, raw))
+    for path in source.rglob("*.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        del tree["이미지 정보"]["이미지 식별자"]  # the file's name stands in for it
+        path.write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
+    write_label(label_path(source, "없음", style="스포티"), 7)
+    report = run(source)
+    assert (report.used, report.validation, causes(report)) == (8, 2, {"label_without_photo": 1})
+    assert {pair.photo for pair in load_pairs(report.folder).all} == {"(116)셔츠_1", "(117)셔츠_2", "(118)셔츠_3"}
+    assert "Training/원천데이터/레트로/(117)셔츠_2" in str(report.to_json()["found"]["repeated_name"])
 
 
 def test_archives_are_named_with_the_remedy(source: Path, tmp_path: Path) -> None:
