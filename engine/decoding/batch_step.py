@@ -2,20 +2,22 @@
 
 B sequences, U of them guided, R cache sequences computed, w window, C model dim, N image tokens, V image vocabulary.
 
-    tokens (B, w) ─► embed ─► [ mix ─► project ─► KV cache ─► finish ] x layers ─► hidden (R, w, C)
+    tokens (B, w) ─► embed ─► [ mix ─► project ─► turn ─► KV cache ─► finish ] x layers ─► hidden (R, w, C)
     hidden ─► head norm ─► guidance ─► head ─► logits (B, w, V) ─► next tokens (B, w)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.decoding.kv_cache import KVCache, PrefixRef
 from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.slot_table import SlotTable
-from engine.decoding.step_model import StepModel
+from engine.decoding.step_model import StepLayer, StepModel
+from engine.models.whole_sequence import turned
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,32 @@ def run_layers(
     start = rule.fill(model.embed(fed.flatten(), cells.flatten()))  # (at least R * w, C)
     x = model.to_streams(start)
     cache.begin_step(held, longest)
+    turns = None if model.turns is None else model.turns[:, cells.flatten(), None]  # (2, R * w, 1, rotated channels)
+    rows = torch.arange(R * w, dtype=torch.int64, device=model.device)
+    rows = F.pad(rows, (0, len(start) - R * w))  # those that fill up are copies of the first
     for number, layer in enumerate(model.layers):
         x = model.mix(number, x, start)
-        qkv = rule.tiled(layer.project, x)  # (at least R * w, 3, H, D)
-        attended = cache.append_and_attend(number, qkv[: R * w].unflatten(0, (R, w))).flatten(0, 1)
-        x = rule.tiled(layer.finish, x, rule.fill(attended))
+        project, finish = _with_shifts(layer, number, cache)
+        qkv = rule.tiled(project, x, rows)[: R * w]  # (R * w, 3, H, D)
+        if turns is not None:
+            qkv = turned(qkv, *turns[:, :, None])
+        attended = cache.append_and_attend(number, qkv.unflatten(0, (R, w))).flatten(0, 1)
+        x = rule.tiled(finish, x, rule.fill(attended), rows)
     return model.from_streams(x[: R * w]).unflatten(0, (R, w))
+
+
+_Rows = Callable[..., Tensor]
+
+
+def _with_shifts(layer: StepLayer, number: int, cache: KVCache) -> tuple[_Rows, _Rows]:
+    """A layer's halves as functions of tensors of rows, the last of which says which rows they are."""
+    shifts = cache.shifts
+    if shifts is None:
+        return lambda x, rows: layer.project(x), lambda x, attended, rows: layer.finish(x, attended)
+    return (
+        lambda x, rows: layer.project(x, lambda normed: shifts.shift(number, 0, normed, rows)),
+        lambda x, attended, rows: layer.finish(x, attended, lambda normed: shifts.shift(number, 1, normed, rows)),
+    )
 
 
 def guided_logits(model: StepModel, batch: BatchMetadata, hidden: Tensor) -> Tensor:

@@ -4,21 +4,24 @@
                              anew for each generation, which costs its buffers and nothing else
             JacobiDecoder    one or two slots: several tokens a pass
             AdaptiveDecoder  more slots, continuous batching: either of the two, by how many slots are taken
-    both    WholePassDecoder models that read a sequence from its start; slow, as one line on stderr says
+            all three have every option of the transformer
     CUDA    GraphDecoder     replays captured steps; cached, so that the next generation need not capture them again,
                              and grown to the next power of two when a generation has more sequences
+            SlotDecoder      models with token shift, rotary positions or attention patterns, as one line on stderr says
 
 All give a sequence the same tokens from the same arithmetic; on CUDA logits differ from a CPU's by rounding, in the
 order of sums.
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 
+from engine.config.transformer import TransformerConfig
 from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
@@ -26,7 +29,6 @@ from engine.decoding.slot_decoder import SlotDecoder
 from engine.decoding.speculative.adaptive import AdaptiveDecoder
 from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
-from engine.decoding.whole_passes import WholePassDecoder, report_whole_passes
 from engine.models.transformer import KoDalle
 
 # Windows of 8 for one or two sequences: such a pass costs 1.25 (1.55) times a step and gives a sequence 2.5 tokens or
@@ -44,6 +46,13 @@ def can_graph(device: torch.device) -> bool:
         print("triton is not installed: decoding without CUDA graphs; pip install triton", file=sys.stderr)
         return False
     return True
+
+
+@functools.cache
+def _report_ungraphed(config: TransformerConfig) -> None:
+    """One line, once a model: why a GPU decodes it step by step."""
+    found = ", ".join(name for name in ("token_shift", "rotary") if getattr(config, name)) or "attention_patterns"
+    print(f"decoding: over the KV cache, launch by launch without CUDA graphs, since it has {found}", file=sys.stderr)
 
 
 class DecoderCache:
@@ -73,11 +82,10 @@ class DecoderCache:
         # Guesses are checked by equality, which is worth as much as the equality of arithmetic.
         on_cpu = model.head.weight.device.type == "cpu"
         self._speculates = speculative and batch_invariant and on_cpu and model.config.image_seq_len > 1
-        self._reads_whole = model.config.reads_whole_sequence
-        if self._reads_whole:
-            report_whole_passes(model.config)
-            graphed = False
         self._is_graphed = can_graph(model.head.weight.device) if graphed is None else graphed
+        if self._is_graphed and model.config.depends_on_positions:
+            _report_ungraphed(model.config)
+            self._is_graphed = False
         self._cached: GraphDecoder | None = None
         self._null_prefix: Prefix | None = None  # remembered, so that a decoder once able to guide stays so
         self._is_borrowed = False
@@ -92,9 +100,6 @@ class DecoderCache:
             null_prefix: the empty caption, prefilled; needed for guidance.
             continuous_batching: False: all sequences are added at once and finish together.
         """
-        if self._reads_whole:
-            yield WholePassDecoder(self._model, num_slots, null_prefix=null_prefix)
-            return
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
             if self._speculates and num_slots <= _SPECULATIVE_SLOTS:

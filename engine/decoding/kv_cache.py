@@ -21,15 +21,23 @@ sums end on other last bits); everything else is elementwise or sums along one r
 13 ms of a pass of 16 queries, where one product of all 16 would take 1.4 ms (two cores, 128 own positions, the pass
 133 ms).
 
+A layer with a pattern of attention reads only the splits that hold what its queries may read, and keeps its positions where that
+are few splits (engine/decoding/pattern_places.py).
+
 Every tensor reads as (..., T, H, D); in memory H lies before T, because a matrix product over (sequence, head) would
 otherwise copy the whole cache each step.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from engine.config.transformer import AttentionPattern, TransformerConfig
+from engine.decoding.pattern_places import PatternPlaces, pattern_places
+from engine.decoding.shift_cache import ShiftCache
 
 # A product of one or two query rows takes another BLAS kernel than one of 3 to 64 and differs in the last bit
 # (measured, MKL 2024.2, float32 and bfloat16): rounding siblings up to 4 keeps a result independent of the batch.
@@ -44,13 +52,11 @@ class Prefix:
     """Prefilled captions.
 
     keys, values: (L, G, P, H, D). hidden: (G, C), the last position's output, which predicts the first image token.
-    text_tokens: (G, text_seq_len), for models that read them again at every step, which have no keys and values here.
     """
 
     keys: Tensor
     values: Tensor
     hidden: Tensor
-    text_tokens: Tensor | None = None
 
     @property
     def num_captions(self) -> int:
@@ -99,15 +105,23 @@ class _Siblings:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What all layers of a step share."""
+class _Reads:
+    """What all layers of one pattern share in a step."""
 
-    sequences: Tensor  # (R, w) where each new position goes; the spare sequence for positions past the end
-    split: Tensor  # (R, w)
+    split: Tensor  # (R, w) where each new position goes
     place: Tensor  # (R, w)
+    splits: range | list[int]  # those that are read, ascending; S of them
     mask: Tensor  # (S, R, w, 1, split), 0 or -inf
     scores: Tensor  # (S, w, R * H, 1, split), written by each layer
     results: Tensor  # (S, w, R * H, 1, D), written by each layer
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of a step share."""
+
+    sequences: Tensor  # (R, w) whose each new position is; the spare sequence's for positions past the end
+    reads: dict[AttentionPattern, _Reads]
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,8 @@ class KVCache:
         num_positions: N, own positions of a sequence.
         prefix_shape: (L, P, H, D).
         window: w, positions of a sequence that are computed together.
+        patterns: of each layer, over a grid of `grid_size` cells a side; none: full attention.
+        shifts: for models with token shift: what their branches take from neighbouring cells.
     """
 
     def __init__(
@@ -145,11 +161,16 @@ class KVCache:
         prefix_shape: tuple[int, int, int, int],
         *,
         window: int = 1,
+        patterns: tuple[AttentionPattern, ...] = (),
+        grid_size: int = 0,
+        shifts: ShiftCache | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         L, _, H, D = prefix_shape
         self._num_positions = max(num_positions, 1)
+        self._patterns = patterns or ("full",) * L
+        self.shifts = shifts
         self._splits: _Splits | None = None
         self._step: _Step | None = None
         self._wide = torch.promote_types(dtype, torch.float32)
@@ -163,12 +184,33 @@ class KVCache:
         self._own = torch.empty(2, L, num_splits, num_rows, H, self._split, D, dtype=dtype, device=device).zero_()
         places = torch.arange(num_splits * self._split, dtype=torch.int64, device=device)
         self._places = places.view(num_splits, 1, 1, 1, self._split)
+        self._pattern_places: dict[AttentionPattern, PatternPlaces] = {
+            pattern: pattern_places(pattern, grid_size, self._num_positions, num_splits, self._split, device)
+            for pattern in dict.fromkeys(self._patterns)
+            if pattern != "full"
+        }
+        self._taken: Tensor | None = None
         self._rows = torch.arange(num_rows, dtype=torch.int64, device=device)
         self._offsets = torch.arange(window, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def of_model(model: "_Model", num_sequences: int, *, window: int = 1) -> "KVCache":
+        """A cache for all that a model computes of `num_sequences` sequences: the last token of an image is never an input."""
+        config, dtype, device = model.config, model.dtype, model.device
+        shifts = None
+        if config.token_shift:
+            shifts = ShiftCache(config, num_sequences, window=window, dtype=dtype, device=device)
+        prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
+        return KVCache(
+            num_sequences, config.image_seq_len - 1, prefix_shape, window=window, patterns=config.patterns,
+            grid_size=config.image_grid_size, shifts=shifts, dtype=dtype, device=device,
+        )  # fmt: skip
 
     def copy_sequence(self, sequence: int, source: "KVCache", source_sequence: int) -> None:
         """Takes over a sequence's own positions from a cache with as many positions a sequence."""
         self._own[:, :, :, sequence] = source._own[:, :, :, source_sequence]
+        if self.shifts is not None and source.shifts is not None:
+            self.shifts.copy_sequence(sequence, source.shifts, source_sequence)
 
     def set_prefixes(self, prefix_of_sequence: Mapping[int, PrefixRef]) -> None:
         """Sets which sequences are read from now on, and their captions; to be called when that changes.
@@ -176,6 +218,7 @@ class KVCache:
         The results of other sequences are undefined until then.
         """
         w = len(self._offsets)
+        self._taken = torch.tensor(sorted(prefix_of_sequence), dtype=torch.int64, device=self._rows.device)
         self._siblings = _group(
             {sequence * w + offset: ref for sequence, ref in prefix_of_sequence.items() for offset in range(w)}
         )
@@ -197,22 +240,45 @@ class KVCache:
             longest: the largest of them.
         """
         held = lengths[:, None] + self._offsets  # (R, w) before each new position
+        if self.shifts is not None:
+            self.shifts.begin_step(held)
         inside = held < self._num_positions
         held = held.clamp(max=self._num_positions - 1)
-        R, w = held.shape
-        S = (min(longest + w, self._num_positions) - 1) // self._split + 1
-        if self._splits is None or (self._splits.num_sequences, self._splits.num_splits) != (R, S):
-            self._splits = _Splits.of(self._own, R, S)
-        H, D = self._own.shape[4], self._own.shape[6]
-        # A position sees what its sequence holds, those of its window before it, and itself.
-        is_masked = self._places[:S] > held[:, :, None, None]  # (S, R, w, 1, split)
+        R = held.shape[0]
+        S = (min(longest + len(self._offsets), self._num_positions) - 1) // self._split + 1
+        built = self._own.shape[2] if self._pattern_places else S
+        if self._splits is None or (self._splits.num_sequences, self._splits.num_splits) != (R, built):
+            self._splits = _Splits.of(self._own, R, built)
         self._step = _Step(
             sequences=torch.where(inside, self._rows[:R, None], len(self._rows) - 1),
-            split=held // self._split,
-            place=held % self._split,
+            reads={
+                pattern: self._full_reads(held, S) if pattern == "full" else self._pattern_reads(pattern, held)
+                for pattern in dict.fromkeys(self._patterns)
+            },
+        )
+
+    def _full_reads(self, held: Tensor, S: int) -> _Reads:
+        # A position sees what its sequence holds, those of its window before it, and itself.
+        return self._reads(held, range(S), self._places[:S] > held[:, :, None, None])
+
+    def _pattern_reads(self, pattern: AttentionPattern, held: Tensor) -> _Reads:
+        known = self._pattern_places[pattern]
+        # Rows of no sequence are computed too, and read whatever splits the others need.
+        taken = held if self._taken is None else held[self._taken]
+        splits = known.is_split_read[taken.flatten()].any(0).nonzero()[:, 0].tolist()
+        is_read = known.is_read[held].unflatten(2, (-1, self._split))[:, :, splits]  # (R, w, S, split)
+        return self._reads(known.place_of[held], splits, ~is_read.permute(2, 0, 1, 3)[:, :, :, None])
+
+    def _reads(self, places: Tensor, splits: range | list[int], is_masked: Tensor) -> _Reads:
+        """places (R, w); is_masked (S, R, w, 1, split)."""
+        (R, w), H, D = places.shape, self._own.shape[4], self._own.shape[6]
+        return _Reads(
+            split=places // self._split,
+            place=places % self._split,
+            splits=splits,
             mask=torch.zeros_like(is_masked, dtype=self._wide).masked_fill_(is_masked, -torch.inf),
-            scores=self._own.new_empty(S, w, R * H, 1, self._split),
-            results=self._own.new_empty(S, w, R * H, 1, D),
+            scores=self._own.new_empty(len(splits), w, R * H, 1, self._split),
+            results=self._own.new_empty(len(splits), w, R * H, 1, D),
         )
 
     def append_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
@@ -229,16 +295,17 @@ class KVCache:
         step, splits = self._step, self._splits
         assert step is not None
         assert splits is not None
-        self._own[:, layer][:, step.split, step.sequences, :, step.place] = qkv[:, :, 1:]
+        reads = step.reads[self._patterns[layer]]
+        self._own[:, layer][:, reads.split, step.sequences, :, reads.place] = qkv[:, :, 1:]
         R, w, _, H, D = qkv.shape
         q = qkv[:, :, 0].flatten(0, 1)  # (R * w, H, D)
         prefix_scores = self._per_query([group.multiply(q, group.keys[layer]) for group in self._siblings], R * w)
         prefix_scores = prefix_scores.to(self._wide)  # (R * w, H, P)
         by_offset = qkv[:, :, 0].transpose(0, 1).reshape(w, R * H, 1, D).unbind()
-        for scores, keys in zip(step.scores, splits.keys[layer], strict=True):
+        for scores, keys in zip(reads.scores, (splits.keys[layer][number] for number in reads.splits), strict=True):
             for one, query in zip(scores, by_offset, strict=True):
                 torch.bmm(query, keys, out=one)
-        own_scores = step.scores.view(-1, w, R, H, self._split).transpose(1, 2) + step.mask
+        own_scores = reads.scores.view(-1, w, R, H, self._split).transpose(1, 2) + reads.mask
         own_scores = own_scores.flatten(1, 2)  # (S, R * w, H, split), float32 or better
         highest = torch.maximum(prefix_scores.amax(2), own_scores.amax(3).amax(0))[:, :, None]  # (R * w, H, 1)
         prefix_weights = (prefix_scores - highest).exp_()
@@ -247,14 +314,16 @@ class KVCache:
         for part in own_weights.sum(3):
             total = total + part  # (R * w, H)
         prefix_weights = prefix_weights.to(q.dtype)
-        weights = own_weights.to(q.dtype).unflatten(1, (R, w)).transpose(1, 2).reshape(step.scores.shape)
+        weights = own_weights.to(q.dtype).unflatten(1, (R, w)).transpose(1, 2).reshape(reads.scores.shape)
         result = self._per_query(
             [group.multiply(prefix_weights, group.values[layer]) for group in self._siblings], R * w
         )
-        for results, split_weights, values in zip(step.results, weights, splits.values[layer], strict=True):
+        for results, split_weights, values in zip(
+            reads.results, weights, (splits.values[layer][number] for number in reads.splits), strict=True
+        ):
             for one, weight in zip(results, split_weights, strict=True):
                 torch.bmm(weight, values, out=one)
-        for part in step.results.view(-1, w, R, H, D).transpose(1, 2).flatten(1, 2):
+        for part in reads.results.view(-1, w, R, H, D).transpose(1, 2).flatten(1, 2):
             result = result + part  # (R * w, H, D)
         return (result / total[:, :, None]).to(q.dtype).unflatten(0, (R, w))
 
@@ -267,6 +336,17 @@ class KVCache:
         if missing <= 0:
             return rows[:num_queries]
         return torch.cat([rows, rows[:1].expand(missing, -1, -1)])
+
+
+class _Model(Protocol):
+    """What `KVCache.of_model` asks of a model."""
+
+    @property
+    def config(self) -> TransformerConfig: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 def empty_prefix(L: int, G: int, P: int, H: int, D: int, C: int, *, dtype: torch.dtype, device: torch.device) -> Prefix:

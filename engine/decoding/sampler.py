@@ -23,7 +23,6 @@ from engine.decoding.decoder import Decoder
 from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix, empty_prefix
 from engine.decoding.step_model import StepModel
-from engine.decoding.whole_passes import read_captions
 from engine.errors import InputError
 from engine.models.attention import attention
 from engine.models.transformer import KoDalle
@@ -94,9 +93,6 @@ class Sampler:
         config, G = self.model.config, text_tokens.shape[0]
         if text_tokens.shape[1:] != (config.text_seq_len,):
             raise InputError("text_tokens", tuple(text_tokens.shape), f"must be (captions, {config.text_seq_len})")
-        if config.reads_whole_sequence:
-            with evaluating(self.model):
-                return read_captions(self.model, text_tokens)
         weight = self.model.head.weight
         prefix = empty_prefix(
             config.num_layers, G, config.prefix_len, config.num_heads, config.head_dim, config.dim,

@@ -87,8 +87,7 @@ class SingleTokenSteps:
     def __init__(self, model: StepModel, table: SlotTable) -> None:
         config, room = model.config, model.padding_rule.padded(table.num_slots)
         self._model, self._table = model, table
-        prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
-        self.cache = KVCache(room, config.image_seq_len - 1, prefix_shape, dtype=model.dtype, device=model.device)
+        self.cache = KVCache.of_model(model, room)
         self.hidden = torch.zeros(room, config.dim, dtype=model.dtype, device=model.device)
         self._batch: BatchMetadata | None = None
         self._version = -1  # of the table when `_batch` was made

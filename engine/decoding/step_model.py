@@ -18,16 +18,20 @@ from torch import Tensor
 
 from engine.config.transformer import TransformerConfig
 from engine.models.transformer import KoDalle
-from engine.models.transformer_layer import Layer
+from engine.models.transformer_layer import Layer, Shift
+from engine.models.whole_sequence import turns_of_cells
 
 
 class StepLayer(Protocol):
-    """One layer, in two halves."""
+    """One layer, in two halves. Its positions are turned between them, where the model has rotary ones.
 
-    def project(self, x: Tensor) -> Tensor:
+    `shift` is token shift: normalised inputs (R, C) -> (R, C), see engine/decoding/shift_cache.py.
+    """
+
+    def project(self, x: Tensor, shift: Shift | None = None) -> Tensor:
         """(R, C) -> queries / sqrt(D), keys, values (R, 3, H, D)."""
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, shift: Shift | None = None) -> Tensor:
         """x (R, C) and the attention's result (R, H, D) -> the next layer's x (R, C)."""
 
 
@@ -83,6 +87,7 @@ class StepModel:
         self.head_norm: Callable[[Tensor], Tensor] = model.head.norm
         self._tokens = model.image_embedding.tokens
         self._positions = model.input_positions().detach()  # (N, C)
+        self.turns = turns_of_cells(self.config, self.dtype, self.device)  # (2, N, rotated channels); None: not rotary
         self.to_streams, self.from_streams = model.to_streams, model.from_streams
         self._mixes = [layer.mix for layer in cast(list[Layer], list(model.layers))]
 
@@ -123,9 +128,12 @@ class _PlainLayer:
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
 
-    def project(self, x: Tensor) -> Tensor:
-        q, k, v = self._layer.project(x[:, None])  # (R, 1, H, D) each
-        return torch.cat([q * self._layer.attention.head_dim**-0.5, k, v], dim=1)
+    def project(self, x: Tensor, shift: Shift | None = None) -> Tensor:
+        branch = self._layer.attention
+        normed = branch.norm(self._layer.streams(x)[1])
+        q, k, v = branch.heads((normed if shift is None else shift(normed))[:, None])  # (R, 1, H, D) each
+        return torch.cat([q * branch.head_dim**-0.5, k, v], dim=1)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        return self._layer.finish(x[:, None], attended[:, None])[:, 0]
+    def finish(self, x: Tensor, attended: Tensor, shift: Shift | None = None) -> Tensor:
+        of_rows: Shift | None = None if shift is None else lambda normed: shift(normed[:, 0])[:, None]
+        return self._layer.finish(x[:, None], attended[:, None], of_rows)[:, 0]

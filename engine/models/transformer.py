@@ -16,7 +16,8 @@ checkpoints can be loaded and its parameter counts agree exactly (334,974,336 wi
   table has a row each; no row of the tables is then without a gradient.
 * Options for small models (`TransformerConfig`: qk_norm, zero_init_branches, x0_scalars, target_positions) are off by
   default and then leave no trace, neither in the parameters nor in the arithmetic. docs/training.md has their sources.
-* DALLE-pytorch's reversible, sandwich_norm, stable, token_shift, rotary and attention_patterns are options too, for its checkpoints (docs/importing.md).
+* DALLE-pytorch's and minDALL-E's differences are options too, for their checkpoints (docs/interop.md). Without bos the last text
+  position predicts the first image token; a class or a learned start instead of a text is one position, and predicts no text.
 * The head is one weight over the joint vocabulary [text | one reserved row per text position | image]. A text
   position may only predict text rows and an image position only image rows; cutting the weight into two views is
   the same function as masking the joint logits, at half the work and memory.
@@ -104,9 +105,15 @@ class KoDalle(nn.Module):
         if orders is not None:
             image_tokens, inputs = image_tokens.gather(1, orders), inputs.gather(1, orders)
         text_logits, image_logits = self.logits(text_tokens, inputs, orders)
-        loss_text = F.cross_entropy(text_logits.flatten(0, 1).float(), text_tokens.flatten())
+        targets = text_tokens[:, text_tokens.shape[1] - self.config.num_text_targets :]
+        has_text = self.config.condition == "text" and targets.numel() > 0
+        loss_text = (
+            F.cross_entropy(text_logits.flatten(0, 1).float(), targets.flatten())
+            if has_text
+            else image_logits.new_zeros((), dtype=torch.float32)
+        )
         loss_image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
-        loss = (loss_text + loss_image_weight * loss_image) / (1 + loss_image_weight)
+        loss = (loss_text + loss_image_weight * loss_image) / (1 + loss_image_weight) if has_text else loss_image
         with torch.no_grad():
             image_top1 = (image_logits.argmax(-1) == image_tokens).float().mean()
         return Losses(loss, loss_text.detach(), loss_image.detach(), image_top1)
@@ -120,7 +127,7 @@ class KoDalle(nn.Module):
             orders: (B, n) int64, the grid cells that these tokens are of; None: the first n, row by row.
 
         Returns:
-            (B, text_seq_len, text_vocab_size + text_seq_len) and (B, n, image_vocab_size).
+            (B, num_text_targets, text_head_rows) and (B, n, image_vocab_size).
         """
         config = self.config
         assert 1 <= image_tokens.shape[1] <= config.image_seq_len, (image_tokens.shape, config.image_seq_len)
@@ -231,21 +238,28 @@ class KoDalle(nn.Module):
 
 
 class JointHead(nn.Module):
-    """LayerNorm and one Linear over the joint vocabulary, applied as two views of its rows."""
+    """LayerNorm and one Linear over the joint vocabulary, applied as two views of its rows.
+
+    `separate_heads` are the same without a bias and without reserved rows.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.num_text_positions = config.text_seq_len
-        self.num_text_rows = config.text_vocab_size + config.text_seq_len
+        self.num_text_positions = config.num_text_targets
+        self.num_text_rows = config.text_head_rows
         self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
         self.weight = nn.Parameter(torch.empty(config.joint_vocab_size, config.dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(config.joint_vocab_size, dtype=torch.float32))
         bound = 1 / math.sqrt(config.dim)  # nn.Linear's default
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        self.bias: Tensor
+        if config.separate_heads:
+            self.register_buffer("bias", torch.zeros(config.joint_vocab_size, dtype=torch.float32), persistent=False)
+        else:
+            self.bias = nn.Parameter(torch.empty(config.joint_vocab_size, dtype=torch.float32))
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, text_seq_len + n, C) -> text logits (B, text_seq_len, V_text), image logits (B, n, V_image)."""
+        """x (B, num_text_targets + n, C) -> text logits (B, num_text_targets, V_text), image logits (B, n, V_image)."""
         x = self.norm(x)
         text, image = x[:, : self.num_text_positions], x[:, self.num_text_positions :]
         weight, bias = self.weight[: self.num_text_rows], self.bias[: self.num_text_rows]

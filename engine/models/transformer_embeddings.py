@@ -19,17 +19,19 @@ class TextEmbedding(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.unique_from = config.text_vocab_size if config.unique_padding else None
-        # padding_idx keeps row 1 of both tables without a gradient.
-        self.padding_idx = None if config.unique_padding else PAD_ID
+        self.bos = config.bos
+        # padding_idx keeps row 1 of both tables without a gradient, where they come from a language model.
+        self.padding_idx = None if config.unique_padding or not config.bos else PAD_ID
         rows = config.text_vocab_size + (config.text_seq_len if config.unique_padding else 0)
         self.tokens = nn.Parameter(torch.randn(rows, config.dim, dtype=torch.float32))
-        positions = None if config.rotary else torch.randn(config.text_position_rows, config.dim, dtype=torch.float32)
-        self.positions = None if positions is None else nn.Parameter(positions)
+        has_positions = not config.rotary and config.condition == "text"
+        shape = (config.text_position_rows, config.dim)
+        self.positions = nn.Parameter(torch.randn(shape, dtype=torch.float32)) if has_positions else None
         self.zero_padding()
 
     def forward(self, text_tokens: Tensor) -> Tensor:
-        """(B, T) ids from [CLS] on -> (B, 1 + T, C)."""
-        text_tokens = F.pad(self.numbered(text_tokens), (1, 0), value=BOS_ID)  # (B, 1 + T)
+        """(B, T) ids from [CLS] on -> (B, 1 + T, C); without <bos> (B, T, C)."""
+        text_tokens = F.pad(self.numbered(text_tokens), (int(self.bos), 0), value=BOS_ID)
         tokens = F.embedding(text_tokens, self.tokens, padding_idx=self.padding_idx)
         if self.positions is None:
             return tokens
@@ -52,15 +54,16 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Image tokens -> vectors: token row + grid row + grid column (axial positions, summed)."""
+    """Image tokens -> vectors: token row + grid row + grid column (axial positions, summed), or + a row of a table of cells."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.grid_size = config.image_grid_size
         self.tokens = nn.Parameter(torch.randn(config.image_vocab_size, config.dim, dtype=torch.float32))
-        shape = (config.image_grid_size, config.dim)
-        self.rows = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
-        self.columns = None if config.rotary else nn.Parameter(torch.randn(shape, dtype=torch.float32))
+        is_learned = config.image_positions == "learned"
+        self.rows = None if config.rotary or is_learned else _table(config.image_grid_size, config.dim)
+        self.columns = None if config.rotary or is_learned else _table(config.image_grid_size, config.dim)
+        self.cells = _table(config.image_seq_len, config.dim) if is_learned and not config.rotary else None
 
     def forward(self, image_tokens: Tensor, cells: Tensor | None = None) -> Tensor:
         """(B, n) ids of the grid cells (B, n), by default the first n; n may be 0 -> (B, n, C)."""
@@ -70,6 +73,8 @@ class ImageEmbedding(nn.Module):
 
     def position_table(self) -> Tensor:
         """(image_seq_len, C): position embedding of each grid cell, row by row."""
+        if self.cells is not None:
+            return self.cells
         if self.rows is None or self.columns is None:  # rotary: positions are in the attention
             return self.tokens.new_zeros(self.grid_size**2, self.tokens.shape[1])
         return _axial_table(self.rows, self.columns)
@@ -95,6 +100,10 @@ class TargetEmbedding(nn.Module):
     def position_table(self) -> Tensor:
         """(image_seq_len, C)."""
         return _axial_table(self.rows, self.columns)
+
+
+def _table(rows: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, dim, dtype=torch.float32))
 
 
 def _axial_table(rows: Tensor, columns: Tensor) -> Tensor:

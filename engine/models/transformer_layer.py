@@ -5,13 +5,20 @@ B sequences, T positions, H heads, D head dim, C model dim, F feed-forward inner
 Each module uses only its own parameters in its own forward: DeepSpeed ZeRO-3 gathers them by module.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.transformer import TransformerConfig
 from engine.models.attention import AttentionBackend, attention, masked_attention, normalised_heads
 from engine.models.whole_sequence import pattern_mask, rotated, shift_tokens
 from kernels.reference import geglu
+
+
+# Token shift of a branch's normalised inputs, by whoever keeps those of other positions: (..., C) -> (..., C)
+Shift = Callable[[Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -54,11 +61,11 @@ class Layer(nn.Module):
         """See `AttentionBranch.project`."""
         return self.attention.project(self.streams(x)[1])
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x and the attention's result (B, T, H, D) -> the next layer's x."""
+    def finish(self, x: Tensor, attended: Tensor, shift: Shift | None = None) -> Tensor:
+        """x and the attention's result (B, T, H, D) -> the next layer's x; `shift`: see `FeedForwardBranch.forward`."""
         first, second = self.streams(x)
         first = self.attention.add(first, attended)
-        return self._joined(first, self.feed_forward(first, self._onto(first, second)))
+        return self._joined(first, self.feed_forward(first, self._onto(first, second), shift))
 
     def _onto(self, first: Tensor, second: Tensor) -> Tensor:
         """What the feed-forward branch is added to."""
@@ -80,13 +87,14 @@ class AttentionBranch(nn.Module):
         self.qk_norm = config.qk_norm
         inner = config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
-        self.qkv = nn.Linear(config.dim, 3 * inner, bias=False, dtype=torch.float32)
+        self.qkv = nn.Linear(config.dim, 3 * inner, bias=config.qkv_bias, dtype=torch.float32)
         self.out = nn.Linear(inner, config.dim, dtype=torch.float32)
         self.dropout = nn.Dropout(config.attention_dropout)  # on the projected output only, as DALLE-pytorch
         self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
-        self.scale = _branch_scale(config, number, self.out)
+        self.scale: Tensor
+        _add_scale(self, config, number, self.out)
         self.config = config
-        self.pattern = config.attention_patterns[(number - 1) % len(config.attention_patterns)]
+        self.pattern = config.patterns[number - 1]
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:
         """x (B, T, C) from <bos> on, onto (B, T, C) -> (B, T, C)."""
@@ -101,13 +109,17 @@ class AttentionBranch(nn.Module):
 
         With token shift and rotary positions x is of a whole sequence, from <bos> on.
         """
-        B, T, _ = x.shape
         normed = self.norm(x)
         if self.config.token_shift:
             normed = shift_tokens(normed, self.config)
-        q, k, v = self.qkv(normed).view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = self.heads(normed)
         if self.config.rotary:
             q, k, v = (rotated(part, self.config) for part in (q, k, v))
+        return q, k, v
+
+    def heads(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised, shifted inputs (B, T, C) -> q, k, v, each (B, T, H, D), before rotary positions turn them."""
+        q, k, v = self.qkv(normed).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         return (*normalised_heads(q, k), v) if self.qk_norm else (q, k, v)
 
     def add(self, onto: Tensor, attended: Tensor) -> Tensor:
@@ -117,26 +129,46 @@ class AttentionBranch(nn.Module):
 
 
 class FeedForwardBranch(nn.Module):
-    """onto + scale * shrink(geglu(grow(norm(x)))), F = ff_mult * C."""
+    """onto + scale * shrink(geglu(grow(norm(x)))), or another activation; F = ff_mult * C."""
 
     def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
         inner = config.ff_mult * config.dim
         self.norm = nn.LayerNorm(config.dim, dtype=torch.float32)
-        self.grow = nn.Linear(config.dim, 2 * inner, dtype=torch.float32)  # value first, then gate
+        self.is_gated = config.activation == "geglu"
+        width = 2 * inner if self.is_gated else inner  # value first, then gate
+        self.grow = nn.Linear(config.dim, width, dtype=torch.float32)
         self.dropout = nn.Dropout(config.ff_dropout)
         self.shrink = nn.Linear(inner, config.dim, dtype=torch.float32)
         self.norm_out = nn.LayerNorm(config.dim, dtype=torch.float32) if config.sandwich_norm else None
-        self.scale = _branch_scale(config, number, self.shrink)
+        self.scale: Tensor
+        _add_scale(self, config, number, self.shrink)
         self.config = config
 
-    def forward(self, x: Tensor, onto: Tensor) -> Tensor:
-        """x (B, T, C), onto (B, T, C) -> (B, T, C); with token shift from <bos> on."""
+    def forward(self, x: Tensor, onto: Tensor, shift: Shift | None = None) -> Tensor:
+        """x (B, T, C), onto (B, T, C) -> (B, T, C).
+
+        Args:
+            shift: token shift of positions that are not a whole sequence; None: they are one, from <bos> on.
+        """
         normed = self.norm(x)
-        if self.config.token_shift:
+        if shift is not None:
+            normed = shift(normed)
+        elif self.config.token_shift:
             normed = shift_tokens(normed, self.config)
-        branch = self.shrink(self.dropout(geglu(self.grow(normed))))
+        branch = self.shrink(self.dropout(self.activate(self.grow(normed))))
         return onto + self.scale * (branch if self.norm_out is None else self.norm_out(branch))
+
+    def activate(self, grown: Tensor) -> Tensor:
+        """(..., 2 F) -> (..., F) where it is gated, else (..., F) -> (..., F)."""
+        if self.is_gated:
+            return geglu(grown)
+        return F.gelu(grown) if self.config.activation == "gelu" else quick_gelu(grown)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), which OpenAI's CLIP and minDALL-E have for GELU."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 def layer_scale(number: int) -> float:
@@ -146,8 +178,8 @@ def layer_scale(number: int) -> float:
     return 1e-5 if number <= 24 else 1e-6
 
 
-def _branch_scale(config: TransformerConfig, number: int, last: nn.Linear) -> nn.Parameter:
-    """The learned scale (C,) of a branch that ends in `last`, at its start.
+def _add_scale(branch: nn.Module, config: TransformerConfig, number: int, last: nn.Linear) -> None:
+    """Adds the scale (C,) of a branch that ends in `last`, as it starts: learned, or ones that are no weights.
 
     A branch whose last projection starts at zero adds nothing to begin with, which is what a small scale is for. With
     both, each step of the projection would have a tenth of its effect for no reason: the scale starts at 1 then, which
@@ -156,5 +188,9 @@ def _branch_scale(config: TransformerConfig, number: int, last: nn.Linear) -> nn
     if config.zero_init_branches:
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-    start = 1.0 if config.zero_init_branches else layer_scale(number)
-    return nn.Parameter(torch.full((config.dim,), start, dtype=torch.float32))
+    start = 1.0 if config.zero_init_branches or not config.layer_scale else layer_scale(number)
+    scale = torch.full((config.dim,), start, dtype=torch.float32)
+    if config.layer_scale:
+        branch.scale = nn.Parameter(scale)
+    else:
+        branch.register_buffer("scale", scale, persistent=False)

@@ -1,7 +1,7 @@
 """What DALLE-pytorch's switches make of a whole sequence: token shift, rotary positions, attention patterns of images.
 
-All three need to know where a position lies in [<bos>, text, image], and token shift also the vectors before it. They are for models
-that read a sequence from its start: decoding runs them as whole passes (engine/decoding/whole_passes.py).
+All three need to know where a position lies in [<bos>, text, image], and token shift also the vectors before it. Here they are for
+sequences that are read from their start; decoding has its own of single cells (engine/decoding/{shift_cache,pattern_places}.py).
 
 P = 1 + text positions, g grid size, N = g * g image positions, n positions so far, D head dim.
 Source: lucidrains/DALLE-pytorch `transformer.py`, `attention.py`; rotary_embedding_torch.
@@ -20,6 +20,7 @@ _FAR = 8192.0  # text position of all image tokens
 _OUTSIDE = -10.0  # of text on the image's axes, which span -1 to 1
 _THETA, _MAX_FREQUENCY = 10000.0, 10.0
 _WINDOW = 5  # cells along a side of the convolution-like pattern
+_DALLE_WINDOW = 11  # of DALL-E's own (arXiv 2102.12092, appendix B.1)
 
 
 def shift_tokens(x: Tensor, config: TransformerConfig) -> Tensor:
@@ -44,11 +45,23 @@ def rotated(heads: Tensor, config: TransformerConfig) -> Tensor:
     angles = rotary_angles(config.prefix_len, config.image_grid_size, config.head_dim, heads.device)[
         : heads.shape[1], None
     ]
-    turned, kept = heads[..., : angles.shape[-1]], heads[..., angles.shape[-1] :]
-    even, odd = turned[..., ::2], turned[..., 1::2]
+    return turned(heads, angles.cos().to(heads.dtype), angles.sin().to(heads.dtype))
+
+
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels (..., D), turned by angles whose cosines and sines broadcast with the first channels."""
+    first, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    even, odd = first[..., ::2], first[..., 1::2]
     across = torch.stack([-odd, even], dim=-1).flatten(-2)
-    cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-    return torch.cat([turned * cos + across * sin, kept], dim=-1)
+    return torch.cat([first * cos + across * sin, kept], dim=-1)
+
+
+def turns_of_cells(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """(2, N, channels): cosines and sines of each cell's angles; None: the model is not rotary."""
+    if not config.rotary:
+        return None
+    angles = rotary_angles(config.prefix_len, config.image_grid_size, config.head_dim, device)[config.prefix_len :]
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -90,11 +103,16 @@ def _pattern_mask(pattern: AttentionPattern, P: int, g: int) -> Tensor:
     cells = index[P:] - P
     row, column = cells // g, cells % g
     down, right = row[:, None] - row, column[:, None] - column  # from the attended cell to the attending one
+    back, reach = cells[:, None] - cells, _DALLE_WINDOW // 2  # back: in raster order, past the ends of rows
+    window = [a * g + b for a in range(reach + 1) for b in range(-reach, reach + 1)]
     near = {
         "axial_row": down == 0,
         "axial_col": right == 0,
         "conv": (down >= 0) & (down < _WINDOW) & (right >= 0) & (right < _WINDOW),
         "conv_symmetric": (down.abs() <= _WINDOW // 2) & (right.abs() <= _WINDOW // 2),
+        "dalle_row": back <= g,  # to the cell right above
+        "dalle_col": right == 0,
+        "dalle_conv": torch.isin(back, torch.tensor(window, dtype=torch.int64, device="cpu")),
         "full": torch.ones_like(down, dtype=torch.bool),
     }[pattern]
     mask = causal.clone()

@@ -27,6 +27,7 @@ where queries are normalised: these are divided afterwards.
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -38,7 +39,7 @@ from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.attention import normalised_heads
 from engine.models.transformer import KoDalle
-from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer
+from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer, Shift, quick_gelu
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).
@@ -143,9 +144,13 @@ class _Attention:
         self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
         self._out = _PackedLinear(*_scaled(branch.out, branch.scale if self._norm_out is None else None))
         query_scale = 1 if branch.qk_norm else branch.head_dim**-0.5
-        self.qkv_weight = torch.cat(
-            [rows * scale for rows, scale in zip(branch.qkv.weight.chunk(3), (query_scale, 1, 1), strict=True)]
-        )
+        scales = (query_scale, 1, 1)
+
+        def scaled(part: Tensor) -> Tensor:
+            return torch.cat([rows * scale for rows, scale in zip(part.chunk(3), scales, strict=True)])
+
+        bias = branch.qkv.bias
+        self.qkv = scaled(branch.qkv.weight), None if bias is None else scaled(bias)  # weight and bias
 
     def add(self, onto: Tensor, attended: Tensor) -> Tensor:
         """onto (R, C) plus what the branch makes of the attention's result (R, H, D)."""
@@ -168,27 +173,39 @@ class _PackedLayer:
         branch: FeedForwardBranch = layer.feed_forward
         self._reversible = layer.reversible
         self._attention = _Attention(layer.attention)
-        self._qkv = _PackedLinear(self._attention.qkv_weight, None)
+        self._qkv = _PackedLinear(*self._attention.qkv)
         self._norm = _Norm(branch.norm)
-        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
-        self._value, self._gate = _PackedLinear(value, value_bias), _PackedLinear(gate, gate_bias)
+        self._grow = _packed_grow(branch)
         self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
         self._shrink = _PackedLinear(*_scaled(branch.shrink, branch.scale if self._norm_out is None else None))
 
-    def project(self, x: Tensor) -> Tensor:
-        return self._attention.split(self._qkv(self._attention.norm(_streams(x, self._reversible)[1])))
+    def project(self, x: Tensor, shift: Shift | None = None) -> Tensor:
+        normed = self._attention.norm(_streams(x, self._reversible)[1])
+        return self._attention.split(self._qkv(normed if shift is None else shift(normed)))
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, shift: Shift | None = None) -> Tensor:
         first, second = _streams(x, self._reversible)
         first = self._attention.add(first, attended)
         onto = second if self._reversible else first
         normed = self._norm(first)
-        grown = self._value.combined(normed, self._gate.gelu(normed), "mul")  # (R, F)
+        grown = self._grow(normed if shift is None else shift(normed))  # (R, F)
         if self._norm_out is None:
             added = self._shrink.combined(grown, onto, "add")
         else:
             added = onto + self._norm_out(self._shrink(grown))
         return torch.cat([first, added], dim=1) if self._reversible else added
+
+
+def _packed_grow(branch: FeedForwardBranch) -> Callable[[Tensor], Tensor]:
+    """The first layer of a feed-forward branch with its activation: (R, C) -> (R, F)."""
+    if branch.is_gated:
+        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
+        values, gates = _PackedLinear(value, value_bias), _PackedLinear(gate, gate_bias)
+        return lambda normed: values.combined(normed, gates.gelu(normed), "mul")
+    grow = _PackedLinear(branch.grow.weight, branch.grow.bias)
+    if branch.config.activation == "gelu":
+        return grow.gelu
+    return lambda normed: quick_gelu(grow(normed))
 
 
 class _Int8Linear:
@@ -254,24 +271,39 @@ class _Int8Layer:
         branch: FeedForwardBranch = layer.feed_forward
         self._reversible = layer.reversible
         self._attention = _Attention(layer.attention)
-        self._qkv = _Int8Linear(self._attention.qkv_weight, None)
+        self._qkv = _Int8Linear(*self._attention.qkv)
         self._norm = _Norm(branch.norm)
-        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
-        self._value, self._gate = _Int8Linear(value, value_bias), _Int8Linear(gate, gate_bias)
+        self._grow = _int8_grow(branch)
         self._norm_out = None if branch.norm_out is None else _Norm(branch.norm_out, branch.scale)
         self._shrink = _Int8Linear(*_scaled(branch.shrink, branch.scale if self._norm_out is None else None))
 
-    def project(self, x: Tensor) -> Tensor:
-        return self._attention.split(self._qkv(self._attention.norm(_streams(x, self._reversible)[1])))
+    def project(self, x: Tensor, shift: Shift | None = None) -> Tensor:
+        normed = self._attention.norm(_streams(x, self._reversible)[1])
+        return self._attention.split(self._qkv(normed if shift is None else shift(normed)))
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, shift: Shift | None = None) -> Tensor:
         first, second = _streams(x, self._reversible)
         first = self._attention.add(first, attended)
-        normed = _quantise_rows(self._norm(first))
-        grown = F.gelu(self._gate.multiply(*normed)).mul_(self._value.multiply(*normed))  # (R, F)
+        normed = self._norm(first)
+        grown = self._grow(normed if shift is None else shift(normed))  # (R, F)
         branch = self._shrink.multiply(*_quantise_rows(grown)).to(x.dtype)
         added = (second if self._reversible else first) + (branch if self._norm_out is None else self._norm_out(branch))
         return torch.cat([first, added], dim=1) if self._reversible else added
+
+
+def _int8_grow(branch: FeedForwardBranch) -> Callable[[Tensor], Tensor]:
+    """The first layer of a feed-forward branch with its activation: (R, C) -> (R, F) float32."""
+    if branch.is_gated:
+        (value, gate), (value_bias, gate_bias) = branch.grow.weight.chunk(2), branch.grow.bias.chunk(2)
+        values, gates = _Int8Linear(value, value_bias), _Int8Linear(gate, gate_bias)
+
+        def gated(normed: Tensor) -> Tensor:
+            quantised = _quantise_rows(normed)
+            return F.gelu(gates.multiply(*quantised)).mul_(values.multiply(*quantised))
+
+        return gated
+    grow = _Int8Linear(branch.grow.weight, branch.grow.bias)
+    return lambda normed: branch.activate(grow.multiply(*_quantise_rows(normed)))
 
 
 def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,8 @@ class GraphDecoder(Decoder):
             launch, to the same bits.
 
     Raises:
-        InputError: graphs without CUDA; attention that cannot run on the model's device.
+        InputError: graphs without CUDA; attention that cannot run on the model's device; a model whose layers need to know
+            where their inputs lie (engine/decoding/decoders.py takes another decoder for it).
     """
 
     def __init__(
@@ -71,6 +72,10 @@ class GraphDecoder(Decoder):
         self.graphs = device.type == "cuda" if graphs is None else graphs
         if self.graphs and device.type != "cuda":
             raise InputError("graphs", self.graphs, f"needs CUDA and the model is on {device}: leave it out")
+        if config.depends_on_positions:
+            raise InputError(
+                "transformer", "token_shift, rotary or attention_patterns", "has no step program: use SlotDecoder"
+            )
         self.model = model
         self.table = SlotTable(num_slots, config.image_seq_len, null_prefix=null_prefix, device=device)
         self._pool = PrefixPool(

@@ -16,7 +16,7 @@ P prefix positions, F feed-forward inner dim.
         linear         shrink + LayerScale + residual                  1
     hidden (R, C)      copied to where the next step starts            1
 
-85 launches at 16 layers, 89 with filters. Models with qk_norm or x0_scalars have a few of PyTorch's own elementwise
+85 launches at 16 layers, 89 with filters. Models with qk_norm, x0_scalars or without a gate have a few of PyTorch's own elementwise
 launches a layer more. Everything that differs between steps or sequences is read from the device, so the program can
 be captured once for each R. Every product is a kernel of kernels/ whose rows do not depend on how many there are;
 library matrix products, which promise no such thing, are not used.
@@ -109,15 +109,17 @@ class StepProgram:
         for number, layer in enumerate(self._layers):
             first, second = (stream.contiguous() for stream in layer.streams(layer.mix(x, start)))
             norm, qkv, out = layer.attention.norm, layer.attention.qkv, layer.attention.out
-            projected = linear(second, qkv.weight, norm=_norm(norm), counters=counters)  # (R, 3 H D)
+            projected = linear(second, qkv.weight, qkv.bias, norm=_norm(norm), counters=counters)  # (R, 3 H D)
             q, k, v = projected.view(R, 3, config.num_heads, config.head_dim).unbind(1)  # (R, H, D) each
             if config.qk_norm:
                 q, k = normalised_heads(q, k)
             attended = self._attend(q, self._cache(number, R), prefixes, num_read, k, v).flatten(1)  # (R, H D)
             first = self._added(first, attended, out, layer.attention)
-            norm, grow, shrink = layer.feed_forward.norm, layer.feed_forward.grow, layer.feed_forward.shrink
-            inner = linear(first, grow.weight, grow.bias, norm=_norm(norm), gated=True, counters=counters)  # (R, F)
-            x = self._added(second if config.reversible else first, inner, shrink, layer.feed_forward)
+            branch = layer.feed_forward
+            norm, grow, gated = branch.norm, branch.grow, branch.is_gated
+            inner = linear(first, grow.weight, grow.bias, norm=_norm(norm), gated=gated, counters=counters)  # (R, F)
+            inner = inner if gated else branch.activate(inner)
+            x = self._added(second if config.reversible else first, inner, branch.shrink, branch)
             x = torch.cat([first, x], dim=1) if config.reversible else x
         self.hidden[:R] = self._model.from_streams(x)
 

@@ -93,10 +93,7 @@ class WindowPasses:
         assert window >= 2, window
         assert config.image_seq_len >= 2, config.image_seq_len
         self._model, self._table, self._window = model, table, window
-        prefix_shape = (config.num_layers, config.prefix_len, config.num_heads, config.head_dim)
-        self.cache = KVCache(
-            num_rows, config.image_seq_len - 1, prefix_shape, window=window, dtype=model.dtype, device=model.device
-        )
+        self.cache = KVCache.of_model(model, num_rows, window=window)
         self.rows_of: dict[int, list[int]] = {}  # by slot: the sequence's row and its unconditional sequence's
         self._free_rows = list(range(num_rows))
         # By slot: what the last passes sampled, final or not, and for how many positions they sampled anything.
