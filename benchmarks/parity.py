@@ -6,6 +6,7 @@ line is one JSON document; the exit code is 1 where tokens differ.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
 from engine.interop.importing import ImportOptions, import_checkpoint
-from engine.models.folder import load_part
+from engine.models.folder import load_folder_tokenizer, load_part
 from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
@@ -31,7 +32,10 @@ from engine.sampling_params import SamplingParams, SequenceRequest
 
 Expected = dict[str, Tensor]
 Row = dict[str, Any]
-_SWITCHES = ("unique_padding", "reversible", "sandwich_norm", "stable", "token_shift", "rotary", "attention_patterns")
+_SWITCHES = (
+    "unique_padding", "reversible", "sandwich_norm", "stable", "token_shift", "rotary", "attention_patterns", "condition", "bos",
+    "image_positions", "qkv_bias", "activation", "layer_scale", "separate_heads",
+)  # fmt: skip
 _PRIMED = 0.4375  # of the image tokens, as DALLE-pytorch
 _LOSS_WEIGHTS = (7.0, 5.0)
 
@@ -55,7 +59,7 @@ def main() -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / "parity.json", document)
     print_document(document)
-    return 0 if all(row.get("tokens_equal", True) for row in rows) else 1
+    return 0 if all(row.get("tokens_equal", True) and row.get("prompt_tokens_equal", True) for row in rows) else 1
 
 
 @torch.no_grad()
@@ -72,8 +76,15 @@ def compare(folder: Path) -> Row:
         if "transformer" in found.parts:
             config = found.parts["transformer"].config
             assert isinstance(config, TransformerConfig)
-            row["switches"] = [name for name in _SWITCHES if getattr(config, name) not in (False, ("full",))]
-            row |= _transformer(load_part(model, "transformer"), load_part(model, "vqgan"), expected)
+            defaults = TransformerConfig()
+            row["switches"] = [name for name in _SWITCHES if getattr(config, name) != getattr(defaults, name)]
+            networks = load_part(model, "transformer"), load_part(model, "vqgan")
+            compared = _mindalle if found.kind == "mindalle" else _transformer
+            row |= compared(*networks, expected)
+            if "prompt_tokens" in expected:
+                prompts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["prompts"]
+                encoded = load_folder_tokenizer(model).encode(prompts, config.text_seq_len)
+                row["prompt_tokens_equal"] = torch.equal(encoded.tokens, expected["prompt_tokens"])
         elif "vqgan" in found.parts:
             row |= _codec(load_part(model, "vqgan"), expected)
         else:
@@ -144,6 +155,28 @@ def _transformer(model: KoDalle, codec: ImageCodec, expected: Expected) -> Row:
         equal &= torch.equal(sampler.generate(text[:1], requests), expected["greedy"])
         primed = sampler.generate(text[:1], requests, init_tokens=init_tokens)
         equal &= torch.equal(primed, expected["greedy_primed"])
+    return row | {"tokens_equal": equal}
+
+
+def _mindalle(model: KoDalle, codec: ImageCodec, expected: Expected) -> Row:
+    tokens = expected["image_tokens"]
+    text = expected.get("text", expected.get("labels", torch.zeros(len(tokens), dtype=torch.int64)))
+    text = text.view(len(tokens), -1)
+    text_logits, image_logits = model.logits(text, tokens)
+    logits = [_distance(image_logits, expected["logits_image" if "logits_image" in expected else "logits"])]
+    if "logits_text" in expected:
+        logits.append(_distance(text_logits, expected["logits_text"]))
+    row: Row = {"logits": max(logits)}
+    equal = True
+    if "encoded" in expected:
+        equal = torch.equal(codec.encode(_images(expected["image_u8"], codec.config.image_size)), expected["encoded"])
+        row["pixels"] = _distance(codec.decode(tokens)[:, :, ::4, ::4], expected["decoded_every_4th"])
+    first = expected["greedy_label"][None] if "greedy_label" in expected else text[:1]
+    for speculative in (False, True):
+        sampler = Sampler(model, speculative=speculative)
+        equal &= torch.equal(
+            sampler.generate(first, [SequenceRequest(0, SamplingParams(temperature=0))]), expected["greedy"]
+        )
     return row | {"tokens_equal": equal}
 
 

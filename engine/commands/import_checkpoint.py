@@ -16,6 +16,7 @@ class Kind(enum.StrEnum):
     AUTO = "auto"
     KODALLE = "kodalle"
     DALLE = "dalle"
+    MINDALLE = "mindalle"
     VQGAN = "vqgan"
     DISCRETE_VAE = "discrete-vae"
     OPENAI_DVAE = "openai-dvae"
@@ -28,7 +29,8 @@ def import_(
     destination: Annotated[Path, typer.Argument(help="folder for the model", show_default=False)],
     kind: Annotated[Kind, typer.Option(help="what the source must be; auto: whatever its content shows")] = Kind.AUTO,
     config: Annotated[
-        Path | None, typer.Option(help="yaml of a taming model; default: the one beside it", show_default=False)
+        Path | None,
+        typer.Option(help="yaml of a taming or minDALL-E model; default: the one beside it", show_default=False),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="folder or hub name of a transformer's tokenizer", show_default=False)
@@ -37,7 +39,7 @@ def import_(
         int | None, typer.Option(help="pixels, for codecs whose files do not state it", min=1, show_default=False)
     ] = None,
 ) -> None:
-    """Writes a model folder from a checkpoint of taming, DALLE-pytorch, OpenAI or KoDALLE. Runs nothing that is in it."""
+    """Writes a model folder from a checkpoint of taming, DALLE-pytorch, minDALL-E, OpenAI or KoDALLE. Runs nothing that is in it."""
     from engine.interop.importing import ImportOptions, import_checkpoint
 
     found = import_checkpoint(

@@ -44,7 +44,9 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self.pad_id = _special_id(tokenizer, "pad_token_id", "eos_token_id")
+        model = tokenizer.backend_tokenizer.model
+        self.names_classes = isinstance(model, models.WordLevel)  # engine/data/class_tokenizer.py: a caption is one token
+        self.pad_id = 0 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +71,9 @@ class CaptionTokenizer:
         if not captions:  # transformers 5 takes no empty list
             return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.int64, device="cpu"), [])
         texts = [clean_text(caption) for caption in captions]
+        if self.names_classes:
+            tokens = torch.tensor([[self._class(name)] for name in texts], dtype=torch.int64, device="cpu")
+            return EncodedCaptions(tokens, [0] * len(captions))
         lists = self._tokenizer(texts, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
         rows, cut = [], []
         for caption, ids in zip(captions, lists, strict=True):
@@ -80,15 +85,30 @@ class CaptionTokenizer:
                     f"is {len(ids)} tokens, {excess} more than the model's {text_seq_len}: shorten it, "
                     "or leave out --strict to have its end cut",
                 )
-            # The last token is [SEP]: it stays, the caption's end goes (what Hugging Face truncation does).
-            kept = ids[: text_seq_len - 1] + ids[-1:] if excess else ids
+            # A last [SEP] stays, the caption's end goes (what Hugging Face truncation does).
+            kept = ids[:text_seq_len]
+            if excess and ids[-1] in self.end_ids:
+                kept = ids[: text_seq_len - 1] + ids[-1:]
             rows.append(kept + [self.pad_id] * (text_seq_len - len(kept)))
             cut.append(excess)
         return EncodedCaptions(torch.tensor(rows, dtype=torch.int64, device="cpu"), cut)
 
-    def empty(self, text_seq_len: int) -> Tensor:
-        """Tokens of the empty caption, (1, T): the unconditional side of guidance."""
-        return self.encode([""], text_seq_len).tokens
+    def empty(self, text_seq_len: int) -> Tensor | None:
+        """Tokens of the empty caption, (1, T): the unconditional side of guidance; None: there is none among classes."""
+        return None if self.names_classes else self.encode([""], text_seq_len).tokens
+
+    def _class(self, name: str) -> int:
+        """Raises InputError: a name that is no class."""
+        backend = self._tokenizer.backend_tokenizer
+        normalised = name if backend.normalizer is None else backend.normalizer.normalize_str(name)
+        found = backend.token_to_id(normalised)
+        if found is None:
+            found = backend.token_to_id(backend.model.unk_token or "")
+        if found is None:
+            names = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+            listed = ", ".join(entry for entry, _ in names[:6]) + (f", … {names[-1][0]}" if len(names) > 6 else "")
+            raise InputError("caption", shown(name), f"is none of the model's {len(names)} classes: {listed}")
+        return int(found)
 
     def encode_beginning(self, beginning: str) -> list[int]:
         """Tokens of a caption that is to be continued: [CLS] and its words, without the [SEP] that would end it."""

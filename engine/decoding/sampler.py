@@ -168,7 +168,9 @@ class Sampler:
         """
         if self._null_prefix is None:
             if self._null_text_tokens is None:
-                raise InputError("guidance_scale", "not 1", "needs null_text_tokens, the ids of the empty caption")
+                raise InputError(
+                    "guidance_scale", "not 1", "needs an empty caption, which this model has none of: leave it out"
+                )
             self._null_prefix = self.prefill(self._null_text_tokens[None])
         return self._null_prefix
 

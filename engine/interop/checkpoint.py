@@ -131,15 +131,27 @@ def taming_config(checkpoint: Path, config: Path | None) -> dict[Any, Any]:
 
 def _taming_params(path: Path) -> dict[Any, Any] | None:
     """`model.params` with a ddconfig; None: another file. The texts 'None' are nothing, as everywhere."""
-    if path.stat().st_size > _MAX_YAML_BYTES:
-        return None
-    try:
-        tree = plain(load_yaml(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        return None
+    tree = _yaml_tree(path)
     for key in ("model", "params"):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) and isinstance(tree.get("ddconfig"), dict) else None
+
+
+def yaml_trees(places: list[Path] | Path) -> list[tuple[Path, Any]]:
+    """The yaml files of folders, or one file, as plain values; what is none is left out."""
+    paths = [places] if isinstance(places, Path) else [path for folder in places for path in _files(folder)]
+    found = [(path, _yaml_tree(path)) for path in paths if path.suffix.lower() in (".yaml", ".yml") or path == places]
+    return [(path, tree) for path, tree in found if tree is not None]
+
+
+def _yaml_tree(path: Path) -> Any:
+    """None: too large, or no yaml."""
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        return None
+    try:
+        return plain(load_yaml(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from engine.config.generation import GenerationConfig
 from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import CaptionTokenizer, check_padding, load_tokenizer
 from engine.errors import InputError
@@ -25,14 +26,27 @@ from engine.interop.codec_readers import (
 from engine.interop.dalle_reader import codec_weights, is_dalle, read_dalle
 from engine.interop.deepspeed_folder import is_deepspeed_folder, open_deepspeed_folder
 from engine.interop.koclip_reader import is_koclip, read_koclip
+from engine.interop.mindalle_reader import (
+    class_names,
+    codec_config,
+    is_mindalle,
+    mindalle_config,
+    mindalle_tokenizer,
+    read_mindalle,
+    stages,
+)
+from engine.interop.tar_folder import is_tar, unpacked
 from engine.interop.trees import Weights, check_shapes
 from engine.models.folder import LazyPart, PartName, expected_shapes, write_model_folder
 
-Kind = Literal["kodalle", "dalle", "vqgan", "discrete-vae", "openai-dvae", "koclip", "clip"]
+MINDALLE_TOP_K = 256  # of minDALL-E's own sampling
+_MAX_FILES = 1000  # of a folder that are looked at
+Kind = Literal["kodalle", "dalle", "mindalle", "vqgan", "discrete-vae", "openai-dvae", "koclip", "clip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _NAMES: dict[Kind, str] = {
     "kodalle": "KoDALLE",
     "dalle": "DALLE-pytorch DALLE",
+    "mindalle": "minDALL-E",
     "vqgan": "taming VQModel or GumbelVQ",
     "discrete-vae": "DALLE-pytorch DiscreteVAE",
     "openai-dvae": "OpenAI dVAE",
@@ -49,6 +63,8 @@ class Imported:
     parts: dict[PartName, LazyPart]
     notes: list[str] = field(default_factory=list)
     ranker_tokenizer: CaptionTokenizer | None = None
+    tokenizer: CaptionTokenizer | None = None
+    generation: GenerationConfig | None = None
 
     @property
     def name(self) -> str:
@@ -87,14 +103,34 @@ def import_checkpoint(
     if not source.exists():
         raise InputError("source", source, "no such file or folder")
     options = options or ImportOptions()
+    archive = _archive(source)
+    if archive is None:
+        return _import(source, destination, kind, options)
+    with unpacked(archive, beside=destination) as folder:
+        return _import(folder, destination, kind, options, shown=archive)
+
+
+def _archive(source: Path) -> Path | None:
+    """The tar archive that a source is, or the only one in a folder without checkpoints; None: there is none."""
+    if not source.is_dir():
+        return source if is_tar(source) else None
+    if torch_files(source) or is_clip_folder(source) or is_deepspeed_folder(source):
+        return None
+    archives = [path for path in sorted(source.iterdir())[:_MAX_FILES] if path.is_file() and is_tar(path)]
+    return archives[0] if len(archives) == 1 else None
+
+
+def _import(
+    source: Path, destination: Path, kind: Kind | None, options: ImportOptions, *, shown: Path | None = None
+) -> Imported:
     found = inspect(source, options)
     if kind is not None and kind != found.kind:
-        raise InputError("--kind", kind, f"{source} holds a {found.name}: write {found.kind}, or auto")
+        raise InputError("--kind", kind, f"{shown or source} holds a {found.name}: write {found.kind}, or auto")
     for name, part in found.parts.items():
         check_shapes(part.weights, expected_shapes(name, part.config), source)
     write_model_folder(
-        destination, found.parts, card=_card(found, source), tokenizer=_tokenizer(found, options),
-        ranker_tokenizer=found.ranker_tokenizer,
+        destination, found.parts, card=_card(found, shown or source), tokenizer=_tokenizer(found, options),
+        ranker_tokenizer=found.ranker_tokenizer, generation=found.generation,
     )  # fmt: skip
     return found
 
@@ -119,6 +155,10 @@ def inspect(source: Path, options: ImportOptions) -> Imported:
     sides = [openai_side(checkpoint.weights) for checkpoint in checkpoints]
     if len(checkpoints) == 2 and all(sides):
         return _openai_dvae(checkpoints)(options)
+    transformers = [checkpoint for checkpoint in checkpoints if is_mindalle(checkpoint.names)]
+    codecs = [checkpoint for checkpoint in checkpoints if is_taming(checkpoint.names)]
+    if len(checkpoints) == 2 and len(transformers) == len(codecs) == 1:
+        return _mindalle(transformers[0], options, codec=codecs[0])
     known = [checkpoint for checkpoint in checkpoints if _reader(checkpoint) is not None]
     if len(checkpoints) == 1 or len(known) == 1:  # a KoDALLE's text tables may lie beside it: `weights` has newer ones
         return _of_file((known or checkpoints)[0], options)
@@ -143,6 +183,8 @@ def _reader(checkpoint: Checkpoint) -> _Read | None:
     names, weights = checkpoint.names, checkpoint.weights
     if is_dalle(names):
         return lambda options: _dalle(checkpoint, options)
+    if is_mindalle(names):
+        return lambda options: _mindalle(checkpoint, options)
     if is_koclip(names):
         return lambda _: _koclip(checkpoint)
     if openai_side(weights) is not None:
@@ -180,6 +222,36 @@ def _dalle(checkpoint: Checkpoint, options: ImportOptions) -> Imported:
     if options.tokenizer is None:
         notes.append("checkpoints have no tokenizer: give the one that it was trained with by --tokenizer to generate")
     return Imported("kodalle" if found.is_kodalle else "dalle", parts, notes)
+
+
+def _mindalle(checkpoint: Checkpoint, options: ImportOptions, *, codec: Checkpoint | None = None) -> Imported:
+    """A transformer of minDALL-E with its codec, which lies beside it or in the same file."""
+    source = checkpoint.path
+    tree = mindalle_config(source, options.config)
+    codec_weights, weights = stages(checkpoint.weights)
+    found = read_mindalle(weights, tree, source)
+    if codec is not None:
+        codec_weights = codec.weights
+    if not codec_weights:
+        raise InputError(
+            "checkpoint", source, "has no codec in it and none beside it: give the folder with both stages"
+        )
+    config, kept, notes = read_taming(
+        codec_weights, codec_config(tree), source if codec is None else codec.path, image_size=options.image_size
+    )
+    of_codec = Imported("vqgan", {"vqgan": LazyPart(config, kept)}, notes)
+    _check_codec(found.config, of_codec, source)
+    tokenizer = mindalle_tokenizer(source.parent) if found.config.condition == "text" else class_names(found.config)
+    notes = found.notes + notes
+    if tokenizer is None and options.tokenizer is None:
+        notes.append("no tokenizer beside it (vocabulary and merges): give one by --tokenizer to generate")
+    return Imported(
+        "mindalle",
+        {"transformer": LazyPart(found.config, found.weights), **of_codec.parts},
+        notes,
+        tokenizer=tokenizer,
+        generation=GenerationConfig(top_k=MINDALLE_TOP_K),
+    )
 
 
 def _check_codec(transformer: TransformerConfig, codec: Imported, source: Path) -> None:
@@ -257,14 +329,17 @@ def _tokenizer(found: Imported, options: ImportOptions) -> CaptionTokenizer | No
         return None
     config = part.config
     assert isinstance(config, TransformerConfig)
-    if options.tokenizer is None:
+    if options.tokenizer is None and found.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(options.tokenizer)
+    if options.tokenizer is not None and config.condition != "text":
+        raise InputError("--tokenizer", options.tokenizer, "is for models that read text: leave it out")
+    tokenizer = found.tokenizer if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    assert tokenizer is not None
     if tokenizer.vocab_size > config.text_vocab_size:
         raise InputError(
-            "--tokenizer", options.tokenizer, f"has {tokenizer.vocab_size} entries, the model {config.text_vocab_size}"
+            "--tokenizer", options.tokenizer or "of the model", f"has {tokenizer.vocab_size} entries, the model {config.text_vocab_size}"
         )  # fmt: skip
-    check_padding(tokenizer, config, field="--tokenizer", value=options.tokenizer)
+    check_padding(tokenizer, config, field="--tokenizer", value=options.tokenizer or "of the model")
     return tokenizer
 
 

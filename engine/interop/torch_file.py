@@ -72,12 +72,16 @@ class TorchFile:
         first, count = tensor.offset * dtype.itemsize, span * dtype.itemsize
         if first + count > length:
             raise InputError("checkpoint", self.path, f"storage {tensor.storage.key} is cut off: copy the file again")
-        with self.path.open("rb") as file:
+        data = torch.empty(count, dtype=torch.uint8, device="cpu")  # not zeroed, as a bytearray would be
+        with self.path.open("rb", buffering=0) as file:
             file.seek(start + first)
-            data = bytearray(count)
-            if file.readinto(data) != count:
-                raise InputError("checkpoint", self.path, "ends too early: copy the file again")
-        numbers = torch.frombuffer(data, dtype=dtype)
+            rest = memoryview(data.numpy())
+            while rest:  # a call reads 2 GB at most
+                read = file.readinto(rest)
+                if not read:
+                    raise InputError("checkpoint", self.path, "ends too early: copy the file again")
+                rest = rest[read:]
+        numbers = data.view(dtype)
         return numbers.as_strided(tensor.shape, tensor.strides).contiguous()
 
     def _place(self, storage: Storage) -> tuple[int, int]:

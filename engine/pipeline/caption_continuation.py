@@ -71,7 +71,9 @@ def continue_caption(
     """
     config = model.config
     if config.depends_on_positions or config.unique_padding or not config.bos:
-        raise InputError("caption", shown(beginning), "is not continued by a model of DALLE-pytorch's or minDALL-E's kind")
+        raise InputError(
+            "caption", shown(beginning), "is not continued by a model of DALLE-pytorch's or minDALL-E's kind"
+        )
     params = (sampling_params or SamplingParams()).updated(seed=seed)
     if params.is_guided:
         raise InputError("guidance_scale", params.guidance_scale, "guides images, not captions: leave it out")

@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from serve.api import schemas
 from serve.api.body import read_json
@@ -202,7 +202,7 @@ class _Handlers:
         body = schemas.read_request(TokenizeRequest, await self._json(request))
         prompt = schemas.checked_prompt(body.prompt, self._settings.limits)
         info = await self._pool.model_info()
-        count = len(_tokenizer(info.tokenizer_json).encode(prompt).ids)
+        count = _num_tokens(_tokenizer(info.tokenizer_json), prompt)
         answer = {"object": "tokens", "tokens": count, "limit": info.text_seq_len, "characters": len(prompt)}
         return JSONResponse(answer, headers=_NO_STORE)
 
@@ -275,6 +275,11 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
             "deadline_s": settings.deadline_s,
         },
     }
+
+
+def _num_tokens(tokenizer: Tokenizer, prompt: str) -> int:
+    """Tokens of a prompt; a class is one, whether the model has it or not."""
+    return 1 if isinstance(tokenizer.model, models.WordLevel) else len(tokenizer.encode(prompt).ids)
 
 
 @lru_cache(maxsize=4)

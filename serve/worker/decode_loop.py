@@ -170,10 +170,11 @@ class DecodeLoop:
             state.emit(Refused("failed", "the worker stopped" if self.failure is None else "the worker failed"))
 
     def _warm_up(self, decoder: Decoder) -> None:
+        length = self._pipeline.transformer.config.text_seq_len
         warm_up(
             self._pipeline.sampler,
             decoder,
-            null_text_tokens=self._pipeline.tokenizer.empty(self._pipeline.transformer.config.text_seq_len),
+            text_tokens=torch.zeros(1, length, dtype=torch.int64, device="cpu"),
             observe=lambda seconds, slots: self.scheduler.observe_step(seconds=seconds, slots=slots),
         )
 

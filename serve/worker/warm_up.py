@@ -18,14 +18,14 @@ _STEPS = 3  # the first includes one-time work; the others are measured
 ObserveStep = Callable[[float, int], None]
 
 
-def warm_up(sampler: Sampler, decoder: Decoder, *, null_text_tokens: Tensor, observe: ObserveStep) -> None:
+def warm_up(sampler: Sampler, decoder: Decoder, *, text_tokens: Tensor, observe: ObserveStep) -> None:
     """Steps the empty decoder with 1, 2, 4 … and as many sequences as fit; it is empty again afterwards.
 
     Args:
-        null_text_tokens: (1, T), the empty caption.
+        text_tokens: (1, T), any caption.
         observe: called with (seconds, slots) of each measured step.
     """
-    prefix = sampler.prefill(null_text_tokens)
+    prefix = sampler.prefill(text_tokens)
     num_free = decoder.num_free
     counts = sorted({1 << power for power in range(num_free.bit_length()) if 1 << power < num_free} | {num_free})
     is_cuda = sampler.model.head.weight.device.type == "cuda"
