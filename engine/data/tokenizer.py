@@ -46,7 +46,7 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         model = tokenizer.backend_tokenizer.model
         self.names_classes = isinstance(model, models.WordLevel)  # engine/data/class_tokenizer.py: a caption is one token
-        self.pad_id = 0 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
+        self.pad_id = -1 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
 
     @property
     def vocab_size(self) -> int:

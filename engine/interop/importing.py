@@ -107,7 +107,11 @@ def import_checkpoint(
     if archive is None:
         return _import(source, destination, kind, options)
     with unpacked(archive, beside=destination) as folder:
-        return _import(folder, destination, kind, options, shown=archive)
+        try:
+            return _import(folder, destination, kind, options, shown=archive)
+        except InputError as error:  # of files that are gone by now: the archive's name stands for their folder
+            parts = (str(part).replace(str(folder), str(archive)) for part in (error.field, error.value, error.remedy))
+            raise InputError(*parts) from error
 
 
 def _archive(source: Path) -> Path | None:

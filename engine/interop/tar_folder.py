@@ -17,7 +17,7 @@ from typing import IO
 from engine.errors import InputError
 from engine.files import named_disk_faults
 
-_MAX_MEMBERS = 1000
+_MAX_MEMBERS = 200
 _MAX_BYTES = 64 << 30  # of all files together; minDALL-E has 5 GB
 _MAX_RATIO = 200  # of content to archive: weights hardly shrink, zeros shrink a thousandfold
 _MAX_READ = 1 << 20

@@ -68,3 +68,4 @@ def write_weight_file(path: Path, weights: Mapping[str, LazyTensor]) -> None:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {weights[name]}")
             if tensor.numel():
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            del tensor  # not beside the next one
