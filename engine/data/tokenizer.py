@@ -45,7 +45,9 @@ class CaptionTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         model = tokenizer.backend_tokenizer.model
-        self.names_classes = isinstance(model, models.WordLevel)  # engine/data/class_tokenizer.py: a caption is one token
+        self.names_classes = isinstance(
+            model, models.WordLevel
+        )  # engine/data/class_tokenizer.py: a caption is one token
         self.pad_id = -1 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
 
     @property

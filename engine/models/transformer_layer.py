@@ -16,7 +16,6 @@ from engine.models.attention import AttentionBackend, attention, masked_attentio
 from engine.models.whole_sequence import pattern_mask, rotated, shift_tokens
 from kernels.reference import geglu
 
-
 # Token shift of a branch's normalised inputs, by whoever keeps those of other positions: (..., C) -> (..., C)
 Shift = Callable[[Tensor], Tensor]
 

@@ -41,7 +41,9 @@ def weights_of(kind: str, *, bias: bool = True) -> dict[str, Tensor]:
         shapes |= {"tok_emb_txt.weight": (WORDS, DIM), "pos_emb_txt.weight": (T, DIM)}
         shapes |= {"head_txt.weight": (WORDS, DIM), "head_img.weight": (CODES, DIM)}
     else:
-        shapes |= {"head.weight": (CODES, DIM)} | ({"sos.weight": (5, DIM)} if kind == "class" else {"sos": (1, 1, DIM)})
+        shapes |= {"head.weight": (CODES, DIM)} | (
+            {"sos.weight": (5, DIM)} if kind == "class" else {"sos": (1, 1, DIM)}
+        )
     for layer in range(LAYERS):
         block = f"blocks.{layer}."
         shapes |= {f"{block}ln{n}.{part}": (DIM,) for n in (1, 2) for part in ("weight", "bias")}
@@ -89,13 +91,19 @@ def write(folder: Path, kind: str, *, weights: dict[str, Tensor] | None = None, 
     torch.manual_seed(4)
     codec = Vqgan(CODEC).state_dict()
     weights = weights_of(kind) if weights is None else weights
-    stage = {"n_embed": CODES, "embed_dim": 10, "hparams": {"ch": 32, "z_channels": 12, "resolution": 32, "ch_mult": [1] * 4}}
+    stage = {
+        "n_embed": CODES,
+        "embed_dim": 10,
+        "hparams": {"ch": 32, "z_channels": 12, "resolution": 32, "ch_mult": [1] * 4},
+    }
     hparams = {"embed_dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "ctx_len_img": GRID * GRID} | hparams
     tree = {"stage1": stage, "stage2": {"vocab_size_img": CODES, "hparams": hparams}}
     (folder / "any-name.yaml").write_text(json.dumps(tree), encoding="utf-8")
     if kind != "text":
         both = {f"stage1.{name}": value for name, value in codec.items()}
-        torch.save({"state_dict": both | {f"stage2.{name}": value for name, value in weights.items()}}, folder / "last.ckpt")
+        torch.save(
+            {"state_dict": both | {f"stage2.{name}": value for name, value in weights.items()}}, folder / "last.ckpt"
+        )
         return folder
     torch.save({"state_dict": codec}, folder / "one.bin")
     torch.save({"state_dict": weights}, folder / "two.bin")
@@ -106,7 +114,9 @@ def write(folder: Path, kind: str, *, weights: dict[str, Tensor] | None = None, 
 
 
 def prompts_of(kind: str) -> Tensor:
-    return torch.tensor({"text": [[5, 4, 3, 1, 1, 1], [2, 2, 7, 6, 9, 39]], "class": [[4], [0]], "none": [[0], [0]]}[kind])
+    return torch.tensor(
+        {"text": [[5, 4, 3, 1, 1, 1], [2, 2, 7, 6, 9, 39]], "class": [[4], [0]], "none": [[0], [0]]}[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -279,8 +289,14 @@ def test_a_checkpoint_streams_tensor_by_tensor(tmp_path: Path) -> None:
 
     benchmarks/import_cost.py does the same with all 1.3 billion parameters.
     """
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (16384, _WIDE) for name in ("tok_emb_txt", "tok_emb_img", "head_txt")}
-    shapes |= {"head_img.weight": (CODES, _WIDE), "tok_emb_img.weight": (CODES, _WIDE), "pos_emb_txt.weight": (64, _WIDE)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (16384, _WIDE) for name in ("tok_emb_txt", "tok_emb_img", "head_txt")
+    }
+    shapes |= {
+        "head_img.weight": (CODES, _WIDE),
+        "tok_emb_img.weight": (CODES, _WIDE),
+        "pos_emb_txt.weight": (64, _WIDE),
+    }
     shapes |= {"pos_emb_img.weight": (GRID * GRID, _WIDE), "ln_f.weight": (_WIDE,), "ln_f.bias": (_WIDE,)}
     for layer in range(_DEEP):
         for name, value in weights_of("text").items():
