@@ -34,6 +34,8 @@ _CODEC: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 # What may differ from the model that a run starts from: it changes training, not the weights; the text vocabulary may grow.
 _FREE = {"attention_dropout", "ff_dropout", "dropout", "commitment_weight", "legacy_commitment"}
 _OWN_AUTO = ("resume", "attention")  # a value of their own
+# What reads the text; it is new where a model of captions becomes one of classes or of images alone.
+_TEXT = {"condition", "text_vocab_size", "text_seq_len", "text_position_rows", "bos", "unique_padding"}
 Tree = dict[str, Any]
 
 
@@ -84,11 +86,14 @@ def different_sizes(config: Section, found: Mapping[str, Any]) -> list[str]:
     ours = config.model_dump(mode="json")
     theirs = type(config).model_validate(dict(found)).model_dump(mode="json")
     different = []
+    is_new_text = theirs.get("condition") == "text" != ours.get("condition")
     for name, value in ours.items():
         # Rows of padding come after those of words where each padded position has its own.
         smaller = name == "text_vocab_size" and value >= theirs[name] and not ours.get("unique_padding")
+        smaller = smaller and ours.get("condition", "text") == "text"
         resized = name == "image_size" and not ours.get("attention_resolutions")
-        if name not in _FREE and value != theirs[name] and not smaller and not resized:
+        is_free = name in _FREE or smaller or resized or (is_new_text and name in _TEXT)
+        if value != theirs[name] and not is_free:
             different.append(f"model.{name} is {value}, there {theirs[name]}")
     return different
 

@@ -29,17 +29,22 @@ def train_stage(
     stage: str, config: Path, out: Path, pairs: Path, overrides: Sequence[str] = (), *, num_processes: int = 1
 ) -> None:
     """One `deepspeed engine/train.py` run in `out/<stage>`, on the earlier stages there; none when it is finished."""
-    if is_finished(out / stage, config, overrides):
-        print(f"{out / stage} is finished: nothing to do", flush=True)
-        return
     places = {"run": out / stage, "data.pairs": pairs}
     if stage == "koclip":
         places["codec"] = out / "vqgan" / "model"
     if stage == "kodalle":
         places |= {"vqgan": out / "vqgan" / "model", "koclip": out / "koclip" / "model"}
         places["text.tokenizer"] = out / "koclip" / "model"
-    arguments = [str(config), *(f"{key}={value}" for key, value in places.items()), *overrides]
-    code = launch(arguments, num_processes=num_processes)
+    stated = [f"{key}={value}" for key, value in places.items()]
+    run_stage(stage, config, out / stage, [*stated, *overrides], num_processes=num_processes)
+
+
+def run_stage(stage: str, config: Path, run: Path, overrides: Sequence[str] = (), *, num_processes: int = 1) -> None:
+    """One `deepspeed engine/train.py` run in the folder `run`; none when it is finished."""
+    if is_finished(run, config, overrides):
+        print(f"{run} is finished: nothing to do", flush=True)
+        return
+    code = launch([str(config), *overrides], num_processes=num_processes)
     if code in (130, 143):
         raise StoppedTraining(code)  # a signal reached the training alone
     if code:

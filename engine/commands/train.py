@@ -66,10 +66,17 @@ def train(
     if target.is_dir():
         if overrides:
             raise InputError("KEY=VALUE", overrides[0], "is for a config: with a folder write --set stage.key=value")
+        from engine.commands.fine_tune import fine_tune, is_imported
         from engine.commands.train_pictures import train_pictures
         from engine.commands.train_plan import Request
 
         place = out or Path("runs") / target.resolve().name
+        if from_ is not None and is_imported(from_):
+            for option, value in (("--minutes", minutes), ("--cut-out", cut_out), ("--plan", plan or None)):
+                if value is not None:
+                    raise InputError(option, value, f"is for models with a KoCLIP, and {from_} has none: leave it out")
+            fine_tune(target, from_, place, tuple(set_ or ()))
+            return
         train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_, cut_out), only_plan=plan)
         return
     for option, value in (

@@ -38,7 +38,7 @@ class TransformerConfig(Section):
     )
     image_vocab_size: int = Field(16384, gt=1, description="entries of the VQGAN's codebook")
     image_grid_size: int = Field(16, gt=0, description="image tokens along one side")
-    condition: Literal["text", "class", "none"] = Field(
+    condition: Literal["text", "class", "nothing"] = Field(
         "text",
         description="what comes before an image: a caption; its class, one row of the text table; or one learned start",
     )
@@ -138,8 +138,8 @@ class TransformerConfig(Section):
             raise ValueError(
                 f"condition {self.condition} is one position: write text_seq_len: 1, bos: false, unique_padding: false"
             )
-        if self.condition == "none" and self.text_vocab_size != 1:
-            raise ValueError("condition none is one learned start: write text_vocab_size: 1")
+        if self.condition == "nothing" and self.text_vocab_size != 1:
+            raise ValueError("condition nothing is one learned start: write text_vocab_size: 1")
         if self.depends_on_positions and (self.target_positions or self.qk_norm or self.x0_scalars):
             raise ValueError(
                 "token_shift, rotary and attention_patterns are DALLE-pytorch's: leave qk_norm, x0_scalars, target_positions out"

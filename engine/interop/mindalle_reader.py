@@ -2,7 +2,7 @@
 
     theirs                                             ours
     tok_emb_txt, pos_emb_txt                           text_embedding.tokens, .positions
-    sos.weight (classes), sos (one)                    text_embedding.tokens of condition class, none
+    sos.weight (classes), sos (one)                    text_embedding.tokens of condition class, nothing
     tok_emb_img, pos_emb_img                           image_embedding.tokens, .cells
     blocks.<i>.ln1, .attn.{query,key,value}, .proj     layers.<i>.attention.norm, .qkv (one after the other), .out
     blocks.<i>.ln2, .mlp.0, .mlp.2                     layers.<i>.feed_forward.norm, .grow, .shrink
@@ -173,7 +173,7 @@ def _condition(weights: Weights, source: Path) -> tuple[str, int]:
     if "sos.weight" in weights:
         return "class", _shape(weights, "sos.weight", source)[0]
     _shape(weights, "sos", source)
-    return "none", 1
+    return "nothing", 1
 
 
 def _renamed(weights: Weights, condition: str) -> Weights:
@@ -191,7 +191,7 @@ def _renamed(weights: Weights, condition: str) -> Weights:
             parts = [f"blocks.{match[1]}.attn.{part}.{kind}" for part in ("query", "key", "value")]
             if all(part in left for part in parts):
                 ours[f"layers.{match[1]}.attention.qkv.{kind}"] = _joined([left.pop(part) for part in parts])
-    if condition == "none" and "sos" in left:
+    if condition == "nothing" and "sos" in left:
         sos = left.pop("sos")
         ours["text_embedding.tokens"] = LazyTensor((1, sos.shape[-1]), sos.dtype, lambda: sos.read().flatten(0, -2))
     heads = ["head_txt.weight", "head_img.weight"] if condition == "text" else ["head.weight"]
@@ -255,7 +255,7 @@ def mindalle_tokenizer(folder: Path) -> CaptionTokenizer | None:
 
 def class_names(config: TransformerConfig) -> CaptionTokenizer:
     """The tokenizer of a model without text: classes by their numbers, which is all that its files say of them."""
-    if config.condition == "none":
+    if config.condition == "nothing":
         return unconditional_tokenizer()
     return class_tokenizer(str(number) for number in range(config.text_vocab_size))
 

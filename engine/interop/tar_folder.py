@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any, cast
 
 from engine.errors import InputError
 from engine.files import named_disk_faults
@@ -84,11 +84,10 @@ def _unpack(path: Path, folder: Path) -> None:
         guarded = _Guarded(
             gzip.GzipFile(fileobj=raw) if head == _GZIP else raw, limit=_MAX_RATIO * size + (_MAX_READ << 4)
         )
-        with tarfile.TarFile(fileobj=guarded) as archive:  # type: ignore[arg-type] (reads, seeks and tells)
+        with tarfile.TarFile(fileobj=cast(Any, guarded)) as archive:  # it reads, seeks and tells
             for number, member in enumerate(archive):
                 if number >= _MAX_MEMBERS:
                     raise UnsafeArchive(f"has more than {_MAX_MEMBERS} members")
-                archive.members = []  # it would keep them all
                 name = _checked_name(member, taken)
                 if member.isdir():
                     (folder / name).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config.stages import KodalleRun
+from engine.data.class_tokenizer import conditioned_tokenizer
 from engine.data.pairs import Pairs, caption_guide
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_encoding import Encoding, begin_shards, encode_shards, finish_shards
@@ -21,7 +22,7 @@ from engine.data.token_shards import (
     shard_identity,
     shards_fault,
 )
-from engine.data.tokenizer import CaptionTokenizer, check_padding, tokenizer_for
+from engine.data.tokenizer import CaptionTokenizer, check_padding
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.folder_lock import hold_lock
@@ -73,11 +74,11 @@ class KodalleStage:
         self.ground = pairs.ground
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
-        captions = (caption for pair in pairs.train for caption in pair.captions)
+        # A class that is only held out is one of the model's too.
+        counted = pairs.all if run.model.condition == "class" else pairs.train
+        captions = (caption for pair in counted for caption in pair.captions)
         self._caption_guide = caption_guide(pairs.train)
-        self.tokenizer = tokenizer_for(
-            run.text, captions, table_rows=run.model.text_vocab_size, start_from=run.start_from
-        )
+        self.tokenizer = conditioned_tokenizer(run.text, run.model, captions, start_from=run.start_from)
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
         )  # the tokenizer is not trained on these

@@ -29,7 +29,7 @@ CODEC = VqganConfig(
 )  # fmt: skip
 VOCABULARY = {"[UNK]": 0, "[PAD]": 1, "a": 2, "b": 3, "c</w>": 4, "b</w>": 5, "ab</w>": 6, "ab": 7, "d</w>": 8}
 PROMPTS = ["ab", "AB c", "", "abc zz", "a b c d a b c d"]
-KINDS = ["text", "class", "none"]
+KINDS = ["text", "class", "nothing"]
 
 
 def weights_of(kind: str, *, bias: bool = True) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def write(folder: Path, kind: str, *, weights: dict[str, Tensor] | None = None, 
 
 def prompts_of(kind: str) -> Tensor:
     return torch.tensor(
-        {"text": [[5, 4, 3, 1, 1, 1], [2, 2, 7, 6, 9, 39]], "class": [[4], [0]], "none": [[0], [0]]}[kind]
+        {"text": [[5, 4, 3, 1, 1, 1], [2, 2, 7, 6, 9, 39]], "class": [[4], [0]], "nothing": [[0], [0]]}[kind]
     )
 
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_without_its_yaml_or_codec_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["kodalle", "clip"])
 def test_kind_is_what_it_must_be(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds a minDALL-E: write mindalle, or auto"):
-        import_checkpoint(write(tmp_path / "theirs", "none"), tmp_path / "ours", kind=kind)
+        import_checkpoint(write(tmp_path / "theirs", "nothing"), tmp_path / "ours", kind=kind)
 
 
 _WIDE, _DEEP = 256, 24

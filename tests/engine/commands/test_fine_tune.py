@@ -1,0 +1,154 @@
+"""An imported model trained further on own pairs: import, fine-tune, generate; classes and images alone; what is refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from engine import cli
+from engine.commands import stages
+from engine.commands.fine_tune import is_imported
+from engine.config_files import load_run
+from engine.errors import InputError
+from engine.interop.importing import import_checkpoint
+from engine.models.folder import part_config, read_config
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import SamplingParams
+from tests.engine.commands.test_train_pictures import draw
+from tests.engine.interop.test_importing_mindalle import write
+
+TINY = ["--set", "kodalle.loop.epochs=null", "--set", "kodalle.loop.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("drawn") / "photos", 24)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imported")
+    import_checkpoint(write(folder / "theirs", "text"), folder / "ours")
+    return folder / "ours"
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trains in this process what the command launches; tests/engine/training proves the launcher."""
+    from engine.training import trainer
+
+    launched: list[str] = []
+
+    def launch(arguments: Sequence[str], *, num_processes: int = 1) -> int:
+        launched.append(arguments[0])
+        trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
+        return 0
+
+    monkeypatch.setattr(stages, "launch", launch)
+    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
+    return launched
+
+
+def _train(photos: Path, imported: Path, out: Path, *more: str) -> str:
+    result = CliRunner().invoke(
+        cli.app,
+        ["train", str(photos), "--from", str(imported), "--out", str(out), *TINY, *more],
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_captions(photos: Path, imported: Path, trained: list[str], tmp_path: Path) -> None:
+    """The codec and what is not of the text are the imported ones, a few steps on; a second call has nothing to do."""
+    output = _train(photos, imported, tmp_path / "run")
+    model = tmp_path / "run" / "kodalle" / "model"
+    assert f"kodalle serve {model}" in output
+    before, after = (load_file(folder / "transformer.safetensors") for folder in (imported, model))
+    assert before.keys() == after.keys()
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert {"layers.0.attention.qkv.bias", "image_embedding.cells", "text_embedding.positions"} <= set(moved)
+    assert all(float((before[name] - after[name]).abs().max()) < 1e-3 for name in moved)  # three steps of 1e-4
+    assert load_file(imported / "vqgan.safetensors").keys() == load_file(model / "vqgan.safetensors").keys()
+    for name, value in load_file(imported / "vqgan.safetensors").items():
+        assert torch.equal(value, load_file(model / "vqgan.safetensors")[name]), name
+    run = load_run(tmp_path / "run" / "configs" / "kodalle.yaml")
+    settings = run.deepspeed
+    assert (
+        settings["optimizer"]["params"] | {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0}
+        == settings["optimizer"]["params"]
+    )
+    assert settings["gradient_clipping"] == 4.0
+    pipeline = Pipeline.from_pretrained(model)
+    assert pipeline.default_sampling_params.top_k == 256
+    assert len(pipeline(["a red square"], SamplingParams(candidates=2, guidance_scale=2.0))[0].candidates) == 2
+    launched = list(trained)
+    assert "is finished: nothing to do" in _train(photos, imported, tmp_path / "run")
+    assert trained == launched
+
+
+@pytest.mark.parametrize(("condition", "caption"), [("class", "a red square"), ("nothing", "anything")])
+def test_transfer_to_classes_and_to_images_alone(
+    condition: str, caption: str, photos: Path, imported: Path, tmp_path: Path
+) -> None:
+    _train(photos, imported, tmp_path / "run", "--set", f"kodalle.model.condition={condition}")
+    model = tmp_path / "run" / "kodalle" / "model"
+    config = part_config(model, "transformer")
+    assert (config.condition, config.text_vocab_size) == (condition, 6 if condition == "class" else 1)
+    before, after = (load_file(folder / "transformer.safetensors") for folder in (imported, model))
+    assert (
+        float((before["layers.1.feed_forward.grow.weight"] - after["layers.1.feed_forward.grow.weight"]).abs().max())
+        < 1e-3
+    )
+    # The head's rows of images are taken, too.
+    assert float((before["head.weight"][-config.image_vocab_size :] - after["head.weight"]).abs().max()) < 1e-3
+    pipeline = Pipeline.from_pretrained(model)
+    assert pipeline([caption])[0].candidates[0].image.size == (32, 32)
+    if condition == "class":
+        with pytest.raises(InputError, match="is none of the model's 6 classes: a blue circle, "):
+            pipeline(["a purple square"])
+    # A trained model of classes is trained on as it is.
+    _train(photos, model, tmp_path / "again")
+    assert part_config(tmp_path / "again" / "kodalle" / "model", "transformer").condition == condition
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--minutes", "3"], "--minutes: 3.0: is for models with a KoCLIP"),
+        (["--set", "vqgan.loop.steps=3"], "is trained on as a kodalle alone"),
+        (["--set", "kodalle.model.dim=48"], r"model.dim is 48, there 24"),
+        (["--set", "kodalle.model.bos=true"], r"text_position_rows 6 is less than 1 \+ text_seq_len"),
+        (["--set", "kodalle.nothing=3"], "nothing"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    more: list[str], message: str, photos: Path, imported: Path, trained: list[str], tmp_path: Path
+) -> None:
+    arguments = ["train", str(photos), "--from", str(imported), "--out", str(tmp_path / "run"), *more]
+    with pytest.raises(InputError, match=message):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert trained == []
+    assert not (tmp_path / "run" / "kodalle").exists()
+
+
+def test_another_request_for_the_same_folder_is_refused(photos: Path, imported: Path, tmp_path: Path) -> None:
+    _train(photos, imported, tmp_path / "run")
+    other = draw(tmp_path / "other", 24)
+    (other / "00.txt").write_text("something else", encoding="utf-8")
+    for source, more, message in (
+        (other, [], "was started with other files"),
+        (photos, ["--set", "kodalle.seed=3"], "--set"),
+    ):
+        arguments = ["train", str(source), "--from", str(imported), "--out", str(tmp_path / "run"), *more]
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+
+
+def test_a_model_with_a_ranker_is_not_an_imported_one(imported: Path, tmp_path: Path) -> None:
+    assert is_imported(imported)
+    assert "koclip" not in read_config(imported)
