@@ -43,6 +43,8 @@ from engine.decoding.shift_cache import ShiftCache
 # (measured, MKL 2024.2, float32 and bfloat16): rounding siblings up to 4 keeps a result independent of the batch.
 _SIBLINGS_MULTIPLE = 4
 _SIBLINGS_MAX = 64
+# Products with a prefix of fewer positions differ by the number of their rows as well (seen up to 9): each has 4.
+_SHORT_PREFIX = 16
 # Own positions of one product. Longer splits mean fewer products, and more positions read that hold nothing yet.
 _SPLIT = 64
 
@@ -362,8 +364,9 @@ def _group(prefix_of_query: Mapping[int, PrefixRef]) -> list[_Siblings]:
         queries_of.setdefault(ref, []).append(query)
     by_size: dict[int, list[tuple[PrefixRef, list[int]]]] = {}
     for ref, queries in queries_of.items():
-        for start in range(0, len(queries), _SIBLINGS_MAX):
-            part = queries[start : start + _SIBLINGS_MAX]
+        at_once = _SIBLINGS_MULTIPLE if ref.keys.shape[1] < _SHORT_PREFIX else _SIBLINGS_MAX
+        for start in range(0, len(queries), at_once):
+            part = queries[start : start + at_once]
             size = _round_up(len(part), _SIBLINGS_MULTIPLE)
             by_size.setdefault(size, []).append((ref, part + part[-1:] * (size - len(part))))
     return [_siblings([ref for ref, _ in entries], [queries for _, queries in entries]) for entries in by_size.values()]

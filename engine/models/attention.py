@@ -73,15 +73,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, backend: 
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, backend: AttentionBackend) -> Tensor:
-    """The same over what a mask (Tq, Tk) allows: q, k, v (B, T, H, D) -> (B, Tq, H, D).
+    """The same over what a mask allows: q, k, v (B, T, H, D), mask (Tq, Tk) bool -> (B, Tq, H, D).
 
     Raises:
-        InputError: a backend without masks.
+        InputError: the backend cannot run where q is.
     """
-    if backend != "sdpa":
-        raise InputError("attention backend", backend, "has no attention_patterns: choose sdpa")
+    if backend == "xformers":
+        check_backend(backend, q.device)
+        out: Tensor = _xformers_ops().memory_efficient_attention(q, k, v, attn_bias=_xformers_bias(q, mask))
+        return out
+    if backend == "reference":
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v.to(wide)).to(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _xformers_bias(q: Tensor, mask: Tensor) -> Tensor:
+    """(B, H, Tq, Tk) of 0 and -inf, a view of rows whose length is a multiple of 8, as its kernels read them."""
+    (B, _, H, _), (Tq, Tk) = q.shape, mask.shape
+    rows = torch.zeros(Tq, -(-Tk // 8) * 8, dtype=q.dtype, device=q.device)
+    rows[:, :Tk].masked_fill_(~mask, -torch.inf)
+    return rows[:, :Tk].expand(B, H, Tq, Tk)
 
 
 def normalised_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

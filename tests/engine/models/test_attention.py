@@ -3,7 +3,7 @@ import torch
 
 from engine.errors import InputError
 from engine.models import attention as attention_module
-from engine.models.attention import attention, check_backend
+from engine.models.attention import AttentionBackend, attention, check_backend, masked_attention
 from kernels import reference
 
 
@@ -28,6 +28,43 @@ def test_backends_compute_attention(backend: str, causal: bool, Tq: int, Tk: int
     k, v = torch.randn(2, 2, Tk, 3, 8, dtype=torch.float64)
     out = attention(q, k, v, causal=causal, backend=check_backend(backend, q.device))
     torch.testing.assert_close(out, _loops(q, k, v, causal), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_masks_leave_out_what_they_forbid(backend: AttentionBackend) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 7, 3, 8, dtype=torch.float64)
+    causal = torch.ones(7, 7).tril().bool()
+    out = masked_attention(q, k, v, causal, backend=backend)
+    torch.testing.assert_close(out, _loops(q, k, v, causal=True), rtol=0, atol=1e-12)
+    mask = causal & ((torch.arange(7)[:, None] - torch.arange(7)) % 3 == 0)
+    out = masked_attention(q, k, v, mask, backend=backend)
+    for row in range(7):
+        seen = mask[row].nonzero()[:, 0]
+        alone = _loops(q[:, row : row + 1], k[:, seen], v[:, seen], causal=False)
+        torch.testing.assert_close(out[:, row : row + 1], alone, rtol=0, atol=1e-12)
+
+
+def test_xformers_gets_the_mask_in_rows_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run on a GPU only: a stand-in computes what they are given, and checks how it lies in memory."""
+
+    class Operations:
+        @staticmethod
+        def memory_efficient_attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: torch.Tensor
+        ) -> torch.Tensor:
+            assert attn_bias.shape == (2, 3, 7, 7)
+            assert attn_bias.stride()[2] % 8 == 0
+            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + attn_bias
+            return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+    monkeypatch.setattr(attention_module, "_xformers_ops", lambda: Operations)
+    monkeypatch.setattr(attention_module, "check_backend", lambda *_: "xformers")
+    q, k, v = torch.randn(3, 2, 7, 3, 8)
+    mask = torch.ones(7, 7).tril().bool() & (torch.arange(7) != 2)
+    mask[2, 2] = True
+    expected = masked_attention(q, k, v, mask, backend="sdpa")
+    torch.testing.assert_close(masked_attention(q, k, v, mask, backend="xformers"), expected)
 
 
 def test_packed_views_and_gradients_agree() -> None:
