@@ -157,7 +157,7 @@ class _Tensor:
         strides = [1]
         for size in reversed(shape[1:]):
             strides.append(strides[-1] * size)
-        self._arguments = (storage, 0, shape, tuple(reversed(strides))[-len(shape) :], False, {})
+        self._arguments: tuple[Any, ...] = (storage, 0, shape, tuple(reversed(strides))[-len(shape) :], False, {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return torch._utils._rebuild_tensor_v2, self._arguments

@@ -72,9 +72,10 @@ def train(
 
         place = out or Path("runs") / target.resolve().name
         if from_ is not None and is_imported(from_):
-            for option, value in (("--minutes", minutes), ("--cut-out", cut_out), ("--plan", plan or None)):
-                if value is not None:
-                    raise InputError(option, value, f"is for models with a KoCLIP, and {from_} has none: leave it out")
+            stated = {"--minutes": minutes, "--cut-out": cut_out, "--plan": plan or None}
+            for name, given in stated.items():
+                if given is not None:
+                    raise InputError(name, given, f"is for models with a KoCLIP, and {from_} has none: leave it out")
             fine_tune(target, from_, place, tuple(set_ or ()))
             return
         train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_, cut_out), only_plan=plan)

@@ -93,7 +93,8 @@ class TransformerConfig(Section):
         """The attention pattern of each layer."""
         if self.attention_patterns == "dalle":
             return dalle_patterns(self.num_layers)
-        return tuple(self.attention_patterns[n % len(self.attention_patterns)] for n in range(self.num_layers))
+        patterns: tuple[AttentionPattern, ...] = self.attention_patterns
+        return tuple(patterns[n % len(patterns)] for n in range(self.num_layers))
 
     @property
     def depends_on_positions(self) -> bool:

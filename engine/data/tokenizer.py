@@ -44,10 +44,9 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        model = tokenizer.backend_tokenizer.model
-        self.names_classes = isinstance(
-            model, models.WordLevel
-        )  # engine/data/class_tokenizer.py: a caption is one token
+        backend = tokenizer.backend_tokenizer
+        # A caption is one token: engine/data/class_tokenizer.py.
+        self.names_classes = isinstance(backend.model, models.WordLevel) and backend.pre_tokenizer is None
         self.pad_id = -1 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
 
     @property
@@ -95,9 +94,10 @@ class CaptionTokenizer:
             cut.append(excess)
         return EncodedCaptions(torch.tensor(rows, dtype=torch.int64, device="cpu"), cut)
 
-    def empty(self, text_seq_len: int) -> Tensor | None:
-        """Tokens of the empty caption, (1, T): the unconditional side of guidance; None: there is none among classes."""
-        return None if self.names_classes else self.encode([""], text_seq_len).tokens
+    def empty(self, text_seq_len: int) -> Tensor:
+        """Tokens of the empty caption, (1, T): the unconditional side of guidance; there is none among classes."""
+        assert not self.names_classes
+        return self.encode([""], text_seq_len).tokens
 
     def _class(self, name: str) -> int:
         """Raises InputError: a name that is no class."""

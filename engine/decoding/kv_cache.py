@@ -171,7 +171,8 @@ class KVCache:
     ) -> None:
         L, _, H, D = prefix_shape
         self._num_positions = max(num_positions, 1)
-        self._patterns = patterns or ("full",) * L
+        full: AttentionPattern = "full"
+        self._patterns = patterns or (full,) * L
         self.shifts = shifts
         self._splits: _Splits | None = None
         self._step: _Step | None = None

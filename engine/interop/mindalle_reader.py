@@ -35,7 +35,13 @@ from engine.interop.trees import Weights, number
 from engine.models.weight_file import LazyTensor
 
 # What OmegaConf fills in where the yaml leaves it out.
-_DEFAULTS = {"n_heads": 24, "gelu_use_approx": False, "attn_bias": True, "mlp_bias": True, "resid_pdrop": 0.0}
+_DEFAULTS: dict[Any, Any] = {
+    "n_heads": 24,
+    "gelu_use_approx": False,
+    "attn_bias": True,
+    "mlp_bias": True,
+    "resid_pdrop": 0.0,
+}
 _LEAVES = {
     "ln1.weight": "attention.norm.weight", "ln1.bias": "attention.norm.bias", "ln2.weight": "feed_forward.norm.weight",
     "ln2.bias": "feed_forward.norm.bias", "attn.proj.weight": "attention.out.weight", "attn.proj.bias": "attention.out.bias",
@@ -274,9 +280,10 @@ def _char_bpe(vocabulary: Path, merges: Path) -> CaptionTokenizer:
     """`tokenizers.CharBPETokenizer(lowercase=True, unk_token="[UNK]")` with [PAD] added, as minDALL-E builds it."""
     entries = json.loads(vocabulary.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if any(len(pair) != 2 for pair in pairs):
+    found = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if any(len(pair) != 2 for pair in found):
         raise InputError("tokenizer", merges, "has a line that is no pair: copy it again")
+    pairs = [(first, second) for first, second in found]
     try:
         model = models.BPE(entries, pairs, unk_token=_UNKNOWN, end_of_word_suffix=_WORD_END)
     except Exception as error:  # the library raises nothing narrower

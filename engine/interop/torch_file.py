@@ -75,7 +75,7 @@ class TorchFile:
         data = torch.empty(count, dtype=torch.uint8, device="cpu")  # not zeroed, as a bytearray would be
         with self.path.open("rb", buffering=0) as file:
             file.seek(start + first)
-            rest = memoryview(data.numpy())
+            rest = memoryview(data.numpy().data)
             while rest:  # a call reads 2 GB at most
                 read = file.readinto(rest)
                 if not read:

@@ -95,7 +95,7 @@ class Pipeline:
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
-        null = tokenizer.empty(transformer.config.text_seq_len)
+        null = None if tokenizer.names_classes else tokenizer.empty(transformer.config.text_seq_len)
         self.sampler = Sampler(
             transformer,
             null_text_tokens=None if null is None else null[0].to(self.device),

@@ -88,13 +88,10 @@ class KodalleStage:
             read_part(run.koclip, "koclip")  # fails now instead of at the export
             _check_same_tokenizer(run.koclip, self.tokenizer)
         self.vqgan.to(world.device).requires_grad_(False)
-        empty = self.tokenizer.empty(run.model.text_seq_len)
-        if empty is None and run.caption_dropout > 0:
+        if self.tokenizer.names_classes and run.caption_dropout > 0:
             raise InputError("caption_dropout", run.caption_dropout, "classes have no empty caption: write 0")
-        # Not read without caption_dropout.
-        self._empty = (
-            torch.zeros(1, run.model.text_seq_len, dtype=torch.int64, device="cpu") if empty is None else empty
-        )
+        nothing = torch.zeros(1, run.model.text_seq_len, dtype=torch.int64, device="cpu")  # not read then
+        self._empty = nothing if self.tokenizer.names_classes else self.tokenizer.empty(run.model.text_seq_len)
         train, held_out = self._shards(pairs)
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
         self.source: BatchSource = token_source(

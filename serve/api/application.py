@@ -279,7 +279,8 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
 
 def _num_tokens(tokenizer: Tokenizer, prompt: str) -> int:
     """Tokens of a prompt; a class is one, whether the model has it or not."""
-    return 1 if isinstance(tokenizer.model, models.WordLevel) else len(tokenizer.encode(prompt).ids)
+    is_class = isinstance(tokenizer.model, models.WordLevel) and tokenizer.pre_tokenizer is None
+    return 1 if is_class else len(tokenizer.encode(prompt).ids)
 
 
 @lru_cache(maxsize=4)

@@ -82,3 +82,24 @@ def test_a_position_has_the_same_bits_in_any_window(window: int, dtype: torch.dt
                 if at[row, offset] < N:
                     assert torch.equal(attended[row, offset], expected[row, at[row, offset]]), (row, at[row, offset])
         lengths = torch.where(lengths < N, lengths + accepted, lengths).clamp(max=N)
+
+
+@pytest.mark.parametrize("prefix_len", [1, 5, 9, 15])
+def test_short_prefixes_have_the_same_bits_in_any_window(prefix_len: int) -> None:
+    """A class is a prefix of one position: such small products take other kernels for other numbers of rows."""
+    R, H, D, N = 3, 2, 64, 24
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 1, prefix_len, H, D)
+    prefix = Prefix(keys, values, torch.zeros(1, H * D))
+    qkv = torch.randn(R, N, 3, H, D)
+    single, windows = (KVCache(R, N, (1, prefix_len, H, D), window=w, dtype=torch.float32, device=CPU) for w in (1, 4))
+    for cache in (single, windows):
+        cache.set_prefixes({sequence: PrefixRef(prefix, 0) for sequence in range(R)})
+    for position in range(0, N - 4, 4):
+        lengths = torch.full((R,), position)
+        windows.begin_step(lengths, position)
+        together = windows.append_and_attend(0, qkv[:, position : position + 4])
+        for offset in range(4):
+            single.begin_step(lengths + offset, position + offset)
+            alone = single.append_and_attend(0, qkv[:, position + offset, None])
+            assert torch.equal(alone[:, 0], together[:, offset])

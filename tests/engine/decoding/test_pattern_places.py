@@ -32,7 +32,8 @@ def _cache(pattern: AttentionPattern, prefix: Prefix, *, window: int = 1) -> KVC
 
 def _inputs() -> tuple[Prefix, Tensor]:
     torch.manual_seed(0)
-    return Prefix(*torch.randn(2, 1, 1, P, H, D), torch.zeros(1, H * D)), torch.randn(R, N, 3, H, D)
+    keys, values = torch.randn(2, 1, 1, P, H, D)
+    return Prefix(keys, values, torch.zeros(1, H * D)), torch.randn(R, N, 3, H, D)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -48,7 +49,10 @@ def test_cached_attention_is_that_of_the_mask(pattern: AttentionPattern) -> None
         at = torch.stack([qkv[row, length] for row, length in enumerate(lengths)])
         found[range(R), lengths] = cache.append_and_attend(0, at[:, None])[:, 0]
     mask = pattern_mask(pattern, P, G, CPU)
-    keys, values = (torch.cat([part[0].expand(R, -1, -1, -1), qkv[:, :, 1 + n]], 1) for n, part in enumerate((prefix.keys, prefix.values)))
+    keys, values = (
+        torch.cat([part[0].expand(R, -1, -1, -1), qkv[:, :, 1 + n]], 1)
+        for n, part in enumerate((prefix.keys, prefix.values))
+    )
     queries = torch.cat([torch.zeros(R, P, H, D), qkv[:, :, 0] * D**0.5], 1)  # the cache takes divided ones
     expected = masked_attention(queries, keys, values, mask, backend="reference")[:, P:]
     for row, late in enumerate(behind.tolist()):
