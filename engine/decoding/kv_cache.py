@@ -43,8 +43,8 @@ from engine.decoding.shift_cache import ShiftCache
 # (measured, MKL 2024.2, float32 and bfloat16): rounding siblings up to 4 keeps a result independent of the batch.
 _SIBLINGS_MULTIPLE = 4
 _SIBLINGS_MAX = 64
-# Products with a prefix of fewer positions differ by the number of their rows as well (seen up to 9): each has 4.
-_SHORT_PREFIX = 16
+# Products with a prefix of fewer positions, a class for one, differ by the number of their rows as well: each has 4.
+_SHORT_PREFIX = 9
 # Own positions of one product. Longer splits mean fewer products, and more positions read that hold nothing yet.
 _SPLIT = 64
 

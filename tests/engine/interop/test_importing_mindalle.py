@@ -201,7 +201,7 @@ def test_images_come_out(kind: str, tmp_path: Path) -> None:
 def test_classes_are_named_and_have_no_empty_caption(tmp_path: Path) -> None:
     import_checkpoint(write(tmp_path / "theirs", "class"), tmp_path / "ours")
     pipeline = Pipeline.from_pretrained(tmp_path / "ours")
-    with pytest.raises(InputError, match=r"caption: cat: is none of the model's 5 classes: 0, 1, 2, 3, 4"):
+    with pytest.raises(InputError, match=r"caption: 'cat': is none of the model's 5 classes: 0, 1, 2, 3, 4"):
         pipeline(["cat"])
     with pytest.raises(InputError, match="needs an empty caption, which this model has none of"):
         pipeline(["3"], SamplingParams(guidance_scale=3.0))
