@@ -143,12 +143,7 @@ class _Shell:
         elif command.startswith("kodalle train PHOTOS "):
             tiny = [f"--set {one}" for one in (*TINY, "vqgan.model.image_size=32")]
             tiny_command = " ".join([command.replace("--minutes 90", "--minutes 20"), *tiny])
-            done = subprocess.run(
-                [sys.executable, "-m", "engine.cli", *self._words(tiny_command)[1:]],
-                cwd=self._folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-                capture_output=True, text=True, timeout=_ENDS_WITHIN_S, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+            self._check(tiny_command, (_kodalle, (self._words(tiny_command), self._folder, True)))
         elif command.startswith("kodalle serve "):
             self._serve(f"{command} --without-ray")
         elif command.startswith("kodalle "):
@@ -202,19 +197,24 @@ class _Shell:
             assert self._server.exitcode == 0
 
 
-def _kodalle(words: list[str], folder: Path) -> None:
-    """The command; its trainings run in this process, where it would start DeepSpeed's launcher for each."""
+def _kodalle(words: list[str], folder: Path, trains_here: bool = False) -> None:
+    """The command.
+
+    Args:
+        trains_here: its trainings run in this process, where it would start DeepSpeed's launcher for each: three processes
+            that import torch. The README's other training goes through the launcher.
+    """
     from engine import cli, train
     from engine.commands import stages
-    from engine.commands import train as train_command
 
     def train_here(arguments: Sequence[str], **_: int) -> int:
         sys.argv = ["train.py", "--config", *arguments]
         return train.main()
 
     os.chdir(folder)
-    for module in (train_command, stages):
-        vars(module)["launch"] = train_here
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # of the launcher's processes
+    if trains_here:
+        vars(stages)["launch"] = train_here
     sys.argv = words
     cli.main()
 

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +34,7 @@ from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
 from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
+from tests.forked import DEEPSPEED, run_forked
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
 CPU = torch.device("cpu")
@@ -258,27 +257,21 @@ def test_same_images_as_torch_for_any_number_of_candidates(exported: Path) -> No
     assert low(CAPTIONS[:1], candidates=1)[0].candidates[0].score is not None
 
 
-_GENERATE = """
-import sys, hashlib
-from engine.pipeline.pipeline import Pipeline
-generation = Pipeline.from_pretrained(sys.argv[1], codec_backend="onnx")([sys.argv[2]], candidates=3, seed=4)[0]
-print([(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates])
-"""
+def _hashes(model: Path) -> list[tuple[int, str]]:
+    generation = Pipeline.from_pretrained(model, codec_backend="onnx")(CAPTIONS[:1], candidates=3, seed=4)[0]
+    return [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates]
+
+
+def _print_hashes(model: Path) -> None:
+    torch.set_num_threads(1)
+    print(_hashes(model))
 
 
 @pytest.mark.slow
-def test_same_images_in_another_process(exported: Path) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-c", _GENERATE, str(exported), CAPTIONS[0]],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
-    generation = Pipeline.from_pretrained(exported, codec_backend="onnx")(CAPTIONS[:1], candidates=3, seed=4)[0]
-    images = [(one.candidate, hashlib.sha256(one.image.tobytes()).hexdigest()) for one in generation.candidates]
-    assert answer.stdout.splitlines() == [str(images)]
+def test_same_images_in_another_process(exported: Path, tmp_path: Path) -> None:
+    ((code, printed),) = run_forked([(_print_hashes, (exported,))], tmp_path, preload=DEEPSPEED)
+    assert code == 0, printed
+    assert printed.splitlines()[-1] == str(_hashes(exported))
 
 
 def test_retrained_folder_has_no_export_left(copied: Path) -> None:

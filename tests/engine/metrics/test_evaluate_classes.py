@@ -1,8 +1,6 @@
 """An independent classifier's view of a tiny model's images, and the scripts that compare settings and make figures by it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from engine.metrics.evaluate import evaluate, table
 from engine.pipeline.image_encoding import read_metadata
 from tests.benchmark_scripts import run_script
 from tests.engine.metrics.evaluation_pairs import with_garments, write_classifier, write_pairs
-from tests.paths import REPOSITORY
 
 
 @pytest.mark.slow
@@ -96,19 +93,15 @@ def test_figures_are_made_by_one_command(model: Path, tmp_path: Path) -> None:
     """benchmarks/clothing_figures.py, whole."""
     pairs = with_garments(write_pairs(tmp_path / "pairs", held_out=4))
     classifier = write_classifier(tmp_path / "classifier", pairs)
-    script = REPOSITORY / "benchmarks" / "clothing_figures.py"
     out = tmp_path / "figures"
-    command = [
-        sys.executable, str(script), str(model), str(pairs), "--independent-classifier", str(classifier), "--quick",
-        "--out", str(out),
-    ]  # fmt: skip
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    arguments = [str(model), str(pairs), "--independent-classifier", str(classifier), "--quick", "--out", str(out)]
+    printed = run_script("clothing_figures", *arguments).stdout
     document = json.loads((out / "figures.json").read_text(encoding="utf-8"))
     assert json.loads(printed.splitlines()[-1]) == document
     assert document.keys() >= {"commit", "hardware", "versions", "partial_captions"}
     assert {one["reached"] for one in document["figures"]} > {"not measured"}  # distances, of 4 photographs
     sheets = {"sheet.png", "sheet-captioned.png", "sheet-large.png", "sheet-reconstructions.png"}
     assert {file.name for file in out.iterdir()} == sheets | {"figures.json"}
-    refused = subprocess.run([*command[:4], "--independent-classifier", str(tmp_path)], capture_output=True, text=True)
+    refused = run_script("clothing_figures", str(model), str(pairs), "--independent-classifier", str(tmp_path))
     assert refused.returncode == 2
     assert "train-classifier" in refused.stderr.splitlines()[-1]
