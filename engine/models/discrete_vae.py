@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.codec import DiscreteVaeConfig
-from engine.models.image_tokens import check_images, token_grid
+from engine.models.image_tokens import check_images, likeliest_codes, token_grid
 
 
 class ResidualBlock(nn.Module):
@@ -67,7 +67,7 @@ class DiscreteVae(nn.Module):
         Raises:
             ValueError: wrong shape or type.
         """
-        return self.encode_logits(images).argmax(dim=1).flatten(1)
+        return likeliest_codes(self.encode_logits(images))
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Scores of the codes: (B, 3 or C, S, S) in [0, 1] -> (B, K, h, w). Same errors."""

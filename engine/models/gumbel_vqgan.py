@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.codec import VqganConfig
-from engine.models.image_tokens import check_images, token_grid
+from engine.models.image_tokens import check_images, likeliest_codes, token_grid
 from engine.models.vqgan import build_networks, joint_latent_table, to_signed_range, to_unit_range
 
 
@@ -46,7 +46,7 @@ class GumbelVqgan(nn.Module):
         Raises:
             ValueError: wrong shape or type.
         """
-        return self.encode_logits(images).argmax(dim=1).flatten(1)
+        return likeliest_codes(self.encode_logits(images))
 
     def encode_logits(self, images: Tensor) -> Tensor:
         """Scores of the codes: (B, 3, S, S) in [0, 1] -> (B, K, h, w). Same errors."""

@@ -18,6 +18,11 @@ def check_images(images: Tensor, *, channels: int, size: int) -> None:
         raise ValueError(f"images must be float in [0, 1], not {images.dtype}")
 
 
+def likeliest_codes(scores: Tensor) -> Tensor:
+    """The code of each position without noise, row by row: scores of the codes (B, K, h, w) -> (B, N) int64."""
+    return scores.argmax(dim=1).flatten(1)
+
+
 def check_tokens(image_tokens: Tensor, codebook_size: int) -> Tensor:
     """The tokens as int64.
 
