@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,19 @@ def test_files_that_are_named_exist(document: Path) -> None:
     assert sorted(name for name in named if not (REPOSITORY / name).exists()) == []
 
 
+def test_the_architecture_shows_the_layers_that_are_checked() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    [layers] = [one["layers"] for one in contracts if one["name"] == "rooms inside engine"]
+    checked = [set(layer.split(" | ")) for layer in layers]
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [shown] = [
+        block for block in re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "cli | train" in block
+    ]
+    assert [set(layer.strip().split(" | ")) for layer in shown.split(">")] == checked
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkout in small: the shipped models, configs of tiny models under the shipped ones' names, some photographs."""
@@ -114,10 +128,12 @@ def test_the_commands_run_from_top_to_bottom(shell: "_Shell", folder: Path) -> N
 
 
 def _take_photographs(folder: Path) -> None:
-    """The reader's own: each in one colour, with its name as a caption."""
+    """The reader's own: squares of different sizes in one colour, with its name as a caption."""
     folder.mkdir()
     for number, (name, colour) in enumerate(list(COLOURS.items()) * 5):
-        Image.new("RGB", (80, 60), colour).save(folder / f"{number}.jpg")
+        photo = Image.new("RGB", (80, 60), "gray")
+        photo.paste(colour, (0, 0, 30 + number, 30 + number))
+        photo.save(folder / f"{number}.jpg")
         (folder / f"{number}.txt").write_text(f"{name} 네모", encoding="utf-8")
 
 
