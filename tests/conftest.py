@@ -115,19 +115,21 @@ _SLOW = (
 _EXCLUSIVE = (
     "tests/serve/page/",
     "tests/serve/test_app.py",
-    "tests/serve/test_command.py",
-    "tests/benchmarks/test_serve_load.py",
     "tests/benchmarks/test_serve_two_hosts.py",
 )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files of which every test is deselected are not imported either: Ray, browsers and Triton take seconds."""
-    deselected = str(config.getoption("markexpr")).split(" and ")
-    name = collection_path.relative_to(REPOSITORY).as_posix() if collection_path.is_relative_to(REPOSITORY) else ""
+    terms = str(config.getoption("markexpr")).split(" and ")
+    if collection_path.suffix != ".py" or not collection_path.is_relative_to(REPOSITORY):
+        return None
+    name = collection_path.relative_to(REPOSITORY).as_posix()
     for mark, places in (("slow", _SLOW), ("exclusive", _EXCLUSIVE)):
-        if f"not {mark}" in deselected and name.endswith(".py") and name.startswith(places):
+        if f"not {mark}" in terms and name.startswith(places):
             return True
+    if "exclusive" in terms and not name.startswith(_EXCLUSIVE):
+        return "mark.exclusive" not in collection_path.read_text(encoding="utf-8") or None
     return None
 
 

@@ -265,6 +265,7 @@ def request(address: str, method: str, path: str, fields: Any = None) -> tuple[i
     return reply.status, json.loads(reply.read())
 
 
+@pytest.mark.exclusive
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_it_prints_its_address_when_ready_and_exits_with_0_on_a_signal(
     server: tuple["subprocess.Popen[str]", str], number: signal.Signals

@@ -41,6 +41,7 @@ def _texts() -> torch.Tensor:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", ["cosine", "published"])
 @pytest.mark.parametrize("size", [32, 40])
 def test_embeds_as_koclip(similarity: str, size: int) -> None:

@@ -109,6 +109,7 @@ def test_oversize_is_refused_from_the_header(tmp_path: Path) -> None:
     assert 7071 * 7071 <= crops.MAX_PIXELS < 7072 * 7072
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     suffix=st.sampled_from(["PNG", "JPEG", "WEBP"]),

@@ -79,6 +79,7 @@ def test_report_on_disk(source: Path, tmp_path: Path) -> None:
     assert written["options"]["list_values"] == "all"  # of the label format
 
 
+@pytest.mark.slow
 def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> None:
     (source / "images" / "107.png").write_bytes(b"broken")
     prepare(source, tmp_path / "one", PrepareOptions(image_size=16), workers=1)
@@ -253,6 +254,7 @@ def test_a_few_broken_images_do_not_stop_the_run(source: Path, tmp_path: Path) -
     assert report.used == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_strict_stops_at_the_first_fault_and_leaves_nothing(source: Path, tmp_path: Path, workers: int) -> None:
     (source / "images" / "112.png").write_bytes(b"")

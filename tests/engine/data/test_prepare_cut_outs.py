@@ -165,6 +165,7 @@ def resized(source: Path, copy: Path, times: int) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_same_bytes_with_any_number_of_workers(source: Path, tmp_path: Path) -> None:
     add(source, 4, polygon((4, 6), (24, 36), (14, 21)))
     options = PrepareOptions(image_size=32, validation_fraction=0, cut_out=True, keep_uncut=True, max_bad=0.5)

@@ -248,6 +248,7 @@ def test_published_sizes() -> None:
 # ---------------------------------------------------------------------------------------------- what files leave open
 
 
+@pytest.mark.slow
 def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     """A checkpoint of another name, one of the dVAE's two files, the legacy format, and TorchScript."""
     shutil.copy(_discrete_vae(tmp_path / "a", DISCRETE), tmp_path / "model.ckpt")

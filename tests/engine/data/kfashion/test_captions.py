@@ -183,6 +183,7 @@ def test_variants_are_idempotent_and_single_spaced(item: Label) -> None:
     assert text == "" or text.endswith("이다.")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.text())
 def test_text_functions_take_any_text(text: str) -> None:

@@ -58,6 +58,7 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_files_pair_up_and_the_report_counts_them(demo: tuple[Path, DemoReport]) -> None:
     folder, report = demo
     for split, count in (("train", TRAIN), ("validation", HELD_OUT)):

@@ -66,6 +66,7 @@ def test_drawings_of_any_seed_are_read_right(examples: list[Example]) -> None:
     assert min(shares.values()) >= 0.99, shares
 
 
+@pytest.mark.slow
 def test_crops_to_the_box_are_read_right(examples: list[Example]) -> None:
     some = examples[::2]
     crops = [image.crop(box).resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image, _, box in some]
