@@ -19,8 +19,8 @@ TITLES = {
 
 
 def prepare_once(photos: Path, pairs: Path, options: PrepareOptions) -> PrepareReport | None:
-    """Prepares `photos` into `pairs`; None where that was done before: the folder appears only when it is complete."""
-    if pairs.is_dir():
+    """Prepares `photos` into `pairs`, or goes on with it; None where that was done before."""
+    if (pairs / "pairs.jsonl").is_file():  # the last that is written
         return None
     return prepare(photos, pairs, options, workers=os.cpu_count() or 1, progress=True)
 

@@ -24,8 +24,17 @@ from engine.data.orientation import label_frame, size_difference
 from engine.data.pairing import pair_files
 from engine.data.pairs import CaptionFault, load_pairs, read_captions
 from engine.data.plain_folder import find_plain
-from engine.data.source_files import UNREAD_SUFFIXES, SourceFolder, scan, side_of, source_sides, stem_of, suffix_of
-from engine.data.sources import SourceForm, find_form
+from engine.data.source_files import (
+    UNREAD_SUFFIXES,
+    SourceFolder,
+    SourceForm,
+    find_form,
+    scan,
+    side_of,
+    source_sides,
+    stem_of,
+    suffix_of,
+)
 from engine.data.workers import ordered_map
 from engine.errors import InputError, printable
 from engine.files import file_digest

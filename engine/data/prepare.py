@@ -37,13 +37,12 @@ from engine.data.journal import Journal
 from engine.data.pairs import FORMAT_VERSION, REPORT_FILE, Split, split_of
 from engine.data.prepare_entries import crop_job, cut_entry, label_entry, text_number
 from engine.data.set_aside import NORMAL, Examples, Skipped, Skips
-from engine.data.source_files import paths_under
+from engine.data.source_files import SourceForm, paths_under
 from engine.data.sources import (
     Crop,
     CropJob,
     PhotoListing,
     PrepareOptions,
-    SourceForm,
     SourcePhoto,
     list_photos,
     read_photo,

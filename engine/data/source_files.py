@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from engine.data.names import readable_name
+from engine.errors import InputError
 
 IMAGE_SUFFIXES = (
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp")
@@ -25,6 +26,7 @@ UNREAD_SUFFIXES = (
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".egg", ".alz")
 CONVERT = "for cp949: iconv -f cp949 -t utf-8"
 Side = Literal["train", "validation"]
+SourceForm = Literal["labels", "plain"]
 # Folders that are a source's own split, in lower case and without a number before them.
 SIDES: dict[str, Side] = {
     "train": "train",
@@ -63,6 +65,27 @@ def scan(root: Path) -> SourceFolder:
         else:
             (archives if suffix in ARCHIVE_SUFFIXES else others).append(path)
     return SourceFolder(root, tuple(labels), tuple(images), tuple(others), tuple(archives))
+
+
+def find_form(source: Path) -> SourceForm:
+    """`labels` when there are at least as many .json as .txt files under `source`, else `plain`.
+
+    Raises:
+        InputError: no such folder, or neither kind of file in it.
+    """
+    if not source.is_dir():
+        raise InputError("source", source, "no such folder: give one with labels and images, or name.jpg + name.txt")
+    if (source / "pairs.jsonl").is_file():
+        raise InputError("source", source, "is a prepared folder already: train on it, or give the original source")
+    folder = scan(source)
+    texts = sum(suffix_of(path) == ".txt" for path in folder.others)
+    if not folder.labels and not texts:
+        if folder.archives:
+            first = readable_name(folder.archives[0])
+            many = f"{len(folder.archives)} archives, the first: {first}"
+            raise InputError("source", source, f"has {many}, and nothing beside them: {unpack_remedy(first)}")
+        raise InputError("source", source, "has neither label files (.json) nor captions (.txt): nothing to prepare")
+    return "labels" if len(folder.labels) >= texts else "plain"
 
 
 def files_under(root: Path) -> Iterator[Path]:

@@ -32,7 +32,9 @@ from engine.data.source_files import (
     UNREAD_SUFFIXES,
     Side,
     SourceFolder,
+    SourceForm,
     display_sides,
+    find_form,
     scan,
     side_of,
     source_sides,
@@ -42,8 +44,6 @@ from engine.data.source_files import (
 )
 from engine.errors import InputError
 from engine.text import MAX_CHARACTERS
-
-SourceForm = Literal["labels", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,27 +238,6 @@ def list_photos(source: Path, options: PrepareOptions, set_aside: Callable[[Skip
     else:
         _list_plain(listing, set_aside)
     return listing
-
-
-def find_form(source: Path) -> SourceForm:
-    """`labels` when there are at least as many .json as .txt files under `source`, else `plain`.
-
-    Raises:
-        InputError: no such folder, or neither kind of file in it.
-    """
-    if not source.is_dir():
-        raise InputError("source", source, "no such folder: give one with labels and images, or name.jpg + name.txt")
-    if (source / "pairs.jsonl").is_file():
-        raise InputError("source", source, "is a prepared folder already: train on it, or give the original source")
-    folder = scan(source)
-    texts = sum(suffix_of(path) == ".txt" for path in folder.others)
-    if not folder.labels and not texts:
-        if folder.archives:
-            first = readable_name(folder.archives[0])
-            many = f"{len(folder.archives)} archives, the first: {first}"
-            raise InputError("source", source, f"has {many}, and nothing beside them: {unpack_remedy(first)}")
-        raise InputError("source", source, "has neither label files (.json) nor captions (.txt): nothing to prepare")
-    return "labels" if len(folder.labels) >= texts else "plain"
 
 
 def _list_labels(listing: PhotoListing, options: PrepareOptions, set_aside: Callable[[Skipped], None]) -> None:
