@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -88,6 +88,8 @@ def _type_text(kind: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_text(part) for part in arguments)
+    if origin is Annotated:
+        return _type_text(arguments[0])
     if origin is tuple:
         return f"list of {_type_text(arguments[0])}s"
     if origin is dict or (isinstance(kind, type) and issubclass(kind, Section)):

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from engine.errors import InputError
 
+_PARTIAL = ".partial-"
 _REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room, or raise the quota",
@@ -34,6 +35,11 @@ _REMEDIES = {
     errno.EROFS: "make the disk writable, or choose another folder",
     errno.EACCES: "give this user the right to write there, or choose another folder",
     errno.EPERM: "give this user the right to write there, or choose another folder",
+    errno.ENOTDIR: "choose a place below folders, not below a file",
+    errno.EEXIST: "a file is there, choose another place",
+    errno.EISDIR: "give the name of a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the link, which leads to itself",
     errno.EIO: "check the disk, or choose another one",
 }
 
@@ -153,9 +159,17 @@ class VerifiedFile:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; renames it to `path` when the block ends without an exception."""
+    """Yields a temporary path to write to; renames it to `path`, or to what a link there leads to, at the end of the block.
+
+    Raises:
+        InputError: `path` is a folder or a device.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no ordinary file"
+        raise InputError("file", path, f"is {what}: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".partial-{path.name}-", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".partial-{_beginning(path.name)}-", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     temporary.chmod(0o644)  # mkstemp makes 0600, which would stay on the final file
@@ -168,42 +182,112 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_file_place(path: Path, *, field: str) -> None:
+    """Tries whether a file can be written, before the work whose result goes into it.
+
+    Raises:
+        InputError: with `field`: a folder or a device, or a place where nothing can be written.
+    """
+    try:
+        with named_disk_faults(path), contextlib.suppress(_Tried), atomic_file(path):
+            raise _Tried
+    except InputError as error:
+        raise InputError(field, path, error.remedy) from error
+
+
+def check_folder_place(path: Path, *, field: str, holds: str, what: str) -> None:
+    """Tries whether a folder can be written or replaced, before the work whose result goes into it.
+
+    Args:
+        holds: name of a file in folders that may be replaced.
+        what: what these are.
+
+    Raises:
+        InputError: with `field`: a file, a folder of something else, or a place where nothing can be written.
+    """
+    place = Path(os.path.realpath(path))
+    held = held_names(place) if place.is_dir() else set()
+    if (place.exists() and not place.is_dir()) or (held and holds not in held):
+        raise InputError(field, path, f"holds something other than {what}: choose another folder")
+    try:
+        with contextlib.suppress(_Tried), atomic_folder(path, replace=True):
+            raise _Tried
+    except InputError as error:
+        raise InputError(field, path, error.remedy) from error
+
+
+class _Tried(Exception):
+    """Ends a block that has shown what it was to show."""
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary folder; renames it to `path` when the block ends without an exception.
+
+    A folder that is there and empty (a mount point, `.`, what a link leads to) stays, and the content is moved into it.
 
     Args:
         path: the final folder.
         replace: an existing `path` is removed once the new one is complete; without it an existing non-empty folder
             is an InputError before any work is done.
+
+    Raises:
+        InputError: also for a full disk, missing rights and other faults of the place.
     """
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+    place = Path(os.path.realpath(path))
+    if place.exists() and not replace and (not place.is_dir() or held_names(place)):
         raise InputError("destination", path, "exists already: choose another folder, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".partial-{path.name}-"
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if "-" not in leftover.name[len(prefix) :]:  # else it belongs to a longer name: `model-best` beside `model`
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    is_inside = place.is_dir() and (os.path.ismount(place) or not held_names(place))
+    home = place if is_inside else place.parent
+    with named_disk_faults(path):
+        home.mkdir(parents=True, exist_ok=True)
+        prefix = f"{_PARTIAL}{_beginning(place.name)}-"
+        for leftover in home.glob(f"{glob.escape(prefix)}*"):
+            if "-" not in leftover.name[len(prefix) :]:  # else it belongs to a longer name: `model-best` beside `model`
+                shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            (_move_into if is_inside else replace_folder)(temporary, place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def held_names(folder: Path) -> set[str]:
+    """What a folder holds, but for what a file system makes by itself, and for what killed writers left."""
+    return {path.name for path in folder.iterdir() if path.name != "lost+found" and not path.name.startswith(_PARTIAL)}
 
 
 def replace_folder(folder: Path, path: Path) -> None:
     """Renames a complete folder to `path`, beside it; what was there is removed afterwards."""
     os.sync()  # one call: an fsync a file is a third of the time of preparing 3,000 images
     # Two renames, not remove-then-rename: at no moment is there nothing to recover from.
-    old = path.with_name(f".old-{path.name}")
+    old = path.with_name(f".old-{_beginning(path.name)}")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.replace(old)
     folder.replace(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_into(folder: Path, place: Path) -> None:
+    """Moves a folder's content up into `place`, in the order in which it was written: what says that all is there, last."""
+    os.sync()
+    old = folder / ".old"
+    old.mkdir()
+    for name in held_names(place):
+        (place / name).replace(old / name)
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        if path != old:
+            path.replace(place / path.name)
+    sync(place)
+
+
+def _beginning(name: str) -> str:
+    """So much of a name that a prefix and a random end fit beside it into the 255 bytes of a file system."""
+    return name if len(os.fsencode(name)) <= 200 else os.fsencode(name)[:200].decode(errors="ignore")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from engine.config.section import Section
+from engine.config.section import FolderOrName, Section
 from engine.config_files import as_input_error
 from engine.sampling_params import FIELDS
 
@@ -34,7 +34,7 @@ class ServeSettings(Section):
     """One server: a model, its slots, its queue, its keys."""
 
     # `models/clothing` without `./` would be a valid repository name on the hub
-    model: str = Field("./models/clothing", description="model folder, or owner/name on the hub")
+    model: FolderOrName = Field("./models/clothing", description="model folder, or owner/name on the hub")
     model_id: str = Field(
         "", description="its name in the API; empty: the folder's, or its parent's if that is `model`"
     )
@@ -51,7 +51,7 @@ class ServeSettings(Section):
     )
     drain_s: float = Field(60.0, gt=0, description="how long a stopping worker may finish accepted requests")
     default_candidates: int = Field(16, gt=0, description="generated and ranked when a request gives no number")
-    keys_file: str = Field(
+    keys_file: FolderOrName = Field(
         "", description="API keys (serve/api/keys.py); empty: no keys, and only loopback clients are served"
     )
     log_prompts: bool = Field(False, description="log captions")

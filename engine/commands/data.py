@@ -24,7 +24,7 @@ from engine.data.prepare import SET_ASIDE_FILE, PrepareReport
 from engine.data.prepare import prepare as prepare_folder
 from engine.data.sources import PrepareOptions
 from engine.data.synthetic.garments import make_demo
-from engine.files import write_json
+from engine.files import check_file_place, write_json
 
 app = typer.Typer(help="Labels to captions, crops and pairs; checks; the demo set.", no_args_is_help=True)
 
@@ -119,6 +119,8 @@ def check(
     workers: Workers = None,
 ) -> None:
     """Lists every defective record of SOURCE; exit code 1 when there are errors."""
+    if json is not None:
+        check_file_place(json, field="--json")
     report = check_folder(source, workers=workers or os.cpu_count() or 1, progress=True)
     if json is not None:
         write_json(json, report.to_json())

@@ -19,9 +19,10 @@ def train_classifier(
     from engine.data.pairs import load_pairs
     from engine.device import fit_to_machine, pick_device
     from engine.metrics.classifier_training import train_classifier as train
-    from engine.metrics.independent_classifier import LEAST_ACCURACY, save_classifier
+    from engine.metrics.independent_classifier import LEAST_ACCURACY, check_classifier_place, save_classifier
     from engine.progress import PhaseBars
 
+    check_classifier_place(out)
     fit_to_machine()
     with PhaseBars() as bars:
         classifier, record = train(

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config.section import Section
+from engine.config.section import FolderOrName, Section
 
 
 class DataConfig(Section):
@@ -24,7 +24,9 @@ class DataConfig(Section):
 class TextConfig(Section):
     """Tokenization of captions."""
 
-    tokenizer: str = Field("klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)")
+    tokenizer: FolderOrName = Field(
+        "klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)"
+    )
     vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
     partial_captions: int = Field(
         0, ge=0, le=16, description="copies added to each training caption, with sentences left out at random"

@@ -6,9 +6,25 @@ their descriptions (engine/config_docs.py). The sections of the models (codec, t
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+
+Place = TypeVar("Place", Path, str)
+
+
+def in_home(place: Place) -> Place:
+    """`~/x` as a shell reads it, which leaves it alone in `run=~/x` and in YAML."""
+    if not str(place).startswith("~"):
+        return place
+    try:
+        return type(place)(Path(place).expanduser())
+    except RuntimeError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+
+
+FolderOrName = Annotated[str, AfterValidator(in_home)]
+"""A folder, or a name on the Hugging Face hub. Other texts may start with `~`: a caption, for one."""
 
 
 class Section(BaseModel):
@@ -18,11 +34,5 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _in_home(cls, value: Any) -> Any:
-        """`~/x` as a shell reads it, which leaves it alone in `run=~/x` and in YAML."""
-        if isinstance(value, Path | str) and str(value).startswith("~"):
-            try:
-                return type(value)(Path(value).expanduser())
-            except RuntimeError as error:
-                raise ValueError(str(error).rstrip(".")) from error
-        return value
+    def _paths_in_home(cls, value: Any) -> Any:
+        return in_home(value) if isinstance(value, Path) else value

@@ -9,7 +9,7 @@ from engine.config.codec import VqganConfig
 from engine.config.generation import GenerationConfig
 from engine.config.ranker import KoclipConfig
 from engine.config.run import Run, TextConfig
-from engine.config.section import Section
+from engine.config.section import FolderOrName, Section
 from engine.config.transformer import TransformerConfig
 
 
@@ -85,8 +85,8 @@ class KoclipRun(Run):
     stage: Literal["koclip"]
     model: KoclipConfig = KoclipConfig()
     text: TextConfig = TextConfig(tokenizer="klue/roberta-base")
-    pretrained_text_encoder: str | None = Field(None, description="Hugging Face RoBERTa, name or folder")
-    pretrained_image_encoder: str | None = Field(None, description="Hugging Face EfficientNet, name or folder")
+    pretrained_text_encoder: FolderOrName | None = Field(None, description="Hugging Face RoBERTa, name or folder")
+    pretrained_image_encoder: FolderOrName | None = Field(None, description="Hugging Face EfficientNet, name or folder")
     encoder_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of the encoders over that of the projections (published: 0.8)"
     )
@@ -141,7 +141,7 @@ class KodalleRun(Run):
     text: TextConfig = TextConfig()
     vqgan: Path = Field(description="model folder with the trained VQGAN")
     koclip: Path | None = Field(None, description="model folder with the trained KoCLIP, exported with the transformer")
-    pretrained_text_embeddings: str | None = Field(
+    pretrained_text_embeddings: FolderOrName | None = Field(
         None, description="Hugging Face RoBERTa or GPT whose token and position tables are copied (klue/roberta-large)"
     )
     embedding_std: float | None = Field(

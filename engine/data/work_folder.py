@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.files import DiskFault, read_json, sync, write_json
+from engine.files import DiskFault, held_names, named_disk_faults, read_json, sync, write_json
 from engine.folder_lock import hold_lock
 
 JOURNAL = ".journal"
@@ -32,14 +32,18 @@ def work_folder(destination: Path, identity: object, *, made: tuple[str, ...]) -
     Raises:
         InputError: the destination holds something, or another process works there.
     """
-    destination = destination.resolve()
+    destination = Path(os.path.realpath(destination))
     is_inside = destination.exists()
     work = destination / _INSIDE if is_inside else destination.with_name(f"{_INSIDE}-{destination.name}")
     if is_inside:
         _take_back(destination, work, made)
-    (work / JOURNAL).mkdir(parents=True, exist_ok=True)
     try:
-        with hold_lock(work / JOURNAL / "lock", field="destination"):
+        with named_disk_faults(work, kept="run the same command to go on"):
+            (work / JOURNAL).mkdir(parents=True, exist_ok=True)
+        with (
+            named_disk_faults(work, kept="run the same command to go on"),
+            hold_lock(work / JOURNAL / "lock", field="destination"),
+        ):
             _keep_if_same(work, identity)
             yield work
             os.sync()
@@ -64,7 +68,7 @@ def _take_back(destination: Path, work: Path, made: tuple[str, ...]) -> None:
     """Refuses a folder that holds something else than unfinished work; its parts that were moved already return to it."""
     if not destination.is_dir():
         raise InputError("destination", destination, "is a file: choose another folder")
-    found = {path.name for path in destination.iterdir()}
+    found = held_names(destination)
     moved = found - {work.name}
     if moved and not (work.is_dir() and moved <= set(made[:-1])):
         raise InputError("destination", destination, "exists already: choose another folder, or remove it first")

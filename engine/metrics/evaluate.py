@@ -29,7 +29,7 @@ from engine.data.tokenizer import CaptionTokenizer
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.facts import facts
-from engine.files import write_json
+from engine.files import check_file_place, write_json
 from engine.metrics.agreement import ImageReader, colour_names
 from engine.metrics.generations import score_generations
 from engine.metrics.independent_classifier import LEAST_ACCURACY, IndependentClassifier, agreement, load_classifier
@@ -108,7 +108,7 @@ def evaluate(
     started = time.perf_counter()
     pairs = load_pairs(pairs_folder)
     if not pairs.validation:
-        raise InputError("pairs", pairs_folder, "has no validation split: prepare it with validation_fraction above 0")
+        raise InputError("pairs", pairs_folder, _without_held_out(pairs, pairs_folder))
     fit_to_machine()
     parts = load_parts(model_folder, pick_device(device))
     classes = None if independent_classifier is None else find_caption_classes(pairs)
@@ -153,6 +153,13 @@ def evaluate(
     return report
 
 
+def _without_held_out(pairs: Pairs, folder: Path) -> str:
+    few = f"none of its {len(pairs)} pairs is held out"
+    if (folder / "pairs.jsonl").is_file():
+        return f"{few}: prepare it again with a larger --validation-fraction, or another --seed"
+    return f"{few}, which chance decides: put some into validation/ and the others into train/"
+
+
 def evaluate_to_file(
     model: Path,
     pairs: Path,
@@ -174,8 +181,9 @@ def evaluate_to_file(
     Raises:
         InputError: from `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
     """
-    if out.is_dir() or out.suffix.lower() == ".png":
+    if out.suffix.lower() == ".png":
         raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
+    check_file_place(out, field="--out")
     machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with PhaseBars() as bars:
         report = evaluate(

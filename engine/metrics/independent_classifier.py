@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.data.caption_classes import CaptionClasses, Facts
 from engine.data.caption_grammar import Fact
 from engine.errors import InputError
-from engine.files import atomic_folder, read_json, write_json
+from engine.files import atomic_folder, check_folder_place, read_json, write_json
 from engine.metrics.lite0_features import IMAGE_SIZE, NUM_FEATURES
 
 LEAST_ACCURACY = 0.8
@@ -100,6 +100,11 @@ def class_name(facts: Facts) -> str:
     return ", ".join(fact.value for fact in facts)
 
 
+def check_classifier_place(folder: Path) -> None:
+    """Raises InputError: a classifier cannot be written into the folder, or it holds something else."""
+    check_folder_place(folder, field="--out", holds=_JSON, what="a classifier")
+
+
 def save_classifier(folder: Path, classifier: IndependentClassifier, record: Mapping[str, Any]) -> None:
     """Writes a classifier's folder, or replaces one.
 
@@ -109,9 +114,7 @@ def save_classifier(folder: Path, classifier: IndependentClassifier, record: Map
     Raises:
         InputError: the folder holds something else.
     """
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / _JSON).is_file():
-        raise InputError("--out", folder, "holds something other than a classifier: choose another folder")
+    check_classifier_place(folder)
     with atomic_folder(folder, replace=True) as temporary:
         weights = {name: getattr(classifier, name).contiguous() for name in ("mean", "scale", "weight", "bias")}
         save_file(weights, temporary / _WEIGHTS)

@@ -36,7 +36,7 @@ from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
 from engine.data.cut_out import ground_rgb
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
-from engine.files import atomic_folder, read_json, write_json
+from engine.files import atomic_folder, check_folder_place, read_json, write_json
 from engine.models.image_codec import build_codec
 from engine.models.ranker import build_ranker
 from engine.models.transformer import KoDalle
@@ -91,9 +91,7 @@ def write_model_folder(
     Raises:
         InputError: `destination` holds anything but a model.
     """
-    taken = destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
-    if taken and not (destination / "config.json").is_file():
-        raise InputError("destination", destination, "holds something other than a model: choose another folder")
+    check_folder_place(destination, field="destination", holds="config.json", what="a model")
     with atomic_folder(destination, replace=True) as folder:
         config: dict[str, Any] = {"format": FOLDER_FORMAT}
         for name, part in parts.items():

@@ -1,14 +1,28 @@
 """Files and folders appear whole or not at all."""
 
+import contextlib
 import json
 import os
+import resource
+import shutil
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.errors import InputError
-from engine.files import atomic_file, atomic_folder, is_hub_name, read_json, write_json
+from engine.files import (
+    atomic_file,
+    atomic_folder,
+    check_file_place,
+    check_folder_place,
+    is_hub_name,
+    named_disk_faults,
+    read_json,
+    write_json,
+)
 
 
 def _names(folder: Path) -> list[str]:
@@ -120,3 +134,128 @@ def test_a_name_below_a_folder_that_is_here_is_no_name_of_the_hub(
     assert is_hub_name("klue/roberta-large")
     for name in ("./klue/x", "/klue", "~/klue", "klue", "a/b/c"):
         assert not is_hub_name(name), name
+
+
+# ------------------------------------------------------------------------------------------------------- destinations
+
+
+def _write(path: Path, *, replace: bool = False) -> None:
+    with atomic_folder(path, replace=replace) as folder:
+        (folder / "a").write_text("new")
+        (folder / "sub").mkdir()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_empty_folder_stays_and_gets_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    """A mount point cannot be renamed, the working directory must not be, and a link leads to another disk."""
+    disk = tmp_path / "disk"
+    (disk / "lost+found").mkdir(parents=True)
+    (disk / ".partial-disk-killed01").mkdir()
+    inode = disk.stat().st_ino
+    (tmp_path / "link").symlink_to(disk)
+    _write(tmp_path / "link", replace=replace)
+    assert ((tmp_path / "link").is_symlink(), disk.stat().st_ino) == (True, inode)
+    assert _names(disk) == ["a", "lost+found", "sub"]
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    _write(Path("."), replace=replace)
+    assert _names(here) == ["a", "sub"]
+    (tmp_path / "to").symlink_to(tmp_path / "far" / "away")
+    _write(tmp_path / "to")
+    assert _names(tmp_path / "far" / "away") == ["a", "sub"]
+    assert _names(tmp_path) == ["disk", "far", "here", "link", "to"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_content_of_a_mount_point_is_replaced_within_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "old").write_text("1")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == disk)
+    with contextlib.suppress(ZeroDivisionError), atomic_folder(disk, replace=True) as folder:
+        assert folder.parent == disk  # else it could not be moved in
+        (folder / "new").write_text(str(1 / (not fails)))
+    assert _names(disk) == ["old" if fails else "new"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root")
+def test_a_real_mount_point_of_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(InputError, match="No space left on device: make room"), atomic_folder(disk) as folder:
+            (folder / "a").write_bytes(bytes(200_000))
+        assert _names(disk) == []
+        _write(disk)
+        _write(disk, replace=True)
+        assert _names(disk) == ["a", "sub"]
+        with pytest.raises(InputError, match="exists already"):
+            _write(disk)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_that_may_not_grow_is_one_line(tmp_path: Path) -> None:
+    """As on a full disk, which needs no root."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with (
+            pytest.raises(InputError, match=r"out.*File too large: raise the limit"),
+            atomic_folder(tmp_path / "out") as folder,
+        ):
+            (folder / "a").write_bytes(bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize("write", [atomic_folder, atomic_file])
+def test_places_where_nothing_can_be_are_one_line(tmp_path: Path, write: Any) -> None:
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("file/below", "loop/below", "x" * 300):
+        with pytest.raises(InputError), named_disk_faults(tmp_path), write(tmp_path / place):
+            pytest.fail("no work may be done first")
+    assert (tmp_path / "file").read_text() == "1"
+    assert _names(tmp_path) == ["file", "loop"]
+
+
+def test_a_file_is_tried_before_the_work(tmp_path: Path) -> None:
+    check_file_place(tmp_path / "new" / "a.json", field="--json")
+    assert _names(tmp_path / "new") == []
+    (tmp_path / "file").write_text("1")
+    for place, reason in (
+        (tmp_path, "a folder"),
+        (tmp_path / "file" / "a", "a file is there"),
+        (Path("/dev/null"), "no ord"),
+    ):
+        with pytest.raises(InputError, match=f"--json: .*{reason}"):
+            check_file_place(place, field="--json")
+    with pytest.raises(InputError, match=r"file: .*is a folder: give the name of a file"):
+        write_json(tmp_path, {})
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_json(tmp_path / "link", {})
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "file").read_text()) == (True, "{}\n")
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "mine"
+    place.mkdir()
+    check_folder_place(place, field="--out", holds="config.json", what="a model")
+    (place / "thesis.txt").write_text("1")
+    with pytest.raises(InputError, match=r"--out: .*something other than a model"):
+        check_folder_place(place, field="--out", holds="config.json", what="a model")
+    (place / "config.json").write_text("{}")
+    check_folder_place(place, field="--out", holds="config.json", what="a model")
+    assert _names(place) == ["config.json", "thesis.txt"]
+    with pytest.raises(InputError, match="something other"):
+        check_folder_place(place / "thesis.txt", field="--out", holds="config.json", what="a model")

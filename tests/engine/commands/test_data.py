@@ -1,5 +1,6 @@
 import inspect
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,35 @@ def test_check_exit_codes_and_json(demo: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert written["counts"] == {"empty_caption": 3, "duplicate_image": 2}
     assert len(written["findings"]) == 5
+
+
+def test_a_folder_is_no_place_for_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_data, "check_folder", lambda *_, **__: pytest.fail("checked before the place was tried"))
+    result = run("check", tmp_path, "--json", tmp_path)
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception) == f"--json: {tmp_path}: is a folder: give the name of a file"
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in range(6):
+        Image.effect_noise((64, 64), 90).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text("옷", encoding="utf-8")
+    arguments = ("prepare", source, tmp_path / "out", "--validation-fraction", 0, "--workers", 1, "--image-size", 64)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        result = run(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(result.exception, InputError)
+    assert "File too large: raise the limit on the size of a file; run the same command to go on" in str(
+        result.exception
+    )
+    assert not (tmp_path / "out").exists()
+    assert run(*arguments).exit_code == 0
+    assert len(load_pairs(tmp_path / "out")) == 6
 
 
 @pytest.mark.parametrize("command", [("captions",), ("check",), ("prepare", "out")])

@@ -59,7 +59,7 @@ def interrupted(
     monkeypatch: pytest.MonkeyPatch, source: Path, destination: Path, stop_at: int, error: BaseException
 ) -> None:
     monkeypatch.setattr(prepare_module, "_cut", Counted(stop_at, error))
-    with pytest.raises(type(error)):
+    with pytest.raises(DiskFault if isinstance(error, OSError) else type(error)):
         prepare(source, destination, OPTIONS)
     monkeypatch.undo()
 

@@ -177,7 +177,7 @@ def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], p
 
 
 def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no validation split"):
+    with pytest.raises(InputError, match="is held out"):
         evaluate(make_model("vqgan"), write_pairs(tmp_path / "pairs", held_out=0))
     with pytest.raises(InputError, match="holds none of vqgan, transformer, koclip"):
         evaluate(make_model(), pairs)

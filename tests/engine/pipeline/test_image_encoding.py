@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from engine.pipeline.image_encoding import ImageFormat, encode_image, read_metadata, save_png
+from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance, read_provenance
+from engine.sampling_params import SamplingParams
 
 METADATA = {
     "caption": '상의에서 색상은 레드이다. "인용" & <b>',
@@ -78,3 +80,12 @@ def test_png_shows_its_caption_to_viewers_and_is_written_at_once(image: Image.Im
         assert opened.text["Description"] == METADATA["caption"]  # type: ignore[attr-defined]
     assert read_metadata((tmp_path / "a.png").read_bytes()) == METADATA
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("caption", ["~/shirt", "~no such user"])
+def test_a_caption_is_no_path(caption: str) -> None:
+    """Paths in configs may start with `~`, and a request's record is read as configs are."""
+    arithmetic = Arithmetic(device="cpu", dtype="float32", int8=False, codec_backend="torch")
+    model = ModelRecord(model="m", model_digest=None, arithmetic=arithmetic)
+    stated = provenance(model, caption, SamplingParams(), 0, rank_by="koclip", init_image=None)
+    assert read_provenance(stated, source="it").caption == caption
