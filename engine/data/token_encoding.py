@@ -1,12 +1,13 @@
 """Encoding of a data set into token shards, by one or more processes; a stopped one goes on where it was.
 
-The work lies in `.encoding-<name>` beside the shard folder. Process r of R encodes the shards r, r + R, …; each batch of image
+The work lies in `.encoding-<name>` beside the shard folder, or inside it where that is a mount point. Process r of R encodes the shards r, r + R, …; each batch of image
 tokens is appended to `image_tokens-<p>.partial` with a digest before it, and the whole shard's file is written from these at its
 end. Batches are the same ones whichever process encodes them and wherever it was stopped, and so are the bytes. The first process then
 puts the shards together: the folder appears only when complete, and an older one stays until then.
 """
 
 import hashlib
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ SHARD_PAIRS = 16_384  # of one view: 8 MB of tokens
 MOST_SHARDS = 256  # a split; each has three files open
 _DIGEST_BYTES = 16
 _READERS = 4  # threads
+_SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,14 @@ def begin_shards(folder: Path, encoding: Encoding) -> None:
     Raises:
         InputError: `folder` holds something else.
     """
-    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if taken and not (folder / INDEX_FILE).is_file():
-        raise InputError("token_shards", folder, "holds something else than token shards: choose another folder")
     work = _work_folder(folder)
+    held = {path.name for path in folder.iterdir()} - {work.name, "lost+found"} if folder.is_dir() else set()
+    is_half_moved = work.parent == folder and work.is_dir() and held <= set(_SPLITS)
+    is_taken = (folder.exists() and not folder.is_dir()) or (
+        bool(held) and INDEX_FILE not in held and not is_half_moved
+    )
+    if is_taken:
+        raise InputError("token_shards", folder, "holds something else than token shards: choose another folder")
     # batches decide the bits of tokens where a codec's arithmetic depends on them
     identity = {
         **encoding.identity,
@@ -117,7 +123,7 @@ def begin_shards(folder: Path, encoding: Encoding) -> None:
     file = work / "identity.json"
     if not file.is_file() or read_json(file, field="token_shards", remedy=f"remove {work}") != identity:
         shutil.rmtree(work, ignore_errors=True)
-        for split in ("train", "validation"):
+        for split in _SPLITS:
             (work / split).mkdir(parents=True)
         write_json(file, identity)
 
@@ -177,14 +183,23 @@ def finish_shards(folder: Path, encoding: Encoding) -> None:
         index["shards"].setdefault(shard.split, []).append(len(shard.pairs))
         largest = index["largest"].setdefault(shard.split, record["largest"])
         index["largest"][shard.split] = {name: max(size, record["largest"][name]) for name, size in largest.items()}
-    for path in (work / "identity.json", *work.glob("*/*.json"), *work.glob("*/*.partial")):
+    for path in (*work.glob("*/*.json"), *work.glob("*/*.partial")):
         path.unlink()
     write_json(work / INDEX_FILE, index)
-    replace_folder(work, folder)
+    if work.parent != folder:
+        (work / "identity.json").unlink()
+        replace_folder(work, folder)
+        return
+    (folder / INDEX_FILE).unlink(missing_ok=True)  # without it older shards count as none
+    for name in (*_SPLITS, INDEX_FILE):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        (work / name).replace(folder / name)
+    shutil.rmtree(work)
 
 
 def _work_folder(folder: Path) -> Path:
-    return folder.with_name(f".encoding-{folder.name}")
+    return folder / ".encoding" if os.path.ismount(folder) else folder.with_name(f".encoding-{folder.name}")
 
 
 def _is_whole(work: Path, shard: _Shard) -> bool:

@@ -1,6 +1,8 @@
 """Token shards: complete or absent, made again when what they depend on changes."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -446,3 +448,23 @@ def test_the_report_counts_the_codes_of_all_shards(write: Callable[..., Path]) -
     one = code_use(write(), 256)
     assert code_use(write(shard_pairs=7), 256) == one
     assert one.used > 1
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_mount_point_stays(
+    tmp_path: Path, encoding: Callable[..., Encoding], monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    """It cannot be renamed: what was encoded for hours would be stuck beside it."""
+    write_shards(tmp_path / "whole", encoding(shard_pairs=14))
+    disk = tmp_path / "disk"
+    (disk / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == disk)
+    for made in (encoding(text_seq_len=T + 1), encoding(shard_pairs=14)):
+        if is_stopped:
+            with pytest.raises(KeyboardInterrupt):
+                write_shards(disk, dataclasses.replace(made, encode=_Stopping(3)))
+        before = disk.stat().st_ino
+        write_shards(disk, made)
+        assert disk.stat().st_ino == before
+    assert _files(disk) == _files(tmp_path / "whole")
+    assert {path.name for path in disk.iterdir()} == {"lost+found", "shards.json", "train", "validation"}
