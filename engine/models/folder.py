@@ -40,6 +40,7 @@ from engine.files import atomic_folder, check_folder_place, read_json, write_jso
 from engine.models.image_codec import build_codec
 from engine.models.ranker import build_ranker
 from engine.models.transformer import KoDalle
+from engine.models.uninitialised import Uninitialised
 from engine.models.weight_file import LazyTensor, write_weight_file
 
 FOLDER_FORMAT = 1
@@ -230,14 +231,14 @@ def read_part(folder: Path, name: PartName) -> Part:
 
 def expected_shapes(name: PartName, config: Section) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a network of this config has."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         return {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
 
 
 def load_part(folder: Path, name: PartName) -> Any:
     """The network itself (an `ImageCodec`, a `KoDalle` or a `Ranker`), in eval mode, float32, on the CPU."""
     part = read_part(folder, name)
-    with torch.device("cpu"):  # whatever torch's default device and dtype are
+    with torch.device("cpu"), Uninitialised():  # whatever torch's default device and dtype are
         module: nn.Module = _MODULES[name](part.config).float()
     module.load_state_dict(part.weights, strict=True)
     return module.eval()

@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import InputError
 from engine.models.environment import check_torchvision
+from tests.paths import REPOSITORY
 
 
 def _install(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,10 +46,15 @@ import engine.models.koclip, engine.models.vqgan, engine.models.vqgan_loss
 import engine.models.transformer
 assert "transformers" not in sys.modules, "importing koclip must stay cheap and safe"
 assert "torch._dynamo" not in sys.modules, "torch's compiler takes seconds to import"
+from pathlib import Path
+from engine.models.folder import load_part
+for part in ("transformer", "vqgan"):
+    load_part(Path("models/clothing"), part)
+assert not {"torch._dynamo", "sympy"} & set(sys.modules), "random weights on the meta device import the compiler"
 from transformers import EfficientNetModel, RobertaModel
 loaded = {name.split(".")[0] for name in sys.modules}
 print(sorted(loaded & {"torchvision", "pytorch_lightning", "lightning", "omegaconf", "timm"}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
