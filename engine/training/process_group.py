@@ -105,7 +105,9 @@ def join_world(*, torch_threads: int | None) -> World:
     Raises:
         InputError: another program has the port at which the ranks meet.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -134,6 +136,11 @@ def join_world(*, torch_threads: int | None) -> World:
     host_group = None if on_cpu or size == 1 else torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
     return World(rank, size, local_rank, device, host_group)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a warning of DeepSpeed says something: it asks its own scheduler for the rate before the first step."""
+    return "learning rate from scheduler before it has started" not in record.getMessage()
 
 
 def _threads(local_size: int) -> int:

@@ -6,6 +6,7 @@ run does besides its steps (start, validation, encoding, generation) is estimate
 B images a micro batch, S pixels.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,8 @@ def _batch(run: AnyRun) -> int:
 
 def _measure_start() -> float:
     """Seconds until a training takes its first step: launcher and process each import what is imported here."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as for the trainings; else DeepSpeed warns that it looked for others
     started = time.perf_counter()
     import engine.training.stage_koclip
     import engine.training.stage_kodalle
