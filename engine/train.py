@@ -60,7 +60,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     # MKL's products of few columns, attention's above all, have other last bits where a buffer lies otherwise in memory, and a
-    # resumed training must equal an uninterrupted one. MKL's own remedy must be asked for before its first product: hence
+    # resumed training must equal an uninterrupted one. MKL's own remedy must be requested before its first product: hence
     # here, and not where a library may have computed already.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     sys.exit(main())

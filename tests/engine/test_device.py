@@ -56,7 +56,7 @@ def test_threads_are_never_added(tmp_path: Path, threads: int) -> None:
 def _faults_of_repeated_blocks(environment: dict[str, str]) -> int:
     """Page faults of a process that asks for 20 blocks of 40 MB, one after another, after `fit_to_machine`.
 
-    It has asked for as many before: aligned blocks leave gaps, which the next ones fill.
+    It has requested as many before: aligned blocks leave gaps, which the next ones fill.
     """
     code = """
 import resource, torch

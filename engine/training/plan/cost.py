@@ -105,7 +105,7 @@ def _batch(run: AnyRun) -> int:
 def _measure_start() -> float:
     """Seconds until a training takes its first step: launcher and process each import what is imported here."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as for the trainings; else DeepSpeed warns that it looked for others
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the trainings have it; DeepSpeed would warn
     started = time.perf_counter()
     import engine.training.stage_koclip
     import engine.training.stage_kodalle
