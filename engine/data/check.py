@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 from engine.data.crops import IMAGE_FORMATS, ImageFault, open_layered, pixel_box
 from engine.data.cut_out import OutlineFault, crosses_itself, fit_outline, visible_layer
+from engine.data.duplicates import GroupedCrop, judge_group
 from engine.data.formats import default_label_format
-from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel
+from engine.data.label_format import LabelFault, LabelFormat, PhotoLabel, say_the_same
 from engine.data.names import readable_name
 from engine.data.orientation import label_frame, size_difference
 from engine.data.pairing import pair_files
@@ -35,6 +36,7 @@ from engine.data.source_files import (
     stem_of,
     suffix_of,
 )
+from engine.data.sources import Crop
 from engine.data.workers import ordered_map
 from engine.errors import InputError, printable
 from engine.files import file_digest
@@ -88,6 +90,8 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "unread_content": ("warning", "content of a label that was not understood"),
     "duplicate_id": ("warning", "photo id that another label file has too"),
     "id_differs": ("warning", "photo id that is not the label file's name"),
+    "contradicting_labels": ("error", "labels of one photograph that say different things of one object"),
+    "duplicate_label": ("warning", "label that says of one photograph what another one says"),
     "duplicate_image": ("warning", "image with the same bytes as another"),
     "tiny_image": ("warning", f"image with a side of less than {SMALLEST_SIDE} pixels"),
     "other_form": ("warning", "caption with invisible or decomposed characters, which is read without them"),
@@ -253,6 +257,9 @@ def _check_labels(
             return ()
 
     pairing = pair_files(folder, stated_names)
+    contents = {label: inspected[folder.root / image].digest or image for label, image in pairing.image_of.items()}
+    labels_of = Counter(contents.values())
+    shared: dict[str, list[tuple[str, PhotoLabel]]] = {}  # labels of one photograph, by its content
     photos: dict[str, str] = {}
     for name in folder.labels:
         path, image = folder.root / name, pairing.image_of.get(name)
@@ -260,6 +267,10 @@ def _check_labels(
             label = label_format.read(path)
         except LabelFault as fault:
             findings.add(path, fault.defect, fault.remedy)
+            continue
+        twin = pairing.refused.get(name)
+        if twin is not None and say_the_same(path, folder.root / twin, label_format):
+            findings.add(path, "duplicate_label", f"says what {readable_name(twin)} says")
             continue
         if image is None:
             findings.add(path, "label_without_photo", f"no image named {path.stem}, {label.photo} or similar")
@@ -270,6 +281,10 @@ def _check_labels(
             findings.add(path, "id_differs", f"the label's photo id is {label.photo}")
         _check_content(path, label, findings)
         _check_places(path, label, None if image is None else inspected[folder.root / image], findings)
+        if image is not None and labels_of[contents[name]] > 1:
+            shared.setdefault(contents[name], []).append((name, label))
+    for labels in shared.values():
+        _check_agreement(folder, labels, pairing.image_of, findings)
     for name in folder.others:
         if suffix_of(name) in UNREAD_SUFFIXES:
             findings.add(folder.root / name, "unread_format", f"convert it to JPEG or PNG ({suffix_of(name)})")
@@ -279,6 +294,24 @@ def _check_labels(
             findings.add(folder.root / image, "equal_stems", f"same name as {readable_name(pairing.alike[image])}")
         elif image not in claimed:
             findings.add(folder.root / image, "photo_without_label", "no label file names it")
+
+
+def _check_agreement(
+    folder: SourceFolder, labels: list[tuple[str, PhotoLabel]], image_of: dict[str, str], findings: _Findings
+) -> None:
+    """What several labels of one photograph say of its objects."""
+    objects = []
+    for number, (name, label) in enumerate(labels):
+        for index, item in enumerate(label.objects):
+            crop = Crop(
+                f"{readable_name(name)}: {item.name}", name, "", item.key, item.box, None, (item.caption,), label.photo,
+                "train", item.attributes, (label.width, label.height),
+            )  # fmt: skip
+            objects.append(GroupedCrop((number, index), image_of[name], crop))
+    for (number, index), verdict in judge_group(objects, has_sides=False).items():
+        name, label = labels[number]
+        if verdict.cause != "duplicate_photo":  # which its image is named for
+            findings.add(folder.root / name, verdict.cause, verdict.reason, label.objects[index].name)
 
 
 def _check_content(path: Path, label: PhotoLabel, findings: _Findings) -> None:

@@ -93,3 +93,12 @@ class LabelFormat(Protocol):
     def options(self) -> dict[str, Any]:
         """What captions were made with, for the prepared folder's report."""
         ...
+
+
+def say_the_same(one: Path, other: Path, label_format: LabelFormat) -> bool:
+    """Whether two label files have the same photo's id and the same objects; not where one of them cannot be read."""
+    try:
+        first, second = label_format.read(one), label_format.read(other)
+    except LabelFault:
+        return False
+    return (first.photo, first.objects) == (second.photo, second.objects)

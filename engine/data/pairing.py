@@ -38,11 +38,13 @@ class Pairing:
         image_of: label file to image.
         alike: images that a label would lead to, had it not taken another one of that name: image to the one taken.
         stated: labels that found their image by a name that they state, not by their own.
+        refused: labels without an image that state the name of one that has a label file of its own: label to that one.
     """
 
     image_of: dict[str, str]
     alike: dict[str, str] = field(default_factory=dict)
     stated: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
 
     def photos(self) -> list[tuple[str, list[str]]]:
         """Each image with its label files, in the order of their first ones."""
@@ -92,20 +94,26 @@ class _Finder:
         labels = self._folder.labels
         found = {label: image for label in labels if (image := self._at_place(label, stem_of(label)))}
         stated, open_names = [], {}
+        refused: dict[str, str] = {}
         if len(found) < len(labels):
-            taken = set(found.values())
+            own = {image: label for label, image in reversed(found.items())}
+            taken = set(own)
             known = {name for _, name in self._here}
             for label in [label for label in labels if label not in found]:
                 names = [readable_name(name) for name in self._stated_names(label) if name]
-                image = next((i for name in names if (i := self._at_place(label, name)) and i not in taken), None)
+                images = [image for name in names if (image := self._at_place(label, name))]
+                image = next((image for image in images if image not in taken), None)
                 if image is not None:
                     found[label] = image
                     stated.append(label)
                 else:
+                    if images:
+                        refused[label] = own[images[0]]
                     open_names[label] = [name for name in dict.fromkeys([stem_of(label), *names]) if name in known]
             found |= self._elsewhere(open_names, taken | set(found.values()))
         in_order = {label: found[label] for label in labels if label in found}
-        return Pairing(in_order, self._alike(in_order), tuple(stated))
+        refused = {label: other for label, other in refused.items() if label not in found}
+        return Pairing(in_order, self._alike(in_order), tuple(stated), refused)
 
     def _at_place(self, label: str, name: str) -> str | None:
         """The image of that name in the label's folder, else in the parallel one."""

@@ -21,6 +21,7 @@ from engine.data.label_format import (
     LabelFormat,
     LabelledObject,
     Outline,
+    say_the_same,
 )
 from engine.data.names import readable_name
 from engine.data.pair_keys import base_name
@@ -255,11 +256,7 @@ def _list_labels(listing: PhotoListing, options: PrepareOptions, set_aside: Call
     listing.photos = [SourcePhoto(image, tuple(labels)) for image, labels in pairing.photos()]
     for label in folder.labels:
         if label not in pairing.image_of:
-            fault = faults.get(label)
-            cause, reason = (
-                (fault.defect, fault.remedy) if fault else ("label_without_photo", "no image is found for it")
-            )
-            set_aside(Skipped(readable_name(label), cause, reason))
+            set_aside(_without_image(label, faults.get(label), pairing.refused.get(label), listing.source, options))
     images = set(pairing.image_of.values())
     for image in folder.images:
         if image in pairing.alike:
@@ -268,6 +265,20 @@ def _list_labels(listing: PhotoListing, options: PrepareOptions, set_aside: Call
         elif image not in images:
             set_aside(Skipped(readable_name(image), "photo_without_label", "no label file is found for it"))
     _note_files(folder, pairing, listing)
+
+
+def _without_image(
+    label: str, fault: LabelFault | None, refused: str | None, source: Path, options: PrepareOptions
+) -> Skipped:
+    record = readable_name(label)
+    if fault is not None:
+        return Skipped(record, fault.defect, fault.remedy)
+    if refused is None:
+        return Skipped(record, "label_without_photo", "no image is found for it")
+    other = readable_name(refused)
+    if say_the_same(source / label, source / refused, options.label_format):
+        return Skipped(record, "duplicate_label", f"says what {other} says, whose image it states")
+    return Skipped(record, "label_without_photo", f"the image that it states has a label file of its own, {other}")
 
 
 def _note_files(folder: SourceFolder, pairing: Pairing, listing: PhotoListing) -> None:

@@ -240,14 +240,45 @@ def test_check_names_photographs_on_both_sides(tmp_path: Path) -> None:
     source = delivery(tmp_path / "s")
     copy = photo_path(source, "(116)IMG_1", side="Validation")
     shutil.copy(photo_path(source, "(117)IMG_2"), copy)
-    (found,) = (finding for finding in check(source).errors if finding.defect != "size_mismatch")
-    assert (found.record, found.defect) == (copy.relative_to(source).as_posix(), "in_both_splits")
+    (found,) = (finding for finding in check(source).errors if finding.defect == "in_both_splits")
+    assert found.record == copy.relative_to(source).as_posix()
     assert found.detail == "same as Training/원천데이터/레트로/(117)IMG_2.jpg"
+
+
+@pytest.mark.parametrize(("colour", "defect"), [("화이트", "duplicate_label"), ("블랙", "contradicting_labels")])
+def test_two_labels_of_one_photograph(labelled: Path, colour: str, defect: str) -> None:
+    (labelled / LABEL).unlink()
+    for name, top in (("2a", TOP), ("2b", {**TOP, "색상": colour})):
+        write(labelled / "labels" / f"{name}.json", tree(2, top=top))
+    report = check(labelled)
+    found = {finding.record for finding in report.findings if finding.defect == defect}
+    both = {"labels/2a.json: 상의 0", "labels/2b.json: 상의 0"}
+    assert found == (both if defect == "contradicting_labels" else {"labels/2b.json: 상의 0"})
+    assert bool(report.errors) == (defect == "contradicting_labels")
+
+
+def test_copies_of_a_label_beside_it(labelled: Path) -> None:
+    write(labelled / "labels" / "2 (1).json", tree(2))
+    write(labelled / "labels" / "2 (2).json", tree(2, top={**TOP, "색상": "블랙"}))
+    found = {(finding.record, finding.defect) for finding in check(labelled).findings}
+    assert ("labels/2 (1).json", "duplicate_label") in found
+    assert ("labels/2 (2).json", "label_without_photo") in found
+
+
+def test_labels_of_equal_photographs_that_contradict_each_other(labelled: Path) -> None:
+    (labelled / "images/3.png").write_bytes((labelled / PHOTO).read_bytes())
+    write(labelled / "labels" / "3.json", tree(3, top={**TOP, "색상": "블랙"}))
+    assert {(finding.record, finding.defect) for finding in check(labelled).findings} == {
+        ("images/3.png", "duplicate_image"),
+        (GARMENT, "contradicting_labels"),
+        ("labels/3.json: 상의 0", "contradicting_labels"),
+    }
 
 
 def test_every_defect_has_a_test() -> None:
     tested = {defect for defect, _, _ in [*LABELLED_DEFECTS, *PLAIN_DEFECTS]}
     tested |= {"duplicate_id", "oversize_image", "tiny_image", "same_name", "broken_pairs", "in_both_splits"}
+    tested |= {"contradicting_labels", "duplicate_label"}
     # files that vanish or lose their permissions while they are read: cannot be planted as root
     assert set(DEFECTS) - tested == {"unreadable_label", "unreadable_caption"}
 

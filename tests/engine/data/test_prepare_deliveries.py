@@ -110,6 +110,20 @@ def test_exact_duplicates_of_labels(source: Path) -> None:
     assert report.bad == 0
 
 
+def test_copies_of_labels_beside_them(source: Path) -> None:
+    """`X (1).json` beside `X.json`: the photograph is the other's, and what the copy says decides what it is."""
+    original = label_path(source, "(116)IMG_1")
+    path = original.rename(original.with_name("1001.json"))
+    photo_path(source, "(116)IMG_1").rename(photo_path(source, "1001"))
+    shutil.copy(path, path.with_name("1001 (1).json"))
+    write_label(path.with_name("1001 (2).json"), 1001, 상의=[{"색상": "그린"}])
+    report = run(source)
+    assert (report.used, causes(report)) == (8, {"duplicate_label": 1, "label_without_photo": 1})
+    reasons = {item.record.rpartition("/")[2]: item.reason for item in report.skipped}
+    assert "says what Training/라벨링데이터/레트로/1001.json says" in reasons["1001 (1).json"]
+    assert "has a label file of its own" in reasons["1001 (2).json"]
+
+
 def test_labels_that_contradict_each_other(source: Path) -> None:
     """Nothing tells which of them is right: neither is used."""
     path = label_path(source, "(116)IMG_1")
