@@ -12,7 +12,7 @@ import pytest
 
 from tests.paths import REPOSITORY
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def run_script(name: str, *arguments: str) -> Answer:
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        _signal_handlers_kept(),
+        signal_handlers_kept(),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
@@ -38,7 +38,8 @@ def run_script(name: str, *arguments: str) -> Answer:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
+def signal_handlers_kept() -> Iterator[None]:
+    """What a command or a script sets for its whole process ends with the block."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +25,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.benchmark_scripts import signal_handlers_kept
 from tests.paths import REPOSITORY
 
 COLOURS = {
@@ -139,6 +140,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if item.nodeid.startswith(_EXCLUSIVE):
             item.add_marker("exclusive")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Commands that a test calls set the process's signal handlers, and the process is every other test's too."""
+    with signal_handlers_kept():
+        return (yield)
 
 
 def write_pairs(folder: Path) -> Path:
