@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from engine.config.transformer import TransformerConfig
+from engine.decoding import decoders
 from engine.decoding.cpu.packed_weights import Weights, can_pack, can_quantise, make_step_model
 from engine.decoding.cuda.graph_decoder import GraphDecoder
-from engine.decoding.decoders import Decoder
+from engine.decoding.decoders import Decoder, DecoderCache
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
 from engine.decoding.speculative.adaptive import AdaptiveDecoder
 from engine.decoding.speculative.jacobi import JacobiDecoder
+from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
 from tests.engine.decoding.cases import CONFIG, NULL, OPTIONS, TEXT, random_model
@@ -159,8 +161,29 @@ def test_packed_logits_are_plain_ones_and_int8_ones_close(option: str) -> None:
     assert 1e-4 < error < 0.06  # 8 bits leave half a percent a product; these weights are enlarged
 
 
+@pytest.mark.parametrize("option", ["token_shift", "rotary", "axial"])
+def test_what_has_no_step_program_says_so(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line at load, once a model, and the decoder over the KV cache; never a program that would be wrong."""
+    with pytest.raises(InputError, match="has no step program: use SlotDecoder"):
+        GraphDecoder(model_with(option), 2)
+    monkeypatch.setattr(decoders, "can_graph", lambda _: True)
+    decoders._report_ungraphed.cache_clear()
+    for _ in range(2):
+        cache = DecoderCache(model_with(option), speculative=False)
+    name = "attention_patterns" if option == "axial" else option
+    line = f"decoding: over the KV cache, launch by launch without CUDA graphs, since it has {name}\n"
+    assert capsys.readouterr().err == line
+    with cache.borrow(3, null_prefix=None) as decoder:
+        assert isinstance(decoder, SlotDecoder)
+
+
 @pytest.mark.slow
-@each_option
+@pytest.mark.parametrize(
+    "option",
+    [name for name in OPTIONS if not TransformerConfig(**CONFIG.model_dump() | OPTIONS[name]).depends_on_positions],
+)
 def test_the_program_of_a_gpu_gives_the_tokens_of_a_cpu(option: str, device: str) -> None:
     """Interpreted on a CPU; and the same bits in any batch."""
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 1, "ff_mult": 1, "image_grid_size": 2}
