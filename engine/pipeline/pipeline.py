@@ -276,6 +276,9 @@ class Pipeline:
         """
         captions = check_captions(captions)
         params = sampling_params or self.default_sampling_params
+        if params.is_guided and self.tokenizer.names_classes:
+            remedy = "needs an empty caption, which this model has none of: leave it out"
+            raise InputError("guidance_scale", params.guidance_scale, remedy)
         if rank_by not in get_args(RankBy):
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)

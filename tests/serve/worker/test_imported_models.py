@@ -47,12 +47,14 @@ def test_a_worker_serves_them(kind: str, tmp_path: Path) -> None:
                 np.asarray(Image.open(io.BytesIO(ours.data)).convert("RGB")), np.asarray(theirs.image)
             )
         if kind == "class":
-            refused = _last(worker, replace(JOB, caption="a cat"))
+            refused = _last(worker, replace(JOB, request_id="two", caption="a cat"))
             assert isinstance(refused, Refused)
             assert "is none of the model's 5 classes" in refused.message
             guided = JOB.sampling_params.updated(guidance_scale=2.0)
-            assert isinstance(_last(worker, replace(JOB, caption="3", sampling_params=guided)), Refused)
-            assert isinstance(_last(worker, replace(JOB, caption="4")), Finished)  # it goes on
+            refused = _last(worker, replace(JOB, request_id="three", caption="3", sampling_params=guided))
+            assert isinstance(refused, Refused)
+            assert "needs an empty caption, which this model has none of" in refused.message
+            assert isinstance(_last(worker, replace(JOB, request_id="four", caption="4")), Finished)  # it goes on
     finally:
         worker.close()
     counted = Tokenizer.from_str(model_info(pipeline, tmp_path / "ours", name="m").tokenizer_json)
