@@ -14,7 +14,7 @@ from engine.data.pairs import Pairs
 from engine.errors import InputError
 from engine.models.folder import read_generation
 from engine.text import clean_text
-from engine.training.plan.configs import Base, split_overrides
+from engine.training.plan.configs import FP16, Base, split_overrides
 from engine.training.plan.facts import MachineFacts
 
 EPOCHS, _BATCH, _LR, _BETAS, _CLIP = 8, 512, 1e-4, [0.9, 0.95], 4.0
@@ -84,13 +84,21 @@ def fine_tuning_tree(
             },
             "scheduler": {
                 "type": "WarmupCosineLR",
-                "params": {"total_num_steps": "auto", "warmup_num_steps": 2, "cos_min_ratio": 0.0001},
+                "params": {
+                    "total_num_steps": "auto",
+                    "warmup_num_steps": 2,
+                    "warmup_type": "linear",
+                    "cos_min_ratio": 0.0001,
+                },
             },
             "zero_optimization": {"stage": 1 if is_gpu else 0},
         },
     }
     if is_gpu:
-        tree["deepspeed"]["fp16"] = {"enabled": True}
+        tree["deepspeed"]["optimizer"]["params"]["fused"] = True
+        tree["deepspeed"] |= {
+            "fp16": dict(FP16), "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}
+        }  # fmt: skip
     for text in by_stage["kodalle"]:
         apply_override(tree, text)
     return tree

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from engine import cli
@@ -13,11 +15,13 @@ from engine.commands import stages
 from engine.commands.fine_tune import is_imported
 from engine.config_files import load_run
 from engine.errors import InputError
-from engine.interop.importing import import_checkpoint
+from engine.interop.importing import ImportOptions, import_checkpoint
 from engine.models.folder import part_config, read_config
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
 from tests.engine.commands.test_train_pictures import draw
+from tests.engine.interop.test_importing_dalle import DALLE
+from tests.engine.interop.test_importing_dalle import _save as save_dalle
 from tests.engine.interop.test_importing_mindalle import write
 
 TINY = ["--set", "kodalle.loop.epochs=null", "--set", "kodalle.loop.steps=3"]
@@ -89,6 +93,27 @@ def test_captions(photos: Path, imported: Path, trained: list[str], tmp_path: Pa
     launched = list(trained)
     assert "is finished: nothing to do" in _train(photos, imported, tmp_path / "run")
     assert trained == launched
+
+
+def test_a_dalle_with_attention_patterns(photos: Path, tmp_path: Path) -> None:
+    """DALLE-pytorch's transformer over its own DiscreteVAE, with a tokenizer that pads with 0."""
+    words = ["[PAD]", "a", "red", "blue", "green", "square", "circle"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(tmp_path / "tokenizer")
+    patterns = {"attention_patterns": ("axial_row", "conv")}
+    source = save_dalle(tmp_path / "dalle.pt", DALLE.model_copy(update=patterns), attn_types=("axial_row", "conv_like"))
+    import_checkpoint(source, tmp_path / "ours", options=ImportOptions(tokenizer=str(tmp_path / "tokenizer")))
+    _train(photos, tmp_path / "ours", tmp_path / "run")
+    model = tmp_path / "run" / "kodalle" / "model"
+    assert part_config(model, "transformer").attention_patterns == ("axial_row", "conv")
+    assert part_config(model, "vqgan").family == "discrete-vae"
+    before, after = (load_file(folder / "transformer.safetensors") for folder in (tmp_path / "ours", model))
+    assert (
+        0 < float((before["layers.1.attention.qkv.weight"] - after["layers.1.attention.qkv.weight"]).abs().max()) < 1e-3
+    )
+    generation = Pipeline.from_pretrained(model)(["a red square"], SamplingParams(candidates=2, guidance_scale=1.5))[0]
+    assert generation.candidates[0].image.size == (32, 32)
 
 
 @pytest.mark.parametrize(("condition", "caption"), [("class", "a red square"), ("nothing", "anything")])
