@@ -199,7 +199,7 @@ def test_what_is_not_as_the_metadata_state_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--image", "text.png"], "--image: text.png: is not a JPEG, PNG, WEBP image"),
+        (["--image", "text.png"], "--image: text.png: is not a JPEG, PNG, WEBP, BMP, GIF, TIFF, AVIF image"),
         (["--image", "empty.png"], "--image: empty.png: the file is empty"),
         (["--image", "cut.png"], "--image: cut.png: is truncated or damaged"),
         (["--image", "사진.png", "--mask", "nowhere.png"], "--mask: nowhere.png: no such file"),
