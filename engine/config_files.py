@@ -135,17 +135,21 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise InputError("override", override, "write it as key=value, e.g. loop.steps=100")
+        raise InputError("override", _shortened(override), "write it as key=value, e.g. loop.steps=100")
     *parents, last = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise InputError("override", override, f"`{parent}` is a value, not a section")
+            raise InputError("override", _shortened(override), f"`{parent}` is a value, not a section")
         tree = child
     try:
         tree[last] = load_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError("override", override, f"the value is not valid YAML: {error}") from error
+        raise InputError("override", _shortened(override), f"the value is not valid YAML: {error}") from error
+
+
+def _shortened(override: str, limit: int = 120) -> str:
+    return override if len(override) <= limit else f"{override[: limit - 1]}…"
 
 
 def _reject_none_text(node: Any, source: str, where: str = "") -> None:

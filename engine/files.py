@@ -165,7 +165,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         InputError: `path` is a folder or a device.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    with named_disk_faults(path):
+        exists = is_there(path)
+    if exists and not path.is_file():
         what = "a folder" if path.is_dir() else "no ordinary file"
         raise InputError("file", path, f"is {what}: give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +208,8 @@ def check_folder_place(path: Path, *, field: str, holds: str, what: str) -> None
         InputError: with `field`: a file, a folder of something else, or a place where nothing can be written.
     """
     place = Path(os.path.realpath(path))
-    held = held_names(place) if place.is_dir() else set()
-    if (place.exists() and not place.is_dir()) or (held and holds not in held):
+    held = held_names(place) if os.path.isdir(place) else set()
+    if (os.path.exists(place) and not place.is_dir()) or (held and holds not in held):
         raise InputError(field, path, f"holds something other than {what}: choose another folder")
     try:
         with contextlib.suppress(_Tried), atomic_folder(path, replace=True):
@@ -235,9 +237,11 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: also for a full disk, missing rights and other faults of the place.
     """
     place = Path(os.path.realpath(path))
-    if place.exists() and not replace and (not place.is_dir() or held_names(place)):
+    with named_disk_faults(path):
+        exists = is_there(place)
+    if exists and not replace and (not place.is_dir() or held_names(place)):
         raise InputError("destination", path, "exists already: choose another folder, or remove it first")
-    is_inside = place.is_dir() and (os.path.ismount(place) or not held_names(place))
+    is_inside = exists and place.is_dir() and (os.path.ismount(place) or not held_names(place))
     home = place if is_inside else place.parent
     with named_disk_faults(path):
         home.mkdir(parents=True, exist_ok=True)
@@ -252,6 +256,17 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             (_move_into if is_inside else replace_folder)(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder. Raises OSError: nothing can ever be there: a name that is too long, a link to itself."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+    return True
 
 
 def held_names(folder: Path) -> set[str]:
@@ -309,6 +324,11 @@ def read_json(path: Path, *, field: str, remedy: str) -> Any:
         RecursionError,
     ) as error:  # ValueError: also not UTF-8, or a number of more digits than Python reads
         raise InputError(field, path, f"is not JSON ({error}): {remedy}") from error
+
+
+def lies_within(path: Path, folder: Path) -> bool:
+    """Whether a path, new or not, leads into a folder. A link that leads to itself leads nowhere."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def sync(path: Path) -> None:

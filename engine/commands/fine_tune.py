@@ -19,7 +19,7 @@ from engine.data.pairs import load_pairs
 from engine.data.source_listing import first_difference, source_listing
 from engine.data.sources import PrepareOptions
 from engine.errors import InputError
-from engine.files import atomic_file, read_json, write_json
+from engine.files import atomic_file, held_names, lies_within, read_json, write_json
 from engine.folder_lock import hold_lock
 from engine.models.folder import part_config
 from engine.training.plan.configs import read_base
@@ -42,9 +42,9 @@ def fine_tune(photos: Path, start_from: Path, out: Path, overrides: tuple[str, .
         InputError: too few images, a changed input, an override that does not fit, or a training that failed.
     """
     check_deepspeed()
-    if out.resolve().is_relative_to(photos.resolve()):
+    if lies_within(out, photos):
         raise InputError("--out", out, f"lies inside {photos}: choose a folder outside")
-    held = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    held = {name for name in held_names(out) if not name.startswith(".")} if out.is_dir() else set()
     if held - {"pairs", "configs"} and _REQUEST not in held:
         raise InputError("--out", out, "holds something other than a run of this command: choose another folder")
     with hold_lock(out / ".lock", field="--out"):

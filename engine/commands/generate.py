@@ -16,7 +16,7 @@ import torch
 from engine.codec.codec import CodecBackend
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
-from engine.files import atomic_file, write_json
+from engine.files import atomic_file, check_file_place, write_json
 from engine.models.folder import model_digest, part_config
 from engine.pipeline.generation import Candidate, Generation
 from engine.pipeline.image_encoding import read_metadata, save_png
@@ -207,6 +207,7 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError("--out", folder, "is a file: give a folder")
+    check_file_place(folder / "result.json", field="--out")  # before minutes of work
 
 
 def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_s: float) -> None:

@@ -5,6 +5,7 @@
 <out>/source.txt              the files of PHOTOS, to know whether they are still the same
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from engine.config.stages import VqganRun
 from engine.config_files import dump_tree
 from engine.data.source_listing import first_difference, source_listing
 from engine.errors import InputError
-from engine.files import atomic_file, read_json, write_json
+from engine.files import atomic_file, held_names, lies_within, read_json, write_json
 from engine.training.plan.configs import read_base, stated_steps
 from engine.training.plan.facts import DatasetFacts, MachineFacts, dataset_facts, machine_facts
 from engine.training.plan.plan import (
@@ -97,13 +98,15 @@ def check_places(request: Request) -> None:
         raise InputError(
             "PHOTOS", photos, "no such folder: give one with name.jpg + name.txt, or with K-Fashion labels"
         )
-    if out.resolve().is_relative_to(photos.resolve()):
+    if lies_within(out, photos):
         raise InputError("--out", out, f"lies inside {photos}: choose a folder outside")
     if request.is_prepared and request.cut_out is not None:
         raise InputError("--cut-out", photos, "is prepared already, with or without background: leave the option out")
     # What a run leaves that was killed before its plan was written may stay.
-    of_a_run = {"configs", "source.txt"} | ({photos.name} if photos.resolve().parent == out.resolve() else set())
-    held = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    of_a_run = {"configs", "source.txt"} | (
+        {photos.name} if Path(os.path.realpath(photos)).parent == Path(os.path.realpath(out)) else set()
+    )
+    held = {name for name in held_names(out) if not name.startswith(".")} if out.is_dir() else set()
     if held - of_a_run and "plan.json" not in held:
         raise InputError("--out", out, "holds something other than a run of this command: choose another folder")
 

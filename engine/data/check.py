@@ -38,7 +38,7 @@ from engine.data.source_files import (
 )
 from engine.data.sources import Crop
 from engine.data.workers import ordered_map
-from engine.errors import InputError, printable
+from engine.errors import BYTES, InputError, printable
 from engine.files import file_digest
 from engine.text import MAX_CHARACTERS, is_clean_name
 
@@ -86,6 +86,7 @@ DEFECTS: dict[str, tuple[Severity, str]] = {
     "crossed_outline": ("warning", "outline that crosses itself: it is filled by the even-odd rule"),
     "outline_off_box": ("warning", "outline and box of one object in different places"),
     "transparent_image": ("warning", "image in which nothing is visible"),
+    "name_not_utf8": ("warning", "file name that is not UTF-8, read as the name that it means in cp949"),
     "unknown_value": ("warning", "attribute or value outside the known vocabulary"),
     "unread_content": ("warning", "content of a label that was not understood"),
     "duplicate_id": ("warning", "photo id that another label file has too"),
@@ -285,6 +286,9 @@ def _check_labels(
             shared.setdefault(contents[name], []).append((name, label))
     for labels in shared.values():
         _check_agreement(folder, labels, pairing.image_of, findings)
+    for name in (*folder.labels, *folder.images):
+        if not name.isprintable() and any(ord(letter) in BYTES for letter in name):
+            findings.add(folder.root / name, "name_not_utf8", f"is read as {readable_name(name)}")
     for name in folder.others:
         if suffix_of(name) in UNREAD_SUFFIXES:
             findings.add(folder.root / name, "unread_format", f"convert it to JPEG or PNG ({suffix_of(name)})")

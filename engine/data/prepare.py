@@ -50,7 +50,7 @@ from engine.data.sources import (
 from engine.data.work_folder import JOURNAL, work_folder
 from engine.data.workers import ordered_map
 from engine.errors import InputError
-from engine.files import write_json
+from engine.files import lies_within, write_json
 from engine.progress import ProgressBar
 
 SET_ASIDE_FILE = "set_aside.jsonl"
@@ -160,7 +160,7 @@ def prepare(
 def _check_places(source: Path, destination: Path) -> None:
     if not source.is_dir():
         raise InputError("source", source, "no such folder: give one with labels and images, or name.jpg + name.txt")
-    if destination.resolve().is_relative_to(source.resolve()):
+    if lies_within(destination, source):
         raise InputError("destination", destination, f"lies inside the source {source}: choose a folder outside")
 
 

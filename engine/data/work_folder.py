@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.files import DiskFault, held_names, named_disk_faults, read_json, sync, write_json
+from engine.files import DiskFault, held_names, is_there, named_disk_faults, read_json, sync, write_json
 from engine.folder_lock import hold_lock
 
 JOURNAL = ".journal"
@@ -33,7 +33,8 @@ def work_folder(destination: Path, identity: object, *, made: tuple[str, ...]) -
         InputError: the destination holds something, or another process works there.
     """
     destination = Path(os.path.realpath(destination))
-    is_inside = destination.exists()
+    with named_disk_faults(destination):
+        is_inside = is_there(destination)
     work = destination / _INSIDE if is_inside else destination.with_name(f"{_INSIDE}-{destination.name}")
     if is_inside:
         _take_back(destination, work, made)

@@ -77,7 +77,7 @@ def read_metadata(content: bytes) -> Any:
                 text = comment[len(_UNICODE) :].decode("utf-16-be", "replace")
     try:
         return None if text is None else json.loads(text)
-    except ValueError:  # another program's comment
+    except (ValueError, RecursionError):  # another program's comment
         return None
 
 

@@ -19,6 +19,7 @@ from engine.files import (
     check_file_place,
     check_folder_place,
     is_hub_name,
+    lies_within,
     named_disk_faults,
     read_json,
     write_json,
@@ -235,7 +236,7 @@ def test_a_file_is_tried_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("1")
     for place, reason in (
         (tmp_path, "a folder"),
-        (tmp_path / "file" / "a", "a file is there"),
+        (tmp_path / "file" / "a", "not below a file"),
         (Path("/dev/null"), "no ord"),
     ):
         with pytest.raises(InputError, match=f"--json: .*{reason}"):
@@ -259,3 +260,12 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     assert _names(place) == ["config.json", "thesis.txt"]
     with pytest.raises(InputError, match="something other"):
         check_folder_place(place / "thesis.txt", field="--out", holds="config.json", what="a model")
+
+
+def test_what_lies_within_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert lies_within(tmp_path / "link" / "new", tmp_path / "in")
+    assert not lies_within(tmp_path / "inner", tmp_path / "in")
+    assert not lies_within(tmp_path / "loop" / "x", tmp_path / "in")

@@ -130,6 +130,20 @@ def test_a_folder_is_no_place_for_findings(tmp_path: Path, monkeypatch: pytest.M
     assert str(result.exception) == f"--json: {tmp_path}: is a folder: give the name of a file"
 
 
+@pytest.mark.parametrize("place", ["loop", "loop/x", "file", "file/x", "n" * 300])
+def test_no_place_is_a_traceback(tmp_path: Path, place: str) -> None:
+    (tmp_path / "source").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "source" / "a.png")
+    (tmp_path / "source" / "a.txt").write_text("옷", encoding="utf-8")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for command in (("prepare", tmp_path / "source"), ("make-demo",)):
+        error = run(*command, tmp_path / place).exception
+        assert isinstance(error, InputError), repr(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop", "source"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

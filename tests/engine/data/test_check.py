@@ -42,6 +42,14 @@ def animation(path: Path) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:])
 
 
+def in_cp949(source: Path) -> None:
+    """One label is called 옷, and so is its id; its photo keeps a UTF-8 name."""
+    name = "옷".encode("cp949").decode("utf-8", "surrogateescape")
+    (source / LABEL).unlink()
+    (source / PHOTO).rename(source / "images" / "옷.png")
+    write(source / "labels" / f"{name}.json", tree("옷"))
+
+
 def with_a_line_end(path: Path) -> None:
     path.with_suffix(".txt").unlink()
     path.rename(path.with_name(f"{path.stem}\n{path.suffix}"))
@@ -104,6 +112,7 @@ LABELLED_DEFECTS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("bad_characters", LABEL, lambda s: write_escaped(s / LABEL, tree(2, top={"색상": "화이트\ud800"}))),
     ("bad_characters", LABEL, lambda s: write_escaped(s / LABEL, tree(2, top={"색상": "화이트\0"}))),
     ("broken_json", LABEL, lambda s: (s / LABEL).write_text('{"a": ' + "7" * 5000 + "}")),
+    ("name_not_utf8", "labels/\\xbf\\xca.json", lambda s: in_cp949(s)),
     ("label_without_photo", LABEL, lambda s: (s / PHOTO).unlink()),
     ("photo_without_label", PHOTO, lambda s: (s / LABEL).unlink()),
     ("label_without_object", LABEL, lambda s: write(s / LABEL, tree(2, {}, {}))),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from engine.pipeline.image_encoding import ImageFormat, encode_image, read_metadata, save_png
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance, read_provenance
@@ -80,6 +81,14 @@ def test_png_shows_its_caption_to_viewers_and_is_written_at_once(image: Image.Im
         assert opened.text["Description"] == METADATA["caption"]  # type: ignore[attr-defined]
     assert read_metadata((tmp_path / "a.png").read_bytes()) == METADATA
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": ' + "1" * 5000 + "}", "{"])
+def test_a_comment_of_another_kind_is_none(text: str) -> None:
+    info, file = PngInfo(), io.BytesIO()
+    info.add_itxt("provenance", text)
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)
+    assert read_metadata(file.getvalue()) is None
 
 
 @pytest.mark.parametrize("caption", ["~/shirt", "~no such user"])
