@@ -3,7 +3,7 @@
     <out>/plan.json, configs/     see engine/commands/train_plan.py
     <out>/check.json, pairs/      findings of the check; prepared pairs
     <out>/vqgan|koclip|kodalle/   training runs
-    <out>/model/                  the finished model folder
+    <out>/model/, choice.json     the finished model folder; which step it is of, where two were compared
     <out>/evaluation.json, .png   held-out figures; top-ranked images of held-out captions
     <out>/report.html, report.md  curves, samples, verdicts, commands
 
@@ -83,7 +83,7 @@ def _run_steps(request: Request, oracle: Oracle | None) -> dict[str, float]:
     for stage in STAGES:
         config = out / "configs" / f"{stage}.yaml"
         steps.run(stage, functools.partial(train_stage, stage, config, out, pairs, num_processes=stored["processes"]))
-    steps.run("model", lambda: _write_model(out))
+    steps.run("model", lambda: _write_model(out, pairs))
     steps.run("evaluation", lambda: _evaluate(model, pairs, out, stored, oracle))
     steps.run("report", lambda: _report(request, pairs, out, stored))
     print(f"{seconds_text(steps.total_s)} in all", flush=True)
@@ -131,22 +131,48 @@ def _prepare(photos: Path, pairs: Path, out: Path, stored: dict[str, Any]) -> No
         )
 
 
-def _write_model(out: Path) -> None:
-    """Copies the transformer's model folder: that of its best step where the last one is past it."""
+def _write_model(out: Path, pairs: Path) -> None:
+    """Copies the transformer's model folder: of its last step, or, where that is past the best one, of the better of both."""
     from engine.metrics.parts import PARTS
     from engine.models.folder import weights_digest
-    from engine.training.report.figures import read_log
-    from engine.training.report.verdicts import is_past_best
 
-    source = out / "kodalle" / "model"
-    best = out / "kodalle" / "model-best"
-    if best.is_dir() and is_past_best(read_log(out / "kodalle").validation()):
-        source = best
+    source = out / "kodalle" / str(_choose_model(out, pairs)["taken"])
     model = out / "model"
     if model.is_dir() and all(weights_digest(model, part) == weights_digest(source, part) for part in PARTS):
         return
     with atomic_folder(model, replace=True) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _choose_model(out: Path, pairs: Path) -> dict[str, Any]:
+    """`model` or `model-best` of the transformer as `taken`, with the scores of both where they were compared; in choice.json.
+
+    A validation loss that rises says that images are memorised, not that generated ones get worse: what they are like for
+    held-out captions decides.
+    """
+    from engine.metrics.caption_score import caption_score
+    from engine.models.folder import weights_digest
+    from engine.training.report.figures import read_log
+    from engine.training.report.verdicts import is_past_best
+
+    run, file = out / "kodalle", out / "choice.json"
+    if not (run / "model-best").is_dir() or not is_past_best(read_log(run).validation()):
+        return {"taken": "model"}
+    digests = {name: weights_digest(run / name, "transformer") for name in ("model", "model-best")}
+    if file.is_file():
+        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if before["transformers"] == digests:
+            return before
+    scores = {name: round(caption_score(run / name, pairs, seed=_SEED), 4) for name in digests}
+    taken = "model" if scores["model"] > scores["model-best"] else "model-best"
+    print(
+        f"images of held-out captions score {scores['model']:.2f} at the last step, {scores['model-best']:.2f} at the one of the "
+        f"lowest validation loss: the {'last' if taken == 'model' else 'latter'} is taken",
+        flush=True,
+    )
+    choice = {"taken": taken, "scores": scores, "transformers": digests}
+    write_json(file, choice)
+    return choice
 
 
 def _evaluate(model: Path, pairs: Path, out: Path, stored: dict[str, Any], oracle: Oracle | None) -> None:
@@ -182,6 +208,7 @@ def _report(request: Request, pairs: Path, out: Path, stored: dict[str, Any]) ->
         code_use=code_use(out / "kodalle" / "shards", part_config(out / "model", "vqgan").codebook_size),
         choices=[(name, value, reason) for name, value, reason in stored["choices"]],
         commands=commands,
+        choice=_choose_model(out, pairs),
     )
     lines = verdict_lines(write_report(out, given))
     _write_card(out, lines)

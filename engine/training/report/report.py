@@ -68,6 +68,7 @@ class ReportInput:
 
     evaluation: as `kodalle evaluate` writes it; sheet is its grid of top-ranked images.
     choices: (what, value, reason) of the plan; commands: what to type next, with a comment each.
+    choice: which model of the transformer's training was taken, and the scores of both where two were compared.
     """
 
     title: str
@@ -78,6 +79,7 @@ class ReportInput:
     code_use: CodeUse
     choices: Sequence[tuple[str, str, str]]
     commands: Sequence[tuple[str, str]]
+    choice: Mapping[str, Any]
 
 
 def all_verdicts(given: ReportInput) -> list[Verdict]:
@@ -95,9 +97,15 @@ def all_verdicts(given: ReportInput) -> list[Verdict]:
         verdicts.codebook(given.code_use.used, given.code_use.size, given.code_use.tokens),
         ranker,
         verdicts.transformer(kodalle["loss_image"], given.code_use.used),
-        verdicts.best_step("the transformer", given.logs["kodalle"].validation()),
+        verdicts.best_step("the transformer", given.logs["kodalle"].validation(), given.choice),
         verdicts.by_oracle(generations["oracle"], generations["captions"]) if "oracle" in generations else None,
-        verdicts.following(scores["real"], scores["real_of_another_caption"], scores["top_ranked"], scores["random"])
+        verdicts.following(
+            scores["real"],
+            scores["real_of_another_caption"],
+            scores["top_ranked"],
+            scores["random"],
+            captions=generations["captions"],
+        )
         if scores and ranker.level in ("good", "fair")
         else None,
         verdicts.variety(generations.get("difference")),

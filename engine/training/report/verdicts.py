@@ -7,7 +7,7 @@ uncertain for a verdict (a few held-out images), the verdict says so.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Level = Literal["good", "fair", "bad", "unknown"]
 
@@ -103,22 +103,30 @@ def _luck(right: int, trials: int, chance: float) -> float:
     return sum(map(math.exp, logs))
 
 
-def best_step(name: str, losses: Sequence[tuple[int, float]]) -> Verdict:
+def best_step(name: str, losses: Sequence[tuple[int, float]], choice: Mapping[str, Any]) -> Verdict:
     """Where the last model stands on its validation curve.
 
     Args:
         name: "the transformer".
         losses: (step, validation loss) in the order of steps.
+        choice: `taken`, model or model-best, and the `scores` of both where two were compared.
     """
     if len(losses) < 2:
         return Verdict(name, "unknown", f"{name} was validated {len(losses)} times: too few for a curve")
     (best, lowest), (last, final) = min(losses, key=lambda one: one[1]), losses[-1]
     if is_past_best(losses):
+        scores = choice.get("scores", {})
+        shown = (
+            f", whose images fit held-out captions better ({max(scores.values()):.2f} against {min(scores.values()):.2f})"
+            if scores
+            else ""
+        )
+        of = "the last one" if choice["taken"] == "model" else "the one of its best step"
         return Verdict(
             name, "fair",
             f"{name} is past its best step: validation loss {lowest:.3f} at step {best:,}, {final:.3f} at {last:,}; "
             "it memorises its training images",
-            "fewer steps or more images; the exported model is the one of its best step",
+            f"fewer steps or more images; the exported model is {of}{shown}",
         )  # fmt: skip
     before = next((loss for step, loss in reversed(losses) if step <= 0.8 * last), losses[0][1])
     if final < before * _FALL:
@@ -154,18 +162,22 @@ def transformer(loss_image: float, codes_in_use: int) -> Verdict:
     return Verdict("transformer", "good", f"the transformer knows what the images look like: {figure}")
 
 
-def following(real: float, other: float | None, top_ranked: float, random: float) -> Verdict | None:
+def following(real: float, other: float | None, top_ranked: float, random: float, *, captions: int) -> Verdict | None:
     """Whether generated images fit their captions, by the ranker's own scores; None where it cannot tell them apart.
 
     Args:
         real: mean score of held-out captions with their own images.
         other: with another caption's image.
         top_ranked, random: with the best and with any generated image.
+        captions: held-out ones.
     """
     if other is None or real - other < 0.05:
         return None
     share = (random - other) / (real - other)
     figure = f"scores: generated {random:.2f}, ranked best {top_ranked:.2f}; real images {real:.2f}, of other captions {other:.2f}"
+    if share >= 0.6 and captions < FEW_HELD_OUT:
+        text = f"generated images seem to follow their captions, by a ranker that knows as few images; {figure}"
+        return Verdict("generation", "fair", text, "look at them: this is a guess from a few captions")
     if share >= 0.6:
         return Verdict("generation", "good", f"generated images follow their captions; {figure}")
     remedy = "more steps (kodalle.loop.steps), more images, or a higher guidance_scale"

@@ -141,6 +141,39 @@ def test_pictures_to_a_model_with_a_report(
     assert new["crimson"] == max(old.values()) + 1
 
 
+@pytest.mark.parametrize(
+    ("losses", "scores", "taken"),
+    [
+        ([4.0, 3.0, 3.01], {}, "model"),  # not past its best: nothing is compared
+        ([4.0, 3.0, 3.5], {"model": 0.6, "model-best": 0.4}, "model"),
+        ([4.0, 3.0, 3.5], {"model": 0.4, "model-best": 0.6}, "model-best"),
+        ([4.0, 3.0, 3.5], {"model": 0.5, "model-best": 0.5}, "model-best"),
+    ],
+)
+def test_of_two_models_the_one_whose_images_fit_their_captions_is_taken(
+    losses: list[float], scores: dict[str, float], taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.metrics import caption_score as module
+    from engine.models import folder
+
+    run = tmp_path / "kodalle"
+    for name in ("model", "model-best"):
+        (run / name).mkdir(parents=True)
+    lines = [json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in enumerate(losses)]
+    (run / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    calls: list[str] = []
+
+    def score(model: Path, pairs: Path, *, seed: int) -> float:
+        calls.append(model.name)
+        return scores[model.name]
+
+    monkeypatch.setattr(module, "caption_score", score)
+    monkeypatch.setattr(folder, "weights_digest", lambda place, part: f"{place.name}-{part}")
+    for _ in range(2):
+        assert train_pictures._choose_model(tmp_path, tmp_path)["taken"] == taken
+    assert calls == list(scores)  # once: the second call reads choice.json
+
+
 @pytest.fixture
 def started(photos: Path, tmp_path: Path) -> Path:
     """A run folder as `_start` leaves it, with nothing trained."""

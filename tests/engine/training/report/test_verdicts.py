@@ -50,10 +50,23 @@ def test_codebook_says_how_many_codes_are_in_use() -> None:
     ],
 )
 def test_best_step(losses: list[tuple[int, float]], level: str, words: str) -> None:
-    found = verdicts.best_step("the transformer", losses)
+    found = verdicts.best_step("the transformer", losses, {"taken": "model-best"})
     assert found.level == level, found
     assert words in found.text
     assert verdicts.is_past_best(losses) == ("past its best" in found.text)
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [
+        ("model", "the exported model is the last one, whose images fit held-out captions better (0.60 against 0.40)"),
+        ("model-best", "the exported model is the one of its best step, whose images fit held-out captions better"),
+    ],
+)
+def test_past_the_best_step_it_says_which_model_was_taken(taken: str, words: str) -> None:
+    scores = {"model": 0.6, "model-best": 0.4} if taken == "model" else {"model": 0.3, "model-best": 0.4}
+    found = verdicts.best_step("the transformer", [(1, 4.0), (2, 5.0)], {"taken": taken, "scores": scores})
+    assert words in found.remedy
 
 
 @pytest.mark.parametrize(("psnr_db", "level"), [(12.0, "bad"), (20.0, "fair"), (27.0, "good")])
@@ -73,14 +86,17 @@ def test_transformer_against_guessing_among_64_codes(loss: float, level: str) ->
 
 @pytest.mark.parametrize(("random", "level"), [(0.12, "bad"), (0.3, "fair"), (0.45, "good")])
 def test_following_captions(random: float, level: str) -> None:
-    found = verdicts.following(0.5, 0.1, random + 0.05, random)
+    found = verdicts.following(0.5, 0.1, random + 0.05, random, captions=40)
     assert found is not None
     assert found.level == level
+    few = verdicts.following(0.5, 0.1, random + 0.05, random, captions=6)
+    assert few is not None
+    assert few.level == ("fair" if level == "good" else level)
 
 
 def test_no_verdict_where_nothing_can_be_said() -> None:
-    assert verdicts.following(0.5, 0.48, 0.6, 0.5) is None  # the ranker tells nothing apart
-    assert verdicts.following(0.5, None, 0.6, 0.5) is None
+    assert verdicts.following(0.5, 0.48, 0.6, 0.5, captions=40) is None  # the ranker tells nothing apart
+    assert verdicts.following(0.5, None, 0.6, 0.5, captions=40) is None
     assert verdicts.variety(None) is None
     assert verdicts.held_out(20) is None
     assert verdicts.captions_cut(0, 10) is None
