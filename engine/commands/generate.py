@@ -253,7 +253,7 @@ def _clear(folder: Path) -> None:
         return
     try:
         named = [one["file"] for one in json.loads(result.read_text(encoding="utf-8"))["candidates"]]
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         named = []  # not ours, or from another version: its images stay
     result.unlink()
     for name in named:

@@ -391,6 +391,8 @@ def _remove(images: Path, crop: Crop, options: PrepareOptions) -> None:
 def _refuse_empty(source: Path, report: PrepareReport) -> None:
     if not report.used:
         causes = ", ".join(f"{cause} {count}" for cause, count in report.causes.items()) or "it is empty"
-        raise InputError("source", source, f"holds nothing to train on ({causes})")
+        archives = report.found.get("archive_not_read")
+        hint = "" if archives is None else ": {} is an archive: {}".format(*archives.first[0])
+        raise InputError("source", source, f"holds nothing to train on ({causes}){hint}")
     if not report.train:
         raise InputError("source", source, "all pairs are for validation: lower validation_fraction, or add images")

@@ -6,6 +6,7 @@ are read, directly from the safetensors file (134 MB of the 1.3 GB; never a pick
 V text vocabulary, C model dim, R position rows.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.files import read_json
 from engine.models.transformer import KoDalle
 
 _FIELD = "pretrained_text_embeddings"
@@ -44,8 +44,7 @@ def load_text_tables(name_or_folder: str | Path, *, local_files_only: bool = Fal
     """
     index = _find(name_or_folder, _INDEX, local_files_only)
     if index is not None:  # weights in several files
-        tree = read_json(index, field=_FIELD, remedy="fetch the model again")
-        file_of: Mapping[str, str] = tree.get("weight_map", {}) if isinstance(tree, dict) else {}
+        file_of: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
         single = _find(name_or_folder, _WEIGHTS, local_files_only)
         if single is None:

@@ -223,7 +223,7 @@ def _read_marker(path: Path) -> Marker:
             dict(content["inputs"]),
             {name: FileDigest(**digest) for name, digest in content["files"].items()},
         )
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _BrokenMarkerError(f"has a damaged {MARKER}") from error
 
 

@@ -105,5 +105,5 @@ def _step_of(line: str) -> int | None:
     """None for a line that a killed process left half-written."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return None

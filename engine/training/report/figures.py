@@ -43,7 +43,7 @@ def read_log(run: Path) -> StageLog:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             record: dict[str, Any] = json.loads(line)
-        except (ValueError, RecursionError):
+        except json.JSONDecodeError:
             continue
         step = record.pop("step", None)
         if step is not None:

@@ -232,6 +232,12 @@ def test_archives_are_named_with_the_remedy(source: Path, tmp_path: Path) -> Non
     ((record, reason),) = report.found["archive_not_read"].first
     assert record == "Training/[원천]스포티.zip"
     assert "unzip -O cp949 '[원천]스포티.zip' -d '[원천]스포티'" in reason
+    shutil.rmtree(source / "Training" / "원천데이터")
+    shutil.rmtree(source / "Validation")
+    with pytest.raises(
+        InputError, match=r"nothing to train on \(label_without_photo 6\): .*원천\]스포티.zip is an archive: .*unzip"
+    ):
+        prepare(source, tmp_path / "out3")
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "[라벨]레트로.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"1 archives, .*unzip -O cp949 '\[라벨\]레트로.zip'"):

@@ -19,7 +19,6 @@ from serve.api.schemas import EditRequest
 from serve.api.uploads import open_upload, read_init_image
 from tests.live_server import INFO
 from tests.paths import REPOSITORY
-from tests.raw_png import raw_png
 
 MAX_PIXELS = 1_000_000
 
@@ -122,28 +121,6 @@ def test_a_photo_with_exif_orientation_is_rotated_with_its_mask() -> None:
     exif[0x0112] = 6  # turn by 270 degrees to see it upright
     turned = encoded(upright.transpose(Image.Transpose.ROTATE_90), exif=exif)
     assert read(turned) == read(encoded(upright))
-
-
-def test_a_phones_file_of_several_pictures_is_its_first() -> None:
-    expected_pixels = read(encoded(photo(), "JPEG", quality=95)).pixels
-    several = encoded(photo(), "MPO", save_all=True, append_images=[photo((32, 32))], quality=95)
-    with Image.open(several) as opened:
-        assert (opened.format, getattr(opened, "n_frames", 1)) == ("MPO", 2)
-    several.seek(0)
-    assert read(several).pixels == expected_pixels
-
-
-@pytest.mark.parametrize(("bits", "channels"), [(8, 3), (16, 3), (16, 1), (8, 1), (4, 1), (2, 1), (1, 1)])
-def test_a_transparent_colour_marks_as_transparent_pixels_do(bits: int, channels: int) -> None:
-    """In 20 to 29 of both axes; as a mask, and as an image's own."""
-    rows = [[int(20 <= x < 30 and 20 <= y < 30) for x in range(64) for _ in range(channels)] for y in range(64)]
-    keyed = raw_png(rows, bits=bits, channels=channels, key=(1,) * channels)
-    marked = read(encoded(photo()), encoded(white_square())).regenerated_pixels
-    assert read(encoded(photo()), io.BytesIO(keyed)).regenerated_pixels == marked
-    own = read(io.BytesIO(keyed))
-    assert own.regenerated_pixels == marked
-    hole = np.frombuffer(own.pixels, np.uint8).reshape(32, 32, 3)[12, 12]
-    assert hole.min() > 245  # the filter swings there by a few levels
 
 
 def speckled() -> Image.Image:
