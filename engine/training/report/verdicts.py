@@ -35,7 +35,7 @@ def held_out(count: int) -> Verdict | None:
         "held-out images",
         "unknown",
         f"{count} held-out images: every figure below is rough",
-        "add images and train again",
+        "add images and train again, or train on from a model of such images: --from",
     )
 
 
