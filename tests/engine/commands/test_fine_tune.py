@@ -20,6 +20,7 @@ from engine.models.folder import part_config, read_config
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
 from tests.engine.commands.test_train_pictures import draw
+from tests.engine.interop.test_importing_clip import _clip_folder as save_clip
 from tests.engine.interop.test_importing_dalle import DALLE
 from tests.engine.interop.test_importing_dalle import _save as save_dalle
 from tests.engine.interop.test_importing_mindalle import write
@@ -69,7 +70,10 @@ def _train(photos: Path, imported: Path, out: Path, *more: str) -> str:
 
 def test_captions(photos: Path, imported: Path, trained: list[str], tmp_path: Path) -> None:
     """The codec and what is not of the text are the imported ones, a few steps on; a second call has nothing to do."""
-    output = _train(photos, imported, tmp_path / "run")
+    save_clip(tmp_path / "clip-files")
+    import_checkpoint(tmp_path / "clip-files", tmp_path / "clip")
+    ranker = ("--set", f"kodalle.koclip={tmp_path / 'clip'}")
+    output = _train(photos, imported, tmp_path / "run", *ranker)
     model = tmp_path / "run" / "kodalle" / "model"
     assert f"kodalle serve {model}" in output
     before, after = (load_file(folder / "transformer.safetensors") for folder in (imported, model))
@@ -89,9 +93,12 @@ def test_captions(photos: Path, imported: Path, trained: list[str], tmp_path: Pa
     assert settings["gradient_clipping"] == 4.0
     pipeline = Pipeline.from_pretrained(model)
     assert pipeline.default_sampling_params.top_k == 256
-    assert len(pipeline(["a red square"], SamplingParams(candidates=2, guidance_scale=2.0))[0].candidates) == 2
+    candidates = pipeline(["a red square"], SamplingParams(candidates=3, guidance_scale=2.0))[0].candidates
+    scores = [one.score for one in candidates if one.score is not None]  # of the imported CLIP
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
     launched = list(trained)
-    assert "is finished: nothing to do" in _train(photos, imported, tmp_path / "run")
+    assert "is finished: nothing to do" in _train(photos, imported, tmp_path / "run", *ranker)
     assert trained == launched
 
 

@@ -29,8 +29,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rotary": {"rotary": True},
     "axial": {"attention_patterns": ("axial_row", "axial_col")},
     "convolutions": {"attention_patterns": ("conv", "conv_symmetric", "full")},
-    "DALL-E": {"attention_patterns": "dalle"},
-    "KoDALLE's yaml": {"reversible": True, "stable": True, "token_shift": True, "rotary": True},
     "everything of DALLE-pytorch": {
         "reversible": True,
         "sandwich_norm": True,
