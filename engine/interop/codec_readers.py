@@ -88,6 +88,8 @@ def read_taming(
     for key, ours_key in (("n_embed", "codebook_size"), ("embed_dim", "embed_dim")):
         _same(config, key, tree[ours_key], source)
     if "ch_mult" in stated:
+        if not isinstance(stated["ch_mult"], list | tuple):
+            raise InputError(f"{source} ddconfig ch_mult", stated["ch_mult"], "must be a list of whole numbers")
         _same({"ch_mult": list(stated["ch_mult"])}, "ch_mult", tree["channel_multipliers"], source)
     return parse_section(VqganConfig, tree, source=str(source)), kept, notes
 

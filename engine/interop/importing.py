@@ -245,7 +245,8 @@ def _mindalle(checkpoint: Checkpoint, options: ImportOptions, *, codec: Checkpoi
     )
     of_codec = Imported("vqgan", {"vqgan": LazyPart(config, kept)}, notes)
     _check_codec(found.config, of_codec, source)
-    tokenizer = mindalle_tokenizer(source.parent) if found.config.condition == "text" else class_names(found.config)
+    is_text, rows = found.config.condition == "text", found.config.text_vocab_size
+    tokenizer = mindalle_tokenizer(source.parent, rows) if is_text else class_names(found.config)
     notes = found.notes + notes
     if tokenizer is None and options.tokenizer is None:
         notes.append("no tokenizer beside it (vocabulary and merges): give one by --tokenizer to generate")

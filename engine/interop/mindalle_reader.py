@@ -245,17 +245,20 @@ def _shape(weights: Weights, name: str, source: Path) -> tuple[int, ...]:
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def mindalle_tokenizer(folder: Path) -> CaptionTokenizer | None:
+def mindalle_tokenizer(folder: Path, num_rows: int) -> CaptionTokenizer | None:
     """The tokenizer of a model's folder: byte pairs of lower-cased characters; None: its two files are not there.
 
+    Args:
+        num_rows: of the model's text table.
+
     Raises:
-        InputError: files that are none.
+        InputError: files that are none, or of another model.
     """
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         vocabulary = [path for path in sorted(place.glob("*.json")) if _is_vocabulary(path)]
         merges = [path for path in sorted(place.glob("*.txt")) if path.stat().st_size <= _MAX_TOKENIZER_BYTES]
         if len(vocabulary) == 1 and len(merges) == 1:
-            return _char_bpe(vocabulary[0], merges[0])
+            return _char_bpe(vocabulary[0], merges[0], num_rows)
     return None
 
 
@@ -276,7 +279,7 @@ def _is_vocabulary(path: Path) -> bool:
     return isinstance(tree, dict) and bool(tree) and all(type(value) is int for value in tree.values())
 
 
-def _char_bpe(vocabulary: Path, merges: Path) -> CaptionTokenizer:
+def _char_bpe(vocabulary: Path, merges: Path, num_rows: int) -> CaptionTokenizer:
     """`tokenizers.CharBPETokenizer(lowercase=True, unk_token="[UNK]")` with [PAD] added, as minDALL-E builds it."""
     entries = json.loads(vocabulary.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").splitlines()
@@ -284,10 +287,18 @@ def _char_bpe(vocabulary: Path, merges: Path) -> CaptionTokenizer:
     if any(len(pair) != 2 for pair in found):
         raise InputError("tokenizer", merges, "has a line that is no pair: copy it again")
     pairs = [(first, second) for first, second in found]
-    try:
-        model = models.BPE(entries, pairs, unk_token=_UNKNOWN, end_of_word_suffix=_WORD_END)
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError("tokenizer", merges, f"does not fit {vocabulary.name} ({error}): copy both again") from error
+    if _UNKNOWN not in entries or len(set(entries.values())) < len(entries) or not min(entries.values()) >= 0:
+        raise InputError("tokenizer", vocabulary, f"has an entry twice, or no {_UNKNOWN}: copy it again")
+    if max(entries.values()) >= num_rows:
+        raise InputError(
+            "tokenizer", vocabulary, f"numbers entries up to {max(entries.values())}, its model has {num_rows}"
+        )
+    unknown = next((part for pair in pairs for part in (*pair, "".join(pair)) if part not in entries), None)
+    if unknown is not None:
+        raise InputError(
+            "tokenizer", merges, f"joins {unknown[:40]!r}, which {vocabulary.name} does not have: copy both again"
+        )
+    model = models.BPE(entries, pairs, unk_token=_UNKNOWN, end_of_word_suffix=_WORD_END)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

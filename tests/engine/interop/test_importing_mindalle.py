@@ -248,6 +248,44 @@ def test_what_does_not_fit_is_named(
     assert not (tmp_path / "ours").exists()
 
 
+_NESTED = "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("any-name.yaml", f"a: &a [x, x]\n{_NESTED}stage2: {{hparams: {{n_heads: *i}}}}", "has no yaml|n_heads"),
+        ("any-name.yaml", 'stage2: !!python/object/apply:os.system ["touch run-by-yaml"]', "has no yaml"),
+        ("any-name.yaml", f"stage2: {'[' * 5000}{']' * 5000}", "has no yaml"),
+        ("any-name.yaml", json.dumps({"stage2": {"hparams": {"n_heads": [1]}}}), r"n_heads: \[1\]: must be a positive"),
+        (
+            "any-name.yaml",
+            '{"stage1": {"hparams": {"ch_mult": 3}}, "stage2": {"hparams": {"n_heads": 3}}}',
+            "ch_mult: 3",
+        ),
+        (
+            "words/v.json",
+            json.dumps(VOCABULARY | {"x": 1 << 40}),
+            "numbers entries up to 1099511627776, its model has 40",
+        ),
+        ("words/v.json", json.dumps(VOCABULARY | {"x": -5}), "has an entry twice, or no"),
+        ("words/v.json", json.dumps(VOCABULARY | {"x": 3}), "has an entry twice, or no"),
+        ("words/v.json", json.dumps({"a": 0, "b": 1, "ab": 2}), "has an entry twice, or no"),
+        ("words/m.txt", "a b c d\n", "has a line that is no pair"),
+        ("words/m.txt", "q w\n", "joins 'q', which v.json does not have"),
+    ],
+)
+def test_hostile_files_beside_the_weights_are_refused(file: str, text: str, message: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "theirs", "text")
+    (folder / file).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        import_checkpoint(folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    assert not Path("run-by-yaml").exists()
+
+
 def test_a_checkpoint_without_its_yaml_or_codec_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "theirs", "class")
     (folder / "any-name.yaml").rename(tmp_path / "kept.yaml")
