@@ -37,7 +37,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON document")
     arguments = parser.parse_args()
-    draw, rows = random.Random(arguments.seed), []
+    draw = random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = []
     while len(rows) < arguments.cases:
         row = compare(*settings(draw), seed=len(rows))
         if row is not None:
