@@ -28,6 +28,7 @@ from engine.config_files import load_run
 from engine.data.check import check
 from engine.data.pairs import Pair, load_pairs
 from engine.data.sources import PrepareOptions
+from engine.errors import InputError
 from engine.files import atomic_file, atomic_folder, write_json
 from engine.folder_lock import hold_lock
 from engine.metrics.oracle import Oracle
@@ -128,6 +129,13 @@ def _prepare(photos: Path, pairs: Path, out: Path, stored: dict[str, Any]) -> No
         print(
             f"{report.train} pairs to train on, {report.validation} held out, {len(report.skipped)} set aside",
             flush=True,
+        )
+    found = load_pairs(pairs)
+    if not found.train or not found.validation:
+        # The plan counts files; copies of one photograph stay on one side of the split.
+        counts = f"{len(found.train)} pairs to train on and {len(found.validation)} held out are left of its images"
+        raise InputError(
+            "PHOTOS", photos, f"{counts}: most are copies of each other or were set aside; add different ones"
         )
 
 

@@ -70,6 +70,15 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def test_copies_of_one_image_are_refused_before_training(photos: Path, tmp_path: Path, trained: list[str]) -> None:
+    """The plan holds some files out; preparation finds that they are one photograph, which stays on one side."""
+    for image in photos.glob("*.png"):
+        image.write_bytes((photos / "00.png").read_bytes())
+    with pytest.raises(InputError, match=r"PHOTOS: .*0 held out are left .*copies of each other"):
+        train_pictures.train_pictures(Request(photos, tmp_path / "run", TINY))
+    assert trained == []
+
+
 @pytest.mark.slow
 def test_pictures_to_a_model_with_a_report(
     photos: Path,
