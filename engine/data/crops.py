@@ -133,9 +133,11 @@ def _decode(
                 raise ImageFault("animated_image", path, "is animated: save one picture of it")
             if shrink is not None:
                 shrink(image)
+            # Pillow turns TIFFs by itself. Others are not asked before: a PNG would be decoded for the answer.
+            turned = orientation_of(image) if image.format == "TIFF" else 1
             converted = convert(image)
             orientation = orientation_of(image)
-            return Photo(turn_upright(converted, orientation), orientation)
+            return Photo(turn_upright(converted, orientation), turned if orientation == 1 else orientation)
     except ImageFault:
         raise
     except Image.UnidentifiedImageError as error:

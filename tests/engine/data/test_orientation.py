@@ -84,6 +84,19 @@ def test_boxes_and_outlines_turn_with_their_photo(tmp_path: Path, orientation: i
     assert not counts.keys() & {"size_mismatch", "box_outside_image", "outline_off_box", "outline_outside_image"}
 
 
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp", "avif"])
+def test_labels_turn_with_photos_of_every_format(tmp_path: Path, suffix: str) -> None:
+    add(tmp_path / "s", "1", 6, MARK, SIZE)
+    options: dict[str, Any] = {"quality": 95} if suffix == "avif" else {}
+    with Image.open(tmp_path / "s" / "1.jpg") as image:
+        image.save(tmp_path / "s" / f"1.{suffix}", exif=image.getexif(), **options)
+    (tmp_path / "s" / "1.jpg").unlink()
+    prepare(tmp_path / "s", tmp_path / "out", PrepareOptions(image_size=16, validation_fraction=0))
+    [path] = (tmp_path / "out" / "images").glob("*.png")
+    with Image.open(path) as image:
+        assert np.abs(np.asarray(image).astype(int) - (255, 0, 0))[2:-2, 2:-2].max() < 60
+
+
 def test_a_size_that_fits_neither_is_set_aside_by_name(tmp_path: Path) -> None:
     add(tmp_path / "s", "1", 6, MARK, SIZE)
     add(tmp_path / "s", "2", 6, MARK, (41, 60))
