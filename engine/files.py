@@ -12,6 +12,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -191,10 +192,22 @@ def check_file_place(path: Path, *, field: str) -> None:
         InputError: with `field`: a folder or a device, or a place where nothing can be written.
     """
     try:
-        with named_disk_faults(path), contextlib.suppress(_Tried), atomic_file(path):
+        with _no_folder_left(path), named_disk_faults(path), contextlib.suppress(_Tried), atomic_file(path):
             raise _Tried
     except InputError as error:
         raise InputError(field, path, error.remedy) from error
+
+
+@contextlib.contextmanager
+def _no_folder_left(path: Path) -> Iterator[None]:
+    """Removes the folders above `path` that a trial made, so that a command that is refused later leaves nothing."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another process may have put something there
+                folder.rmdir()
 
 
 def check_folder_place(path: Path, *, field: str, holds: str, what: str) -> None:
@@ -212,7 +225,7 @@ def check_folder_place(path: Path, *, field: str, holds: str, what: str) -> None
     if (os.path.exists(place) and not place.is_dir()) or (held and holds not in held):
         raise InputError(field, path, f"holds something other than {what}: choose another folder")
     try:
-        with contextlib.suppress(_Tried), atomic_folder(path, replace=True):
+        with _no_folder_left(path), contextlib.suppress(_Tried), atomic_folder(path, replace=True):
             raise _Tried
     except InputError as error:
         raise InputError(field, path, error.remedy) from error
