@@ -35,7 +35,7 @@ from engine.errors import InputError
 from engine.files import is_hub_name
 from serve.api.keys import KeyRing, KeyScope, add_key
 from serve.arguments import AppArguments, read_arguments, read_serve_config
-from serve.cluster.gate import MAX_BODY_VARIABLE
+from serve.cluster.gate import MAX_BODY_VARIABLE, ORIGINS_VARIABLE
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.messages import ModelInfo
 from serve.process import log_to_stderr
@@ -202,6 +202,7 @@ def _set_environment(arguments: AppArguments, folder: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         MAX_BODY_VARIABLE: str(largest),
+        ORIGINS_VARIABLE: " ".join(arguments.allowed_origins),
     }
     os.environ.pop("RAY_ADDRESS", None)  # another cluster's
 

@@ -6,15 +6,33 @@ fields are arguments of the Ray Serve application (`args:` in configs/serve.yaml
 No torch, no ray.
 """
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from engine.config.section import FolderOrName, Section
 from engine.config_files import as_input_error
 from engine.sampling_params import FIELDS
 
 MIB = 2**20
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def checked_origin(origin: str) -> str:
+    """The origin; raises ValueError unless it is written as browsers send it, because the two are compared as text."""
+    found = _ORIGIN.fullmatch(origin)
+    if found is None:
+        raise ValueError(
+            f"`{origin}` is not an origin as browsers send it: write scheme, host and port alone, in lower case, such as "
+            "https://studio.example or http://localhost:3000, without a path; `*` and `null` stand for anybody"
+        )
+    scheme = origin.partition(":")[0]
+    if found[2] and found[2] == _DEFAULT_PORTS.get(scheme):
+        raise ValueError(f"`{origin}`: browsers leave out {found[2]}, the default port of {scheme}: leave it out")
+    return origin
 
 
 class Limits(Section):
@@ -53,6 +71,9 @@ class ServeSettings(Section):
     default_candidates: int = Field(16, gt=0, description="generated and ranked when a request gives no number")
     keys_file: FolderOrName = Field(
         "", description="API keys (serve/api/keys.py); empty: no keys, and only loopback clients are served"
+    )
+    allowed_origins: tuple[Annotated[str, AfterValidator(checked_origin)], ...] = Field(
+        (), description="web origins whose pages may call the API, e.g. https://studio.example; empty: none but its own"
     )
     log_prompts: bool = Field(False, description="log captions")
     page: bool = Field(True, description="serve the designers' page")

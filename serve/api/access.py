@@ -4,7 +4,7 @@ Without keys three things are checked, because listening on loopback alone is no
 
     the local end of the connection is loopback    a server that listens elsewhere by mistake rejects every request
     the Host header names loopback                 a web page whose name was rebound to 127.0.0.1 sends its own name
-    an Origin header equals the Host               another website's page can post forms to any address
+    an Origin header equals the Host, or is listed another website's page can post forms to any address
 
 With keys none of them is needed: a browser does not add a key to another page's requests.
 
@@ -13,12 +13,14 @@ Always open: /healthz, /readyz and the page's files. All other paths, unknown on
 
 import ipaddress
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from serve.api.cross_origin import origin_of
 from serve.api.errors import Failure
 from serve.api.keys import ApiKey, KeyRing, KeyScope, MalformedAuthorization, parse_authorization
 
@@ -39,14 +41,19 @@ LOCAL = Caller("local")
 REJECTED = Caller("")
 
 
-def admit(scope: Scope, path: str, keys: KeyRing | None) -> Caller:
-    """The caller of a request to `path`; raises Failure when the connection or the key has no access to it."""
+def admit(scope: Scope, path: str, keys: KeyRing | None, *, origins: Collection[str] = ()) -> Caller:
+    """The caller of a request to `path`; raises Failure when the connection or the key has no access to it.
+
+    Args:
+        keys: of the server; None: it has none.
+        origins: other origins whose pages a server without keys answers, too.
+    """
     if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
         return LOCAL
     headers = Headers(scope=scope)
     if keys is not None:
         return _holder(headers, keys, _SCOPE_OF.get(path, "generate"))
-    _check_local(scope, headers)
+    _check_local(scope, headers, origins)
     return LOCAL
 
 
@@ -74,7 +81,7 @@ def _invalid(detail: str, detail_ko: str) -> Failure:
     return Failure("invalid_api_key", detail, detail_ko, headers={"www-authenticate": 'Bearer error="invalid_token"'})
 
 
-def _check_local(scope: Scope, headers: Headers) -> None:
+def _check_local(scope: Scope, headers: Headers, origins: Collection[str]) -> None:
     server = scope.get("server")
     if server is None or not _is_loopback(server[0]):
         raise Failure(
@@ -90,6 +97,8 @@ def _check_local(scope: Scope, headers: Headers) -> None:
             "The Host header must name this machine: use http://localhost or http://127.0.0.1.",
             "http://localhost 또는 http://127.0.0.1 주소로 접속하세요.",
         )
+    if origin_of(headers) in origins:
+        return
     for origin in headers.getlist("origin"):
         if urlsplit(origin).netloc.lower() != hosts[0].lower():
             raise Failure("cross_site")

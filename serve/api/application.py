@@ -76,7 +76,7 @@ def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "api-
         add_page(app)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(ApiMiddleware, metrics=handlers.metrics, keys=keys)
+    app.add_middleware(ApiMiddleware, metrics=handlers.metrics, keys=keys, origins=settings.allowed_origins)
     return app
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import secrets
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.access import REJECTED, Caller, admit
 from serve.api.body import ClientGone
+from serve.api.cross_origin import CrossOrigin
 from serve.api.errors import Failure
 from serve.api.keys import KeyRing
 from serve.metrics import ApiMetrics
@@ -66,10 +68,13 @@ class RequestRecord:
 
 
 class ApiMiddleware:
-    """Outermost ASGI middleware of the application."""
+    """Outermost ASGI middleware of the application. `origins`: other origins whose pages may call it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: ApiMetrics, keys: KeyRing | None) -> None:
-        self._app, self._metrics, self._keys = app, metrics, keys
+    def __init__(
+        self, app: ASGIApp, *, metrics: ApiMetrics, keys: KeyRing | None, origins: Collection[str] = ()
+    ) -> None:
+        self._app, self._metrics, self._keys, self._origins = app, metrics, keys, origins
+        self._admitted = CrossOrigin(self._admit, origins=origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -96,6 +101,8 @@ class ApiMiddleware:
                 headers["x-request-id"] = record.request_id
                 for name, value in _SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
+                if self._origins and "origin" not in headers.get("vary", "").lower():
+                    headers.add_vary_header("Origin")
             elif not message.get("more_body", False) and not record.is_body_read:
                 await send({**message, "more_body": True})
                 await _linger(receive_tracked, record)
@@ -104,13 +111,21 @@ class ApiMiddleware:
 
         self._metrics.in_flight.inc()
         try:
-            record.caller = admit(scope, get_route_path(scope), self._keys)
-            await self._app(scope, receive_tracked, send_with_headers)
+            await self._admitted(scope, receive_tracked, send_with_headers)
+        finally:
+            self._finish(scope, record)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application's reply, or that of a failure."""
+        record: RequestRecord = scope["state"]["record"]
+        try:
+            record.caller = admit(scope, get_route_path(scope), self._keys, origins=self._origins)
+            await self._app(scope, receive, send)
         except ClientGone:
             self._metrics.cancelled.inc()
-            await self._refuse(Failure("client_closed_request"), record, send_with_headers)
+            await self._refuse(Failure("client_closed_request"), record, send)
         except Failure as failure:
-            await self._refuse(failure, record, send_with_headers)
+            await self._refuse(failure, record, send)
         except asyncio.CancelledError:
             self._metrics.cancelled.inc()
             record.code = "client_closed_request"
@@ -118,9 +133,7 @@ class ApiMiddleware:
         except Exception:
             # Logs the request id only: a traceback shows no values, and so no caption.
             _log.exception("request %s failed", record.request_id)
-            await self._refuse(Failure("internal_error"), record, send_with_headers)
-        finally:
-            self._finish(scope, record)
+            await self._refuse(Failure("internal_error"), record, send)
 
     async def _refuse(self, failure: Failure, record: RequestRecord, send: Send) -> None:
         record.note_failure(failure)

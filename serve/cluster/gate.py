@@ -11,6 +11,7 @@ Behaviour of Ray's proxy that is unsafe at a public address, and what the gate d
     unbounded heads        in bytes and in time. Both are limited as in serve/api/listener.py.
     plain-text errors      become the error object that every other reply carries.
     /-/routes              lists the deployments to anyone. It is 404; /-/healthz stays for probes.
+    errors of its own      carry the CORS headers of the API server's replies, for the same origins.
     a dying API server     its requests become 500. A request without any reply yet is sent to another API server, once:
                            generation may be repeated.
 
@@ -21,18 +22,20 @@ No torch, no ray.
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from typing import Any
 
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.api.cross_origin import CrossOrigin
 from serve.api.errors import Failure
 from serve.settings import Limits
 
 # Read when the proxy starts: the callback that Ray calls takes no arguments.
 MAX_BODY_VARIABLE = "KODALLE_MAX_BODY_BYTES"
+ORIGINS_VARIABLE = "KODALLE_ALLOWED_ORIGINS"  # separated by spaces
 
 _STEERING = frozenset(
     ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
@@ -48,14 +51,15 @@ def middlewares() -> list[Middleware]:
     # Ray names no protocol to uvicorn, which then uses this table's entry "auto".
     uvicorn.config.HTTP_PROTOCOLS["auto"] = "serve.api.listener:BoundedHttp"
     max_bytes = int(os.environ.get(MAX_BODY_VARIABLE, Limits().max_edit_bytes))
-    return [Middleware(Gate, max_body_bytes=max_bytes)]
+    origins = os.environ.get(ORIGINS_VARIABLE, "").split()
+    return [Middleware(Gate, max_body_bytes=max_bytes, origins=origins)]
 
 
 class Gate:
     """ASGI middleware in front of Ray Serve's proxy application."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, origins: Collection[str] = ()) -> None:
+        self._app, self._max_body_bytes, self._origins = app, max_body_bytes, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -64,9 +68,9 @@ class Gate:
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"] == "/-/routes":
-            await _send_failure(Failure("not_found"), send)
+            await self._refuse(Failure("not_found"), scope, receive, send)
         elif _declared_bytes(scope) > self._max_body_bytes:
-            await _send_failure(Failure("request_too_large"), send)
+            await self._refuse(Failure("request_too_large"), scope, receive, send)
         else:
             await self._forward({**scope, "headers": _safe_headers(scope["headers"])}, receive, send)
 
@@ -78,13 +82,19 @@ class Gate:
             if reply.is_started or body.is_gone:
                 return
             if body.is_too_large:
-                await _send_failure(Failure("request_too_large"), send)
+                await self._refuse(Failure("request_too_large"), scope, receive, send)
                 return
             # Ray sends no reply at all for a replica that died, which uvicorn would turn into a plain 500.
             status = reply.withheld_status or 500
             if status != 500 or is_last_attempt:
-                await _send_failure(_failure_for(status), send)
+                await self._refuse(_failure_for(status), scope, receive, send)
                 return
+
+    async def _refuse(self, failure: Failure, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(_: Scope, __: Receive, send: Send) -> None:
+            await _send_failure(failure, send)
+
+        await CrossOrigin(answer, origins=self._origins)(scope, receive, send)
 
 
 class _Body:

@@ -9,7 +9,7 @@ import pytest
 from ray.serve._private.http_util import parse_disconnect_disabled_header, parse_request_timeout_header
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.cluster.gate import MAX_BODY_VARIABLE, Gate, middlewares
+from serve.cluster.gate import MAX_BODY_VARIABLE, ORIGINS_VARIABLE, Gate, middlewares
 
 API_SERVER_HEADERS = [(b"content-security-policy", b"default-src 'none'"), (b"content-type", b"application/json")]
 Headers = list[tuple[bytes, bytes]]
@@ -23,6 +23,7 @@ def through(
     headers: Headers | None = None,
     body: tuple[bytes, ...] = (b"",),
     max_body_bytes: int = 100,
+    origins: tuple[str, ...] = (),
 ) -> list[Message]:
     """The messages that a client receives."""
     sent: list[Message] = []
@@ -41,7 +42,7 @@ def through(
         sent.append(message)
 
     scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers or []}
-    asyncio.run(Gate(app, max_body_bytes=max_body_bytes)(scope, receive, send))
+    asyncio.run(Gate(app, max_body_bytes=max_body_bytes, origins=origins)(scope, receive, send))
     return sent
 
 
@@ -247,3 +248,18 @@ def test_a_disconnected_clients_request_is_not_sent_again() -> None:
 
     asyncio.run(run())
     assert calls == [1]
+
+
+@pytest.mark.parametrize(("origin", "is_listed"), [(b"https://studio.example", True), (b"https://evil.example", False)])
+def test_its_own_errors_can_be_read_by_a_listed_browser_app(
+    monkeypatch: pytest.MonkeyPatch, origin: bytes, is_listed: bool
+) -> None:
+    async def overloaded(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 429, "headers": []})
+        await send({"type": "http.response.body", "body": b"Request dropped"})
+
+    monkeypatch.setenv(ORIGINS_VARIABLE, "http://localhost:3000 https://studio.example")
+    origins = middlewares()[0].kwargs["origins"]
+    sent = through(overloaded, headers=[(b"origin", origin)], origins=origins)
+    assert status_and_body(sent)[1]["error"]["code"] == "queue_full"
+    assert ((b"access-control-allow-origin", origin) in sent[0]["headers"]) is is_listed
