@@ -10,9 +10,26 @@ from typing import Any, cast
 
 from pydantic import Field, ValidationError, model_validator
 
+from engine.config.section import Section
 from engine.config_files import as_input_error, read_config_file
 from engine.errors import InputError
 from serve.settings import ServeSettings
+
+# How long an idle connection stays open. Longer than proxies keep theirs (60 s: nginx, AWS's load balancer): a proxy whose
+# connection the server closes first sends its next request into the void.
+KEEP_ALIVE_S = 75
+
+
+class HttpOptions(Section):
+    """Where the server listens: `http_options:` of a Ray Serve config, with Ray's own names."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0: a free one")
+    keep_alive_timeout_s: int = Field(
+        KEEP_ALIVE_S,
+        ge=1,
+        description="how long an idle connection stays open: longer than the proxy in front keeps it",
+    )
 
 
 class AppArguments(ServeSettings):
@@ -52,16 +69,28 @@ def read_arguments(values: dict[str, Any], *, source: str) -> AppArguments:
         raise as_input_error(error, source) from error
 
 
+def read_http_options(values: dict[str, Any], *, source: str) -> HttpOptions:
+    """Validated options; raises InputError naming an unknown field or a bad value, and `source`, where it was read."""
+    try:
+        return HttpOptions.model_validate(values)
+    except ValidationError as error:
+        raise as_input_error(error, source) from error
+
+
 def read_serve_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A Ray Serve config file with one application -> its `args` and its `http_options`.
 
     Raises:
-        InputError: no such file, no YAML, or not one application.
+        InputError: no such file, no YAML, not one application, or one below a `route_prefix`, which only Ray's own
+            commands know.
     """
     tree = read_config_file(path, example="configs/serve.yaml")
     applications = tree.get("applications")
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise InputError("--config", path, "must have `applications:` with one application")
+    if applications[0].get("route_prefix", "/") != "/":
+        remedy = "must be `/` here; behind a proxy set `root_path` in `args`, or deploy the file with `serve deploy`"
+        raise InputError("route_prefix", applications[0]["route_prefix"], remedy)
     args, options = applications[0].get("args") or {}, tree.get("http_options") or {}
     if not isinstance(args, dict) or not isinstance(options, dict):
         raise InputError("--config", path, "`args` and `http_options` must hold `key: value` lines")

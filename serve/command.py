@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,7 +34,7 @@ from engine.commands.error_lines import run_app
 from engine.errors import InputError
 from engine.files import is_hub_name
 from serve.api.keys import KeyRing, KeyScope, add_key
-from serve.arguments import AppArguments, read_arguments, read_serve_config
+from serve.arguments import AppArguments, HttpOptions, read_arguments, read_http_options, read_serve_config
 from serve.cluster.gate import MAX_BODY_VARIABLE, ORIGINS_VARIABLE
 from serve.cluster.ray_environment import ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
 from serve.messages import ModelInfo
@@ -61,6 +61,10 @@ def start(
     int8: Annotated[
         bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: faster, slightly different images")
     ] = False,
+    keep_alive: Annotated[
+        int | None, typer.Option(min=1, help="seconds that an idle connection stays open; default 75")
+    ] = None,
+    root_path: Annotated[str | None, typer.Option(help="path under which a proxy publishes the server")] = None,
     no_page: Annotated[bool, typer.Option("--no-page", help="serve the API only")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log captions")] = False,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one worker")] = False,
@@ -69,20 +73,24 @@ def start(
     values, http_options = ({}, {}) if config is None else read_serve_config(config)
     options = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys)}
     options |= {"device": device, "int8": int8 or None, "log_prompts": log_prompts or None}
-    options |= {"page": False if no_page else None}
-    values |= {name: value for name, value in options.items() if value is not None}
-    arguments = read_arguments(values, source="the command line" if config is None else str(config))
-    host = host or str(http_options.get("host", "127.0.0.1"))
-    port = int(http_options.get("port", 8000)) if port is None else port
+    options |= {"page": False if no_page else None, "root_path": root_path}
+    values |= _given(options)
+    http_options |= _given({"host": host or None, "port": port, "keep_alive_timeout_s": keep_alive})
+    source = "the command line" if config is None else str(config)
+    arguments, http = read_arguments(values, source=source), read_http_options(http_options, source=source)
     check_model(arguments.model)
-    check_exposure(host, arguments.keys_file)
+    check_exposure(http.host, arguments.keys_file)
     if arguments.keys_file:
         KeyRing(Path(arguments.keys_file))  # read again by the API servers; here so that an error is reported at once
-    port = free_port(host, port)
+    http = http.model_copy(update={"port": free_port(http.host, http.port)})
     note = "" if without_ray else ", starting Ray: about half a minute"
     print(f"loading {arguments.model}{note}", file=sys.stderr, flush=True)
     run = _run_without_ray if without_ray else _run_with_ray
-    raise typer.Exit(run(_absolute(arguments), host=host, port=port))
+    raise typer.Exit(run(_absolute(arguments), http))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @key_app.command()
@@ -157,7 +165,7 @@ def _absolute(arguments: AppArguments) -> AppArguments:
 # ----------------------------------------------------------------------------------------------------------- running
 
 
-def _run_with_ray(arguments: AppArguments, *, host: str, port: int) -> int:
+def _run_with_ray(arguments: AppArguments, http: HttpOptions) -> int:
     os.umask(0o077)  # the session's logs and its token are this user's
     private = Path(tempfile.mkdtemp(prefix="kodalle-"))  # and stays so: Ray opens its own temp_dir to all users
     _set_environment(arguments, private)
@@ -166,13 +174,13 @@ def _run_with_ray(arguments: AppArguments, *, host: str, port: int) -> int:
     stop_signal = threading.Event()
     try:
         try:
-            start_local(_with_cores(arguments), host=host, port=port, temp_dir=str(private / "ray"))
+            start_local(_with_cores(arguments), http, temp_dir=str(private / "ray"))
         except RuntimeError as error:
             raise _start_error(error) from error
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which takes SIGTERM for itself
             signal.signal(number, lambda *_: stop_signal.set())
-        _wait_until_ready(host, port)
-        _announce(served_model(), host=host, port=port, page=arguments.page, workers=arguments.num_workers)
+        _wait_until_ready(http.host, http.port)
+        _announce(served_model(), host=http.host, port=http.port, page=arguments.page, workers=arguments.num_workers)
         return 0 if _wait_for(stop_signal, is_alive) and drain(within_s=arguments.drain_s) else 1
     finally:
         end_local()
@@ -215,7 +223,7 @@ def _with_cores(arguments: AppArguments) -> AppArguments:
     return arguments.model_copy(update={"cpus_per_worker": float(max(1, (os.cpu_count() or 1) // most_workers))})
 
 
-def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
+def _run_without_ray(arguments: AppArguments, http: HttpOptions) -> int:
     from serve.api.application import build_api
     from serve.api.listener import listener
     from serve.local_pool import LocalPool
@@ -224,8 +232,16 @@ def _run_without_ray(arguments: AppArguments, *, host: str, port: int) -> int:
     settings = arguments.settings()
     pool = LocalPool(settings)
     try:
-        server = listener(build_api(pool, settings), host=host, port=port, drain_s=settings.drain_s)
-        announcing = threading.Thread(target=_announce_when_ready, args=(pool.worker.info, host, port, settings.page))
+        server = listener(
+            build_api(pool, settings),
+            host=http.host,
+            port=http.port,
+            drain_s=settings.drain_s,
+            keep_alive_s=http.keep_alive_timeout_s,
+        )
+        announcing = threading.Thread(
+            target=_announce_when_ready, args=(pool.worker.info, http.host, http.port, settings.page)
+        )
         announcing.daemon = True
         announcing.start()
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops, and then raises the signal once more

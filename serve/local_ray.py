@@ -13,15 +13,15 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.app import API_SERVER, APP_NAME, LOGGING, WORKER, build
-from serve.arguments import AppArguments
+from serve.arguments import AppArguments, HttpOptions
 from serve.cluster.ray_pool import CALL_TIMEOUT_S, CONNECTION_ERRORS, one_line
 from serve.messages import ModelInfo
 
 _log = logging.getLogger(__name__)
 
 
-def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str) -> None:
-    """Starts Ray on loopback, a proxy at `host:port`, and the application; returns when it runs.
+def start_local(arguments: AppArguments, http: HttpOptions, *, temp_dir: str) -> None:
+    """Starts Ray on loopback, a proxy as in `http`, and the application; returns when it runs.
 
     The environment (serve/cluster/ray_environment.py) must have been set before this module was imported.
 
@@ -39,9 +39,7 @@ def start_local(arguments: AppArguments, *, host: str, port: int, temp_dir: str)
         _temp_dir=temp_dir,
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(
-        proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=LOGGING.model_dump()
-    )
+    ray_serve.start(proxy_location="HeadOnly", http_options=http.model_dump(), logging_config=LOGGING.model_dump())
     try:
         ray_serve.run(build(arguments.model_dump()), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:

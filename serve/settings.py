@@ -18,6 +18,8 @@ from engine.sampling_params import FIELDS
 MIB = 2**20
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+_OWN_FOLDERS = ("v1", "page")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -33,6 +35,15 @@ def checked_origin(origin: str) -> str:
     if found[2] and found[2] == _DEFAULT_PORTS.get(scheme):
         raise ValueError(f"`{origin}`: browsers leave out {found[2]}, the default port of {scheme}: leave it out")
     return origin
+
+
+def _checked_root_path(path: str) -> str:
+    first = path.split("/")[1] if _ROOT_PATH.fullmatch(path) and path else ""
+    if not _ROOT_PATH.fullmatch(path) or first in _OWN_FOLDERS:
+        raise ValueError(
+            f"`{path}` must be a path such as /kodalle: a slash first, none last, not one of this server's own"
+        )
+    return path
 
 
 class Limits(Section):
@@ -74,6 +85,10 @@ class ServeSettings(Section):
     )
     allowed_origins: tuple[Annotated[str, AfterValidator(checked_origin)], ...] = Field(
         (), description="web origins whose pages may call the API, e.g. https://studio.example; empty: none but its own"
+    )
+    root_path: Annotated[str, AfterValidator(_checked_root_path)] = Field(
+        "",
+        description="path under which a proxy publishes this server, e.g. /kodalle, whether it strips it or not",
     )
     log_prompts: bool = Field(False, description="log captions")
     page: bool = Field(True, description="serve the designers' page")

@@ -76,7 +76,13 @@ def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "api-
         add_page(app)
     app.add_exception_handler(Failure, _answer_failure)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(ApiMiddleware, metrics=handlers.metrics, keys=keys, origins=settings.allowed_origins)
+    app.add_middleware(
+        ApiMiddleware,
+        metrics=handlers.metrics,
+        keys=keys,
+        origins=settings.allowed_origins,
+        root_path=settings.root_path,
+    )
     return app
 
 
@@ -221,8 +227,9 @@ class _Handlers:
         text = await asyncio.to_thread(merge_expositions, texts)
         return Response(text, headers=_NO_STORE | {"content-type": CONTENT_TYPE})
 
-    async def openapi(self, _: Request) -> Response:
-        return JSONResponse(describe(self._settings, await self._pool.model_info()), headers=_NO_STORE)
+    async def openapi(self, request: Request) -> Response:
+        info = await self._pool.model_info()
+        return JSONResponse(describe(self._settings, info, root_path=request.scope["root_path"]), headers=_NO_STORE)
 
     async def docs(self, _: Request) -> Response:
         page = described_page(describe(self._settings, await self._pool.model_info()))

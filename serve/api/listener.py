@@ -12,11 +12,11 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.api.errors import Failure
+from serve.arguments import KEEP_ALIVE_S
 
 MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers
 HEAD_TIMEOUT_S = 10.0
 _LINGER_S = 2.0
-_KEEP_ALIVE_S = 30  # longer than a user's pause between two requests, shorter than the limits of common proxies
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -93,7 +93,7 @@ _NOT_HTTP = Failure(
 )
 
 
-def listener(app: ASGIApp, *, host: str, port: int, drain_s: float) -> uvicorn.Server:
+def listener(app: ASGIApp, *, host: str, port: int, drain_s: float, keep_alive_s: int = KEEP_ALIVE_S) -> uvicorn.Server:
     """A uvicorn server for `app`; port 0: a free one. serve/api/middleware.py logs requests instead of uvicorn."""
     config = uvicorn.Config(
         app,
@@ -104,7 +104,7 @@ def listener(app: ASGIApp, *, host: str, port: int, drain_s: float) -> uvicorn.S
         access_log=False,
         server_header=False,
         proxy_headers=False,  # any client can send X-Forwarded-For
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=int(drain_s),
         log_config=None,
         log_level="error",  # any client could flood the log: it warns of each malformed request

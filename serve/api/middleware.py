@@ -68,12 +68,24 @@ class RequestRecord:
 
 
 class ApiMiddleware:
-    """Outermost ASGI middleware of the application. `origins`: other origins whose pages may call it."""
+    """Outermost ASGI middleware of the application.
+
+    Args:
+        origins: other origins whose pages may call it.
+        root_path: where a proxy publishes it: paths below count as paths, and links stay below.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: ApiMetrics, keys: KeyRing | None, origins: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        *,
+        metrics: ApiMetrics,
+        keys: KeyRing | None,
+        origins: Collection[str] = (),
+        root_path: str = "",
     ) -> None:
         self._app, self._metrics, self._keys, self._origins = app, metrics, keys, origins
+        self._root_path = root_path
         self._admitted = CrossOrigin(self._admit, origins=origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,6 +98,8 @@ class ApiMiddleware:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._root_path:
+            _place_below(scope, self._root_path)
         record = _new_record(scope)
         scope.setdefault("state", {})["record"] = record
 
@@ -162,6 +176,13 @@ class ApiMiddleware:
             "retry": record.retry_count,
         }
         _log.info(json.dumps(line | record.details, ensure_ascii=False))
+
+
+def _place_below(scope: Scope, root_path: str) -> None:
+    """Names the root path, and puts it before a path from which the proxy has stripped it: ASGI's paths include it."""
+    scope["root_path"] = root_path
+    if not scope["path"].startswith(f"{root_path}/"):
+        scope["path"] = root_path + scope["path"]
 
 
 def _route(scope: Scope) -> str:

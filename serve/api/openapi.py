@@ -44,8 +44,8 @@ _BODY = ("invalid_value", "request_timeout", "request_too_large", "unsupported_m
 _GENERATION = ("model_not_found", "rate_limit_exceeded", "unavailable", "deadline_exceeded")
 
 
-def describe(settings: ServeSettings, info: ModelInfo) -> Json:
-    """The OpenAPI document of a server with these settings."""
+def describe(settings: ServeSettings, info: ModelInfo, *, root_path: str = "") -> Json:
+    """The OpenAPI document of a server with these settings, reached under `root_path`."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -55,6 +55,7 @@ def describe(settings: ServeSettings, info: ModelInfo) -> Json:
             "description": "Candidates are generated and ranked, the best n are returned. Every error has the same body, "
             "with its text in English and Korean. Every reply carries `x-request-id`.",
         },
+        "servers": [{"url": root_path or "/"}],
         "security": [{"key": []}] if settings.keys_file else [],
         "paths": _paths(settings, info),
         "components": {
@@ -324,7 +325,7 @@ def described_page(document: Json) -> str:
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} API</title></head><body>'
         f"<h1>{title} API</h1><p>{html.escape(document['info']['description'])} "
-        f'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>{"".join(parts)}</body></html>'
+        f'The same for programs: <a href="openapi.json">openapi.json</a>.</p>{"".join(parts)}</body></html>'
     )
 
 

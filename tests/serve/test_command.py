@@ -19,7 +19,7 @@ import yaml
 from engine.errors import InputError
 from serve import command
 from serve.api.keys import KeyRing
-from serve.arguments import AppArguments, read_arguments
+from serve.arguments import AppArguments, HttpOptions, read_arguments
 
 
 @pytest.fixture
@@ -127,6 +127,35 @@ def test_a_config_with_an_invalid_field(
 
 
 @pytest.mark.parametrize(
+    ("http_options", "application", "field"),
+    [
+        ({"port": "x"}, {}, "port"),
+        ({"port": 70000}, {}, "port"),
+        ({"keep_alive_timeout_s": 0}, {}, "keep_alive_timeout_s"),
+        ({"root_path": "/a"}, {}, "root_path"),
+        ({"keepalive": 75}, {}, "keepalive"),
+        ({}, {"route_prefix": "/kodalle"}, "route_prefix"),
+        ({}, {"route_prefix": None}, "route_prefix"),
+        ({}, {"args": {"root_path": "kodalle"}}, "root_path"),
+        ({}, {"args": {"root_path": "/kodalle/"}}, "root_path"),
+        ({}, {"args": {"root_path": "/page"}}, "root_path"),
+        ({}, {"args": {"allowed_origins": ["*"]}}, "allowed_origins"),
+    ],
+)
+def test_a_config_with_an_option_that_would_be_ignored_or_is_invalid(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    http_options: Any,
+    application: Any,
+    field: str,
+) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application], "http_options": http_options}))
+    assert field in refusal(monkeypatch, capsys, "--config", str(config))
+
+
+@pytest.mark.parametrize(
     "content", ["[1]", "applications: 3", "applications: [1, 2]", "a: {", "applications: [{args: 1}]"]
 )
 def test_a_malformed_config(
@@ -161,16 +190,20 @@ def test_the_command_line_overrides_the_config(monkeypatch: pytest.MonkeyPatch, 
     config.write_text(yaml.safe_dump({"applications": [{"args": args}], "http_options": {"port": 0, "host": "::1"}}))
     seen: dict[str, Any] = {}
 
-    def start(arguments: AppArguments, *, host: str, port: int) -> int:
-        seen.update(arguments=arguments, host=host, port=port)
+    def start(arguments: AppArguments, http: HttpOptions) -> int:
+        seen.update(arguments=arguments, http=http)
         return 0
 
     monkeypatch.setattr(command, "_run_with_ray", start)
-    assert run(monkeypatch, str(folder), "--config", str(config), "--workers", "2", "--no-page") == 0
+    command_line = (str(folder), "--config", str(config), "--workers", "2", "--no-page", "--root-path", "/kodalle")
+    assert run(monkeypatch, *command_line) == 0
     arguments = seen["arguments"]
     assert arguments.model == str(folder.resolve())
     assert (arguments.num_workers, arguments.deadline_s, arguments.page) == (2, 9.0, False)
-    assert (seen["host"], seen["port"] > 0) == ("::1", True)
+    assert arguments.root_path == "/kodalle"
+    assert (seen["http"].host, seen["http"].port > 0, seen["http"].keep_alive_timeout_s) == ("::1", True, 75)
+    assert run(monkeypatch, *command_line, "--keep-alive", "620") == 0
+    assert seen["http"].keep_alive_timeout_s == 620
 
 
 def test_workers_share_the_cores_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

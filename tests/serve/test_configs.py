@@ -8,9 +8,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
-from serve.arguments import AppArguments, read_arguments, read_serve_config
+from serve.api.listener import listener
+from serve.arguments import AppArguments, HttpOptions, read_arguments, read_http_options, read_serve_config
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 from tests.paths import REPOSITORY
 
@@ -73,7 +75,17 @@ def test_a_server_that_other_machines_can_reach_has_keys(service: Tree) -> None:
 def test_our_command_reads_the_same_file() -> None:
     args, options = read_serve_config(CONFIGS / "serve.yaml")
     assert read_arguments(args, source="serve.yaml") == AppArguments()
-    assert (options["host"], options["port"]) == ("127.0.0.1", 8000)
+    assert read_http_options(options, source="serve.yaml") == HttpOptions()
+
+
+def test_idle_connections_outlive_those_of_proxies(service: Tree) -> None:
+    for name, tree in serve_configs(service).items():
+        assert tree["http_options"]["keep_alive_timeout_s"] >= 75, name
+    for seconds in (HttpOptions().keep_alive_timeout_s, 620):
+        server = listener(lambda *_: None, host="127.0.0.1", port=0, drain_s=1, keep_alive_s=seconds)  # type: ignore[arg-type]
+        assert server.config.timeout_keep_alive == seconds >= 75
+        options = HTTPOptions.model_validate(HttpOptions(keep_alive_timeout_s=seconds).model_dump())
+        assert options.keep_alive_timeout_s == seconds
 
 
 # ---------------------------------------------------------------------------------------------------------- Kubernetes

@@ -221,3 +221,17 @@ def test_without_keys_a_connection_from_another_machine_is_rejected(server: Any)
         access.admit(scope, "/v1/models", None)
     assert raised.value.code == "not_local"
     assert access.admit(scope | {"server": ("::1", 80)}, "/v1/models", None) is access.LOCAL
+
+
+def test_a_root_path_opens_nothing(keys: tuple[Path, dict[str, str]]) -> None:
+    settings = ServeSettings(keys_file=str(keys[0]), root_path="/kodalle")
+    with serving(build_api(ScriptedPool(), settings)) as port:
+        for path in (
+            "/kodalle/v1/models",
+            "/v1/models",
+            "/kodalle/metrics",
+            "/kodalle/kodalle/healthz",
+            "/healthz/kodalle",
+        ):
+            assert _status(port, "GET", path) == (401, "missing_api_key")
+        assert _status(port, "GET", "/kodalle/healthz")[0] == 200

@@ -68,7 +68,10 @@ def test_other_origins_and_servers_without_a_list_get_no_such_header(key: tuple[
     for origins, asking in (((), APP), ((APP,), OTHER), ((APP,), "null"), ((APP,), f"{APP}.evil.example")):
         settings = ServeSettings(keys_file=str(key[0]), allowed_origins=origins)
         with serving(build_api(ScriptedPool(), settings)) as port:
-            refused, answered = preflight(port, asking), ask(port, "GET", "/v1/models", headers={"origin": asking} | bearer)
+            refused, answered = (
+                preflight(port, asking),
+                ask(port, "GET", "/v1/models", headers={"origin": asking} | bearer),
+            )
             assert (refused.status, refused.error["code"]) == (401, "missing_api_key")
             assert answered.status == 200
             assert cors_headers(refused) + cors_headers(answered) == []

@@ -2,9 +2,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from schemathesis.core.failures import FailureGroup
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.data.caption_guide import CaptionForm, CaptionGuide, FormAttribute
 from serve.api import schemas
@@ -97,3 +99,30 @@ def test_the_document_and_the_page_are_served() -> None:
         assert ask(port, "GET", "/openapi.json").json()["openapi"] == "3.1.0"
         docs = ask(port, "GET", "/docs")
     assert docs.headers["content-type"].startswith("text/html")
+
+
+def _below(app: ASGIApp, prefix: str) -> Any:
+    """`app` as Ray Serve calls it with a `route_prefix`: the whole path, and the prefix as its root path."""
+
+    async def called(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": prefix}, receive, send)
+
+    return called
+
+
+@pytest.mark.parametrize(("root_path", "is_rays"), [("", False), ("/kodalle", False), ("/kodalle", True)])
+def test_links_stay_below_the_path_that_a_proxy_publishes(root_path: str, is_rays: bool) -> None:
+    app = build_api(ScriptedPool(), ServeSettings(root_path="" if is_rays else root_path))
+    with serving(_below(app, root_path) if is_rays else app) as port:
+        prefixes = {root_path} if is_rays else {"", root_path}  # proxies that strip the path, and others that do not
+        for prefix in prefixes:
+            assert ask(port, "GET", f"{prefix}/openapi.json").json()["servers"] == [{"url": root_path or "/"}]
+            assert ask(port, "GET", f"{prefix}/v1/models").json()["data"][0]["id"] == "tiny"
+            for path in ("/healthz", "/", "/page/main.js"):
+                assert ask(port, "GET", prefix + path).status == 200
+            for path in ("/docs", "/"):
+                links = re.findall(r'(?:href|src)="([^"#]+)', ask(port, "GET", prefix + path).body.decode())
+                assert links
+                assert all(re.match(r"[a-z]+[./]", link) for link in links), links
+                assert {ask(port, "GET", f"{prefix}/{link}").status for link in links} == {200}
+        assert ask(port, "GET", "/other/v1/models").status == 404

@@ -259,7 +259,7 @@ def test_its_own_errors_can_be_read_by_a_listed_browser_app(
         await send({"type": "http.response.body", "body": b"Request dropped"})
 
     monkeypatch.setenv(ORIGINS_VARIABLE, "http://localhost:3000 https://studio.example")
-    origins = middlewares()[0].kwargs["origins"]
+    origins: Any = middlewares()[0].kwargs["origins"]
     sent = through(overloaded, headers=[(b"origin", origin)], origins=origins)
     assert status_and_body(sent)[1]["error"]["code"] == "queue_full"
     assert ((b"access-control-allow-origin", origin) in sent[0]["headers"]) is is_listed
