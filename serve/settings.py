@@ -29,7 +29,7 @@ def checked_origin(origin: str) -> str:
     if found is None:
         raise ValueError(
             f"`{origin}` is not an origin as browsers send it: write scheme, host and port alone, in lower case, such as "
-            "https://studio.example or http://localhost:3000, without a path; `*` and `null` stand for anybody"
+            "https://studio.example or http://localhost:3000, without a path; `*` and `null` name no app"
         )
     scheme = origin.partition(":")[0]
     if found[2] and found[2] == _DEFAULT_PORTS.get(scheme):

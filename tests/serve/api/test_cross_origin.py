@@ -1,4 +1,4 @@
-"""Browser apps on other origins: what a page on a listed origin may read, and that nobody else may."""
+"""Browser apps on other origins: what a page on a listed origin may read, and that other pages may not."""
 
 from pathlib import Path
 from typing import Any
