@@ -34,7 +34,7 @@ from serve.api.page_files import add_page
 from serve.api.responses import Operation, ResponseContext, response_body
 from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, finished_job
-from serve.api.uploads import UploadReader
+from serve.api.uploads import FILE_PARTS, UploadReader
 from serve.messages import Finished, GenerationJob, ModelInfo
 from serve.metrics import CONTENT_TYPE, ApiMetrics, merge_expositions
 from serve.pool import WorkerPool
@@ -123,7 +123,8 @@ class _Handlers:
             request.receive, request.headers, max_bytes=limits.max_edit_bytes, timeout_s=limits.body_timeout_s
         )
         with closing_form(form):
-            body = schemas.read_text_request(EditRequest, form.fields)
+            fields = {name: text for name, text in form.fields.items() if text or name not in FILE_PARTS}
+            body = schemas.read_text_request(EditRequest, fields)
             info = await self._pool.model_info()
             job = self._job(request, body, info, has_init_image=True)
             init_image = await self.uploads.read(form.files, body, info)
@@ -199,8 +200,11 @@ class _Handlers:
         return JSONResponse({"object": "list", "data": [card]}, headers=_NO_STORE)
 
     async def one_model(self, request: Request) -> Response:
+        model_id = request.path_params["model_id"].rstrip("/")
+        if not model_id:
+            return await self.models(request)
         info = await self._pool.model_info()
-        if request.path_params["model_id"] != info.model_id:
+        if model_id != info.model_id:
             raise schemas.model_not_found(info)
         return JSONResponse(_model_card(info, self._settings), headers=_NO_STORE)
 

@@ -128,6 +128,17 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def parse_number(text: str) -> int | float | None:
+    """The number that a form's text is in JSON; None: JSON would not read it as one, or not as a finite one."""
+    if len(text) > MAX_NUMBER_CHARACTERS:
+        return None
+    try:
+        value = json.loads(text, parse_int=_whole_number, parse_float=_finite_number, parse_constant=_no_constant)
+    except (json.JSONDecodeError, Failure):
+        return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def check_text(text: str) -> None:
     """Raises Failure for text with NUL or with a lone surrogate, which has no encoding."""
     if "\0" in text:

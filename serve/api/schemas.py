@@ -10,8 +10,6 @@ seeds are below 2**32, because JavaScript loses digits of numbers above 2**53.
 No torch, no ray.
 """
 
-import math
-import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -22,6 +20,7 @@ from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
 from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
 from engine.text import TextFault, clean_text
+from serve.api.body import MAX_NUMBER_CHARACTERS, parse_number
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import printable
 from serve.messages import GenerationJob, ModelInfo
@@ -344,29 +343,23 @@ def _invalid(name: str, detail: str, detail_ko: str) -> Failure:
 
 # ------------------------------------------------------------------------------------------------ text to values
 
-_INTEGER = re.compile(r"-?[0-9]{1,20}")
+# Numbers are read as JSON's (7.0 is an integer, +7, 07 and 1_000 are none). Booleans in any case: Python's clients send True.
 _BOOLEANS = {"true": True, "false": False}
 
 
 def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
     field = kind.model_fields.get(name)
     wanted = () if field is None else get_args(field.annotation)
-    if int in wanted:
-        if not _INTEGER.fullmatch(text):
-            raise _wrong_type(name, "an integer", "정수")
-        return int(text)
     if bool in wanted:
-        if text not in _BOOLEANS:
+        value = _BOOLEANS.get(text.strip(" \t\r\n").lower()) if len(text) <= MAX_NUMBER_CHARACTERS else None
+        if value is None:
             raise _wrong_type(name, "true or false", "true 또는 false")
-        return _BOOLEANS[text]
-    if float in wanted:
-        try:
-            number = float(text) if len(text) <= 40 and text.isascii() else math.nan
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise _wrong_type(name, "a finite number", "유한한 숫자")
-        return number
+        return value
+    if int in wanted or float in wanted:
+        number = parse_number(text)
+        if number is None:
+            raise _wrong_type(name, *_TYPES["int_type" if int in wanted else "finite_number"])
+        return number  # a fraction where an integer is wanted fails as it does in JSON
     return text
 
 

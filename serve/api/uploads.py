@@ -31,6 +31,7 @@ from serve.messages import ModelInfo
 from serve.settings import Limits
 
 UPLOAD_FORMATS = ("PNG", "WEBP", "JPEG")
+FILE_PARTS = ("image", "image[]", "mask", "markup")
 _MAX_CONCURRENT = 2  # 16 million pixels take about 200 MB while a mask is computed
 
 # Korean messages for the mask errors of engine/pipeline/init_image.py, by their `value`.
@@ -116,9 +117,10 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
 
 def _parts(files: Mapping[str, IO[bytes]]) -> tuple[IO[bytes], IO[bytes] | None]:
     for name in files:
-        if name not in ("image", "image[]", "mask", "markup"):
+        if name not in FILE_PARTS:
             name = printable(name)
             raise Failure("unknown_parameter", f"There is no file field `{name}`.", f"`{name}`", param=name)
+    files = {name: file for name, file in files.items() if not _is_empty(file)}  # browsers send a part for no file, too
     if "markup" in files:
         raise Failure("unsupported_parameter", "Leave out `markup`.", "`markup` 항목을 빼 주세요.", param="markup")
     images = [files[name] for name in ("image", "image[]") if name in files]
@@ -129,6 +131,12 @@ def _parts(files: Mapping[str, IO[bytes]]) -> tuple[IO[bytes], IO[bytes] | None]
     if len(images) > 1:
         raise _bad_image("image", "is given twice: only one image is supported", "이미지는 한 장만 보낼 수 있습니다")
     return images[0], files.get("mask")
+
+
+def _is_empty(file: IO[bytes]) -> bool:
+    is_empty = file.read(1) == b""
+    file.seek(0)
+    return is_empty
 
 
 def _mask(

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import re
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from serve.api import middleware
 from serve.api.application import build_api
@@ -45,7 +47,7 @@ def test_importing_the_api_imports_neither_torch_nor_ray() -> None:
         ("GET", "/v1/images/generations", 405, "method_not_allowed"),
         ("PUT", "/v1/models", 405, "method_not_allowed"),
         ("OPTIONS", "/v1/models", 405, "method_not_allowed"),
-        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/other/", 404, "model_not_found"),
         ("GET", "/v1/models/other", 404, "model_not_found"),
         ("GET", "/v1/models/%ff%00", 404, "model_not_found"),
         ("POST", "/v1/images/variations", 404, "not_found"),
@@ -197,3 +199,32 @@ def test_without_the_middleware_an_error_has_another_shape(monkeypatch: pytest.M
         reply = ask(port, "GET", "/healthz")
         assert "x-request-id" not in reply.headers
         assert post_json(port, GENERATE, {"prompt": "a"}).headers["content-type"].startswith("text/plain")
+
+
+def test_a_slash_at_the_end_names_the_same_list_and_model() -> None:
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False))) as port:
+        for path in ("/v1/models", "/v1/models/tiny"):
+            assert ask(port, "GET", f"{path}/").json() == ask(port, "GET", path).json()
+
+
+@pytest.mark.parametrize("disposition", ['name="mask"', 'name="mask"; filename=""', 'name="mask"; filename="mask.png"'])
+def test_an_empty_mask_part_of_an_edit_counts_as_absent(disposition: str) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    parts = {
+        'name="prompt"': b"a",
+        'name="n"': b"1.0",
+        disposition: b"",
+        'name="image"; filename="a"': picture.getvalue(),
+    }
+    body = b"".join(
+        b"--x\r\ncontent-disposition: form-data; %b\r\n\r\n%b\r\n" % (head.encode(), data)
+        for head, data in parts.items()
+    )
+    pool = ScriptedPool()
+    with serving(build_api(pool, ServeSettings(page=False))) as port:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        reply = ask(port, "POST", "/v1/images/edits", body=body + b"--x--\r\n", headers=headers)
+    assert reply.status == 200, reply.body
+    assert pool.jobs[0].init_image is not None
+    assert pool.jobs[0].init_image.mask_image is None

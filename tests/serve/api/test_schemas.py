@@ -8,6 +8,7 @@ import pytest
 from engine.errors import InputError
 from engine.sampling_params import FIELDS, SamplingParams
 from serve.api import schemas
+from serve.api.body import parse_object
 from serve.api.errors import Failure
 from serve.api.schemas import (
     EditRequest,
@@ -114,9 +115,34 @@ def test_a_form_equals_json() -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("n", "2.0"), ("n", ""), ("n", "٢"), ("n", "1e2"), ("n", "9" * 30), ("stream", "yes"), ("stream", "True"),
-     ("temperature", "nan"), ("temperature", "inf"), ("temperature", "1e400"), ("temperature", "١"), ("temperature", "x"),
-     ("temperature", "0" * 50)],
+    [("n", "7.0"), ("n", "1e1"), ("n", " 7 "), ("n", "-0"), ("seed", "1.8e19"), ("seed", str(2**64 - 1)), ("n", "7.5"),
+     ("n", "9" * 30), ("temperature", "1"), ("temperature", "1.0"), ("temperature", "1E-1"), ("stream", "true")],
+)  # fmt: skip
+def test_a_number_has_one_meaning_in_a_form_and_in_json(name: str, text: str) -> None:
+    def read(in_form: bool) -> Any:
+        try:
+            if in_form:
+                return getattr(read_text_request(EditRequest, {"prompt": "a", name: text}), name)
+            body = f'{{"prompt": "a", "{name}": {text}}}'.encode()
+            return getattr(read_request(EditRequest, parse_object(body)), name)
+        except Failure as failure:
+            return failure.as_object()
+
+    assert read(in_form=True) == read(in_form=False)
+
+
+@pytest.mark.parametrize("text", ["True", "TRUE", "true\n"])
+def test_booleans_of_a_form_are_in_any_case(text: str) -> None:
+    assert read_text_request(EditRequest, {"prompt": "a", "stream": text}).stream is True
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("n", ""), ("n", "٢"), ("n", "2.5"), ("n", "+2"), ("n", "02"), ("n", "2."), ("n", "0x2"), ("n", "1_0"), ("n", "true"),
+     ("n", "[2]"), ("n", '"2"'), ("n", "9" * 41), ("stream", "yes"), ("stream", "1"), ("stream", ""), ("stream", "tru"),
+     ("temperature", "nan"), ("temperature", "NaN"), ("temperature", "inf"), ("temperature", "1e400"),
+     ("temperature", "-Infinity"), ("temperature", "١"), ("temperature", "x"), ("temperature", ".5"),
+     ("temperature", "0" * 50), ("temperature", "[" * 39), ("temperature", "null"), ("temperature", "true")],
 )  # fmt: skip
 def test_form_text_that_is_not_a_number_or_boolean_is_rejected_by_name(name: str, text: str) -> None:
     with pytest.raises(Failure) as raised:

@@ -270,3 +270,15 @@ def test_missing_unknown_and_duplicate_parts_are_named() -> None:
         with pytest.raises(Failure) as raised:
             uploads._parts(files)
         assert (raised.value.code, raised.value.param) == (code, param)
+
+
+def test_an_empty_file_part_counts_as_absent() -> None:
+    image, mask = encoded(photo()), encoded(white_square())
+    assert uploads._parts({"image": image, "mask": io.BytesIO()}) == (image, None)
+    assert uploads._parts({"image": image, "image[]": io.BytesIO(), "markup": io.BytesIO()}) == (image, None)
+    assert uploads._parts({"image[]": image, "mask": mask}) == (image, mask)
+    assert (image.tell(), mask.tell()) == (0, 0)
+    for name, code in (("image", "missing_required_parameter"), ("photo", "unknown_parameter")):
+        with pytest.raises(Failure) as raised:
+            uploads._parts({name: io.BytesIO()})
+        assert (raised.value.code, raised.value.param) == (code, name)
