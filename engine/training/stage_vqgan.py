@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.config.stages import VqganLossConfig, VqganRun
 from engine.errors import InputError
-from engine.models.folder import Part, write_model_folder
+from engine.models.folder import Part, read_part, write_model_folder
 from engine.models.perceptual import PerceptualDistance, perceptual_from_config
 from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
@@ -29,6 +29,8 @@ from engine.training.process_group import World
 from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
 from engine.training.weights import full_weights, update_master
+
+_CODING = ("encoder", "quant_conv", "quantize")  # what makes tokens of images
 
 
 class VqganStage:
@@ -66,8 +68,8 @@ class VqganStage:
         elif run.init == "residual":
             model.residual_init()
         if run.decoder_only:
-            for part in (model.encoder, model.quant_conv, model.quantize):
-                part.requires_grad_(False)
+            for name in _CODING:
+                getattr(model, name).requires_grad_(False)
         self.vqgan = model
         self.engine = make_engine(_WithLoss(model), run.deepspeed, total_steps=total_steps)
         engines: Engines = {"generator": self.engine}
@@ -152,6 +154,10 @@ class VqganStage:
     def export(self, folder: Path, card: str) -> None:
         weights = {name.removeprefix("vqgan."): value for name, value in full_weights(self.engine).items()}
         if self.world.is_main:
+            if self.run.decoder_only and self.run.start_from is not None:
+                # In 16 bits DeepSpeed keeps no float32 copy of what is not trained, and rounded codes are other tokens.
+                kept = read_part(self.run.start_from, "vqgan").weights
+                weights |= {name: value for name, value in kept.items() if name.split(".")[0] in _CODING}
             write_model_folder(folder, {"vqgan": Part(self.run.model, weights)}, card=card, ground=self.ground)
         self.world.barrier()
 

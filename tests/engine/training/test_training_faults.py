@@ -92,13 +92,13 @@ def test_start_from_another_size(vqgan_run: Path, tree_of: TreeOf, train_tree: T
     )
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize(("zero_stage", "bf16"), [(0, False), (1, False), (0, True)])
 def test_decoder_alone_keeps_every_token(
-    vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, zero_stage: int
+    vqgan_run: Path, tree_of: TreeOf, train_tree: Train, tmp_path: Path, zero_stage: int, bf16: bool
 ) -> None:
     """Encoder and codebook are the same bits afterwards, and the decoder learnt, discriminator included."""
     tree = tree_of("vqgan", tmp_path / "run", start_from=str(vqgan_run / "model"), codebook_reset={}, decoder_only=True)
-    tree["deepspeed"]["zero_optimization"] = {"stage": zero_stage}
+    tree["deepspeed"] |= {"zero_optimization": {"stage": zero_stage}, "bf16": {"enabled": bf16}}
     old, new = (load_file(folder / "vqgan.safetensors") for folder in (vqgan_run / "model", train_tree(tree)))
     assert old.keys() == new.keys()
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
