@@ -168,7 +168,14 @@ def _absolute(arguments: AppArguments) -> AppArguments:
 def _run_with_ray(arguments: AppArguments, http: HttpOptions) -> int:
     os.umask(0o077)  # the session's logs and its token are this user's
     private = Path(tempfile.mkdtemp(prefix="kodalle-"))  # and stays so: Ray opens its own temp_dir to all users
-    _set_environment(arguments, private)
+    try:  # from here on: a signal may come while ray is imported
+        _set_environment(arguments, private)
+        return _run_ray_in(private, arguments, http)
+    finally:
+        _remove(private)
+
+
+def _run_ray_in(private: Path, arguments: AppArguments, http: HttpOptions) -> int:
     from serve.local_ray import drain, end_local, is_alive, served_model, start_local
 
     stop_signal = threading.Event()
@@ -184,7 +191,6 @@ def _run_with_ray(arguments: AppArguments, http: HttpOptions) -> int:
         return 0 if _wait_for(stop_signal, is_alive) and drain(within_s=arguments.drain_s) else 1
     finally:
         end_local()
-        _remove(private)
 
 
 def _remove(folder: Path) -> None:

@@ -12,6 +12,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
+from engine.errors import InputError
 from serve.app import API_SERVER, APP_NAME, LOGGING, WORKER, build
 from serve.arguments import AppArguments, HttpOptions
 from serve.cluster.ray_pool import CALL_TIMEOUT_S, CONNECTION_ERRORS, one_line
@@ -26,8 +27,21 @@ def start_local(arguments: AppArguments, http: HttpOptions, *, temp_dir: str) ->
     The environment (serve/cluster/ray_environment.py) must have been set before this module was imported.
 
     Raises:
+        InputError: Ray did not start.
         RuntimeError: the application did not start; the message holds the traceback of the cause.
     """
+    try:
+        _start_ray(http, temp_dir)
+    except Exception as error:  # Ray raises plain ones: memory, disk, a socket's path that is too long, a dead process
+        remedy = "Ray did not start: free memory and disk, use a TMPDIR with a short path, or serve with --without-ray"
+        raise InputError("Ray", one_line(error), remedy) from error
+    try:
+        ray_serve.run(build(arguments.model_dump()), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise RuntimeError(_deployment_errors() or str(error)) from error
+
+
+def _start_ray(http: HttpOptions, temp_dir: str) -> None:
     ray.init(
         address="local",
         include_dashboard=False,
@@ -40,10 +54,6 @@ def start_local(arguments: AppArguments, http: HttpOptions, *, temp_dir: str) ->
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(proxy_location="HeadOnly", http_options=http.model_dump(), logging_config=LOGGING.model_dump())
-    try:
-        ray_serve.run(build(arguments.model_dump()), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise RuntimeError(_deployment_errors() or str(error)) from error
 
 
 def _deployment_errors() -> str:

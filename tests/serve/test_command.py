@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,3 +310,53 @@ def test_it_prints_its_address_when_ready_and_exits_with_0_on_a_signal(
     assert (status, len(answer["data"])) == (200, 1)
     process.send_signal(number)
     assert process.wait(timeout=60) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ a Ray that fails
+
+
+@pytest.fixture
+def private_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder in which a start with Ray makes its own; what the start sets in the environment ends with the test."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    return tmp_path / "tmp"
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, private_folders: Path
+) -> None:
+    from serve import local_ray
+
+    def fail(**_: Any) -> None:
+        assert len(list(private_folders.iterdir())) == 1
+        raise Exception("The current node timed out during startup.\nSome of the raylet failed")  # as Ray does
+
+    monkeypatch.setattr(local_ray.ray, "init", fail)
+    before = os.umask(0o022)
+    try:
+        assert run(monkeypatch, str(folder), "--port", "0") == 2
+    finally:
+        os.umask(before)
+    loading, line = capsys.readouterr().err.splitlines()
+    assert loading.startswith("loading ")
+    assert line.startswith("error: Ray: Exception: The current node timed out during startup.: ")
+    assert "--without-ray" in line
+    assert list(private_folders.iterdir()) == []
+
+
+def test_a_signal_while_ray_is_imported_leaves_no_folder(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, private_folders: Path
+) -> None:
+    def stop(private: Path, *_: Any) -> int:
+        assert (private / "token").is_file()
+        raise SystemExit(143)  # what the handler of SIGTERM raises
+
+    monkeypatch.setattr(command, "_run_ray_in", stop)
+    before = os.umask(0o022)
+    try:
+        assert run(monkeypatch, str(folder), "--port", "0") == 143
+    finally:
+        os.umask(before)
+    assert list(private_folders.iterdir()) == []
