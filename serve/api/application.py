@@ -14,14 +14,13 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from tokenizers import Tokenizer, models
 
 from serve.api import schemas
 from serve.api.body import read_json
@@ -31,6 +30,7 @@ from serve.api.keys import KeyRing
 from serve.api.middleware import ApiMiddleware, RequestRecord
 from serve.api.openapi import describe, described_page
 from serve.api.page_files import add_page
+from serve.api.prompt_tokens import prompt_tokens
 from serve.api.responses import Operation, ResponseContext, response_body
 from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, finished_job
@@ -113,9 +113,8 @@ class _Handlers:
     async def generations(self, request: Request) -> Response:
         body = schemas.read_request(GenerationRequest, await self._json(request))
         info = await self._pool.model_info()
-        return await self._generate(
-            request, self._job(request, body, info), body, _context(request, info, "image_generation")
-        )
+        job = self._job(request, body, info)
+        return await self._generate(request, job, body, _context(request, job, info, "image_generation"))
 
     async def edits(self, request: Request) -> Response:
         limits = self._settings.limits
@@ -129,7 +128,7 @@ class _Handlers:
             job = self._job(request, body, info, has_init_image=True)
             init_image = await self.uploads.read(form.files, body, info)
         job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
-        return await self._generate(request, job, body, _context(request, info, "image_edit"))
+        return await self._generate(request, job, body, _context(request, job, info, "image_edit"))
 
     def _job(
         self, request: Request, body: ImageRequest, info: ModelInfo, *, has_init_image: bool = False
@@ -212,8 +211,9 @@ class _Handlers:
         body = schemas.read_request(TokenizeRequest, await self._json(request))
         prompt = schemas.checked_prompt(body.prompt, self._settings.limits)
         info = await self._pool.model_info()
-        count = _num_tokens(_tokenizer(info.tokenizer_json), prompt)
-        answer = {"object": "tokens", "tokens": count, "limit": info.text_seq_len, "characters": len(prompt)}
+        read = prompt_tokens(info.tokenizer_json, prompt)
+        answer = {"object": "tokens", "tokens": read.count, "limit": info.text_seq_len, "characters": len(prompt)}
+        answer |= {"tokens_unknown": read.unknown, "words_unknown": read.unknown_words}
         return JSONResponse(answer, headers=_NO_STORE)
 
     # ------------------------------------------------------------------------------------------------------ operation
@@ -240,13 +240,14 @@ class _Handlers:
         return Response(page, media_type="text/html", headers=_NO_STORE)
 
 
-def _context(request: Request, info: ModelInfo, operation: Operation) -> ResponseContext:
+def _context(request: Request, job: GenerationJob, info: ModelInfo, operation: Operation) -> ResponseContext:
     return ResponseContext(
         operation=operation,
         request_id=request.state.record.request_id,
         model_id=info.model_id,
         image_size=info.image_size,
         init_image_tokens=info.grid_size**2 if operation == "image_edit" else 0,
+        prompt=prompt_tokens(info.tokenizer_json, job.caption),
     )
 
 
@@ -286,20 +287,6 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
             "deadline_s": settings.deadline_s,
         },
     }
-
-
-def _num_tokens(tokenizer: Tokenizer, prompt: str) -> int:
-    """Tokens of a prompt; a class is one, whether the model has it or not."""
-    is_class = isinstance(tokenizer.model, models.WordLevel) and tokenizer.pre_tokenizer is None
-    return 1 if is_class else len(tokenizer.encode(prompt).ids)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(tokenizer_json: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:

@@ -23,6 +23,7 @@ Json = dict[str, Any]
 _IMAGE_PARTS: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
 _WHOLE: Json = {"type": "integer"}
 _TEXT: Json = {"type": "string"}
+_TEXTS: Json = {"type": "array", "items": _TEXT}
 _NUMBER: Json = {"type": "number"}
 _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 _PARAMETER: Json = {
@@ -68,6 +69,7 @@ def describe(settings: ServeSettings, info: ModelInfo, *, root_path: str = "") -
 def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
     captions = info.caption_guide.examples or ("a caption",)
     tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": len(captions[0])}
+    tokens |= {"tokens_unknown": 0, "words_unknown": []}
     model_id = {
         "name": "model_id", "in": "path", "required": True, "schema": _TEXT, "example": info.model_id
     }  # fmt: skip
@@ -195,6 +197,8 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "model": _TEXT,
         "request_id": _TEXT,
         "tokens_cut": _WHOLE,
+        "tokens_unknown": _WHOLE,
+        "words_unknown": _TEXTS,
         "timings_s": {"type": "object", "additionalProperties": _NUMBER},
     }
     model = {
@@ -224,7 +228,16 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         **guide.pop("$defs"),
         "CaptionGuide": guide,
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
-        "Tokens": _object({"object": {"const": "tokens"}, "tokens": _WHOLE, "limit": _WHOLE, "characters": _WHOLE}),
+        "Tokens": _object(
+            {
+                "object": {"const": "tokens"},
+                "tokens": _WHOLE,
+                "limit": _WHOLE,
+                "characters": _WHOLE,
+                "tokens_unknown": _WHOLE,
+                "words_unknown": _TEXTS,
+            }
+        ),
         "Status": _object({"status": _TEXT}),
         "Error": _object({"error": _object(error)}),
     }

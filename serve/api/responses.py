@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from serve.api.prompt_tokens import PromptTokens
 from serve.api.schemas import quality_of
 from serve.messages import Finished, GeneratedImage, GenerationJob, Partial, Progress, Queued
 
@@ -29,6 +30,7 @@ class ResponseContext:
     model_id: str
     image_size: int
     init_image_tokens: int  # tokens of an edit's init image
+    prompt: PromptTokens
 
     @property
     def size(self) -> str:
@@ -48,6 +50,8 @@ def response_body(job: GenerationJob, finished: Finished, context: ResponseConte
         "model": context.model_id,
         "request_id": context.request_id,
         "tokens_cut": finished.tokens_cut,
+        "tokens_unknown": context.prompt.unknown,
+        "words_unknown": context.prompt.unknown_words,
         "timings_s": finished.timings_s,
     }
     lists = {"data": best} | ({"candidates": rest} if job.wants_all else {})
@@ -101,6 +105,8 @@ def finished_events(finished: Finished, job: GenerationJob, context: ResponseCon
     shared = {
         "usage": usage(finished, context),
         "tokens_cut": finished.tokens_cut,
+        "tokens_unknown": context.prompt.unknown,
+        "words_unknown": context.prompt.unknown_words,
         "timings_s": finished.timings_s,
         "model": context.model_id,
         "request_id": context.request_id,
