@@ -1,9 +1,10 @@
 """Access control: requests with an API key, or, on a server without keys, requests from the same machine only.
 
-Without keys three things are checked, because listening on loopback alone is not enough:
+Without keys four things are checked, because listening on loopback alone is not enough:
 
     the local end of the connection is loopback    a server that listens elsewhere by mistake rejects every request
     the Host header names loopback                 a web page whose name was rebound to 127.0.0.1 sends its own name
+    no header of a proxy                           a proxy on this machine passes other machines' requests on
     an Origin header equals the Host, or is listed another website's page can post forms to any address
 
 With keys none of them is needed: a browser does not add a key to another page's requests.
@@ -25,6 +26,7 @@ from serve.api.errors import Failure
 from serve.api.keys import ApiKey, KeyRing, KeyScope, MalformedAuthorization, parse_authorization
 
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.ico"})
+_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _OPEN_FOLDER = "/page/"
 _SCOPE_OF: dict[str, KeyScope] = {"/metrics": "metrics"}  # everything else: generate
 
@@ -96,6 +98,12 @@ def _check_local(scope: Scope, headers: Headers, origins: Collection[str]) -> No
             "not_local",
             "The Host header must name this machine: use http://localhost or http://127.0.0.1.",
             "http://localhost 또는 http://127.0.0.1 주소로 접속하세요.",
+        )
+    if any(name in headers for name in _PROXY_HEADERS):
+        raise Failure(
+            "not_local",
+            "A proxy passed this request on, perhaps for another machine: start the server with a keys file.",
+            "프록시를 거친 요청입니다. 프록시를 쓰려면 키 파일을 지정하세요.",
         )
     if origin_of(headers) in origins:
         return

@@ -193,6 +193,19 @@ def test_without_keys_a_name_rebound_to_this_machine_is_rejected(local: int, hos
     assert _status(local, "GET", "/healthz", host=host)[0] == 200
 
 
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Real-IP", "x-forwarded-host"])
+def test_without_keys_what_a_proxy_passed_on_is_rejected(local: int, name: str) -> None:
+    reply = ask(local, "GET", "/v1/models", headers={name: "192.0.2.7"})
+    assert (reply.status, reply.error["code"]) == (403, "not_local")
+    assert "keys" in reply.error["message"]
+    assert ask(local, "GET", "/healthz", headers={name: "192.0.2.7"}).status == 200
+
+
+def test_with_keys_a_proxy_may_pass_requests_on(guarded: tuple[int, ScriptedPool], keys: Any) -> None:
+    headers = {"authorization": f"Bearer {keys[1]['shop']}", "x-forwarded-for": "192.0.2.7", "host": "kodalle.example"}
+    assert ask(guarded[0], "GET", "/v1/models", headers=headers).status == 200
+
+
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://127.0.0.1"])
 def test_without_keys_another_sites_page_is_rejected(local: int, origin: str) -> None:
     assert _status(local, "POST", "/v1/images/edits", origin=origin) == (403, "cross_site")

@@ -300,3 +300,14 @@ def test_bounds_are_the_engines_or_stricter() -> None:
     )
     with pytest.raises(InputError, match=r"limits\.max_candidates: "):
         read_settings({"limits": {"max_candidates": 2**32 + 1}}, source="test")
+
+
+def test_the_first_unknown_field_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def validate(*_: Any) -> Any:
+        raise AssertionError("pydantic would describe every one of them")
+
+    monkeypatch.setattr(GenerationRequest, "model_validate", validate)
+    values = {"prompt": "a"} | {f"field{number}": 1 for number in range(115_000)}
+    with pytest.raises(Failure) as raised:
+        read_request(GenerationRequest, values)
+    assert (raised.value.code, raised.value.param) == ("unknown_parameter", "field0")
