@@ -38,6 +38,13 @@ _PERHAPS_MARKS = re.compile(
     f"{{{MAX_MARKS + 1}}}"
 )
 _BRAILLE_BLANK = "\u2800"
+# The same for JSON Schema, whose patterns are JavaScript's: characters of the Basic Multilingual Plane, without counting marks.
+_TAKEN = r"[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffd-\uffff]"
+_SEEN = (
+    r"[^\s\u0000-\u001f\u007f-\u009f\ufdd0-\ufdef\ufffd-\uffff\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    r"\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb]"
+)
+TEXT_PATTERN, VISIBLE_TEXT_PATTERN = f"^{_TAKEN}*$", f"^{_TAKEN}*{_SEEN}{_TAKEN}*$"
 
 
 class TextFault(InputError):

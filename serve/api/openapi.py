@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.provenance import Provenance
+from engine.text import TEXT_PATTERN, VISIBLE_TEXT_PATTERN
 from serve.api.errors import FAILURES
 from serve.api.schemas import EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
 from serve.messages import ModelInfo
@@ -154,7 +155,7 @@ _EVENTS = [
     for route in ("image_generation", "image_edit")
     for event in ("queued", "progress", "partial_image", "candidate", "completed")
 ] + ["error"]
-_NO_NUL, _NOT_BLANK = r"^[^\u0000]*$", r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+_NO_NUL = r"^[^\u0000]*$"
 _HEADERS: Json = {"x-request-id": {"description": "identifies the request in the server's log", "schema": _TEXT}}
 
 
@@ -261,10 +262,10 @@ def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> 
             choices.insert(0, {"const": 0})
     properties = schema["properties"]
     properties["prompt"]["maxLength"] = settings.limits.max_prompt_characters
-    properties["prompt"]["pattern"] = _NO_NUL
+    properties["prompt"]["pattern"] = TEXT_PATTERN
     if kind is TokenizeRequest:
         return schema
-    properties["prompt"]["pattern"] = _NOT_BLANK
+    properties["prompt"]["pattern"] = VISIBLE_TEXT_PATTERN
     for name in ("user", "safety_identifier"):
         properties[name]["anyOf"][0]["pattern"] = _NO_NUL
     accepted: Json = {

@@ -1,4 +1,5 @@
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -8,7 +9,16 @@ from hypothesis import strategies as st
 
 from engine.data.clean_json import read_clean_json
 from engine.errors import printable
-from engine.text import MAX_CHARACTERS, TextFault, clean_name, clean_text, is_clean_name, shown
+from engine.text import (
+    MAX_CHARACTERS,
+    TEXT_PATTERN,
+    VISIBLE_TEXT_PATTERN,
+    TextFault,
+    clean_name,
+    clean_text,
+    is_clean_name,
+    shown,
+)
 
 NFD = unicodedata.normalize("NFD", "빨간 셔츠")
 
@@ -124,3 +134,16 @@ def test_characters_that_no_text_has_are_found_behind_escapes(value: str) -> Non
 def test_everything_else_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError, match=r"digits|nested|Expecting"):
         read_clean_json(text)
+
+
+def test_patterns_for_json_schema_say_the_same_of_every_character() -> None:
+    for number in (*range(0xD800), *range(0xE000, 0x10000)):
+        letter = chr(number)
+        try:
+            text: str | None = clean_text(letter)
+        except TextFault:
+            text = None
+        assert (re.search(TEXT_PATTERN, letter) is not None) == (text is not None), f"U+{number:04X}"
+        assert (re.search(VISIBLE_TEXT_PATTERN, letter) is not None) == bool(text), f"U+{number:04X}"
+    assert re.search(TEXT_PATTERN, "")
+    assert re.search(VISIBLE_TEXT_PATTERN, "\n 옷 \u200b")
