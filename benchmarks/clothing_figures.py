@@ -1,7 +1,7 @@
 """Every figure of a model of clothes on held-out photographs, and the sheets that show it.
 
-    kodalle train-classifier data/clothing96 --out runs/clothing/classifier
-    python benchmarks/clothing_figures.py runs/clothing/kodalle/model data/clothing96 \
+    kodalle train-classifier data/clothing128 --out runs/clothing/classifier
+    python benchmarks/clothing_figures.py runs/clothing/kodalle/model data/clothing128 \
         --independent-classifier runs/clothing/classifier
 
 `kodalle evaluate` twice, for whole captions and for captions with sentences left out, and its numbers beside the bars that the

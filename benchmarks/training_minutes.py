@@ -1,8 +1,9 @@
 """Minutes of training, summed over the logged steps; without encoding, validation, samples and checkpoints.
 
-    python benchmarks/training_minutes.py runs/clothing --out benchmarks/results/clothing/training.json
+    python benchmarks/training_minutes.py runs/clothing/vqgan128 runs/clothing/kodalle runs/clothing/decoder128 \
+        --out benchmarks/results/clothing/training-128.json
 
-Reads <folder>/{vqgan,koclip,kodalle}/log.jsonl. Run it on the machine of the trainings, which the document names.
+Reads log.jsonl and config.yaml of each run. Run it on the machine of the trainings, which the document names.
 """
 
 import argparse
@@ -18,18 +19,16 @@ from engine.config_files import load_run
 from engine.facts import facts
 from engine.files import write_json
 
-_STAGES = ("vqgan", "koclip", "kodalle")
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with the runs of the three stages")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     arguments = parser.parse_args()
     document = {
         "benchmark": "training_minutes",
         **facts(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "stages": {stage: stage_minutes(arguments.folder / stage) for stage in _STAGES},
+        "stages": {run.name: stage_minutes(run) for run in arguments.runs},
     }
     write_json(arguments.out, document)
     print_document(document)

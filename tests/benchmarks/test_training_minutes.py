@@ -15,7 +15,8 @@ def test_minutes_are_summed_over_steps_without_validations(kodalle_run: Path, tm
         lines = [*steps, {"step": 1, "validation_loss": 1.0}]
         (tmp_path / stage / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "training.json"
-    printed = run_script("training_minutes", str(tmp_path), "--out", str(out)).stdout
+    runs = [str(tmp_path / stage) for stage in ("vqgan", "koclip", "kodalle")]
+    printed = run_script("training_minutes", *runs, "--out", str(out)).stdout
     document = json.loads(out.read_text(encoding="utf-8"))
     assert json.loads(printed.splitlines()[-1]) == document
     assert document.keys() >= {"commit", "hardware", "versions"}
