@@ -231,7 +231,7 @@ def test_bad_requests_are_named() -> None:
         SequenceRequest(0, SamplingParams(seed=-1))
     with pytest.raises(InputError, match="candidate"):
         SequenceRequest(0, SamplingParams(seed=1), candidate=2**32)
-    with pytest.raises(InputError, match="null_text_tokens"):
+    with pytest.raises(InputError, match="guidance_scale: not 1: needs an empty caption"):
         sampler.generate(TEXT, [SequenceRequest(0, SamplingParams(guidance_scale=2.0, seed=1))])
     with pytest.raises(InputError, match="text_tokens"):
         sampler.prefill(TEXT[:, :5])

@@ -125,14 +125,17 @@ def test_moved_data_and_damaged_shards_change_no_loss(
     losses: Callable[[Path], list[Tree]], same_weights: Callable[[Path, Path], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    shard = started / "shards" / "train" / "image_tokens.npy"
+    shard = started / "shards" / "train" / "image_tokens-00000.npy"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     tree = tree_of("kodalle", started)
     tree["data"]["pairs"] = str(own_pairs)
     train_tree(tree)
-    assert "are damaged: train/image_tokens.npy has other bytes than were written: they are" in capsys.readouterr().out
+    assert (
+        "are damaged: train/image_tokens-00000.npy has other bytes than were written: they are"
+        in capsys.readouterr().out
+    )
     assert losses(started) == losses(kodalle_run)
     same_weights(started / "model", kodalle_run / "model")
 
