@@ -75,6 +75,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library: its malloc has no such setting")
 def test_freed_memory_is_kept() -> None:
     kept = _faults_of_repeated_blocks({})

@@ -13,6 +13,7 @@ from tests.engine.interop.test_importing_mindalle import write
 from tests.paths import REPOSITORY
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import_checkpoint(write(tmp_path / "theirs", "text"), tmp_path / "model")
     _clip_folder(tmp_path / "clip-files")

@@ -25,6 +25,8 @@ from tests.engine.interop.test_importing_dalle import DALLE
 from tests.engine.interop.test_importing_dalle import _save as save_dalle
 from tests.engine.interop.test_importing_mindalle import write
 
+pytestmark = pytest.mark.slow  # trains
+
 TINY = ["--set", "kodalle.loop.epochs=null", "--set", "kodalle.loop.steps=3"]
 
 

@@ -70,6 +70,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_copies_of_one_image_are_refused_before_training(photos: Path, tmp_path: Path, trained: list[str]) -> None:
     """The plan holds some files out; preparation finds that they are one photograph, which stays on one side."""
     for image in photos.glob("*.png"):

@@ -218,6 +218,7 @@ def test_result_is_always_the_requested_square(width: int, height: int, size: in
     assert crop_and_resize(noise(width, height), None, size, keep_aspect=keep_aspect).size == (size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of the memory from Linux's /proc")
 def test_a_very_tall_photo_takes_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"

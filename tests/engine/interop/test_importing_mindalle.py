@@ -152,6 +152,7 @@ def test_other_switches_are_read(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model.logits(text, image)[1], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_archive_is_its_folder(mode: Any, inside: bool, tmp_path: Path) -> None:
@@ -322,6 +323,7 @@ def _peak_bytes() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_streams_tensor_by_tensor(tmp_path: Path) -> None:
     """minDALL-E's text vocabulary at a sixth of its width: 110 MB, in the memory of its joined heads and their parts.
 

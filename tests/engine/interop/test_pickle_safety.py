@@ -85,6 +85,7 @@ def test_the_standard_unpickler_would_have_run_them() -> None:
     assert os.listdir() == [_MARK_FILE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, marks=_SLOW) if case == "opcodes" else case for case in _BOMBS])
 def test_bombs_are_refused_in_little_memory(case: str) -> None:
     tracemalloc.start()

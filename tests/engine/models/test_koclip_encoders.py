@@ -112,6 +112,7 @@ def test_an_even_image_has_finite_gradients() -> None:
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_folder_holds_all_weights_and_needs_no_package(
     lite0: KoClip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +197,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "text", root / "image"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", ["cosine", "published"])
 def test_pretrained_encoders_are_taken_whole(folders: tuple[Path, Path], similarity: str) -> None:
     from transformers import EfficientNetModel, RobertaModel

@@ -63,6 +63,7 @@ def test_a_listed_apps_preflight_needs_no_key_and_its_requests_and_errors_can_be
             assert "access-control-allow-credentials" not in reply.headers
 
 
+@pytest.mark.slow
 def test_other_origins_and_servers_without_a_list_get_no_such_header(key: tuple[Path, str]) -> None:
     bearer = {"authorization": f"Bearer {key[1]}"}
     for origins, asking in (((), APP), ((APP,), OTHER), ((APP,), "null"), ((APP,), f"{APP}.evil.example")):

@@ -49,6 +49,7 @@ def test_a_head_of_almost_16_kib_is_read(port: int) -> None:
     assert ask(port, "GET", "/healthz", headers={"x-long": "a" * 15_000}).status == 200
 
 
+@pytest.mark.slow
 def test_an_incomplete_head_times_out(port: int) -> None:
     for sent in (b"", b"GET /healthz HTTP/1.1\r\n"):
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:

@@ -34,6 +34,7 @@ def port(kodalle_run: Path) -> Iterator[int]:
         pool.close()
 
 
+@pytest.mark.slow
 def test_generated_requests_get_the_documented_responses(port: int) -> None:
     outcome = send_cases(f"http://127.0.0.1:{port}", per_operation=15, seed=20261121)
     assert outcome.sent >= 90
@@ -42,6 +43,7 @@ def test_generated_requests_get_the_documented_responses(port: int) -> None:
     assert outcome.operations["positive POST /v1/images/edits"] >= 10
 
 
+@pytest.mark.slow
 def test_generated_requests_detect_errors_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Failure, "body", lambda _: b'{"detail": "as in stock FastAPI"}')
     app = build_api(ScriptedPool(), ServeSettings(page=False))

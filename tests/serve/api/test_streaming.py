@@ -157,6 +157,7 @@ def test_an_exception_in_the_pool_is_a_500_without_the_caption_in_reply_or_log(
 # ---------------------------------------------------------------------------------------------------------- deadlines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [never, progress_forever])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_deadline_holds_whatever_the_worker_does_and_the_client_sends(script: Any, stream: bool) -> None:
@@ -215,6 +216,7 @@ def test_a_disconnect_cancels_the_job(script: Any, stream: bool) -> None:
     assert count("kodalle_cancelled_total") == 10
 
 
+@pytest.mark.slow
 def test_without_disconnect_detection_the_job_goes_on_to_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     async def deaf(_: Any) -> None:
         await asyncio.sleep(3600)

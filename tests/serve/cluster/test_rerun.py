@@ -243,6 +243,7 @@ def test_without_the_record_of_delivered_events_a_client_would_get_one_twice(mon
     assert sum(event == WHOLE[2] for event in delivered) == 2
 
 
+@pytest.mark.slow
 def test_without_the_silence_timeout_an_unreachable_worker_would_take_the_whole_deadline() -> None:
     workers = Workers([None, 0.5, WorkerLost("detected late")], [None, DONE])
     job = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=0.4)

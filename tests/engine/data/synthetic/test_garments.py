@@ -70,6 +70,7 @@ def test_files_pair_up_and_the_report_counts_them(demo: tuple[Path, DemoReport])
     assert not set(_labels(folder, "train")) & set(_labels(folder, "validation"))
 
 
+@pytest.mark.slow
 def test_labels_have_the_published_structure(demo: tuple[Path, DemoReport]) -> None:
     folder, _ = demo
     order = ["기장", "색상", "카테고리", "옷깃", "디테일", "소매기장", "프린트", "넥라인"]

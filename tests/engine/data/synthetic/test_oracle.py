@@ -85,6 +85,7 @@ def test_degraded_drawings_are_read_right(
     assert min(shares.values()) >= 0.97, shares
 
 
+@pytest.mark.slow
 def test_other_sizes_arrays_and_modes_are_read_alike(examples: list[Example]) -> None:
     for image, attributes, _ in examples[:144:12]:
         assert read(np.asarray(image)) == read(image) == read(image.convert("RGBA"))
@@ -110,6 +111,7 @@ def _accepted(images: list[Image.Image]) -> float:
     return float(np.mean([read(image) != NOTHING for image in images]))
 
 
+@pytest.mark.slow
 def test_rectangles_show_nothing() -> None:
     generator = np.random.default_rng(3)
     images = []
