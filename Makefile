@@ -47,13 +47,13 @@ serve: $(READY)  ## page and API of MODEL on port 8000
 
 # Two processes share what computes by itself; tests marked `exclusive` (servers, browsers, Ray) then have the machine for
 # themselves. Both parts are run, whatever the first one finds.
-test: $(READY)  ## all tests: 12 minutes on two cores
+test: $(READY)  ## all tests: 7 minutes on two quiet cores
 	@status=0; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive" || status=$$?; \
 	$(BIN)/python -m pytest -q -m "exclusive and not soak" || status=$$?; \
 	exit $$status
 
-test-fast: $(READY)  ## unit tests alone: less than two minutes on two cores
+test-fast: $(READY)  ## unit tests alone: a minute on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive and not slow"
 
 package-test: $(READY)  ## the wheel, installed outside the checkout: generates, trains, serves

@@ -7,6 +7,7 @@ puts the shards together: the folder appears only when complete, and an older on
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections import deque
@@ -25,7 +26,7 @@ from engine.data.pairs import Pair, Pairs, load_image
 from engine.data.token_shards import ARRAYS, INDEX_FILE, AugmentedViews, shard_name
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
-from engine.files import FileDigest, VerifiedFile, file_digest, read_json, replace_folder, write_json
+from engine.files import FileDigest, VerifiedFile, file_digest, replace_folder, write_json
 
 SHARD_PAIRS = 16_384  # of one view: 8 MB of tokens
 MOST_SHARDS = 256  # a split; each has three files open
@@ -121,7 +122,7 @@ def begin_shards(folder: Path, encoding: Encoding) -> None:
         "shards": [len(s.pairs) for s in encoding.shards()],
     }
     file = work / "identity.json"
-    if not file.is_file() or read_json(file, field="token_shards", remedy=f"remove {work}") != identity:
+    if _json_of(file) != identity:
         shutil.rmtree(work, ignore_errors=True)
         for split in _SPLITS:
             (work / split).mkdir(parents=True)
@@ -177,7 +178,7 @@ def finish_shards(folder: Path, encoding: Encoding) -> None:
         if not _is_whole(work, shard):
             remedy = "is not whole: put token_shards on a disk that all hosts share, and run again"
             raise InputError("token_shards", work / shard.record, remedy)
-        record = _read_record(work, shard)
+        record = _read_record(work, shard) or {}
         index["files"] |= record["files"]
         index["captions_cut"] |= record["cut"]
         index["shards"].setdefault(shard.split, []).append(len(shard.pairs))
@@ -203,14 +204,35 @@ def _work_folder(folder: Path) -> Path:
 
 
 def _is_whole(work: Path, shard: _Shard) -> bool:
-    if not (work / shard.record).is_file():
+    record = _read_record(work, shard)
+    if record is None:
         return False
-    files = _read_record(work, shard)["files"]
+    files = record["files"]
     return all((work / name).is_file() and file_digest(work / name) == FileDigest(**files[name]) for name in files)
 
 
-def _read_record(work: Path, shard: _Shard) -> dict[str, Any]:
-    return dict(read_json(work / shard.record, field="token_shards", remedy=f"remove {work}"))
+def _read_record(work: Path, shard: _Shard) -> dict[str, Any] | None:
+    """The record of a shard; None where there is none, or where it is not as it was written: the shard is then encoded anew."""
+    found = _json_of(work / shard.record)
+    if not isinstance(found, dict) or found.get("digest") != _digest_of_record(found.get("record")):
+        return None
+    return dict(found["record"])
+
+
+def _write_record(work: Path, shard: _Shard, record: dict[str, Any]) -> None:
+    write_json(work / shard.record, {"record": record, "digest": _digest_of_record(record)})
+
+
+def _digest_of_record(record: object) -> str:
+    return _digest(json.dumps(record, sort_keys=True).encode()).hex()
+
+
+def _json_of(file: Path) -> Any:
+    """The content of a file of the work; None where it is missing or damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _write_captions(work: Path, shard: _Shard, encoding: Encoding) -> dict[str, Any]:
@@ -248,7 +270,7 @@ def _write_images(work: Path, shard: _Shard, encoding: Encoding, record: dict[st
             batches.append(tokens)
             yield len(tokens)
     _save(work, shard, "image_tokens", np.concatenate(batches), record)
-    write_json(work / shard.record, record)
+    _write_record(work, shard, record)
     partial.unlink()
 
 

@@ -391,7 +391,16 @@ def test_a_stopped_encoding_goes_on(tmp_path: Path, encoding: Callable[..., Enco
         lambda content: content[:60] + bytes([content[60] ^ 1]) + content[61:],
     ],
 )
-@pytest.mark.parametrize("name", ["image_tokens-00001.partial", "image_tokens-00000.npy", "text_tokens-00000.npy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_tokens-00001.partial",
+        "image_tokens-00000.npy",
+        "text_tokens-00000.npy",
+        "shard-00000.json",
+        "../identity.json",
+    ],
+)
 def test_damaged_work_is_encoded_again(
     tmp_path: Path, encoding: Callable[..., Encoding], spoil: Callable[[bytes], bytes], name: str
 ) -> None:
