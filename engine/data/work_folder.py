@@ -6,6 +6,7 @@ disk or a power failure leaves it for the same command with the same input; othe
 """
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.files import DiskFault, held_names, is_there, named_disk_faults, read_json, sync, write_json
+from engine.files import DiskFault, held_names, is_there, named_disk_faults, sync, write_json
 from engine.folder_lock import hold_lock
 
 JOURNAL = ".journal"
@@ -79,8 +80,9 @@ def _take_back(destination: Path, work: Path, made: tuple[str, ...]) -> None:
 
 def _keep_if_same(work: Path, identity: object) -> None:
     file = work / JOURNAL / "identity.json"
-    if file.is_file() and read_json(file, field="destination", remedy="remove it") == identity:
-        return
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # missing, or damaged: then it is of no known work
+        if json.loads(file.read_bytes()) == identity:
+            return
     if file.is_file():
         print("note: other files or options than before: preparing starts anew", file=sys.stderr, flush=True)
     for path in (*work.iterdir(), *(work / JOURNAL).iterdir()):

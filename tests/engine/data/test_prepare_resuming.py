@@ -127,7 +127,7 @@ def test_a_damaged_journal_is_used_as_far_as_it_is_whole(
     tmp_path: Path,
     spoil: Callable[[bytes], bytes],
 ) -> None:
-    for name in ("labels.jsonl", "cuts.jsonl"):
+    for name in ("labels.jsonl", "cuts.jsonl", "identity.json"):
         interrupted(monkeypatch, source, tmp_path / name, 7, KeyboardInterrupt())
         file = tmp_path / f".preparing-{name}" / ".journal" / name
         file.write_bytes(spoil(file.read_bytes()))
