@@ -342,6 +342,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.build is None:
         start_with_faults(Path(tempfile.mkdtemp(prefix="kodalle-faults-")))
+    # A shell's background jobs ignore SIGINT, and their children with them: `launched` sends it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started_s = time.monotonic()
     import_training()
     document: Row = {"benchmark": "train_faults", **facts(torch.device("cpu")), "arguments": {}, "phases": {}}
