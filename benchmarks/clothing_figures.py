@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine_facts import REPOSITORY, print_document
+from machine_facts import REPOSITORY, print_document, stored_path
 from text_table import NOT_MEASURED, table
 
 from engine.device import pick_device
@@ -129,8 +129,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "clothing_figures",
         **machine,
-        "model": str(arguments.model),
-        "pairs": str(arguments.pairs),
+        "model": stored_path(arguments.model),
+        "pairs": stored_path(arguments.pairs),
         "config": {
             name: getattr(arguments, name) for name in ("captions", "candidates", "distance_images", "seed", "quick")
         },

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine_facts import print_document
+from machine_facts import print_document, stored_path
 from torch import Tensor
 
 from engine.data.pairs import load_pairs
@@ -329,7 +329,7 @@ def main() -> None:
     machine = facts(torch.device("cpu"))
     costs = json.loads(arguments.cost.read_text(encoding="utf-8"))["pass_ms"] if arguments.cost else {}
     document = machine | {
-        "model": str(arguments.model), "sizes": model.config.model_dump(), "random_weights": arguments.random_weights,
+        "model": stored_path(arguments.model), "sizes": model.config.model_dump(), "random_weights": arguments.random_weights,
         "captions": len(texts.tokens), "candidates": arguments.candidates, "seed": arguments.seed,
         "counts": [asdict(count) | {"gain": round(count.gain, 4)} for count in counts],
         "checked": checked, "predicted": predict(counts, costs),

@@ -29,6 +29,13 @@ def hardware_name(machine_facts: dict[str, Any]) -> str:
     return f"{hardware['cores']} cores of {hardware['cpu']}"
 
 
+def stored_path(path: Path) -> str:
+    """A path for documents that others read: below the repository as it lies there, elsewhere its last name alone."""
+    absolute = path if path.is_absolute() else Path.cwd() / path
+    below = absolute.is_relative_to(REPOSITORY)
+    return absolute.relative_to(REPOSITORY).as_posix() if below else absolute.name
+
+
 def slug(text: str) -> str:
     """A file name: lower case letters, digits and hyphens."""
     without_marks = re.sub(r"\((r|tm)\)|cpu @", " ", text.lower())

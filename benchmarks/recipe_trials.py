@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import REPOSITORY, print_document
+from machine_facts import REPOSITORY, print_document, stored_path
 from text_table import table
 
 from engine.facts import facts
@@ -65,7 +65,7 @@ def main() -> int:
     arguments = parser.parse_args()
     document: Row = {"benchmark": "recipe_trials", **facts(torch.device("cpu")), "config": {}, "runs": []}
     document["config"] = {
-        name: str(value) if isinstance(value, Path) else value
+        name: stored_path(value) if isinstance(value, Path) else value
         for name, value in vars(arguments).items()
         if name != "out"
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import print_document
+from machine_facts import print_document, stored_path
 
 from engine.data.caption_classes import find_caption_classes
 from engine.data.pairs import Pair, Pairs, load_pairs
@@ -92,7 +92,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "sampling_options",
         **machine,
-        "model": str(arguments.model),
+        "model": stored_path(arguments.model),
         "chosen": chosen.generation_values(),
         "captions": arguments.captions,
         "candidates": arguments.candidates,
