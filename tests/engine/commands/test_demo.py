@@ -1,13 +1,12 @@
 """The demo from the data set to the report at a tiny size."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from engine.commands import demo, stages
+from engine.commands import demo
 from engine.errors import InputError
 from engine.models.folder import has_part
 from tests.paths import REPOSITORY
@@ -30,26 +29,6 @@ SHORT = [
     "vqgan.model.codebook_size=64",
     "kodalle.model.image_vocab_size=64",
 ]
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trains in this process what the demo launches; the configs of the runs. tests/engine/training proves the launcher."""
-    from engine.config_files import load_run
-    from engine.training import trainer
-
-    configs: list[str] = []
-
-    def train(arguments: Sequence[str], *, num_processes: int) -> int:
-        assert num_processes == 1
-        configs.append(Path(arguments[0]).stem)
-        trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
-        return 0
-
-    monkeypatch.setattr(stages, "launch", train)
-    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
-    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
-    return configs
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """An imported model trained further on own pairs: import, fine-tune, generate; classes and images alone; what is refused."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from engine import cli
-from engine.commands import stages
 from engine.commands.fine_tune import is_imported
 from engine.config_files import load_run
 from engine.errors import InputError
@@ -25,7 +23,7 @@ from tests.engine.interop.test_importing_dalle import DALLE
 from tests.engine.interop.test_importing_dalle import _save as save_dalle
 from tests.engine.interop.test_importing_mindalle import write
 
-pytestmark = pytest.mark.slow  # trains
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trained")]
 
 TINY = ["--set", "kodalle.loop.epochs=null", "--set", "kodalle.loop.steps=3"]
 
@@ -40,24 +38,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imported")
     import_checkpoint(write(folder / "theirs", "text"), folder / "ours")
     return folder / "ours"
-
-
-@pytest.fixture(autouse=True)
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trains in this process what the command launches; tests/engine/training proves the launcher."""
-    from engine.training import trainer
-
-    launched: list[str] = []
-
-    def launch(arguments: Sequence[str], *, num_processes: int = 1) -> int:
-        launched.append(arguments[0])
-        trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
-        return 0
-
-    monkeypatch.setattr(stages, "launch", launch)
-    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
-    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
-    return launched
 
 
 def _train(photos: Path, imported: Path, out: Path, *more: str) -> str:

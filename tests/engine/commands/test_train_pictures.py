@@ -1,7 +1,7 @@
 """From a folder of captioned images to a served model at a tiny size; what is refused; what a second call does."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from engine import cli
-from engine.commands import stages, train_pictures
+from engine.commands import train_pictures
 from engine.commands.train_plan import Request
 from engine.config_files import load_run
 from engine.data.source_listing import source_listing
@@ -50,24 +50,6 @@ def draw(folder: Path, count: int) -> Path:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return draw(tmp_path / "photos", 24)
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Trains in this process what the command launches; tests/engine/training proves the launcher."""
-    from engine.training import trainer
-
-    names: list[str] = []
-
-    def train(arguments: Sequence[str], *, num_processes: int) -> int:
-        names.append(Path(arguments[0]).stem)
-        trainer.train(load_run(Path(arguments[0]), list(arguments[1:])))
-        return 0
-
-    monkeypatch.setattr(stages, "launch", train)
-    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 1e12)
-    monkeypatch.setattr(stages.os, "cpu_count", lambda: 1)  # one process is faster than starting two
-    return names
 
 
 @pytest.mark.slow
