@@ -1,9 +1,10 @@
 """Encoding of a data set into token shards, by one or more processes; a stopped one goes on where it was.
 
-The work lies in `.encoding-<name>` beside the shard folder, or inside it where that is a mount point. Process r of R encodes the shards r, r + R, …; each batch of image
-tokens is appended to `image_tokens-<p>.partial` with a digest before it, and the whole shard's file is written from these at its
-end. Batches are the same ones whichever process encodes them and wherever it was stopped, and so are the bytes. The first process then
-puts the shards together: the folder appears only when complete, and an older one stays until then.
+The work lies in `.encoding-<name>` beside the shard folder, or inside it where that is a mount point. Process r of R encodes
+the shards r, r + R, …; each batch of image tokens is appended to `image_tokens-<p>.partial` with a digest before it, and the
+whole shard's file is written from these at its end, then its record, with a digest of its own. What is damaged is encoded anew.
+Batches are the same ones whichever process encodes them and wherever it was stopped, and so are the bytes. The first process
+then puts the shards together: the folder appears only when complete, and an older one stays until then.
 """
 
 import hashlib
