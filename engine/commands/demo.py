@@ -59,7 +59,7 @@ def run_demo(
     if not photos.is_dir():
         steps = Steps({"data": f"drawing {images} images"})
         steps.run("data", lambda: make_demo(photos, count=images, seed=1, held_out=held_out, progress=True))
-    preset = Preset(configs, box_margin=0.04, captions=held_out, candidates=candidates)
+    preset = Preset(configs, box_margin=0.04, cut_out=False, captions=held_out, candidates=candidates)
     request = Request(photos, out, tuple(overrides), preset=preset, title="A model of drawn garments")
     seconds = train_pictures(request, oracle=right_of)
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["generations"]

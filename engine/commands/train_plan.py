@@ -44,12 +44,13 @@ class Preset:
     """Choices that were tried on a data set, in the place of the table's.
 
     configs: folder with vqgan.yaml, koclip.yaml and kodalle.yaml; places in them are replaced by those of the run.
-    box_margin: of the preparation.
+    box_margin, cut_out: of the preparation.
     captions, candidates: of the evaluation.
     """
 
     configs: Path
     box_margin: float
+    cut_out: bool
     captions: int
     candidates: int
 
@@ -166,7 +167,8 @@ def measured_plan(
 
 def facts_of(request: Request) -> DatasetFacts:
     """Facts of the images, for the plan."""
-    return dataset_facts(request.photos, start_from=request.start_from, cut_out=request.cut_out)
+    cut_out = request.cut_out if request.preset is None else request.preset.cut_out
+    return dataset_facts(request.photos, start_from=request.start_from, cut_out=cut_out)
 
 
 def start(request: Request) -> dict[str, Any]:

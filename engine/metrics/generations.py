@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine.data.pairs import Pair, Pairs, load_image
@@ -123,7 +124,9 @@ def score_generations(
         found["koclip_score"] = _scores(run, pipeline, chosen, tally)
     found |= reader.report(pairs.validation, _real(run, pipeline, pairs, reader, encoder), tally.right)
     if oracle is not None:
-        found["oracle"] = shares_right(tally.oracle_right)
+        size = pipeline.vqgan.config.image_size
+        real = [oracle(pair, [Image.fromarray(load_image(pair, size))])[0] for pair in chosen]
+        found["oracle"] = shares_right(tally.oracle_right, real)
     if sheets is not None:
         found["sheets"] = write_sheets(run, pipeline, pairs.validation, tally.shown, sheets, made=tally.listed)
     if distance_images and encoder is not None:

@@ -100,7 +100,7 @@ def preset_plan(
     grid = kodalle["image_grid_size"]
     reasons = {
         "held out": (f"{data.validation} of {data.train + data.validation} pairs", "by the data set itself"),
-        "background": (f"cut out, {data.ground} instead" if data.ground else "kept", data.background),
+        "background": (f"cut out, {data.ground} instead" if data.ground else "kept", "as these sizes were tried"),
         "image size": (f"{vqgan['image_size']} x {vqgan['image_size']} pixels", where),
         "image tokens": (f"{grid} x {grid} of {vqgan['codebook_size']}", where),
         "transformer": (f"{kodalle['num_layers']} layers of {kodalle['dim']}", where),

@@ -14,6 +14,7 @@ Level = Literal["good", "fair", "bad", "unknown"]
 FEW_HELD_OUT = 20  # below, a share of them is off by 20 points and more
 _SURE = 0.05  # probability of a share by luck, above which nothing is said to be learnt
 _RISE = 1.02  # of the validation loss over its lowest, from which a model is past its best
+_LEAST_OF_REAL = 0.8  # of real images read as labelled, below which what reads them says nothing about generated ones
 _FALL = 0.99  # of it over the last fifth of the run, below which it still learns
 
 
@@ -190,14 +191,17 @@ def by_oracle(shares: Mapping[str, Mapping[str, float]], captions: int) -> Verdi
     """How many generations are right, for data whose right answer is computed from pixels.
 
     Args:
-        shares: right images by measure, of random and of top-ranked candidates; see engine/metrics/oracle.py.
+        shares: right images by measure, of real images, of random and of top-ranked candidates; see engine/metrics/oracle.py.
         captions: held-out ones.
     """
     measures = [name for name in shares["top_ranked"] if name != "all"]
+    if shares["real"]["all"] < _LEAST_OF_REAL:
+        text = f"only {shares['real']['all']:.0%} of the real images are read as their labels say"
+        return Verdict("generation", "unknown", text, "look at the images yourself: what reads them is made for others")
     right = shares["top_ranked"]["all"]
     text = (
         f"{right:.0%} of the best-ranked images of {captions} held-out captions have {', '.join(measures)} right "
-        f"(a random candidate: {shares['random']['all']:.0%})"
+        f"(a random candidate: {shares['random']['all']:.0%}; real images: {shares['real']['all']:.0%})"
     )
     remedy = "more steps (kodalle.loop.steps)"
     if right >= 0.8:

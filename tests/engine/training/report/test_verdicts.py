@@ -1,5 +1,7 @@
 """Each verdict is a function of figures: both sides of every threshold."""
 
+import re
+
 import pytest
 
 from engine.training.report import verdicts
@@ -117,3 +119,26 @@ def test_variety_and_cut_captions() -> None:
     assert some is not None
     assert many is not None
     assert (some.level, many.level) == ("fair", "bad")
+
+
+@pytest.mark.parametrize(
+    ("real", "top", "level", "words"),
+    [
+        (
+            1.0,
+            0.9,
+            "good",
+            "90% of the best-ranked images of 72 held-out captions have colour right .*real images: 100%",
+        ),
+        (0.9, 0.5, "fair", "50% of the best-ranked"),
+        (1.0, 0.0, "bad", "0% of the best-ranked"),
+        (0.1, 0.0, "unknown", "only 10% of the real images are read as their labels say"),
+    ],
+)
+def test_an_oracle_that_misreads_real_images_has_no_say(real: float, top: float, level: str, words: str) -> None:
+    shares = {
+        who: {"colour": value, "all": value} for who, value in (("real", real), ("random", top), ("top_ranked", top))
+    }
+    found = verdicts.by_oracle(shares, 72)
+    assert found.level == level
+    assert re.search(words, found.text)
