@@ -108,6 +108,7 @@ class GeneratedImage:
     seed: int
     rank: int  # 1 is best
     score: float | None  # KoCLIP's; None without a ranker
+    contrast: float | None  # nats; None unless ranked by it
     log_likelihood: float | None  # nats; None unless ranked by it
     provenance: Mapping[str, Any] = field(hash=False)  # engine/pipeline/provenance.py
     data: bytes | None  # None: not requested

@@ -165,6 +165,7 @@ def finished(job: GenerationJob, *, data: bytes = b"an image") -> Finished:
             number + 1,
             0.5,
             None,
+            None,
             made(job, number),
             data if number < job.num_images or job.wants_all else None,
         )

@@ -227,6 +227,7 @@ def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_
     write_json(folder / "result.json", result)
     for one in generation.top(top):
         score = "" if one.score is None else f"  score {one.score:.3f}"
+        score += "" if one.contrast is None else f"  contrast {one.contrast:.2f}"
         score += "" if one.log_likelihood is None else f"  log-likelihood {one.log_likelihood:.2f}"
         print(f"{folder / file_name(one)}{score}")
     seconds = seconds_text(sum(generation.timings_s.values()))
@@ -236,9 +237,8 @@ def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_
 def _write_sheet(path: Path, generation: Generation) -> None:
     images = [one.image for one in generation.candidates]
     labels = [
-        f"#{one.rank} c{one.candidate}" + ("" if key is None else f" {key:.2f}")
+        f"#{one.rank} c{one.candidate}" + ("" if one.ranked_by is None else f" {one.ranked_by:.2f}")
         for one in generation.candidates
-        for key in [one.score if one.log_likelihood is None else one.log_likelihood]
     ]
     scale = max(1, 128 // images[0].width)
     sheet = contact_sheet(generation.caption, images, labels, columns=min(8, len(images)), scale=scale)
@@ -282,6 +282,7 @@ def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], 
                 "candidate": one.candidate,
                 "seed": one.seed,
                 "score": one.score,
+                "contrast": one.contrast,
                 "log_likelihood": one.log_likelihood,
                 "file": file_name(one) if one.rank <= top else None,
                 "provenance": provenances[one.candidate],

@@ -34,6 +34,10 @@ class KoclipConfig(Section):
     similarity: Literal["cosine", "published"] = Field(
         "cosine", description="cosine: normalised, learned temperature; published: raw dot product * 0.07"
     )
+    ranking: Literal["cosine", "contrast"] = Field(
+        "cosine",
+        description="of candidates; contrast: by how much better the caption fits than captions with one fact changed",
+    )
     pixels: Literal["resized", "served"] = Field(
         "resized",
         description="served: unresized and in [0, 1], as KoDALLE's code ranked with a KoCLIP trained on 0 to 255",
@@ -43,6 +47,8 @@ class KoclipConfig(Section):
     def _fits(self) -> "KoclipConfig":
         if self.text_position_rows < self.text_seq_len + 2:
             raise ValueError("text_position_rows must be at least text_seq_len + 2 (RoBERTa positions start at 2)")
+        if self.ranking == "contrast" and self.similarity == "published":
+            raise ValueError("ranking contrast needs the temperature of similarity cosine: write ranking cosine")
         if self.image_encoder == "efficientnet-lite0":
             self._check_lite0()
         if self.pixels == "served" and self.similarity != "published":

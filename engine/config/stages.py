@@ -103,6 +103,12 @@ class KoclipRun(Run):
         le=1,
         description="images with a piece of another for each image, added as negatives: broken generations rank low",
     )
+    hard_negative_captions: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="for each image, versions of its caption with one fact changed or two colours exchanged, as negatives",
+    )
 
     @model_validator(mode="after")
     def _encoder_source(self) -> "KoclipRun":

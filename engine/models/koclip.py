@@ -118,20 +118,28 @@ class KoClip(nn.Module):
         *,
         negatives: Tensor | None = None,
         fits: Tensor | None = None,
+        wrong_text_tokens: Tensor | None = None,
+        has_wrong: Tensor | None = None,
         all_gather: bool = False,
     ) -> Tensor:
         """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`.
 
         Args:
             negatives: (B', 3, S, S) images that fit no caption.
+            wrong_text_tokens: (B, K, T) captions that are wrong about image i; with has_wrong.
         """
         # One pass: batch norm normalises both with the same statistics, as in ranking.
         embedded = self.embed_images(images if negatives is None else torch.cat([images, negatives]))
+        B = len(text_tokens)
+        wrong = [] if wrong_text_tokens is None else [wrong_text_tokens.flatten(0, 1)]
+        texts = self.embed_texts(torch.cat([text_tokens, *wrong]))  # (B + B * K, E)
         return self.loss(
             embedded[: len(images)],
-            self.embed_texts(text_tokens),
+            texts[:B],
             negatives=None if negatives is None else embedded[len(images) :],
             fits=fits,
+            wrong=None if wrong_text_tokens is None else texts[B:].unflatten(0, wrong_text_tokens.shape[:2]),
+            has_wrong=has_wrong,
             all_gather=all_gather,
         )
 
@@ -197,6 +205,8 @@ class KoClip(nn.Module):
         *,
         negatives: Tensor | None = None,
         fits: Tensor | None = None,
+        wrong: Tensor | None = None,
+        has_wrong: Tensor | None = None,
         all_gather: bool = False,
     ) -> Tensor:
         """Symmetric contrastive loss: cross-entropy of each caption's image and of each image's caption in the batch.
@@ -207,6 +217,8 @@ class KoClip(nn.Module):
             negatives: (B', E) images that match no caption and have none of their own.
             fits: (B, B) bool, (B, ranks * B) with `all_gather`: image j fits caption i. A pair that fits and is not
                 (i, i) is no negative: it is left out of both softmaxes. None: all of them are negatives.
+            wrong: (B, K, E) captions that are wrong about image i: negatives of it alone, since they may fit another.
+            has_wrong: (B,) bool, with `wrong`: those of image i are none.
             all_gather: contrast with the pairs of all ranks (B equal on each). Every rank then returns the loss of the
                 whole batch, and gradients averaged over ranks, as data parallelism does, are those of one process
                 with the whole batch. No effect without a process group.
@@ -219,16 +231,21 @@ class KoClip(nn.Module):
             text_embeddings = _GatherRows.apply(text_embeddings)
             negatives = None if negatives is None else _GatherRows.apply(negatives)
             fits = None if fits is None else _GatherRows.apply(fits.to(torch.uint8)).bool()
+            if wrong is not None and has_wrong is not None:
+                wrong = _GatherRows.apply(wrong.contiguous())
+                has_wrong = _GatherRows.apply(has_wrong.to(torch.uint8)).bool()
         B = len(text_embeddings)
         images = image_embeddings if negatives is None else torch.cat([image_embeddings, negatives])
-        logits = self.scores(images, text_embeddings)  # (B, B + B')
-        if self.config.similarity == "cosine":
-            logits = logits * self.temperature_scale()
+        logits = self._scaled(text_embeddings @ images.T)  # (B, B + B')
         if fits is not None:
             left_out = fits & ~torch.eye(B, dtype=torch.bool, device=logits.device)
             logits = logits.masked_fill(F.pad(left_out, (0, logits.shape[1] - B)), -math.inf)
         pairs = torch.arange(B, dtype=torch.int64, device=logits.device)
-        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits[:, :B].T, pairs)) / 2
+        of_images = logits[:, :B].T  # (B, B): each image's captions
+        if wrong is not None and has_wrong is not None:
+            own = self._scaled(torch.einsum("be,bke->bk", image_embeddings, wrong))
+            of_images = torch.cat([of_images, own.masked_fill(~has_wrong[:, None], -math.inf)], dim=1)  # (B, B + K)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(of_images, pairs)) / 2
 
     def temperature_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100 (`cosine` only), 0-d float32."""
@@ -250,6 +267,10 @@ class KoClip(nn.Module):
             return images * 255.0
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
         return (images - mean) / std
+
+    def _scaled(self, products: Tensor) -> Tensor:
+        """Logits of dot products, of any shape."""
+        return products * (self.temperature_scale() if self.config.similarity == "cosine" else PUBLISHED_SCALE)
 
     def _finish(self, projected: Tensor) -> Tensor:
         projected = projected.float()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.pipeline.ranking import Scores
 from engine.sampling_params import RankBy, SamplingParams, SequenceRequest
 
 
@@ -57,7 +58,13 @@ class Candidate:
     image: Image.Image
     score: float | None  # KoCLIP's; None when the model has no ranker
     rank: int  # 1 is best; without a ranker, the order of the candidates
+    contrast: float | None = None  # nats, see engine/pipeline/ranking.py; None unless ranked by it
     log_likelihood: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
+
+    @property
+    def ranked_by(self) -> float | None:
+        """The value that its rank follows; None without a ranker."""
+        return next((own for own in (self.log_likelihood, self.contrast, self.score) if own is not None), None)
 
 
 @dataclass(frozen=True)
@@ -99,18 +106,19 @@ def ranked(
     request: PreparedRequest,
     tokens: Tensor,
     pixels: Tensor,
-    scores: Tensor | None,
+    scores: Scores | None,
     log_likelihoods: Tensor | None,
 ) -> tuple[Candidate, ...]:
-    """Best first, by log-likelihood where there is one, else by score; equals in the order of the candidates.
+    """Best first, by log-likelihood where there is one, else by contrast, else by score; equals in the candidates' order.
 
     Args:
         tokens: (n, N).
         pixels: (n, S, S, 3) uint8.
-        scores, log_likelihoods: (n,).
+        log_likelihoods: (n,).
     """
     order = list(range(len(pixels)))
-    keys = scores if log_likelihoods is None else log_likelihoods
+    score, contrast = (None, None) if scores is None else scores
+    keys = next((own for own in (log_likelihoods, contrast, score) if own is not None), None)
     if keys is not None:
         order.sort(key=lambda index: -float(keys[index]))
     return tuple(
@@ -119,8 +127,9 @@ def ranked(
             seed=request.sampling_params.seed,
             image_tokens=tuple(tokens[index].tolist()),
             image=Image.fromarray(pixels[index].numpy()),
-            score=None if scores is None else float(scores[index]),
+            score=None if score is None else float(score[index]),
             rank=rank,
+            contrast=None if contrast is None else float(contrast[index]),
             log_likelihood=None if log_likelihoods is None else float(log_likelihoods[index]),
         )
         for rank, index in enumerate(order, start=1)

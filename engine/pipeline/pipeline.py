@@ -53,10 +53,11 @@ from engine.pipeline.init_image_encoding import encode_init_image
 from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models, local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
+from engine.pipeline.ranking import CandidateScorer
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, check_captions
 
-_AT_ONCE = 16  # images decoded and embedded together: bounds memory
+_AT_ONCE = 16  # images decoded together: bounds memory
 OnPosition = Callable[[int, int], None]
 """Called with (image tokens that every sequence has, N)."""
 
@@ -92,6 +93,10 @@ class Pipeline:
         self._generation = generation or GenerationConfig()
         self.caption_guide = caption_guide or CaptionGuide()
         self.ground = ground  # `#rrggbb` around the objects in its images, if it learned from cut-outs
+        embedder = self._codec.embedder
+        self._scorer = None
+        if koclip is not None and embedder is not None:
+            self._scorer = CandidateScorer(koclip, embedder, self.ranker_tokenizer, self.caption_guide)
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
@@ -349,12 +354,15 @@ class Pipeline:
             images = torch.cat(parts)  # (n, 3, S, S)
             pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
         with exact(self.device), timed(timings_s, "ranking", self.device):
-            scores = self.rank_scores([request.caption], images[None])  # (1, n) or None
+            scores = None
+            if self._scorer is not None:
+                with inference(self.device):
+                    scores = self._scorer(request.caption, images)
             likelihoods = None
             if request.rank_by == "log_likelihood" and request.init_tokens is not None:
                 sampled = request.init_tokens < 0
                 likelihoods = log_likelihoods(self.transformer, request.text_tokens, image_tokens, sampled)  # (n,)
-        candidates = ranked(request, image_tokens.cpu(), pixels, None if scores is None else scores[0], likelihoods)
+        candidates = ranked(request, image_tokens.cpu(), pixels, scores, likelihoods)
         return Generation(request, candidates, timings_s)
 
     def provenance(
@@ -398,16 +406,10 @@ class Pipeline:
         Returns:
             (G, n) on the CPU; None when the model has no ranker.
         """
-        embedder = self._codec.embedder
-        if self.koclip is None or embedder is None:
+        if self._scorer is None:
             return None
         with inference(self.device):
-            tokens = self.ranker_tokenizer.encode(captions, self.koclip.config.text_seq_len).tokens.to(self.device)
-            texts = embedder.embed_texts(tokens)  # (G, E)
-            embeddings = torch.cat([embedder.embed_images(part) for part in images.flatten(0, 1).split(_AT_ONCE)])
-            embeddings = embeddings.unflatten(0, images.shape[:2])  # (G, n, E)
-            rows = [self.koclip.scores(own, text[None])[0] for own, text in zip(embeddings, texts, strict=True)]
-            return torch.stack(rows).float().cpu()
+            return self._scorer.scores(captions, images)
 
 
 def _unpickled(arguments: dict[str, Any]) -> Pipeline:

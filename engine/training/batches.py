@@ -19,6 +19,7 @@ from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
 from engine.data.token_shards import TokenShard, TokenShards
 from engine.data.tokenizer import CaptionTokenizer
+from engine.data.wrong_captions import WrongCaptions
 from engine.errors import InputError
 from engine.training.process_group import World
 
@@ -134,11 +135,15 @@ def captioned_image_source(
     reconstructions: Reconstructions | None = None,
     spliced: float = 0.0,
     fit: CaptionFit | None = None,
+    wrong: WrongCaptions | None = None,
+    num_wrong: int = 0,
 ) -> BatchSource:
     """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, chosen anew at each visit.
 
     Args:
         fit: of `pairs`; adds `fits`, (B, ranks * B) bool: whether an image of any rank fits one of these captions.
+        wrong: with `num_wrong` K > 0 adds `wrong_text_tokens`, (B, K, T): versions of each caption that are wrong
+            about its image, and `has_wrong`, (B,) bool: where there are none, these are of the empty caption.
     """
     image_batches = image_source(
         images, order, flip=flip, shift=shift, reconstructions=reconstructions, spliced=spliced
@@ -154,6 +159,17 @@ def captioned_image_source(
             captions.append((index, choices[pick]))
         batch = image_batches(number)
         batch["text_tokens"] = tokenizer.encode([caption for _, caption in captions], text_seq_len).tokens
+        if wrong is not None and num_wrong:
+            # + 2**62: another stream than the augmentation and the choice of the caption
+            generators = [order.generator(position + 2**62) for position in order.positions(number)]
+            versions = [
+                wrong.sample(caption, generator)
+                for (_, caption), generator in zip(captions, generators, strict=True)
+                for _ in range(num_wrong)
+            ]
+            tokens = tokenizer.encode([version or "" for version in versions], text_seq_len).tokens
+            batch["wrong_text_tokens"] = tokens.unflatten(0, (len(captions), num_wrong))
+            batch["has_wrong"] = torch.tensor([version is not None for version in versions[::num_wrong]])
         if fit is not None:
             images_of_all = [order.index(position) for position in order.positions_of_all_ranks(number)]
             batch["fits"] = torch.from_numpy(fit.matrix(captions, images_of_all))

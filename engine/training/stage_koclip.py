@@ -11,6 +11,7 @@ from engine.config.stages import KoclipRun
 from engine.data.caption_fit import CaptionFit
 from engine.data.partial_captions import with_partial_captions
 from engine.data.tokenizer import tokenizer_for
+from engine.data.wrong_captions import wrong_captions
 from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
@@ -54,6 +55,10 @@ class KoclipStage:
         pairs = with_partial_captions(
             pairs, run.text.partial_captions, run.seed
         )  # the tokenizer is not trained on these
+        wrong = wrong_captions([pair.captions[0] for pair in pairs.train]) if run.hard_negative_captions else None
+        if run.hard_negative_captions and wrong is None:
+            remedy = "the captions state no facts of which one could be changed: set it to 0"
+            raise InputError("hard_negative_captions", run.hard_negative_captions, remedy)
         # Images are read at the encoder's size: they are resized once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
         reconstructions = None
@@ -77,6 +82,8 @@ class KoclipStage:
             reconstructions=reconstructions,
             spliced=run.spliced_negatives,
             fit=CaptionFit(pairs.train),
+            wrong=wrong,
+            num_wrong=run.hard_negative_captions,
         )
         self.validation_source: BatchSource | None = None
         if pairs.validation:
@@ -112,7 +119,15 @@ class KoclipStage:
         negatives = to_unit_floats(batch["spliced"], self.world) if "spliced" in batch else None
         text_tokens = to_device(batch["text_tokens"], self.world.device)
         fits = to_device(batch["fits"], self.world.device)
-        loss = self.engine(images, text_tokens, negatives=negatives, fits=fits, all_gather=self.world.size > 1)
+        wrong, has_wrong = (
+            to_device(batch[name], self.world.device) if name in batch else None
+            for name in ("wrong_text_tokens", "has_wrong")
+        )
+        loss = self.engine(
+            images, text_tokens,
+            negatives=negatives, fits=fits, wrong_text_tokens=wrong, has_wrong=has_wrong,
+            all_gather=self.world.size > 1,
+        )  # fmt: skip
         self._guard.backward_and_step(self.engine, loss)
         return {"loss": loss.detach()}
 

@@ -182,6 +182,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "candidate": _WHOLE,
         "rank": _WHOLE,
         "clip_score": _NUMBER_OR_NULL,
+        "contrast": _NUMBER_OR_NULL,
         "log_likelihood": _NUMBER_OR_NULL,
         "provenance": _ref("Provenance"),
     }

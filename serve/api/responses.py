@@ -147,6 +147,7 @@ def _image_fields(image: GeneratedImage) -> dict[str, Any]:
         "candidate": image.candidate,
         "rank": image.rank,
         "clip_score": image.score,
+        "contrast": image.contrast,
         "log_likelihood": image.log_likelihood,
         "provenance": dict(image.provenance),
     }

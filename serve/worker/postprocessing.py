@@ -222,6 +222,7 @@ class _Encoding:
                 seed=one.seed,
                 rank=one.rank,
                 score=one.score,
+                contrast=one.contrast,
                 log_likelihood=one.log_likelihood,
                 provenance=self._postprocessor.provenance(state, one.candidate),
                 data=self._data.get(one.candidate),

@@ -242,6 +242,7 @@ def _koclip(sizes: Sizes, out: Path, pairs: Path, *, image_size: int) -> Tree:
         "augment_shift": max(1, image_size // 16),
         "codec": str(out / "vqgan" / "model"),
         "spliced_negatives": 0.25,
+        "hard_negative_captions": sizes.hard_negative_captions,
         "image_encoder_lr_ratio": 0.1,
         "model": {
             "image_size": min(224, image_size),
@@ -255,6 +256,7 @@ def _koclip(sizes: Sizes, out: Path, pairs: Path, *, image_size: int) -> Tree:
             "text_position_rows": sizes.text_seq_len + 2,
             "embed_dim": 256 if large else 64,
             "dropout": 0.1,
+            "ranking": "contrast" if sizes.hard_negative_captions else "cosine",
         },
         "loop": _loop(sizes, schedule, validation_batches=8),
         "deepspeed": _deepspeed(

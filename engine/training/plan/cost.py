@@ -164,8 +164,15 @@ def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
     images = images.contiguous(memory_format=torch.channels_last)
     tokens = torch.randint(5, config.text_vocab_size, (batch, config.text_seq_len), device=device, dtype=torch.int64)
     negatives = images[: round(run.spliced_negatives * batch)] if run.spliced_negatives else None
+    wrong = tokens[:, None].repeat(1, run.hard_negative_captions, 1) if run.hard_negative_captions else None
+    has_wrong = None if wrong is None else torch.ones(batch, dtype=torch.bool, device=device)
     trained = _Trained([model], device)
-    return trained.cost(*trained.measure(lambda: model(images, tokens, negatives=negatives)), fixed_s)
+    return trained.cost(
+        *trained.measure(
+            lambda: model(images, tokens, negatives=negatives, wrong_text_tokens=wrong, has_wrong=has_wrong)
+        ),
+        fixed_s,
+    )
 
 
 def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost:

@@ -16,6 +16,7 @@ from engine.data.crops import ImageFault, open_layered, read_header
 from engine.data.cut_out import DEFAULT_GROUND, outline_extent
 from engine.data.pairs import load_pairs, split_of
 from engine.data.sources import Crop, CropJob, PrepareOptions, SourceListing, list_source
+from engine.data.wrong_captions import wrong_captions
 from engine.errors import InputError
 from engine.files import read_json
 
@@ -42,6 +43,7 @@ class DatasetFacts:
     longest_tokens: text tokens of the longest caption with that tokenizer, [CLS] and [SEP] among them.
     side: median over the images of the shorter side, in pixels.
     mentions_sides: some caption says left or right.
+    states_facts: captions can be made wrong about their images in one fact (engine.data.wrong_captions).
     ground: `#rrggbb` around the objects, if they are cut out; background: why they are, or are not.
     split_fraction, split_seed: of the split, for the preparation.
     """
@@ -53,6 +55,7 @@ class DatasetFacts:
     longest_tokens: int
     side: int
     mentions_sides: bool
+    states_facts: bool = False
     ground: str | None = None
     background: str = "no outlines and no transparency to cut along"
     split_fraction: float = 0.05
@@ -237,6 +240,7 @@ def _facts(
         longest_tokens=longest,
         side=round(statistics.median(sides)) if sides else 0,
         mentions_sides=any(_SIDES.search(caption) for caption in distinct),
+        states_facts=wrong_captions(distinct[:_SAMPLED_CAPTIONS]) is not None,
         ground=ground,
         background=background,
         split_fraction=fraction,

@@ -15,6 +15,7 @@ GIB = 2**30
 STAGES = ("vqgan", "koclip", "kodalle")
 SHORT_MINUTES = 15  # below, a CPU learns nothing of 64 pixels
 _FEW_FOR_A_DISCRIMINATOR = 1000
+_HARD_NEGATIVES = 2  # as in configs/clothing/koclip.yaml
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Sizes:
     text_seq_len: int
     transformer: Transformer
     large_ranker: bool
+    hard_negative_captions: int
     augmented_views: int
     flip: bool
     threads: int
@@ -129,6 +131,12 @@ def choose_sizes(data: DatasetFacts, machine: MachineFacts, *, minutes: float | 
         "vocabulary": (f"{vocabulary} entries", f"{data.captions:,} captions need {data.vocabulary:,}"),
         "text length": (f"{text_seq_len} tokens", f"the longest caption has {data.longest_tokens}{cut}"),
         "ranker": ("efficientnet-lite0", "starts from ImageNet, so that few images suffice"),
+        "hard negatives": (
+            f"{_HARD_NEGATIVES} captions an image" if data.states_facts else "none",
+            "wrong in one fact each, which candidates are ranked by, too"
+            if data.states_facts
+            else "the captions state no facts of which one could be changed",
+        ),
         "transformer": (f"{transformer.layers} layers of {transformer.dim}", transformer_reason),
         "transformer's options": _transformer_options(transformer, machine),
         "augmented views": (
@@ -159,6 +167,7 @@ def choose_sizes(data: DatasetFacts, machine: MachineFacts, *, minutes: float | 
         text_seq_len=text_seq_len,
         transformer=transformer,
         large_ranker=on_gpu,
+        hard_negative_captions=_HARD_NEGATIVES if data.states_facts else 0,
         augmented_views=views,
         flip=not data.mentions_sides,
         threads=machine.cores,

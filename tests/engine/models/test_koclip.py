@@ -183,6 +183,24 @@ def test_pairs_that_fit_are_left_out_of_both_softmaxes(koclip: KoClip) -> None:
     assert torch.equal(koclip.loss(image, text, fits=none), koclip.loss(image, text))
 
 
+def test_captions_that_are_wrong_about_an_image_compete_for_it_alone(koclip: KoClip) -> None:
+    """By the formula; the second image has none."""
+    generator = torch.Generator().manual_seed(4)
+    image, text = (F.normalize(torch.randn(3, 24, generator=generator), dim=1) for _ in range(2))
+    wrong = F.normalize(torch.randn(3, 2, 24, generator=generator), dim=2)
+    has_wrong = torch.tensor([True, False, True])
+    expected = 0.0
+    for i in range(3):
+        products = torch.exp(text.double() @ image.double().T / 0.07)
+        own = products[i, i]
+        others = torch.exp(wrong[i].double() @ image[i].double() / 0.07).sum() if has_wrong[i] else 0.0
+        expected -= float((own / products[i].sum()).log() + (own / (products[:, i].sum() + others)).log()) / 6
+    loss = koclip.loss(image, text, wrong=wrong, has_wrong=has_wrong)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    nothing = koclip.loss(image, text, wrong=wrong, has_wrong=torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(nothing, koclip.loss(image, text))
+
+
 @pytest.mark.slow
 def test_learns_and_evaluates_sanely() -> None:
     """From scratch, in eval mode. With the BatchNorm gains of N(0, 0.02) of transformers the loss would not fall."""
@@ -219,7 +237,16 @@ def _loss_and_gradients(rows: slice, *, all_gather: bool) -> tuple[Tensor, dict[
     images, tokens = _pairs(4)
     fits = torch.eye(4, dtype=torch.bool)
     fits[0, 3] = fits[2, 1] = True  # an image of the other rank fits a caption of this one
-    loss = model(images[rows], tokens[rows], fits=fits[rows], all_gather=all_gather)
+    wrong = tokens.roll(1, dims=0)[:, None].repeat(1, 2, 1)
+    has_wrong = torch.tensor([True, True, False, True])
+    loss = model(
+        images[rows],
+        tokens[rows],
+        fits=fits[rows],
+        wrong_text_tokens=wrong[rows],
+        has_wrong=has_wrong[rows],
+        all_gather=all_gather,
+    )
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

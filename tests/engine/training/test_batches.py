@@ -1,7 +1,7 @@
 """Batches are a function of their number, whichever process makes them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from engine.data.caption_fit import CaptionFit
+from engine.data.caption_grammar import Fact
+from engine.data.kfashion.grammar import KFashionGrammar
 from engine.data.order import BatchOrder
 from engine.data.pairs import load_pairs
 from engine.data.token_shards import TokenShard
 from engine.data.tokenizer import train_tokenizer
+from engine.data.wrong_captions import WrongCaptions
 from engine.errors import InputError
 from engine.training.batches import (
     Batch,
@@ -25,12 +28,30 @@ from engine.training.batches import (
 )
 
 
+class SquareGrammar(KFashionGrammar):
+    """`<ground> 바탕에 <square> 네모` states the colour of a square's ground; the shorter captions state nothing."""
+
+    def facts(self, caption: str) -> list[Fact]:
+        ground, found, square = caption.partition(" 바탕에 ")
+        return [Fact(square, "ground", ground)] if found else []
+
+    def write(self, facts: Sequence[Fact]) -> str:
+        return " ".join(f"{fact.value} 바탕에 {fact.subject}" for fact in facts)
+
+    def is_colour(self, attribute: str) -> bool:
+        return attribute == "ground"
+
+
 def _source(folder: Path, *, world_size: int = 1, rank: int = 0, cache: bool = False) -> BatchSource:
     pairs = load_pairs(folder).train
     tokenizer = train_tokenizer([caption for pair in pairs for caption in pair.captions], vocab_size=60)
     order = BatchOrder(len(pairs), 6 // world_size, seed=1, rank=rank, world_size=world_size)
     images, fit = Images(pairs, 32, cache=cache), CaptionFit(pairs)
-    return captioned_image_source(images, pairs, order, tokenizer, 12, flip=True, shift=3, fit=fit)
+    facts = [fact for pair in pairs for fact in SquareGrammar().facts(pair.captions[0])]
+    wrong = WrongCaptions(SquareGrammar(), {fact[:2]: [other.value for other in facts] for fact in facts})
+    return captioned_image_source(
+        images, pairs, order, tokenizer, 12, flip=True, shift=3, fit=fit, wrong=wrong, num_wrong=2
+    )
 
 
 def _equal(one: Batch, other: Batch) -> bool:
@@ -41,6 +62,10 @@ def test_resumed_cached_and_by_workers_are_the_same(pairs_folder: Path) -> None:
     whole = list(stream(_source(pairs_folder), 0, 6, num_workers=0))
     assert whole[0]["images"].shape == (6, 3, 32, 32)
     assert whole[0]["images"].dtype == torch.uint8
+    assert whole[0]["wrong_text_tokens"].shape == (6, 2, 12)
+    assert (
+        not (whole[0]["wrong_text_tokens"] == whole[0]["text_tokens"][:, None]).all(dim=2)[whole[0]["has_wrong"]].any()
+    )
     for other in (
         stream(_source(pairs_folder), 3, 6, num_workers=0),
         stream(_source(pairs_folder, cache=True), 3, 6, num_workers=0),

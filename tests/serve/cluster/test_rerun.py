@@ -12,7 +12,7 @@ from serve.cluster.saturated_workers import SaturatedWorkers
 from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, Partial, Progress, Queued, Refused
 
 JOB = GenerationJob("r", "k", "빨강", SamplingParams(seed=7, candidates=1, top=1), deadline_s=30.0)
-DONE = Finished((GeneratedImage(0, 7, 1, None, None, {}, b"png"),), 3, 0, 64)
+DONE = Finished((GeneratedImage(0, 7, 1, None, None, None, {}, b"png"),), 3, 0, 64)
 WHOLE: list[GenerationEvent] = [
     Queued(1, None),
     Progress(16, 64),

@@ -1,0 +1,113 @@
+"""Captions that are wrong about an image in one fact: what a ranker learns to tell apart, and ranks candidates by.
+
+The captions of a batch differ in most facts, so a ranker learns the commonest differences first and may never ask which of two
+stated colours is the main one. Here a caption keeps all its facts but one, whose value is another's, or two colours of its
+subject change places: only that fact is left to tell them apart by (NegCLIP, Yuksekgonul et al. 2023, arXiv:2210.01936, with
+values instead of words).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from engine.data.caption_grammar import CaptionGrammar, Fact
+from engine.data.caption_guide import KnownAttributes
+from engine.data.formats import grammar_of
+
+_DRAWS = 8  # attempts at another value before a fact is given up: nearly all captions state the same one
+
+
+class WrongCaptions:
+    """Wrong versions of captions that follow a grammar.
+
+    Args:
+        values: of each (subject, attribute), those that other captions state, each as often as they do: by rare values
+            alone, a ranker would learn to mistrust these.
+    """
+
+    def __init__(self, grammar: CaptionGrammar, values: Mapping[tuple[str, str], Sequence[str]]) -> None:
+        self._grammar, self._values = grammar, values
+
+    def sample(self, caption: str, generator: np.random.Generator) -> str | None:
+        """The caption with one fact changed, or with two colours of a subject exchanged; None where neither can be.
+
+        Each fact, and the exchange, is as likely; a value as likely as it is common.
+        """
+        facts = self._grammar.facts(caption)
+        choices: list[tuple[int, ...]] = [*((place,) for place in range(len(facts))), *self._exchanges(facts)]
+        for choice in generator.permutation(len(choices)):
+            places = choices[choice]
+            if len(places) == 2:
+                return self._exchanged(facts, *places)
+            values = self._values.get(facts[places[0]][:2], ())
+            for _ in range(_DRAWS if values else 0):
+                value = values[generator.integers(len(values))]
+                if value not in _stated(facts, places[0]):
+                    return self._changed(facts, places[0], value)
+        return None
+
+    def all_of(self, caption: str, *, most: int) -> list[str]:
+        """The exchanges and all captions with one fact changed, no more than `most`: the first values of every fact first."""
+        facts = self._grammar.facts(caption)
+        others = [
+            [value for value in dict.fromkeys(self._values.get(fact[:2], ())) if value not in _stated(facts, place)]
+            for place, fact in enumerate(facts)
+        ]
+        found = [self._exchanged(facts, *places) for places in self._exchanges(facts)]
+        for number in range(max((len(values) for values in others), default=0)):
+            found += [
+                self._changed(facts, place, values[number])
+                for place, values in enumerate(others)
+                if number < len(values)
+            ]
+        return found[:most]
+
+    def _exchanges(self, facts: Sequence[Fact]) -> Iterator[tuple[int, int]]:
+        colours = [place for place, fact in enumerate(facts) if self._grammar.is_colour(fact.attribute)]
+        for number, one in enumerate(colours):
+            for other in colours[number + 1 :]:
+                if facts[one].subject == facts[other].subject and facts[one].value != facts[other].value:
+                    yield one, other
+
+    def _exchanged(self, facts: Sequence[Fact], one: int, other: int) -> str:
+        values = {one: facts[other].value, other: facts[one].value}
+        changed = [fact._replace(value=values.get(place, fact.value)) for place, fact in enumerate(facts)]
+        return self._grammar.write(changed)
+
+    def _changed(self, facts: Sequence[Fact], place: int, value: str) -> str:
+        return self._grammar.write([*facts[:place], facts[place]._replace(value=value), *facts[place + 1 :]])
+
+
+def wrong_captions(captions: Sequence[str]) -> WrongCaptions | None:
+    """Wrong versions of a split's captions; None where these follow no grammar, or no fact has a second value."""
+    grammar = grammar_of(captions)
+    if grammar is None:
+        return None
+    values: dict[tuple[str, str], list[str]] = {}
+    for fact in _facts(grammar, captions):
+        values.setdefault(fact[:2], []).append(fact.value)
+    can_differ = any(len(set(one)) > 1 for one in values.values())
+    return WrongCaptions(grammar, values) if can_differ else None
+
+
+def wrong_captions_of_model(examples: Sequence[str], attributes: KnownAttributes) -> WrongCaptions | None:
+    """Wrong versions of the captions that a model knows how to read; None where these follow no grammar.
+
+    Args:
+        examples, attributes: of its caption guide.
+    """
+    grammar = grammar_of(examples)
+    if grammar is None:
+        return None
+    values = {(subject, name): own for subject, known in attributes.items() for name, own in known.items()}
+    return WrongCaptions(grammar, values)
+
+
+def _facts(grammar: CaptionGrammar, captions: Iterable[str]) -> Iterator[Fact]:
+    for caption in captions:
+        yield from grammar.facts(caption)
+
+
+def _stated(facts: Sequence[Fact], place: int) -> set[str]:
+    """The values of a fact's attribute: it may be stated more than once (two materials), and none of these is wrong."""
+    return {fact.value for fact in facts if fact[:2] == facts[place][:2]}

@@ -1,0 +1,57 @@
+"""Wrong captions are wrong in one fact, and nothing that their image shows is taken for wrong."""
+
+import numpy as np
+import pytest
+
+from engine.data.wrong_captions import WrongCaptions, wrong_captions, wrong_captions_of_model
+
+GREY, BLACK = "상의에서 색상은 그레이이다.", "상의에서 색상은 블랙이다."
+WHITE_TOO = "상의에서 서브색상은 화이트이다."
+EXCHANGED = "상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다."
+SHIRT, HOODIE = "상의에서 카테고리는 셔츠이다.", "상의에서 카테고리는 후드티이다."
+TROUSERS = "하의에서 카테고리는 팬츠이다."
+
+
+def _versions(wrong: WrongCaptions, caption: str, count: int = 200) -> list[str | None]:
+    return [wrong.sample(caption, np.random.default_rng([5, number])) for number in range(count)]
+
+
+def test_one_fact_is_another_s_or_two_colours_change_places() -> None:
+    wrong = wrong_captions([f"{GREY} {WHITE_TOO} {SHIRT}", f"{BLACK} {HOODIE}", TROUSERS])
+    assert wrong is not None
+    found = _versions(wrong, f"{GREY} {WHITE_TOO} {SHIRT}")
+    expected = [f"{EXCHANGED} {SHIRT}", f"{BLACK} {WHITE_TOO} {SHIRT}", f"{GREY} {WHITE_TOO} {HOODIE}"]
+    assert set(found) == set(expected)  # never the second colour alone: all captions that state one state white
+    assert min(found.count(version) for version in expected) > 200 / 3 * 0.7
+    assert wrong.all_of(f"{GREY} {WHITE_TOO} {SHIRT}", most=9) == expected
+
+
+def test_values_are_drawn_as_often_as_captions_state_them() -> None:
+    wrong = wrong_captions([*[GREY] * 30, *[BLACK] * 60, *["상의에서 색상은 와인이다."] * 10])
+    assert wrong is not None
+    found = _versions(wrong, GREY, 700)
+    assert set(found) == {BLACK, "상의에서 색상은 와인이다."}
+    assert found.count(BLACK) / 700 == pytest.approx(6 / 7, abs=0.05)
+
+
+def test_a_model_s_values_come_in_their_order_the_first_of_each_fact_first() -> None:
+    known = {"상의": {"색상": ["그레이", "블랙", "레드"], "카테고리": ["후드티", "셔츠", "탑"]}}
+    wrong = wrong_captions_of_model([GREY], known)
+    assert wrong is not None
+    found = wrong.all_of(f"{GREY} {SHIRT}", most=3)
+    assert found == [f"{BLACK} {SHIRT}", f"{GREY} {HOODIE}", f"상의에서 색상은 레드이다. {SHIRT}"]
+    assert wrong.all_of(f"{GREY} {SHIRT}", most=99) == [*found, f"{GREY} 상의에서 카테고리는 탑이다."]
+    assert wrong_captions_of_model(["A red coat."], {}) is None
+
+
+def test_what_the_grammar_or_the_values_do_not_know_stays() -> None:
+    wrong = wrong_captions([GREY, BLACK])
+    assert wrong is not None
+    assert _versions(wrong, "아름다운 옷", 3) == [None, None, None]
+    assert _versions(wrong, SHIRT, 3) == [None, None, None]  # an attribute that no caption of the split states
+    assert wrong.all_of("아름다운 옷", most=9) == wrong.all_of(SHIRT, most=9) == []
+
+
+@pytest.mark.parametrize("captions", [("A red coat.", "A blue coat."), (GREY, GREY)])
+def test_captions_without_anything_to_change_have_none(captions: tuple[str, ...]) -> None:
+    assert wrong_captions(captions) is None
