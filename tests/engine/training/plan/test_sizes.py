@@ -32,6 +32,12 @@ def test_the_clothing_set_gets_about_the_sizes_that_were_tried_on_it() -> None:
     assert sizes.flip
 
 
+def test_captions_that_state_facts_are_learnt_beside_wrong_ones() -> None:
+    plain, facts = choose_sizes(DATA, CPU), choose_sizes(replace(DATA, states_facts=True), CPU)
+    assert (plain.hard_negative_captions, facts.hard_negative_captions) == (0, 2)
+    assert "no facts" in plain.reasons["hard negatives"][1]
+
+
 @pytest.mark.parametrize(
     ("train", "machine", "image_size", "grid"),
     [(40, CPU, 64, 8), (10**6, CPU, 64, 8), (300, GPU, 128, 16), (5000, GPU, 256, 16)]
