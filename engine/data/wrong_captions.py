@@ -41,7 +41,7 @@ class WrongCaptions:
                 return self._exchanged(facts, *places)
             values = self._values.get(facts[places[0]][:2], ())
             for _ in range(_DRAWS if values else 0):
-                value = values[generator.integers(len(values))]
+                value = values[int(generator.integers(len(values)))]
                 if value not in _stated(facts, places[0]):
                     return self._changed(facts, places[0], value)
         return None

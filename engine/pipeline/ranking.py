@@ -26,7 +26,9 @@ from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
 
 _IMAGES_AT_ONCE = 16
-MOST_WRONG_CAPTIONS = 64  # each goes through the text encoder once: 0.4 ms with the shipped model's, 20 ms with RoBERTa-base
+MOST_WRONG_CAPTIONS = (
+    64  # each goes through the text encoder once: 0.4 ms with the shipped model's, 20 ms with RoBERTa-base
+)
 
 
 class Scores(NamedTuple):

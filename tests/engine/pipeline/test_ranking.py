@@ -1,6 +1,7 @@
 """Candidates are ranked by the score, or by how much better their caption fits than captions that are wrong in one fact."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from engine.models.koclip import KoClip
 from engine.pipeline.ranking import MOST_WRONG_CAPTIONS, CandidateScorer
 from tests.engine.models.test_koclip import TINY
 
-GREY, WHITE_TOO, SHIRT = "상의에서 색상은 그레이이다.", "상의에서 서브색상은 화이트이다.", "상의에서 카테고리는 셔츠이다."
+GREY, WHITE_TOO, SHIRT = (
+    "상의에서 색상은 그레이이다.",
+    "상의에서 서브색상은 화이트이다.",
+    "상의에서 카테고리는 셔츠이다.",
+)
 CAPTION = f"{GREY} {WHITE_TOO} {SHIRT}"
 GUIDE = CaptionGuide(
     examples=(CAPTION,),
@@ -37,7 +42,9 @@ def tokenizer() -> CaptionTokenizer:
     return train_tokenizer([CAPTION, *WRONG], vocab_size=60)
 
 
-def _scorer(tokenizer: CaptionTokenizer, *, ranking: str, guide: CaptionGuide = GUIDE) -> tuple[CandidateScorer, KoClip]:
+def _scorer(
+    tokenizer: CaptionTokenizer, *, ranking: str, guide: CaptionGuide = GUIDE
+) -> tuple[CandidateScorer, KoClip]:
     torch.manual_seed(0)
     sizes = {"ranking": ranking, "text_vocab_size": 64, "text_seq_len": 24, "text_position_rows": 26}
     koclip = KoClip(KoclipConfig(**(TINY.model_dump() | sizes))).eval()
@@ -90,7 +97,12 @@ def test_wrong_captions_are_bounded(tokenizer: CaptionTokenizer, monkeypatch: py
     scorer, _ = _scorer(tokenizer, ranking="contrast", guide=guide)
     seen: list[int] = []
     embed = scorer._embed_captions
-    monkeypatch.setattr(scorer, "_embed_captions", lambda captions: seen.append(len(captions)) or embed(captions))
+
+    def counted(captions: Sequence[str]) -> torch.Tensor:
+        seen.append(len(captions))
+        return embed(captions)
+
+    monkeypatch.setattr(scorer, "_embed_captions", counted)
     scorer(f"{GREY} {SHIRT}", _images(1))
     assert seen == [1, MOST_WRONG_CAPTIONS]
 
