@@ -26,10 +26,11 @@ from engine.errors import InputError
 from engine.facts import facts
 from engine.files import write_json
 from engine.metrics.agreement import ImageReader, colour_names
-from engine.metrics.generations import score_generations
+from engine.metrics.generations import GenerationCounts, score_generations
 from engine.metrics.independent_classifier import load_classifier
 from engine.metrics.lite0_features import Lite0Encoder
 from engine.metrics.parts import EvaluationRun
+from engine.metrics.readings import CandidateReader
 from engine.pipeline.pipeline import Pipeline
 
 _SEED = 11  # not that of the stored evaluation
@@ -74,7 +75,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ways = {"whole": chosen_pairs, "partial": with_partial_held_out(chosen_pairs, _SEED)}
     pipeline = Pipeline.from_pretrained(arguments.model, device=device, dtype=torch.float32)
     colours = colour_names(pairs, pipeline.vqgan.config.image_size)
-    reader = ImageReader(colours, load_classifier(folder).for_classes(classes, folder=folder), classes)
+    images = ImageReader(colours, load_classifier(folder).for_classes(classes, folder=folder), classes)
+    reader = CandidateReader(run, images, encoder)
+    counts = GenerationCounts(captions=arguments.captions, candidates=arguments.candidates)
     chosen = pipeline.default_sampling_params
     rows = []
     for temperature, guidance in itertools.product(arguments.temperature, arguments.guidance):
@@ -82,10 +85,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         row: dict[str, Any] = {"temperature": temperature, "guidance_scale": guidance}
         for way, some in ways.items():
             sheet = arguments.sheets and arguments.sheets / f"{way}-t{temperature:g}-g{guidance:g}.png"
-            found = score_generations(
-                run, pipeline, some, reader, encoder,
-                count=arguments.captions, candidates=arguments.candidates, sheets=sheet,
-            )  # fmt: skip
+            found = score_generations(run, pipeline, some, reader, counts, sheets=sheet).report
             row[way] = _row(found)
         rows.append(row)
         print(f"temperature {temperature:g}, guidance {guidance:g}: {row['whole']} {row['partial']}", file=sys.stderr)

@@ -17,7 +17,9 @@ from engine.data.caption_classes import CaptionClasses, commonest_share
 from engine.data.formats import colour_attribute_of
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.metrics.colour import ColourReader, fit_colour_reader
-from engine.metrics.independent_classifier import IndependentClassifier
+from engine.metrics.independent_classifier import LEAST_ACCURACY, IndependentClassifier, agreement
+from engine.metrics.lite0_features import Lite0Encoder
+from engine.metrics.parts import EvaluationRun
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,26 @@ class ImageReader:
             if self.names is not None:
                 found["colour_and_class_agreement"] = _shares(real, generated, lambda right: right.both)
         return found
+
+
+def classifier_trust(
+    run: EvaluationRun,
+    encoder: Lite0Encoder,
+    classifier: IndependentClassifier,
+    classes: CaptionClasses,
+    held: Sequence[Pair],
+    image_size: int,
+) -> dict[str, Any]:
+    """How often the classifier is right about held-out photographs at the model's size; `left_out` says when its word is
+    worth nothing."""
+    known = [(pair, number) for pair in held if (number := classes.of(pair)) is not None]
+    if not known:
+        return {"images": 0, "usable": False, "left_out": "no held-out photograph has a class of the training captions"}
+    images = run.images([pair for pair, _ in known], image_size, "independent classifier")
+    found = agreement(classifier.classify(encoder.encode(images)), [number for _, number in known])
+    if not found["usable"]:
+        found["left_out"] = f"fewer than {LEAST_ACCURACY:.0%} of held-out photographs named rightly: worth nothing"
+    return found
 
 
 def _shares(

@@ -2,59 +2,63 @@
 
 Every part of the folder is measured, on the validation split:
 
-    vqgan         reconstruction error, use of the codebook                        all pairs
-    transformer   loss of text and image tokens, top-1 accuracy of image tokens    all pairs
-    koclip        loss, recall@1/5 of the right caption among 100                  all pairs
-    all           generations of held-out captions: KoCLIP score, colours,         `generations` captions x `candidates`
-                  caption classes
-                  their FID, KID, nearest training photographs                     `distance_images` generations
+    reconstruction  vqgan         reconstruction error, use of the codebook                  all pairs
+    likelihood      transformer   loss of text and image tokens, top-1 accuracy of these     all pairs
+    retrieval       koclip        loss, recall@1/5 of the right caption among 100            all pairs
+    generations     all           generations of held-out captions: KoCLIP and CLIP score,   `generations` captions
+                                  colours, caption classes                                   x `candidates`
+    distances       vqgan         FID of reconstructions                                     `distance_images` photographs
+                    all           FID, KID, precision and recall, Inception Score of         `distance_images` generations
+                                  generations; their nearest training photographs
+    best-of-n       all           what ranking 1, 2, 4, ... `best_of` candidates is worth    `best_of_captions` captions
 
 Equal arguments give equal reports on one machine; only `seconds` differs.
-
-B images, T text positions, E embedding width.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from engine.data.caption_classes import CaptionClasses, find_caption_classes
-from engine.data.pairs import Pair, Pairs, load_pairs
+from engine.data.caption_classes import find_caption_classes
+from engine.data.pairs import Pairs, load_pairs
 from engine.data.partial_captions import with_partial_held_out
-from engine.data.tokenizer import CaptionTokenizer
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.facts import facts
 from engine.files import check_file_place, write_json
-from engine.metrics.agreement import ImageReader, colour_names
-from engine.metrics.generations import score_generations
-from engine.metrics.independent_classifier import LEAST_ACCURACY, IndependentClassifier, agreement, load_classifier
-from engine.metrics.lite0_features import Lite0Encoder
+from engine.metrics.agreement import ImageReader, classifier_trust, colour_names
+from engine.metrics.clip_score import ClipScorer
+from engine.metrics.distance_generations import DistanceGenerations, distance_report
+from engine.metrics.distances import PhotographFeatures, photograph_features, reconstruction_distances
+from engine.metrics.features import FeatureEncoder
+from engine.metrics.fid import LEAST_FOR_KID
+from engine.metrics.generations import GenerationCounts, score_generations
+from engine.metrics.independent_classifier import load_classifier
+from engine.metrics.likelihood import likelihood
+from engine.metrics.lite0_features import Lite0Encoder, Lite0HeadEncoder
 from engine.metrics.oracle import Oracle
 from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, load_parts
+from engine.metrics.readings import CandidateReader
 from engine.metrics.reconstruction import reconstruction_error
-from engine.metrics.retrieval import num_distinct, recall_at
+from engine.metrics.retrieval import retrieval
 from engine.models.folder import has_part, weights_digest
-from engine.models.image_codec import ImageCodec
-from engine.models.ranker import Ranker
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import PhaseBars, seconds_text
 
-RECALL_AMONG = 100
-RECALL_RANKS = (1, 5)
-_RECALL_ROUNDS = 20  # of 100 captions, when there are more: the standard error of one is up to 5 points
+MetricName = Literal["reconstruction", "likelihood", "retrieval", "generations", "distances", "best-of-n"]
+METRICS: tuple[MetricName, ...] = get_args(MetricName)
 _TABLE_SECTIONS = ("pairs", "reconstruction", "kodalle", "koclip", "independent_classifier", "generations")
-_LOSS_BATCH = 64  # KoCLIP's loss depends on how many captions compete
 
 
 def evaluate(
     model_folder: Path,
     pairs_folder: Path,
     *,
+    metrics: Sequence[MetricName] | None = None,
     generations: int = 40,
     candidates: int = 16,
     seed: int = 7,
@@ -63,6 +67,10 @@ def evaluate(
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
     distance_images: int = 0,
+    feature_encoder: FeatureEncoder | None = None,
+    clip: ClipScorer | None = None,
+    best_of: int = 0,
+    best_of_captions: int = 12,
     oracle: Oracle | None = None,
     sheets: Path | None = None,
     on_progress: OnPhaseProgress | None = None,
@@ -70,6 +78,7 @@ def evaluate(
     """Measures every part of a model folder on the validation split.
 
     Args:
+        metrics: what is measured; None: everything that the options below ask for and the folder has.
         generations: number of held-out captions to generate images for, if the folder has a transformer; all distinct ones
             when there are fewer.
         candidates: images for each caption.
@@ -79,7 +88,11 @@ def evaluate(
         independent_classifier: folder of `kodalle train-classifier`. Left out of what generations are measured by when
             it names fewer than LEAST_ACCURACY of the held-out photographs rightly.
         partial_captions: use captions with sentences left out, as people write them.
-        distance_images: generations of whole captions for FID, KID and nearest training photographs; 0: none.
+        distance_images: generations of whole captions for distances between sets; 0: none.
+        feature_encoder: of the network that distances are measured in, on `device`; None: EfficientNet-Lite0.
+        clip: scores generations, too; on `device`.
+        best_of: candidates for the curves of best-of-N; 0: none.
+        best_of_captions: captions that they are averaged over.
         oracle: reads from pixels whether a generation is right.
         sheets: where PNGs of top-ranked images go, see engine.metrics.sheets.
         on_progress: called with (phase, done, total).
@@ -91,19 +104,15 @@ def evaluate(
         InputError: no validation split, a model without parts, a part that cannot be read, options out of range or that
             exclude each other, an independent classifier of other classes.
     """
-    for option, value, least in (
-        ("--generations", generations, 0),
-        ("--candidates", candidates, 1),
-        ("--seed", seed, 0),
-        ("--distance-images", distance_images, 0),
-    ):
-        if value < least:
-            raise InputError(option, value, f"give {least} or more")
-    if distance_images and not generations:
-        raise InputError(
-            "--distance-images", distance_images, "are some of the generations: leave --generations above 0"
-        )
-    if partial_captions and distance_images:
+    asked = _asked(metrics, generations=generations, distance_images=distance_images, best_of=best_of)
+    counts = GenerationCounts(
+        captions=generations if "generations" in asked else 0, candidates=candidates,
+        best_of=best_of if "best-of-n" in asked else 0, best_of_captions=best_of_captions,
+    )  # fmt: skip
+    _check_numbers(counts, seed=seed, distance_images=distance_images)
+    if clip is not None and not asked & {"generations", "best-of-n"}:
+        raise InputError("--clip", clip.name, "scores generations: leave them in --metrics, and above 0")
+    if partial_captions and "distances" in asked:
         raise InputError("--distance-images", distance_images, "is for whole captions: leave --partial-captions out")
     started = time.perf_counter()
     pairs = load_pairs(pairs_folder)
@@ -111,6 +120,8 @@ def evaluate(
         raise InputError("pairs", pairs_folder, _without_held_out(pairs, pairs_folder))
     fit_to_machine()
     parts = load_parts(model_folder, pick_device(device))
+    if parts.pipeline is not None and parts.koclip is None and counts.best_of:
+        raise InputError("--best-of", best_of, "needs a ranker, and the model folder has no koclip: leave it out")
     classes = None if independent_classifier is None else find_caption_classes(pairs)
     classifier = None
     if independent_classifier is not None:
@@ -118,39 +129,157 @@ def evaluate(
             remedy = "has nothing to tell apart: these pairs' training captions state fewer than two classes"
             raise InputError("--independent-classifier", independent_classifier, remedy)
         classifier = load_classifier(independent_classifier).for_classes(classes, folder=independent_classifier)
-    encoder = Lite0Encoder(parts.device) if classifier is not None or distance_images else None
+    encoder = Lite0Encoder(parts.device) if classifier is not None else None
     run = EvaluationRun(parts.device, seed, batch_size, on_progress or (lambda *_: None))
     report: dict[str, Any] = _describe(model_folder, parts, pairs_folder, pairs)
-    seconds = {"loading": time.perf_counter() - started}
-
-    def phase(name: str, work: Callable[[], dict[str, Any]]) -> None:
-        phase_started = time.perf_counter()
-        report[name] = work()
-        seconds[name] = time.perf_counter() - phase_started
+    timer = _Timer(report, {"loading": time.perf_counter() - started})
 
     held, vqgan, koclip = pairs.validation, parts.vqgan, parts.koclip
     pipeline, tokenizer = parts.pipeline, parts.tokenizer
-    if vqgan is not None:
-        phase("reconstruction", lambda: _reconstruction(run, vqgan, held))
-    if pipeline is not None:
-        phase("kodalle", lambda: _likelihood(run, pipeline, held))
-    if koclip is not None and tokenizer is not None:
-        phase("koclip", lambda: _retrieval(run, koclip, tokenizer, held))
-    if pipeline is not None and generations:
+    if vqgan is not None and "reconstruction" in asked:
+        batches = run.images(held, vqgan.config.image_size, "reconstruction")
+        timer.phase("reconstruction", lambda: reconstruction_error(vqgan, batches))
+    distances = None
+    if vqgan is not None and "distances" in asked:
+        feature_encoder = feature_encoder or Lite0HeadEncoder(parts.device)
+        distances = _Distances(run, parts, pairs, feature_encoder, distance_images)
+        timer.phase("reconstruction", distances.of_reconstructions)
+    if pipeline is not None and "likelihood" in asked:
+        timer.phase("kodalle", lambda: likelihood(run, pipeline, held))
+    if koclip is not None and tokenizer is not None and "retrieval" in asked:
+        timer.phase("koclip", lambda: retrieval(run, koclip, tokenizer, held))
+    if pipeline is not None and asked & {"generations", "distances", "best-of-n"}:
         if classifier is not None and classes is not None and encoder is not None:
             size = pipeline.vqgan.config.image_size
-            phase("independent_classifier", lambda: _trust(run, encoder, classifier, classes, held, size))
+            timer.phase(
+                "independent_classifier", lambda: classifier_trust(run, encoder, classifier, classes, held, size)
+            )
         usable = report.get("independent_classifier", {}).get("usable", False)
-        held_out = with_partial_held_out(pairs, seed) if partial_captions else pairs
         colours = colour_names(pairs, pipeline.vqgan.config.image_size)
-        reader = ImageReader(colours, classifier if usable else None, classes)
-        phase("generations", lambda: {"partial_captions": partial_captions} | score_generations(
-            run, pipeline, held_out, reader, encoder,
-            count=generations, candidates=candidates, distance_images=distance_images, oracle=oracle, sheets=sheets,
-        ))  # fmt: skip
-    seconds["total"] = time.perf_counter() - started
-    report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-    return report
+        images = ImageReader(colours, classifier if usable else None, classes)
+        reader = CandidateReader(run, images, encoder if usable else None, oracle, clip)
+        held_out = with_partial_held_out(pairs, seed) if partial_captions else pairs
+        timer.phase(
+            "generations",
+            lambda: (
+                {"partial_captions": partial_captions}
+                | _generations(run, pipeline, held_out, reader, counts, distances, sheets)
+            ),
+        )
+    seconds = timer.seconds | {"total": time.perf_counter() - started}
+    return report | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
+
+
+@dataclass(frozen=True)
+class _Timer:
+    """Sections of a report and the seconds that each took; a section may be made in several phases."""
+
+    report: dict[str, Any]
+    seconds: dict[str, float]
+
+    def phase(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        started = time.perf_counter()
+        self.report[name] = self.report.get(name, {}) | work()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class _Distances:
+    """Distances between sets: first of what the codec reconstructs, then of what the transformer generates."""
+
+    run: EvaluationRun
+    parts: Parts
+    pairs: Pairs
+    encoder: FeatureEncoder
+    num_images: int
+    photographs: PhotographFeatures | None = None
+
+    def of_reconstructions(self) -> dict[str, Any]:
+        """features: the network; distances: see `reconstruction_distances`, or `left_out` says why not."""
+        vqgan, pipeline, network = self.parts.vqgan, self.parts.pipeline, self.encoder.network
+        assert vqgan is not None
+        found = {"features": {"name": network.name, "title": network.title, "weights": network.weights}}
+        if self.left_out:
+            return found | {"distances": {"left_out": self.left_out}}
+        decode = vqgan.decode if pipeline is None else pipeline.decode_images
+        self.photographs = photograph_features(
+            self.run, vqgan, decode, self.encoder, self.pairs, num_reconstructed=self.num_images
+        )
+        return found | {"distances": reconstruction_distances(self.photographs, seed=self.run.seed)}
+
+    @property
+    def left_out(self) -> str:
+        """Why there are none; empty where there are enough images."""
+        held, train = len(self.pairs.validation), len(self.pairs.train)
+        if min(self.num_images, held, train) >= LEAST_FOR_KID:
+            return ""
+        shown = f"{self.num_images} generations, {held} held-out, {train} training photographs"
+        return f"{shown}: {LEAST_FOR_KID} of each are needed"
+
+    def generations(self) -> DistanceGenerations | None:
+        """An empty set; None where there are too few images."""
+        if self.photographs is None:
+            return None
+        return DistanceGenerations.of(self.run, self.encoder, self.pairs.validation, self.num_images)
+
+
+def _generations(
+    run: EvaluationRun,
+    pipeline: Pipeline,
+    held_out: Pairs,
+    reader: CandidateReader,
+    counts: GenerationCounts,
+    distances: _Distances | None,
+    sheets: Path | None,
+) -> dict[str, Any]:
+    kept = distances.generations() if distances is not None else None
+    found = score_generations(run, pipeline, held_out, reader, counts, distances=kept, sheets=sheets)
+    if distances is None:
+        return found.report
+    if kept is None or distances.photographs is None:
+        return found.report | {"distances": {"left_out": distances.left_out}}
+    return found.report | distance_report(
+        kept, pipeline, distances.pairs, distances.photographs, shown=found.shown, sheets=sheets
+    )
+
+
+def _check_numbers(counts: GenerationCounts, *, seed: int, distance_images: int) -> None:
+    for option, value, least in (
+        ("--generations", counts.captions, 0),
+        ("--candidates", counts.candidates, 1),
+        ("--seed", seed, 0),
+        ("--distance-images", distance_images, 0),
+        ("--best-of", counts.best_of, 0),
+        ("--best-of-captions", counts.best_of_captions, 1),
+    ):
+        if value < least:
+            raise InputError(option, value, f"give {least} or more")
+
+
+def _asked(
+    metrics: Sequence[MetricName] | None, *, generations: int, distance_images: int, best_of: int
+) -> set[MetricName]:
+    """What is to be measured.
+
+    Raises:
+        InputError: a metric that is none, or one without the number of its images.
+    """
+    numbers: dict[MetricName, tuple[str, int]] = {
+        "generations": ("--generations", generations), "distances": ("--distance-images", distance_images),
+        "best-of-n": ("--best-of", best_of),
+    }  # fmt: skip
+    if metrics is None:
+        return {name for name in METRICS if name not in numbers or numbers[name][1]}
+    for name in metrics:
+        if name not in METRICS:
+            raise InputError("--metrics", name, f"is none: give some of {', '.join(METRICS)}, with commas between")
+        option, number = numbers.get(name, ("", 1))
+        if not number:
+            raise InputError("--metrics", name, f"needs {option}: the number of its images")
+    for name, (option, number) in numbers.items():
+        if number and name not in metrics and name != "generations":  # which has a default
+            raise InputError(option, number, f"is for {name}: add it to --metrics")
+    return set(metrics)
 
 
 def _without_held_out(pairs: Pairs, folder: Path) -> str:
@@ -165,6 +294,7 @@ def evaluate_to_file(
     pairs: Path,
     out: Path,
     *,
+    metrics: Sequence[MetricName] | None = None,
     generations: int = 40,
     candidates: int = 16,
     seed: int = 7,
@@ -172,6 +302,10 @@ def evaluate_to_file(
     independent_classifier: Path | None = None,
     partial_captions: bool = False,
     distance_images: int = 0,
+    feature_encoder: FeatureEncoder | None = None,
+    clip: ClipScorer | None = None,
+    best_of: int = 0,
+    best_of_captions: int = 12,
     oracle: Oracle | None = None,
 ) -> dict[str, Any]:
     """`evaluate` with progress bars; writes `out` (JSON), the sheets beside it (.png), and prints a table.
@@ -187,11 +321,13 @@ def evaluate_to_file(
     machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with PhaseBars() as bars:
         report = evaluate(
-            model, pairs, generations=generations, candidates=candidates, seed=seed, device=device,
+            model, pairs, metrics=metrics, generations=generations, candidates=candidates, seed=seed, device=device,
             independent_classifier=independent_classifier, partial_captions=partial_captions,
-            distance_images=distance_images, oracle=oracle, sheets=out.with_suffix(".png"), on_progress=bars.update,
+            distance_images=distance_images, feature_encoder=feature_encoder, clip=clip, best_of=best_of,
+            best_of_captions=best_of_captions, oracle=oracle, sheets=out.with_suffix(".png"), on_progress=bars.update,
         )  # fmt: skip
-    write_json(out, machine | report)
+    report = machine | report
+    write_json(out, report)
     print(table(report))
     print(f"{seconds_text(report['seconds']['total'])} in all; see {out}")
     return report
@@ -205,6 +341,7 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
     if parts.tokenizer is not None:
         described["tokenizer"] = parts.tokenizer.digest
     return {
+        "model_name": folder.resolve().name,
         "model": described,
         "pairs": {
             "validation": len(pairs.validation),
@@ -216,112 +353,6 @@ def _describe(folder: Path, parts: Parts, pairs_folder: Path, pairs: Pairs) -> d
         },
         "torch": torch.__version__,
         "device": parts.device.type,
-    }
-
-
-# ------------------------------------------------------------------------------------------------- parts on all pairs
-
-
-def _reconstruction(run: EvaluationRun, vqgan: ImageCodec, held: Sequence[Pair]) -> dict[str, Any]:
-    return reconstruction_error(vqgan, run.images(held, vqgan.config.image_size, "reconstruction"))
-
-
-def _trust(
-    run: EvaluationRun,
-    encoder: Lite0Encoder,
-    classifier: IndependentClassifier,
-    classes: CaptionClasses,
-    held: Sequence[Pair],
-    image_size: int,
-) -> dict[str, Any]:
-    """How often the classifier is right about held-out photographs at the model's size; `left_out` says when its word is
-    worth nothing."""
-    known = [(pair, number) for pair in held if (number := classes.of(pair)) is not None]
-    if not known:
-        return {"images": 0, "usable": False, "left_out": "no held-out photograph has a class of the training captions"}
-    images = run.images([pair for pair, _ in known], image_size, "independent classifier")
-    found = agreement(classifier.classify(encoder.encode(images)), [number for _, number in known])
-    if not found["usable"]:
-        found["left_out"] = f"fewer than {LEAST_ACCURACY:.0%} of held-out photographs named rightly: worth nothing"
-    return found
-
-
-@torch.no_grad()
-def _likelihood(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> dict[str, Any]:
-    """Of each pair's first caption: loss_text and loss_image in nats a token, image_top1 as a share."""
-    transformer, vqgan = pipeline.transformer, pipeline.vqgan
-    captions = [pair.captions[0] for pair in held]
-    text = pipeline.tokenizer.encode(captions, transformer.config.text_seq_len)
-    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
-    start = 0
-    for images in run.images(held, vqgan.config.image_size, "kodalle"):
-        text_tokens = text.tokens[start : start + len(images)].to(run.device)  # (B, T)
-        found = transformer(text_tokens, vqgan.encode(images))
-        means = torch.stack([found.loss_text, found.loss_image, found.image_top1]).double().cpu()
-        sums += len(images) * means  # all sequences are equally long, so means of batches may be weighted
-        start += len(images)
-    loss_text, loss_image, image_top1 = (sums / len(held)).tolist()
-    return {
-        "pairs": len(held),
-        "captions_cut": sum(cut > 0 for cut in text.cut),
-        "loss_text": loss_text,
-        "loss_image": loss_image,
-        "image_top1": image_top1,
-    }
-
-
-@torch.no_grad()
-def _retrieval(run: EvaluationRun, koclip: Ranker, tokenizer: CaptionTokenizer, held: Sequence[Pair]) -> dict[str, Any]:
-    """KoCLIP's loss over batches of `loss_batch`, and recall of the right caption among `recall_among`."""
-    text = tokenizer.encode([pair.captions[0] for pair in held], koclip.config.text_seq_len)
-    texts = torch.cat([koclip.embed_texts(part.to(run.device)) for part in text.tokens.split(run.batch_size)])
-    batches = run.images(held, koclip.config.image_size, "koclip")
-    images = torch.cat([koclip.embed_images(part) for part in batches])  # (B, E)
-    loss_batch = min(_LOSS_BATCH, len(held))
-    order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu")
-    groups = [group for group in order.split(loss_batch) if len(group) == loss_batch]
-    losses = [float(koclip.loss(images[group], texts[group])) for group in groups]
-    return {
-        "pairs": len(held),
-        "captions_cut": sum(cut > 0 for cut in text.cut),
-        "loss": sum(losses) / len(losses),
-        "loss_batch": loss_batch,
-    } | mean_recall(koclip, images.cpu(), texts.cpu(), text.tokens, run.generator())
-
-
-def mean_recall(
-    koclip: Ranker, images: Tensor, texts: Tensor, tokens: Tensor, generator: torch.Generator
-) -> dict[str, Any]:
-    """Mean recall over rounds; each takes (up to) 100 distinct captions and one image of each, at random.
-
-    Args:
-        images: (B, E).
-        texts: (B, E).
-        tokens: (B, T), which captions are distinct.
-
-    Returns:
-        recall_at_1, recall_at_5; recall_among: captions in a round; recall_rounds.
-    """
-    distinct = num_distinct(tokens)
-    among = min(RECALL_AMONG, distinct)
-    rounds = (
-        1 if distinct == len(tokens) <= RECALL_AMONG else _RECALL_ROUNDS
-    )  # without a choice all rounds are the same
-    sums = dict.fromkeys(RECALL_RANKS, 0.0)
-    for _ in range(rounds):
-        order = torch.randperm(len(tokens), generator=generator, dtype=torch.int64, device="cpu")
-        # recall_at takes the first `among` distinct captions, so only those rows are scored.
-        _, label = torch.unique(tokens[order], dim=0, return_inverse=True)
-        first: dict[int, int] = {}
-        for row, value in zip(order.tolist(), label.tolist(), strict=True):
-            first.setdefault(value, row)
-        rows = torch.tensor(list(first.values())[:among], dtype=torch.int64, device="cpu")
-        scores = koclip.scores(images[rows], texts[rows]).T  # image i against caption j
-        for rank, share in recall_at(scores, tokens[rows], among=among, ranks=RECALL_RANKS).items():
-            sums[rank] += share / rounds
-    return {f"recall_at_{rank}": share for rank, share in sums.items()} | {
-        "recall_among": among,
-        "recall_rounds": rounds,
     }
 
 

@@ -1,36 +1,62 @@
-"""Generations of held-out captions, scored: KoCLIP score, colours, caption classes, distances from photographs.
+"""Generations of held-out captions, scored: KoCLIP and CLIP score, colours, caption classes, what ranking is worth, distances.
 
 The captions are chosen by the seed, never by hand, and the top-ranked image of each goes on the sheets as it is. `random` is
 the mean over all candidates, the expectation of one. Every number about generations stands beside the same number of real
-images, or beside what a constant answer gets.
+images, or beside what a constant answer gets. Each image is generated once: what is read, ranked and compared is the same one.
 
-G captions, n candidates of each, S pixels, H features.
+G captions, n candidates of each, S pixels.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from engine.data.pairs import Pair, Pairs, load_image
-from engine.metrics.agreement import ImageReader, Right
-from engine.metrics.distances import nearest_report, photograph_features, set_distances
-from engine.metrics.fid import LEAST_FOR_KID
-from engine.metrics.lite0_features import NUM_FEATURES, Lite0Encoder, head_mean
-from engine.metrics.oracle import Oracle, shares_right
-from engine.metrics.oracle import Right as OracleRight
+from engine.metrics.agreement import Right
+from engine.metrics.best_of_n import BestOfCurves, best_of_numbers
+from engine.metrics.clip_score import clip_report
+from engine.metrics.distance_generations import DistanceGenerations
+from engine.metrics.oracle import shares_right
 from engine.metrics.parts import EvaluationRun
-from engine.metrics.sheets import SHEET_IMAGES, Shown, write_nearest_sheet, write_sheets
+from engine.metrics.readings import CandidateReader, Readings
+from engine.metrics.sheets import (
+    BEST_OF_ROWS,
+    SHEET_IMAGES,
+    BestOfRow,
+    Shown,
+    write_best_of_sheet,
+    write_sheets,
+)
 from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
 
 _BATCH_SEQUENCES = 64  # candidates decoded together: bounds the memory of their KV cache
+
+
+@dataclass(frozen=True)
+class GenerationCounts:
+    """How much is generated.
+
+    Attributes:
+        captions: distinct held-out captions that are scored; 0: none.
+        candidates: images of each.
+        best_of: candidates of each of the first `best_of_captions` captions, for the curves of best-of-N; 0: no curves.
+    """
+
+    captions: int
+    candidates: int
+    best_of: int = 0
+    best_of_captions: int = 0
+
+    def of(self, place: int) -> int:
+        """Candidates of the caption at a place."""
+        own = self.candidates if place < self.captions else 0
+        return max(own, self.best_of if place < self.best_of_captions else 0)
 
 
 @dataclass
@@ -42,12 +68,10 @@ class _Tally:
     top_scores: list[float] = field(default_factory=list)
     all_scores: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
-    right: list[list[Right]] = field(default_factory=list)  # for each caption, of its candidates, best first
-    oracle_right: list[list[OracleRight]] = field(default_factory=list)  # the same, by the oracle
-    top_features: list[Tensor] = field(default_factory=list)  # (H,)
-    features: dict[str, Tensor] = field(default_factory=dict)  # caption -> (n, 1280), in the order of candidates
+    readings: list[Readings] = field(default_factory=list)  # for each caption, of its candidates, best first
+    captions_cut: int = 0
 
-    def add(self, pair: Pair, generation: Generation) -> None:
+    def add(self, pair: Pair, generation: Generation, readings: Readings) -> None:
         top = generation.candidates[0]
         made = {"caption": generation.caption, "seed": top.seed, "candidate": top.candidate, "score": top.score}
         self.listed.append(made | {"key": pair.key})
@@ -56,82 +80,125 @@ class _Tally:
         scores = [one.score for one in generation.candidates if one.score is not None]
         self.top_scores += scores[:1]
         self.all_scores += scores
+        self.readings.append(readings)
+        self.captions_cut += generation.tokens_cut > 0
+        if len(generation.candidates) > 1:
+            pixels = [np.asarray(one.image) for one in generation.candidates]
+            self.differences.append(float(np.std(pixels, axis=0, ddof=1).mean() / 255))
+
+
+@dataclass(frozen=True)
+class ScoredGenerations:
+    """The report, and the images that the sheets show."""
+
+    report: dict[str, Any]
+    shown: list[Shown]
 
 
 def score_generations(
     run: EvaluationRun,
     pipeline: Pipeline,
     pairs: Pairs,
-    reader: ImageReader,
-    encoder: Lite0Encoder | None,
+    reader: CandidateReader,
+    counts: GenerationCounts,
     *,
-    count: int,
-    candidates: int,
-    distance_images: int = 0,
-    oracle: Oracle | None = None,
+    distances: DistanceGenerations | None = None,
     sheets: Path | None = None,
-) -> dict[str, Any]:
-    """Generates images for `count` distinct held-out captions, for all when there are fewer.
+) -> ScoredGenerations:
+    """Generates images for distinct held-out captions, for all when there are fewer than `counts` says.
 
     Args:
-        reader: of colours and classes.
-        encoder: for the reader's classifier and for distances; may be None without both.
-        distance_images: generations whose distances from photographs are measured, for the held-out captions as often as
-            they occur; 0: none.
-        oracle: reads from pixels whether an image is right.
+        distances: takes the candidates that distances need.
         sheets: where PNGs of top-ranked images go, see engine.metrics.sheets.
 
-    Returns:
+    Returns, where captions are scored:
         captions, candidates, seed, captions_cut (captions too long for the model, their ends cut), sampling_params (the
         model's own);
         difference: how much the candidates of a caption differ: the standard deviation of a pixel over them, of
             [0, 1], averaged; None for one candidate;
         koclip_score: when the model has a KoCLIP, see `_scores`;
+        clip_score: with a CLIP, see `clip_report`;
         colour_agreement, class_agreement, colour_and_class_agreement: see `ImageReader.report`;
         oracle: with one, see `shares_right`;
-        distances, nearest: with `distance_images`, see engine.metrics.distances;
         sheets: with `sheets`, their file names;
         top_ranked: caption, held-out pair, seed, candidate and score of each top-ranked image, the sheets' first.
+    And with `counts.best_of`, best_of_n: see `BestOfCurves.report`, and its sheet's name.
     """
-    chosen = _chosen(pairs.validation, count, run.generator())
-    tally, captions_at_once = _Tally(), max(1, _BATCH_SEQUENCES // candidates)
-    captions_cut = 0
+    captions = max(counts.captions, counts.best_of_captions if counts.best_of else 0)
+    chosen = _chosen(pairs.validation, captions, run.generator())
+    tally, curves, rows = _Tally(), BestOfCurves(counts.best_of), list[BestOfRow]()
     run.on_progress("generating", 0, len(chosen))
-    for start in range(0, len(chosen), captions_at_once):
-        part = chosen[start : start + captions_at_once]
-        for pair, generation in zip(
-            part, pipeline([pair.captions[0] for pair in part], candidates=candidates, seed=run.seed), strict=True
-        ):
-            tally.add(pair, generation)
-            if oracle is not None:
-                tally.oracle_right.append(oracle(pair, [one.image for one in generation.candidates]))
-            captions_cut += generation.tokens_cut > 0
-            pixels = [np.asarray(one.image) for one in generation.candidates]
-            if candidates > 1:
-                tally.differences.append(float(np.std(pixels, axis=0, ddof=1).mean() / 255))
-            features = _features(run, encoder, generation)
-            tally.right.append(reader.read(pair, pixels, features))
-            tally.top_features.append(head_mean(features)[0] if len(features) else features)
-            order = [one.candidate for one in generation.candidates]
-            tally.features[generation.caption] = head_mean(features)[np.argsort(order)] if len(features) else features
+    for start, part in _parts(chosen, counts):
+        generations = pipeline([pair.captions[0] for pair in part], candidates=counts.of(start), seed=run.seed)
+        for place, (pair, generation) in enumerate(zip(part, generations, strict=True), start):
+            readings = reader.read(pair, [one.image for one in generation.candidates])
+            if distances is not None:
+                distances.add(generation)
+            if counts.best_of and place < counts.best_of_captions:
+                some, own = _first(generation, readings, counts.best_of)
+                _add_to_curves(curves, rows, pipeline, reader, pair, some, own)
+            if place < counts.captions:
+                tally.add(pair, *_first(generation, readings, counts.candidates))
         run.on_progress("generating", start + len(part), len(chosen))
+    found: dict[str, Any] = {}
+    if counts.captions:
+        found = _report(run, pipeline, pairs, reader, chosen[: counts.captions], counts, tally, sheets)
+    if counts.best_of:
+        found["best_of_n"] = curves.report()
+        if sheets is not None:
+            found["best_of_n"]["sheet"] = write_best_of_sheet(sheets, rows)
+    return ScoredGenerations(found | ({"top_ranked": tally.listed} if counts.captions else {}), tally.shown)
+
+
+def _parts(chosen: Sequence[Pair], counts: GenerationCounts) -> list[tuple[int, Sequence[Pair]]]:
+    """Captions that are decoded together, with the place of the first: they have equally many candidates."""
+    parts, start = [], 0
+    while start < len(chosen):
+        end, candidates = start + 1, counts.of(start)
+        most = start + max(1, _BATCH_SEQUENCES // candidates)
+        while end < min(most, len(chosen)) and counts.of(end) == candidates:
+            end += 1
+        parts.append((start, chosen[start:end]))
+        start = end
+    return parts
+
+
+def _first(generation: Generation, readings: Readings, count: int) -> tuple[Generation, Readings]:
+    """A generation as if only its first candidates had been made, best first as they are."""
+    places = [place for place, one in enumerate(generation.candidates) if one.candidate < count]
+    return replace(generation, candidates=tuple(generation.candidates[place] for place in places)), readings.first(
+        places
+    )
+
+
+def _report(
+    run: EvaluationRun,
+    pipeline: Pipeline,
+    pairs: Pairs,
+    reader: CandidateReader,
+    chosen: Sequence[Pair],
+    counts: GenerationCounts,
+    tally: _Tally,
+    sheets: Path | None,
+) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "captions": len(chosen), "candidates": candidates, "seed": run.seed, "captions_cut": captions_cut,
+        "captions": len(chosen), "candidates": counts.candidates, "seed": run.seed, "captions_cut": tally.captions_cut,
         "sampling_params": pipeline.default_sampling_params.generation_values(),
         "difference": sum(tally.differences) / len(tally.differences) if tally.differences else None,
     }  # fmt: skip
     if pipeline.koclip is not None:
         found["koclip_score"] = _scores(run, pipeline, chosen, tally)
-    found |= reader.report(pairs.validation, _real(run, pipeline, pairs, reader, encoder), tally.right)
-    if oracle is not None:
+    if reader.clip is not None:
+        found["clip_score"] = _clip_scores(run, pipeline, reader, chosen, tally)
+    right = [readings.right for readings in tally.readings]
+    found |= reader.colours_and_classes.report(pairs.validation, _real(run, pipeline, pairs, reader), right)
+    if reader.oracle is not None:
         size = pipeline.vqgan.config.image_size
-        real = [oracle(pair, [Image.fromarray(load_image(pair, size))])[0] for pair in chosen]
-        found["oracle"] = shares_right(tally.oracle_right, real)
+        real = [reader.oracle(pair, [Image.fromarray(load_image(pair, size))])[0] for pair in chosen]
+        found["oracle"] = shares_right([readings.oracle for readings in tally.readings], real)
     if sheets is not None:
         found["sheets"] = write_sheets(run, pipeline, pairs.validation, tally.shown, sheets, made=tally.listed)
-    if distance_images and encoder is not None:
-        found |= _distances(run, pipeline, pairs, encoder, tally, num_images=distance_images, sheets=sheets)
-    return found | {"top_ranked": tally.listed}
+    return found
 
 
 def _chosen(held: Sequence[Pair], count: int, generator: torch.Generator) -> list[Pair]:
@@ -142,25 +209,17 @@ def _chosen(held: Sequence[Pair], count: int, generator: torch.Generator) -> lis
     return list(distinct.values())[:count]
 
 
-def _features(run: EvaluationRun, encoder: Lite0Encoder | None, generation: Generation) -> Tensor:
-    """(n, H) of a caption's candidates, best first; (0, H) without an encoder."""
-    if encoder is None:
-        return torch.empty(0, NUM_FEATURES, dtype=torch.float32, device="cpu")
-    images = torch.from_numpy(np.stack([np.asarray(one.image) for one in generation.candidates]))  # (n, S, S, 3)
-    images = images.permute(0, 3, 1, 2).float() / 255
-    return encoder.encode(batch.to(run.device) for batch in images.split(run.batch_size))
-
-
-def _real(
-    run: EvaluationRun, pipeline: Pipeline, pairs: Pairs, reader: ImageReader, encoder: Lite0Encoder | None
-) -> list[Right]:
+def _real(run: EvaluationRun, pipeline: Pipeline, pairs: Pairs, reader: CandidateReader) -> list[Right]:
     """Whether each held-out photograph shows what its own caption states."""
-    size, held = pipeline.vqgan.config.image_size, pairs.validation
-    if encoder is None:
+    size, held, colours_and_classes = pipeline.vqgan.config.image_size, pairs.validation, reader.colours_and_classes
+    if reader.encoder is None:
         features = torch.empty(len(held), 0, dtype=torch.float32, device="cpu")
     else:
-        features = encoder.encode(run.images(held, size, "classes of held-out photographs"))
-    return [reader.read(pair, [load_image(pair, size)], own[None])[0] for pair, own in zip(held, features, strict=True)]
+        features = reader.encoder.encode(run.images(held, size, "classes of held-out photographs"))
+    return [
+        colours_and_classes.read(pair, [load_image(pair, size)], own[None])[0]
+        for pair, own in zip(held, features, strict=True)
+    ]
 
 
 def _scores(run: EvaluationRun, pipeline: Pipeline, chosen: Sequence[Pair], tally: _Tally) -> dict[str, Any]:
@@ -179,65 +238,50 @@ def _scores(run: EvaluationRun, pipeline: Pipeline, chosen: Sequence[Pair], tall
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- distances
-
-
-def _distances(
-    run: EvaluationRun,
-    pipeline: Pipeline,
-    pairs: Pairs,
-    encoder: Lite0Encoder,
-    tally: _Tally,
-    *,
-    num_images: int,
-    sheets: Path | None,
+def _clip_scores(
+    run: EvaluationRun, pipeline: Pipeline, reader: CandidateReader, chosen: Sequence[Pair], tally: _Tally
 ) -> dict[str, Any]:
-    if min(num_images, len(pairs.validation), len(pairs.train)) < LEAST_FOR_KID:
-        counts = f"{num_images} generations, {len(pairs.validation)} held-out, {len(pairs.train)} training photographs"
-        return {"distances": {"left_out": f"{counts}: {LEAST_FOR_KID} of each are needed"}}
-    photographs = photograph_features(run, pipeline, encoder, pairs, num_reconstructed=num_images)
-    generated = _as_often_as_held_out(run, pipeline, pairs.validation, encoder, tally, num_images)
-    shown = len(tally.shown)
-    report, numbers = nearest_report(photographs, torch.stack(tally.top_features[:shown]))
-    nearest_pairs = [pairs.train[number] for number in numbers]
-    report["photographs"] = [pair.key for pair in nearest_pairs]
-    if sheets is not None:
-        size = pipeline.vqgan.config.image_size
-        photos = [load_image(pair, size) for pair in nearest_pairs]
-        report["sheet"] = write_nearest_sheet(sheets, tally.shown, photos, report["distances"])
-    return {"distances": set_distances(photographs, generated, seed=run.seed), "nearest": report}
+    assert reader.clip is not None
+    images = torch.cat(list(run.images(chosen, pipeline.vqgan.config.image_size, "CLIP scores of real images")))
+    captions = [pair.captions[0] for pair in chosen]
+    real, other = (
+        [
+            score
+            for caption, one in zip(captions, some, strict=True)
+            for score in reader.clip_scores(caption, [one[None]])
+        ]
+        for some in (images, images.roll(1, dims=0))
+    )
+    every = [score for readings in tally.readings for score in readings.clip]
+    top = [readings.clip[0] for readings in tally.readings]
+    return clip_report(reader.clip, real, other if len(chosen) > 1 else [], top, every)
 
 
-def _as_often_as_held_out(
-    run: EvaluationRun,
+def _add_to_curves(
+    curves: BestOfCurves,
+    rows: list[BestOfRow],
     pipeline: Pipeline,
-    held: Sequence[Pair],
-    encoder: Lite0Encoder,
-    tally: _Tally,
-    num_images: int,
-) -> Tensor:
-    """Features, (num_images, 1280), of generations for the held-out captions, each as often as it occurs there.
-
-    Otherwise rare captions would count as much as common ones, and sets of perfect images would differ. A caption's first
-    candidates are those that were ranked; what it lacks is generated, with the next numbers.
-    """
-    order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu").tolist()
-    needed = Counter(held[order[place % len(held)]].captions[0] for place in range(num_images))
-    kept = [tally.features[caption][:number] for caption, number in needed.items() if caption in tally.features]
-    lacking: dict[range, list[str]] = {}  # candidate numbers -> captions that lack just these, decoded together
-    for caption, number in needed.items():
-        ranked = len(tally.features.get(caption, ()))
-        for first in range(ranked, number, _BATCH_SEQUENCES):
-            lacking.setdefault(range(first, min(number, first + _BATCH_SEQUENCES)), []).append(caption)
-    params = pipeline.default_sampling_params.updated(seed=run.seed)
-    done = sum(map(len, kept))
-    run.on_progress("generating for distances", done, num_images)
-    for numbers, captions in lacking.items():
-        at_once = max(1, _BATCH_SEQUENCES // len(numbers))
-        for start in range(0, len(captions), at_once):
-            requests = pipeline.prepare(captions[start : start + at_once], params, candidate_numbers=numbers)
-            tokens = torch.cat(pipeline.decode(requests))
-            kept.append(head_mean(encoder.encode(map(pipeline.decode_images, tokens.split(run.batch_size)))))
-            done += len(tokens)
-            run.on_progress("generating for distances", done, num_images)
-    return torch.cat(kept)
+    reader: CandidateReader,
+    pair: Pair,
+    generation: Generation,
+    readings: Readings,
+) -> None:
+    photograph = Image.fromarray(load_image(pair, pipeline.vqgan.config.image_size))
+    [pixels] = reader.run.batches([photograph])
+    real_score = pipeline.rank_scores([pair.captions[0]], pixels[None])
+    assert real_score is not None, "the model has a ranker"
+    scores = [one.score for one in generation.candidates if one.score is not None]
+    real = {name: values[0] for name, values in reader.read(pair, [photograph]).measures().items()}
+    curves.add(
+        scores, {"ranker_score": scores, **readings.measures()}, {"ranker_score": float(real_score[0, 0]), **real}
+    )
+    if len(rows) < BEST_OF_ROWS:
+        best = [
+            next(one for one in generation.candidates if one.candidate < number)
+            for number in best_of_numbers(curves.num_candidates)
+        ]
+        images = [
+            (f"best of {number}", one.image, one.score)
+            for number, one in zip(best_of_numbers(curves.num_candidates), best, strict=True)
+        ]
+        rows.append(BestOfRow(generation.caption, [*images, ("photograph", photograph, float(real_score[0, 0]))]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engine.data.pairs import Pair, load_image
@@ -50,6 +51,12 @@ class EvaluationRun:
     def generator(self) -> torch.Generator:
         """A new generator for every choice, so that none depends on which parts were measured before."""
         return torch.Generator("cpu").manual_seed(self.seed)
+
+    def batches(self, images: Sequence[Image.Image]) -> Iterator[Tensor]:
+        """Images of one size as (B, 3, S, S) float in [0, 1] on the device, in order."""
+        for start in range(0, len(images), self.batch_size):
+            pixels = np.stack([np.asarray(one) for one in images[start : start + self.batch_size]])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device).float() / 255
 
     def images(self, pairs: Sequence[Pair], image_size: int, phase: str) -> Iterator[Tensor]:
         """(B, 3, S, S) float in [0, 1] on the device, in order; a batch counts as done when the next is taken."""

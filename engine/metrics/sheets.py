@@ -1,4 +1,4 @@
-"""Sheets of images for looking at: generations without and with their captions, reconstructions, nearest photographs.
+"""Sheets of images for looking at: generations without and with their captions, best of N, reconstructions, nearest photographs.
 
 Nothing on them is chosen or edited: they show the first captions of the seed's order, the top-ranked image of each. An
 image pixel is one pixel, or a whole number of them where a file says so. Captions are in each file's metadata, too.
@@ -28,6 +28,7 @@ _COLUMNS = 10  # of images alone
 _CAPTIONED_COLUMNS, _CAPTION_WIDTH = 8, 156
 _LARGE_COLUMNS = 4
 _PAIR_COLUMNS = 5
+BEST_OF_ROWS = 6
 
 
 class Shown(NamedTuple):
@@ -35,6 +36,13 @@ class Shown(NamedTuple):
 
     image: Image.Image
     caption: str
+
+
+class BestOfRow(NamedTuple):
+    """A caption, and what would be shown for it: (what it is, image, the ranker's score) of each column."""
+
+    caption: str
+    columns: Sequence[tuple[str, Image.Image, float | None]]
 
 
 def write_sheets(
@@ -104,6 +112,16 @@ def write_nearest_sheet(
     file = _beside(path, "nearest")
     sheet = captioned_sheet(couples, texts, columns=_PAIR_COLUMNS, cell_width=0)
     save_png(file, sheet, {"captions": [one.caption for one in shown], "distances": list(distances)})
+    return file.name
+
+
+def write_best_of_sheet(path: Path, rows: Sequence[BestOfRow]) -> str:
+    """The best-ranked of the first 1, 2, 4, ... candidates, a row a caption, its photograph last; returns the file's name."""
+    columns = [column for row in rows for column in row.columns]
+    texts = [[what, *([] if score is None else [f"score {score:.2f}"])] for what, _, score in columns]
+    file = _beside(path, "best-of-n")
+    sheet = captioned_sheet([image for _, image, _ in columns], texts, columns=len(rows[0].columns), cell_width=72)
+    save_png(file, sheet, {"captions": [row.caption for row in rows]})
     return file.name
 
 

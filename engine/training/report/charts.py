@@ -19,10 +19,15 @@ class Line:
     points: Sequence[Point]
 
 
-def line_chart(lines: Sequence[Line], *, x_name: str, width: int = 460, height: int = 220) -> str:
+def line_chart(
+    lines: Sequence[Line], *, x_name: str, x_doubles: bool = False, width: int = 460, height: int = 220
+) -> str:
     """An SVG element; an empty text where no line has a point.
 
     Points that are not finite are left out. The y axis is logarithmic where values span more than a factor of 20.
+
+    Args:
+        x_doubles: the x axis is logarithmic, each place with its number: for 1, 2, 4, ...
     """
     drawn = [Line(line.name, _thinned([p for p in line.points if math.isfinite(p[1])])) for line in lines]
     drawn = [line for line in drawn if line.points]
@@ -32,10 +37,11 @@ def line_chart(lines: Sequence[Line], *, x_name: str, width: int = 460, height: 
     ys = [y for line in drawn for _, y in line.points]
     is_log = min(ys) > 0 and max(ys) / min(ys) > 20
     scale = math.log10 if is_log else float
-    x_range, y_range = _range(min(xs), max(xs)), _range(scale(min(ys)), scale(max(ys)))
+    x_scale = math.log2 if x_doubles else float
+    x_range, y_range = _range(x_scale(min(xs)), x_scale(max(xs))), _range(scale(min(ys)), scale(max(ys)))
 
     def place(point: Point) -> tuple[float, float]:
-        x = _LEFT + (point[0] - x_range[0]) / (x_range[1] - x_range[0]) * (width - _LEFT - _RIGHT)
+        x = _LEFT + (x_scale(point[0]) - x_range[0]) / (x_range[1] - x_range[0]) * (width - _LEFT - _RIGHT)
         y = _TOP + (y_range[1] - scale(point[1])) / (y_range[1] - y_range[0]) * (height - _TOP - _BOTTOM)
         return x, y
 
@@ -43,13 +49,15 @@ def line_chart(lines: Sequence[Line], *, x_name: str, width: int = 460, height: 
     for step in range(5):
         raw = y_range[0] + step / 4 * (y_range[1] - y_range[0])
         value = 10**raw if is_log else raw
-        y = place((x_range[0], value))[1]
+        y = place((xs[0], value))[1]
         parts.append(f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for x_value, anchor in ((x_range[0], "start"), (x_range[1], "end")):
+    ticks = sorted(set(xs)) if x_doubles else [min(xs), max(xs)]
+    for x_value in ticks:
         x = place((x_value, ys[0]))[0]
-        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="{anchor}">{x_value:,.0f}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">{html.escape(x_name)}</text>')
+        anchor = "start" if x_value == ticks[0] else "end" if x_value == ticks[-1] else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="{anchor}">{x_value:,.0f}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">{html.escape(x_name)}</text>')
     for number, line in enumerate(drawn):
         colour = COLOURS[number % len(COLOURS)]
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, line.points))

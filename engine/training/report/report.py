@@ -1,8 +1,6 @@
 """report.html and report.md of a whole training: one file each, readable without this program."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from engine.metrics.sheets import read_sheet
 from engine.training.report import verdicts
 from engine.training.report.charts import Line, line_chart
 from engine.training.report.figures import CodeUse, StageLog
+from engine.training.report.page import chart_figure, data_url, figure, page
 from engine.training.report.verdicts import Verdict
 
 STAGES = ("vqgan", "koclip", "kodalle")
@@ -46,20 +45,6 @@ _CHARTS: dict[str, dict[str, list[tuple[str, str]]]] = {
     },
 }
 _SHOWN_CAPTIONS = 24
-_WIDE = 440  # pixels of a sample grid on the page
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; } figure { display: inline-block; margin: 0 1rem 1rem 0; }
-figcaption { font-size: 13px; color: #4b5563; max-width: 30rem; } img { image-rendering: pixelated; max-width: 100%; }
-svg text { font: 11px system-ui, sans-serif; fill: #4b5563; } svg .grid { stroke: #e5e7eb; }
-ul.verdicts { list-style: none; padding: 0; } ul.verdicts li { padding: .35rem .7rem; margin: .3rem 0; border-left: 5px solid; }
-ul.verdicts .good { border-color: #059669; background: #ecfdf5; }
-ul.verdicts .fair { border-color: #d97706; background: #fffbeb; }
-ul.verdicts .bad { border-color: #dc2626; background: #fef2f2; }
-ul.verdicts .unknown { border-color: #6b7280; background: #f3f4f6; }
-pre { background: #f3f4f6; padding: .8rem; white-space: pre-wrap; } table { border-collapse: collapse; }
-td { padding: .1rem .8rem .1rem 0; vertical-align: top; } .pair img { width: 112px; margin-right: 4px; } .pair { max-width: 240px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -155,26 +140,24 @@ def _html(given: ReportInput, found_verdicts: Sequence[Verdict]) -> str:
         for name, value, reason in given.choices
     )
     stages = "".join(_stage_html(stage, given.logs[stage]) for stage in STAGES)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(given.title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{escape(given.title)}</h1>"
+    return page(
+        given.title,
         f'<h2>How good is it</h2><ul class="verdicts">{items}</ul>'
         f"<h2>Held-out captions</h2><p>Left the real image, right the top-ranked generated one; chosen by the seed, not by "
         f"hand. No training saw them.</p>{_captions_html(given)}"
         f"<h2>What to type next</h2><pre>{escape(commands)}</pre>{stages}"
-        f"<h2>What was chosen</h2><table>{choices}</table></body></html>\n"
+        f"<h2>What was chosen</h2><table>{choices}</table>",
     )
 
 
 def _stage_html(stage: str, log: StageLog) -> str:
     figures = []
     for name, quantities in _CHARTS[stage].items():
-        chart = line_chart([Line(label, log.scalars.get(key, [])) for key, label in quantities], x_name="step")
-        if chart:
-            figures.append(f"<figure>{chart}<figcaption>{html.escape(name)}</figcaption></figure>")
+        lines = [Line(label, log.scalars.get(key, [])) for key, label in quantities]
+        figures.append(chart_figure(line_chart(lines, x_name="step"), name))
     for step, file in log.samples:
         with Image.open(file) as image:
-            figures.append(_figure(image.convert("RGB"), f"step {step:,}: {_SAMPLES[stage]}"))
+            figures.append(figure(image.convert("RGB"), f"step {step:,}: {_SAMPLES[stage]}"))
     return f"<h2>{html.escape(_TITLES[stage])}</h2>{''.join(figures)}"
 
 
@@ -188,20 +171,7 @@ def _captions_html(given: ReportInput) -> str:
     for one, generated in zip(listed, read_sheet(given.sheet, len(listed)), strict=True):
         real = Image.fromarray(load_image(by_caption[one["caption"]], generated.width))
         parts.append(
-            f'<figure class="pair"><img src="{_data_url(real)}" alt="real"><img src="{_data_url(generated)}" '
+            f'<figure class="pair"><img src="{data_url(real)}" alt="real"><img src="{data_url(generated)}" '
             f'alt="generated"><figcaption>{html.escape(one["caption"])}</figcaption></figure>'
         )
     return "".join(parts)
-
-
-def _figure(image: Image.Image, caption: str) -> str:
-    """Small images are enlarged by a whole number, so that their pixels stay what they are."""
-    width = image.width * max(1, _WIDE // image.width)
-    source = f'<img src="{_data_url(image)}" width="{width}" alt="">'
-    return f"<figure>{source}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -16,14 +16,17 @@ from typer.testing import CliRunner
 from engine.cli import app
 from engine.data.pairs import load_image, load_pairs
 from engine.errors import InputError
-from engine.metrics.evaluate import evaluate, evaluate_to_file, mean_recall, table
-from engine.metrics.generations import _as_often_as_held_out, _Tally
+from engine.metrics.distance_generations import DistanceGenerations
+from engine.metrics.evaluate import evaluate, evaluate_to_file, table
+from engine.metrics.features import ImageFeatures
 from engine.metrics.parts import EvaluationRun
+from engine.metrics.retrieval import mean_recall
 from engine.models.folder import load_folder_tokenizer, load_part
 from engine.models.koclip import KoClip
 from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline
 from tests.engine.metrics.evaluation_pairs import write_pairs
+from tests.engine.metrics.feature_sets import NETWORK, of
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +116,11 @@ def test_equal_arguments_equal_reports(model: Path, pairs: Path) -> None:
 def test_distances_and_nearest_photographs(model: Path, tmp_path: Path) -> None:
     many = write_pairs(tmp_path / "many", held_out=50, train=60)
     phases: list[tuple[str, int, int]] = []
-    generations = evaluate(
+    report = evaluate(
         model, many, generations=10, candidates=3, distance_images=60, sheets=tmp_path / "sheet.png",
-        on_progress=lambda *phase: phases.append(phase),
-    )["generations"]  # fmt: skip
+        best_of=6, best_of_captions=2, on_progress=lambda *phase: phases.append(phase),
+    )  # fmt: skip
+    generations = report["generations"]
     to_held_out, to_training = generations["distances"]["to_held_out"], generations["distances"]["to_training"]
     assert (to_held_out["generations"]["num_real"], to_held_out["generations"]["num_other"]) == (50, 60)
     assert to_held_out["generations"]["kid_lite0_features"] > 0.0
@@ -130,11 +134,17 @@ def test_distances_and_nearest_photographs(model: Path, tmp_path: Path) -> None:
     assert nearest["sheet"] == "sheet-nearest.png"
     with Image.open(tmp_path / "sheet-nearest.png") as sheet:
         assert sheet.size == (4 + 5 * 72, 4 + 2 * (32 + 4 + 15 + 8))
+    assert 0 <= to_held_out["generations"]["precision_lite0_features"] <= 1
+    assert generations["inception_score_lite0_features"]["generations"]["images"] == 60
+    assert report["reconstruction"]["distances"]["held_out"] == to_held_out["reconstructed_held_out"]
+    assert report["reconstruction"]["features"]["name"] == "lite0"
+    assert report["reconstruction"]["psnr_db"] > 0
     assert ("koclip", 50, 50) in phases
     assert ("generating", 10, 10) in phases
     assert ("generating for distances", 60, 60) in phases
-    too_few = evaluate(model, many, generations=2, candidates=2, distance_images=49)["generations"]
-    assert "50 of each are needed" in too_few["distances"]["left_out"]
+    too_few = evaluate(model, many, metrics=["distances"], distance_images=49)
+    assert "50 of each are needed" in too_few["generations"]["distances"]["left_out"]
+    assert "50 of each are needed" in too_few["reconstruction"]["distances"]["left_out"]
 
 
 def test_the_set_for_distances_has_captions_as_often_as_the_photographs(model: Path, pairs: Path) -> None:
@@ -144,23 +154,30 @@ def test_the_set_for_distances_has_captions_as_often_as_the_photographs(model: P
     class Encoder:
         """Keeps the images; a feature is their mean."""
 
-        def encode(self, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+        network = NETWORK
+
+        def encode(self, batches: Iterable[torch.Tensor]) -> ImageFeatures:
             kept = list(batches)
             encoded.extend(kept)
-            return torch.cat(kept).mean(dim=(1, 2, 3))[:, None]
+            return of(torch.cat(kept).mean(dim=(1, 2, 3))[:, None])
 
     held = load_pairs(pairs).validation
     pipeline = Pipeline.from_pretrained(model, dtype=torch.float32)
     run = EvaluationRun(torch.device("cpu"), 3, 16, lambda *_: None)
     repeated = next(text for text, times in Counter(pair.captions[0] for pair in held).items() if times == 2)
-    wanted = pipeline([repeated], candidates=4, seed=3)[0]
+    ranked, wanted = (pipeline([repeated], candidates=count, seed=3)[0] for count in (3, 4))
     pixels = {one.candidate: np.asarray(one.image).astype(np.float32).mean() / 255 for one in wanted.candidates}
-    tally = _Tally(features={repeated: torch.tensor([[100.0], [101.0], [102.0]])})  # of three candidates, ranked before
-    found = _as_often_as_held_out(run, pipeline, held, Encoder(), tally, 32)  # type: ignore[arg-type]
-    assert len(found) == 32
-    assert {100.0, 101.0, 102.0} <= set(found[:, 0].tolist())  # 4 of the caption: 3 from before, 1 new
-    assert sum(map(len, encoded)) == 29
-    assert min(abs(found[:, 0] - pixels[3])) < 2e-3
+    images = DistanceGenerations.of(run, Encoder(), held, 32)  # type: ignore[arg-type]
+    assert images.needed[repeated] == 4
+    images.add(ranked)  # three of them
+    found = images.completed(pipeline).values
+    assert (len(found), sum(map(len, encoded))) == (32, 32)  # each once
+    for value in pixels.values():
+        assert min(abs(found[:, 0] - value)) < 2e-3
+    assert torch.allclose(found[:3, 0], torch.tensor([pixels[number] for number in range(3)]), atol=1e-5)
+    more = DistanceGenerations.of(run, Encoder(), held, 32)  # type: ignore[arg-type]
+    more.add(pipeline([repeated], candidates=6, seed=3)[0])  # more than it needs
+    assert len(more.completed(pipeline)) == 32
 
 
 def test_a_folder_is_evaluated_on_what_it_has(make_model: Callable[..., Path], pairs: Path) -> None:
@@ -218,6 +235,9 @@ def test_command(model: Path, pairs: Path, tmp_path: Path) -> None:
     assert report["generations"]["colour_agreement"]["real"] == 1.0
     assert out.with_suffix(".png").is_file()
     assert "  psnr db" in done.output
+    text = (out.parent / "evaluation-report.md").read_text(encoding="utf-8")
+    assert "| PSNR, dB |" in text
+    assert f"report: {out.parent / 'evaluation-report.html'}" in done.output
 
 
 def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[str, Any], Path]) -> None:
@@ -227,3 +247,47 @@ def test_stored_reports_name_machine_versions_and_commit(evaluated: tuple[dict[s
     assert report["hardware"]["cpu_isa"]
     assert report["versions"]["torch"] == torch.__version__
     assert report["commit"]
+
+
+@pytest.mark.slow
+def test_best_of_n_shares_the_images_that_are_scored(model: Path, pairs: Path, tmp_path: Path) -> None:
+    plain = evaluate(model, pairs, metrics=["generations"], generations=3, candidates=2)["generations"]
+    sheet = tmp_path / "sheet.png"
+    both = evaluate(
+        model, pairs, metrics=["generations", "best-of-n"], generations=3, candidates=2, best_of=6, best_of_captions=2,
+        sheets=sheet,
+    )  # fmt: skip
+    assert not {"kodalle", "koclip", "reconstruction"} & set(both)
+    curves = both["generations"].pop("best_of_n")
+    assert both["generations"].pop("sheets")
+    assert both["generations"]["top_ranked"] == plain["top_ranked"]  # of the first two candidates, as before
+    assert both["generations"]["koclip_score"] == {
+        name: pytest.approx(value, abs=1e-6) for name, value in plain["koclip_score"].items()
+    }
+    assert both["generations"]["colour_agreement"] == plain["colour_agreement"]
+    assert curves["numbers"] == [1, 2, 4, 6]
+    scores = curves["measures"]["ranker_score"]
+    assert scores["top_ranked"] == sorted(scores["top_ranked"]) == scores["best"]
+    assert scores["captions"] == 2
+    assert curves["measures"]["colour_agreement"]["real"] == 1.0
+    with Image.open(tmp_path / curves["sheet"]) as image:
+        assert image.size[0] == 4 + 5 * (72 + 8)  # best of 1, 2, 4, 6, and the photograph
+    alone = evaluate(model, pairs, metrics=["best-of-n"], best_of=6, best_of_captions=2)["generations"]
+    assert alone["best_of_n"]["measures"] == curves["measures"]
+    assert set(alone) == {"partial_captions", "best_of_n"}
+
+
+def test_metrics_are_chosen_by_name(model: Path, pairs: Path, make_model: Callable[..., Path]) -> None:
+    found = evaluate(model, pairs, metrics=["likelihood"])
+    assert "kodalle" in found
+    assert not {"reconstruction", "koclip", "generations"} & set(found)
+    for options, message in (
+        ({"metrics": ["fid"]}, "--metrics: fid: is none: give some of reconstruction, likelihood"),
+        ({"metrics": ["distances"]}, "--metrics: distances: needs --distance-images"),
+        ({"metrics": ["likelihood"], "best_of": 4}, "--best-of: 4: is for best-of-n: add it to --metrics"),
+        ({"best_of": 4, "best_of_captions": 0}, "--best-of-captions: 0: give 1 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(model, pairs, **options)
+    with pytest.raises(InputError, match="--best-of: 4: needs a ranker"):
+        evaluate(make_model("vqgan", "transformer"), pairs, best_of=4)

@@ -47,8 +47,6 @@ def test_an_independent_classifier_assigns_classes(model: Path, tmp_path: Path) 
     assert partial["class_agreement"]["num_captions"] == len(captions)  # 상의 alone determines the class, too
     with pytest.raises(InputError, match="is for whole captions"):
         score(classifier, partial_captions=True, distance_images=50)
-    with pytest.raises(InputError, match="leave --generations above 0"):
-        evaluate(model, pairs, generations=0, distance_images=50)
     alike = write_pairs(tmp_path / "alike", held_out=4, train=1)
     with pytest.raises(InputError, match="fewer than two classes"):
         evaluate(model, alike, generations=1, independent_classifier=classifier)

@@ -1,5 +1,6 @@
 """Charts as SVG: where points go, and what is left out."""
 
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -40,3 +41,12 @@ def test_what_is_not_finite_is_left_out_and_names_are_escaped() -> None:
     assert "nan" not in svg
     assert len(re.findall("<polyline", svg)) == 1
     assert line_chart([Line("empty", [(0, float("inf"))])], x_name="step") == ""
+
+
+def test_doublings_are_equally_far_apart_and_each_has_its_number() -> None:
+    svg = line_chart([Line("best of", [(1, 0.1), (2, 0.2), (4, 0.3), (96, 0.4)])], x_name="candidates", x_doubles=True)
+    [points] = _lines(svg)
+    steps = [right - left for (left, _), (right, _) in itertools.pairwise(points)]
+    assert abs(steps[0] - steps[1]) < 0.2
+    assert 4 < steps[2] / steps[0] < 5  # log2(96 / 4)
+    assert {"1", "2", "4", "96", "candidates"} <= set(re.findall(">([^<]+)</text>", svg))
