@@ -36,7 +36,7 @@ def open_clip_scorer(folder: Path, device: torch.device, *, english: CaptionGram
     network: Ranker
     if is_clip_folder(folder):
         network, tokenizer, weights = _of_transformers(folder)
-    elif has_part(folder, "koclip"):
+    elif (folder / "config.json").is_file() and has_part(folder, "koclip"):
         network, tokenizer, weights = (
             load_part(folder, "koclip"), load_ranker_tokenizer(folder), weights_digest(folder, "koclip"),
         )  # fmt: skip

@@ -166,6 +166,8 @@ def evaluate(
                 | _generations(run, pipeline, held_out, reader, counts, distances, sheets)
             ),
         )
+    if clip is not None and "clip_score" in report.get("generations", {}):
+        report["generations"]["clip_score"]["also_ranked"] = clip.weights == report["model"].get("koclip")
     seconds = timer.seconds | {"total": time.perf_counter() - started}
     return report | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}
 

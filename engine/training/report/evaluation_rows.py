@@ -117,6 +117,7 @@ def _captions(generations: Report) -> Iterator[Row]:
     clip = generations.get("clip_score")
     if clip:
         of = f"{captions} {clip['captions']}; another caption's photograph: {_text(clip['real_of_another_caption'])}"
+        of += "; it also ranked them" if clip["also_ranked"] else ""
         yield Row(
             section, "CLIP score", clip["name"], HIGHER, clip["top_ranked"], random=clip["random"], real=clip["real"],
             of=of,

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from engine.cli import app
 from engine.data.pairs import load_image, load_pairs
 from engine.errors import InputError
+from engine.interop.clip_scorer import open_clip_scorer
 from engine.metrics.distance_generations import DistanceGenerations
 from engine.metrics.evaluate import evaluate, evaluate_to_file, table
 from engine.metrics.features import ImageFeatures
 from engine.metrics.parts import EvaluationRun
 from engine.metrics.retrieval import mean_recall
-from engine.models.folder import load_folder_tokenizer, load_part
+from engine.models.folder import load_folder_tokenizer, load_part, weights_digest
 from engine.models.koclip import KoClip
 from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline
@@ -291,3 +292,22 @@ def test_metrics_are_chosen_by_name(model: Path, pairs: Path, make_model: Callab
             evaluate(model, pairs, **options)
     with pytest.raises(InputError, match="--best-of: 4: needs a ranker"):
         evaluate(make_model("vqgan", "transformer"), pairs, best_of=4)
+
+
+def test_a_clip_scores_the_images_that_the_ranker_chose(model: Path, pairs: Path) -> None:
+    """With the model's own ranker as the CLIP, its scores are known."""
+    clip = open_clip_scorer(model, torch.device("cpu"))
+    generations = evaluate(
+        model, pairs, metrics=["generations", "best-of-n"], generations=4, candidates=3, best_of=4, best_of_captions=2,
+        clip=clip,
+    )["generations"]  # fmt: skip
+    found = generations["clip_score"]
+    tops = [100 * max(one["score"], 0) for one in generations["top_ranked"]]
+    assert found["top_ranked"] == pytest.approx(sum(tops) / 4, abs=1e-3)
+    assert (found["name"], found["captions"], found["also_ranked"]) == (model.name, "as written", True)
+    assert found["weights"] == weights_digest(model, "koclip")
+    assert found["real"] is not None
+    curves = generations["best_of_n"]["measures"]
+    assert curves["clip_score"]["top_ranked"] == pytest.approx(curves["clip_score"]["best"], rel=1e-4)
+    with pytest.raises(InputError, match=r"--clip: .*: scores generations"):
+        evaluate(model, pairs, metrics=["likelihood"], clip=clip)
