@@ -104,15 +104,15 @@ def evaluate(
         InputError: no validation split, a model without parts, a part that cannot be read, options out of range or that
             exclude each other, an independent classifier of other classes.
     """
-    asked = _asked(metrics, generations=generations, distance_images=distance_images, best_of=best_of)
+    requested = _requested(metrics, generations=generations, distance_images=distance_images, best_of=best_of)
     counts = GenerationCounts(
-        captions=generations if "generations" in asked else 0, candidates=candidates,
-        best_of=best_of if "best-of-n" in asked else 0, best_of_captions=best_of_captions,
+        captions=generations if "generations" in requested else 0, candidates=candidates,
+        best_of=best_of if "best-of-n" in requested else 0, best_of_captions=best_of_captions,
     )  # fmt: skip
     _check_numbers(counts, seed=seed, distance_images=distance_images)
-    if clip is not None and not asked & {"generations", "best-of-n"}:
+    if clip is not None and not requested & {"generations", "best-of-n"}:
         raise InputError("--clip", clip.name, "scores generations: leave them in --metrics, and above 0")
-    if partial_captions and "distances" in asked:
+    if partial_captions and "distances" in requested:
         raise InputError("--distance-images", distance_images, "is for whole captions: leave --partial-captions out")
     started = time.perf_counter()
     pairs = load_pairs(pairs_folder)
@@ -136,19 +136,19 @@ def evaluate(
 
     held, vqgan, koclip = pairs.validation, parts.vqgan, parts.koclip
     pipeline, tokenizer = parts.pipeline, parts.tokenizer
-    if vqgan is not None and "reconstruction" in asked:
+    if vqgan is not None and "reconstruction" in requested:
         batches = run.images(held, vqgan.config.image_size, "reconstruction")
         timer.phase("reconstruction", lambda: reconstruction_error(vqgan, batches))
     distances = None
-    if vqgan is not None and "distances" in asked:
+    if vqgan is not None and "distances" in requested:
         feature_encoder = feature_encoder or Lite0HeadEncoder(parts.device)
         distances = _Distances(run, parts, pairs, feature_encoder, distance_images)
         timer.phase("reconstruction", distances.of_reconstructions)
-    if pipeline is not None and "likelihood" in asked:
+    if pipeline is not None and "likelihood" in requested:
         timer.phase("kodalle", lambda: likelihood(run, pipeline, held))
-    if koclip is not None and tokenizer is not None and "retrieval" in asked:
+    if koclip is not None and tokenizer is not None and "retrieval" in requested:
         timer.phase("koclip", lambda: retrieval(run, koclip, tokenizer, held))
-    if pipeline is not None and asked & {"generations", "distances", "best-of-n"}:
+    if pipeline is not None and requested & {"generations", "distances", "best-of-n"}:
         if classifier is not None and classes is not None and encoder is not None:
             size = pipeline.vqgan.config.image_size
             timer.phase(
@@ -258,7 +258,7 @@ def _check_numbers(counts: GenerationCounts, *, seed: int, distance_images: int)
             raise InputError(option, value, f"give {least} or more")
 
 
-def _asked(
+def _requested(
     metrics: Sequence[MetricName] | None, *, generations: int, distance_images: int, best_of: int
 ) -> set[MetricName]:
     """What is to be measured.

@@ -153,7 +153,7 @@ def _number(value: float | None) -> str:
 
 
 def _left_out(report: Mapping[str, Any]) -> list[str]:
-    """What was asked for and could not be measured, with the reason."""
+    """What was requested and could not be measured, with the reason."""
     distances = report.get("reconstruction", {}).get("distances", {}) or report.get("generations", {}).get(
         "distances", {}
     )

@@ -18,7 +18,7 @@ def normal(count: int, *, seed: int = 0, width: int = 12) -> Tensor:
 
 
 def published_case() -> tuple[ImageFeatures, ImageFeatures]:
-    """Real and other features whose FID, precision and recall torch-fidelity 0.4.0 was asked for, once."""
+    """Real and other features whose FID, precision and recall torch-fidelity 0.4.0 computed, once."""
 
     def uniform(seed: int, count: int, scale: float, shift: float) -> Tensor:
         values = np.random.RandomState(seed).random_sample((count, 12)) * np.arange(1, 13) / scale + shift
