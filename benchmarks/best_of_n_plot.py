@@ -56,7 +56,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         if name != "ranker_score":  # it is its own perfect ranker
             axes.plot(numbers, found["best"], "--", color=_PERFECT, label="a perfect ranker")
         if found["real"] is not None:
-            axes.axhline(found["real"], color=_REAL, linewidth=1, label="the photographs")
+            axes.axhline(found["real"], color=_REAL, linewidth=1.5, label="the photographs")
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, [str(number) for number in numbers])
         axes.set_title(f"{measure_name(name)}\n{found['captions']} captions", fontsize=9)
