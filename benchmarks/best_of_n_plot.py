@@ -53,7 +53,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         lower, upper = ([value + sign * one for value, one in zip(top, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(numbers, lower, upper, color=_CHOSEN, alpha=0.15, linewidth=0)
         axes.plot(numbers, top, "o-", color=_CHOSEN, markersize=4, label="the ranker's choice, +- standard error")
-        if name != "ranker_score":  # it is its own perfect ranker
+        if found["best"] != top:  # a ranker by this measure itself is perfect
             axes.plot(numbers, found["best"], "--", color=_PERFECT, label="a perfect ranker")
         if found["real"] is not None:
             axes.axhline(found["real"], color=_REAL, linewidth=1.5, label="the photographs")

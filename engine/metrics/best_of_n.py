@@ -1,7 +1,7 @@
 """Best-of-N: what ranking N candidates and keeping the best is worth, for N = 1 ... the number generated.
 
 With n candidates of a caption, the expectation over all ways of taking N of them is exact, no sampling is needed: of candidates in
-the order of their scores, the one at place r (from 0) is the best of a random N with probability
+the ranker's order, the one at place r (from 0) is the best of a random N with probability
 
     w_r = C(n - 1 - r, N - 1) / C(n, N)
 
@@ -26,22 +26,21 @@ class BestOfCurves:
     """Values of the candidates of several captions, each by measure, and of the captions' own photographs."""
 
     num_candidates: int
-    _values: dict[str, list[list[float]]] = field(default_factory=dict)  # best-scored candidate first
+    _values: dict[str, list[list[float]]] = field(default_factory=dict)  # best-ranked candidate first
     _real: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, scores: Sequence[float], measures: Mapping[str, Values], real: Mapping[str, float | None]) -> None:
+    def add(self, measures: Mapping[str, Values], real: Mapping[str, float | None]) -> None:
         """Adds a caption.
 
         Args:
-            scores: the ranker's, of n candidates.
-            measures: of each candidate, in the same order; a measure with None among them is left out for this caption.
+            measures: of each of n candidates, in the ranker's order, best first; a measure with None among them is left out for this
+                caption.
             real: of the photograph that the caption belongs to.
         """
-        assert len(scores) == self.num_candidates, f"{len(scores)} scores, expected {self.num_candidates}"
-        order = sorted(range(len(scores)), key=lambda place: -scores[place])
         for name, values in measures.items():
-            known = [value for place in order if (value := values[place]) is not None]
-            if len(known) == len(scores):
+            known = [value for value in values if value is not None]
+            assert len(values) == self.num_candidates, f"{len(values)} of {name}, expected {self.num_candidates}"
+            if len(known) == len(values):
                 self._values.setdefault(name, []).append(known)
                 if (photograph := real.get(name)) is not None:
                     self._real.setdefault(name, []).append(photograph)

@@ -270,11 +270,9 @@ def _add_to_curves(
     [pixels] = reader.run.batches([photograph])
     real_score = pipeline.rank_scores([pair.captions[0]], pixels[None])
     assert real_score is not None, "the model has a ranker"
-    scores = [one.score for one in generation.candidates if one.score is not None]
+    measures = {"ranker_score": [one.score for one in generation.candidates], **readings.measures()}
     real = {name: values[0] for name, values in reader.read(pair, [photograph]).measures().items()}
-    curves.add(
-        scores, {"ranker_score": scores, **readings.measures()}, {"ranker_score": float(real_score[0, 0]), **real}
-    )
+    curves.add(measures, {"ranker_score": float(real_score[0, 0]), **real})
     if len(rows) < BEST_OF_ROWS:
         best = [
             next(one for one in generation.candidates if one.candidate < number)

@@ -178,7 +178,7 @@ def _curves(report: Mapping[str, Any]) -> str:
     numbers, charts = curves["numbers"], []
     for measure, found in curves["measures"].items():
         lines = [Line("best-ranked", list(zip(numbers, found["top_ranked"], strict=True)))]
-        if measure != "ranker_score":  # it is its own perfect ranker
+        if found["best"] != found["top_ranked"]:  # a ranker by this measure itself is perfect
             lines.append(Line("a perfect ranker", list(zip(numbers, found["best"], strict=True))))
         if found["real"] is not None:
             lines.append(Line("the photographs", [(numbers[0], found["real"]), (numbers[-1], found["real"])]))
@@ -194,7 +194,7 @@ def _curve_table(curves: Mapping[str, Any]) -> list[str]:
     lines = [f"| best-ranked of | {' | '.join(map(str, numbers))} | photographs |", f"|{'---|' * (len(numbers) + 2)}"]
     for measure, found in curves["measures"].items():
         for label, key in ((measure_name(measure), "top_ranked"), ("... by a perfect ranker", "best")):
-            if key == "top_ranked" or measure != "ranker_score":
+            if key == "top_ranked" or found["best"] != found["top_ranked"]:
                 values = " | ".join(f"{value:.3g}" for value in found[key])
                 lines.append(f"| {label} | {values} | {_number(found['real']) if key == 'top_ranked' else ''} |")
     return lines

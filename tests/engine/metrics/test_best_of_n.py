@@ -23,15 +23,15 @@ def test_numbers_are_powers_of_two_and_the_whole() -> None:
     assert best_of_numbers(1) == [1]
 
 
-def test_curves_follow_the_scores_and_the_bound_follows_the_measure() -> None:
+def test_curves_follow_the_order_and_the_bound_follows_the_measure() -> None:
     curves = BestOfCurves(4)
-    curves.add([0.1, 0.9, 0.5, 0.3], {"right": [0, 1, 0, 1], "other": [1.0, None, 0, 0]}, {"right": 1.0, "other": None})
-    curves.add([0.8, 0.7, 0.6, 0.5], {"right": [0, 0, 0, 1]}, {"right": 0.0})
+    curves.add({"right": [1, 0, 1, 0], "other": [1.0, None, 0, 0]}, {"right": 1.0, "other": None})
+    curves.add({"right": [0, 0, 0, 1]}, {"right": 0.0})
     found = curves.report()
     assert (found["candidates"], found["numbers"]) == (4, [1, 2, 4])
     assert set(found["measures"]) == {"right"}  # the other is not known of all candidates
     right = found["measures"]["right"]
-    # in the order of scores: 1 0 1 0 and 0 0 0 1; of two: first with 3/6, second 2/6, third 1/6
+    # of two: the first with 3/6, the second 2/6, the third 1/6
     assert right["top_ranked"] == pytest.approx([(2 / 4 + 1 / 4) / 2, (3 / 6 + 1 / 6 + 0) / 2, (1 + 0) / 2])
     assert right["best"] == pytest.approx([(2 / 4 + 1 / 4) / 2, (1 - 1 / 6 + 3 / 6) / 2, 1])
     assert right["standard_error"][2] == pytest.approx(0.5)  # 1 and 0
@@ -41,9 +41,9 @@ def test_curves_follow_the_scores_and_the_bound_follows_the_measure() -> None:
 def test_a_ranker_that_ranks_by_the_measure_reaches_the_bound_and_a_blind_one_stays_at_random() -> None:
     values = [0.3, 0.9, 0.1, 0.6, 0.5]
     perfect, blind = BestOfCurves(5), BestOfCurves(5)
-    perfect.add(values, {"m": values}, {})
-    for order in itertools.permutations(range(5)):
-        blind.add([float(place) for place in order], {"m": values}, {})
+    perfect.add({"m": sorted(values, reverse=True)}, {})
+    for order in itertools.permutations(values):
+        blind.add({"m": order}, {})
     found = perfect.report()["measures"]["m"]
     assert found["top_ranked"] == found["best"]
     assert found["real"] is None
