@@ -12,7 +12,8 @@ Sixteen images of 256 x 256 through EfficientNet-B0, two busy cores: KoClip.embe
 
 Embeddings are batch-invariant: they depend on the image or the caption alone, bit for bit.
 
-B images, M captions, T text tokens, E width of the shared space, S pixels.
+B images, M captions, T text tokens, E width of the shared space, S pixels. (B, E) and (M, E) have one dimension more with
+`token_similarity`: see `KoClip`.
 """
 
 import copy
@@ -53,9 +54,7 @@ class KoclipEncoder:
         self._graphed = graphed and self._device.type == "cuda" and isinstance(koclip, KoClip)
         self._image_graph: Captured | None = None  # each captured on first use
         self._text_graph: Captured | None = None
-        self._texts: OrderedDict[tuple[int, ...], Tensor] = (
-            OrderedDict()
-        )  # embeddings (E,), the most recently used last
+        self._texts: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()  # the most recently used last
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class KoclipEncoder:
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, S, S) float in [0, 1], got {tuple(images.shape)} {images.dtype}")
         if len(images) == 0:
-            return torch.empty(0, self._koclip.config.embed_dim, dtype=torch.float32, device=images.device)
+            return torch.empty(0, *self._koclip.image_embedding_shape, dtype=torch.float32, device=images.device)
         if self._device.type == "cpu":
             embed_image = torch.no_grad()(self._koclip.embed_images)
             with single_threads() as (pool, _):
@@ -87,11 +86,11 @@ class KoclipEncoder:
         if text_tokens.shape[1] > longest:
             raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP takes {longest}")
         if len(text_tokens) == 0:
-            return torch.empty(0, self._koclip.config.embed_dim, dtype=torch.float32, device=text_tokens.device)
+            return torch.empty(0, *self._koclip.text_embedding_shape, dtype=torch.float32, device=text_tokens.device)
         return torch.stack([self._text_embedding(tokens) for tokens in text_tokens.tolist()]).to(text_tokens.device)
 
     def _text_embedding(self, tokens: list[int]) -> Tensor:
-        """(E,) of one caption, from the cache or the encoder."""
+        """Embedding of one caption, from the cache or the encoder."""
         tokens = self._koclip.trim(tokens)
         key = tuple(tokens)
         if key not in self._texts:
@@ -127,7 +126,7 @@ class KoclipEncoder:
 
 def _folded(koclip: KoClip) -> KoClip:
     """A copy with its BatchNorms folded, channels last; it shares the text encoder."""
-    shared = (koclip.text_encoder, koclip.text_projection)
+    shared = [part for name, part in koclip.named_children() if name == "text_encoder" or "text_projection" in name]
     copied: KoClip = copy.deepcopy(koclip, {id(module): module for module in shared}).eval()
     with torch.no_grad():
         fold_batch_norms(copied.image_encoder)

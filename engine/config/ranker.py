@@ -42,6 +42,14 @@ class KoclipConfig(Section):
         "resized",
         description="served: unresized and in [0, 1], as KoDALLE's code ranked with a KoCLIP trained on 0 to 255",
     )
+    token_similarity: bool = Field(
+        False,
+        description="FILIP: the mean over a caption's tokens of the most similar image cell's cosine; cosine only",
+    )
+    direction_projections: bool = Field(
+        False,
+        description="projections of their own for each direction, image of a caption and caption of an image; cosine only",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "KoclipConfig":
@@ -53,6 +61,9 @@ class KoclipConfig(Section):
             self._check_lite0()
         if self.pixels == "served" and self.similarity != "published":
             raise ValueError("pixels served is for similarity published: leave it out")
+        for name in ("token_similarity", "direction_projections"):
+            if getattr(self, name) and self.similarity != "cosine":
+                raise ValueError(f"{name} is for similarity cosine: leave it out")
         return self
 
     def _check_lite0(self) -> None:

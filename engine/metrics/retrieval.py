@@ -66,7 +66,7 @@ def mean_recall(
         for row, value in zip(order.tolist(), label.tolist(), strict=True):
             first.setdefault(value, row)
         rows = torch.tensor(list(first.values())[:among], dtype=torch.int64, device="cpu")
-        scores = koclip.scores(images[rows], texts[rows]).T  # image i against caption j
+        scores = koclip.caption_scores(images[rows], texts[rows])  # image i against caption j
         for rank, share in recall_at(scores, tokens[rows], among=among, ranks=RECALL_RANKS).items():
             sums[rank] += share / rounds
     return {f"recall_at_{rank}": share for rank, share in sums.items()} | {

@@ -48,9 +48,14 @@ class Clip(nn.Module):
         self.network = CLIPModel(sizes).float()  # transformers builds in the default dtype
 
     @property
-    def image_projection(self) -> nn.Module:
-        """From pooled image features to the shared space."""
-        return self.network.visual_projection
+    def image_embedding_shape(self) -> tuple[int, ...]:
+        """Shape of one image's embedding."""
+        return (self.config.embed_dim,)
+
+    @property
+    def text_embedding_shape(self) -> tuple[int, ...]:
+        """Shape of one caption's embedding."""
+        return (self.config.embed_dim,)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -89,6 +94,10 @@ class Clip(nn.Module):
     def scores(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
         """Cosines of each image and each caption: (B, E), (M, E) -> (M, B)."""
         return text_embeddings @ image_embeddings.T
+
+    def caption_scores(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """`scores` the other way round, (B, M): captions for an image."""
+        return self.scores(image_embeddings, text_embeddings).T
 
     def similarity(self, images: Tensor, text_tokens: Tensor) -> Tensor:
         """`scores` of images (B, 3, any, any) in [0, 1] and captions (M, T): (M, B)."""

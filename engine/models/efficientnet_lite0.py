@@ -30,6 +30,9 @@ HEAD_CHANNELS = 1280
 TAP_CHANNELS = (16, 24, 40, 112)
 """Channels of the taps at strides 2, 4, 8 and 16."""
 NUM_POOLED = 2 * HEAD_CHANNELS + 2 * sum(TAP_CHANNELS)  # 2,944
+NUM_OF_CELL = HEAD_CHANNELS + sum(TAP_CHANNELS) + sum(TAP_CHANNELS[:-1])  # 1,552
+CELL_STRIDE = 16
+"""Pixels a side of a cell of `Lite0Features.cells`."""
 MIN_IMAGE_SIZE = 32
 
 _STEM_CHANNELS = 32
@@ -68,6 +71,27 @@ class Lite0Features(NamedTuple):
             tap = tap.float()
             pooled += [tap.mean(dim=(2, 3)), (tap.var(dim=(2, 3), unbiased=False) + _VARIANCE_EPS).sqrt()]
         return torch.cat(pooled, dim=1)
+
+    def cells(self) -> Tensor:
+        """(B, P, 1552) float32, cells of 16 x 16 pixels in raster order: the head there, mean and deviation of the taps.
+
+        The last tap has one position a cell, and so no deviation; the head has one for four cells.
+        """
+        grid = self.taps[-1].shape[2:]
+        head = F.interpolate(self.head.float(), scale_factor=2.0, mode="nearest")[:, :, : grid[0], : grid[1]]
+        features, deviations = [head, self.taps[-1].float()], []
+        for tap, stride in zip(self.taps[:-1], (2, 4, 8), strict=True):
+            mean, square = (
+                _cell_means(values, CELL_STRIDE // stride) for values in (tap.float(), tap.float().square())
+            )
+            features.append(mean)
+            deviations.append(((square - mean.square()).clamp(min=0.0) + _VARIANCE_EPS).sqrt())
+        return torch.cat(features + deviations, dim=1).flatten(2).transpose(1, 2)
+
+
+def _cell_means(values: Tensor, side: int) -> Tensor:
+    """Means of squares of `side` positions, those at the edges of what is there: (B, C, h, w) -> (B, C, ceil(h / side), …)."""
+    return F.avg_pool2d(values, side, ceil_mode=True, count_include_pad=False)
 
 
 class EfficientNetLite0(nn.Module):

@@ -8,20 +8,25 @@ engine.models.koclip_encoders builds them. Two similarities:
   is no probability: five images gave 1.0, 4e-9, 8e-17, ... `pixels: served` is what KoDALLE's sampling handed over
   instead of what KoCLIP was trained with: 256 pixels, not resized, in [0, 1].
 
+With `token_similarity` (FILIP) embeddings are of tokens and of cells: E vectors of unit length for each word that is no
+padding, without [CLS], and for each cell of the image; `scores` compares them. With `direction_projections` (x-clip's option by the
+name of CLOOB, arXiv:2110.11316) two projections of each encoder lie side by side in an embedding: the first compares images for a
+caption, which is ranking, the second captions for an image. The losses are in engine.models.koclip_losses.
+
 Parameters at the default sizes, `mlp` head:
 - `published` 116,202,620, exactly what KoDALLE's team counted: RoBERTa 110,618,112 + EfficientNet-B0 4,007,548 +
   projections 655,872 and 393,728 + 2 * 263,680 in the heads. 115,675,260 with the `linear` head. RoBERTa's number
   includes its pooling layer (590,592), which KoCLIP does not use: it is kept, frozen, for original checkpoints.
 - `cosine` 115,612,029: without that pooling layer, and with one parameter more, `logit_scale`.
 
-Shapes: B images, M captions, S pixels, T text tokens, E embed_dim, H encoder width.
+Shapes: B images, M captions, S pixels, T text tokens, P cells, E embed_dim (twice that with `direction_projections`), H encoder
+width. (B, E) below is (B, P, E) with `token_similarity`, and (M, E) is (M, text_seq_len - 1, E).
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +39,13 @@ from engine.models.koclip_encoders import (
     build_text_encoder,
     image_features,
     load_pretrained_encoders,
+    num_cells,
+)
+from engine.models.koclip_losses import (
+    contrastive_loss,
+    gather_rows,
+    own_token_similarities,
+    token_similarities,
 )
 
 PUBLISHED_SCALE = 0.07
@@ -81,12 +93,11 @@ class KoClip(nn.Module):
         self.config = config
         self.image_encoder = build_image_encoder(config)
         self.text_encoder = build_text_encoder(config)
-        self.image_projection = ProjectionHead(
-            image_features(config), config.embed_dim, kind=config.head, dropout=config.dropout
-        )
-        self.text_projection = ProjectionHead(
-            config.text_dim, config.embed_dim, kind=config.head, dropout=config.dropout
-        )
+        self.image_projection = self._head(image_features(config))
+        self.text_projection = self._head(config.text_dim)
+        if config.direction_projections:
+            self.caption_search_image_projection = self._head(image_features(config))
+            self.caption_search_text_projection = self._head(config.text_dim)
         if config.similarity == "cosine":
             # One element, not a scalar: DeepSpeed broadcasts parameters as bytes, which torch refuses for 0-d tensors.
             self.logit_scale = nn.Parameter(torch.tensor([_INITIAL_LOGIT_SCALE], dtype=torch.float32))
@@ -121,6 +132,7 @@ class KoClip(nn.Module):
         wrong_text_tokens: Tensor | None = None,
         has_wrong: Tensor | None = None,
         all_gather: bool = False,
+        decoupled: bool = False,
     ) -> Tensor:
         """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`.
 
@@ -141,6 +153,7 @@ class KoClip(nn.Module):
             wrong=None if wrong_text_tokens is None else texts[B:].unflatten(0, wrong_text_tokens.shape[:2]),
             has_wrong=has_wrong,
             all_gather=all_gather,
+            decoupled=decoupled,
         )
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -157,12 +170,22 @@ class KoClip(nn.Module):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Prepared images to the shared space: (B, 3, S, S) -> (B, E) float32. Without checks, for CUDA graphs."""
-        dtype = self.image_projection.projection.weight.dtype
+        features = self.encode_pixels(pixels).to(self.image_projection.projection.weight.dtype)
+        embedded = self._finish(self.image_projection(features))
+        if not self.config.direction_projections:
+            return embedded
+        return torch.cat([embedded, self._finish(self.caption_search_image_projection(features))], dim=-1)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Features of prepared images: (B, 3, S, S) -> (B, H), or (B, P, H) with `token_similarity`."""
         if isinstance(self.image_encoder, Lite0ImageEncoder):
-            features = self.image_encoder(pixels)  # (B, H)
-        else:
-            features = self.image_encoder(pixel_values=pixels.to(dtype)).pooler_output
-        return self._finish(self.image_projection(features.to(dtype)))
+            features: Tensor = self.image_encoder(pixels)
+            return features
+        encoded = self.image_encoder(pixel_values=pixels.to(self.image_projection.projection.weight.dtype))
+        if self.config.token_similarity:
+            return encoded.last_hidden_state.flatten(2).transpose(1, 2)  # (B, H, h, w) -> (B, P, H)
+        pooled: Tensor = encoded.pooler_output
+        return pooled
 
     def embed_texts(self, text_tokens: Tensor) -> Tensor:
         """Captions to the shared space: (M, T) integers, padded with 1 -> (M, E) float32; unit length in `cosine`.
@@ -175,8 +198,28 @@ class KoClip(nn.Module):
         if text_tokens.shape[1] > self.config.text_seq_len:
             raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP has {self.config.text_seq_len}")
         text_tokens = text_tokens.long()
-        hidden = self.text_encoder(input_ids=text_tokens, attention_mask=text_tokens != PAD_TOKEN).last_hidden_state
-        return self._finish(self.text_projection(hidden[:, 0]))  # [CLS]: (M, T, H) -> (M, H)
+        is_word = text_tokens != PAD_TOKEN
+        hidden = self.text_encoder(input_ids=text_tokens, attention_mask=is_word).last_hidden_state  # (M, T, H)
+        read = hidden[:, 1:] if self.config.token_similarity else hidden[:, 0]  # all but [CLS], or [CLS]
+        embedded = self._finish(self.text_projection(read))
+        if self.config.direction_projections:
+            embedded = torch.cat([embedded, self._finish(self.caption_search_text_projection(read))], dim=-1)
+        if not self.config.token_similarity:
+            return embedded
+        embedded = embedded.masked_fill(~is_word[:, 1:, None], 0.0)
+        return F.pad(embedded, (0, 0, 0, self.config.text_seq_len - text_tokens.shape[1]))
+
+    @property
+    def image_embedding_shape(self) -> tuple[int, ...]:
+        """Shape of one image's embedding."""
+        width = self._embedding_width
+        return (num_cells(self.config), width) if self.config.token_similarity else (width,)
+
+    @property
+    def text_embedding_shape(self) -> tuple[int, ...]:
+        """Shape of one caption's embedding; it does not depend on how long the caption is."""
+        width = self._embedding_width
+        return (self.config.text_seq_len - 1, width) if self.config.token_similarity else (width,)
 
     def trim(self, text_tokens: list[int]) -> list[int]:
         """A caption's tokens without the padding after them."""
@@ -190,8 +233,21 @@ class KoClip(nn.Module):
 
         `cosine`: -1..1, comparable between runs and captions. `published`: dot product * 0.07, unbounded.
         """
-        products = text_embeddings @ image_embeddings.T
+        images, texts = self._of_direction(image_embeddings, 0), self._of_direction(text_embeddings, 0)
+        if self.config.token_similarity:
+            return token_similarities(images, texts)[0]
+        products = texts @ images.T
         return products if self.config.similarity == "cosine" else products * PUBLISHED_SCALE
+
+    def caption_scores(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        """Scores of each caption for each image, to find an image's caption: (B, E), (M, E) -> (B, M).
+
+        `scores` the other way round but for `token_similarity` and `direction_projections`, which compare otherwise.
+        """
+        if self._is_symmetric:
+            return self.scores(image_embeddings, text_embeddings).T
+        images, texts = self._of_direction(image_embeddings, 1), self._of_direction(text_embeddings, 1)
+        return token_similarities(images, texts)[1] if self.config.token_similarity else images @ texts.T
 
     @torch.no_grad()
     def similarity(self, images: Tensor, text_tokens: Tensor) -> Tensor:
@@ -208,6 +264,7 @@ class KoClip(nn.Module):
         wrong: Tensor | None = None,
         has_wrong: Tensor | None = None,
         all_gather: bool = False,
+        decoupled: bool = False,
     ) -> Tensor:
         """Symmetric contrastive loss: cross-entropy of each caption's image and of each image's caption in the batch.
 
@@ -222,30 +279,45 @@ class KoClip(nn.Module):
             all_gather: contrast with the pairs of all ranks (B equal on each). Every rank then returns the loss of the
                 whole batch, and gradients averaged over ranks, as data parallelism does, are those of one process
                 with the whole batch. No effect without a process group.
+            decoupled: see `contrastive_loss`.
 
         Returns:
             scalar float32.
         """
-        if all_gather and dist.is_available() and dist.is_initialized():
-            image_embeddings = _GatherRows.apply(image_embeddings)  # (B, E) -> (ranks * B, E)
-            text_embeddings = _GatherRows.apply(text_embeddings)
-            negatives = None if negatives is None else _GatherRows.apply(negatives)
-            fits = None if fits is None else _GatherRows.apply(fits.to(torch.uint8)).bool()
+        if all_gather:
+            image_embeddings = gather_rows(image_embeddings)  # (B, E) -> (ranks * B, E)
+            text_embeddings = gather_rows(text_embeddings)
+            negatives = None if negatives is None else gather_rows(negatives)
+            fits = None if fits is None else gather_rows(fits.to(torch.uint8)).bool()
             if wrong is not None and has_wrong is not None:
-                wrong = _GatherRows.apply(wrong.contiguous())
-                has_wrong = _GatherRows.apply(has_wrong.to(torch.uint8)).bool()
+                wrong, has_wrong = gather_rows(wrong), gather_rows(has_wrong.to(torch.uint8)).bool()
         B = len(text_embeddings)
         images = image_embeddings if negatives is None else torch.cat([image_embeddings, negatives])
-        logits = self._scaled(text_embeddings @ images.T)  # (B, B + B')
-        if fits is not None:
-            left_out = fits & ~torch.eye(B, dtype=torch.bool, device=logits.device)
-            logits = logits.masked_fill(F.pad(left_out, (0, logits.shape[1] - B)), -math.inf)
-        pairs = torch.arange(B, dtype=torch.int64, device=logits.device)
-        of_images = logits[:, :B].T  # (B, B): each image's captions
+        left_out = None if fits is None else fits & ~torch.eye(B, dtype=torch.bool, device=fits.device)
+        padded = None if left_out is None else F.pad(left_out, (0, len(images) - B))
+        to_images = self._logits(self.scores(images, text_embeddings), padded)  # (B, B + B')
+        if self._is_symmetric:
+            to_captions = to_images[:, :B].T  # (B, B)
+        else:
+            found = self.caption_scores(image_embeddings, text_embeddings)
+            to_captions = self._logits(found, None if left_out is None else left_out.T)
         if wrong is not None and has_wrong is not None:
-            own = self._scaled(torch.einsum("be,bke->bk", image_embeddings, wrong))
-            of_images = torch.cat([of_images, own.masked_fill(~has_wrong[:, None], -math.inf)], dim=1)  # (B, B + K)
-        return (F.cross_entropy(logits, pairs) + F.cross_entropy(of_images, pairs)) / 2
+            own = self._logits(self._own_caption_scores(image_embeddings, wrong), ~has_wrong[:, None])
+            to_captions = torch.cat([to_captions, own], dim=1)  # (B, B + K)
+        return contrastive_loss(to_images, to_captions, decoupled=decoupled)
+
+    def _own_caption_scores(self, images: Tensor, captions: Tensor) -> Tensor:
+        """`caption_scores` of captions of each image's own: (B, E), (B, K, E) -> (B, K)."""
+        images, captions = self._of_direction(images, 1), self._of_direction(captions, 1)
+        if self.config.token_similarity:
+            return own_token_similarities(images, captions)
+        products = torch.einsum("be,bke->bk", images, captions)
+        return products if self.config.similarity == "cosine" else products * PUBLISHED_SCALE
+
+    def _logits(self, scores: Tensor, left_out: Tensor | None) -> Tensor:
+        """Scores at the temperature; those left out are -inf."""
+        logits = scores * self.temperature_scale() if self.config.similarity == "cosine" else scores
+        return logits if left_out is None else logits.masked_fill(left_out, -math.inf)
 
     def temperature_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100 (`cosine` only), 0-d float32."""
@@ -268,29 +340,22 @@ class KoClip(nn.Module):
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
         return (images - mean) / std
 
-    def _scaled(self, products: Tensor) -> Tensor:
-        """Logits of dot products, of any shape."""
-        return products * (self.temperature_scale() if self.config.similarity == "cosine" else PUBLISHED_SCALE)
+    def _head(self, hidden_dim: int) -> ProjectionHead:
+        return ProjectionHead(hidden_dim, self.config.embed_dim, kind=self.config.head, dropout=self.config.dropout)
+
+    @property
+    def _embedding_width(self) -> int:
+        return self.config.embed_dim * (2 if self.config.direction_projections else 1)
+
+    @property
+    def _is_symmetric(self) -> bool:
+        """Whether a caption's score for an image is the image's for the caption."""
+        return not (self.config.token_similarity or self.config.direction_projections)
+
+    def _of_direction(self, embeddings: Tensor, direction: int) -> Tensor:
+        """The part of embeddings that compares images for a caption (0) or captions for an image (1)."""
+        return embeddings.chunk(2, dim=-1)[direction] if self.config.direction_projections else embeddings
 
     def _finish(self, projected: Tensor) -> Tensor:
         projected = projected.float()
         return F.normalize(projected, dim=-1) if self.config.similarity == "cosine" else projected
-
-
-class _GatherRows(torch.autograd.Function):
-    """(B, E) on each rank -> (ranks * B, E) on every rank, rank by rank.
-
-    Backward needs no communication: every rank computes the same loss from the same rows, so the sum over ranks of
-    the gradients is `ranks` times the gradient of this rank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        ranks = dist.get_world_size()
-        return gradient.chunk(ranks)[dist.get_rank()] * ranks

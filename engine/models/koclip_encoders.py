@@ -3,10 +3,12 @@
 `efficientnet` and RoBERTa are transformers', of any size, and start from nothing or from a Hugging Face folder.
 `efficientnet-lite0` has one size and starts from ImageNet weights that a package brings (engine.models.efficientnet_lite0).
 
-B images, S pixels, H features an image.
+B images, S pixels, H features an image or a cell, P cells of an image.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
-from engine.models.efficientnet_lite0 import NUM_POOLED, EfficientNetLite0, load_efficientnet_lite0
+from engine.models.efficientnet_lite0 import (
+    CELL_STRIDE,
+    NUM_OF_CELL,
+    NUM_POOLED,
+    EfficientNetLite0,
+    load_efficientnet_lite0,
+)
 
 if TYPE_CHECKING:
     # Only here: at run time they are imported after check_torchvision(), so that a broken torchvision is named.
@@ -24,41 +32,80 @@ if TYPE_CHECKING:
 PAD_TOKEN = 1  # RoBERTa's; its position numbers start after it
 _EFFICIENTNET_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 _EFFICIENTNET_REPEATS = (1, 2, 2, 3, 3, 4, 1)
-_MOMENTUM = 0.1
+_EFFICIENTNET_CELL = 32  # pixels a side of a position of its last layer
+_MOMENTUM, _BATCH_NORM_EPS = 0.1, 1e-5  # torch's defaults
 
 
 class Lite0ImageEncoder(nn.Module):
-    """EfficientNet-Lite0 and what is pooled of it (`Lite0Features.pooled`), standardised."""
+    """EfficientNet-Lite0 and what is pooled of it (`Lite0Features.pooled`), standardised.
+
+    Args:
+        cells: features of each cell instead (`Lite0Features.cells`).
+    """
 
     feature_mean: Tensor
     feature_variance: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, *, cells: bool = False) -> None:
         super().__init__()
+        self.cells = cells
+        self.momentum = _MOMENTUM
         self.network = EfficientNetLite0(classifier=False)
         # Running statistics: levels differ in size by a factor of 50, and a head's maximum is not a tap's mean.
-        self.register_buffer("feature_mean", torch.zeros(NUM_POOLED, dtype=torch.float32))
-        self.register_buffer("feature_variance", torch.ones(NUM_POOLED, dtype=torch.float32))
+        features = NUM_OF_CELL if cells else NUM_POOLED
+        self.register_buffer("feature_mean", torch.zeros(features, dtype=torch.float32))
+        self.register_buffer("feature_variance", torch.ones(features, dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float32 in [0, 1], S >= 32 -> (B, 2944) float32, each feature standardised as by BatchNorm."""
-        pooled = self.network.features(images).pooled()
+        """(B, 3, S, S) float32 in [0, 1], S >= 32 -> (B, 2944) or (B, P, 1552) float32, standardised as by BatchNorm."""
+        found = self.network.features(images)
         # Not nn.BatchNorm1d, which takes no float32 features in a model that was cast to bfloat16.
         mean, variance = self.feature_mean.float(), self.feature_variance.float()
-        return F.batch_norm(pooled, mean, variance, training=self.training, momentum=_MOMENTUM)
+        if not self.cells:
+            return F.batch_norm(found.pooled(), mean, variance, training=self.training, momentum=self.momentum)
+        cells = found.cells()
+        if not self.training:  # spelt out: the exporter to ONNX does not see how many features a cell has
+            return (cells - mean) / (variance + _BATCH_NORM_EPS).sqrt()
+        rows = cells.flatten(0, 1)
+        rows = F.batch_norm(rows, mean, variance, training=True, momentum=self.momentum, eps=_BATCH_NORM_EPS)
+        return rows.view_as(cells)
 
 
 # ----------------------------------------------------------------------------------------------------------- building
 
 
 def image_features(config: KoclipConfig) -> int:
-    """H: how many features the image encoder of a config makes of an image."""
-    return NUM_POOLED if config.image_encoder == "efficientnet-lite0" else config.image_hidden_dim
+    """H: how many features the image encoder of a config makes of an image, or of each cell with `token_similarity`."""
+    if config.image_encoder != "efficientnet-lite0":
+        return config.image_hidden_dim
+    return NUM_OF_CELL if config.token_similarity else NUM_POOLED
+
+
+def num_cells(config: KoclipConfig) -> int:
+    """P: cells that the image encoder of a config divides an image into."""
+    cell = CELL_STRIDE if config.image_encoder == "efficientnet-lite0" else _EFFICIENTNET_CELL
+    return math.ceil(config.image_size / cell) ** 2
 
 
 def build_image_encoder(config: KoclipConfig) -> "EfficientNetModel | Lite0ImageEncoder":
     """The image encoder of a config, random weights."""
-    return Lite0ImageEncoder() if config.image_encoder == "efficientnet-lite0" else _build_efficientnet(config)
+    if config.image_encoder == "efficientnet-lite0":
+        return Lite0ImageEncoder(cells=config.token_similarity)
+    return _build_efficientnet(config)
+
+
+@contextlib.contextmanager
+def statistics_kept(encoder: nn.Module) -> Iterator[None]:
+    """Leaves the running statistics of an image encoder alone within the block, which sees other images than ranking will."""
+    normed = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d | Lite0ImageEncoder)]
+    before = [part.momentum for part in normed]
+    for part in normed:
+        part.momentum = 0.0
+    try:
+        yield
+    finally:
+        for part, momentum in zip(normed, before, strict=True):
+            part.momentum = momentum  # type: ignore[assignment]
 
 
 def efficientnet_width(width: float) -> int:

@@ -87,12 +87,15 @@ def test_encoders_are_torchs(exported: Path, rows: int, size: int, positions: in
 
 
 @torch.no_grad()
-def test_an_efficientnet_lite0_is_torchs(run_tree: Callable[..., dict[str, Any]], tmp_path: Path, quick: None) -> None:
+@pytest.mark.parametrize("options", [{}, {"token_similarity": True, "direction_projections": True}])
+def test_an_efficientnet_lite0_is_torchs(
+    options: dict[str, bool], run_tree: Callable[..., dict[str, Any]], tmp_path: Path, quick: None
+) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     sizes = {key: value for key, value in run_tree("koclip", tmp_path)["model"].items() if "image" not in key}
     koclip = KoClip.from_pretrained_encoders(
-        KoclipConfig(**sizes, image_size=48, image_encoder="efficientnet-lite0")
+        KoclipConfig(**sizes, **options, image_size=48, image_encoder="efficientnet-lite0")
     ).train()
     images = torch.rand(6, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     for _ in range(20):
@@ -100,10 +103,13 @@ def test_an_efficientnet_lite0_is_torchs(run_tree: Callable[..., dict[str, Any]]
     koclip.eval()
     write_model_folder(tmp_path / "model", {"koclip": Part(koclip.config, koclip.state_dict())}, card="")
     export_model(tmp_path / "model", tmp_path / "model")
-    found = open_koclip(tmp_path / "model", koclip.config, CPU).embed_images(images[:5])
+    onnx = open_koclip(tmp_path / "model", koclip.config, CPU)
     expected = koclip.embed_images(images[:5])
     assert expected.std(0).max() > 1e-3
-    assert (found - expected).abs().max() <= 1e-5
+    assert (onnx.embed_images(images[:5]) - expected).abs().max() <= 1e-5
+    texts = torch.randint(5, 64, (2, 7), generator=torch.Generator().manual_seed(2))
+    texts[1, 4:] = 1
+    assert (onnx.embed_texts(texts) - koclip.embed_texts(texts)).abs().max() <= 1e-5
 
 
 @torch.inference_mode()

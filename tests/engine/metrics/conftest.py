@@ -39,12 +39,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Callable[..., Path]:
-    """`make_model("vqgan", "koclip")`: a folder with these parts, weights random and always the same."""
+    """`make_model("vqgan", "koclip")`: a folder with these parts, weights random and always the same.
+
+    `ranker`: options of its KoCLIP.
+    """
     folder = tmp_path_factory.mktemp("models")
 
-    def make(*names: PartName) -> Path:
+    def make(*names: PartName, ranker: dict[str, Any] | None = None) -> Path:
         modules: dict[PartName, tuple[Any, Any]] = {
-            "vqgan": (Vqgan, VQGAN), "transformer": (KoDalle, TRANSFORMER), "koclip": (KoClip, KOCLIP),
+            "vqgan": (Vqgan, VQGAN), "transformer": (KoDalle, TRANSFORMER),
+            "koclip": (KoClip, KOCLIP.model_copy(update=ranker)),
         }  # fmt: skip
         parts: dict[PartName, Part] = {}
         for name in names:
@@ -52,7 +56,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Callabl
             module, config = modules[name]
             parts[name] = Part(config, module(config).state_dict())
         captions = [pair.captions[0] for pair in load_pairs(pairs).train]
-        path = folder / ("-".join(names) or "none")
+        path = folder / ("-".join([*names, *(ranker or {})]) or "none")
         write_model_folder(path, parts, card="tiny", tokenizer=train_tokenizer(captions, vocab_size=60))
         return path
 

@@ -209,6 +209,35 @@ def test_faults(make_model: Callable[..., Path], pairs: Path, tmp_path: Path) ->
         evaluate_to_file(make_model("vqgan"), pairs, tmp_path)
 
 
+@torch.no_grad()
+def test_a_ranker_of_tokens_and_directions(make_model: Callable[..., Path], pairs: Path) -> None:
+    """Candidates are ranked by the scores of images for a caption, and captions are found by those for an image."""
+    options = {"token_similarity": True, "direction_projections": True}
+    model = make_model("vqgan", "transformer", "koclip", ranker=options)
+    pipeline = Pipeline.from_pretrained(model)
+    assert isinstance(pipeline.koclip, KoClip)
+    held = load_pairs(pairs).validation
+    captions = [pair.captions[0] for pair in held]
+    images = torch.from_numpy(np.stack([load_image(pair, 32) for pair in held])).permute(0, 3, 1, 2).float() / 255
+    text = pipeline.tokenizer.encode(captions, 8).tokens
+    scores = pipeline.rank_scores(captions[:2], images[:6].unflatten(0, (2, 3)))
+    assert scores is not None
+    expected = pipeline.koclip.similarity(images[:6], text[:2])
+    torch.testing.assert_close(scores, torch.stack([expected[0, :3], expected[1, 3:]]), rtol=1e-4, atol=1e-5)
+    generation = pipeline(captions[:1], candidates=4, seed=1)[0]
+    made = torch.stack([torch.from_numpy(np.array(one.image)) for one in generation.candidates]).permute(0, 3, 1, 2)
+    found = pipeline.koclip.similarity(made.float() / 255, text[:1])[0].tolist()
+    assert [one.score for one in generation.candidates] == pytest.approx(found, abs=1e-2)  # pixels were rounded
+    report = evaluate(model, pairs, generations=2, candidates=2)
+    embedded = pipeline.koclip.embed_images(images), pipeline.koclip.embed_texts(text)
+    assert report["koclip"] == pytest.approx(
+        {"pairs": 16, "captions_cut": 0, "loss": float(pipeline.koclip.loss(*embedded)), "loss_batch": 16}
+        | mean_recall(pipeline.koclip, *embedded, text, torch.Generator().manual_seed(7)),
+        rel=1e-4,
+    )
+    assert report["generations"]["koclip_score"]["top_ranked"] >= report["generations"]["koclip_score"]["random"]
+
+
 def test_recall_averages_over_choices_of_a_hundred(model: Path) -> None:
     koclip: KoClip = load_part(model, "koclip")
     tokens = torch.arange(250)[:, None] % 150  # 150 captions, 100 of them with two images
