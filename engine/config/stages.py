@@ -79,11 +79,54 @@ class VqganRun(Run):
         return self
 
 
+class KoclipLossConfig(Section):
+    """What a KoCLIP's training compares (engine/models/koclip_losses.py, koclip_objectives.py); x-clip's options, off by default.
+
+    The weights of image_ssl and masked_language are shares of the loss, and the contrastive loss has the rest.
+    """
+
+    decoupled: bool = Field(
+        False, description="DCL: the pair itself is left out of the contrastive loss's denominator (arXiv 2110.06848)"
+    )
+    image_ssl: Literal["simclr", "simsiam"] | None = Field(
+        None,
+        description="two views of each image, in three times the image encoder's work: SimCLR or SimSiam; null: off",
+    )
+    image_ssl_weight: float = Field(0.05, gt=0, lt=1, description="share of the loss, with image_ssl")
+    image_ssl_dim: int = Field(256, gt=0, description="width of the projections, with image_ssl")
+    image_ssl_hidden_dim: int = Field(4096, gt=0, description="inner width of projector and predictor, with image_ssl")
+    image_ssl_temperature: float = Field(0.1, gt=0, description="that cosines are divided by, with image_ssl simclr")
+    image_ssl_colour: float = Field(
+        1.0, ge=0, le=1, description="strength of the views' changes of colour; 0, where captions name colours: none"
+    )
+    masked_language_weight: float = Field(
+        0.0, ge=0, lt=1, description="of masked captions, share of the loss (x-clip: 0.05); 0: off"
+    )
+    masked_language_share: float = Field(0.15, gt=0, lt=1, description="of a caption's tokens, masked")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> "KoclipLossConfig":
+        if self.contrastive_weight <= 0:
+            raise ValueError("image_ssl_weight and masked_language_weight leave nothing for the pairs: lower them")
+        return self
+
+    @property
+    def contrastive_weight(self) -> float:
+        """Of the contrastive loss: what the others leave."""
+        return 1.0 - (0.0 if self.image_ssl is None else self.image_ssl_weight) - self.masked_language_weight
+
+    @property
+    def has_objectives(self) -> bool:
+        """Whether anything is learned beside the pairs."""
+        return self.image_ssl is not None or self.masked_language_weight > 0
+
+
 class KoclipRun(Run):
     """Training of a KoCLIP: how well an image fits a caption."""
 
     stage: Literal["koclip"]
     model: KoclipConfig = KoclipConfig()
+    loss: KoclipLossConfig = KoclipLossConfig()
     text: TextConfig = TextConfig(tokenizer="klue/roberta-base")
     pretrained_text_encoder: FolderOrName | None = Field(None, description="Hugging Face RoBERTa, name or folder")
     pretrained_image_encoder: FolderOrName | None = Field(None, description="Hugging Face EfficientNet, name or folder")
@@ -116,6 +159,15 @@ class KoclipRun(Run):
             raise ValueError(
                 f"pretrained_image_encoder {self.pretrained_image_encoder} is for image_encoder efficientnet: "
                 f"{self.model.image_encoder} starts from weights of its own, leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_train_the_encoder(self) -> "KoclipRun":
+        if self.loss.image_ssl is not None and self.image_encoder_lr_ratio == 0:
+            raise ValueError(
+                f"loss.image_ssl {self.loss.image_ssl} trains the image encoder, and image_encoder_lr_ratio 0 freezes it: "
+                "leave one of them out"
             )
         return self
 

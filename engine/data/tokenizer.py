@@ -132,6 +132,12 @@ class CaptionTokenizer:
         """Tokens that are not part of a word: [CLS], [PAD], [SEP], [UNK], [MASK]."""
         return frozenset(int(token) for token in self._tokenizer.all_special_ids)
 
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a masked one, [MASK]; None if there is none."""
+        found = self._tokenizer.mask_token_id
+        return None if found is None else int(found)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 

@@ -70,7 +70,7 @@ class CandidateScorer:
         if not wrong or not isinstance(self._ranker, KoClip):
             return Scores(score.float().cpu(), None)
         texts = torch.cat([own, self._embed_captions(wrong)])  # (1 + W, E)
-        logits = self._ranker.scores(embeddings, texts) * self._ranker.temperature_scale()  # (1 + W, n)
+        logits = self._ranker.caption_scores(embeddings, texts).T * self._ranker.temperature_scale()  # (1 + W, n)
         return Scores(score.float().cpu(), logits.float().log_softmax(dim=0)[0].cpu())
 
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:

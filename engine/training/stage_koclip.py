@@ -17,6 +17,7 @@ from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
+from engine.models.koclip_objectives import KoClipWithObjectives, MaskedCaptions
 from engine.pipeline.image_files import image_grid
 from engine.training.batches import (
     Batch,
@@ -31,6 +32,7 @@ from engine.training.batches import (
     validation_order,
 )
 from engine.training.engines import Engines, make_engine, micro_batch
+from engine.training.objective_batches import objective_source
 from engine.training.process_group import World
 from engine.training.start_from import start_from
 from engine.training.update_guard import UpdateGuard
@@ -48,6 +50,9 @@ class KoclipStage:
         self.ground = pairs.ground
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
+        if run.loss.image_ssl is not None and batch_size * world.size < 2:
+            remedy = "loss.image_ssl compares images: give 2 or more"
+            raise InputError("deepspeed.train_micro_batch_size_per_gpu", batch_size, remedy)
         captions = (caption for pair in pairs.train for caption in pair.captions)
         self.tokenizer = tokenizer_for(
             run.text, captions, table_rows=run.model.text_vocab_size, start_from=run.start_from
@@ -71,8 +76,9 @@ class KoclipStage:
                 reconstruct=lambda images: vqgan.decode(vqgan.encode(images.to(world.device))),
             )
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
+        images = Images(pairs.train, size, cache=cache)
         self.source: BatchSource = captioned_image_source(
-            Images(pairs.train, size, cache=cache),
+            images,
             pairs.train,
             order,
             self.tokenizer,
@@ -85,6 +91,8 @@ class KoclipStage:
             wrong=wrong,
             num_wrong=run.hard_negative_captions,
         )
+        if run.loss.has_objectives:
+            self.source = objective_source(self.source, images, order, self.tokenizer, run.loss)
         self.validation_source: BatchSource | None = None
         if pairs.validation:
             held_out_order = validation_order(len(pairs.validation), batch_size, seed=run.seed, world=world)
@@ -106,11 +114,12 @@ class KoclipStage:
         )
         if run.start_from is not None:
             start_from(model, run.model, run.start_from, "koclip")
+        module = KoClipWithObjectives(model, run.loss) if run.loss.has_objectives else model
         self.engine = make_engine(
-            model,
+            module,
             run.deepspeed,
             total_steps=total_steps,
-            parameters=_groups(model, run),
+            parameters=_groups(module, run),
         )
         return {"koclip": self.engine}
 
@@ -123,13 +132,22 @@ class KoclipStage:
             to_device(batch[name], self.world.device) if name in batch else None
             for name in ("wrong_text_tokens", "has_wrong")
         )
-        loss = self.engine(
-            images, text_tokens,
-            negatives=negatives, fits=fits, wrong_text_tokens=wrong, has_wrong=has_wrong,
-            all_gather=self.world.size > 1,
-        )  # fmt: skip
-        self._guard.backward_and_step(self.engine, loss)
-        return {"loss": loss.detach()}
+        pairs = {
+            "negatives": negatives, "fits": fits, "wrong_text_tokens": wrong, "has_wrong": has_wrong,
+            "all_gather": self.world.size > 1,
+        }  # fmt: skip
+        if not self.run.loss.has_objectives:
+            loss = self.engine(images, text_tokens, **pairs, decoupled=self.run.loss.decoupled)
+            self._guard.backward_and_step(self.engine, loss)
+            return {"loss": loss.detach()}
+        views = to_unit_floats(batch["views"], self.world) if "views" in batch else None
+        names = ("masked_tokens", "masked_positions", "masked_originals")
+        tensors = [to_device(batch[name], self.world.device) for name in names if name in batch]
+        masked = MaskedCaptions(*tensors) if tensors else None
+        losses = self.engine(images, text_tokens, **pairs, views=views, masked=masked)
+        self._guard.backward_and_step(self.engine, losses.total)
+        parts = {f"loss_{name}": value.detach() for name, value in losses._asdict().items() if value is not None}
+        return {"loss": parts.pop("loss_total"), **parts}
 
     def after_step(self, step: int) -> bool:
         return False
@@ -143,12 +161,12 @@ class KoclipStage:
             image = module.embed_images(to_unit_floats(batch["images"], self.world))
             text = module.embed_texts(to_device(batch["text_tokens"], self.world.device))
             fits = to_device(batch["fits"], self.world.device)[:, self._own_columns(len(image))]
-            losses.append(float(module.loss(image, text, fits=fits)))
+            losses.append(float(module.loss(image, text, fits=fits, decoupled=self.run.loss.decoupled)))
             images.append(image)
             texts.append(text)
             captions.append(batch["text_tokens"])
         recall = recall_at(
-            module.scores(torch.cat(images), torch.cat(texts)).T, torch.cat(captions), among=100, ranks=(1, 5)
+            module.caption_scores(torch.cat(images), torch.cat(texts)), torch.cat(captions), among=100, ranks=(1, 5)
         )
         values = {"loss": sum(losses) / len(losses)} | {f"recall_at_{rank}": share for rank, share in recall.items()}
         return {name: self.world.mean(value) for name, value in values.items()}
@@ -166,6 +184,9 @@ class KoclipStage:
 
     def export(self, folder: Path, card: str) -> None:
         weights = full_weights(self.engine)
+        if isinstance(self.engine.module, KoClipWithObjectives):  # what trains beside the KoCLIP stays behind
+            prefix = "koclip."
+            weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         if self.world.is_main:
             write_model_folder(
                 folder, {"koclip": Part(self.run.model, weights)}, card=card,
@@ -179,9 +200,7 @@ class KoclipStage:
 
     @property
     def _module(self) -> KoClip:
-        module = self.engine.module
-        assert isinstance(module, KoClip), type(module)
-        return module
+        return _koclip(self.engine.module)
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -190,8 +209,15 @@ class KoclipStage:
         pass
 
 
-def _groups(model: KoClip, run: KoclipRun) -> list[dict[str, Any]]:
-    """Parameter groups: projections (and temperature) at the learning rate, each encoder at its ratio of it.
+def _koclip(module: nn.Module) -> KoClip:
+    """The KoCLIP that a training's module is or holds."""
+    found = module.koclip if isinstance(module, KoClipWithObjectives) else module
+    assert isinstance(found, KoClip), type(found)
+    return found
+
+
+def _groups(module: nn.Module, run: KoclipRun) -> list[dict[str, Any]]:
+    """Parameter groups: projections (temperature, other objectives) at the learning rate, each encoder at its ratio of it.
 
     An encoder of ratio 0 is frozen: it requires no gradient from here on.
     """
@@ -202,12 +228,13 @@ def _groups(model: KoClip, run: KoclipRun) -> list[dict[str, Any]]:
         if ratio not in (0.0, 1.0) and scheduler not in (None, "WarmupCosineLR"):
             remedy = f"DeepSpeed's {scheduler} gives all groups one rate: use WarmupCosineLR, or ratio 1"
             raise InputError(field, ratio, remedy)
+    model = _koclip(module)
     if image_ratio == 0:
         model.image_encoder.requires_grad_(False)
     ratios = {id(parameter): text_ratio for parameter in model.text_encoder.parameters()}
     ratios |= {id(parameter): image_ratio for parameter in model.image_encoder.parameters()}
     by_ratio: dict[float, list[nn.Parameter]] = {1.0: []}
-    for parameter in sorted(model.parameters(), key=lambda parameter: id(parameter) in ratios):  # encoders last
+    for parameter in sorted(module.parameters(), key=lambda parameter: id(parameter) in ratios):  # encoders last
         if parameter.requires_grad:  # RoBERTa's unused pooler does not
             by_ratio.setdefault(ratios.get(id(parameter), 1.0), []).append(parameter)
     lr = float(run.deepspeed.get("optimizer", {}).get("params", {}).get("lr", 1e-3))

@@ -81,7 +81,7 @@ def test_scores_equal_their_formulas(config: KoclipConfig, options: dict[str, bo
                 assert scores[m, b].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_loss_takes_each_direction_s_scores(options: dict[str, bool], decoupled: bool) -> None:
     koclip = _koclip(TINY, options)
@@ -90,16 +90,22 @@ def test_loss_takes_each_direction_s_scores(options: dict[str, bool], decoupled:
     fits[0, 2] = True
     embedded, texts = koclip.embed_images(torch.cat([images, images.flip(2)[:2]])), koclip.embed_texts(tokens)
     own, negatives = embedded[:4], embedded[4:]
+    wrong = koclip.embed_texts(tokens.flip(1).repeat_interleave(2, 0).roll(1, 1)).unflatten(0, (4, 2))
+    has_wrong = torch.tensor([True, False, True, True])
     to_images = koclip.scores(embedded, texts) / 0.07
     to_captions = koclip.caption_scores(own, texts) / 0.07
     expected = 0.0
     for i in range(4):
         images_for = [to_images[i, j] for j in range(6) if j != i and (i, j) != (0, 2)]
         captions_for = [to_captions[i, j] for j in range(4) if j != i and (j, i) != (0, 2)]
+        if has_wrong[i]:
+            captions_for += [koclip.caption_scores(own[[i]], wrong[i, [k]])[0, 0] / 0.07 for k in range(2)]
         for own_logit, others in ((to_images[i, i], images_for), (to_captions[i, i], captions_for)):
             below = torch.stack(others if decoupled else [*others, own_logit]).logsumexp(0)
             expected += float(below - own_logit) / 8
-    loss = koclip.loss(own, texts, negatives=negatives, fits=fits, decoupled=decoupled)
+    loss = koclip.loss(
+        own, texts, negatives=negatives, fits=fits, wrong=wrong, has_wrong=has_wrong, decoupled=decoupled
+    )
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     loss.backward()
     assert all(
