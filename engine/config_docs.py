@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 
 from engine.config.run import Run
 from engine.config.section import Section
-from engine.config.stages import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import DvaeRun, KoclipRun, KodalleRun, VqganRun
 
-RUNS: tuple[type[Run], ...] = (VqganRun, KoclipRun, KodalleRun)
+RUNS: tuple[type[Run], ...] = (VqganRun, DvaeRun, KoclipRun, KodalleRun)
 COMMAND = "python -m engine.config_docs > docs/configuration.md"
 _BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
 _HEADER = "| key | type | default | description |\n|---|---|---|---|"
@@ -32,7 +32,7 @@ The command line wins over the file, and the file over the defaults below. An un
 out of its bounds, and the text "None" are errors that name key, value and file; write `null` for no value. The file of
 a run is stored with all defaults as `<run>/config.yaml`.
 
-`stage` says which of the three trainings a file is of.
+`stage` says which of the four trainings a file is of.
 """
 
 
@@ -50,9 +50,12 @@ def configuration_page() -> str:
 def _sections(owner: type[Section], names: list[str]) -> Iterator[str]:
     """Headline, summary and table of each field that is a section."""
     for name in names:
-        kind, default = _section_of(owner.model_fields[name]), owner.model_fields[name].default
+        field = owner.model_fields[name]
+        kind, default = _section_of(field), field.default
         if kind is not None:
             yield f"### `{name}:`\n"
+            if field.description and kind is field.annotation:  # otherwise the row of its `null` has it
+                yield f"{field.description[0].upper()}{field.description[1:]}.\n"
             yield f"{_summary(kind)}\n"
             yield _table(default if isinstance(default, Section) else kind, list(kind.model_fields))
 
@@ -62,11 +65,13 @@ def _table(owner: Section | type[Section], names: list[str]) -> str:
     rows = []
     for name, field in (owner if isinstance(owner, type) else type(owner)).model_fields.items():
         if name in names and _section_of(field) is not field.annotation:
-            rows.append(_row(name, field, field.default if isinstance(owner, type) else getattr(owner, name)))
+            is_required = isinstance(owner, type) and field.is_required()
+            value = field.default if isinstance(owner, type) else getattr(owner, name)
+            rows.append(_row(name, field, "required" if is_required else f"`{_value_text(value)}`"))
     return "\n".join([_HEADER, *rows]) + "\n"
 
 
-def _row(name: str, field: FieldInfo, value: object) -> str:
+def _row(name: str, field: FieldInfo, default: str) -> str:
     bounds = [
         f"{sign} {getattr(constraint, attribute)}"
         for constraint in field.metadata
@@ -74,7 +79,6 @@ def _row(name: str, field: FieldInfo, value: object) -> str:
         if hasattr(constraint, attribute)
     ]
     kind = ", ".join([_type_text(field.annotation), *bounds])
-    default = "required" if field.is_required() else f"`{_value_text(value)}`"
     description = (
         "the training that this file is of" if name == "stage" else (field.description or "").replace("<", "\\<")
     )

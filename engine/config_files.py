@@ -14,11 +14,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from engine.config.run import Run
-from engine.config.stages import AnyRun, KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import AnyRun, DvaeRun, KoclipRun, KodalleRun, VqganRun
 from engine.config_folders import resolve_auto
 from engine.errors import InputError
 
-_RUN: TypeAdapter[VqganRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
+_RUN: TypeAdapter[VqganRun | DvaeRun | KoclipRun | KodalleRun] = TypeAdapter(AnyRun)
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,7 +53,7 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deep") from error
 
 
-def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | KoclipRun | KodalleRun:
+def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | DvaeRun | KoclipRun | KodalleRun:
     """Reads a training config.
 
     Args:
@@ -69,7 +69,7 @@ def load_run(path: Path, overrides: list[str] | None = None) -> VqganRun | Kocli
     return parse_run(tree, source=f"{path} with the command line's key=value" if overrides else str(path))
 
 
-def parse_run(tree: dict[str, Any], *, source: str) -> VqganRun | KoclipRun | KodalleRun:
+def parse_run(tree: dict[str, Any], *, source: str) -> VqganRun | DvaeRun | KoclipRun | KodalleRun:
     """The training config that a tree states.
 
     Args:
@@ -80,7 +80,7 @@ def parse_run(tree: dict[str, Any], *, source: str) -> VqganRun | KoclipRun | Ko
     """
     _reject_none_text(tree, source)
     resolve_auto(tree)
-    run: VqganRun | KoclipRun | KodalleRun = parse_section(_RUN, tree, source=source)
+    run: VqganRun | DvaeRun | KoclipRun | KodalleRun = parse_section(_RUN, tree, source=source)
     return run
 
 
@@ -169,7 +169,7 @@ def as_input_error(error: ValidationError, source: str) -> InputError:
     """The first fault as field, value and remedy; `source` names the file that it was read from."""
     first = error.errors()[0]
     # the discriminated union puts the stage's name in front of the field's path
-    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("koclip",), ("kodalle",)) else first["loc"]
+    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("dvae",), ("koclip",), ("kodalle",)) else first["loc"]
     field = ".".join(map(str, path)) or "stage"
     others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

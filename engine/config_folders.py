@@ -2,14 +2,14 @@
 
 Reads JSON alone, so that a config that cannot work is refused before torch is imported. Which value follows from what:
 
-    koclip    codec                         <run>/../vqgan/model
+    koclip    codec                         <run>/../vqgan/model, or <run>/../dvae/model where that alone is there
               model.image_size              the codec's
               model.text_vocab_size         entries of text.tokenizer; of `train`: text.vocab_size
               model.text_position_rows      model.text_seq_len + 2
-    kodalle   vqgan, koclip                 <run>/../vqgan/model, <run>/../koclip/model
+    kodalle   vqgan, koclip                 as `codec`; <run>/../koclip/model
               text.tokenizer                the folder in `koclip`
-              model.image_vocab_size        entries of the VQGAN's codebook
-              model.image_grid_size         the VQGAN's
+              model.image_vocab_size        entries of the codec's codebook
+              model.image_grid_size         the codec's
               model.text_vocab_size         the KoCLIP's
               model.text_seq_len            the KoCLIP's
               model.text_position_rows      model.text_seq_len + 1
@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from engine.config.codec import CodecConfig
 from engine.config.run import Run
 from engine.config.section import Section
-from engine.config.stages import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import DvaeRun, KoclipRun, KodalleRun, VqganRun
 from engine.errors import InputError
 from engine.files import read_json
 
@@ -67,8 +67,8 @@ def check_folders(run: Run) -> None:
         faults += _kodalle_faults(run)
     elif isinstance(run, KoclipRun) and run.codec is not None:
         faults += _part_faults("codec", run.codec, "vqgan")
-    if run.start_from is not None and isinstance(run, (VqganRun, KoclipRun, KodalleRun)):
-        part = "transformer" if isinstance(run, KodalleRun) else run.stage
+    if run.start_from is not None and isinstance(run, (VqganRun, DvaeRun, KoclipRun, KodalleRun)):
+        part = {"kodalle": "transformer", "dvae": "vqgan"}.get(run.stage, run.stage)
         faults += _part_faults("start_from", run.start_from, part) or _start_faults(run.model, run.start_from, part)
     if len(faults) == 1:
         raise InputError(*faults[0])
@@ -84,6 +84,9 @@ def different_sizes(config: Section, found: Mapping[str, Any]) -> list[str]:
     stands at given resolutions, and a transformer has a row for each position.
     """
     ours = config.model_dump(mode="json")
+    families = ours.get("family"), found.get("family", "vqgan")
+    if families[0] is not None and families[0] != families[1]:
+        return [f"model.family is {families[0]}, there {families[1]}"]
     theirs = type(config).model_validate(dict(found)).model_dump(mode="json")
     different = []
     is_new_text = theirs.get("condition") == "text" != ours.get("condition")
@@ -101,11 +104,14 @@ def different_sizes(config: Section, found: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------ auto
 
 
-def _sibling(stage: str) -> Callable[[Tree, str], str]:
+def _sibling(*stages: str) -> Callable[[Tree, str], str]:
+    """A rule that names the model beside the run: of the first stage that has one, of the first if none has."""
+
     def rule(tree: Tree, key: str) -> str:
         if not isinstance(tree.get("run"), str):
             raise InputError(key, AUTO, "follows from `run`, which is missing: write it, or a folder")
-        return str(Path(tree["run"]).parent / stage / "model")
+        models = [Path(tree["run"]).parent / stage / "model" for stage in stages]
+        return str(next((model for model in models if model.is_dir()), models[0]))
 
     return rule
 
@@ -150,13 +156,13 @@ def _positions(more: int) -> Callable[[Tree, str], Any]:
 
 
 _KOCLIP: dict[str, Callable[[Tree, str], Any]] = {
-    "codec": _sibling("vqgan"),
+    "codec": _sibling("vqgan", "dvae"),
     "model.image_size": _of_part("codec", "vqgan", lambda part: part["image_size"]),
     "model.text_vocab_size": _entries_of_text,
     "model.text_position_rows": _positions(2),
 }
 _KODALLE: dict[str, Callable[[Tree, str], Any]] = {
-    "vqgan": _sibling("vqgan"),
+    "vqgan": _sibling("vqgan", "dvae"),
     "koclip": _sibling("koclip"),
     "text.tokenizer": lambda tree, key: _koclip_folder(tree, key),
     "model.image_vocab_size": _of_part("vqgan", "vqgan", lambda part: part["codebook_size"]),
@@ -229,10 +235,10 @@ def _kodalle_faults(run: KodalleRun) -> list[tuple[str, object, str]]:
         vqgan = json.loads((run.vqgan / "config.json").read_text(encoding="utf-8"))["vqgan"]
         codes, grid = vqgan["codebook_size"], _grid(vqgan)
         if codes != run.model.image_vocab_size:
-            remedy = f"the VQGAN in {run.vqgan} has {codes} codes: write that number"
+            remedy = f"the codec in {run.vqgan} has {codes} codes: write that number"
             faults.append(("model.image_vocab_size", run.model.image_vocab_size, remedy))
         if grid != run.model.image_grid_size:
-            remedy = f"the VQGAN in {run.vqgan} makes {grid} tokens a side: write that number"
+            remedy = f"the codec in {run.vqgan} makes {grid} tokens a side: write that number"
             faults.append(("model.image_grid_size", run.model.image_grid_size, remedy))
     tokenizer = _tokenizer(Path(run.text.tokenizer))
     entries = tokenizer_entries(Path(run.text.tokenizer))

@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    parser = _Parser(description="Train VQGAN, KoCLIP or KoDALLE.")
+    parser = _Parser(description="Train VQGAN, dVAE, KoCLIP or KoDALLE.")
     parser.add_argument("--config", type=Path, required=True, help="YAML file, e.g. configs/demo/vqgan.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. loop.steps=100 seed=7")
     # The launcher adds --local_rank; the rank is read from the environment.

@@ -70,6 +70,7 @@ VQGAN = {
     "embed_dim": 8,
     "codebook_size": 32,
 }
+DVAE = {"image_size": SIZE, "hidden_channels": 8, "decoder_channels": 8, "blocks_per_group": 1, "codebook_size": 32}
 KOCLIP = {
     "image_size": SIZE,
     "image_width": 0.1,
@@ -101,7 +102,7 @@ TRANSFORMER = {
 Tree = dict[str, Any]
 
 # Fixtures that train models first: tests on them are none of `make test-fast`.
-_TRAINING = {"vqgan_run", "koclip_run", "kodalle_run", "kodalle_parts", "run_of", "tree_of", "train_tree"}
+_TRAINING = {"vqgan_run", "dvae_run", "koclip_run", "kodalle_run", "kodalle_parts", "run_of", "tree_of", "train_tree"}
 # Programs; Triton's interpreter, which takes a second for what a GPU does in microseconds; DeepSpeed, torchmetrics and
 # ONNX, which take seconds to import.
 _SLOW = (
@@ -203,6 +204,13 @@ def run_tree(pairs_folder: Path) -> Callable[..., Tree]:
             tree["codebook_reset"] = {"start_step": 2, "reset_every": 2}
             tree["model"] = dict(VQGAN)
             tree["deepspeed"]["zero_optimization"] = {"stage": 2}
+        elif stage == "dvae":
+            # The temperature falls over the whole run, the rate and the weight of the divergence over half of it.
+            tree |= {"model": dict(DVAE), "augment_shift": 2, "kl_weight": {"start": 0.0, "end": 6.6, "steps": 4}}
+            tree["temperature"] = {"start": 1.0, "end": 0.0625}
+            tree["lr_schedule"] = {"start": 1.0, "end": 0.1, "steps": 4}
+            del tree["deepspeed"]["scheduler"]
+            tree["deepspeed"]["zero_optimization"] = {"stage": 1}
         elif stage == "koclip":
             tree |= {"model": dict(KOCLIP), "augment_shift": 2, "encoder_lr_ratio": 0.8}
             tree["text"] = {"tokenizer": "train", "vocab_size": 60}
@@ -249,7 +257,7 @@ def write_tree() -> Callable[[Tree, Path], Path]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's finished runs lie: vqgan, koclip, kodalle. Read them, never write there."""
+    """Where the session's finished runs lie: vqgan, dvae, koclip, kodalle. Read them, never write there."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -257,6 +265,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vqgan_run(runs: Path, run_tree: Callable[..., Tree], train_tree: Callable[[Tree], Path]) -> Path:
     train_tree(run_tree("vqgan", runs / "vqgan"))
     return runs / "vqgan"
+
+
+@pytest.fixture(scope="session")
+def dvae_run(runs: Path, run_tree: Callable[..., Tree], train_tree: Callable[[Tree], Path]) -> Path:
+    train_tree(run_tree("dvae", runs / "dvae"))
+    return runs / "dvae"
 
 
 @pytest.fixture(scope="session")
@@ -281,9 +295,9 @@ def kodalle_run(
 
 
 @pytest.fixture(scope="session")
-def run_of(vqgan_run: Path, koclip_run: Path, kodalle_run: Path) -> dict[str, Path]:
+def run_of(vqgan_run: Path, dvae_run: Path, koclip_run: Path, kodalle_run: Path) -> dict[str, Path]:
     """The finished run of each stage."""
-    return {"vqgan": vqgan_run, "koclip": koclip_run, "kodalle": kodalle_run}
+    return {"vqgan": vqgan_run, "dvae": dvae_run, "koclip": koclip_run, "kodalle": kodalle_run}
 
 
 @pytest.fixture(scope="session")

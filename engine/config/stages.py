@@ -1,11 +1,12 @@
-"""Configuration of a training run, one class a stage: VQGAN, KoCLIP, KoDALLE."""
+"""Configuration of a training run, one class a stage: VQGAN, dVAE, KoCLIP, KoDALLE."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config.codec import VqganConfig
+from engine.config.codec import OpenaiDvaeConfig, VqganConfig
 from engine.config.generation import GenerationConfig
 from engine.config.ranker import KoclipConfig
 from engine.config.run import Run, TextConfig
@@ -121,6 +122,62 @@ class KoclipLossConfig(Section):
         return self.image_ssl is not None or self.masked_language_weight > 0
 
 
+class CosineScheduleConfig(Section):
+    """A value that follows half a cosine from `start` to `end`, and stays there. Without `steps` it takes all of the run."""
+
+    start: float = Field(ge=0, description="value of the first step")
+    end: float = Field(ge=0, description="value from the last of `steps` on")
+    steps: int | None = Field(None, gt=0, description="optimiser steps between them; null: all of the run")
+
+    def value(self, step: int, *, total_steps: int) -> float:
+        """The value at a step, counted from 0."""
+        progress = min(1.0, step / (total_steps if self.steps is None else self.steps))
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class DvaeRun(Run):
+    """Training of a dVAE, the codec of the DALL-E paper: images to a grid of tokens and back, by a relaxation of the codes.
+
+    Schedules are those of the paper (arXiv 2102.12092, appendix A.2), for 3,000,000 steps of 512 images; short runs need shorter ones.
+    """
+
+    stage: Literal["dvae"]
+    model: OpenaiDvaeConfig = OpenaiDvaeConfig()
+    temperature: CosineScheduleConfig = Field(
+        CosineScheduleConfig(start=1.0, end=1 / 16, steps=150_000),
+        description="of the relaxation: near 0 the decoder reads the codes themselves",
+    )
+    kl_weight: CosineScheduleConfig = Field(
+        CosineScheduleConfig(start=0.0, end=6.6, steps=5_000),
+        description="beta, of the divergence of the codes from uniform ones; the whole bound is divided by the values of an image",
+    )
+    lr_schedule: CosineScheduleConfig | None = Field(
+        None,
+        description="factor of deepspeed.optimizer.params.lr, in place of deepspeed.scheduler, which cannot stay at its end "
+        "(published: 1 to 0.0125 in 1,200,000 steps); null: deepspeed.scheduler's",
+    )
+    least_scale: float = Field(
+        0.0,
+        ge=0,
+        description="added to the scales of the likelihood, which has no bound on ground of one colour, as around cut-outs; "
+        "0.01 is about a grey level; published: 0",
+    )
+    augment_shift: int = Field(0, ge=0, description="largest random translation, in pixels")
+
+    @model_validator(mode="after")
+    def _temperature_is_above_zero(self) -> "DvaeRun":
+        for name in ("start", "end"):
+            if getattr(self.temperature, name) == 0:
+                raise ValueError(f"temperature.{name}: 0 has no gradient: write a value above 0, e.g. 0.0625")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> "DvaeRun":
+        if self.lr_schedule is not None and "scheduler" in self.deepspeed:
+            raise ValueError("lr_schedule: deepspeed.scheduler states the rate, too: leave one of them out")
+        return self
+
+
 class KoclipRun(Run):
     """Training of a KoCLIP: how well an image fits a caption."""
 
@@ -138,7 +195,7 @@ class KoclipRun(Run):
     )
     augment_shift: int = Field(0, ge=0, description="largest random translation, in pixels")
     codec: Path | None = Field(
-        None, description="model folder with a VQGAN: half of the visits see its reconstruction of the image"
+        None, description="model folder with a codec: half of the visits see its reconstruction of the image"
     )
     spliced_negatives: float = Field(
         0.0,
@@ -197,7 +254,7 @@ class KodalleRun(Run):
     stage: Literal["kodalle"]
     model: TransformerConfig = TransformerConfig()
     text: TextConfig = TextConfig()
-    vqgan: Path = Field(description="model folder with the trained VQGAN")
+    vqgan: Path = Field(description="model folder with the trained codec, a VQGAN or a dVAE")
     koclip: Path | None = Field(None, description="model folder with the trained KoCLIP, exported with the transformer")
     pretrained_text_embeddings: FolderOrName | None = Field(
         None, description="Hugging Face RoBERTa or GPT whose token and position tables are copied (klue/roberta-large)"
@@ -259,4 +316,4 @@ class KodalleRun(Run):
         return self
 
 
-AnyRun = Annotated[VqganRun | KoclipRun | KodalleRun, Field(discriminator="stage")]
+AnyRun = Annotated[VqganRun | DvaeRun | KoclipRun | KodalleRun, Field(discriminator="stage")]

@@ -18,6 +18,11 @@ from engine.models.quantiser import codebook_stats
 _LEAST_MSE = 1e-7
 
 
+def psnr_db(mse: float) -> float:
+    """Peak signal-to-noise ratio of values in [0, 1], at most 70."""
+    return -10 * math.log10(max(mse, _LEAST_MSE))
+
+
 @torch.no_grad()
 def reconstruction_error(vqgan: ImageCodec, batches: Iterable[Tensor]) -> dict[str, float]:
     """The error of images against their reconstructions.
@@ -55,7 +60,7 @@ def reconstruction_error(vqgan: ImageCodec, batches: Iterable[Tensor]) -> dict[s
         "images": num_images,
         "mae": absolute / values,
         "mse": mse,
-        "psnr_db": -10 * math.log10(max(mse, _LEAST_MSE)),
+        "psnr_db": psnr_db(mse),
         "codebook_used": float(stats.usage),
         "codebook_perplexity": float(stats.perplexity),
     }

@@ -4,7 +4,7 @@
     vqgan          engine.models.vqgan             VqganConfig          trained here, KoDALLE, minDALL-E, taming `VQModel`
     gumbel-vqgan   engine.models.gumbel_vqgan      VqganConfig          taming `GumbelVQ`, imported only
     discrete-vae   engine.models.discrete_vae      DiscreteVaeConfig    DALLE-pytorch `DiscreteVAE`, imported only
-    openai-dvae    engine.models.openai_dvae       OpenaiDvaeConfig     OpenAI's `dall_e`, imported only
+    openai-dvae    engine.models.openai_dvae       OpenaiDvaeConfig     trained here, OpenAI's `dall_e`
 
 What pipeline, token shards, training and the fast decoders (engine.codec) use of each:
 

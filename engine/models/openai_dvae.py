@@ -1,15 +1,16 @@
 """OpenAI's dVAE: the codec of the DALL-E paper, 8,192 codes on a grid of an eighth of the image's size.
 
-State-dict names are the original's (`blocks.group_1.block_1.res_path.conv_1.w`) below `encoder.` and `decoder.`. It only
-encodes and decodes: the code of a position is the argmax, without noise.
+State-dict names are the original's (`blocks.group_1.block_1.res_path.conv_1.w`) below `encoder.` and `decoder.`. The code of a
+position is the argmax, without noise. In training the decoder reads mixtures of codes instead (`engine.models.dvae_loss`).
 
 ```
 images [0,1] -> 0.8x+0.1 -> encoder -> argmax -> decoder -> sigmoid of three maps -> (x-0.1)/0.8, clamped
  (B,3,S,S)                 (B,K,h,w)   (B,N)    (B,6,S,S)
 ```
 
-The other three of the six maps are the logit-Laplace distribution's scales, which reconstructions do not use. The decoder's
-first layer, a 1x1 convolution of the one-hot code, is a table (`latent_table`).
+The other three of the six maps are the logarithms of the logit-Laplace distribution's scales, which reconstructions do not use.
+The decoder's first layer, a 1x1 convolution of the one-hot code, is a table (`latent_table`). It and the encoder's last layer compute
+in float32 whatever the weights' type is, as the original's do on GPUs.
 
 Shapes: B images, S pixels, K codes, Z decoder_channels, h = w = S / 8, N = h*w.
 Source: Ramesh et al. 2021, arXiv:2102.12092, appendix A; openai/DALL-E `dall_e`.
@@ -29,19 +30,30 @@ LOGIT_LAPLACE_EPS = 0.1
 NUM_GROUPS = 4
 
 
-class Convolution(nn.Module):
-    """A same-size convolution with the original's parameter names, `w` and `b`."""
+def map_pixels(images: Tensor) -> Tensor:
+    """[0, 1] -> [0.1, 0.9], where the logit is finite."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+
+class Convolution(nn.Module):
+    """A same-size convolution with the original's parameter names, `w` and `b`.
+
+    Args:
+        in_float32: compute so, and return float32, whatever the type of the weights; else in the weights' type.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, in_float32: bool = False) -> None:
         super().__init__()
         self.padding = kernel // 2
+        self.in_float32 = in_float32
         shape = (out_channels, in_channels, kernel, kernel)
         deviation = 1 / math.sqrt(in_channels * kernel**2)
         self.w = nn.Parameter(torch.empty(shape, dtype=torch.float32).normal_(std=deviation))
         self.b = nn.Parameter(torch.zeros(out_channels, dtype=torch.float32))
 
     def forward(self, stream: Tensor) -> Tensor:
-        return F.conv2d(stream, self.w, self.b, padding=self.padding)
+        dtype = torch.float32 if self.in_float32 else self.w.dtype
+        return F.conv2d(stream.to(dtype), self.w.to(dtype), self.b.to(dtype), padding=self.padding)
 
 
 class Block(nn.Module):
@@ -69,7 +81,7 @@ class _Network(nn.Module):
     """Input convolution, four groups with a change of size after the first three, output convolution."""
 
     def __init__(self, *, entry: Convolution, widths: tuple[int, ...], kernels: tuple[int, int, int, int],
-                 blocks_per_group: int, resize: nn.Module, outputs: int) -> None:  # fmt: skip
+                 blocks_per_group: int, resize: nn.Module, output: Convolution) -> None:  # fmt: skip
         super().__init__()
         gain = 1 / (NUM_GROUPS * blocks_per_group) ** 2
         parts: OrderedDict[str, nn.Module] = OrderedDict(input=entry)
@@ -82,9 +94,7 @@ class _Network(nn.Module):
             if group < NUM_GROUPS - 1:
                 layers.append(("resize", resize))  # has no parameters
             parts[f"group_{group + 1}"] = nn.Sequential(OrderedDict(layers))
-        parts["output"] = nn.Sequential(
-            OrderedDict([("relu", nn.ReLU()), ("conv", Convolution(widths[-1], outputs, 1))])
-        )
+        parts["output"] = nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", output)]))
         self.blocks = nn.ModuleDict(parts)
 
     def after_input(self, stream: Tensor) -> Tensor:
@@ -118,13 +128,13 @@ class OpenaiDvae(nn.Module):
         self.encoder = Encoder(
             entry=Convolution(3, hidden, 7), widths=(hidden, hidden, 2 * hidden, 4 * hidden, 8 * hidden),
             kernels=(3, 3, 3, 1), blocks_per_group=config.blocks_per_group, resize=nn.MaxPool2d(2),
-            outputs=config.codebook_size,
+            output=Convolution(8 * hidden, config.codebook_size, 1, in_float32=True),
         )  # fmt: skip
         self.decoder = Decoder(
-            entry=Convolution(config.codebook_size, config.decoder_channels, 1),
+            entry=Convolution(config.codebook_size, config.decoder_channels, 1, in_float32=True),
             widths=(config.decoder_channels, 8 * hidden, 4 * hidden, 2 * hidden, hidden),
             kernels=(1, 3, 3, 3), blocks_per_group=config.blocks_per_group,
-            resize=nn.Upsample(scale_factor=2, mode="nearest"), outputs=6,
+            resize=nn.Upsample(scale_factor=2, mode="nearest"), output=Convolution(hidden, 6, 1),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -139,8 +149,12 @@ class OpenaiDvae(nn.Module):
     def encode_logits(self, images: Tensor) -> Tensor:
         """Scores of the codes: (B, 3, S, S) in [0, 1] -> (B, K, h, w). Same errors."""
         check_images(images, channels=3, size=self.config.image_size)
-        mapped = (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
-        return self.encoder(mapped.to(self._entry.w.dtype))
+        return self.encoder(map_pixels(images))
+
+    def decode_mixtures(self, codes: Tensor) -> Tensor:
+        """The six maps of mixtures of codes: (B, K, h, w) float, each position's sum 1 -> (B, 6, S, S)."""
+        latents = self._entry(codes)
+        return self.decoder(latents.to(self._entry.w.dtype))
 
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:

@@ -89,6 +89,21 @@ class Reconstructions:
         return self._images[index]
 
 
+def image_sources(
+    pairs: Pairs, data: DataConfig, image_size: int, batch_size: int, *, seed: int, world: World,
+    shift: int = 0, noise_seeds: bool = False,
+) -> tuple[BatchSource, BatchSource | None]:  # fmt: skip
+    """`image_source` of the training split, augmented, and of the held-out one as it is; None where nothing is held out."""
+    train = Images(pairs.train, image_size, cache=data.cache_images)
+    order = training_order(pairs.train, data, batch_size, seed=seed, world=world)
+    source = image_source(train, order, flip=data.flip, shift=shift, noise_seeds=noise_seeds)
+    if not pairs.validation:
+        return source, None
+    held_out = Images(pairs.validation, image_size, cache=data.cache_images)
+    held_out_order = validation_order(len(pairs.validation), batch_size, seed=seed, world=world)
+    return source, image_source(held_out, held_out_order, flip=False)
+
+
 def image_source(
     images: Images,
     order: BatchOrder,
@@ -97,10 +112,12 @@ def image_source(
     shift: int = 0,
     reconstructions: Reconstructions | None = None,
     spliced: float = 0.0,
+    noise_seeds: bool = False,
 ) -> BatchSource:
     """`images`: (B, 3, S, S) uint8; mirrored with probability 1/2, moved by up to `shift` pixels (edges repeated).
 
     Args:
+        noise_seeds: adds `noise_seeds`, (B,) int64: a seed for each visit's own noise.
         reconstructions: half of the visits take the image from there.
         spliced: share of the images, for `spliced`, (B * share, 3, S, S): each with a rectangle of the next one pasted in.
     """
@@ -113,6 +130,8 @@ def image_source(
             augmented.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
             generators.append(generator)
         batch = {"images": torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2)}
+        if noise_seeds:
+            batch["noise_seeds"] = torch.tensor([int(one.integers(2**63)) for one in generators], dtype=torch.int64)
         if num_spliced := round(spliced * len(augmented)):
             with_splices = [
                 _splice(augmented[i], augmented[(i + 1) % len(augmented)], generators[i]) for i in range(num_spliced)

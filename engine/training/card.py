@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from engine.config.run import Run
-from engine.config.stages import KodalleRun, VqganRun
+from engine.config.stages import DvaeRun, KodalleRun, VqganRun
 from engine.training.checkpoints import TrainingProgress
 
 
@@ -15,7 +15,8 @@ def model_card(run: Run, progress: TrainingProgress, log: Path | None, *, ground
         log: log.jsonl to read the last validation figures from; None on ranks that write nothing.
         ground: `#rrggbb` around the objects in its training images, if they are cut-outs.
     """
-    kind = "VQGAN" if isinstance(run, VqganRun) else "KoDALLE" if isinstance(run, KodalleRun) else "KoCLIP"
+    kinds = {VqganRun: "VQGAN", DvaeRun: "dVAE", KodalleRun: "KoDALLE"}
+    kind = kinds.get(type(run), "KoCLIP")
     lines = [
         f"# {kind}",
         "",

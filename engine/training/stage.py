@@ -1,4 +1,4 @@
-"""What differs between the trainings of VQGAN, KoCLIP and KoDALLE; everything else is the trainer's."""
+"""What differs between the trainings of VQGAN, dVAE, KoCLIP and KoDALLE; everything else is the trainer's."""
 
 from pathlib import Path
 from typing import Protocol
@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config.run import Run
-from engine.config.stages import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import DvaeRun, KoclipRun, KodalleRun, VqganRun
 from engine.training.batches import Batch, BatchSource
 from engine.training.engines import Engines
 from engine.training.process_group import World
@@ -62,6 +62,10 @@ def make_stage(run: Run, world: World) -> Stage:
         from engine.training.stage_vqgan import VqganStage
 
         return VqganStage(run, world)
+    if isinstance(run, DvaeRun):
+        from engine.training.stage_dvae import DvaeStage
+
+        return DvaeStage(run, world)
     if isinstance(run, KoclipRun):
         from engine.training.stage_koclip import KoclipStage
 

@@ -14,16 +14,7 @@ from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
 from engine.pipeline.image_files import image_grid
-from engine.training.batches import (
-    Batch,
-    BatchSource,
-    Images,
-    image_source,
-    read_pairs,
-    to_unit_floats,
-    training_order,
-    validation_order,
-)
+from engine.training.batches import Batch, image_sources, read_pairs, to_unit_floats
 from engine.training.engines import Engines, make_engine, micro_batch, zero_stage
 from engine.training.process_group import World
 from engine.training.start_from import start_from
@@ -44,14 +35,9 @@ class VqganStage:
         self.ground = self.pairs.ground
         self.num_train, self.num_validation = len(self.pairs.train), len(self.pairs.validation)
         self._batch_size, _ = micro_batch(run.deepspeed)
-        train = Images(self.pairs.train, run.model.image_size, cache=run.data.cache_images)
-        held_out = Images(self.pairs.validation, run.model.image_size, cache=run.data.cache_images)
-        order = training_order(self.pairs.train, run.data, self._batch_size, seed=run.seed, world=world)
-        self.source: BatchSource = image_source(train, order, flip=run.data.flip)
-        self.validation_source: BatchSource | None = None
-        if self.pairs.validation:
-            held_out_order = validation_order(len(self.pairs.validation), self._batch_size, seed=run.seed, world=world)
-            self.validation_source = image_source(held_out, held_out_order, flip=False)
+        self.source, self.validation_source = image_sources(
+            self.pairs, run.data, run.model.image_size, self._batch_size, seed=run.seed, world=world
+        )
         self.perceptual = perceptual_from_config(run.loss, world.device)
         self._discriminating = run.loss.disc_weight > 0
         self._quantised = run.codebook_reset.start_step == 0

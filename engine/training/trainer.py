@@ -1,4 +1,4 @@
-"""The training loop, the same for VQGAN, KoCLIP and KoDALLE; what differs between them is a stage.
+"""The training loop, the same for VQGAN, dVAE, KoCLIP and KoDALLE; what differs between them is a stage.
 
 `step` counts finished optimiser steps. Step s is made of the micro batches from s * accumulation on, and every random
 number in it is a function of (seed, s), so that a run killed at any moment resumes from its newest complete checkpoint

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.stages import KoclipRun, KodalleRun, VqganRun
+from engine.config.stages import DvaeRun, KoclipRun, KodalleRun, VqganRun
 from engine.config_files import apply_override, parse_run, read_config_file
 from engine.errors import InputError
 from engine.files import read_json
@@ -16,7 +16,7 @@ Tree = dict[str, Any]
 FP16 = {
     "enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1,
 }  # fmt: skip
-AnyRun = VqganRun | KoclipRun | KodalleRun
+AnyRun = VqganRun | DvaeRun | KoclipRun | KodalleRun  # what `parse_run` returns
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from engine.config_files import load_run
 from engine.models import folder as model_folder
 from engine.training import checkpoints, trainer
 from engine.training.checkpoints import complete_checkpoints
+from engine.training.stage_dvae import DvaeStage
 from engine.training.stage_kodalle import KodalleStage
 from tests.engine.training.test_trainer import PRELOAD, STAGES, Losses, Same, Train, Tree, TreeOf
 from tests.forked import run_forked
@@ -73,7 +74,7 @@ def test_stopped_by_sigterm_and_resumed(
 
 def _killed(stage: str, file: Path) -> None:
     """Trains and dies of SIGKILL: VQGAN inside a checkpoint before its marker, KoCLIP inside the export of the best
-    model, KoDALLE between two checkpoints."""
+    model, dVAE and KoDALLE between two checkpoints."""
 
     def kill(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -90,7 +91,8 @@ def _killed(stage: str, file: Path) -> None:
     elif stage == "koclip":
         patch.setattr(model_folder, "write_json", kill)
     else:
-        patch.setattr(KodalleStage, "after_step", lambda _, step: kill() if step == 5 else None)
+        stages = {"dvae": DvaeStage, "kodalle": KodalleStage}
+        patch.setattr(stages[stage], "after_step", lambda _, step: kill() if step == 5 else None)
     trainer.train(load_run(file))
 
 
@@ -107,7 +109,7 @@ def killed(tree_of: TreeOf, write_tree: Callable[..., Path], tmp_path_factory: p
 
 @pytest.mark.exclusive  # bits are compared: no thread of another test's server may run beside
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "newest"), [("vqgan", 4), ("koclip", 2), ("kodalle", 4)])
+@pytest.mark.parametrize(("stage", "newest"), [("vqgan", 4), ("dvae", 4), ("koclip", 2), ("kodalle", 4)])
 def test_killed_and_resumed(
     stage: str,
     newest: int,
