@@ -23,7 +23,6 @@ from engine.errors import InputError
 from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
-from engine.models.vqgan import Vqgan
 
 CodecBackend = Literal["torch", "onnx"]
 
@@ -84,8 +83,6 @@ def open_codec(
         raise InputError("codec_backend", backend, "write torch or onnx")
     if int8:
         raise InputError("codec_backend", backend, "has no int8: write torch, or leave int8 out")
-    if not isinstance(vqgan, Vqgan):
-        raise InputError("codec_backend", backend, f"has no decoder of the family {vqgan.config.family}: write torch")
     if not isinstance(koclip, KoClip | None):
         raise InputError("codec_backend", backend, f"has no ranker of the family {koclip.config.family}: write torch")
     embedder = None if koclip is None else open_koclip(folder, koclip.config, device)

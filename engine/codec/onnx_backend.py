@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.config.codec import VqganConfig
+from engine.config.codec import CodecConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.folder import PartName, weights_digest
@@ -98,9 +98,9 @@ class OnnxNetwork:
 
 
 class OnnxVqgan:
-    """The decoder of a VQGAN."""
+    """The decoder of a VQGAN, or of another family of codecs."""
 
-    def __init__(self, decoder: OnnxNetwork, config: VqganConfig) -> None:
+    def __init__(self, decoder: OnnxNetwork, config: CodecConfig) -> None:
         self._decoder, self._config = decoder, config
 
     def decode(self, image_tokens: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def require(package: str, *, purpose: str, remedy: str) -> Any:
         raise InputError(f"package {package}", f"needed for {purpose}, does not import ({error})", remedy) from error
 
 
-def open_vqgan(folder: Path, config: VqganConfig, device: torch.device) -> OnnxVqgan:
+def open_vqgan(folder: Path, config: CodecConfig, device: torch.device) -> OnnxVqgan:
     """The decoder exported into a model folder. Raises what `OnnxNetwork` raises."""
     return OnnxVqgan(_from_folder(folder, "vqgan_decoder", weights_digest(folder, "vqgan"), device), config)
 

@@ -44,6 +44,7 @@ from engine.facts import facts
 from engine.files import atomic_file, write_json
 from engine.measure import synchronize
 from engine.models.folder import PartName, has_part, load_part, weights_digest
+from engine.models.image_codec import ImageCodec
 from engine.models.koclip import PAD_TOKEN, KoClip
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.progress import ProgressBar
@@ -173,7 +174,7 @@ def _measure(
     errors: dict[NetworkName, float] = {}
     generator = torch.Generator("cpu").manual_seed(0)
     if "vqgan" in modules:
-        vqgan: Vqgan = modules["vqgan"].to(device)
+        vqgan: ImageCodec = modules["vqgan"].to(device)
         onnx_vqgan = OnnxVqgan(networks["vqgan_decoder"], vqgan.config)
         shape = (IMAGES_PER_CALL, vqgan.config.image_seq_len)
         image_tokens = _random_tokens(0, vqgan.config.codebook_size, shape, generator).to(device)
@@ -234,7 +235,7 @@ def _timing(ours: Callable[[], Any], onnx: Callable[[], Any], device: torch.devi
     return PartTiming(torch_ms=best[0], onnx_ms=best[1])
 
 
-def export_network(module: Vqgan | KoClip, name: NetworkName, path: Path, *, source: str) -> None:
+def export_network(module: ImageCodec | KoClip, name: NetworkName, path: Path, *, source: str) -> None:
     """Writes one network to `path`. Not atomic: pass a temporary path.
 
     Args:
@@ -283,6 +284,21 @@ class _VqganDecoder(nn.Module):
         return to_unit_range(self.vqgan.decode_latents(latents))
 
 
+class _TableDecoder(nn.Module):
+    """`decode` of the other codec families, from their table of latent vectors, without its checks."""
+
+    def __init__(self, codec: ImageCodec) -> None:
+        super().__init__()
+        self.codec = codec
+        self.register_buffer("table", codec.latent_table())
+
+    def forward(self, image_tokens: Tensor) -> Tensor:
+        grid = self.codec.config.grid_size
+        entries = F.embedding(image_tokens, self.get_buffer("table"))  # (B, N) -> (B, N, Z)
+        latents = entries.reshape(-1, grid, grid, entries.shape[-1]).permute(0, 3, 1, 2)  # (B, Z, h, w)
+        return self.codec.to_images(self.codec.decoder(latents))
+
+
 class _KoClipImage(nn.Module):
     def __init__(self, koclip: KoClip) -> None:
         super().__init__()
@@ -301,12 +317,12 @@ class _KoClipText(nn.Module):
         return self.koclip.embed_texts(text_tokens)
 
 
-def _wrapped(module: Vqgan | KoClip, name: NetworkName) -> tuple[nn.Module, Tensor]:
+def _wrapped(module: ImageCodec | KoClip, name: NetworkName) -> tuple[nn.Module, Tensor]:
     """The network as a module of one input and one output, and an example input on the CPU."""
     rows = _EXAMPLE_ROWS
-    if isinstance(module, Vqgan):
-        shape = (rows, module.config.image_seq_len)
-        return _VqganDecoder(module), torch.zeros(shape, dtype=torch.int64, device="cpu")
+    if not isinstance(module, KoClip):
+        decoder = _VqganDecoder(module) if isinstance(module, Vqgan) else _TableDecoder(module)
+        return decoder, torch.zeros((rows, module.config.image_seq_len), dtype=torch.int64, device="cpu")
     config = module.config
     if name == "koclip_image":
         images_shape = (rows, 3, config.image_size, config.image_size)

@@ -27,13 +27,16 @@ from engine.codec.onnx_backend import (
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
 from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
+from engine.config.codec import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.folder import Part, load_part, read_part, weights_digest, write_model_folder
+from engine.models.image_codec import build_codec
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
 from engine.pipeline.generation import Generation
 from engine.pipeline.pipeline import Pipeline
+from tests.conftest import VQGAN
 from tests.forked import DEEPSPEED, run_forked
 
 CAPTIONS = ["빨강 바탕에 파랑 네모", "초록 네모"]
@@ -110,6 +113,32 @@ def test_an_efficientnet_lite0_is_torchs(
     texts = torch.randint(5, 64, (2, 7), generator=torch.Generator().manual_seed(2))
     texts[1, 4:] = 1
     assert (onnx.embed_texts(texts) - koclip.embed_texts(texts)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        OpenaiDvaeConfig(image_size=32, hidden_channels=8, decoder_channels=12, blocks_per_group=1, codebook_size=24),
+        DiscreteVaeConfig(image_size=32, num_layers=2, hidden_channels=8, embed_dim=8, codebook_size=24),
+        VqganConfig(**VQGAN | {"family": "gumbel-vqgan", "embed_dim": 16}),
+    ],
+    ids=lambda config: config.family,
+)
+def test_the_other_codec_families_are_torchs(config: CodecConfig, tmp_path: Path, quick: None) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    codec = build_codec(config).eval()
+    write_model_folder(tmp_path / "model", {"vqgan": Part(config, codec.state_dict())}, card="")
+    export_model(tmp_path / "model", tmp_path / "model")
+    tokens = torch.randint(config.codebook_size, (5, config.image_seq_len))
+    expected = codec.decode(tokens)
+    opened = open_codec(tmp_path / "model", codec, None, backend="onnx", device=CPU).decoder
+    assert expected.std() > 1e-3
+    assert (opened.decode(tokens) - expected).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match=r"0\.\.(23|31)"):
+        opened.decode(torch.full_like(tokens, config.codebook_size))
 
 
 @torch.inference_mode()
