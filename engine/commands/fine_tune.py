@@ -1,4 +1,4 @@
-"""`kodalle train PHOTOS --from IMPORTED`: training an imported transformer further on captioned images, its codec frozen.
+"""`kodalle train PHOTOS --from IMPORTED`: training a transformer further on captioned images, codec and ranker as they are.
 
     <out>/pairs/                  prepared pairs, at the codec's size
     <out>/configs/kodalle.yaml    the config: an ordinary one
@@ -29,10 +29,12 @@ from engine.training.plan.fine_tuning import fine_tuning_tree
 _CONFIG, _REQUEST = Path("configs/kodalle.yaml"), "fine_tuning.json"
 
 
-def is_imported(folder: Path) -> bool:
-    """Whether a model folder has a transformer and its codec, and no ranker: one that was imported."""
+def keeps_its_codec(folder: Path) -> bool:
+    """Whether a model is trained on in its transformer alone: it has no ranker, as imported ones, or a codec that is no VQGAN."""
     config = read_json(folder / "config.json", field="--from", remedy="give a model folder, e.g. one of kodalle import")
-    return "transformer" in config and "vqgan" in config and "koclip" not in config
+    if "transformer" not in config or "vqgan" not in config:
+        return False
+    return "koclip" not in config or config["vqgan"].get("family", "vqgan") != "vqgan"
 
 
 def fine_tune(photos: Path, start_from: Path, out: Path, overrides: tuple[str, ...] = ()) -> Path:

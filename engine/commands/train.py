@@ -66,16 +66,20 @@ def train(
     if target.is_dir():
         if overrides:
             raise InputError("KEY=VALUE", overrides[0], "is for a config: with a folder write --set stage.key=value")
-        from engine.commands.fine_tune import fine_tune, is_imported
+        from engine.commands.fine_tune import fine_tune, keeps_its_codec
         from engine.commands.train_pictures import train_pictures
         from engine.commands.train_plan import Request
 
         place = out or Path("runs") / target.resolve().name
-        if from_ is not None and is_imported(from_):
+        if from_ is not None and keeps_its_codec(from_):
             stated = {"--minutes": minutes, "--cut-out": cut_out, "--plan": plan or None}
             for name, given in stated.items():
                 if given is not None:
-                    raise InputError(name, given, f"is for models with a KoCLIP, and {from_} has none: leave it out")
+                    raise InputError(
+                        name,
+                        given,
+                        f"is for models with a KoCLIP and a VQGAN, and {from_} has not both: leave it out",
+                    )
             fine_tune(target, from_, place, tuple(set_ or ()))
             return
         train_pictures(Request(target, place, tuple(set_ or ()), minutes, from_, cut_out), only_plan=plan)

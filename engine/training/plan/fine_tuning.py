@@ -1,4 +1,4 @@
-"""The config of training an imported transformer further: its sizes and codec as they are, the recipe of minDALL-E's transfer learning.
+"""The config of training a transformer alone further: its sizes, codec and ranker as they are, the recipe of minDALL-E's transfer learning.
 
 kakaobrain/minDALL-E states AdamW 1e-4, betas 0.9 and 0.95, no decay, clipping at 4, 512 images a step, 8 epochs, cosine, fp16; the
 batch is smaller here where the images are few. It released no code for captions, and the same recipe trains them.
@@ -63,6 +63,7 @@ def fine_tuning_tree(
         "data": {"pairs": str(pairs_folder), "num_workers": 4 if is_gpu else 0},
         "start_from": str(base.folder),
         "vqgan": str(base.folder),
+        "koclip": str(base.folder) if "koclip" in base.config and not is_new_text else None,
         "text": {"tokenizer": "train" if is_new_text else str(base.folder)},
         "embedding_std": 0.02,
         "model": model | {"condition": condition},

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from engine import cli
-from engine.commands.fine_tune import is_imported
+from engine.commands.fine_tune import keeps_its_codec
 from engine.config_files import load_run
 from engine.errors import InputError
 from engine.interop.importing import ImportOptions, import_checkpoint
@@ -164,5 +164,5 @@ def test_another_request_for_the_same_folder_is_refused(photos: Path, imported: 
 
 
 def test_a_model_with_a_ranker_is_not_an_imported_one(imported: Path, tmp_path: Path) -> None:
-    assert is_imported(imported)
+    assert keeps_its_codec(imported)
     assert "koclip" not in read_config(imported)
