@@ -104,7 +104,7 @@ def test_all_faults_are_said_at_once(runs: Path) -> None:
         check_folders(run)
     message = str(caught.value)
     assert message.startswith("config: 3 faults: ")
-    assert "model.image_vocab_size 7: the VQGAN in" in message
+    assert "model.image_vocab_size 7: the codec in" in message
     assert "has 32 codes" in message
     assert "model.image_grid_size 5: " in message
     assert "makes 8 tokens a side" in message
