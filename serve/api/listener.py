@@ -1,11 +1,23 @@
-"""The HTTP server: uvicorn with limits on the head of a request.
+"""The HTTP server: uvicorn with limits on heads, trailers, connections and slow readers.
 
-uvicorn's faster protocol reads a head of any size for any time, and answers malformed HTTP in plain text. Here a head is
-limited to `MAX_HEAD_BYTES` and `HEAD_TIMEOUT_S`, and the answer is the usual error object. WebSockets are disabled. Ray's
-proxy uses the same protocol class (serve/cluster/gate.py).
+uvicorn's faster protocol reads a head of any size for any time, takes the trailers of a chunked body for headers, keeps
+every connection, and answers malformed HTTP in plain text. Here
+
+    heads             have at most `MAX_HEAD_BYTES` and `HEAD_TIMEOUT_S`
+    trailers          have at most `MAX_HEAD_BYTES` together with chunk extensions, and are dropped: a proxy may have
+                      checked the headers alone
+    refused bodies    end with their connection, `_LINGER_S` after the reply
+    replies           that a client does not read for `WRITE_TIMEOUT_S` end with their connection
+    connections       are at most `max_connections()`, half of them of one address; beyond, the one that has waited
+                      longest without a request makes room, and where there is none the new one gets 503
+
+and the answer is the usual error object. WebSockets are disabled. Ray's proxy uses the same protocol class
+(serve/cluster/gate.py).
 """
 
 import asyncio
+import functools
+import resource
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -14,65 +26,179 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serve.api.errors import Failure
 from serve.arguments import KEEP_ALIVE_S
 
-MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers
+MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers; and all trailers again
 HEAD_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 30.0
+MAX_CONNECTIONS = 2000
+_MIN_READ_BYTES = 16 * 1024  # that a client takes in WRITE_TIMEOUT_S: 4 kbit/s
+_DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
+_REPLIES_BEYOND = 64  # connections beyond the limit that get a reply at the same time
 _LINGER_S = 2.0
 
 
+@functools.cache
+def max_connections() -> int:
+    """Connections at the same time: `MAX_CONNECTIONS`, or as many as the limit on open files (raised if it may be) leaves."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS * _DESCRIPTORS_A_CONNECTION
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    files = wanted if soft == resource.RLIM_INFINITY else soft
+    return min(MAX_CONNECTIONS, files // _DESCRIPTORS_A_CONNECTION)
+
+
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with request heads limited in bytes and in time."""
+    """uvicorn's HTTP protocol with the limits of the module's docstring."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _is_broken = False  # malformed HTTP was received: further bytes are ignored
+    _is_in_head = False
+    _trailer_bytes = 0  # and those of chunk extensions
+    _is_advancing = False  # the parser has found something in the latest bytes
+    _write_timer: asyncio.TimerHandle | None = None
+    _unread_bytes = 0  # of replies, when the timer was started
+    _is_broken = False  # malformed HTTP was received, or a reply sent early: further bytes are ignored
+
+    # ---------------------------------------------------------------------------------------------------- connections
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head_timer()
+        self._opened_at = self.loop.time()
+        if self._has_room():
+            self._start_head_timer()
+        elif len(self.connections) > max_connections() + _REPLIES_BEYOND:
+            transport.abort()
+        else:
+            self._reply_and_end(_TOO_MANY_CONNECTIONS)
+
+    def _has_room(self) -> bool:
+        """Whether this connection is within the limits, perhaps after the end of one that waits for a request."""
+        others = [one for one in self.connections if isinstance(one, BoundedHttp) and one is not self]
+        others = [one for one in others if not (one._is_broken and one._is_idle)]  # about to be closed
+        same = [one for one in others if one._address == self._address]
+        for within, most in ((same, max(1, max_connections() // 2)), (others, max_connections())):
+            if len(within) >= most:
+                waiting = [one for one in within if one._is_idle and not one.transport.is_closing()]
+                if not waiting:
+                    return False
+                min(waiting, key=lambda one: one._opened_at).transport.abort()
+                break
+        return True
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or bool(self.cycle.response_complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    # ------------------------------------------------------------------------------------------- what the parser finds
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._is_in_head, self._trailer_bytes = True, 0
         if self._head_timer is None:
             self._start_head_timer()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:
+            super().on_header(name, value)
+            return
+        self._is_advancing = True
+        self._trailer_bytes += len(name) + len(value) + 4
+        if self._trailer_bytes > MAX_HEAD_BYTES:
+            raise _HeadTooLarge
+
     def on_headers_complete(self) -> None:
+        self._is_in_head = False
         self._stop_head_timer()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
             raise _HeadTooLarge  # the parser reports it as malformed HTTP
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        self._is_advancing = True
+
+    def on_body(self, body: bytes) -> None:
+        self._is_advancing = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_advancing = True
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
         if self._is_broken:
             return
+        self._is_advancing = False
         super().data_received(data)
+        if self._is_broken or self.transport.is_closing():
+            return
+        if self._head_timer is None and self._is_idle and not self._is_in_head:
+            self._start_head_timer()  # empty lines, which may precede a request
         if self._head_timer is not None:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response("")
+        elif not self._is_advancing:  # within one trailer or chunk extension, which the parser keeps until its end
+            self._trailer_bytes += len(data)
+        if max(self._head_bytes, self._trailer_bytes) > MAX_HEAD_BYTES:
+            self.send_400_response("")
+
+    # --------------------------------------------------------------------------------------------------------- replies
 
     def send_400_response(self, msg: str) -> None:
         self._is_broken = True
         self._stop_head_timer()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive = False  # a body longer than declared: its request is answered, later ones are not
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if self.pipeline or not cycle.more_body:
+                cycle.keep_alive = False  # a body longer than declared: its request is answered, later ones are not
+                return
+            cycle.disconnected = True  # a malformed body: its handler stops waiting for the rest
+            cycle.message_event.set()
+            if cycle.response_started:
+                self._end()
+                return
+        self._reply_and_end(_NOT_HTTP)
+
+    def on_response_complete(self) -> None:
+        if not self.pipeline and self.cycle.more_body and not self.transport.is_closing():
+            self.server_state.total_requests += 1
+            self._end()  # the rest of a refused body is not read
             return
-        body = _NOT_HTTP.body()
-        head = f"HTTP/1.1 {_NOT_HTTP.status} Bad Request\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in _NOT_HTTP.headers.items())
+        super().on_response_complete()
+        self._watch_a_closing_transport()
+
+    def _reply_and_end(self, failure: Failure) -> None:
+        body = failure.body()
+        line = f"HTTP/1.1 {failure.status} {'Bad Request' if failure.status == 400 else 'Service Unavailable'}\r\n"
+        head = f"{line}content-length: {len(body)}\r\nconnection: close\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in failure.headers.items())
         self.transport.write(f"{head}\r\n".encode("ascii") + body)
-        # Closed after a delay: when closed at once, bytes in flight would reset the connection and lose the reply.
+        self._end()
+
+    def _end(self) -> None:
+        """Closes after a delay: when closed at once, bytes in flight would reset the connection and lose the reply."""
+        self._is_broken = True
+        self._stop_head_timer()
+        self._unset_keepalive_if_required()
         self.transport.write_eof()
         self._head_timer = self.loop.call_later(_LINGER_S, self._close)
+
+    # ---------------------------------------------------------------------------------------------------------- timers
 
     def _start_head_timer(self) -> None:
         self._head_bytes = 0
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._close)
 
     def _stop_head_timer(self) -> None:
+        self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -80,6 +206,42 @@ class BoundedHttp(HttpToolsProtocol):
     def _close(self) -> None:
         self._head_timer = None
         self.transport.close()
+        self._watch_a_closing_transport()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_a_closing_transport()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_write_timer()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_write_timer()
+
+    def _watch_a_closing_transport(self) -> None:
+        """A transport that closes first sends what is left, for as long as the client likes."""
+        if self.transport.is_closing() and self._write_timer is None:
+            self._start_write_timer()
+
+    def _start_write_timer(self) -> None:
+        self._stop_write_timer()
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        if self._unread_bytes:
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writes)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _check_writes(self) -> None:
+        if self.transport.get_write_buffer_size() > self._unread_bytes - _MIN_READ_BYTES:
+            self.transport.abort()
+        else:
+            self._start_write_timer()
 
 
 class _HeadTooLarge(Exception):
@@ -88,8 +250,12 @@ class _HeadTooLarge(Exception):
 
 _NOT_HTTP = Failure(
     "http_error",
-    f"It is not HTTP/1.1, or its head has more than {MAX_HEAD_BYTES} bytes.",
+    f"It is not HTTP/1.1, or its head or its trailers have more than {MAX_HEAD_BYTES} bytes.",
     "HTTP 형식이 아니거나 헤더가 너무 큽니다.",
+)
+
+_TOO_MANY_CONNECTIONS = Failure(
+    "unavailable", "Too many connections are open.", "열려 있는 연결이 너무 많습니다.", retry_after_s=1
 )
 
 

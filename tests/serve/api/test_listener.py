@@ -3,13 +3,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
-from serve.api import listener
+from serve.api import listener, middleware
 from serve.api.application import build_api
+from serve.api.keys import add_key
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, exchange, finished, post_json, read_reply, request_bytes, serving
 
@@ -135,3 +139,258 @@ def test_a_stopping_server_finishes_open_requests() -> None:
             time.sleep(0.01)
     sender.join()
     assert [reply.status for reply in replies] == [200]
+
+
+# ------------------------------------------------------------------------------------- bodies that do not end as declared
+
+CHUNKED = {"transfer-encoding": "chunked", "content-length": "", "connection": ""}
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]]:
+    """Port and key of a server with keys."""
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    key = add_key(path, "shop", scopes=["generate"])
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False, keys_file=str(path)))) as port:
+        yield port, key
+
+
+def chunked(port: int, *, headers: dict[str, str] | None = None, size: bytes = b"f", tail: bytes) -> bytes:
+    """A request whose chunk of JSON is followed by `tail`."""
+    head = request_bytes("POST", GENERATE, port=port, headers=CHUNKED | (headers or {}))
+    return head + size + b'\r\n{"prompt": "a"}\r\n' + tail
+
+
+def test_a_trailer_is_no_header(keyed: tuple[int, str]) -> None:
+    port, key = keyed
+    trailer = f"0\r\nauthorization: Bearer {key}\r\n\r\n".encode()
+    reply = exchange(port, chunked(port, headers={"connection": "close"}, tail=trailer))
+    assert (reply.status, reply.error["code"]) == (401, "missing_api_key")
+    # in pieces, so that the handler has its headers before the trailer arrives
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for byte in chunked(port, headers={"connection": "close"}, tail=trailer):
+            connection.send(bytes([byte]))
+        assert read_reply(connection).status == 401
+
+
+def test_a_small_trailer_changes_nothing(keyed: tuple[int, str]) -> None:
+    port, key = keyed
+    headers = {"authorization": f"Bearer {key}", "connection": "close"}
+    tail = b"0\r\nx-checksum: 1\r\n\r\n"
+    assert exchange(port, chunked(port, headers=headers, tail=tail)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("size", "tail"),
+    [
+        (b"f", b"0\r\n" + b"a: b\r\n" * 50_000),  # trailers
+        (b"f", b"0\r\na: " + b"b" * 2**20),  # one, without an end
+        (b"f;" + b"x" * 2**20, b"0\r\n\r\n"),  # a chunk extension
+        (b"f", b"zz\r\n"),  # no chunk
+        (b"zz", b""),
+        (b"f", b"0\r\na b\r\n"),  # no trailer
+    ],
+    ids=range(6),
+)
+@pytest.mark.parametrize("with_key", [True, False])
+def test_a_malformed_body_ends_its_request_at_once(
+    keyed: tuple[int, str], size: bytes, tail: bytes, with_key: bool
+) -> None:
+    """Nothing waits for the rest of it: the body's limit of 30 s is not reached."""
+    port, key = keyed
+    headers = {"authorization": f"Bearer {key}"} if with_key else {}
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, suppress(ConnectionError):
+        connection.settimeout(20)
+        connection.sendall(chunked(port, headers=headers, size=size, tail=tail))
+        reply = read_reply(connection)
+        assert reply.status == (400 if with_key else reply.status)
+        assert reply.status in (400, 401)
+
+
+def test_the_parser_keeps_no_more_of_a_trailer_than_one_read(port: int) -> None:
+    """A refused request, too, whose client goes on: bytes after the limit are not handed to the parser."""
+    fed: list[int] = []
+
+    class Counting(listener.BoundedHttp):
+        def data_received(self, data: bytes) -> None:
+            if not self._is_broken:
+                fed.append(len(data))
+            super().data_received(data)
+
+    protocol, transport = new_protocol(Counting)
+    protocol.data_received(chunked(80, tail=b"0\r\na: "))
+    for _ in range(1000):
+        protocol.data_received(b"b" * 65536)
+    assert sum(fed) < 200_000
+    assert b"400 Bad Request" in transport.written
+
+
+def test_a_refused_client_that_drips_its_body_is_closed(
+    keyed: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "_LINGER_S", 0.1)
+    monkeypatch.setattr(listener, "_LINGER_S", 0.1)
+    port, _ = keyed
+    head = request_bytes("POST", GENERATE, port=port, headers={"content-length": "1000", "connection": ""})
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head + b"{")
+        assert read_reply(connection).status == 401, "and the end, well before the body"
+
+
+def test_empty_lines_after_a_reply_keep_no_connection(port: int) -> None:
+    request = request_bytes("GET", "/healthz", port=port, headers={"connection": ""})
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        assert b'{"status":"ok"}' in connection.recv(65536)
+        connection.sendall(b"\r\n")
+        assert connection.recv(100) == b"", "closed by the server"
+
+
+# ---------------------------------------------------------------------------------------------- connections and their ends
+
+
+class Transport(asyncio.Transport):
+    """A transport whose peer reads `num_read` bytes."""
+
+    def __init__(self, peer: str) -> None:
+        super().__init__({"peername": (peer, 1), "sockname": ("127.0.0.1", 80)})
+        self.written, self.num_read, self.is_aborted, self.is_closed = b"", 0, False, False
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.written) - self.num_read
+
+    def write_eof(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+    def is_closing(self) -> bool:
+        return self.is_closed
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def abort(self) -> None:
+        self.is_aborted = self.is_closed = True
+
+
+class Loop:
+    """An event loop's clock and timers, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[Any] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, call: Any, *_: Any) -> Any:
+        timer: Any = Mock(at=self.now + delay, call=call, cancel=lambda: self._cancel(timer))
+        self.timers.append(timer)
+        return timer
+
+    def _cancel(self, timer: Any) -> None:
+        self.timers = [one for one in self.timers if one is not timer]
+
+    def create_task(self, coroutine: Any, **_: Any) -> Any:
+        coroutine.close()  # no application runs
+        return Mock()
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in [one for one in self.timers if one.at <= self.now]:
+            self.timers.remove(timer)
+            timer.call()
+
+
+def new_protocol(
+    kind: type[listener.BoundedHttp] = listener.BoundedHttp,
+    *,
+    state: ServerState | None = None,
+    loop: Loop | None = None,
+    peer: str = "10.0.0.1",
+) -> tuple[Any, Transport]:
+    """A protocol on a connection of `peer`, outside any server."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    config = uvicorn.Config(app, http=kind, ws="none", lifespan="off", log_config=None)
+    protocol = kind(config, state or ServerState(), {}, loop or Loop())  # type: ignore[arg-type]
+    transport = Transport(peer)
+    protocol.connection_made(transport)
+    return protocol, transport
+
+
+def test_half_open_heads_make_room_for_new_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,100 of one client once took all descriptors, and every other client was reset."""
+    monkeypatch.setattr(listener, "max_connections", lambda: 100)
+    state, loop = ServerState(), Loop()
+    attackers: list[Transport] = []
+    open_ones: list[tuple[Any, Transport]] = []
+    for _ in range(1100):
+        loop.now += 0.001
+        protocol, transport = new_protocol(state=state, loop=loop, peer="10.0.0.6")
+        protocol.data_received(b"GET / HT")
+        attackers.append(transport)
+        open_ones.append((protocol, transport))
+        for one in [one for one in open_ones if one[1].is_aborted]:
+            open_ones.remove(one)
+            one[0].connection_lost(None)
+    assert sum(not one.is_closed for one in attackers) == 50, "half of the connections at most, the newest"
+    assert not any(one.is_closed for one in attackers[-50:])
+    _, other = new_protocol(state=state, loop=loop, peer="10.0.0.7")
+    assert (other.is_closed, other.written) == (False, b"")
+
+
+def test_connections_with_a_request_are_never_closed_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "max_connections", lambda: 10)
+    state, loop = ServerState(), Loop()
+    for number in range(10):
+        protocol, transport = new_protocol(state=state, loop=loop, peer=f"10.0.0.{number}")
+        protocol.data_received(request_bytes("GET", "/healthz", headers={"connection": ""}))
+        assert not protocol._is_idle
+    _, refused = new_protocol(state=state, loop=loop, peer="10.0.1.1")
+    assert b"503 Service Unavailable" in refused.written
+    assert b"retry-after: 1" in refused.written.lower()
+    loop.advance(listener._LINGER_S)
+    assert (refused.is_closed, transport.is_closed) == (True, False)
+    for number in range(100):
+        _, refused = new_protocol(state=state, loop=loop, peer=f"10.0.2.{number}")
+    assert (refused.is_aborted, refused.written) == (True, b""), "a flood gets no replies"
+
+
+@pytest.mark.parametrize(("read_bytes", "is_aborted"), [(0, True), (1000, True), (20_000, False)])
+def test_a_reply_that_is_not_read_ends_with_its_connection(read_bytes: int, is_aborted: bool) -> None:
+    loop = Loop()
+    protocol, transport = new_protocol(loop=loop)
+    protocol.data_received(request_bytes("GET", "/healthz", headers={"connection": ""}))
+    loop.advance(0)
+    transport.written = b"x" * 200_000
+    protocol.pause_writing()
+    for _ in range(3):
+        transport.num_read += read_bytes
+        loop.advance(listener.WRITE_TIMEOUT_S)
+    assert transport.is_aborted is is_aborted
+
+
+def test_a_closing_connection_whose_client_does_not_read_is_aborted() -> None:
+    loop = Loop()
+    protocol, transport = new_protocol(loop=loop)
+    protocol.data_received(b"garbage\r\n\r\n")
+    assert transport.written
+    loop.advance(listener._LINGER_S)
+    assert (transport.is_closed, transport.is_aborted) == (True, False)
+    loop.advance(listener.WRITE_TIMEOUT_S)
+    assert transport.is_aborted
+
+
+def test_the_limit_follows_the_limit_on_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(listener.resource, "getrlimit", lambda _: (1024, 1024))
+    monkeypatch.setattr(listener.resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert listener.max_connections.__wrapped__() == 512
+    monkeypatch.setattr(listener.resource, "getrlimit", lambda _: (1024, 2**20))
+    assert listener.max_connections.__wrapped__() == listener.MAX_CONNECTIONS
+    assert raised[-1] == (4000, 2**20)
