@@ -1,6 +1,6 @@
 """The HTTP application: routes, and the path of a request from its bytes to a worker and back.
 
-    bytes ─► body | forms ─► schemas ─► uploads ─► rate limit ─► GenerationJob ─► pool ─► responses | streaming ─► bytes
+    bytes ─► body | forms ─► schemas ─► rate limit ─► uploads ─► GenerationJob ─► pool ─► responses | streaming ─► bytes
 
 The same application runs under plain uvicorn and inside a Ray Serve ingress; it generates through a `WorkerPool`. Bodies
 are read by serve/api/body.py and not by FastAPI, whose reader has no limits and whose validation errors have another shape;
@@ -113,7 +113,7 @@ class _Handlers:
     async def generations(self, request: Request) -> Response:
         body = schemas.read_request(GenerationRequest, await self._json(request))
         info = await self._pool.model_info()
-        job = self._job(request, body, info)
+        job = await self._job(request, body, info)
         return await self._generate(request, job, body, _context(request, job, info, "image_generation"))
 
     async def edits(self, request: Request) -> Response:
@@ -125,14 +125,15 @@ class _Handlers:
             fields = {name: text for name, text in form.fields.items() if text or name not in FILE_PARTS}
             body = schemas.read_text_request(EditRequest, fields)
             info = await self._pool.model_info()
-            job = self._job(request, body, info, has_init_image=True)
-            init_image = await self.uploads.read(form.files, body, info)
+            job = await self._job(request, body, info, has_init_image=True)
+            init_image = await self.uploads.read(form.files, body, info, left_s=self._left_s(request))
         job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
         return await self._generate(request, job, body, _context(request, job, info, "image_edit"))
 
-    def _job(
+    async def _job(
         self, request: Request, body: ImageRequest, info: ModelInfo, *, has_init_image: bool = False
     ) -> GenerationJob:
+        """The request's job, taken from its key's rate limit, before anything is decoded for it."""
         record: RequestRecord = request.state.record
         job = schemas.generation_job(
             body,
@@ -146,13 +147,13 @@ class _Handlers:
         record.details = {"n": job.num_images, "candidates": job.num_candidates, "stream": bool(body.stream)}
         if self._settings.log_prompts:
             record.details["prompt"] = job.caption
+        await self._take_rate(record, cost=job.num_candidates)
         return job
 
     async def _generate(
         self, request: Request, job: GenerationJob, body: ImageRequest, context: ResponseContext
     ) -> Response:
         record: RequestRecord = request.state.record
-        await self._take_rate(record, cost=job.num_candidates)
         ends_at = self._ends_at(request)
         count = partial(self._count, job)
         if body.stream:

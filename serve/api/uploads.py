@@ -1,7 +1,8 @@
 """Uploaded images: checked before decoding, decoded in threads, resized for the model.
 
 A PNG of 21 KB can hold 13,300 x 13,300 pixels, for which Pillow only warns and which take about 860 MB as RGB. Here the
-size is read from the header first, and more than `limits.max_pixels` is rejected. At most two images are decoded at a time.
+size is read from the header first, and more than `limits.max_pixels` is rejected, as are too many scans and chunks
+(serve/api/decode_limits.py). At most two images are decoded at a time, until their request's deadline or the server's end.
 
 There are two types of masks. With OpenAI's, transparent pixels are regenerated; with ours, which has no transparency, white
 pixels are (engine/pipeline/init_image.py). As with OpenAI, an image with transparent pixels and without a mask is its own
@@ -11,10 +12,12 @@ S pixels of the model's images, g x g grid of tokens.
 """
 
 import asyncio
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from PIL import Image
@@ -24,6 +27,7 @@ from engine.data.orientation import orientation_of, turn_upright
 from engine.data.transparency import alpha_of, with_alpha
 from engine.errors import InputError
 from engine.pipeline.init_image import InitImage, check_kept_after
+from serve.api.decode_limits import DecodingStopped, StoppableFile, excess_of
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import printable
 from serve.api.schemas import EditRequest
@@ -43,29 +47,46 @@ _MASKS_KO = {
 
 
 class UploadReader:
-    """A thread pool that decodes uploads; as a context manager it joins its threads."""
+    """A thread pool that decodes uploads; as a context manager it ends their decoding and joins its threads."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._threads = ThreadPoolExecutor(_MAX_CONCURRENT, thread_name_prefix="uploads")
+        self._stopping = threading.Event()
 
     def __enter__(self) -> "UploadReader":
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stopping.set()
         self._threads.shutdown(cancel_futures=True)
 
-    async def read(self, files: Mapping[str, IO[bytes]], edit: EditRequest, info: ModelInfo) -> InitImage:
+    async def read(
+        self, files: Mapping[str, IO[bytes]], edit: EditRequest, info: ModelInfo, *, left_s: float
+    ) -> InitImage:
         """The init image of an edit, at the model's size.
 
+        Args:
+            left_s: seconds that the request has left; decoding ends with them.
+
         Raises:
-            Failure: missing or unknown parts, images that cannot be read or are too large, an unsuitable mask.
+            Failure: missing or unknown parts, images that cannot be read or are too large, an unsuitable mask; no time
+                left; the server stops.
         """
-        image_file, mask_file = _parts(files)
+        ends_at = time.monotonic() + left_s
+        image_file, mask_file = (file and self._stoppable(file, ends_at) for file in _parts(files))
+        assert image_file is not None
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, read_init_image, image_file, mask_file, edit, info, self._limits.max_pixels
-        )
+        try:
+            return await loop.run_in_executor(
+                self._threads, read_init_image, image_file, mask_file, edit, info, self._limits.max_pixels
+            )
+        except DecodingStopped:
+            raise Failure("unavailable" if self._stopping.is_set() else "deadline_exceeded") from None
+
+    def _stoppable(self, file: IO[bytes], ends_at: float) -> IO[bytes]:
+        stoppable = StoppableFile(file, ends_at=ends_at, is_stopped=self._stopping.is_set)
+        return cast(IO[bytes], stoppable)  # read, seek and tell are what Pillow needs
 
 
 def read_init_image(
@@ -97,8 +118,13 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
     """A completely decoded, upright image; its metadata is dropped.
 
     Raises:
-        Failure: not PNG, WebP or JPEG; animated; more pixels than allowed, by its header; truncated or damaged.
+        Failure: not PNG, WebP or JPEG; animated; more pixels than allowed, by its header; too many scans or chunks;
+            truncated or damaged.
     """
+    excess = excess_of(file)
+    if excess:
+        detail, detail_ko = f"has too many {excess}: save it anew", "구조가 지나치게 복잡합니다. 다시 저장해 주세요"
+        raise _bad_image(param, detail, detail_ko)
     try:
         with Image.open(file, formats=UPLOAD_FORMATS) as image:
             if image.width * image.height > max_pixels:
