@@ -6,6 +6,7 @@
     kodalle generate [MODEL] --from generations/01-seed7-candidate003.png
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
+    kodalle calibrate MODEL PAIRS
     kodalle train-classifier PAIRS --out FOLDER
     kodalle train PHOTOS --out FOLDER                                     (or one stage: kodalle train CONFIG key=value …)
     kodalle serve MODEL --port 8000                                       (from the package serve)
@@ -26,6 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from engine import __version__
+from engine.commands import calibrate as calibrate_command
 from engine.commands import data as data_commands
 from engine.commands import doctor as doctor_command
 from engine.commands import evaluate as evaluate_command
@@ -43,6 +45,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
 app.command("train")(train_commands.train)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("calibrate")(calibrate_command.calibrate)
 app.command("train-classifier")(train_classifier_command.train_classifier)
 app.command("export")(export_commands.export)
 app.command("convert")(export_commands.convert)
@@ -110,7 +113,10 @@ def generate(
     rank_by: Annotated[
         str | None, typer.Option(help="koclip, the default; or, with --mask, log_likelihood of what is kept after it")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="refuse a caption that is too long")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="refuse a caption that is too long, or has words that the model does not know"),
+    ] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: twice as fast, nearly the same")
     ] = False,

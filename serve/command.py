@@ -65,6 +65,9 @@ def start(
         int | None, typer.Option(min=1, help="seconds that an idle connection stays open; default 75")
     ] = None,
     root_path: Annotated[str | None, typer.Option(help="path under which a proxy publishes the server")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="refuse prompts with words that the model does not know")
+    ] = False,
     no_page: Annotated[bool, typer.Option("--no-page", help="serve the API only")] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log captions")] = False,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="one process, one worker")] = False,
@@ -73,7 +76,7 @@ def start(
     values, http_options = ({}, {}) if config is None else read_serve_config(config)
     options = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys)}
     options |= {"device": device, "int8": int8 or None, "log_prompts": log_prompts or None}
-    options |= {"page": False if no_page else None, "root_path": root_path}
+    options |= {"page": False if no_page else None, "root_path": root_path, "strict": strict or None}
     values |= _given(options)
     http_options |= _given({"host": host or None, "port": port, "keep_alive_timeout_s": keep_alive})
     source = "the command line" if config is None else str(config)

@@ -112,6 +112,7 @@ class GeneratedImage:
     log_likelihood: float | None  # nats; None unless ranked by it
     provenance: Mapping[str, Any] = field(hash=False)  # engine/pipeline/provenance.py
     data: bytes | None  # None: not requested
+    score_percentile: float | None = None  # of `score` among real pairs, 0 to 100; see engine/pipeline/generation.py
 
 
 @dataclass(frozen=True)

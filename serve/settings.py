@@ -90,6 +90,9 @@ class ServeSettings(Section):
         "",
         description="path under which a proxy publishes this server, e.g. /kodalle, whether it strips it or not",
     )
+    strict: bool = Field(
+        False, description="refuse prompts with words that the model does not know, unless a request says not"
+    )
     log_prompts: bool = Field(False, description="log captions")
     page: bool = Field(True, description="serve the designers' page")
     limits: Limits = Limits()

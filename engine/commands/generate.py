@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import torch
 
 from engine.codec.codec import CodecBackend
+from engine.data.prompt_words import PromptWords, described
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, check_file_place, write_json
@@ -75,12 +76,28 @@ def generate_to_folder(
             strict=strict,
             on_position=lambda done, _: bar.update(done),
         )[0]
+    if note := unknown_note(generation.request.words):
+        print(note)
     if generation.tokens_cut:
         print(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
     _write(folder, pipeline, generation, loading_s=loading_s)
     return generation
+
+
+def unknown_note(words: PromptWords) -> str:
+    """What to tell of a caption with words that the model does not know; "" where it knows them all."""
+    if words.all_known:
+        return ""
+    if not words.num_words:
+        return "note: the caption has no word: the images are of anything (--strict refuses instead)"
+    number = "none" if words.num_known == 0 else f"{words.num_known}"
+    scores = "; their scores say nothing" if words.num_known == 0 else ""
+    return (
+        f"note: the model knows {number} of the caption's {words.num_words} words, and makes images as if the others were not "
+        f"there (--strict refuses instead){scores}: {described(words.unknown)}"
+    )
 
 
 def regenerate_to_folder(
@@ -228,6 +245,7 @@ def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_
     for one in generation.top(top):
         score = "" if one.score is None else f"  score {one.score:.3f}"
         score += "" if one.contrast is None else f"  contrast {one.contrast:.2f}"
+        score += "" if one.score_percentile is None else f", closer than {int(one.score_percentile)} % of real pairs"
         score += "" if one.log_likelihood is None else f"  log-likelihood {one.log_likelihood:.2f}"
         print(f"{folder / file_name(one)}{score}")
     seconds = seconds_text(sum(generation.timings_s.values()))
@@ -271,10 +289,14 @@ def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], 
     Args:
         provenances: of each candidate, by its number.
     """
-    init_tokens = generation.init_tokens or ()
+    init_tokens, words = generation.init_tokens or (), generation.request.words
     return {
         "caption": generation.caption,
         "tokens_cut": generation.tokens_cut,
+        "tokens_unknown": words.tokens_unknown,
+        "words_unknown": words.words_unknown,
+        "words_total": words.num_words,
+        "words_known": words.num_known,
         "init_tokens": sum(token >= 0 for token in init_tokens),
         "candidates": [
             {
@@ -283,6 +305,7 @@ def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], 
                 "seed": one.seed,
                 "score": one.score,
                 "contrast": one.contrast,
+                "score_percentile": one.score_percentile,
                 "log_likelihood": one.log_likelihood,
                 "file": file_name(one) if one.rank <= top else None,
                 "provenance": provenances[one.candidate],

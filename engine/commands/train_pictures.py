@@ -141,6 +141,7 @@ def _prepare(photos: Path, pairs: Path, out: Path, stored: dict[str, Any]) -> No
 
 def _write_model(out: Path, pairs: Path) -> None:
     """Copies the transformer's model folder: of its last step, or, where that is past the best one, of the better of both."""
+    from engine.metrics.calibration import calibrate
     from engine.metrics.parts import PARTS
     from engine.models.folder import weights_digest
 
@@ -150,6 +151,7 @@ def _write_model(out: Path, pairs: Path) -> None:
         return
     with atomic_folder(model, replace=True) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        calibrate(folder, pairs)
 
 
 def _choose_model(out: Path, pairs: Path) -> dict[str, Any]:

@@ -60,6 +60,10 @@ class CaptionGrammar(Protocol):
         """The grammar as data, for a page on which captions are composed."""
         ...
 
+    def synonyms(self) -> dict[str, str]:
+        """What people write for its values, in any language, to the value."""
+        ...
+
 
 def leave_out(text: str, generator: np.random.Generator, grammar: CaptionGrammar | None) -> str:
     """Some of the sentences of a caption, in their order: each number from one to all but one is as likely.

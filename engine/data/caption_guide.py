@@ -1,10 +1,11 @@
-"""How to write captions for a model: examples from its training, the attributes it knows, and the form of its sentences.
+"""How to write captions for a model: examples from its training, the words and attributes it knows, the form of its sentences.
 
 A model folder holds the guide as `captions.json` and the server passes it to its page, so neither needs to know what the
-images show. Imports no torch.
+images show. It may be edited: the synonyms above all, which say what people write for the model's words. Imports no torch.
 """
 
 import heapq
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,8 @@ from engine.files import read_json, write_json
 GUIDE_FILE = "captions.json"
 NUM_EXAMPLES = 8
 _MOST_COMPARED = 10_000  # captions; millions would take minutes
+_MOST_WORDS = 20_000  # a rarer one has hardly been learned, and the file is read at every start
+_WORD = re.compile(r"\w+")
 KnownAttributes = dict[str, dict[str, list[str]]]
 Colour = Annotated[str, Field(pattern="^#[0-9a-f]{6}$")]
 
@@ -60,6 +63,12 @@ class CaptionGuide(Section):
     examples: tuple[str, ...] = Field((), description="captions of the training split")
     attributes: KnownAttributes = Field({}, description="subject to attribute to values, the commonest first")
     form: CaptionForm | None = Field(None, description="how attributes become sentences; null: captions are free text")
+    synonyms: dict[str, str] = Field(
+        {}, description="what people write, also in other languages, to the model's word or value for it"
+    )
+    words: tuple[str, ...] = Field(
+        (), description="of the training captions, the commonest first, 20,000 at most; empty: not known"
+    )
 
 
 def example_captions(captions: Iterable[str], count: int = NUM_EXAMPLES) -> tuple[str, ...]:
@@ -80,6 +89,14 @@ def example_captions(captions: Iterable[str], count: int = NUM_EXAMPLES) -> tupl
         chosen.append(best)
         used |= words.pop(best)
     return tuple(chosen)
+
+
+def training_words(captions: Iterable[str]) -> tuple[str, ...]:
+    """The words of captions without their punctuation: the 20,000 commonest, equals in code point order."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update(_WORD.findall(caption))
+    return tuple(heapq.nsmallest(_MOST_WORDS, counts, key=lambda word: (-counts[word], word)))
 
 
 def read_guide(folder: Path) -> CaptionGuide:

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.caption_guide import CaptionGuide, example_captions
+from engine.data.caption_guide import CaptionGuide, example_captions, training_words
 from engine.data.clean_json import read_clean_json
 from engine.data.crops import ImageFault, check_image, crop_and_resize, open_image
 from engine.data.cut_out import ground_rgb
@@ -118,13 +118,15 @@ def known_attributes(pairs: Sequence[Pair]) -> dict[str, dict[str, list[str]]]:
 
 
 def caption_guide(pairs: Sequence[Pair]) -> CaptionGuide:
-    """How to write captions like those of the pairs: examples, and where they follow a grammar, attributes and form."""
+    """How to write captions like those of the pairs: examples, words, and where they follow a grammar, attributes and form."""
     captions = [caption for pair in pairs for caption in pair.captions]
     grammar = grammar_of(captions)
     return CaptionGuide(
         examples=example_captions(captions),
         attributes=known_attributes(pairs),
         form=None if grammar is None else grammar.form(),
+        synonyms={} if grammar is None else grammar.synonyms(),
+        words=training_words(captions),
     )
 
 

@@ -7,7 +7,8 @@
     tokenizer.json, …         Hugging Face tokenizer files
     ranker_tokenizer/         those of a ranker that has its own; optional
     generation_config.json    default sampling parameters; optional
-    captions.json             how to write captions for it: examples, known attributes, form of sentences; optional
+    captions.json             how to write captions for it: examples, words, attributes, synonyms, form of sentences; optional
+    real_scores.json          the ranker's scores of held-out pairs; optional
     model_card.md             data, training, figures, limits
 
 No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
@@ -16,6 +17,7 @@ Networks are float32 whatever torch's default dtype is.
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from engine.errors import InputError
 from engine.files import atomic_folder, check_folder_place, read_json, write_json
 from engine.models.image_codec import build_codec
 from engine.models.ranker import build_ranker
+from engine.models.real_scores import REAL_SCORES_FILE, RealScores, read_real_scores, write_real_scores
 from engine.models.transformer import KoDalle
 from engine.models.uninitialised import Uninitialised
 from engine.models.weight_file import LazyTensor, write_weight_file
@@ -80,12 +83,14 @@ def write_model_folder(
     ranker_tokenizer: CaptionTokenizer | None = None,
     generation: GenerationConfig | None = None,
     caption_guide: CaptionGuide | None = None,
+    real_scores: RealScores | None = None,
     ground: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a complete folder and renames it into place; replaces an older model of the same name.
 
     Args:
+        real_scores: of the ranker among `parts`, whatever type its weights are stored in.
         ground: the colour around the objects, `#rrggbb`, of a model that learned from cut-outs.
         dtype: floating-point weights are stored in it (None: as they are).
 
@@ -115,6 +120,9 @@ def write_model_folder(
         if ground is not None:
             config["ground"] = ground
         write_json(folder / "config.json", config)
+        if real_scores is not None:
+            digest = weights_digest(folder, "koclip")
+            write_real_scores(folder, real_scores.model_copy(update={"ranker": digest}))
         (folder / "model_card.md").write_text(card, encoding="utf-8")
 
 
@@ -147,6 +155,7 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
         ranker_tokenizer=load_own_ranker_tokenizer(source),
         generation=read_generation(source),
         caption_guide=read_guide(source),
+        real_scores=own_real_scores(source),
         ground=read_ground(source),
         dtype=dtype,
     )
@@ -188,6 +197,23 @@ def read_ground(folder: Path) -> str | None:
     if ground is not None:
         ground_rgb(ground)
     return ground
+
+
+def own_real_scores(folder: Path) -> RealScores | None:
+    """The scores of real pairs of a folder's ranker; None where it has none, or those of another ranker, as a line says.
+
+    Raises:
+        InputError: their file is not of its form.
+    """
+    found = read_real_scores(folder)
+    if found is None or not has_part(folder, "koclip") or found.ranker == weights_digest(folder, "koclip"):
+        return found
+    print(
+        f"note: {folder / REAL_SCORES_FILE} is of another ranker, so scores have no place among real pairs: "
+        "make it again with `kodalle calibrate`",
+        file=sys.stderr,
+    )
+    return None
 
 
 def has_part(folder: Path, name: PartName) -> bool:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.data.prompt_words import PromptWords
+from engine.models.real_scores import RealScores
 from engine.pipeline.ranking import Scores
 from engine.sampling_params import RankBy, SamplingParams, SequenceRequest
 
@@ -30,6 +32,7 @@ class PreparedRequest:
     """One caption, checked and tokenised: what decoding and finishing need."""
 
     caption: str
+    words: PromptWords  # those that the model knows, and those that it does not
     text_tokens: Tensor  # (1, T) int64 on the CPU
     tokens_read: int  # of the caption, [CLS] and [SEP] included
     tokens_cut: int  # that did not fit the model and were left out
@@ -60,6 +63,9 @@ class Candidate:
     rank: int  # 1 is best; without a ranker, the order of the candidates
     contrast: float | None = None  # nats, see engine/pipeline/ranking.py; None unless ranked by it
     log_likelihood: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
+    # Per cent of real pairs that score lower; None without their scores, and for a caption of which the model knows no word:
+    # its score would be that of no caption.
+    score_percentile: float | None = None
 
     @property
     def ranked_by(self) -> float | None:
@@ -108,6 +114,7 @@ def ranked(
     pixels: Tensor,
     scores: Scores | None,
     log_likelihoods: Tensor | None,
+    real_scores: RealScores | None = None,
 ) -> tuple[Candidate, ...]:
     """Best first, by log-likelihood where there is one, else by contrast, else by score; equals in the candidates' order.
 
@@ -115,7 +122,9 @@ def ranked(
         tokens: (n, N).
         pixels: (n, S, S, 3) uint8.
         log_likelihoods: (n,).
+        real_scores: what the scores are compared with.
     """
+    compared = None if request.words.num_known == 0 else real_scores
     order = list(range(len(pixels)))
     score, contrast = (None, None) if scores is None else scores
     keys = next((own for own in (log_likelihoods, contrast, score) if own is not None), None)
@@ -131,6 +140,7 @@ def ranked(
             rank=rank,
             contrast=None if contrast is None else float(contrast[index]),
             log_likelihood=None if log_likelihoods is None else float(log_likelihoods[index]),
+            score_percentile=None if compared is None or score is None else compared.percentile(float(score[index])),
         )
         for rank, index in enumerate(order, start=1)
     )

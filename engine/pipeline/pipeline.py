@@ -28,6 +28,7 @@ from torch import Tensor
 from engine.codec.codec import Codec, CodecBackend, open_codec
 from engine.config.generation import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
+from engine.data.prompt_words import PromptReader
 from engine.data.tokenizer import CaptionTokenizer, check_padding
 from engine.decoding.sampler import Sampler
 from engine.device import cpu_capabilities
@@ -38,12 +39,14 @@ from engine.models.folder import (
     load_folder_tokenizer,
     load_own_ranker_tokenizer,
     model_digest,
+    own_real_scores,
     read_generation,
     read_ground,
     write_model_folder,
 )
 from engine.models.image_codec import ImageCodec
 from engine.models.ranker import Ranker
+from engine.models.real_scores import RealScores
 from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import Continuation, continue_caption
 from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, batch_init_tokens, ranked
@@ -56,6 +59,7 @@ from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.ranking import CandidateScorer
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, check_captions
+from engine.text import shown
 
 _AT_ONCE = 16  # images decoded together: bounds memory
 OnPosition = Callable[[int, int], None]
@@ -76,6 +80,7 @@ class Pipeline:
         *,
         generation: GenerationConfig | None = None,
         caption_guide: CaptionGuide | None = None,
+        real_scores: RealScores | None = None,
         ground: str | None = None,
         ranker_tokenizer: CaptionTokenizer | None = None,
         int8: bool = False,
@@ -92,6 +97,7 @@ class Pipeline:
         self._card = card
         self._generation = generation or GenerationConfig()
         self.caption_guide = caption_guide or CaptionGuide()
+        self.real_scores = real_scores  # what the ranker's scores are compared with
         self.ground = ground  # `#rrggbb` around the objects in its images, if it learned from cut-outs
         embedder = self._codec.embedder
         self._scorer = None
@@ -152,6 +158,7 @@ class Pipeline:
             codec,
             generation=read_generation(folder),
             caption_guide=read_guide(folder),
+            real_scores=own_real_scores(folder),
             ground=read_ground(folder),
             ranker_tokenizer=load_own_ranker_tokenizer(folder),
             int8=int8,
@@ -172,7 +179,7 @@ class Pipeline:
         write_model_folder(
             Path(folder), parts, card=self._card,
             tokenizer=self.tokenizer, ranker_tokenizer=self._ranker_tokenizer, generation=self._generation,
-            caption_guide=self.caption_guide, ground=self.ground, dtype=dtype,
+            caption_guide=self.caption_guide, real_scores=self.real_scores, ground=self.ground, dtype=dtype,
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -185,6 +192,7 @@ class Pipeline:
             "card": self._card,
             "generation": self._generation,
             "caption_guide": self.caption_guide,
+            "real_scores": self.real_scores,
             "ground": self.ground,
             "ranker_tokenizer": self._ranker_tokenizer,
             "int8": self._int8,
@@ -199,6 +207,11 @@ class Pipeline:
     def ranker_tokenizer(self) -> CaptionTokenizer:
         """What the ranker reads captions with; the transformer's where it has none of its own."""
         return self._ranker_tokenizer or self.tokenizer
+
+    @cached_property
+    def prompt_reader(self) -> PromptReader:
+        """Which words of a prompt the model knows."""
+        return PromptReader(self.tokenizer.to_json(), self.caption_guide)
 
     @property
     def device(self) -> torch.device:
@@ -269,15 +282,16 @@ class Pipeline:
             sampling_params: None: the model's own, `default_sampling_params`.
             init_image: an image whose first rows, or all but what a mask marks, every candidate keeps.
             rank_by: KoCLIP's score of the finished image; or, with a mask, the log-likelihood of what is kept after it.
-            strict: refuse a caption that is longer than the model's text instead of cutting its end.
+            strict: refuse a caption that is longer than the model's text instead of cutting its end, and one with words that
+                the model does not know instead of making images as if they were not there.
             candidate_numbers: which candidates of the seed; None: the first `sampling_params.candidates`.
 
         Returns:
             A request a caption.
 
         Raises:
-            InputError: no caption, an empty one, too long with `strict`, or parameters out of bounds; an init image that
-                leaves nothing to generate or nothing to keep, or nothing after the hole to rank by.
+            InputError: no caption, an empty one, too long or with unknown words with `strict`, or parameters out of bounds; an
+                init image that leaves nothing to generate or nothing to keep, or nothing after the hole to rank by.
         """
         captions = check_captions(captions)
         params = sampling_params or self.default_sampling_params
@@ -286,12 +300,17 @@ class Pipeline:
             raise InputError("guidance_scale", params.guidance_scale, remedy)
         if rank_by not in get_args(RankBy):
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
+        words = [self.prompt_reader.read(caption) for caption in captions]
+        for caption, read in zip(captions, words, strict=True):
+            if strict and not read.all_known:
+                raise InputError("caption", shown(caption), f"{read.fault}, or leave out --strict")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
         numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
         prepared = encode_init_image(self.vqgan, init_image, rank_by=rank_by, device=self.device)
         return [
             PreparedRequest(
                 caption=caption,
+                words=read,
                 text_tokens=tokens[None],
                 tokens_read=int((tokens != self.tokenizer.pad_id).sum()),
                 tokens_cut=cut,
@@ -300,7 +319,7 @@ class Pipeline:
                 rank_by=rank_by,
                 init_image=prepared,
             )
-            for caption, tokens, cut in zip(captions, encoded.tokens, encoded.cut, strict=True)
+            for caption, read, tokens, cut in zip(captions, words, encoded.tokens, encoded.cut, strict=True)
         ]
 
     def decode(
@@ -362,7 +381,7 @@ class Pipeline:
             if request.rank_by == "log_likelihood" and request.init_tokens is not None:
                 sampled = request.init_tokens < 0
                 likelihoods = log_likelihoods(self.transformer, request.text_tokens, image_tokens, sampled)  # (n,)
-        candidates = ranked(request, image_tokens.cpu(), pixels, scores, likelihoods)
+        candidates = ranked(request, image_tokens.cpu(), pixels, scores, likelihoods, self.real_scores)
         return Generation(request, candidates, timings_s)
 
     def provenance(

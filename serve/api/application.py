@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from engine.data.caption_guide import CaptionGuide
+from engine.data.prompt_words import PromptReader, PromptWords
 from serve.api import schemas
 from serve.api.body import read_json
 from serve.api.errors import Failure
@@ -30,8 +32,7 @@ from serve.api.keys import KeyRing
 from serve.api.middleware import ApiMiddleware, RequestRecord
 from serve.api.openapi import describe, described_page
 from serve.api.page_files import add_page
-from serve.api.prompt_tokens import prompt_tokens
-from serve.api.responses import Operation, ResponseContext, response_body
+from serve.api.responses import Operation, ResponseContext, response_body, unknown_fields
 from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, finished_job
 from serve.api.uploads import FILE_PARTS, UploadReader
@@ -93,6 +94,7 @@ class _Handlers:
         self.metrics = ApiMetrics()
         self.uploads = UploadReader(settings.limits)
         self._pool, self._settings, self._replica = pool, settings, replica
+        self._reader: tuple[tuple[str, CaptionGuide], PromptReader] | None = None  # of that tokenizer and guide
 
     def routes(self) -> list[tuple[str, str, Any]]:
         return [
@@ -114,7 +116,7 @@ class _Handlers:
         body = schemas.read_request(GenerationRequest, await self._json(request))
         info = await self._pool.model_info()
         job = await self._job(request, body, info)
-        return await self._generate(request, job, body, _context(request, job, info, "image_generation"))
+        return await self._generate(request, job, body, self._context(request, job, info, "image_generation"))
 
     async def edits(self, request: Request) -> Response:
         limits = self._settings.limits
@@ -128,7 +130,7 @@ class _Handlers:
             job = await self._job(request, body, info, has_init_image=True)
             init_image = await self.uploads.read(form.files, body, info, left_s=self._left_s(request))
         job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
-        return await self._generate(request, job, body, _context(request, job, info, "image_edit"))
+        return await self._generate(request, job, body, self._context(request, job, info, "image_edit"))
 
     async def _job(
         self, request: Request, body: ImageRequest, info: ModelInfo, *, has_init_image: bool = False
@@ -147,8 +149,28 @@ class _Handlers:
         record.details = {"n": job.num_images, "candidates": job.num_candidates, "stream": bool(body.stream)}
         if self._settings.log_prompts:
             record.details["prompt"] = job.caption
+        if self._settings.strict if body.strict is None else body.strict:
+            words = self._words(info, job.caption)
+            if not words.all_known:
+                raise schemas.unknown_words(words)
         await self._take_rate(record, cost=job.num_candidates)
         return job
+
+    def _context(self, request: Request, job: GenerationJob, info: ModelInfo, operation: Operation) -> ResponseContext:
+        return ResponseContext(
+            operation=operation,
+            request_id=request.state.record.request_id,
+            model_id=info.model_id,
+            image_size=info.image_size,
+            init_image_tokens=info.grid_size**2 if operation == "image_edit" else 0,
+            words=self._words(info, job.caption),
+        )
+
+    def _words(self, info: ModelInfo, prompt: str) -> PromptWords:
+        model = (info.tokenizer_json, info.caption_guide)
+        if self._reader is None or self._reader[0] != model:
+            self._reader = model, PromptReader(*model)
+        return self._reader[1].read(prompt)
 
     async def _generate(
         self, request: Request, job: GenerationJob, body: ImageRequest, context: ResponseContext
@@ -212,9 +234,9 @@ class _Handlers:
         body = schemas.read_request(TokenizeRequest, await self._json(request))
         prompt = schemas.checked_prompt(body.prompt, self._settings.limits)
         info = await self._pool.model_info()
-        read = prompt_tokens(info.tokenizer_json, prompt)
-        answer = {"object": "tokens", "tokens": read.count, "limit": info.text_seq_len, "characters": len(prompt)}
-        answer |= {"tokens_unknown": read.unknown, "words_unknown": read.unknown_words}
+        words = self._words(info, prompt)
+        answer = {"object": "tokens", "tokens": words.count, "limit": info.text_seq_len, "characters": len(prompt)}
+        answer |= unknown_fields(words) | {"unknown": [asdict(one) for one in words.unknown]}
         return JSONResponse(answer, headers=_NO_STORE)
 
     # ------------------------------------------------------------------------------------------------------ operation
@@ -239,17 +261,6 @@ class _Handlers:
     async def docs(self, _: Request) -> Response:
         page = described_page(describe(self._settings, await self._pool.model_info()))
         return Response(page, media_type="text/html", headers=_NO_STORE)
-
-
-def _context(request: Request, job: GenerationJob, info: ModelInfo, operation: Operation) -> ResponseContext:
-    return ResponseContext(
-        operation=operation,
-        request_id=request.state.record.request_id,
-        model_id=info.model_id,
-        image_size=info.image_size,
-        init_image_tokens=info.grid_size**2 if operation == "image_edit" else 0,
-        prompt=prompt_tokens(info.tokenizer_json, job.caption),
-    )
 
 
 async def _encode_response(job: GenerationJob, finished: Finished, context: ResponseContext) -> bytes:
@@ -277,7 +288,8 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
         "default_sampling_params": info.default_sampling_params.generation_values(),
         "sampling_params": schemas.parameter_limits(limits),
-        "caption_guide": info.caption_guide.model_dump(mode="json"),
+        # Without its words, which are thousands, and which /v1/tokenize knows.
+        "caption_guide": info.caption_guide.model_dump(mode="json", exclude={"words"}),
         "limits": {
             "prompt_characters": limits.max_prompt_characters,
             "images": limits.max_images,

@@ -25,6 +25,7 @@ _IMAGE_PARTS: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"}
 _WHOLE: Json = {"type": "integer"}
 _TEXT: Json = {"type": "string"}
 _TEXTS: Json = {"type": "array", "items": _TEXT}
+_TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 _NUMBER: Json = {"type": "number"}
 _NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 _PARAMETER: Json = {
@@ -70,7 +71,7 @@ def describe(settings: ServeSettings, info: ModelInfo, *, root_path: str = "") -
 def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
     captions = info.caption_guide.examples or ("a caption",)
     tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": len(captions[0])}
-    tokens |= {"tokens_unknown": 0, "words_unknown": []}
+    tokens |= {"tokens_unknown": 0, "words_unknown": [], "words_total": 5, "words_known": 5, "unknown": []}
     model_id = {
         "name": "model_id", "in": "path", "required": True, "schema": _TEXT, "example": info.model_id
     }  # fmt: skip
@@ -183,9 +184,11 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "rank": _WHOLE,
         "clip_score": _NUMBER_OR_NULL,
         "contrast": _NUMBER_OR_NULL,
+        "clip_score_percentile": _NUMBER_OR_NULL,
         "log_likelihood": _NUMBER_OR_NULL,
         "provenance": _ref("Provenance"),
     }
+    unknown = {"tokens_unknown": _WHOLE, "words_unknown": _TEXTS, "words_total": _WHOLE, "words_known": _WHOLE}
     details = _object({"text_tokens": _WHOLE, "image_tokens": _WHOLE})
     usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
     images = {
@@ -199,8 +202,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
         "model": _TEXT,
         "request_id": _TEXT,
         "tokens_cut": _WHOLE,
-        "tokens_unknown": _WHOLE,
-        "words_unknown": _TEXTS,
+        **unknown,
         "timings_s": {"type": "object", "additionalProperties": _NUMBER},
     }
     model = {
@@ -217,6 +219,7 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
     }
     whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
     guide = CaptionGuide.model_json_schema(ref_template=_ref("{model}")["$ref"])
+    del guide["properties"]["words"]  # not sent
     error = dict.fromkeys(("message", "message_ko", "type", "code"), _TEXT) | {"param": {"type": ["string", "null"]}}
     return {
         "GenerationRequest": _fields(GenerationRequest, settings, info),
@@ -236,9 +239,12 @@ def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
                 "tokens": _WHOLE,
                 "limit": _WHOLE,
                 "characters": _WHOLE,
-                "tokens_unknown": _WHOLE,
-                "words_unknown": _TEXTS,
+                **unknown,
+                "unknown": {"type": "array", "items": _ref("UnknownWord")},
             }
+        ),
+        "UnknownWord": _object(
+            {"word": _TEXT, "start": _WHOLE, "end": _WHOLE, "suggestion": _TEXT_OR_NULL, "value": _TEXT_OR_NULL}
         ),
         "Status": _object({"status": _TEXT}),
         "Error": _object({"error": _object(error)}),

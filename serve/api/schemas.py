@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.data.prompt_words import PromptWords, described
 from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
 from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
@@ -89,6 +90,11 @@ class ImageRequest(BaseModel):
     )
     all_candidates: bool | None = Field(None, description="also return the candidates beyond the best n")
     progress: bool | None = Field(None, description="with stream: events on the queue and on the tokens generated")
+    strict: bool | None = Field(
+        None,
+        description="refuse a prompt with words that the model does not know; default: as the server is set, else they are "
+        "reported as words_unknown",
+    )
 
 
 class GenerationRequest(ImageRequest):
@@ -240,6 +246,14 @@ def checked_prompt(prompt: str, limits: Limits) -> str:
     if len(prompt) > most:
         raise _long_prompt(len(prompt), most)
     return prompt
+
+
+def unknown_words(words: PromptWords) -> Failure:
+    """The refusal of a prompt of which the model does not know every word."""
+    named = described(words.unknown[:8])
+    detail = f"has words that the model does not know: {named}" if named else "has no word"
+    detail_ko = f"모델이 모르는 말이 있습니다: {named}" if named else "말이 없습니다"
+    return _invalid("prompt", detail, detail_ko)
 
 
 def _long_prompt(length: int, most: int) -> Failure:

@@ -223,6 +223,7 @@ class _Encoding:
                 rank=one.rank,
                 score=one.score,
                 contrast=one.contrast,
+                score_percentile=one.score_percentile,
                 log_likelihood=one.log_likelihood,
                 provenance=self._postprocessor.provenance(state, one.candidate),
                 data=self._data.get(one.candidate),

@@ -8,6 +8,7 @@ from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.kfashion.captions import parse, write_sentence
 from engine.data.kfashion.colours import COLOUR_ATTRIBUTE
 from engine.data.kfashion.english import in_english
+from engine.data.kfashion.synonyms import SYNONYMS
 
 
 class KFashionGrammar:
@@ -34,3 +35,6 @@ class KFashionGrammar:
 
     def form(self) -> CaptionForm:
         return kfashion_form()
+
+    def synonyms(self) -> dict[str, str]:
+        return dict(SYNONYMS)

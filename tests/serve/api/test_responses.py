@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 
+from engine.data.prompt_words import PromptWords, UnknownWord
 from engine.sampling_params import SamplingParams
 from serve.api import application
 from serve.api.application import build_api
-from serve.api.prompt_tokens import PromptTokens
 from serve.api.responses import ResponseContext, finished_events, partial_event, response_body, usage
 from serve.messages import GenerationEvent, GenerationJob, Partial
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, finished, made, post_json, serving
 
-CONTEXT = ResponseContext("image_edit", "req_1", 'a "model"', 32, 64, PromptTokens(5, 1, ("레두",)))
+CONTEXT = ResponseContext(
+    "image_edit", "req_1", 'a "model"', 32, 64, PromptWords(5, 1, 4, 3, (UnknownWord("레두", 0, 2),))
+)
 JOB = GenerationJob("r", "k", "c", SamplingParams(seed=2**64 - 1, candidates=3, top=2), deadline_s=9.0, wants_all=True)
 
 

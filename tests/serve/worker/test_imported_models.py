@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.data.caption_guide import CaptionGuide
+from engine.data.prompt_words import PromptReader
 from engine.interop.importing import import_checkpoint
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
-from serve.api.prompt_tokens import prompt_tokens
 from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
 from serve.settings import ServeSettings
 from serve.worker.worker import Worker, model_info
@@ -57,5 +58,6 @@ def test_a_worker_serves_them(kind: str, tmp_path: Path) -> None:
     finally:
         worker.close()
     tokenizer_json = model_info(pipeline, tmp_path / "ours", name="m").tokenizer_json
-    assert prompt_tokens(tokenizer_json, caption).count == (3 if kind == "text" else 1)
-    assert kind == "text" or prompt_tokens(tokenizer_json, "no class of its").count == 1
+    reader = PromptReader(tokenizer_json, CaptionGuide())
+    assert reader.read(caption).count == (3 if kind == "text" else 1)
+    assert kind == "text" or reader.read("no class of its").count == 1

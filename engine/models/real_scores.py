@@ -1,0 +1,67 @@
+"""Scores of real pairs: what a ranker's score of a generated image is worth.
+
+A cosine of 0.62 says nothing to anyone, and every ranker has its own scale. Its place among the scores that held-out photographs
+get with their own captions does: `closer than 83 % of real pairs`. A model folder keeps these as percentiles, in real_scores.json,
+written by `kodalle calibrate` and at the end of `kodalle train PHOTOS`.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from engine.config.section import Section
+from engine.config_files import parse_section
+from engine.files import read_json, write_json
+
+REAL_SCORES_FILE = "real_scores.json"
+_STEPS = 100
+
+
+class RealScores(Section):
+    """Percentiles of the scores of held-out pairs."""
+
+    pairs: int = Field(gt=0, description="held-out pairs that were scored")
+    ranker: str = Field(description="digest of the ranker whose scores they are (engine.models.folder.weights_digest)")
+    percentiles: tuple[float, ...] = Field(description="the least score, that of each per cent, the greatest: 101")
+
+    @model_validator(mode="after")
+    def _is_a_distribution(self) -> "RealScores":
+        if len(self.percentiles) != _STEPS + 1 or list(self.percentiles) != sorted(self.percentiles):
+            raise ValueError(f"percentiles must be {_STEPS + 1} numbers, none less than the one before")
+        return self
+
+    def percentile(self, score: float) -> float:
+        """Per cent of real pairs with a lower score, 0 to 100; between two percentiles in proportion."""
+        place = bisect_left(self.percentiles, score)
+        if place in (0, len(self.percentiles)):
+            return float(min(place, _STEPS))
+        below, above = self.percentiles[place - 1 : place + 1]
+        return place - 1 + (score - below) / (above - below)
+
+
+def real_scores(scores: Sequence[float], *, ranker: str) -> RealScores:
+    """The table of these scores; `ranker` is the digest of what gave them."""
+    found = np.percentile(np.asarray(scores, dtype=np.float64), np.arange(_STEPS + 1))
+    return RealScores(pairs=len(scores), ranker=ranker, percentiles=tuple(round(float(value), 5) for value in found))
+
+
+def read_real_scores(folder: Path) -> RealScores | None:
+    """The table of a model folder, whichever ranker it is of; None where there is none.
+
+    Raises:
+        InputError: its file is not of that form.
+    """
+    path = folder / REAL_SCORES_FILE
+    if not path.is_file():
+        return None
+    tree = read_json(path, field="model folder", remedy="make it again with `kodalle calibrate`, or remove it")
+    found: RealScores = parse_section(RealScores, tree, source=str(path))
+    return found
+
+
+def write_real_scores(folder: Path, scores: RealScores) -> None:
+    """Writes real_scores.json."""
+    write_json(folder / REAL_SCORES_FILE, scores.model_dump(mode="json"))
