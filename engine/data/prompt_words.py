@@ -16,7 +16,6 @@ import json
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
@@ -150,7 +149,7 @@ class PromptReader:
         for number, (start, end) in enumerate(spans):
             if start < after:
                 continue  # part of the term before
-            ends = list(takewhile(lambda last: last - start <= self._longest, (last for _, last in spans[number:])))
+            ends = [last for _, last in spans[number : number + self._longest] if last - start <= self._longest]
             after, known, ending = self._term_at(prompt, start, ends) or (end, None, "")
             word = prompt[start:after]
             if known is None:

@@ -39,6 +39,13 @@ import { language, t } from "./texts.js";
  *   import("./settings.js").Bounds>} sampling_params
  * @property {{images: number, candidates: number, partial_images: number}} limits
  *
+ * @typedef {object} PromptTokens
+ * @property {number} tokens
+ * @property {number} limit
+ * @property {number} words_total
+ * @property {number} words_known
+ * @property {import("./unknown_words.js").UnknownWord[]} unknown
+ *
  * @typedef {Record<string, any> & {type: string}} StreamEvent as the API documents them, by their type
  */
 
@@ -127,7 +134,7 @@ export async function isReady() {
 /**
  * @param {string} prompt
  * @param {AbortSignal} signal
- * @returns {Promise<{tokens: number, limit: number}>}
+ * @returns {Promise<PromptTokens>}
  */
 export async function countTokens(prompt, signal) {
   const headers = { "Content-Type": "application/json" };

@@ -1,14 +1,15 @@
 /**
- * Composes a caption from attributes, and reads one back into them, so that the form and the caption box say the same.
+ * The caption's sentences as a form of attributes: it reads them from the caption box, and writes what is chosen there.
  *
- * Subjects, attributes, values and sentences are the served model's. A caption in one's own words is never overwritten:
- * the composed one is offered beneath instead.
+ * Subjects, attributes, values and sentences are the served model's. One's own words between them stay as they are.
  */
 
-import { compose, labelOf, word } from "./composer.js";
+import { labelIn, ownWords, withValue, word } from "./composer.js";
 import { button, byId, element } from "./elements.js";
 import { keep, kept, lasting } from "./preferences.js";
 import { language, onLanguage, t } from "./texts.js";
+
+const SUBJECT = "kodalle.subject";
 
 /**
  * @typedef {import("./composer.js").Grammar} Grammar
@@ -26,44 +27,56 @@ import { language, onLanguage, t } from "./texts.js";
  * @param {import("./caption.js").CaptionBox} captionBox
  */
 export function startBuilder(grammar, captionBox) {
+  const names = grammar.subjects.map(({ name }) => name);
+  const before = kept(lasting(), SUBJECT);
   /** @type {State} */
-  const state = { label: {}, subject: grammar.subjects[0].name, isWriting: false };
+  const state = { label: {}, subject: names.includes(before) ? before : names[0], isWriting: false };
 
-  const offerOrWrite = () => {
-    const composed = compose(grammar, state.label);
-    const isOurs = captionBox.read() === "" || labelOf(grammar, captionBox.read()) !== null;
-    if (isOurs) {
-      state.isWriting = true;
-      captionBox.write(composed);
-      state.isWriting = false;
-    }
-    showOffer(isOurs ? "" : composed, () => captionBox.write(composed));
+  /** @param {string} caption */
+  const write = (caption) => {
+    state.isWriting = true;
+    captionBox.write(caption);
+    state.isWriting = false;
+    state.label = labelIn(grammar, caption);
     showCounts(state);
+  };
+  /**
+   * @param {string} attribute
+   * @param {Value} value
+   */
+  const put = (attribute, value) =>
+    write(withValue(grammar, captionBox.read(), { subject: state.subject, attribute, value }));
+  const clear = () => {
+    write(ownWords(grammar, captionBox.read()));
+    show();
   };
   const show = () => {
     byId("builder-title").textContent = grammar.form.title[language()] ?? Object.values(grammar.form.title)[0] ?? "";
-    byId("builder-body").replaceChildren(
+    const body = byId("builder-body");
+    const focused = body.contains(document.activeElement) ? /** @type {HTMLElement} */ (document.activeElement) : null;
+    body.replaceChildren(
       subjectChoice(grammar, state, show),
-      fieldsOf(grammar, state, offerOrWrite),
-      element("div", { id: "builder-offer", class: "offer", hidden: true }),
-      button({ text: t("builder.clear"), press: () => ((state.label = {}), offerOrWrite(), show()) }),
+      fieldsOf(grammar, state, put),
+      button({ text: t("builder.clear"), press: clear, action: "clear-builder" }),
     );
     showCounts(state);
+    // What is made anew keeps the keyboard where it was.
+    if (focused?.id) document.getElementById(focused.id)?.focus();
+    else if (focused?.dataset.action)
+      /** @type {HTMLElement|null} */ (body.querySelector(`[data-action="${focused.dataset.action}"]`))?.focus();
   };
   /** @param {string} caption */
   const readBack = (caption) => {
-    const label = labelOf(grammar, caption);
-    if (label === null) return;
+    const label = labelIn(grammar, caption);
+    if (JSON.stringify(label) === JSON.stringify(state.label)) return;
     state.label = label;
-    const stated = grammar.subjects.map(({ name }) => name).filter((name) => name in label);
+    const stated = names.filter((name) => name in label);
     state.subject = stated.find((name) => name === state.subject) ?? stated[0] ?? state.subject;
     show();
   };
 
   captionBox.onChange((caption) => {
-    if (state.isWriting) return;
-    showOffer("", () => {});
-    readBack(caption);
+    if (!state.isWriting) readBack(caption);
   });
   const fold = byId("builder");
   // On a phone it would push everything else out of sight.
@@ -73,8 +86,8 @@ export function startBuilder(grammar, captionBox) {
   fold.addEventListener("toggle", () =>
     keep(lasting(), "kodalle.builder", fold.hasAttribute("open") ? "open" : "closed"),
   );
-  onLanguage(show);
   readBack(captionBox.read());
+  onLanguage(show);
   fold.hidden = false;
 }
 
@@ -94,6 +107,7 @@ function subjectChoice(grammar, state, show) {
       on: {
         change: () => {
           state.subject = name;
+          keep(lasting(), SUBJECT, name);
           show();
           /** @type {HTMLElement|null} */ (
             document.querySelector(`input[name="subject"][value="${CSS.escape(name)}"]`)
@@ -132,10 +146,10 @@ function showCounts(state) {
 /**
  * @param {Grammar} grammar
  * @param {State} state
- * @param {() => void} changed
+ * @param {(attribute: string, value: Value) => void} put
  * @returns {HTMLElement}
  */
-function fieldsOf(grammar, state, changed) {
+function fieldsOf(grammar, state, put) {
   const subject = grammar.subjects.find((each) => each.name === state.subject) ?? grammar.subjects[0];
   /** @type {Record<FormAttribute["control"], Control>} */
   const controls = {
@@ -148,14 +162,8 @@ function fieldsOf(grammar, state, changed) {
   const called = (name) => word(grammar, name, language());
   const fields = subject.fields.map(({ attribute, values }) => {
     const { name } = attribute;
-    /** @param {Value} value */
-    const put = (value) => {
-      const chosen = (state.label[subject.name] ??= {});
-      if (value.length) chosen[name] = value;
-      else delete chosen[name];
-      changed();
-    };
-    return controls[attribute.control](attribute, values, state.label[subject.name]?.[name] ?? "", put, called);
+    const chosen = state.label[subject.name]?.[name] ?? "";
+    return controls[attribute.control](attribute, values, chosen, (value) => put(name, value), called);
   });
   return element("div", { class: "attributes" }, ...fields);
 }
@@ -276,19 +284,4 @@ function optionsOf(values, first, called) {
     element("option", { value: "", text: first }),
     ...values.map((value) => element("option", { value, text: called(value) })),
   ];
-}
-
-/**
- * @param {string} composed "" takes the offer back
- * @param {() => void} accept
- */
-function showOffer(composed, accept) {
-  const place = byId("builder-offer");
-  place.hidden = composed === "";
-  if (place.hidden) return;
-  place.replaceChildren(
-    element("p", { class: "hint", text: t("builder.own_words") }),
-    element("p", { class: "composed", text: composed }),
-    button({ text: t("builder.replace"), class: "secondary", press: accept }),
-  );
 }

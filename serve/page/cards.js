@@ -3,7 +3,9 @@
  */
 
 import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
-import { formatScore, formatTime, formatWait, onLanguage, t } from "./texts.js";
+import { inLanguageShown, readingOf } from "./model.js";
+import { formatTime, formatWait, onLanguage, t } from "./texts.js";
+import { unreadWords, verdictElement } from "./verdict.js";
 
 /**
  * @typedef {import("./queue.js").Job} Job
@@ -167,6 +169,7 @@ function headOf(request, createdMs, state, ...buttons) {
     "header",
     { class: "card-head" },
     element("h3", { text: request.caption || t("card.no_caption") }),
+    readingOf(request.caption),
     element(
       "p",
       { class: "facts hint" },
@@ -187,11 +190,12 @@ function headOf(request, createdMs, state, ...buttons) {
  * @param {Actions} actions
  */
 function renderRunning(entry, job, actions) {
-  const isOver = ["failed", "cancelled", "done"].includes(job.state);
+  const isOver = ["failed", "cancelled", "done", "interrupted"].includes(job.state);
   const state = element("span", { class: `state ${job.state}`, text: stateText(job) });
   const { request } = job;
   const cancel = button({ icon: "close", text: t("card.cancel"), press: () => actions.cancel(job), action: "cancel" });
-  const retry = button({ icon: "again", text: t("card.retry"), press: () => actions.retry(job), action: "retry" });
+  const again = t(job.state === "interrupted" ? "card.same_seed" : "card.retry");
+  const retry = button({ icon: "again", text: again, press: () => actions.retry(job), action: "retry" });
   const settings = button({
     text: t("card.use_settings"),
     press: () => actions.useSettings(request),
@@ -288,6 +292,8 @@ function renderDone(entry, generation, actions, render) {
   const state = took ? element("span", { class: "state done", text: took }) : null;
   card.className = "card done";
   card.append(headOf(generation.request, generation.createdMs, state, dismissButton(generation.id, actions)));
+  const unread = unreadWords(generation);
+  if (unread) card.append(element("p", { class: "warning", text: unread }));
   if (generation.tokensCut)
     card.append(element("p", { class: "warning", text: t("card.tokens_cut", { n: generation.tokensCut }) }));
   if (warning) card.append(element("p", { class: "warning", text: warning }));
@@ -345,7 +351,8 @@ function tilesOf(generation, images, actions) {
  */
 export function tileOf(generation, index, actions) {
   const shown = generation.images[index];
-  const alt = t("image.alt", { caption: generation.request.caption, rank: shown.rank });
+  const { caption } = generation.request;
+  const alt = t("image.alt", { caption: inLanguageShown(caption) || caption, rank: shown.rank });
   const open = element(
     "button",
     {
@@ -372,10 +379,6 @@ export function tileOf(generation, index, actions) {
     action: `download-${index}`,
     press: () => actions.download(generation, index),
   });
-  const score =
-    shown.score === null
-      ? null
-      : element("span", { class: "score numbers", text: formatScore(shown.score), title: t("image.score") });
   return element(
     "figure",
     { class: "tile" },
@@ -384,7 +387,7 @@ export function tileOf(generation, index, actions) {
       "figcaption",
       {},
       element("span", { class: "rank", text: t("image.rank", { rank: shown.rank }) }),
-      score,
+      verdictElement(generation, shown),
       star,
       save,
     ),

@@ -34,6 +34,9 @@
  * @typedef {{attribute: FormAttribute, values: string[]}} Field
  *
  * @typedef {Record<string, Record<string, string|string[]>>} Label subject to attribute to value, or values
+ *
+ * @typedef {{subject: string, attribute: string, value: string|string[], length: number}} Fact `length`: of its sentence
+ * @typedef {{text: string, fact: Fact|null}} Part of a caption: a sentence of the form, or one's own words
  */
 
 /**
@@ -84,17 +87,153 @@ export function compose({ form }, label) {
  * @returns {Label|null} the label that composes to exactly this caption; null when none does
  */
 export function labelOf(grammar, caption) {
-  const text = caption.normalize("NFC").trim().replace(/\s+/gu, " ");
+  const label = labelIn(grammar, caption);
+  return compose(grammar, label) === oneLine(caption) ? label : null;
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} caption
+ * @returns {Label} what its sentences of the form state, whatever else it says
+ */
+export function labelIn(grammar, caption) {
   /** @type {Label} */
   const label = {};
-  let rest = text;
+  for (const { fact } of partsOf(grammar, caption)) if (fact) (label[fact.subject] ??= {})[fact.attribute] = fact.value;
+  return label;
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} caption
+ * @returns {Part[]} its sentences of the form, and one's own words between them
+ */
+export function partsOf(grammar, caption) {
+  /** @type {Part[]} */
+  const parts = [];
+  let rest = oneLine(caption);
   while (rest) {
-    const found = firstSentence(grammar, rest);
-    if (!found) return null;
-    (label[found.subject] ??= {})[found.attribute] = found.value;
-    rest = rest.slice(found.length).trimStart();
+    const fact = firstSentence(grammar, rest);
+    const length = fact ? fact.length : (/^\S+/u.exec(rest)?.[0].length ?? rest.length);
+    const text = rest.slice(0, length);
+    const last = parts.at(-1);
+    if (fact || !last || last.fact) parts.push({ text, fact });
+    else last.text += ` ${text}`;
+    rest = rest.slice(length).trimStart();
   }
-  return compose(grammar, label) === text ? label : null;
+  return parts;
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} caption
+ * @param {{subject: string, attribute: string, value: string|string[]}} stated "" or [] takes the sentence away
+ * @returns {string} the caption with this sentence in the place of the one on the same attribute, or at its place in the
+ *   form's order; one's own words stay
+ */
+export function withValue(grammar, caption, { subject, attribute, value }) {
+  const { form } = grammar;
+  const text = Array.isArray(value) ? value.join(form.separator) : value;
+  const of = form.attributes.find((each) => each.name === attribute);
+  const fact = text && of ? { subject, attribute, value, length: 0 } : null;
+  const written = fact && of ? [{ text: sentence(of, subject, text), fact }] : [];
+  const parts = partsOf(grammar, caption);
+  /** @param {Part} part */
+  const isSame = (part) => part.fact?.subject === subject && part.fact.attribute === attribute;
+  /** @param {{subject: string, attribute: string}} each */
+  const place = (each) =>
+    form.subjects.indexOf(each.subject) * form.attributes.length +
+    form.attributes.findIndex(({ name }) => name === each.attribute);
+  const before = parts.findLastIndex((part) => part.fact && place(part.fact) < place({ subject, attribute }));
+  const after = parts.findIndex((part) => part.fact && place(part.fact) > place({ subject, attribute }));
+  const old = parts.findIndex(isSame);
+  const at = old >= 0 ? old : before >= 0 ? before + 1 : after >= 0 ? after : parts.length;
+  const others = [...parts.slice(0, at), ...written, ...parts.slice(at).filter((part) => !isSame(part))];
+  return others.map((part) => part.text).join(" ");
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} caption
+ * @returns {string} one's own words alone
+ */
+export function ownWords(grammar, caption) {
+  return partsOf(grammar, caption)
+    .filter(({ fact }) => !fact)
+    .map(({ text }) => text)
+    .join(" ");
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} value
+ * @param {string[]} preferred subjects, the likeliest first
+ * @returns {{subject: string, attribute: string, isList: boolean}|null} what the value would be said of; null: of nothing
+ */
+export function placeOf(grammar, value, preferred = []) {
+  /** @param {Subject} subject */
+  const rank = ({ name }) => (preferred.includes(name) ? preferred.indexOf(name) : preferred.length);
+  for (const subject of [...grammar.subjects].sort((one, other) => rank(one) - rank(other))) {
+    const field = subject.fields.find(({ values }) => values.includes(value));
+    if (field) {
+      const isList = field.attribute.control === "several";
+      return { subject: subject.name, attribute: field.attribute.name, isList };
+    }
+  }
+  return null;
+}
+
+/**
+ * @param {Grammar} grammar
+ * @param {string} caption
+ * @param {string[]} values of the model, that one's own words meant
+ * @param {string} current the subject to take where several would do
+ * @returns {string} the caption's sentences of the form and new ones on these values, without one's own words
+ */
+export function captionOf(grammar, caption, values, current) {
+  const stated = compose(grammar, labelIn(grammar, caption));
+  const words = oneLine(caption).toLocaleLowerCase();
+  /** @param {Subject} subject */
+  const knows = (subject) =>
+    values.filter((value) => subject.fields.some((field) => field.values.includes(value))).length +
+    // A subject that the words name, in any language, is meant.
+    Number([subject.name, ...namesOf(grammar, subject.name)].some((name) => words.includes(name.toLocaleLowerCase())));
+  const ordered = [...grammar.subjects].sort(
+    (one, other) => knows(other) - knows(one) || Number(other.name === current) - Number(one.name === current),
+  );
+  const preferred = ordered.map(({ name }) => name);
+  return values.reduce((text, value) => {
+    const place = placeOf(grammar, value, preferred);
+    if (!place) return text;
+    const before = labelIn(grammar, text)[place.subject]?.[place.attribute] ?? [];
+    return withValue(grammar, text, { ...place, value: place.isList ? [...new Set([before, value].flat())] : value });
+  }, stated);
+}
+
+/**
+ * @param {Grammar|null} grammar
+ * @param {string} caption
+ * @param {string} language
+ * @returns {string} what it says, in the words of that language: `Top: Colour Sky blue, Category Shirt`; one's own words as
+ *   they are; "" where the caption says the same already
+ */
+export function reading(grammar, caption, language) {
+  if (!grammar?.form.words[language]) return "";
+  const parts = partsOf(grammar, caption);
+  if (!parts.some(({ fact }) => fact)) return "";
+  /** @param {string} name */
+  const called = (name) => word(grammar, name, language);
+  /** @type {string[]} */
+  const read = [];
+  let subject = "";
+  for (const { text, fact } of parts) {
+    const value = fact && [fact.value].flat().map(called).join(", ");
+    const said = fact ? `${called(fact.attribute)} ${value}` : text;
+    if (fact && fact.subject === subject) read[read.length - 1] += ` · ${said}`;
+    else read.push(fact ? `${called(fact.subject)}: ${said}` : said);
+    subject = fact?.subject ?? "";
+  }
+  return read.join("; ");
 }
 
 /**
@@ -124,8 +263,22 @@ export function word({ form }, name, language) {
 
 /**
  * @param {Grammar} grammar
+ * @param {string} name
+ * @returns {string[]} what it is called in all languages of the form
+ */
+function namesOf({ form }, name) {
+  return Object.values(form.words).flatMap((words) => words[name] ?? []);
+}
+
+/** @param {string} caption */
+function oneLine(caption) {
+  return caption.normalize("NFC").trim().replace(/\s+/gu, " ");
+}
+
+/**
+ * @param {Grammar} grammar
  * @param {string} text
- * @returns {{subject: string, attribute: string, value: string|string[], length: number}|null}
+ * @returns {Fact|null} of the sentence that the text begins with
  */
 function firstSentence(grammar, text) {
   for (const subject of grammar.subjects) {

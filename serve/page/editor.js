@@ -5,6 +5,7 @@
 import { button, byId, element, fillDialog, isSmall } from "./elements.js";
 import { createMask, maskPng } from "./mask.js";
 import { MOST_CHARACTERS } from "./caption.js";
+import { ask } from "./question.js";
 import { randomSeed } from "./settings.js";
 import { startStage } from "./stage.js";
 import { t } from "./texts.js";
@@ -46,6 +47,15 @@ export async function editImage(image, kind, base, grid) {
   const caption = element("textarea", { id: "editor-caption", rows: 3, spellcheck: "false" });
   caption.value = base.caption;
   caption.addEventListener("input", show);
+  let isAsking = false;
+  const leave = async () => {
+    if (isAsking) return;
+    isAsking = true;
+    const isKept = work.mask.canUndo() || caption.value !== base.caption;
+    const question = { title: t("leave.title"), text: t("leave.text"), yes: t("leave.yes"), isGrave: true };
+    if (!isKept || (await ask(question))) dialog.close("no");
+    isAsking = false;
+  };
   const form = element(
     "form",
     { class: "editor-body", novalidate: true },
@@ -53,7 +63,7 @@ export async function editImage(image, kind, base, grid) {
       "header",
       { class: "dialog-head" },
       element("h2", { id: "editor-title", text: t("editor.title") }),
-      button({ icon: "close", label: t("close"), class: "quiet icon-only", press: () => dialog.close("no") }),
+      button({ icon: "close", label: t("close"), class: "quiet icon-only", press: leave }),
     ),
     element("div", { class: "stage-frame" }, canvas),
     element(
@@ -73,7 +83,7 @@ export async function editImage(image, kind, base, grid) {
       element(
         "div",
         { class: "actions" },
-        button({ text: t("no"), class: "secondary", press: () => dialog.close("no") }),
+        button({ text: t("no"), class: "secondary", press: leave }),
         element("button", { id: "editor-generate", type: "submit", class: "primary", text: t("editor.generate") }),
       ),
     ),
@@ -85,15 +95,25 @@ export async function editImage(image, kind, base, grid) {
   };
   form.addEventListener("submit", submit);
   form.addEventListener("keydown", (event) => {
-    if (pressUndo(event, work)) redraw();
+    if (event.key === "Escape") {
+      event.preventDefault(); // or the browser closes the dialog
+      void leave();
+    } else if (pressUndo(event, work)) redraw();
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
   });
+  /** @param {Event} event */
+  const closing = (event) => {
+    event.preventDefault();
+    void leave();
+  };
+  dialog.addEventListener("cancel", closing);
   fillDialog("editor", form);
   dialog.returnValue = "no";
   dialog.showModal();
   show();
   /** @type {HTMLElement} */ (form.querySelector("input[name='editor-kind']:checked")).focus();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  dialog.removeEventListener("cancel", closing);
   stage.stop();
   const wanted = dialog.returnValue === "yes" ? await requestOf(work, image, caption.value, base) : null;
   bitmap.close();

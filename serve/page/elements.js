@@ -129,7 +129,7 @@ export function removeImages(root) {
  */
 export function announce(text) {
   // Behind an open dialog nothing is read out, so each dialog has a place of its own.
-  const root = document.querySelector("dialog[open]") ?? document.body;
+  const root = [...document.querySelectorAll("dialog[open]")].at(-1) ?? document.body;
   const place = root.querySelector(":scope > .announcer");
   if (place) place.textContent = text;
 }

@@ -4,6 +4,7 @@
 
 import { tileOf } from "./cards.js";
 import { byId, element, removeImages } from "./elements.js";
+import { readingOf } from "./model.js";
 import { formatTime, onLanguage, t } from "./texts.js";
 import { onView } from "./views.js";
 
@@ -95,7 +96,8 @@ function itemsOf(generation, isWanted, actions) {
     if (!isWanted(image)) return [];
     const tile = tileOf(generation, index, actions);
     tile.append(
-      element("p", { class: "tile-caption", text: generation.request.caption }),
+      readingOf(generation.request.caption) ??
+        element("p", { class: "tile-caption", text: generation.request.caption }),
       element("p", { class: "hint numbers", text: formatTime(generation.createdMs) }),
     );
     return [element("li", {}, tile)];

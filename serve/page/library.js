@@ -16,15 +16,17 @@ import { t } from "./texts.js";
  * @property {(generation: Generation, index: number, isFavourite: boolean) => Promise<Generation>} favour
  * @property {(generation: Generation, index: number) => Promise<boolean>} removeImage whether it was, after a question
  * @property {() => Promise<void>} clear after a question
+ * @property {(news: import("./windows.js").News) => Promise<void>} follow what another window did
  */
 
 /**
  * @param {import("./store.js").Store} store
  * @param {import("./cards.js").Board} board
  * @param {import("./gallery.js").Gallery} gallery
+ * @param {ReturnType<typeof import("./windows.js").startWindows>} report to other windows
  * @returns {Library}
  */
-export function createLibrary(store, board, gallery) {
+export function createLibrary(store, board, gallery, report) {
   /** @type {Set<string>} ids of generations that could not be stored */
   const unsaved = new Set();
 
@@ -37,18 +39,20 @@ export function createLibrary(store, board, gallery) {
     const changed = unsaved.has(generation.id) ? edit(generation) : await store.change(generation.id, edit);
     if (changed) board.update(changed);
     else board.remove(generation.id);
+    report(changed ? "changed" : "removed", generation.id);
     await gallery.refresh();
     return changed;
   };
 
   return {
     add: async (job, model) => {
-      const { id, createdMs, request, images, tokensCut, totalS } = job;
+      const { id, createdMs, request, images, tokensCut, words, totalS } = job;
       const origin = { modelId: model?.id ?? "", modelDigest: model?.digest ?? "", gridSize: model?.grid_size ?? 0 };
-      const generation = { id, createdMs, request, ...origin, tokensCut, totalS, images };
+      const generation = { id, createdMs, request, ...origin, tokensCut, words, totalS, images };
       board.showGeneration(generation);
       try {
         await store.put(generation);
+        report("stored", id);
         await gallery.refresh();
       } catch (error) {
         unsaved.add(id);
@@ -90,8 +94,19 @@ export function createLibrary(store, board, gallery) {
       const text = t("clear.text", { n: await store.count() });
       if (!(await ask({ title: t("clear.title"), text, yes: t("clear.yes"), isGrave: true }))) return;
       await store.clear();
+      report("cleared");
       board.clear();
       gallery.showFault("");
+      await gallery.refresh();
+    },
+    follow: async ({ what, id }) => {
+      if (what === "cleared") board.clear();
+      else if (what === "removed") board.remove(id);
+      else {
+        const generation = await store.get(id);
+        if (generation && what === "stored") board.showGeneration(generation);
+        else if (generation) board.update(generation);
+      }
       await gallery.refresh();
     },
   };

@@ -9,6 +9,7 @@ import { editImage } from "./editor.js";
 import { byId, showBriefly } from "./elements.js";
 import { startGallery } from "./gallery.js";
 import { startKeys } from "./keys.js";
+import { startLayout } from "./layout.js";
 import { createLibrary, download } from "./library.js";
 import { loadModel, servedModel } from "./model.js";
 import { startPreferences } from "./preferences.js";
@@ -16,9 +17,11 @@ import { createQueue } from "./queue.js";
 import { SettingFault, randomSeed, readSettings, showSettingFault, startSettings, writeSettings } from "./settings.js";
 import { openStore } from "./store.js";
 import { fill, onLanguage, t } from "./texts.js";
+import { createUnended } from "./unended.js";
 import { UploadFault, squareOf, startDrops } from "./upload.js";
 import { openViewer } from "./viewer.js";
 import { goTo, startViews } from "./views.js";
+import { startWindows } from "./windows.js";
 
 const GENERATIONS_ON_BOARD = 6;
 const PREVIEWS_UNKNOWN = 3; // the most that OpenAI's API allows
@@ -34,11 +37,13 @@ async function start() {
   fill();
   startPreferences();
   startViews();
+  startLayout();
   startConnection();
   startKeys();
   startSettings();
   const captionBox = startCaption();
   const store = await openStore();
+  const unended = createUnended(store);
 
   const queue = createQueue({
     // One for each row of tokens, as far as the server allows.
@@ -49,6 +54,7 @@ async function start() {
     onChange: (job, what) => {
       board.show(job, what);
       showSummary(queue);
+      if (what === "state") void unended.note(job);
       if (job.state !== "done") return;
       void library.add(job, servedModel());
       void loadModel(captionBox); // where the key came only with this request
@@ -81,22 +87,28 @@ async function start() {
     cancel: queue.cancel,
     retry: queue.retry,
     another: (request) => queue.add({ ...request, seed: randomSeed() }),
-    dismiss: (id) => board.remove(id),
+    dismiss: (id) => {
+      board.remove(id);
+      void unended.forget(id);
+    },
   });
   const gallery = startGallery(store, { ...actions, clear: () => library.clear() });
-  const library = createLibrary(store, board, gallery);
+  const report = startWindows((news) => void library.follow(news));
+  const library = createLibrary(store, board, gallery, report);
 
-  listen(queue, captionBox);
+  listen(queue, captionBox, store.isLasting);
   onLanguage(() => showSummary(queue));
   for (const generation of await store.newest(null, GENERATIONS_ON_BOARD, () => true)) board.showGeneration(generation);
+  await unended.take(queue.restore);
   await loadModel(captionBox);
 }
 
 /**
  * @param {Queue} queue
  * @param {CaptionBox} captionBox
+ * @param {boolean} isLasting whether requests outlive the page
  */
-function listen(queue, captionBox) {
+function listen(queue, captionBox, isLasting) {
   const form = byId("compose");
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -121,7 +133,7 @@ function listen(queue, captionBox) {
   });
   startDrops(take);
   window.addEventListener("beforeunload", (event) => {
-    if (queue.active().length) event.preventDefault();
+    if (!isLasting && queue.active().length) event.preventDefault();
   });
 }
 

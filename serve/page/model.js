@@ -4,9 +4,9 @@
 
 import { ApiError, ConnectionLost, readModel } from "./api.js";
 import { startBuilder } from "./builder.js";
-import { grammarOf, shortTitle } from "./composer.js";
+import { grammarOf, reading, shortTitle } from "./composer.js";
 import { whenReady } from "./connection.js";
-import { button, byId, showBriefly } from "./elements.js";
+import { button, byId, element, showBriefly } from "./elements.js";
 import { askForKey } from "./keys.js";
 import { limitSettings } from "./settings.js";
 import { language, onLanguage, t } from "./texts.js";
@@ -17,6 +17,26 @@ const MOST_EXAMPLES = 6;
 
 /** @type {Model|null} */
 let model = null;
+
+/** @type {import("./composer.js").Grammar|null} */
+let grammar = null;
+
+/**
+ * @param {string} caption
+ * @returns {string} what it says in the language shown; "" where it is in that language
+ */
+export function inLanguageShown(caption) {
+  return reading(grammar, caption, language());
+}
+
+/**
+ * @param {string} caption
+ * @returns {HTMLElement|null} what it says in the language shown; null where it is in that language
+ */
+export function readingOf(caption) {
+  const text = inLanguageShown(caption);
+  return text ? element("p", { class: "reading", text }) : null;
+}
 
 /** @returns {Model|null} null until the server has answered */
 export function servedModel() {
@@ -54,10 +74,12 @@ export async function loadModel(captionBox) {
  */
 function useModel(served, captionBox) {
   limitSettings(served);
-  const grammar = grammarOf(served.caption_guide);
+  grammar = grammarOf(served.caption_guide);
+  captionBox.useGrammar(grammar);
   if (grammar) startBuilder(grammar, captionBox);
   onLanguage(() => {
-    showExamples(served.caption_guide.examples, grammar, captionBox);
+    showLanguageHint(served.caption_guide.examples);
+    showExamples(served.caption_guide.examples, captionBox);
     byId("model-info").textContent = t("foot.model", {
       id: served.id,
       size: served.image_size,
@@ -68,11 +90,21 @@ function useModel(served, captionBox) {
 }
 
 /**
+ * A reader of English must know that English is not what the model reads.
+ * @param {string[]} examples
+ */
+function showLanguageHint(examples) {
+  const isForeign = language() === "en" && examples.some((caption) => /[^\p{Script=Latin}\P{L}]/u.test(caption));
+  const place = byId("caption-language");
+  place.hidden = !isForeign;
+  place.textContent = isForeign ? t(grammar ? "caption.language_form" : "caption.language") : "";
+}
+
+/**
  * @param {string[]} captions
- * @param {import("./composer.js").Grammar|null} grammar
  * @param {import("./caption.js").CaptionBox} captionBox
  */
-function showExamples(captions, grammar, captionBox) {
+function showExamples(captions, captionBox) {
   const hint = captions.length ? t("caption.example", { caption: captions[0] }) : t("caption.hint");
   byId("caption").setAttribute("placeholder", hint);
   byId("empty-hint").textContent = t(captions.length ? "board.empty_hint" : "board.empty_hint_alone");

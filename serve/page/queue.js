@@ -17,8 +17,9 @@ const MOST_TRIES = 5;
 const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
 
 /**
- * @typedef {"waiting"|"sent"|"queued"|"generating"|"busy"|"offline"|"done"|"failed"|"cancelled"} State
- *   waiting: here; queued: at the server; busy: refused for want of a slot, sent again later; offline: no connection
+ * @typedef {"waiting"|"sent"|"queued"|"generating"|"busy"|"offline"|"done"|"failed"|"cancelled"|"interrupted"} State
+ *   waiting: here; queued: at the server; busy: refused for want of a slot, sent again later; offline: no connection;
+ *   interrupted: its page was closed before it was done
  *
  * @typedef {object} Job
  * @property {string} id
@@ -32,6 +33,7 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {Map<number, {blob: Blob, rowsGenerated: number, rowsTotal: number}>} previews by candidate
  * @property {import("./store.js").RankedImage[]} images
  * @property {number} tokensCut
+ * @property {{total: number, known: number, unknown: string[]}|null} words of the caption, as the model knows them
  * @property {number|null} totalS
  * @property {ApiError|null} error of "failed"
  * @property {number} tries
@@ -39,6 +41,8 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  *
  * @typedef {object} Queue
  * @property {(request: import("./api.js").ImageRequest) => Job} add
+ * @property {(stored: import("./store.js").StoredRequest, goesOn: boolean) => void} restore a request that an earlier page
+ *   did not end: sent at once, or only when it is tried again
  * @property {(job: Job) => void} cancel
  * @property {() => void} cancelAll
  * @property {(job: Job) => void} retry a job that failed or was cancelled
@@ -105,6 +109,11 @@ export function createQueue({ numPreviews, onChange }) {
       next();
       return job;
     },
+    restore: ({ id, createdMs, request }, goesOn) => {
+      const job = { ...newJob(request), id, createdMs };
+      if (goesOn) jobs.push(job);
+      change(job, goesOn ? "waiting" : "interrupted");
+    },
     cancel,
     cancelAll: () => [...jobs].reverse().forEach(cancel),
     retry: (job) => {
@@ -135,9 +144,9 @@ function newJob(request) {
   };
 }
 
-/** @returns {Pick<Job, "tokensGenerated"|"tokensTotal"|"previews"|"images"|"tokensCut"|"totalS">} */
+/** @returns {Pick<Job, "tokensGenerated"|"tokensTotal"|"previews"|"images"|"tokensCut"|"words"|"totalS">} */
 function noResults() {
-  return { tokensGenerated: 0, tokensTotal: 0, previews: new Map(), images: [], tokensCut: 0, totalS: null };
+  return { tokensGenerated: 0, tokensTotal: 0, previews: new Map(), images: [], tokensCut: 0, words: null, totalS: null };
 }
 
 /**
@@ -195,11 +204,14 @@ function handleEvent(job, event, change, onChange) {
       candidate: event.candidate,
       rank: event.rank,
       score: event.clip_score ?? null,
+      percentile: event.clip_score_percentile ?? null,
       blob: blobOf(event.b64_json, event.output_format),
       isShown: what === "completed",
       isFavourite: false,
     });
     job.tokensCut = event.tokens_cut ?? job.tokensCut;
+    if (event.words_unknown)
+      job.words = { total: event.words_total, known: event.words_known, unknown: event.words_unknown };
     job.totalS = event.timings_s?.total ?? job.totalS;
   }
 }

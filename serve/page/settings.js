@@ -114,7 +114,19 @@ export function showSettingFault(fault) {
   for (const name of NAMES) input(name).setAttribute("aria-invalid", String(fault?.field === name));
   if (!fault) return;
   if (ADVANCED.some((name) => name === fault.field)) byId("advanced").setAttribute("open", "");
-  input(fault.field).focus();
+  const field = input(fault.field);
+  endOfRow(/** @type {HTMLElement} */ (field.closest(".field"))).after(place);
+  place.scrollIntoView({ block: "nearest" });
+  field.focus();
+}
+
+/**
+ * @param {HTMLElement} field
+ * @returns {HTMLElement} the last one beside it, after which a message stands beneath both
+ */
+function endOfRow(field) {
+  const next = field.nextElementSibling;
+  return next instanceof HTMLElement && next.matches(".field") && next.offsetTop === field.offsetTop ? next : field;
 }
 
 /** Makes the form's steppers and buttons work, and restores what it held. */

@@ -10,6 +10,7 @@
  * @property {number} candidate its number among the candidates, from 0
  * @property {number} rank 1 is best
  * @property {number|null} score KoCLIP's; null without a ranker
+ * @property {number|null} [percentile] of the score among real pairs, 0 to 100; null where it has none
  * @property {Blob} blob PNG with its provenance in its metadata
  * @property {boolean} isShown among the best that were requested, not only a candidate
  * @property {boolean} isFavourite
@@ -22,8 +23,12 @@
  * @property {string} modelDigest
  * @property {number} gridSize rows of tokens in an image
  * @property {number} tokensCut text tokens that did not fit the model
+ * @property {{total: number, known: number, unknown: string[]}|null} [words] of the caption, as the model knows them
  * @property {number|null} totalS seconds it took
  * @property {RankedImage[]} images best first
+ *
+ * @typedef {{id: string, createdMs: number, request: import("./api.js").ImageRequest}} StoredRequest of a generation that
+ *   has not ended, its seed included
  *
  * @typedef {object} Store
  * @property {boolean} isLasting
@@ -32,13 +37,18 @@
  *   removes it
  * @property {(before: string|null, count: number, isWanted: (generation: Generation) => boolean) =>
  *   Promise<Generation[]>} newest
+ * @property {(id: string) => Promise<Generation|null>} get
  * @property {() => Promise<number>} count of generations
  * @property {() => Promise<void>} clear
+ * @property {(request: StoredRequest) => Promise<void>} begin keeps a request until it has ended
+ * @property {(id: string) => Promise<void>} end
+ * @property {() => Promise<StoredRequest[]>} unended the oldest first
  */
 
 const NAME = "kodalle";
-const VERSION = 2;
+const VERSION = 3;
 const TABLE = "generations";
+const REQUESTS = "requests"; // since version 3
 // Version 1 called the table `drawings` and an entry's images `pictures`.
 const TABLE_1 = "drawings";
 
@@ -89,6 +99,8 @@ function openDatabase() {
  * @param {IDBTransaction} transaction
  */
 function upgrade(database, transaction) {
+  if (!database.objectStoreNames.contains(REQUESTS)) database.createObjectStore(REQUESTS, { keyPath: "id" });
+  if (database.objectStoreNames.contains(TABLE)) return;
   if (!database.objectStoreNames.contains(TABLE_1)) {
     database.createObjectStore(TABLE, { keyPath: "id" });
     return;
@@ -117,19 +129,20 @@ function lastingStore(database) {
    * @template Result
    * @param {IDBTransactionMode} mode
    * @param {(table: IDBObjectStore, setResult: (result: Result) => void) => void} act
+   * @param {string} [name] of the table
    * @returns {Promise<Result>} the result that was set, once the transaction is on disk
    */
-  const transact = (mode, act) =>
+  const transact = (mode, act, name = TABLE) =>
     new Promise((resolve, reject) => {
       /** @type {Result} */
       let result;
-      const transaction = database.transaction(TABLE, mode);
+      const transaction = database.transaction(name, mode);
       transaction.oncomplete = () => resolve(result);
       transaction.onabort = () => {
         const { error } = transaction;
         reject(error?.name === "QuotaExceededError" ? new StorageFull(error.message) : error);
       };
-      act(transaction.objectStore(TABLE), (value) => {
+      act(transaction.objectStore(name), (value) => {
         result = value;
       });
     });
@@ -161,6 +174,22 @@ function lastingStore(database) {
           cursor.continue();
         };
       }),
+    get: (id) =>
+      transact("readonly", (table, setResult) => {
+        const found = table.get(id);
+        found.onsuccess = () => setResult(found.result ?? null);
+      }),
+    begin: (request) => transact("readwrite", (table) => void table.put(request), REQUESTS),
+    end: (id) => transact("readwrite", (table) => void table.delete(id), REQUESTS),
+    unended: () =>
+      transact(
+        "readonly",
+        (table, setResult) => {
+          const all = table.getAll();
+          all.onsuccess = () => setResult(all.result);
+        },
+        REQUESTS,
+      ),
     count: () =>
       transact("readonly", (table, setResult) => {
         const counting = table.count();
@@ -189,7 +218,12 @@ function memoryStore() {
         .sort((one, other) => (one.id < other.id ? 1 : -1))
         .filter((generation) => (before === null || generation.id < before) && isWanted(generation))
         .slice(0, count),
+    get: async (id) => generations.get(id) ?? null,
     count: async () => generations.size,
     clear: async () => generations.clear(),
+    // With the page they would be gone as well.
+    begin: async () => {},
+    end: async () => {},
+    unended: async () => [],
   };
 }

@@ -28,6 +28,13 @@ export const english = {
   "caption.count": "{n} / {limit} characters",
   "caption.tokens": "{n} / {limit} tokens",
   "caption.tokens_over": "{n} / {limit} tokens: the model will not read the end of the caption.",
+  "caption.language": "This model does not read English: it was trained on captions like the examples.",
+  "caption.language_form":
+    "This model does not read English. Write English words and take what is offered for them, or choose attributes below: both compose the caption that it reads.",
+  "unknown.some": "The model does not know {n|word|words} of this caption, and will generate as if not there:",
+  "unknown.all": "The model knows no word of this caption. Its images would be of anything:",
+  "unknown.replace": "Write {to} for {from}",
+  "unknown.use_all": "Use this caption, in words that the model knows",
   "caption.missing": "Write a caption first.",
   "caption.too_long": "{over|character|characters} too many: the limit is {limit}.",
 
@@ -36,8 +43,6 @@ export const english = {
   "builder.add": "Add…",
   "builder.remove": "Remove {value}",
   "builder.clear": "Clear all choices",
-  "builder.own_words": "The caption is in your own words, so it was left alone. Composed from your choices:",
-  "builder.replace": "Use this caption instead",
 
   "settings.legend": "Settings",
   "settings.n": "Images shown",
@@ -88,6 +93,7 @@ export const english = {
   "state.offline": "Waiting for the connection",
   "state.failed": "Failed",
   "state.cancelled": "Cancelled",
+  "state.interrupted": "Interrupted: the page was closed",
   "state.done": "Done",
 
   "announce.queued": "Number {position} in the queue.",
@@ -109,6 +115,7 @@ export const english = {
   "card.preview": "Preview of candidate {n}",
   "card.cancel": "Cancel",
   "card.retry": "Try again",
+  "card.same_seed": "Again with the same seed",
   "card.dismiss": "Remove from this list",
   "card.tokens_cut": "The caption was too long: the model did not read its last {n|token|tokens}.",
   "card.another": "Again with a new seed",
@@ -121,7 +128,15 @@ export const english = {
   "image.alt": "{caption} Image ranked {rank}",
   "image.open": "Enlarge: {alt}",
   "image.rank": "No. {rank}",
-  "image.score": "KoCLIP score: how well caption and image match",
+  "verdict.place": "Fits its caption better than {percent} % of real photographs fit theirs.",
+  "verdict.place_short": "{percent} %",
+  "verdict.score": "KoCLIP score {score}: how well caption and image match.",
+  "verdict.partly_read": "Of the caption the model read {known} of {total} words.",
+  "verdict.nothing_read": "No verdict: the model knows no word of the caption.",
+  "verdict.unread_short": "not read",
+  "verdict.unread_some":
+    "The model does not know these words, and generated as if they were not there: {words}. It read {known} of {total}.",
+  "verdict.unread_all": "The model knows no word of this caption, so these images are of anything: {words}.",
   "image.favourite": "Favourite: image ranked {rank}",
   "image.download": "Download the image ranked {rank}",
 
@@ -170,6 +185,10 @@ export const english = {
   "editor.nothing": "Paint over the part to regenerate.",
   "editor.everything": "No cell is kept. Clear some, or generate a new image.",
   "editor.generate": "Generate",
+
+  "leave.title": "Discard what you painted?",
+  "leave.text": "The marked parts and the changed caption are lost.",
+  "leave.yes": "Discard",
 
   "upload.type": "That is not an image. Use PNG, JPEG or WebP.",
   "upload.large": "The file is too large: the limit is 60 MB.",

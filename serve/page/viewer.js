@@ -4,7 +4,9 @@
 
 import { settingsOf } from "./api.js";
 import { button, byId, element, fillDialog, imageElement, isSmall, showBriefly } from "./elements.js";
+import { inLanguageShown, readingOf } from "./model.js";
 import { formatNumber, formatScore, formatTime, t } from "./texts.js";
+import { unreadWords, verdictOf } from "./verdict.js";
 
 const MARGIN = 16; // pixels around the image
 
@@ -40,7 +42,7 @@ export function openViewer(generation, index, actions) {
     fillDialog("viewer", element("div", { class: "viewer-body" }, headOf(dialog, state, show), frame, panel));
     const shown = state.generation.images[state.index];
     const caption = state.generation.request.caption;
-    const image = imageElement(shown.blob, t("image.alt", { caption, rank: shown.rank }));
+    const image = imageElement(shown.blob, t("image.alt", { caption: inLanguageShown(caption) || caption, rank: shown.rank }));
     image.addEventListener("load", () => fit(image, frame));
     frame.append(image);
     if (focus) /** @type {HTMLElement|null} */ (dialog.querySelector(`[data-action="${focus}"]`))?.focus();
@@ -148,6 +150,8 @@ function panelOf(dialog, state, actions, show) {
     "div",
     { class: "viewer-panel" },
     element("p", { class: "viewer-caption", text: generation.request.caption }),
+    readingOf(generation.request.caption),
+    element("p", { class: "verdict", text: [verdictOf(generation, shown), unreadWords(generation)].join(" ").trim() }),
     element(
       "div",
       { class: "viewer-actions" },

@@ -96,15 +96,93 @@ def test_the_form_writes_the_engines_caption(form_page: Page) -> None:
 
 
 @needs_chromium
-def test_the_users_own_words_are_never_overwritten(form_page: Page) -> None:
+def test_the_form_edits_its_sentences_and_leaves_own_words_where_they_are(form_page: Page) -> None:
     page = form_page
-    page.locator("#caption").fill("내가 직접 쓴 설명")
+    caption = page.locator("#caption")
+    caption.fill("내가 직접 쓴 설명")
     page.get_by_role("radio", name="상의").check(force=True)
     page.get_by_role("radio", name="셔츠", exact=True).check(force=True)
-    expect(page.locator("#caption")).to_have_value("내가 직접 쓴 설명")
-    expect(page.locator("#builder-offer .composed")).to_contain_text("상의에서 카테고리는 셔츠이다.")
-    page.get_by_role("button", name="이 설명으로 바꾸기").click()
-    expect(page.locator("#caption")).to_have_value(re.compile("^상의에서 .*카테고리는 셔츠이다"))
+    expect(caption).to_have_value("내가 직접 쓴 설명 상의에서 카테고리는 셔츠이다.")
+    caption.fill("봄옷 상의에서 색상은 블루이다. 산뜻하게")
+    expect(page.get_by_role("radio", name="블루", exact=True)).to_be_checked()
+    page.get_by_role("radio", name="그린", exact=True).check(force=True)
+    expect(caption).to_have_value("봄옷 상의에서 색상은 그린이다. 산뜻하게")
+    page.get_by_role("radio", name="정하지 않음").nth(1).check(force=True)
+    expect(caption).to_have_value("봄옷 산뜻하게")
+    page.get_by_role("radio", name="그린", exact=True).check(force=True)
+    page.get_by_role("button", name="고른 것 모두 지우기").click()
+    expect(caption).to_have_value("봄옷 산뜻하게")
+
+
+@needs_chromium
+def test_sentences_are_put_at_their_place_and_nothing_else_changes(page: Page, form_guide: CaptionGuide) -> None:
+    """Whatever a caption says besides: stating a value and taking it away leaves it as it was."""
+    generator = random.Random(5)
+    cases = []
+    for _ in range(200):
+        label = _random_label(form_guide, generator)
+        sentences = re.findall(r".*?이다\.", _engine_caption(label))
+        for word in generator.sample(["예쁜", "봄 느낌의", "100%", "a shirt"], 2):
+            sentences.insert(generator.randint(0, len(sentences)), word)
+        stated = [(subject, name) for subject, own in label.items() for name in own]
+        subject, name = generator.choice([("상의", "넥라인"), ("하의", "색상"), *stated])
+        cases.append({"caption": " ".join(part.strip() for part in sentences), "subject": subject, "attribute": name})
+    found = _composer(
+        page,
+        form_guide,
+        """return a.argument.map(({ caption, subject, attribute }) => {
+          const before = m.labelIn(grammar, caption);
+          const field = grammar.subjects.find(({ name }) => name === subject).fields.find((f) => f.attribute.name === attribute);
+          const isList = field.attribute.control === "several";
+          const value = isList ? [field.values[0]] : field.values[0];
+          const stated = m.withValue(grammar, caption, { subject, attribute, value });
+          const without = m.withValue(grammar, stated, { subject, attribute, value: isList ? [] : "" });
+          return { before, value, after: m.labelIn(grammar, stated), own: m.ownWords(grammar, stated), ownBefore: m.ownWords(grammar, caption),
+            taken: m.labelIn(grammar, without), again: m.withValue(grammar, without, { subject, attribute, value }),
+            whole: m.partsOf(grammar, caption).map((part) => part.text).join(" ") };
+        });""",
+        cases,
+    )
+    for case, one in zip(cases, found, strict=True):
+        subject, name = case["subject"], case["attribute"]
+        wanted = {key: dict(own) for key, own in one["before"].items()}
+        wanted.setdefault(subject, {})[name] = one["value"]
+        assert one["after"] == wanted
+        del wanted[subject][name]
+        assert {key: own for key, own in one["taken"].items() if own} == {
+            key: own for key, own in wanted.items() if own
+        }
+        assert one["own"] == one["ownBefore"]
+        assert one["whole"] == case["caption"]
+
+
+@needs_chromium
+def test_the_form_opens_on_the_subject_that_was_chosen_last(form_page: Page, form_site: Site) -> None:
+    page = form_page
+    page.locator("#caption").fill(_engine_caption({"상의": {"색상": "레드"}, "하의": {"색상": "블루"}}))
+    page.get_by_role("radio", name="하의").check(force=True)
+    open_page(page, form_site.address)
+    expect(page.get_by_role("radio", name="하의")).to_be_checked()
+    expect(page.get_by_role("radio", name="블루", exact=True)).to_be_checked()
+    page.locator("#caption").fill("")
+    page.get_by_role("radio", name="아우터").check(force=True)
+    open_page(page, form_site.address)
+    expect(page.get_by_role("radio", name="아우터")).to_be_checked()
+
+
+@needs_chromium
+def test_readers_of_english_see_what_the_korean_caption_says(form_page: Page) -> None:
+    page = form_page
+    reading, hint = page.locator("#caption-reading"), page.locator("#caption-language")
+    page.locator("#caption").fill("")
+    page.get_by_role("radio", name="후드티").check(force=True)
+    expect(reading).to_be_empty()
+    expect(hint).to_be_hidden()
+    page.locator("#language-button").click()
+    expect(hint).to_contain_text("does not read English")
+    page.get_by_role("radio", name="Red", exact=True).check(force=True)
+    expect(page.locator("#caption")).to_have_value("상의에서 색상은 레드이다. 상의에서 카테고리는 후드티이다.")
+    expect(reading).to_have_text("Top: Colour Red · Category Hoodie")
 
 
 @needs_chromium
