@@ -1,6 +1,7 @@
 """Screenshots of the designers' page in headless Chromium, with images that a model generates.
 
     python benchmarks/page_screenshots.py models/clothing --out benchmarks/results/page
+    python benchmarks/page_screenshots.py models/clothing --only words
 
 Nothing is arranged but the order of clicks: the images are what the model generates for its own example captions, with the
 seeds below. It needs `/usr/bin/chromium` (Debian: apt install chromium fonts-nanum) and `pip install playwright`.
@@ -33,13 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/page"))
+    parser.add_argument("--only", choices=tuple(SHOTS), help="one part of them; default: all")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with serving(arguments.model) as address, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=_ARGUMENTS)
-        photograph_desktop(browser, address, arguments.out)
-        photograph_dark(browser, address, arguments.out)
-        photograph_phone(browser, address, arguments.out)
+        for name, photograph in SHOTS.items():
+            if arguments.only in (None, name):
+                photograph(browser, address, arguments.out)
         browser.close()
 
 
@@ -105,6 +107,20 @@ def photograph_dark(browser: Browser, address: str, out: Path) -> None:
         save(page, out / "gallery-en.png")
 
 
+def photograph_words(browser: Browser, address: str, out: Path) -> None:
+    """Words that the model does not know, in both languages: while they are written, and what their images say of it."""
+    for language, text in (("ko", "봄에 입기 좋은 하늘색 린넨 셔츠"), ("en", "a sky blue linen shirt with short sleeves")):
+        with opened(browser, address, _DESKTOP, scheme="light") as page:
+            if language == "en":
+                page.locator("#language-button").click()
+            page.locator("#caption").fill(f"{text} 하의에서 카테고리는 팬츠이다." if language == "ko" else text)
+            page.locator("#seed").fill("31")
+            page.locator("#generate").click()
+            page.locator("#caption-unknown").wait_for()
+            page.locator(".card.done").wait_for()
+            save(page, out / f"words-{language}.png")
+
+
 def photograph_phone(browser: Browser, address: str, out: Path) -> None:
     """The form, a result, and one image large, side by side."""
     with opened(browser, address, _PHONE, scheme="light", scale=1.25) as page:
@@ -124,6 +140,14 @@ def photograph_phone(browser: Browser, address: str, out: Path) -> None:
         sheet.paste(each, (left, 0))
         left += each.width + gap
     write(sheet, out / "phone-ko.png")
+
+
+SHOTS = {
+    "desktop": photograph_desktop,
+    "dark": photograph_dark,
+    "words": photograph_words,
+    "phone": photograph_phone,
+}
 
 
 def generate_example(page: Page, number: int, *, seed: int) -> None:

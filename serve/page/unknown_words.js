@@ -27,6 +27,7 @@ import { language, t } from "./texts.js";
 export function showUnknownWords(unknown, numKnown, caption, grammar, write) {
   const place = byId("caption-unknown");
   const focused = place.contains(document.activeElement);
+  const height = place.offsetHeight;
   place.hidden = unknown.length === 0;
   const words = [...new Map(unknown.map((each) => [each.word, each])).values()];
   const text = words.length ? t(numKnown ? "unknown.some" : "unknown.all", { n: words.length }) : "";
@@ -49,6 +50,9 @@ export function showUnknownWords(unknown, numKnown, caption, grammar, write) {
   }
   // The button that was pressed is gone: the keyboard goes on in the caption.
   if (focused && !place.contains(document.activeElement)) byId("caption").focus();
+  // What it pushed down must not end behind a bar.
+  if (place.offsetHeight !== height && byId("compose").contains(document.activeElement))
+    document.activeElement?.scrollIntoView({ block: "nearest" });
 }
 
 /**

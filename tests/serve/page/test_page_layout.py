@@ -54,6 +54,7 @@ def test_a_bad_seed_shows_its_field_and_its_message(open_in: Open, site: Site, s
     with open_in(site, viewport={"width": width, "height": height}, reduced_motion="reduce") as (page, _):
         page.locator("#caption").fill("빨강")
         page.locator("#seed").fill("abc")
+        expect(page.locator("#caption-tokens")).not_to_be_empty()  # what it shows of the caption moves what is beneath
         page.locator("#generate").click()
         expect(page.locator("#seed")).to_be_focused()
         assert _covered(page, "#seed") is None
@@ -89,7 +90,7 @@ def test_the_notice_of_a_lost_connection_covers_no_button(open_in: Open, site: S
         for top in (0, 400):
             page.evaluate("(top) => window.scrollTo(0, top)", top)
             page.wait_for_function(
-                "() => getComputedStyle(document.documentElement).getPropertyValue('--bars') > '60px'"
+                "() => parseInt(getComputedStyle(document.documentElement).getPropertyValue('--bars')) > 60"
             )
             box = page.locator("#generate").bounding_box()
             assert box["y"] + box["height"] <= 900

@@ -1,16 +1,15 @@
 """Words that the model does not know: marked while they are written, with what to write instead, and said of its images."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.data.caption_guide import CaptionGuide, training_words, write_guide
+from engine.data.caption_guide import CaptionGuide, training_words
 from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.kfashion.synonyms import SYNONYMS
+from engine.data.tokenizer import train_tokenizer
 from serve.api.application import build_api
 from serve.messages import Finished, GenerationEvent, GenerationJob
 from serve.settings import ServeSettings
@@ -21,7 +20,6 @@ from tests.browser_page import (
     Site,
     fill,
     generate,
-    model_site,
     needs_chromium,
     playwright,
     stopping,
@@ -50,11 +48,10 @@ GUIDE = CaptionGuide(
 
 
 @pytest.fixture(scope="module")
-def words_site(kodalle_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    model = tmp_path_factory.mktemp("words") / "model"
-    shutil.copytree(kodalle_run / "model", model)
-    write_guide(model, GUIDE)
-    with model_site(model) as (site, _):
+def words_site() -> Iterator[Site]:
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=400).to_json()
+    pool = ScriptedPool(info=replace(INFO, tokenizer_json=tokenizer, caption_guide=GUIDE))
+    with stopping(Site(lambda: build_api(pool, ServeSettings()))) as site:
         yield site
 
 
@@ -168,7 +165,7 @@ def test_a_score_is_a_place_among_real_pairs_beside_what_was_read(
         expect(page.locator(".verdict")).to_contain_text(sentence)
 
 
-def test_a_strict_server_refuses_in_the_pages_language(open_in: Open, words_site: Site, kodalle_run: Path) -> None:
+def test_a_strict_server_refuses_in_the_pages_language(open_in: Open) -> None:
     pool = ScriptedPool(info=replace(INFO, caption_guide=CaptionGuide()))
     with (
         stopping(Site(lambda: build_api(pool, ServeSettings(strict=True)))) as site,
