@@ -109,7 +109,10 @@ def photograph_dark(browser: Browser, address: str, out: Path) -> None:
 
 def photograph_words(browser: Browser, address: str, out: Path) -> None:
     """Words that the model does not know, in both languages: while they are written, and what their images say of it."""
-    for language, text in (("ko", "봄에 입기 좋은 하늘색 린넨 셔츠"), ("en", "a sky blue linen shirt with short sleeves")):
+    for language, text in (
+        ("ko", "봄에 입기 좋은 하늘색 린넨 셔츠"),
+        ("en", "a sky blue linen shirt with short sleeves"),
+    ):
         with opened(browser, address, _DESKTOP, scheme="light") as page:
             if language == "en":
                 page.locator("#language-button").click()

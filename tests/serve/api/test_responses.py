@@ -27,7 +27,8 @@ def test_a_response_is_json_with_every_image_complete() -> None:
     answer = json.loads(response_body(JOB, finished(JOB, data=data), CONTEXT))
     assert [base64.b64decode(one["b64_json"]) for one in answer["data"] + answer["candidates"]] == [data] * 3
     assert answer["data"][1] == {
-        "seed": 2**64 - 1, "candidate": 1, "rank": 2, "clip_score": 0.5, "contrast": None, "log_likelihood": None,
+        "seed": 2**64 - 1, "candidate": 1, "rank": 2, "clip_score": 0.5,
+        "clip_score_percentile": None, "contrast": None, "log_likelihood": None,
         "provenance": made(JOB, 1),
         "b64_json": base64.b64encode(data).decode(),
     }  # fmt: skip

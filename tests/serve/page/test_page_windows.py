@@ -27,13 +27,12 @@ def test_a_reload_goes_on_with_the_same_random_seed(open_in: Open, slow_site: Ma
         complaints.may_fail = True
         generate(page, CAPTION, n=1, candidates=1, seed="")
         seed = page.locator(".card .facts").get_by_text("시드").inner_text()
-        expect(page.locator(".card .state")).to_have_text("생성 중")
         gate.allow(3)
+        expect(page.locator(".card .state")).to_have_text("생성 중")
         page.reload()
         card = page.locator(".card")
         expect(card).to_have_count(1)
         expect(card.locator(".facts").get_by_text("시드")).to_have_text(seed)
-        expect(card.locator(".state")).to_have_text("생성 중")
         gate.open()
         wait_done(page)
         expect(card.locator(".facts").get_by_text("시드")).to_have_text(seed)
@@ -46,6 +45,7 @@ def test_a_closed_window_leaves_an_offer_with_the_same_seed(open_in: Open, slow_
     with open_in(site) as (page, complaints):
         complaints.may_fail = True
         generate(page, CAPTION, n=1, candidates=1, seed="77")
+        gate.allow(3)
         expect(page.locator(".card .state")).to_have_text("생성 중")
         second = page.context.new_page()
         open_page(second, site.address)
@@ -69,6 +69,7 @@ def test_an_offer_that_is_dismissed_or_cancelled_does_not_come_back(
     with open_in(site) as (page, complaints):
         complaints.may_fail = True
         generate(page, CAPTION, n=1, candidates=1, seed="5")
+        gate.allow(3)
         expect(page.locator(".card .state")).to_have_text("생성 중")
         open_page(page, site.address)  # the address entered anew, not a reload
         page.get_by_role("button", name="이 목록에서 치우기").click()
