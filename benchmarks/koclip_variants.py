@@ -55,9 +55,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "token_similarity": {"model.token_similarity": "true"},
     "direction_projections": {"model.direction_projections": "true"},
     "masked_language": {"loss.masked_language_weight": "0.05"},
-    "simclr": _SSL | {"loss.image_ssl": "simclr"},
     "simclr, colours kept": _SSL | {"loss.image_ssl": "simclr", "loss.image_ssl_colour": "0"},
     "simsiam": _SSL | {"loss.image_ssl": "simsiam"},
+    "simclr": _SSL | {"loss.image_ssl": "simclr"},
 }
 _PARTS = ("colour", "class", "both")
 _CANDIDATES_AT_ONCE = 64

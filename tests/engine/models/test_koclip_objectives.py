@@ -13,6 +13,7 @@ from engine.models.koclip import KoClip
 from engine.models.koclip_losses import nt_xent, simsiam
 from engine.models.koclip_objectives import KoClipWithObjectives, MaskedCaptions
 from tests.engine.models.test_koclip import TINY, _pairs
+from tests.engine.models.test_koclip_encoders import LITE0
 from tests.forked import run_forked
 
 SMALL = {"image_ssl_dim": 6, "image_ssl_hidden_dim": 10}
@@ -117,3 +118,17 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         average = (gradients_0[name] + gradients_1[name]) / 2
         # The projector's BatchNorm magnifies the rounding of features that hardly differ.
         assert (average - expected).norm() <= 1e-2 * expected.norm() + 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("config", [TINY, LITE0], ids=["efficientnet", "lite0"])
+def test_in_bfloat16_losses_are_near_float32(config: KoclipConfig) -> None:
+    """As DeepSpeed casts them: weights, not what the losses are computed in."""
+    model = _model(ALL, config.model_copy(update={"token_similarity": True, "direction_projections": True}))
+    images, tokens, views, masked = _batch()
+    expected = model(images, tokens, views=views, masked=masked)
+    found = model.bfloat16()(images, tokens, views=views, masked=masked)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert one.item() == pytest.approx(other.item(), rel=0.3)
+    found.total.backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
