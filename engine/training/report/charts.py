@@ -62,7 +62,8 @@ def line_chart(
         colour = COLOURS[number % len(COLOURS)]
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, line.points))
         parts.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        y = _TOP + 12 + 15 * number
+        # What doubles rises to the right: the names go below.
+        y = height - _BOTTOM - 8 - 15 * (len(drawn) - 1 - number) if x_doubles else _TOP + 12 + 15 * number
         parts.append(
             f'<text x="{width - _RIGHT - 4}" y="{y}" text-anchor="end" style="fill: {colour}">{html.escape(line.name)}</text>'
         )

@@ -21,23 +21,23 @@ _LEGEND = (
 # What each figure says, and when it is not to be trusted; shown where the report has it.
 _MEANINGS = {
     "FID": "distance of two Gaussians fitted to features. It shrinks as sets grow, and below some 10,000 images most of it is their number: "
-    "read it only beside `real` and `floor`, which have as many. Figures in Lite0's features are never to be set beside a paper's.",
+    "read it only beside real and floor, which have as many. Figures in Lite0's features are never to be set beside a paper's.",
     "KID": "like FID, without the bias of small sets: the one to read with a few hundred images. Differences below twice its standard "
     "deviation (in the JSON) are noise.",
     "precision": "share of generations that lie among photographs (k = 3): are they good? With few photographs the neighbourhoods are "
-    "wide: compare with `real`.",
+    "wide: compare with real.",
     "recall": "share of photographs that lie among generations: is there variety? Strong guidance and low temperature lower it.",
     "Inception Score": "certain classes and many of them, by ImageNet's names. It never looks at a photograph and knows few garments: above "
-    "`real` it means nothing good. Compare equally many images only.",
+    "real it means nothing good. Compare equally many images only.",
     "reconstruction FID": "what the codec alone loses; the same cautions as for FID.",
     "KoCLIP score": "the model's own ranker, which also chose the images: it confirms itself. For comparing models with one ranker.",
     "CLIP score": "100 x cosine of a CLIP that had no part in it. It knows nouns and colours, not cuts; only one CLIP and one language compare.",
-    "the colour in the pixels is the caption's": "read as of photographs, which are misread, too: `real` is what a perfect model would get.",
+    "the colour in the pixels is the caption's": "read as of photographs, which are misread, too: real is what a perfect model would get.",
     "the class, by the independent classifier, is the caption's": "as far as the classifier is right about photographs: its own row says so.",
 }
 _MEANING_OF_CURVES = (
     "What a user gets who lets the ranker choose among N candidates: the expectation over all ways of taking N of those generated. Where the "
-    "curve of a measure that had no part in ranking is flat, more candidates are a waste of time; where `a perfect ranker` is far above, a "
+    "curve of a measure that had no part in ranking is flat, more candidates are a waste of time; where a perfect ranker is far above, a "
     "better ranker is worth more than a better transformer."
 )
 _SHEETS = {
@@ -130,12 +130,12 @@ def _html(out: Path, report: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    kinds = ["", "", "", *[' class="number"'] * 4, ""]
+    head = "".join(f"<th{kind}>{name}</th>" for kind, name in zip(kinds, _COLUMNS, strict=True))
     parts = [f'<table class="figures"><tr>{head}</tr>']
     for section, own in groupby(rows, key=lambda row: row.section):
         parts.append(f'<tr class="section"><td colspan="{len(_COLUMNS)}">{html.escape(section)}</td></tr>')
         for row in own:
-            kinds = ["", "", "", *[' class="number"'] * 4, ""]
             cells = [html.escape(cell) for cell in _cells(row)]
             cells[1], cells[-1] = f"<small>{cells[1]}</small>", f"<small>{cells[-1]}</small>"
             parts.append(

@@ -21,7 +21,7 @@ ul.verdicts .unknown { border-color: #6b7280; background: #f3f4f6; }
 pre { background: #f3f4f6; padding: .8rem; white-space: pre-wrap; } table { border-collapse: collapse; }
 td { padding: .1rem .8rem .1rem 0; vertical-align: top; } .pair img { width: 112px; margin-right: 4px; } .pair { max-width: 240px; }
 table.figures th { text-align: left; font-size: 13px; padding: .1rem .8rem .3rem 0; border-bottom: 2px solid #e5e7eb; vertical-align: bottom; }
-table.figures td { border-bottom: 1px solid #f3f4f6; } table.figures .number { text-align: right; font-variant-numeric: tabular-nums; }
+table.figures td { border-bottom: 1px solid #f3f4f6; } table.figures .number, table.figures th.number { text-align: right; font-variant-numeric: tabular-nums; }
 table.figures .section td { font-weight: 600; padding-top: .8rem; } table.figures small { color: #4b5563; }
 """
 
