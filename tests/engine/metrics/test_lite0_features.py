@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.metrics.lite0_features import IMAGE_SIZE, NUM_FEATURES, Lite0Encoder, head_mean
+from engine.metrics.features import FeatureEncoder
+from engine.metrics.lite0_features import IMAGE_SIZE, LITE0, NUM_FEATURES, Lite0Encoder, Lite0HeadEncoder, head_mean
 from engine.models.efficientnet_lite0 import load_efficientnet_lite0
 
 CPU = torch.device("cpu")
@@ -39,3 +40,14 @@ def test_images_of_other_sizes_are_brought_to_one(encoder: Lite0Encoder) -> None
     apart = torch.cdist(head_mean(small), head_mean(own))
     assert apart[0, 0] < apart[0, 1]
     assert apart[1, 1] < apart[1, 0]
+
+
+def test_the_head_has_the_features_of_distances_and_imagenets_logits(encoder: Lite0Encoder) -> None:
+    images = smooth_images(3, IMAGE_SIZE)
+    own: FeatureEncoder = Lite0HeadEncoder(CPU)
+    features = own.encode(images.split(2))
+    assert (features.network, features.network.figure("fid")) == (LITE0, "fid_lite0_features")
+    assert torch.equal(features.values, head_mean(encoder.encode(images.split(2))))
+    with torch.no_grad():
+        whole = load_efficientnet_lite0(field="x", classifier=True)(images)
+    assert torch.allclose(own.class_logits(features), whole, atol=1e-3)
