@@ -28,6 +28,7 @@ from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline
 from tests.engine.metrics.evaluation_pairs import write_pairs
 from tests.engine.metrics.feature_sets import NETWORK, of
+from tests.engine.metrics.test_inception_features import encoder as inception_encoder
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +341,43 @@ def test_a_clip_scores_the_images_that_the_ranker_chose(model: Path, pairs: Path
     assert curves["clip_score"]["top_ranked"] == pytest.approx(curves["clip_score"]["best"], rel=1e-4)
     with pytest.raises(InputError, match=r"--clip: .*: scores generations"):
         evaluate(model, pairs, metrics=["likelihood"], clip=clip)
+
+
+def test_a_codec_alone_has_distances_in_the_network_that_was_given(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    many = write_pairs(tmp_path / "many", held_out=50, train=60)
+    network = inception_encoder(is_published=True)
+    found = evaluate(
+        make_model("vqgan"), many, metrics=["distances"], distance_images=55, feature_encoder=network
+    )  # fmt: skip
+    assert "generations" not in found
+    reconstruction = found["reconstruction"]
+    assert reconstruction["features"]["weights"] == network.network.weights
+    rows = reconstruction["distances"]
+    assert (rows["held_out"]["num_real"], rows["training_images"]["num_other"]) == (50, 55)
+    assert rows["held_out"]["kid_inception_features"] is not None
+    assert not any("lite0" in name for name in rows["held_out"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--inception", "weights.pth"],
+            "--inception: weights.pth: is what distances are measured in: give --distance",
+        ),
+        (["--inception", "weights.pth", "--distance-images", "9"], "--inception: weights.pth: no such file"),
+        (["--clip-english"], "--clip-english: True: is for the captions of --clip"),
+        (["--clip", "nowhere"], "--clip: nowhere: holds no CLIP"),
+        (["--metrics", "fid"], "--metrics: fid: is none"),
+    ],
+)
+def test_bad_options_are_named_before_the_model_is_read(
+    options: list[str], message: str, pairs: Path, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(
+        app, ["evaluate", str(tmp_path / "no-model"), str(pairs), "--out", str(tmp_path / "e.json"), *options]
+    )
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception).startswith(message)
