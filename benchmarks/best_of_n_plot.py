@@ -20,6 +20,7 @@ from engine.errors import InputError
 from engine.files import atomic_file, read_json
 from engine.training.report.evaluation_rows import measure_name
 
+_LEAST_RANGE = 0.02  # of a vertical axis
 _CHOSEN, _PERFECT, _REAL = "#2563eb", "#9ca3af", "#059669"
 
 
@@ -57,6 +58,9 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
             axes.plot(numbers, found["best"], "--", color=_PERFECT, label="a perfect ranker")
         if found["real"] is not None:
             axes.axhline(found["real"], color=_REAL, linewidth=1.5, label="the photographs")
+        low, high = axes.get_ylim()
+        if high - low < _LEAST_RANGE:  # all alike: a flat line, not its rounding
+            axes.set_ylim((low + high - _LEAST_RANGE) / 2, (low + high + _LEAST_RANGE) / 2)
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, [str(number) for number in numbers])
         axes.set_title(f"{measure_name(name)}\n{found['captions']} captions", fontsize=9)

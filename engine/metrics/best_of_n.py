@@ -83,7 +83,10 @@ def expected_best(ranked: Sequence[float], number: int) -> float:
     """
     n = len(ranked)
     ways = math.comb(n, number)
-    return sum(math.comb(n - 1 - place, number - 1) / ways * value for place, value in enumerate(ranked))
+    # Rounded, so that n equal values have that value as their expectation, and no curve of them has steps of 1e-16.
+    return round(
+        math.fsum(math.comb(n - 1 - place, number - 1) / ways * value for place, value in enumerate(ranked)), 12
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ def test_the_expectation_is_the_mean_over_all_subsets() -> None:
         assert expected_best(ranked, number) == pytest.approx(sum(firsts) / len(firsts))
     assert expected_best(ranked, 1) == pytest.approx(sum(ranked) / 6)
     assert expected_best(ranked, 6) == 0.2
+    assert {expected_best([1.0] * 96, number) for number in range(1, 97)} == {1.0}
     assert sum(range(97)) / 97 == pytest.approx(expected_best(list(map(float, range(97))), 1))  # no overflow
 
 
