@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.config.run import TextConfig
 from engine.config.transformer import TransformerConfig
+from engine.data.tokenizer_limits import check_tokenizer_file
 from engine.errors import InputError
 from engine.text import clean_text, shown
 
@@ -53,6 +54,11 @@ class CaptionTokenizer:
     def vocab_size(self) -> int:
         """Entries, including added ones: the least size of an embedding table."""
         return len(self._tokenizer)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an embedding table that has one for each entry: the greatest number and one."""
+        return 1 + max(self._tokenizer.get_vocab().values(), default=-1)
 
     @property
     def digest(self) -> str:
@@ -267,8 +273,11 @@ def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:
     """A Hugging Face tokenizer by hub name or local folder; never runs code from the folder.
 
     Raises:
-        InputError: it cannot be found or read.
+        InputError: it cannot be found or read, or a folder's rules may lengthen a text too much.
     """
+    own = Path(name_or_folder) / "tokenizer.json"
+    if own.is_file():
+        check_tokenizer_file(own)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

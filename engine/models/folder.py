@@ -10,8 +10,10 @@
     captions.json             how to write captions for it: examples, words, attributes, synonyms, form of sentences; optional
     real_scores.json          the ranker's scores of held-out pairs; optional
     model_card.md             data, training, figures, limits
+    SHA256SUMS                digests (engine/models/folder_integrity.py); optional
 
-No pickles. Loading compares names and shapes with the config before it allocates anything, and names the first fault.
+No pickles. Loading compares names and shapes with the config before it allocates anything, then weights, token numbers and
+digests, and names the first fault.
 Networks are float32 whatever torch's default dtype is.
 """
 
@@ -39,6 +41,7 @@ from engine.data.cut_out import ground_rgb
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import atomic_folder, check_folder_place, read_json, write_json
+from engine.models.folder_integrity import check_sizes, check_sums, check_weight, write_sums
 from engine.models.image_codec import build_codec
 from engine.models.ranker import build_ranker
 from engine.models.real_scores import REAL_SCORES_FILE, RealScores, read_real_scores, write_real_scores
@@ -124,6 +127,7 @@ def write_model_folder(
             digest = weights_digest(folder, "koclip")
             write_real_scores(folder, real_scores.model_copy(update={"ranker": digest}))
         (folder / "model_card.md").write_text(card, encoding="utf-8")
+        write_sums(folder)
 
 
 def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype) -> int:
@@ -225,40 +229,52 @@ def part_config(folder: Path, name: PartName) -> Any:
     """The config section of one part.
 
     Raises:
-        InputError: the folder has no such part, or its section is not valid.
+        InputError: the folder has no such part, or its section is not valid or has sizes that no network has.
     """
     config = read_config(folder)
     if name not in config:
         held = ", ".join(part for part in _CONFIGS if part in config) or "none"
         raise InputError("model folder", folder, f"has no {name} (it holds: {held}): give a folder that has one")
-    return parse_section(_CONFIGS[name], config[name], source=str(folder / "config.json"))
+    source = str(folder / "config.json")
+    section = parse_section(_CONFIGS[name], config[name], source=source)
+    check_sizes(section, source=source)
+    return section
 
 
 def read_part(folder: Path, name: PartName) -> Part:
     """Config and weights of one part, names and shapes checked, weights in float32.
 
     Raises:
-        InputError: missing file, not safetensors, missing or extra tensors, a wrong shape: each by name.
+        InputError: missing file, not safetensors, missing or extra tensors, a wrong shape or type, values that are not
+            finite: each by name; a file that is not the exported one.
     """
     config = part_config(folder, name)
     path = _weight_file(folder, name)
-    expected = expected_shapes(name, config)
+    expected = _expected(name, config)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            _compare(found, expected, path)
+            _compare(found, {key: tuple(value.shape) for key, value in expected.items()}, path)
             weights = {key: _as_float32(file.get_tensor(key)) for key in found}
     except SafetensorError as error:
         raise InputError(
             "weight file", path, f"is not a complete safetensors file ({error}): export it again"
         ) from error
+    for key, value in weights.items():
+        check_weight(value, expected[key], field=f"{path} {key}")
+    check_sums(folder, "config.json", path.name)
     return Part(config, weights)
 
 
 def expected_shapes(name: PartName, config: Section) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a network of this config has."""
+    return {key: tuple(value.shape) for key, value in _expected(name, config).items()}
+
+
+def _expected(name: PartName, config: Section) -> dict[str, Tensor]:
     with torch.device("meta"), Uninitialised():
-        return {key: tuple(value.shape) for key, value in _MODULES[name](config).state_dict().items()}
+        tensors: dict[str, Tensor] = _MODULES[name](config).state_dict()
+    return tensors
 
 
 def load_part(folder: Path, name: PartName) -> Any:
@@ -274,17 +290,33 @@ def load_folder_tokenizer(folder: Path) -> CaptionTokenizer:
     """The tokenizer of a model folder.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has none, or one with more entries than the networks that read it have rows.
     """
     if not (folder / "tokenizer.json").is_file():
         raise InputError("model folder", folder, "has no tokenizer.json: export the model again")
-    return load_tokenizer(str(folder))
+    readers: list[PartName] = ["transformer"]
+    if not (folder / RANKER_TOKENIZER).is_dir():
+        readers.append("koclip")
+    return _checked_tokenizer(folder, "", readers)
 
 
 def load_own_ranker_tokenizer(folder: Path) -> CaptionTokenizer | None:
-    """The tokenizer that only the ranker of a folder uses; None: it uses the folder's."""
-    own = folder / RANKER_TOKENIZER
-    return load_tokenizer(str(own)) if own.is_dir() else None
+    """The tokenizer that only the ranker of a folder uses; None: it uses the folder's. Raises as `load_folder_tokenizer`."""
+    if not (folder / RANKER_TOKENIZER).is_dir():
+        return None
+    return _checked_tokenizer(folder, f"{RANKER_TOKENIZER}/", ["koclip"])
+
+
+def _checked_tokenizer(folder: Path, place: str, readers: list[PartName]) -> CaptionTokenizer:
+    tokenizer = load_tokenizer(str(folder / place))
+    for name in readers:
+        if has_part(folder, name):
+            rows = part_config(folder, name).text_vocab_size
+            if tokenizer.num_rows > rows:
+                remedy = f"the {name}'s token table has {rows} rows: use the tokenizer that it was trained with"
+                raise InputError("tokenizer", f"{folder / place} with {tokenizer.num_rows} entries", remedy)
+    check_sums(folder, f"{place}tokenizer.json", f"{place}tokenizer_config.json")
+    return tokenizer
 
 
 def load_ranker_tokenizer(folder: Path) -> CaptionTokenizer:

@@ -30,7 +30,14 @@ def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, l
             name,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.onnx"],  # never pickles or code
+            allow_patterns=[
+                "*.json",
+                "*.safetensors",
+                "SHA256SUMS",
+                "*.txt",
+                "*.md",
+                "*.onnx",
+            ],  # never pickles or code
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,7 +4,7 @@ The number of pixels does not bound the work: each scan of a progressive JPEG pa
 ask for, and Pillow reads segments and chunks one by one in Python. Of 16 million pixels 32 scans take about half a second,
 10,000 chunks without content a tenth.
 
-A decoder that has begun is stopped at its next read: Pillow hands it JPEG and PNG files in blocks of 64 KiB. Lossless WebP
+A decoder that runs is stopped at its next read: Pillow hands it JPEG and PNG files in blocks of 64 KiB. Lossless WebP
 is decoded in one piece; its work is bounded by the pixels alone. So no process of its own is needed that could be killed.
 """
 

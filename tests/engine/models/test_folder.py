@@ -1,6 +1,7 @@
 """The model folder: what is written is what is loaded, and every fault has a name."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.config.ranker import KoclipConfig
 from engine.config.transformer import TransformerConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.kfashion.caption_form import kfashion_form
+from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
 from engine.models import folder as model_folder
 from engine.models.folder import (
@@ -31,6 +33,7 @@ from engine.models.folder import (
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
+from tests.paths import REPOSITORY
 
 CONFIGS = {
     "vqgan": VqganConfig(
@@ -93,7 +96,7 @@ def test_saved_and_loaded_are_the_same(tmp_path: Path, dtype: torch.dtype | None
 
 def test_no_pickles_and_no_code_inside(kodalle_run: Path) -> None:
     files = [path for path in (kodalle_run / "model").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
+    assert {path.suffix for path in files if path.name != "SHA256SUMS"} <= {".json", ".safetensors", ".md", ".txt"}
     assert {path.name for path in files} >= {
         "config.json", "transformer.safetensors", "vqgan.safetensors", "koclip.safetensors", "tokenizer.json",
         "model_card.md",
@@ -105,7 +108,7 @@ def test_no_pickles_and_no_code_inside(kodalle_run: Path) -> None:
 def test_others_may_read_it(model: Path) -> None:
     """A cluster's transformers often run as another user than the training did."""
     assert {path.name: path.stat().st_mode & 0o777 for path in model.iterdir()} == dict.fromkeys(
-        ("config.json", FILE, "model_card.md"), 0o644
+        ("config.json", FILE, "model_card.md", "SHA256SUMS"), 0o644
     )
 
 
@@ -191,6 +194,47 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         _change_config(lambda config: config["transformer"].update(dim=32)),  # type: ignore[attr-defined]
         r"config.json requires shape \[.*32.*\]",
     ),
+    "millions of layers": (
+        _change_config(lambda config: config["transformer"].update(num_layers=3_000_000)),  # type: ignore[attr-defined]
+        r"num_layers: 3000000: at most 1,000 can be read, in .*config\.json",
+    ),
+    "a vocabulary of any size": (
+        _change_config(lambda config: config["transformer"].update(text_vocab_size=10**4000)),  # type: ignore[attr-defined]
+        r"text_vocab_size: 10{39}: at most 1,048,576",
+    ),
+    "a list of any length": (
+        _change_config(lambda config: config["transformer"].update(attention_patterns=["full"] * 1001)),  # type: ignore[attr-defined]
+        "attention_patterns: 1001 entries: at most 1000",
+    ),
+    "5,000 digits": (
+        lambda folder: (folder / "config.json").write_text('{"format": 1' + "0" * 5000 + "}"),
+        r"config\.json: is not JSON",
+    ),
+    "NaN": (
+        _change_weights(lambda weights: weights["head.bias"].fill_(float("nan"))),
+        rf"{FILE} head\.bias: NaN or infinite: a weight must be a finite number",
+    ),
+    "one infinity": (
+        _change_weights(lambda weights: weights["head.bias"][:1].fill_(float("inf"))),
+        rf"{FILE} head\.bias: NaN or infinite",
+    ),
+    "integers": (
+        _change_weights(lambda weights: weights.update({"head.bias": weights["head.bias"].to(torch.int64)})),
+        rf"{FILE} head\.bias: int64: must hold floating-point numbers",
+    ),
+    "other weights": (
+        _change_weights(lambda weights: weights["head.bias"].add_(1)),
+        rf"model folder: .*{FILE}: is not what was exported: fetch the model again, or, if you changed it, renew SHA256SUMS",
+    ),
+    "another config": (
+        _change_config(lambda config: config["transformer"].update(ff_dropout=0.5)),  # type: ignore[attr-defined]
+        r"model folder: .*config\.json: is not what was exported",
+    ),
+    "sums without it": (
+        lambda folder: (folder / "SHA256SUMS").write_text(f"{'0' * 64}  a\n"),
+        r"config\.json: is not in SHA256SUMS",
+    ),
+    "no sums": (lambda folder: (folder / "SHA256SUMS").write_text("abc"), "abc: is no line of sha256sum"),
     "no such part": (_change_config(lambda config: config.pop("transformer")), "has no transformer .it holds: none."),
 }
 
@@ -202,6 +246,53 @@ def test_fault_is_named(model: Path, fault: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_part(model, "transformer")
     assert "\n" not in str(caught.value)
+
+
+def test_sums_are_those_of_sha256sum_and_optional(model: Path) -> None:
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=model, capture_output=True, text=True, check=True)
+    assert checked.stdout == f"config.json: OK\n{FILE}: OK\n"
+    (model / "generation_config.json").write_text('{"top_k": 5}')  # people edit it
+    (model / "model_card.md").write_text("another")
+    load_part(model, "transformer")
+    _change_weights(lambda weights: weights["head.bias"].add_(1))(model)
+    renewed = "sha256sum config.json *.safetensors > SHA256SUMS"
+    subprocess.run(renewed, shell=True, cwd=model, check=True)
+    load_part(model, "transformer")
+    _change_weights(lambda weights: weights["head.bias"].add_(1))(model)
+    (model / "SHA256SUMS").unlink()  # as in folders from before there were sums
+    load_part(model, "transformer")
+
+
+@pytest.mark.parametrize("name", ["clothing", "garments"])
+def test_shipped_models_have_the_sums_of_their_files(name: str) -> None:
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=REPOSITORY / "models" / name, check=True)
+
+
+def _with_tokenizer(model: Path) -> Path:
+    train_tokenizer(["a b"], vocab_size=10).save(model)
+    (model / "SHA256SUMS").unlink()
+    return model / "tokenizer.json"
+
+
+def test_token_numbers_beyond_the_table_are_refused(model: Path) -> None:
+    path = _with_tokenizer(model)
+    assert model_folder.load_folder_tokenizer(model).num_rows <= 20
+    tree = json.loads(path.read_text())
+    tree["model"]["vocab"]["far"] = 20
+    path.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"with 21 entries: the transformer's token table has 20 rows"):
+        model_folder.load_folder_tokenizer(model)
+
+
+def test_a_tokenizer_that_expands_is_refused_before_it_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _with_tokenizer(model)
+    tree = json.loads(path.read_text())
+    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+    tree["normalizer"] = {"type": "Sequence", "normalizers": [rule] * 9}
+    path.write_text(json.dumps(tree))
+    monkeypatch.setattr("engine.data.tokenizer.AutoTokenizer", None)  # nothing of it runs
+    with pytest.raises(InputError, match="may make a text more than 2,000 times as long"):
+        model_folder.load_folder_tokenizer(model)
 
 
 def test_no_folder(tmp_path: Path) -> None:

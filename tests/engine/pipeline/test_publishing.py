@@ -113,6 +113,7 @@ def test_a_model_folder_becomes_a_private_repository(hub: Hub, model: Path) -> N
     expected = {
         path.name for path in MODEL.iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".md", ".onnx")
     }
+    expected |= {"SHA256SUMS"}
     assert set(sent) == expected | {"README.md"}
     for name in expected:
         assert sent[name] == (MODEL / name).read_bytes(), name

@@ -112,6 +112,7 @@ def test_another_tokenizer_or_vqgan_at_the_same_path_is_refused(
     weights = load_file(vqgan / "vqgan.safetensors")
     weights["quant_conv.bias"] += 0.1
     save_file(weights, vqgan / "vqgan.safetensors")
+    (vqgan / "SHA256SUMS").unlink()
     with pytest.raises(InputError, match=rf"^vqgan: {vqgan}: differs from what"):
         train_tree(tree_of("kodalle", started, vqgan=str(vqgan)))
     tokenizer = Path(shutil.copytree(kodalle_parts["koclip"], tmp_path / "tokenizer")) / "tokenizer.json"
