@@ -113,6 +113,13 @@ def generate(
     rank_by: Annotated[
         str | None, typer.Option(help="koclip, the default; or, with --mask, log_likelihood of what is kept after it")
     ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="pixels a side: enlarged by Lanczos, which adds no detail; default: the model's own"),
+    ] = None,
+    transparent: Annotated[
+        bool, typer.Option("--transparent", help="cut the objects out: for models of cut-outs")
+    ] = False,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="refuse a caption that is too long, or has words that the model does not know"),
@@ -135,7 +142,7 @@ def generate(
     _check_needs({"--keep-rows": keep_rows, "--mask": mask, "--no-paste": paste}, image)
     if from_ is not None:
         stated = params | {"keep_rows": keep_rows, "paste": paste, "rank_by": rank_by, "codec_backend": codec_backend}
-        stated |= {"int8": int8 or None, "strict": strict or None}
+        stated |= {"int8": int8 or None, "strict": strict or None, "size": size, "transparent": transparent or None}
         _check_from(from_, caption, stated)
         from engine.commands.generate import regenerate_to_folder
 
@@ -150,6 +157,7 @@ def generate(
     SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
     from engine.commands.generate import generate_to_folder
     from engine.pipeline.init_image import InitImage
+    from engine.pipeline.rendition import Rendition
 
     init_image = None
     if image is not None:
@@ -165,6 +173,7 @@ def generate(
         codec_backend=codec_backend or "torch",
         init_image=init_image,
         rank_by=rank_by or "koclip",
+        rendition=Rendition(size, transparent),
     )
 
 

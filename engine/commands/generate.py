@@ -20,15 +20,17 @@ from engine.errors import InputError
 from engine.files import atomic_file, check_file_place, write_json
 from engine.models.folder import model_digest, part_config
 from engine.pipeline.generation import Candidate, Generation
-from engine.pipeline.image_encoding import read_metadata, save_png
+from engine.pipeline.image_encoding import encode_image, read_metadata, save_png
 from engine.pipeline.image_files import contact_sheet
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.loading import local_folder
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.provenance import InitImageRecord, Provenance, read_provenance
+from engine.pipeline.provenance import InitImageRecord, Provenance, digital_source, read_provenance
+from engine.pipeline.rendition import Rendition, render
 from engine.progress import ProgressBar, seconds_text
 from engine.sampling_params import RankBy, SamplingParams
 
+_MAX_SIZE = 4096  # pixels a side
 _FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
 
 
@@ -44,11 +46,13 @@ def generate_to_folder(
     codec_backend: str = "torch",
     init_image: InitImage | None = None,
     rank_by: str = "koclip",
+    rendition: Rendition | None = None,
 ) -> Generation:
     """Generates and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
         sampling_params: values of `SamplingParams`; where one is missing or None, the model's own counts.
+        rendition: of the images, not of the sheet; None: as they were generated.
 
     Raises:
         InputError: bad parameters, files, model or caption; nothing is written then.
@@ -66,6 +70,7 @@ def generate_to_folder(
     backend = cast(CodecBackend, codec_backend)
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8, codec_backend=backend)
     loading_s = time.perf_counter() - started
+    _check_rendition(rendition or Rendition(), pipeline)
     params = pipeline.default_sampling_params.updated(**sampling_params)
     with ProgressBar("generating", total=pipeline.transformer.config.image_seq_len) as bar:
         generation = pipeline(
@@ -82,7 +87,7 @@ def generate_to_folder(
         print(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
-    _write(folder, pipeline, generation, loading_s=loading_s)
+    _write(folder, pipeline, generation, rendition or Rendition(), loading_s=loading_s)
     return generation
 
 
@@ -141,6 +146,8 @@ def regenerate_to_folder(
         codec_backend=cast(CodecBackend, arithmetic.codec_backend),
     )
     pipeline.model_id = made.model
+    rendition = Rendition.recorded(made.rendition)
+    _check_rendition(rendition, pipeline)
     loading_s = time.perf_counter() - started
     if pipeline.arithmetic != arithmetic:
         print(
@@ -153,7 +160,7 @@ def regenerate_to_folder(
     timings_s: dict[str, float] = {}
     tokens = pipeline.decode([request], timings_s=timings_s)[0]
     generation = pipeline.finish(request, tokens, timings_s=timings_s)
-    _write(folder, pipeline, generation, loading_s=loading_s)
+    _write(folder, pipeline, generation, rendition, loading_s=loading_s)
     return generation
 
 
@@ -227,17 +234,29 @@ def _check_folder(folder: Path) -> None:
     check_file_place(folder / "result.json", field="--out")  # before minutes of work
 
 
-def _write(folder: Path, pipeline: Pipeline, generation: Generation, *, loading_s: float) -> None:
+def _check_rendition(rendition: Rendition, pipeline: Pipeline) -> None:
+    """Raises InputError: one that this model's images cannot have, before minutes of work."""
+    own = pipeline.vqgan.config.image_size
+    if rendition.size is not None and not own <= rendition.size <= _MAX_SIZE:
+        raise InputError("--size", rendition.size, f"must be {own}, the model's, to {_MAX_SIZE} pixels a side")
+    if rendition.is_transparent and pipeline.ground is None:
+        raise InputError("--transparent", "given", "this model's images have no plain ground: leave it out")
+
+
+def _write(folder: Path, pipeline: Pipeline, generation: Generation, rendition: Rendition, *, loading_s: float) -> None:
     """The best images, the sheet of all, result.json, and what was written on stdout."""
     started = time.perf_counter()
     top = generation.request.sampling_params.num_returned
     provenances = {
-        one.candidate: pipeline.provenance(generation.request, one.candidate) for one in generation.candidates
+        one.candidate: pipeline.provenance(generation.request, one.candidate, rendition=rendition)
+        for one in generation.candidates
     }
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
     for one in generation.top(top):
-        save_png(folder / file_name(one), one.image, provenances[one.candidate])
+        made = provenances[one.candidate]
+        image = render(one.image, rendition, ground=pipeline.ground)
+        save_png(folder / file_name(one), image, made, source=digital_source(made))
     _write_sheet(folder / "sheet.png", generation)
     result = describe(generation, provenances, top=top)
     result["timings_s"] |= {"loading": loading_s, "encoding": time.perf_counter() - started}
@@ -261,7 +280,7 @@ def _write_sheet(path: Path, generation: Generation) -> None:
     scale = max(1, 128 // images[0].width)
     sheet = contact_sheet(generation.caption, images, labels, columns=min(8, len(images)), scale=scale)
     with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        temporary.write_bytes(encode_image(sheet, "png", metadata={}, png_level=6))
 
 
 def _clear(folder: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from engine.data.formats import grammar_of
 from engine.data.pairs import Pair
 from engine.metrics.parts import EvaluationRun
+from engine.pipeline.ai_marks import DigitalSource
 from engine.pipeline.image_encoding import save_png
 from engine.pipeline.image_files import captioned_sheet, cut_grid, paste_grid, to_uint8
 from engine.pipeline.pipeline import Pipeline
@@ -29,6 +30,7 @@ _CAPTIONED_COLUMNS, _CAPTION_WIDTH = 8, 156
 _LARGE_COLUMNS = 4
 _PAIR_COLUMNS = 5
 BEST_OF_ROWS = 6
+_BESIDE_PHOTOGRAPHS: DigitalSource = "compositeWithTrainedAlgorithmicMedia"
 
 
 class Shown(NamedTuple):
@@ -86,7 +88,8 @@ def write_sheets(
         files[name] = file.name
     photographs = held[:SHEET_IMAGES]
     file = _beside(path, "reconstructions")
-    save_png(file, _reconstructions(run, pipeline, photographs), {"photographs": [pair.key for pair in photographs]})
+    metadata = {"photographs": [pair.key for pair in photographs]}
+    save_png(file, _reconstructions(run, pipeline, photographs), metadata, source=_BESIDE_PHOTOGRAPHS)
     return files | {"reconstructions": file.name}
 
 
@@ -111,7 +114,8 @@ def write_nearest_sheet(
     texts = [[f"{distance:.2f}"] for distance in distances]
     file = _beside(path, "nearest")
     sheet = captioned_sheet(couples, texts, columns=_PAIR_COLUMNS, cell_width=0)
-    save_png(file, sheet, {"captions": [one.caption for one in shown], "distances": list(distances)})
+    metadata = {"captions": [one.caption for one in shown], "distances": list(distances)}
+    save_png(file, sheet, metadata, source=_BESIDE_PHOTOGRAPHS)
     return file.name
 
 

@@ -1,7 +1,7 @@
 """Image files with metadata inside: PNG, WebP or JPEG.
 
-PNG carries it as an international text chunk (so Korean survives), the others in Exif's UserComment, both as JSON. Equal
-images with equal metadata have equal bytes.
+PNG carries it as an international text chunk (so Korean survives), the others in Exif's UserComment, both as JSON. XMP beside it
+says that the picture is AI-made (engine/pipeline/ai_marks.py). Equal images with equal metadata have equal bytes.
 
 Without torch.
 """
@@ -16,10 +16,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from engine.files import atomic_file
+from engine.pipeline.ai_marks import DigitalSource, xmp_packet
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 _PNG_LEVEL = 1
-_PNG_KEY = "provenance"
+_PNG_KEY, _PNG_XMP = "provenance", "XML:com.adobe.xmp"
 _EXIF_FOLDER, _USER_COMMENT = 0x8769, 0x9286
 _UNICODE = b"UNICODE\x00"  # Exif 2.3: what follows is text in UTF-16
 
@@ -29,6 +30,7 @@ def encode_image(
     image_format: ImageFormat,
     *,
     metadata: Mapping[str, Any],
+    source: DigitalSource = "trainedAlgorithmicMedia",
     compression: int = 100,
     png_level: int = _PNG_LEVEL,
 ) -> bytes:
@@ -38,26 +40,31 @@ def encode_image(
     at method 0 2-3 ms, JPEG 0.2-0.4 ms.
 
     Args:
-        metadata: fit for JSON; an engine's image carries its provenance (engine/pipeline/provenance.py).
+        image: RGB, or RGBA but for jpeg.
+        metadata: fit for JSON, empty for none; an engine's image carries its provenance (engine/pipeline/provenance.py).
+        source: what the mark for programs says of it.
         compression: 0-100, quality of webp and jpeg; 100 is lossless webp. PNG is always lossless.
         png_level: zlib's, 0-9.
     """
-    text, buffer = json.dumps(dict(metadata), ensure_ascii=False), io.BytesIO()
+    text, xmp, buffer = json.dumps(dict(metadata), ensure_ascii=False), xmp_packet(source), io.BytesIO()
     if image_format == "png":
         info = PngInfo()
         if "caption" in metadata:
             info.add_itxt("Description", str(metadata["caption"]))  # a keyword of the PNG specification, for viewers
-        info.add_itxt(_PNG_KEY, text)
+        if metadata:
+            info.add_itxt(_PNG_KEY, text)
+        info.add_itxt(_PNG_XMP, xmp)
         image.save(buffer, format="PNG", pnginfo=info, compress_level=png_level)
         return buffer.getvalue()
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
+    if metadata:
+        exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UNICODE + text.encode("utf-16-be")
     if image_format == "jpeg":
-        image.save(buffer, format="JPEG", quality=compression, subsampling=0, exif=exif)
+        image.save(buffer, format="JPEG", quality=compression, subsampling=0, exif=exif, xmp=xmp.encode())
     elif compression == 100:
-        image.save(buffer, format="WEBP", lossless=True, method=0, quality=0, exif=exif)
+        image.save(buffer, format="WEBP", lossless=True, method=0, quality=0, exif=exif, xmp=xmp.encode())
     else:
-        image.save(buffer, format="WEBP", quality=compression, method=0, exif=exif)
+        image.save(buffer, format="WEBP", quality=compression, method=0, exif=exif, xmp=xmp.encode())
     return buffer.getvalue()
 
 
@@ -81,7 +88,9 @@ def read_metadata(content: bytes) -> Any:
         return None
 
 
-def save_png(path: Path, image: Image.Image, metadata: Mapping[str, Any]) -> None:
+def save_png(
+    path: Path, image: Image.Image, metadata: Mapping[str, Any], *, source: DigitalSource = "trainedAlgorithmicMedia"
+) -> None:
     """Writes a PNG under a temporary name, then renames."""
     with atomic_file(path) as temporary:
-        temporary.write_bytes(encode_image(image, "png", metadata=metadata, png_level=6))
+        temporary.write_bytes(encode_image(image, "png", metadata=metadata, source=source, png_level=6))

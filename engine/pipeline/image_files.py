@@ -10,16 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# Fonts with Hangul, where the common systems keep them. Pillow's own font has none: a caption would be empty boxes.
-HANGUL_FONTS = (
-    "NanumGothic.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansKR-Regular.otf",
-    "AppleSDGothicNeo.ttc",
-    "AppleGothic.ttf",
-    "malgun.ttf",
-    "UnDotum.ttf",
-)
+from engine.pipeline.fonts import hangul_font
+
 _GAP = 4
 _CAPTION_SIZE, _LINE_HEIGHT = 12, 15  # pixels, of captions under single images
 
@@ -51,16 +43,6 @@ def cut_grid(grid: Image.Image, count: int, *, columns: int, gap: int = _GAP) ->
     places = [divmod(number, columns) for number in range(count)]
     corners = [(gap + column * (side + gap), gap + row * (side + gap)) for row, column in places]
     return [grid.crop((left, top, left + side, top + side)).convert("RGB") for left, top in corners]
-
-
-def hangul_font(size: int) -> ImageFont.FreeTypeFont | None:
-    """A font that has Korean letters, or None where the system has none."""
-    for name in HANGUL_FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return None
 
 
 def contact_sheet(

@@ -49,7 +49,14 @@ from engine.models.ranker import Ranker
 from engine.models.real_scores import RealScores
 from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import Continuation, continue_caption
-from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, batch_init_tokens, ranked
+from engine.pipeline.generation import (
+    CaptionEmbeddings,
+    Generation,
+    PreparedInitImage,
+    PreparedRequest,
+    batch_init_tokens,
+    ranked,
+)
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.init_image_encoding import encode_init_image
@@ -57,6 +64,7 @@ from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models, local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.ranking import CandidateScorer
+from engine.pipeline.rendition import Rendition
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, check_captions
 from engine.text import shown
@@ -385,12 +393,18 @@ class Pipeline:
         return Generation(request, candidates, timings_s)
 
     def provenance(
-        self, request: PreparedRequest, candidate: int, *, model: ModelRecord | None = None
+        self,
+        request: PreparedRequest,
+        candidate: int,
+        *,
+        model: ModelRecord | None = None,
+        rendition: Rendition | None = None,
     ) -> dict[str, Any]:
         """How a candidate's image was made: see engine/pipeline/provenance.py.
 
         Args:
             model: None: `model_record`.
+            rendition: of the file; None: the image as it was generated.
         """
         return provenance(
             model or self.model_record,
@@ -399,6 +413,7 @@ class Pipeline:
             candidate,
             rank_by=request.rank_by,
             init_image=None if request.init_image is None else request.init_image.record,
+            rendition=None if rendition is None else rendition.record(self.vqgan.config.image_size),
         )
 
     def continue_caption(
@@ -415,6 +430,29 @@ class Pipeline:
         with inference(self.device):
             images = self._codec.decoder.decode(image_tokens)
             return images if init_image is None else torch.where(init_image.pasted, init_image.pixels, images)
+
+    def embed_captions(self, captions: Sequence[str]) -> CaptionEmbeddings:
+        """Captions in the ranker's space, each as if it were alone. For a pipeline with a ranker."""
+        assert self.koclip is not None
+        assert self._codec.embedder is not None
+        encoded = self.ranker_tokenizer.encode(captions, self.koclip.config.text_seq_len)
+        with exact(self.device), inference(self.device):
+            vectors = self._codec.embedder.embed_texts(encoded.tokens.to(self.device)).float().cpu()
+        read = int((encoded.tokens != self.ranker_tokenizer.pad_id).sum())
+        return CaptionEmbeddings(vectors, read, sum(encoded.cut))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, any, any) in [0, 1] -> (B, E) float32 on the CPU, in the ranker's space. For a pipeline with a ranker."""
+        assert self._codec.embedder is not None
+        with exact(self.device), inference(self.device):
+            parts = [self._codec.embedder.embed_images(part.to(self.device)) for part in images.split(_AT_ONCE)]
+            return torch.cat(parts).float().cpu()
+
+    def similarities(self, embedding: Tensor, others: Tensor) -> list[float]:
+        """The ranker's score of one embedding (E,) beside each of others (B, E), as it ranks images for a caption."""
+        assert self.koclip is not None
+        scores: list[float] = self.koclip.scores(others, embedding[None])[0].tolist()
+        return scores
 
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
         """KoCLIP's score of each caption's own images.

@@ -2,12 +2,14 @@
 
 PNG metadata, result.json and the API's answers carry exactly this, and `kodalle generate --from image.png` makes the image
 again from it. Nothing of the request around the image is in it (no time, rank or id): candidate i of a seed has the same
-metadata however many candidates were generated, on any replica, and after any retry.
+metadata however many candidates were generated, on any replica, and after any retry. What was done to the generated image
+afterwards (cut out, enlarged, marked) is, because the file shows it.
 
 Without torch, so that an API server can describe it.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,6 +17,7 @@ from engine import __version__
 from engine.config.generation import GenerationConfig
 from engine.config.section import Section
 from engine.config_files import parse_section
+from engine.pipeline.ai_marks import DigitalSource
 from engine.sampling_params import RankBy, SamplingParams
 
 SOFTWARE = "KoDALLE engine"
@@ -48,6 +51,15 @@ class InitImageRecord(Section):
     paste: bool = Field(description="kept pixels have the original's values")
 
 
+class RenditionRecord(Section):
+    """What was done to a generated image when it was written: engine/pipeline/rendition.py."""
+
+    size: int = Field(gt=0, description="pixels a side")
+    enlarged_from: int | None = Field(description="the model's own size, where `size` is larger: by Lanczos")
+    background: Literal["transparent", "opaque"]
+    visible_mark: str = Field(description="text in the corner")
+
+
 class Provenance(ModelRecord):
     """How one image was made."""
 
@@ -57,6 +69,7 @@ class Provenance(ModelRecord):
     sampling_params: GenerationConfig
     rank_by: RankBy = Field(description="what its rank among the candidates follows")
     init_image: InitImageRecord | None
+    rendition: RenditionRecord | None = Field(None, description="null: the image is as it was generated")
     software: str = SOFTWARE
     version: str = Field(description="of the engine")
 
@@ -74,6 +87,7 @@ def provenance(
     *,
     rank_by: RankBy,
     init_image: dict[str, Any] | None,
+    rendition: RenditionRecord | None = None,
 ) -> dict[str, Any]:
     """How candidate `candidate` of a request was made, fit for JSON.
 
@@ -87,10 +101,16 @@ def provenance(
         sampling_params=GenerationConfig(**sampling_params.generation_values()),
         rank_by=rank_by,
         init_image=None if init_image is None else InitImageRecord(**init_image),
+        rendition=rendition,
         version=__version__,
         **dict(model),
     )
     return made.model_dump(mode="json")
+
+
+def digital_source(made: Mapping[str, Any]) -> DigitalSource:
+    """IPTC's Digital Source Type of an image with this provenance: an init image may be a photograph."""
+    return "trainedAlgorithmicMedia" if made["init_image"] is None else "compositeWithTrainedAlgorithmicMedia"
 
 
 def read_provenance(tree: Any, *, source: str) -> Provenance:

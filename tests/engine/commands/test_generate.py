@@ -98,6 +98,7 @@ def test_generate_from_an_init_image(
     [
         ([], []),
         (["--temperature", "0.8", "--top-k", "20", "--guidance-scale", "2", "--seed", str(2**64 - 1)], []),
+        (["--size", "100", "--transparent"], []),
         (["--image", "사진.png", "--keep-rows", "3"], ["--image", "사진.png"]),
         (
             ["--image", "사진.png", "--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
@@ -221,6 +222,16 @@ def test_bad_images_are_one_line_before_the_model_is_read(
     assert _kodalle(monkeypatch, files, "generate", "missing-model", CAPTION, "--device", "cpu", *options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+    assert not (files / "generations").exists()
+
+
+@pytest.mark.parametrize("size", ["31", "4097"])
+def test_a_size_that_the_model_cannot_have_is_one_line(
+    files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    model = str(kodalle_run / "model")
+    assert _kodalle(monkeypatch, files, "generate", model, CAPTION, "--device", "cpu", "--size", size) == 2
+    assert f"error: --size: {size}: must be 32, the model's, to 4096" in capsys.readouterr().err
     assert not (files / "generations").exists()
 
 

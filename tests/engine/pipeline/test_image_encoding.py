@@ -1,6 +1,7 @@
 """Encoded images: the pixels that the format promises, the metadata back as it was, the same bytes each time."""
 
 import io
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from engine.pipeline.ai_marks import DigitalSource
 from engine.pipeline.image_encoding import ImageFormat, encode_image, read_metadata, save_png
-from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance, read_provenance
+from engine.pipeline.provenance import Arithmetic, ModelRecord, digital_source, provenance, read_provenance
 from engine.sampling_params import SamplingParams
 
 METADATA = {
@@ -50,6 +52,25 @@ def test_metadata_comes_back_as_it_was_and_the_bytes_are_the_same_each_time(
     data = encode_image(image, image_format, compression=90, metadata=METADATA)
     assert read_metadata(data) == METADATA
     assert data == encode_image(image, image_format, compression=90, metadata=METADATA)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("source", ["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"])
+def test_every_file_says_that_it_is_ai_made_beside_its_provenance(
+    image: Image.Image, image_format: ImageFormat, source: DigitalSource
+) -> None:
+    data = encode_image(image, image_format, compression=90, metadata=METADATA, source=source)
+    assert read_metadata(data) == METADATA
+    with Image.open(io.BytesIO(data)) as opened:
+        xmp = opened.info["xmp"]
+    (found,) = ElementTree.fromstring(xmp).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    stated = found.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+    assert stated == f"http://cv.iptc.org/newscodes/digitalsourcetype/{source}"
+
+
+def test_an_edit_is_a_composite() -> None:
+    assert digital_source({"init_image": None}) == "trainedAlgorithmicMedia"
+    assert digital_source({"init_image": {"image_sha256": "0"}}) == "compositeWithTrainedAlgorithmicMedia"
 
 
 def test_an_image_without_metadata_has_none(image: Image.Image) -> None:

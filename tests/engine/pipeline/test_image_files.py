@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.pipeline import image_files
+from engine.pipeline import fonts, image_files
 from engine.pipeline.image_files import captioned_sheet, contact_sheet, image_grid, paste_grid, to_uint8
 
 
@@ -68,7 +68,7 @@ def test_caption_wraps_above_the_images() -> None:
 def test_without_a_hangul_font_the_sheet_warns_once_and_has_no_boxes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(image_files, "HANGUL_FONTS", ("no-such-font.ttf",))
+    monkeypatch.setattr(fonts, "HANGUL_FONTS", ("no-such-font.ttf",))
     with caplog.at_level(logging.WARNING):
         sheet = contact_sheet("상의", [_plain("red")], ["#1"], columns=1)
     assert sheet.size == contact_sheet("", [_plain("red")], ["#1"], columns=1).size
@@ -83,7 +83,7 @@ def test_captioned_sheets_have_room_for_the_longest_text_of_a_row() -> None:
     images = [_plain("red", 20), _plain("lime", 20), _plain("blue", 20)]
     texts = [["shirt"], ["long shirt " * 6, "grey"], ["a"]]
     sheet = captioned_sheet(images, texts, columns=2, cell_width=60)
-    wrapped = len(image_files._wrap("long shirt " * 6, image_files.hangul_font(12), 60))
+    wrapped = len(image_files._wrap("long shirt " * 6, fonts.hangul_font(12), 60))
     assert wrapped > 2
     first, second = 20 + 12 + (wrapped + 1) * 15, 20 + 12 + 15
     assert sheet.size == (4 + 2 * 68, 4 + first + second)
@@ -104,7 +104,7 @@ def test_captioned_sheets_enlarge_by_whole_numbers_and_widen_for_it() -> None:
 def test_captioned_sheets_warn_once_without_a_hangul_font(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(image_files, "HANGUL_FONTS", ("no-such-font.ttf",))
+    monkeypatch.setattr(fonts, "HANGUL_FONTS", ("no-such-font.ttf",))
     images = [_plain("red")] * 2
     with caplog.at_level(logging.WARNING):
         sheet = captioned_sheet(images, [["상의", "Top"], ["하의", "Bottom"]], columns=2, cell_width=60)
