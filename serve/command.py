@@ -160,8 +160,9 @@ def free_port(host: str, port: int) -> int:
 def _absolute(arguments: AppArguments) -> AppArguments:
     """Arguments with absolute paths: replicas run in folders that Ray chooses."""
     paths = {"model": arguments.model if not Path(arguments.model).exists() else str(Path(arguments.model).resolve())}
-    if arguments.keys_file:
-        paths["keys_file"] = str(Path(arguments.keys_file).resolve())
+    for name in ("keys_file", "c2pa_key", "c2pa_certificates"):
+        if getattr(arguments, name):
+            paths[name] = str(Path(getattr(arguments, name)).resolve())
     return arguments.model_copy(update=paths)
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator
 
 from serve.api.rate_limits import RateLimiter
-from serve.messages import GenerationEvent, GenerationJob, ModelInfo
+from serve.messages import EmbeddingJob, Embeddings, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.settings import ServeSettings
 from serve.worker.worker import Worker
 
@@ -25,6 +25,9 @@ class LocalPool:
 
     def generate(self, job: GenerationJob) -> AsyncIterator[GenerationEvent]:
         return self.worker.generate(job)
+
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        return await self.worker.embed(job)
 
     async def metrics_text(self) -> str:
         return self.worker.metrics_text()

@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from PIL import Image
+
 from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.image_encoding import ImageFormat
 from engine.pipeline.init_image import InitImage
+from engine.pipeline.rendition import Rendition
 from engine.sampling_params import RankBy, SamplingParams
 
 # Reasons of `Refused`; serve/api/errors.py has a status and texts in two languages for each.
@@ -41,6 +44,9 @@ class ModelInfo:
         default_factory=SamplingParams
     )  # for parameters that a request omits
     caption_guide: CaptionGuide = field(default_factory=CaptionGuide, hash=False)  # how to write captions for it
+    embedding_width: int = 0  # of the ranker; 0: it has none, or one without a single vector a caption or picture
+    has_ranker_tokenizer: bool = False  # the ranker has its own, not the transformer's
+    ground: str | None = None  # `#rrggbb` around the objects in its images; None: they have no plain ground
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class GenerationJob:
     init_image: InitImage | None = None  # at the model's size: `InitImage.resized`
     image_format: ImageFormat = "png"
     compression: int = 100  # 0-100: quality of webp and jpeg; 100 is lossless webp
+    rendition: Rendition = field(
+        default_factory=Rendition
+    )  # of the images that are returned; previews are as they were generated
     num_partials: int = 0  # previews of each of the first `num_images` candidates
     wants_progress: bool = False  # Queued and Progress events
     wants_all: bool = False  # also return the images of the candidates that are not among the best
@@ -134,6 +143,29 @@ class Refused:
     message: str = ""  # for `invalid`: field, value and remedy; for `failed`: one line, no caption in it
     param: str | None = None  # the field, for `invalid`
     retry_after_s: float | None = None  # for `queue_full` and `draining`
+
+
+@dataclass(frozen=True)
+class EmbeddingJob:
+    """Captions and pictures for KoCLIP.
+
+    items: texts, and RGB images of S pixels a side.
+    scores_first: also compare the first with all others.
+    """
+
+    request_id: str
+    items: tuple[str | Image.Image, ...] = field(hash=False)
+    scores_first: bool = False
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """An `EmbeddingJob`'s result."""
+
+    vectors: tuple[bytes, ...]  # little-endian float32, one an item
+    scores: tuple[float, ...]  # of all items but the first; empty unless requested
+    text_tokens: int  # of all captions, [CLS] and [SEP] included
+    tokens_cut: int  # of all captions, beyond the ranker's text length
 
 
 GenerationEvent = Queued | Progress | Partial | Finished | Refused

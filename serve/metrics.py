@@ -40,6 +40,9 @@ class ApiMetrics:
             registry=self.registry,
         )
         self.images = Counter("kodalle_images", "Images returned.", registry=self.registry)
+        self.embeddings = Counter(
+            "kodalle_embeddings", "Captions and pictures embedded for answers.", registry=self.registry
+        )
         self.rejected = Counter(
             "kodalle_rejected", "Requests answered with an error, by its code.", ["reason"], registry=self.registry
         )

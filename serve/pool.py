@@ -7,7 +7,7 @@ The same application runs against a scripted pool in tests, a worker in its own 
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from serve.messages import GenerationEvent, GenerationJob, ModelInfo
+from serve.messages import EmbeddingJob, Embeddings, GenerationEvent, GenerationJob, ModelInfo, Refused
 
 
 class WorkerPool(Protocol):
@@ -23,6 +23,10 @@ class WorkerPool(Protocol):
         An asynchronous generator: closing it (`aclose`), or cancelling the task that waits for its next event, cancels
         the job and frees its slots.
         """
+        ...
+
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        """KoCLIP's embeddings; cancelling the task that waits for them cancels the job."""
         ...
 
     async def metrics_text(self) -> str:

@@ -9,10 +9,11 @@ No torch, no ray.
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from engine.config.section import FolderOrName, Section
 from engine.config_files import as_input_error
+from engine.pipeline.ai_marks import checked_mark
 from engine.sampling_params import FIELDS
 
 MIB = 2**20
@@ -56,6 +57,9 @@ class Limits(Section):
     max_images: int = Field(10, gt=0, le=FIELDS["top"].greatest, description="n")
     max_candidates: int = Field(64, gt=0, le=FIELDS["candidates"].greatest, description="generated for one request")
     max_partials: int = Field(16, ge=0, description="previews of a candidate; OpenAI's API allows 0 to 3")
+    max_size: int = Field(1024, gt=0, le=4096, description="pixels a side of an enlarged image; ten of these a request")
+    max_embeddings: int = Field(256, gt=0, description="captions and pictures of an embedding or rerank request")
+    max_embedded_pixels: int = Field(64_000_000, gt=0, description="of all pictures of such a request together")
     body_timeout_s: float = Field(30.0, gt=0, description="for a whole body to arrive")
 
 
@@ -93,9 +97,23 @@ class ServeSettings(Section):
     strict: bool = Field(
         False, description="refuse prompts with words that the model does not know, unless a request says not"
     )
+    visible_mark: Annotated[str, AfterValidator(checked_mark)] = Field(
+        "",
+        description="text in the corner of every image that is sent, e.g. AI; empty: none, the metadata alone say it",
+    )
+    c2pa_key: FolderOrName = Field(
+        "", description="PEM of the key that signs Content Credentials into every image; empty: none"
+    )
+    c2pa_certificates: FolderOrName = Field("", description="PEM of that key's certificate and of those that issued it")
     log_prompts: bool = Field(False, description="log captions")
     page: bool = Field(True, description="serve the designers' page")
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _key_with_certificates(self) -> "ServeSettings":
+        if bool(self.c2pa_key) != bool(self.c2pa_certificates):
+            raise ValueError("c2pa_key and c2pa_certificates belong together: give both, or none")
+        return self
 
 
 def read_settings(values: dict[str, Any], *, source: str) -> ServeSettings:

@@ -15,7 +15,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from serve.api.listener import listener
-from serve.messages import Finished, GeneratedImage, GenerationEvent, GenerationJob, ModelInfo
+from serve.messages import (
+    EmbeddingJob,
+    Embeddings,
+    Finished,
+    GeneratedImage,
+    GenerationEvent,
+    GenerationJob,
+    ModelInfo,
+    Refused,
+)
 
 Script = Callable[[GenerationJob], AsyncIterator[GenerationEvent]]
 
@@ -138,6 +147,7 @@ INFO = ModelInfo(
     text_seq_len=12,
     num_parameters=1000,
     has_ranker=True,
+    embedding_width=4,
     device="cpu",
     tokenizer_json=_tokenizer_json(),
     caption_guide=CaptionGuide(examples=("a red square", "a blue square")),
@@ -187,6 +197,7 @@ class ScriptedPool:
     wait_s: float = 0.0  # of take
     is_ready: bool = True
     jobs: list[GenerationJob] = field(default_factory=list)
+    embedded: list[EmbeddingJob] = field(default_factory=list)
     taken: list[tuple[str, float, float]] = field(default_factory=list)
     num_open: int = 0
 
@@ -201,6 +212,11 @@ class ScriptedPool:
                 yield event
         finally:
             self.num_open -= 1
+
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        self.embedded.append(job)
+        num_scores = len(job.items) - 1 if job.scores_first else 0
+        return Embeddings((bytes(16),) * len(job.items), (0.5,) * num_scores, 3 * len(job.items), 0)
 
     async def metrics_text(self) -> str:
         return '# TYPE kodalle_slots gauge\nkodalle_slots{replica="worker-1"} 4.0\n'

@@ -1,5 +1,6 @@
 """Requests generated from the server's own OpenAPI document, valid and invalid, with every reply validated against it."""
 
+import base64
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from schemathesis.core.result import Ok
 # A schema cannot express that one field requires another: valid data may be rejected for these, with `invalid_value`.
 _DEPENDENT_FIELDS = {
     "n", "candidates", "num_candidates", "guidance_scale", "output_compression", "partial_images", "progress", "rank_by",
-    "keep_rows", "mask",
+    "keep_rows", "mask", "background",
 }  # fmt: skip
 
 
@@ -82,7 +83,13 @@ def _sender(
 def _register_images() -> None:
     """Generates files of forms as images of one size, so that masks often match."""
     generator = st.tuples(st.sampled_from(["RGB", "RGBA", "L"]), st.sampled_from(["PNG", "WEBP"]), st.integers(0, 20))
-    schemathesis.openapi.format("binary", generator.map(lambda values: _image(*values)))
+    images = generator.map(lambda values: _image(*values))
+    schemathesis.openapi.format("binary", images)
+    schemathesis.openapi.format("image-data-url", images.map(_data_url))
+
+
+def _data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _image(mode: str, form: str, grey: int) -> bytes:

@@ -11,7 +11,7 @@ No torch, no ray: it imports in half a second.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,19 +24,33 @@ from starlette.responses import JSONResponse, Response
 
 from engine.data.caption_guide import CaptionGuide
 from engine.data.prompt_words import PromptReader, PromptWords
+from engine.pipeline.init_image import InitImage
 from serve.api import schemas
-from serve.api.body import read_json
-from serve.api.errors import Failure
+from serve.api.body import content_type, read_json
+from serve.api.embeddings import (
+    COST,
+    EmbeddingsRequest,
+    Item,
+    RerankRequest,
+    check_ranker,
+    embeddings_body,
+    read_items,
+    rerank_body,
+)
+from serve.api.errors import Failure, refusal
 from serve.api.forms import closing_form, read_form
 from serve.api.keys import KeyRing
 from serve.api.middleware import ApiMiddleware, RequestRecord
-from serve.api.openapi import describe, described_page
+from serve.api.openapi import describe
+from serve.api.openapi_page import described_page
 from serve.api.page_files import add_page
+from serve.api.renditions import check_init_ground, size_bounds
 from serve.api.responses import Operation, ResponseContext, response_body, unknown_fields
-from serve.api.schemas import EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
-from serve.api.streaming import EventStream, finished_job
+from serve.api.schemas import EditJsonRequest, EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
+from serve.api.streaming import EventStream, answered, finished_job
 from serve.api.uploads import FILE_PARTS, UploadReader
-from serve.messages import Finished, GenerationJob, ModelInfo
+from serve.api.validation import read_request, read_text_request
+from serve.messages import EmbeddingJob, Embeddings, Finished, GenerationJob, ModelInfo, Refused
 from serve.metrics import CONTENT_TYPE, ApiMetrics, merge_expositions
 from serve.pool import WorkerPool
 from serve.settings import ServeSettings
@@ -100,6 +114,8 @@ class _Handlers:
         return [
             ("/v1/images/generations", "POST", self.generations),
             ("/v1/images/edits", "POST", self.edits),
+            ("/v1/embeddings", "POST", self.embeddings),
+            ("/v1/rerank", "POST", self.rerank),
             ("/v1/models", "GET", self.models),
             ("/v1/models/{model_id:path}", "GET", self.one_model),
             ("/v1/tokenize", "POST", self.tokenize),
@@ -113,22 +129,38 @@ class _Handlers:
     # ---------------------------------------------------------------------------------------------------- generation
 
     async def generations(self, request: Request) -> Response:
-        body = schemas.read_request(GenerationRequest, await self._json(request))
+        body = read_request(GenerationRequest, await self._json(request))
         info = await self._pool.model_info()
         job = await self._job(request, body, info)
         return await self._generate(request, job, body, self._context(request, job, info, "image_generation"))
 
     async def edits(self, request: Request) -> Response:
         limits = self._settings.limits
+        if content_type(request.headers, "multipart/form-data", "application/json")[0] == "application/json":
+            return await self._json_edit(request)
         form = await read_form(
             request.receive, request.headers, max_bytes=limits.max_edit_bytes, timeout_s=limits.body_timeout_s
         )
         with closing_form(form):
             fields = {name: text for name, text in form.fields.items() if text or name not in FILE_PARTS}
-            body = schemas.read_text_request(EditRequest, fields)
+            body = read_text_request(EditRequest, fields)
             info = await self._pool.model_info()
             job = await self._job(request, body, info, has_init_image=True)
             init_image = await self.uploads.read(form.files, body, info, left_s=self._left_s(request))
+        return await self._edit(request, job, body, info, init_image)
+
+    async def _json_edit(self, request: Request) -> Response:
+        body = read_request(EditJsonRequest, await self._json_with_pictures(request))
+        info = await self._pool.model_info()
+        job = await self._job(request, body, info, has_init_image=True)
+        files = await asyncio.to_thread(body.files)
+        init_image = await self.uploads.read(files, body, info, left_s=self._left_s(request))
+        return await self._edit(request, job, body, info, init_image)
+
+    async def _edit(
+        self, request: Request, job: GenerationJob, body: EditRequest, info: ModelInfo, init_image: InitImage
+    ) -> Response:
+        check_init_ground(job.rendition, init_image, info)
         job = replace(job, init_image=init_image, deadline_s=self._left_s(request))
         return await self._generate(request, job, body, self._context(request, job, info, "image_edit"))
 
@@ -195,11 +227,11 @@ class _Handlers:
     def _left_s(self, request: Request) -> float:
         return max(0.0, self._ends_at(request) - asyncio.get_running_loop().time())
 
-    async def _json(self, request: Request) -> dict[str, Any]:
+    async def _json(self, request: Request, *, max_bytes: int | None = None) -> dict[str, Any]:
+        """The body's object; `max_bytes` None: the limit of bodies without pictures."""
         limits = self._settings.limits
-        return await read_json(
-            request.receive, request.headers, max_bytes=limits.max_json_bytes, timeout_s=limits.body_timeout_s
-        )
+        most = max_bytes or limits.max_json_bytes
+        return await read_json(request.receive, request.headers, max_bytes=most, timeout_s=limits.body_timeout_s)
 
     async def _take_rate(self, record: RequestRecord, *, cost: float) -> None:
         """Takes `cost` images from the key's rate limit; raises Failure when it is exhausted."""
@@ -214,6 +246,61 @@ class _Handlers:
 
     def _count(self, job: GenerationJob, finished: Finished) -> None:
         self.metrics.count_generation(job.num_images, finished.timings_s)
+
+    # --------------------------------------------------------------------------------------------------------- search
+
+    async def embeddings(self, request: Request) -> Response:
+        body = read_request(EmbeddingsRequest, await self._json_with_pictures(request))
+        items = read_items(body.input, "input", self._settings.limits)
+        info = await self._pool.model_info()
+        check_ranker(body.model, body.dimensions, info)
+        found = await self._embed(request, items, info)
+        return JSONResponse(embeddings_body(body, found, info, words=self._words_of(items, info)), headers=_NO_STORE)
+
+    async def rerank(self, request: Request) -> Response:
+        body = read_request(RerankRequest, await self._json_with_pictures(request))
+        if isinstance(body.query, list):
+            raise Failure("invalid_type", "`query` must be one.", "`query`는 하나여야 합니다.", param="query")
+        limits = self._settings.limits
+        items = read_items(body.query, "query", limits)
+        items += read_items(
+            body.documents if isinstance(body.documents, list) else [body.documents], "documents", limits
+        )
+        info = await self._pool.model_info()
+        check_ranker(body.model, None, info)
+        found = await self._embed(request, items, info, scores_first=True)
+        request_id = request.state.record.request_id
+        words = self._words_of(items, info)
+        answer = rerank_body(body, items[1:], found, info, words=words, request_id=request_id)
+        return JSONResponse(answer, headers=_NO_STORE)
+
+    def _words_of(self, items: Sequence[Item], info: ModelInfo) -> list[PromptWords]:
+        """Of captions; none with a ranker that has a tokenizer of its own, of bytes, which knows every word."""
+        if info.has_ranker_tokenizer:
+            return []
+        return [self._words(info, item.caption) for item in items if item.caption]
+
+    async def _embed(
+        self, request: Request, items: Sequence[Item], info: ModelInfo, *, scores_first: bool = False
+    ) -> Embeddings:
+        record: RequestRecord = request.state.record
+        record.details = {"items": len(items)}
+        await self._take_rate(record, cost=COST * len(items))
+
+        async def embedded() -> Embeddings | Refused:
+            data_urls = {item.param: item.data_url for item in items if item.data_url}
+            pictures = await self.uploads.read_pictures(data_urls, info, left_s=self._left_s(request))
+            inputs = tuple(pictures.get(item.param, item.caption) for item in items)
+            return await self._pool.embed(EmbeddingJob(record.job_id, inputs, scores_first))
+
+        found = await answered(embedded(), receive=request.receive, ends_at=self._ends_at(request))
+        if isinstance(found, Refused):
+            raise refusal(found)
+        self.metrics.embeddings.inc(len(items))
+        return found
+
+    async def _json_with_pictures(self, request: Request) -> dict[str, Any]:
+        return await self._json(request, max_bytes=self._settings.limits.max_edit_bytes)
 
     # ---------------------------------------------------------------------------------------------------- the model
 
@@ -231,7 +318,7 @@ class _Handlers:
         return JSONResponse(_model_card(info, self._settings), headers=_NO_STORE)
 
     async def tokenize(self, request: Request) -> Response:
-        body = schemas.read_request(TokenizeRequest, await self._json(request))
+        body = read_request(TokenizeRequest, await self._json(request))
         prompt = schemas.checked_prompt(body.prompt, self._settings.limits)
         info = await self._pool.model_info()
         words = self._words(info, prompt)
@@ -279,10 +366,13 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
         "created": info.created,
         "owned_by": "kodalle",
         "image_size": info.image_size,
+        "max_size": size_bounds(info, limits)[1],
+        "transparent": info.ground is not None,
         "grid_size": info.grid_size,
         "text_seq_len": info.text_seq_len,
         "num_parameters": info.num_parameters,
         "has_ranker": info.has_ranker,
+        "embedding_width": info.embedding_width,
         "device": info.device,
         "digest": info.digest,
         "default_candidates": min(settings.default_candidates, limits.max_candidates),
@@ -295,6 +385,7 @@ def _model_card(info: ModelInfo, settings: ServeSettings) -> dict[str, Any]:
             "images": limits.max_images,
             "candidates": limits.max_candidates,
             "partial_images": limits.max_partials,
+            "embeddings": limits.max_embeddings,
             "edit_bytes": limits.max_edit_bytes,
             "pixels": limits.max_pixels,
             "deadline_s": settings.deadline_s,

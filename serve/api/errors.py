@@ -210,6 +210,11 @@ class Failure(Exception):
         return json.dumps({"error": self.as_object()}, ensure_ascii=False).encode("utf-8", errors="backslashreplace")
 
 
+def invalid_value(name: str, detail: str, detail_ko: str) -> Failure:
+    """A field's value that cannot be used; the details begin in lower case and have no full stop."""
+    return Failure("invalid_value", f"`{name}` {detail}.", f"`{name}`: {detail_ko}.", param=name)
+
+
 def refusal(refused: Refused) -> Failure:
     """A worker's refusal as an error of the API."""
     detail_ko = f"({refused.message})" if refused.message else ""

@@ -1,13 +1,11 @@
-"""The OpenAPI 3.1 document of the API, and the same as an HTML page without scripts or external resources.
+"""The OpenAPI 3.1 document of the API; serve/api/openapi_page.py shows it to people.
 
 Written here and not derived by FastAPI, because the API does not use FastAPI's body reader, and because the document
 contains the running server's limits. Field lists come from the models of serve/api/schemas.py, so they cannot differ from
 what is validated.
 """
 
-import html
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -15,28 +13,35 @@ from engine.data.caption_guide import CaptionGuide
 from engine.pipeline.provenance import Provenance
 from engine.text import TEXT_PATTERN, VISIBLE_TEXT_PATTERN
 from serve.api.errors import FAILURES
-from serve.api.schemas import EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
+from serve.api.json_schema import (
+    DATA_URL,
+    NO_NUL,
+    NUMBER,
+    NUMBER_OR_NULL,
+    TEXT,
+    TEXT_OR_NULL,
+    TEXTS,
+    WHOLE,
+    Json,
+    object_of,
+    ref,
+)
+from serve.api.openapi_search import search_schemas
+from serve.api.renditions import size_bounds
+from serve.api.schemas import EditJsonRequest, EditRequest, GenerationRequest, TokenizeRequest, bounds, spec_of
 from serve.messages import ModelInfo
 from serve.settings import ServeSettings
 
-Json = dict[str, Any]
-
 _IMAGE_PARTS: Json = {name: {"contentType": "image/png, image/webp, image/jpeg"} for name in ("image", "mask")}
-_WHOLE: Json = {"type": "integer"}
-_TEXT: Json = {"type": "string"}
-_TEXTS: Json = {"type": "array", "items": _TEXT}
-_TEXT_OR_NULL: Json = {"type": ["string", "null"]}
-_NUMBER: Json = {"type": "number"}
-_NUMBER_OR_NULL: Json = {"type": ["number", "null"]}
 _PARAMETER: Json = {
     "type": "object",
     "description": "a sampling parameter: values from minimum to maximum, and 0 where or_zero",
     "properties": {
         "type": {"enum": ["integer", "number"]},
-        "minimum": _NUMBER,
-        "maximum": _NUMBER,
+        "minimum": NUMBER,
+        "maximum": NUMBER,
         "or_zero": {"type": "boolean"},
-        "description": _TEXT,
+        "description": TEXT,
     },
     "required": ["type", "minimum", "maximum", "or_zero", "description"],
 }
@@ -72,8 +77,9 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
     captions = info.caption_guide.examples or ("a caption",)
     tokens = {"object": "tokens", "tokens": 9, "limit": info.text_seq_len, "characters": len(captions[0])}
     tokens |= {"tokens_unknown": 0, "words_unknown": [], "words_total": 5, "words_known": 5, "unknown": []}
+    reranking = {"query": captions[0], "documents": list(captions)}
     model_id = {
-        "name": "model_id", "in": "path", "required": True, "schema": _TEXT, "example": info.model_id
+        "name": "model_id", "in": "path", "required": True, "schema": TEXT, "example": info.model_id
     }  # fmt: skip
     return {
         "/v1/images/generations": {
@@ -81,7 +87,7 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 "Generate images from a caption",
                 "Images | SSE",
                 _ACCESS + _BODY + _GENERATION,
-                body={"application/json": {"schema": _ref("GenerationRequest"), "examples": _examples(captions)}},
+                body={"application/json": {"schema": ref("GenerationRequest"), "examples": _examples(captions)}},
             )
         },
         "/v1/images/edits": {
@@ -89,7 +95,26 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 "Inpaint the masked part of an image, or regenerate all but its upper rows",
                 "Images | SSE",
                 _ACCESS + _BODY + _GENERATION,
-                body={"multipart/form-data": {"schema": _ref("EditRequest"), "encoding": _IMAGE_PARTS}},
+                body={
+                    "multipart/form-data": {"schema": ref("EditRequest"), "encoding": _IMAGE_PARTS},
+                    "application/json": {"schema": ref("EditJsonRequest")},
+                },
+            )
+        },
+        "/v1/embeddings": {
+            "post": _operation(
+                "KoCLIP embeddings of captions and pictures, in OpenAI's shape",
+                "EmbeddingList",
+                _ACCESS + _BODY + _GENERATION,
+                body={"application/json": {"schema": ref("EmbeddingsRequest"), "example": {"input": list(captions)}}},
+            )
+        },
+        "/v1/rerank": {
+            "post": _operation(
+                "Captions and pictures ordered by KoCLIP's score beside a query, in Jina's and Cohere's shape",
+                "Ranking",
+                _ACCESS + _BODY + _GENERATION,
+                body={"application/json": {"schema": ref("RerankRequest"), "example": reranking}},
             )
         },
         "/v1/models": {"get": _operation("The served model, as a list", "ModelList", _ACCESS)},
@@ -101,7 +126,7 @@ def _paths(settings: ServeSettings, info: ModelInfo) -> Json:
                 "Count a caption's tokens",
                 "Tokens",
                 _ACCESS + _BODY,
-                body={"application/json": {"schema": _ref("TokenizeRequest"), "example": {"prompt": captions[0]}}},
+                body={"application/json": {"schema": ref("TokenizeRequest"), "example": {"prompt": captions[0]}}},
                 example=tokens,
             )
         },
@@ -132,12 +157,12 @@ def _operation(
     is_open: bool = False,
 ) -> Json:
     if answer == "text/plain":
-        content: Json = {"text/plain": {"schema": _TEXT}}
+        content: Json = {"text/plain": {"schema": TEXT}}
     else:
         name = answer.partition(" | ")[0]
-        content = {"application/json": {"schema": _ref(name)} | ({"example": example} if example else {})}
+        content = {"application/json": {"schema": ref(name)} | ({"example": example} if example else {})}
         if answer.endswith("SSE"):
-            content["text/event-stream"] = {"schema": _ref("Event")}
+            content["text/event-stream"] = {"schema": ref("Event")}
     operation: Json = {
         "summary": summary,
         "responses": {"200": {"description": "Done", "headers": _HEADERS, "content": content}} | _errors(failures),
@@ -156,8 +181,7 @@ _EVENTS = [
     for route in ("image_generation", "image_edit")
     for event in ("queued", "progress", "partial_image", "candidate", "completed")
 ] + ["error"]
-_NO_NUL = r"^[^\u0000]*$"
-_HEADERS: Json = {"x-request-id": {"description": "identifies the request in the server's log", "schema": _TEXT}}
+_HEADERS: Json = {"x-request-id": {"description": "identifies the request in the server's log", "schema": TEXT}}
 
 
 def _errors(codes: tuple[str, ...]) -> Json:
@@ -170,7 +194,7 @@ def _errors(codes: tuple[str, ...]) -> Json:
         str(status): {
             "description": ", ".join(names),
             "headers": _HEADERS,
-            "content": {"application/json": {"schema": _ref("Error")}},
+            "content": {"application/json": {"schema": ref("Error")}},
         }
         for status, names in sorted(by_status.items())
     }
@@ -179,75 +203,81 @@ def _errors(codes: tuple[str, ...]) -> Json:
 def _schemas(settings: ServeSettings, info: ModelInfo) -> Json:
     image = {
         "b64_json": {"type": ["string", "null"]},
-        "seed": _WHOLE,
-        "candidate": _WHOLE,
-        "rank": _WHOLE,
-        "clip_score": _NUMBER_OR_NULL,
-        "contrast": _NUMBER_OR_NULL,
-        "clip_score_percentile": _NUMBER_OR_NULL,
-        "log_likelihood": _NUMBER_OR_NULL,
-        "provenance": _ref("Provenance"),
+        "seed": WHOLE,
+        "candidate": WHOLE,
+        "rank": WHOLE,
+        "clip_score": NUMBER_OR_NULL,
+        "contrast": NUMBER_OR_NULL,
+        "clip_score_percentile": NUMBER_OR_NULL,
+        "log_likelihood": NUMBER_OR_NULL,
+        "provenance": ref("Provenance"),
     }
-    unknown = {"tokens_unknown": _WHOLE, "words_unknown": _TEXTS, "words_total": _WHOLE, "words_known": _WHOLE}
-    details = _object({"text_tokens": _WHOLE, "image_tokens": _WHOLE})
-    usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
+    unknown = {"tokens_unknown": WHOLE, "words_unknown": TEXTS, "words_total": WHOLE, "words_known": WHOLE}
+    details = object_of({"text_tokens": WHOLE, "image_tokens": WHOLE})
+    usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), WHOLE)
     images = {
-        "created": _WHOLE,
-        "data": {"type": "array", "items": _ref("Image")},
-        "background": {"const": "opaque"},
+        "created": WHOLE,
+        "data": {"type": "array", "items": ref("Image")},
+        "background": {"enum": ["opaque", "transparent"]},
         "output_format": {"enum": ["png", "webp", "jpeg"]},
         "quality": {"enum": ["low", "medium", "high", "xhigh", "max"]},
-        "size": _TEXT,
-        "usage": _object(usage | {"input_tokens_details": details, "output_tokens_details": details}),
-        "model": _TEXT,
-        "request_id": _TEXT,
-        "tokens_cut": _WHOLE,
+        "size": TEXT,
+        "enlarged_from": TEXT_OR_NULL,
+        "usage": object_of(usage | {"input_tokens_details": details, "output_tokens_details": details}),
+        "model": TEXT,
+        "request_id": TEXT,
+        "tokens_cut": WHOLE,
         **unknown,
-        "timings_s": {"type": "object", "additionalProperties": _NUMBER},
+        "timings_s": {"type": "object", "additionalProperties": NUMBER},
     }
     model = {
         "id": {"const": info.model_id},
         "object": {"const": "model"},
-        "owned_by": _TEXT,
-        "digest": _TEXT,
-        "device": _TEXT,
+        "created": WHOLE,
+        "default_candidates": WHOLE,
+        "owned_by": TEXT,
+        "digest": TEXT,
+        "device": TEXT,
         "has_ranker": {"type": "boolean"},
-        "limits": {"type": "object", "additionalProperties": _NUMBER},
-        "default_sampling_params": {"type": "object", "additionalProperties": _NUMBER_OR_NULL},
+        "transparent": {"type": "boolean"},
+        "limits": {"type": "object", "additionalProperties": NUMBER},
+        "default_sampling_params": {"type": "object", "additionalProperties": NUMBER_OR_NULL},
         "sampling_params": {"type": "object", "additionalProperties": _PARAMETER},
-        "caption_guide": _ref("CaptionGuide"),
+        "caption_guide": ref("CaptionGuide"),
     }
-    whole = ("created", "image_size", "grid_size", "text_seq_len", "num_parameters", "default_candidates")
-    guide = CaptionGuide.model_json_schema(ref_template=_ref("{model}")["$ref"])
+    whole = ("image_size", "max_size", "grid_size", "text_seq_len", "num_parameters", "embedding_width")
+    guide = CaptionGuide.model_json_schema(ref_template=ref("{model}")["$ref"])
     del guide["properties"]["words"]  # not sent
-    error = dict.fromkeys(("message", "message_ko", "type", "code"), _TEXT) | {"param": {"type": ["string", "null"]}}
+    error = dict.fromkeys(("message", "message_ko", "type", "code"), TEXT) | {"param": {"type": ["string", "null"]}}
     return {
         "GenerationRequest": _fields(GenerationRequest, settings, info),
         "EditRequest": _with_files(_fields(EditRequest, settings, info)),
+        "EditJsonRequest": _with_pictures(_fields(EditJsonRequest, settings, info)),
         "TokenizeRequest": _fields(TokenizeRequest, settings, info),
-        "Image": _object(image),
+        **search_schemas(settings, info),
+        "Image": object_of(image),
         **_provenance_schemas(),
-        "Event": _object({"event": {"enum": _EVENTS}, "data": _TEXT | {"contentMediaType": "application/json"}}),
-        "Images": _object(images, candidates={"type": "array", "items": _ref("Image")}),
-        "Model": _object(model | dict.fromkeys(whole, _WHOLE)),
+        "Event": object_of({"event": {"enum": _EVENTS}, "data": TEXT | {"contentMediaType": "application/json"}}),
+        "Images": object_of(images, candidates={"type": "array", "items": ref("Image")}),
+        "Model": object_of(model | dict.fromkeys(whole, WHOLE)),
         **guide.pop("$defs"),
         "CaptionGuide": guide,
-        "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
-        "Tokens": _object(
+        "ModelList": object_of({"object": {"const": "list"}, "data": {"type": "array", "items": ref("Model")}}),
+        "Tokens": object_of(
             {
                 "object": {"const": "tokens"},
-                "tokens": _WHOLE,
-                "limit": _WHOLE,
-                "characters": _WHOLE,
+                "tokens": WHOLE,
+                "limit": WHOLE,
+                "characters": WHOLE,
                 **unknown,
-                "unknown": {"type": "array", "items": _ref("UnknownWord")},
+                "unknown": {"type": "array", "items": ref("UnknownWord")},
             }
         ),
-        "UnknownWord": _object(
-            {"word": _TEXT, "start": _WHOLE, "end": _WHOLE, "suggestion": _TEXT_OR_NULL, "value": _TEXT_OR_NULL}
+        "UnknownWord": object_of(
+            {"word": TEXT, "start": WHOLE, "end": WHOLE, "suggestion": TEXT_OR_NULL, "value": TEXT_OR_NULL}
         ),
-        "Status": _object({"status": _TEXT}),
-        "Error": _object({"error": _object(error)}),
+        "Status": object_of({"status": TEXT}),
+        "Error": object_of({"error": object_of(error)}),
     }
 
 
@@ -274,11 +304,12 @@ def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> 
         return schema
     properties["prompt"]["pattern"] = VISIBLE_TEXT_PATTERN
     for name in ("user", "safety_identifier"):
-        properties[name]["anyOf"][0]["pattern"] = _NO_NUL
+        properties[name]["anyOf"][0]["pattern"] = NO_NUL
+    least, most = size_bounds(info, settings.limits)
     accepted: Json = {
         "model": info.model_id,
-        "size": ["auto", f"{info.image_size}x{info.image_size}"],
-        "background": ["opaque", "auto"],
+        "size": ["auto", *(f"{side}x{side}" for side in sorted({least, most}))],  # all squares between them, too
+        "background": ["opaque", "auto", *(["transparent"] if info.ground else [])],
         "response_format": "b64_json",
     }
     for name, values in accepted.items():
@@ -317,59 +348,17 @@ def _with_files(schema: Json) -> Json:
     return schema
 
 
-def _object(properties: Json, **optional: Json) -> Json:
-    return {"type": "object", "properties": properties | optional, "required": list(properties)}
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-# ------------------------------------------------------------------------------------------------------ as a page
-
-
-def described_page(document: Json) -> str:
-    """The document as HTML without scripts or style sheets, which works offline and under the security policy."""
-    parts = []
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2>")
-            parts.append(f"<p>{html.escape(operation['summary'])}</p>")
-            for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
-                name = content["schema"]["$ref"].rpartition("/")[2]
-                parts.append(
-                    f"<h3><code>{media_type}</code></h3>{_fields_table(document['components']['schemas'][name])}"
-                )
-            rows = [(status, answer["description"]) for status, answer in operation["responses"].items()]
-            parts.append(_table(("status", "answer or error codes"), rows))
-    title = html.escape(document["info"]["title"])
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} API</title></head><body>'
-        f"<h1>{title} API</h1><p>{html.escape(document['info']['description'])} "
-        f'The same for programs: <a href="openapi.json">openapi.json</a>.</p>{"".join(parts)}</body></html>'
-    )
-
-
-def _fields_table(schema: Json) -> str:
-    rows = []
-    for name, field in schema["properties"].items():
-        choices = field.get("anyOf", [field])
-        values = " or ".join(filter(None, map(_values, choices)))
-        needed = "required" if name in schema.get("required", ()) else ""
-        rows.append((name, needed, values, field.get("description", "")))
-    return _table(("field", "", "values", ""), rows)
-
-
-def _values(choice: Json) -> str:
-    if "enum" in choice:
-        return ", ".join(str(value) for value in choice["enum"] if value is not None)
-    if "minimum" in choice:
-        return f"{choice['type']} {choice['minimum']:,} to {choice['maximum']:,}"
-    return "" if choice.get("type") == "null" else str(choice.get("format", choice.get("type", "")))
-
-
-def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    def row(cells: tuple[Any, ...], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
-
-    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+def _with_pictures(schema: Json) -> Json:
+    """A JSON edit's schema: data URLs in the place of files."""
+    del schema["$defs"]
+    properties = schema["properties"]
+    picture = object_of({"image_url": DATA_URL}) | {"additionalProperties": False}
+    properties["images"] = {
+        "type": "array",
+        "items": picture,
+        "minItems": 1,
+        "maxItems": 1,
+        "description": properties["images"]["description"],
+    }
+    properties["mask"] = {"anyOf": [picture, {"type": "null"}], "description": properties["mask"]["description"]}
+    return schema

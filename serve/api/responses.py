@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.data.prompt_words import PromptWords
+from engine.pipeline.rendition import Rendition
 from serve.api.schemas import quality_of
 from serve.messages import Finished, GeneratedImage, GenerationJob, Partial, Progress, Queued
 
@@ -23,7 +24,10 @@ Operation = Literal["image_generation", "image_edit"]
 
 @dataclass(frozen=True)
 class ResponseContext:
-    """Fields that all responses and events of a request share."""
+    """Fields that all responses and events of a request share.
+
+    image_size: pixels a side, as the model makes them.
+    """
 
     operation: Operation
     request_id: str
@@ -32,9 +36,14 @@ class ResponseContext:
     init_image_tokens: int  # tokens of an edit's init image
     words: PromptWords  # of the prompt
 
-    @property
-    def size(self) -> str:
-        return f"{self.image_size}x{self.image_size}"
+    def rendered(self, rendition: Rendition) -> dict[str, Any]:
+        """`size` and `background` of images, and the model's own size where they were enlarged."""
+        side = rendition.size or self.image_size
+        return {
+            "background": "transparent" if rendition.is_transparent else "opaque",
+            "size": _size(side),
+            "enlarged_from": None if side == self.image_size else _size(self.image_size),
+        }
 
 
 def response_body(job: GenerationJob, finished: Finished, context: ResponseContext) -> bytes:
@@ -42,10 +51,9 @@ def response_body(job: GenerationJob, finished: Finished, context: ResponseConte
     best, rest = finished.images[: job.num_images], finished.images[job.num_images :]
     fields = {
         "created": int(time.time()),
-        "background": "opaque",
         "output_format": job.image_format,
         "quality": quality_of(job.num_candidates),
-        "size": context.size,
+        **context.rendered(job.rendition),
         "usage": usage(finished, context),
         "model": context.model_id,
         "request_id": context.request_id,
@@ -103,7 +111,7 @@ def partial_event(partial: Partial, job: GenerationJob, context: ResponseContext
         "rows_generated": partial.rows_generated,
         "rows_total": partial.rows_total,
     }
-    return _line(event, _with_image_data(fields | _common(job, context), partial.data))
+    return _line(event, _with_image_data(fields | _common(job, context, Rendition()), partial.data))
 
 
 def finished_events(finished: Finished, job: GenerationJob, context: ResponseContext) -> Iterator[bytes]:
@@ -131,7 +139,12 @@ def sse(event: str, fields: dict[str, Any]) -> bytes:
 def _final_event(
     event: str, image: GeneratedImage, job: GenerationJob, context: ResponseContext, more: dict[str, Any]
 ) -> bytes:
-    fields = {"type": event, "image_index": image.rank - 1} | _image_fields(image) | _common(job, context) | more
+    fields = (
+        {"type": event, "image_index": image.rank - 1}
+        | _image_fields(image)
+        | _common(job, context, job.rendition)
+        | more
+    )
     return _line(event, _with_image_data(fields, image.data))
 
 
@@ -139,14 +152,17 @@ def _line(event: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (event.encode(), data)
 
 
-def _common(job: GenerationJob, context: ResponseContext) -> dict[str, Any]:
+def _common(job: GenerationJob, context: ResponseContext, rendition: Rendition) -> dict[str, Any]:
     return {
         "created_at": int(time.time()),
-        "size": context.size,
         "quality": quality_of(job.num_candidates),
-        "background": "opaque",
+        **context.rendered(rendition),
         "output_format": job.image_format,
     }
+
+
+def _size(side: int) -> str:
+    return f"{side}x{side}"
 
 
 def _image_fields(image: GeneratedImage) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Request schemas with OpenAI's fields and this server's additions, and their conversion to a `GenerationJob`.
 
 OpenAI's servers and compatible ones ignore unknown fields; here an unknown field is an error that names it, because a
-misspelt `temprature` that is ignored costs an afternoon. Features of OpenAI's API that this model lacks (`background:
-transparent`, GIF, SVG) are errors too. Fields without effect here say so.
+misspelt `temprature` that is ignored costs an afternoon. Features of OpenAI's API that this server or its model lacks (GIF, SVG,
+`background: transparent` for a model that never saw a cut-out) are errors too. Fields without effect here say so.
 
 A random seed is chosen here if the request has none: from then on the job gives the same images wherever it runs. Random
 seeds are below 2**32, because JavaScript loses digits of numbers above 2**53.
@@ -11,19 +11,18 @@ No torch, no ray.
 """
 
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from engine.data.prompt_words import PromptWords, described
 from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
 from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
 from engine.text import TextFault, clean_text
-from serve.api.body import MAX_NUMBER_CHARACTERS, parse_number
-from serve.api.errors import Failure, input_failure
-from serve.api.forms import printable
+from serve.api.data_urls import PictureReference, picture_bytes
+from serve.api.errors import Failure, input_failure, invalid_value
+from serve.api.renditions import read_rendition
 from serve.messages import GenerationJob, ModelInfo
 from serve.settings import Limits, ServeSettings
 
@@ -50,7 +49,11 @@ class ImageRequest(BaseModel):
     )
     model: str | None = Field(None, description="an id of /v1/models; default: the served model")
     n: int | None = Field(None, description="images returned: the best of the candidates; default 1")
-    size: str | None = Field(None, description="auto, or the model's own WIDTHxHEIGHT")
+    size: str | None = Field(
+        None,
+        description="auto, the model's own size, or a larger square up to the server's limit: enlarged by Lanczos, which adds no "
+        "detail; the answer's enlarged_from then names the model's",
+    )
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = Field(
         None,
         description="number of candidates generated and ranked if `candidates` is not given: low 4, medium 8, high 16, "
@@ -61,7 +64,8 @@ class ImageRequest(BaseModel):
         None, description="quality of webp and jpeg; 100, the default, is lossless webp; not allowed for png"
     )
     background: Literal["transparent", "opaque", "auto"] | None = Field(
-        None, description="images are opaque: transparent is rejected"
+        None,
+        description="transparent cuts the object out: for models of cut-outs alone, as png or webp; auto is opaque",
     )
     stream: bool | None = Field(None, description="respond with server-sent events")
     partial_images: int | None = Field(
@@ -107,12 +111,40 @@ class GenerationRequest(ImageRequest):
 class EditRequest(ImageRequest):
     """Text fields of POST /v1/images/edits."""
 
+    image_param: ClassVar[str] = "image"  # the field that holds the init image
+
     input_fidelity: Literal["high", "low"] | None = Field(None, description=_NO_EFFECT)
     markup: Any = Field(None, description=_NOT_HERE)
     keep_rows: int | None = Field(None, description="without a mask: rows of tokens kept from the top; default 7 of 16")
     paste: bool | None = Field(
         None, description="true: kept pixels have the original's values; false: the whole image is decoded from tokens"
     )
+
+
+class EditJsonRequest(EditRequest):
+    """JSON body of POST /v1/images/edits: the pictures are inside it."""
+
+    images: list[PictureReference] = Field(min_length=1, description="the init image; only one is supported")
+    mask: PictureReference | None = Field(None, description="as the form's mask")
+
+    image_param: ClassVar[str] = "images"
+
+    def files(self) -> dict[str, IO[bytes]]:
+        """The pictures by the names of the form's parts. Call it in a thread.
+
+        Raises:
+            Failure: several images, a reference to a file or to another server, no valid base64.
+        """
+        references = {"images": self.images[0]} | ({} if self.mask is None else {"mask": self.mask})
+        for param, reference in references.items():
+            if reference.file_id is not None:
+                detail = "Leave out `file_id`: this server stores no files."
+                raise Failure("unsupported_parameter", detail, "`file_id` 항목을 빼 주세요.", param=param)
+        if len(self.images) > 1:
+            detail = "`images` has several: only one image is supported."
+            raise Failure("invalid_image", detail, "`images`: 이미지는 한 장만 보낼 수 있습니다.", param="images")
+        names = {"images": "image", "mask": "mask"}
+        return {names[param]: picture_bytes(one.image_url, param) for param, one in references.items()}
 
 
 class TokenizeRequest(BaseModel):
@@ -122,8 +154,6 @@ class TokenizeRequest(BaseModel):
 
     prompt: Annotated[str, Field(description="the text whose tokens are counted; may be empty")]
 
-
-AnyRequest = TypeVar("AnyRequest", GenerationRequest, EditRequest, TokenizeRequest)
 
 _UNSUPPORTED = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup")
 # Request fields whose names differ from the engine's.
@@ -169,23 +199,6 @@ def _parameter_limit(spec: FieldSpec, span: tuple[float, float]) -> dict[str, An
     }
 
 
-def read_request(kind: type[AnyRequest], values: Mapping[str, Any]) -> AnyRequest:
-    """`values` of a JSON object as a request; raises Failure naming the first invalid field."""
-    for name in values:  # before pydantic, which describes each of 100,000 unknown ones
-        if name not in kind.model_fields:
-            raise _unknown(printable(name))
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        # never include the input: it may be large, and it is often the caption
-        raise _as_failure(error.errors(include_url=False, include_input=False, include_context=False)[0]) from None
-
-
-def read_text_request(kind: type[AnyRequest], fields: Mapping[str, str]) -> AnyRequest:
-    """`read_request` for a form, whose numbers and booleans arrive as text."""
-    return read_request(kind, {name: _from_text(kind, name, text) for name, text in fields.items()})
-
-
 def generation_job(
     request: ImageRequest,
     info: ModelInfo,
@@ -205,16 +218,27 @@ def generation_job(
     _check_bounds(request, settings.limits)
     num_images = request.n or 1
     num_candidates = _num_candidates(request, num_images, settings)
+    image_format: ImageFormat = request.output_format or "png"
+    num_returned = num_candidates if request.all_candidates else num_images
+    rendition = read_rendition(
+        request.size,
+        request.background,
+        info,
+        settings.limits,
+        image_format=image_format,
+        num_returned=num_returned,
+    )
     stream = bool(request.stream)
     for name in ("partial_images", "progress"):
         if getattr(request, name) and not stream:
-            raise _invalid(name, "requires `stream`: true", "`stream`이 true일 때만 쓸 수 있습니다")
+            raise invalid_value(name, "requires `stream`: true", "`stream`이 true일 때만 쓸 수 있습니다")
     if request.rank_by == "log_likelihood" and not has_init_image:
         detail_ko = "`log_likelihood`는 마스크가 있는 이미지에만 쓸 수 있습니다"
-        raise _invalid("rank_by", "`log_likelihood` needs an image with a mask", detail_ko)
-    image_format: ImageFormat = request.output_format or "png"
+        raise invalid_value("rank_by", "`log_likelihood` needs an image with a mask", detail_ko)
     if request.output_compression is not None and image_format == "png":
-        raise _invalid("output_compression", "is for webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다")
+        raise invalid_value(
+            "output_compression", "is for webp and jpeg: png is lossless", "webp와 jpeg에만 쓸 수 있습니다"
+        )
     return GenerationJob(
         request_id=request_id,
         key_id=key_id,
@@ -224,6 +248,7 @@ def generation_job(
         rank_by=request.rank_by or "koclip",
         image_format=image_format,
         compression=100 if request.output_compression is None else request.output_compression,
+        rendition=rendition,
         num_partials=request.partial_images or 0,
         wants_progress=bool(request.progress),
         wants_all=bool(request.all_candidates),
@@ -242,7 +267,7 @@ def checked_prompt(prompt: str, limits: Limits) -> str:
     try:
         prompt = clean_text(prompt, field="prompt")
     except TextFault as fault:
-        raise _invalid("prompt", fault.remedy, f"쓸 수 없는 문자가 있습니다({fault.remedy})") from None
+        raise invalid_value("prompt", fault.remedy, f"쓸 수 없는 문자가 있습니다({fault.remedy})") from None
     if len(prompt) > most:
         raise _long_prompt(len(prompt), most)
     return prompt
@@ -253,7 +278,7 @@ def unknown_words(words: PromptWords) -> Failure:
     named = described(words.unknown[:8])
     detail = f"has words that the model does not know: {named}" if named else "has no word"
     detail_ko = f"모델이 모르는 말이 있습니다: {named}" if named else "말이 없습니다"
-    return _invalid("prompt", detail, detail_ko)
+    return invalid_value("prompt", detail, detail_ko)
 
 
 def _long_prompt(length: int, most: int) -> Failure:
@@ -273,7 +298,7 @@ def quality_of(num_candidates: int) -> Quality:
 def _caption(prompt: str, limits: Limits) -> str:
     prompt = checked_prompt(prompt, limits)
     if not prompt:
-        raise _invalid("prompt", "must not be empty", "설명을 입력해 주세요")
+        raise invalid_value("prompt", "must not be empty", "설명을 입력해 주세요")
     return prompt
 
 
@@ -283,13 +308,8 @@ def _check_support(request: ImageRequest, info: ModelInfo) -> None:
     for name in _UNSUPPORTED:
         if getattr(request, name, None) is not None:
             raise Failure("unsupported_parameter", f"Leave out `{name}`.", f"`{name}` 항목을 빼 주세요.", param=name)
-    own = f"{info.image_size}x{info.image_size}"
-    if request.size not in (None, "auto", own):
-        raise _invalid("size", f"must be {own}, the model's size, or auto", f"이 모델의 크기는 {own}입니다")
-    if request.background == "transparent":
-        raise _invalid("background", "images are opaque", "투명한 배경은 지원하지 않습니다")
     if request.response_format == "url":
-        raise _invalid("response_format", "images are sent as b64_json only", "b64_json만 지원합니다")
+        raise invalid_value("response_format", "images are sent as b64_json only", "b64_json만 지원합니다")
 
 
 def model_not_found(info: ModelInfo) -> Failure:
@@ -307,16 +327,16 @@ def _check_bounds(request: ImageRequest, limits: Limits) -> None:
         if value is None or least <= value <= most:
             continue
         if spec is None or not spec.takes_zero:
-            raise _invalid(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
+            raise invalid_value(name, f"must be {least:,} to {most:,}", f"{least:,}부터 {most:,}까지 쓸 수 있습니다")
         if value != 0:
             detail_ko = f"0이거나 {least:,}부터 {most:,}까지 쓸 수 있습니다"
-            raise _invalid(name, f"must be 0, or {least:,} to {most:,}", detail_ko)
+            raise invalid_value(name, f"must be 0, or {least:,} to {most:,}", detail_ko)
 
 
 def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSettings) -> int:
     most = settings.limits.max_candidates
     if num_images > most:
-        raise _invalid(
+        raise invalid_value(
             "n", f"must be at most {most}, the limit of images generated for a request", f"최대 {most}장입니다"
         )
     requested = _one_of(request, "candidates", "num_candidates")
@@ -325,7 +345,7 @@ def _num_candidates(request: ImageRequest, num_images: int, settings: ServeSetti
         count = settings.default_candidates if quality in (None, "auto") else QUALITIES[quality]  # type: ignore[index]
         return min(max(count, num_images), most)
     if requested < num_images:
-        raise _invalid("candidates", f"must be at least n, {num_images}", f"n({num_images}) 이상이어야 합니다")
+        raise invalid_value("candidates", f"must be at least n, {num_images}", f"n({num_images}) 이상이어야 합니다")
     return int(requested)
 
 
@@ -350,59 +370,7 @@ def _sampling_params(
 def _one_of(request: ImageRequest, name: str, alias: str) -> Any:
     value, other = getattr(request, name), getattr(request, alias)
     if value is not None and other is not None:
-        raise _invalid(alias, f"is an alias of `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요")
+        raise invalid_value(
+            alias, f"is an alias of `{name}`: give one of them", f"`{name}`와 같은 항목이므로 하나만 쓰세요"
+        )
     return other if value is None else value
-
-
-def _invalid(name: str, detail: str, detail_ko: str) -> Failure:
-    return Failure("invalid_value", f"`{name}` {detail}.", f"`{name}`: {detail_ko}.", param=name)
-
-
-# ------------------------------------------------------------------------------------------------ text to values
-
-# Numbers are read as JSON's (7.0 is an integer, +7, 07 and 1_000 are none). Booleans in any case: Python's clients send True.
-_BOOLEANS = {"true": True, "false": False}
-
-
-def _from_text(kind: type[BaseModel], name: str, text: str) -> Any:
-    field = kind.model_fields.get(name)
-    wanted = () if field is None else get_args(field.annotation)
-    if bool in wanted:
-        value = _BOOLEANS.get(text.strip(" \t\r\n").lower()) if len(text) <= MAX_NUMBER_CHARACTERS else None
-        if value is None:
-            raise _wrong_type(name, "true or false", "true 또는 false")
-        return value
-    if int in wanted or float in wanted:
-        number = parse_number(text)
-        if number is None:
-            raise _wrong_type(name, *_TYPES["int_type" if int in wanted else "finite_number"])
-        return number  # a fraction where an integer is wanted fails as it does in JSON
-    return text
-
-
-_TYPES = {
-    "int_type": ("an integer", "정수"),
-    "float_type": ("a number", "숫자"),
-    "finite_number": ("a finite number", "유한한 숫자"),
-    "string_type": ("a string", "문자열"),
-    "bool_type": ("true or false", "true 또는 false"),
-}
-
-
-def _as_failure(fault: Any) -> Failure:
-    name = printable(".".join(map(str, fault["loc"][:1])))
-    if fault["type"] == "missing":
-        return Failure("missing_required_parameter", f"Add `{name}`.", f"`{name}` 항목을 넣어 주세요.", param=name)
-    if fault["type"] in _TYPES:
-        return _wrong_type(name, *_TYPES[fault["type"]])
-    return _invalid(name, fault["msg"][:1].lower() + fault["msg"][1:], f"허용되지 않는 값입니다({fault['msg']})")
-
-
-def _unknown(name: str) -> Failure:
-    return Failure(
-        "unknown_parameter", f"Remove `{name}` or correct its spelling.", f"`{name}` 항목을 확인해 주세요.", param=name
-    )
-
-
-def _wrong_type(name: str, wanted: str, wanted_ko: str) -> Failure:
-    return Failure("invalid_type", f"`{name}` must be {wanted}.", f"`{name}`: {wanted_ko} 값이어야 합니다.", param=name)

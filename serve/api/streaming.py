@@ -11,8 +11,8 @@ after `KEEP_ALIVE_S` without an event, with the first comment line that keeps pr
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -33,6 +33,7 @@ _STREAM_HEADERS = {
 }
 _log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
 OnFinished = Callable[[Finished], None]
 OnFailure = Callable[[Failure], None]
 
@@ -91,6 +92,25 @@ async def finished_job(pool: WorkerPool, job: GenerationJob, *, receive: Receive
             if isinstance(event, Finished):
                 return event
     raise Failure("generation_failed", "The worker stopped without a result.", "결과 없이 끝났습니다.")
+
+
+async def answered(waited: Awaitable[Answer], *, receive: Receive, ends_at: float) -> Answer:
+    """What is waited for, which is cancelled at the deadline and when the client closes the connection.
+
+    Raises:
+        Failure: the deadline has passed; what `waited` raises.
+        ClientGone: the client closed the connection.
+    """
+    task, gone = asyncio.ensure_future(waited), asyncio.create_task(_disconnected(receive))
+    try:
+        left_s = ends_at - asyncio.get_running_loop().time()
+        await asyncio.wait({task, gone}, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone if gone.done() else Failure("deadline_exceeded")
+    finally:
+        await _stop(gone)
+        await _stop(task)
 
 
 class EventStream(Response):

@@ -14,19 +14,22 @@ S pixels of the model's images, g x g grid of tokens.
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 
 from engine.data.crops import DECODE_ERRORS, is_animated
+from engine.data.cut_out import ground_rgb
 from engine.data.orientation import orientation_of, turn_upright
-from engine.data.transparency import alpha_of, with_alpha
+from engine.data.transparency import alpha_of, to_rgba, with_alpha
 from engine.errors import InputError
 from engine.pipeline.init_image import InitImage, check_kept_after
+from serve.api.data_urls import picture_bytes
 from serve.api.decode_limits import DecodingStopped, StoppableFile, excess_of
 from serve.api.errors import Failure, input_failure
 from serve.api.forms import printable
@@ -36,6 +39,7 @@ from serve.settings import Limits
 
 UPLOAD_FORMATS = ("PNG", "WEBP", "JPEG")
 FILE_PARTS = ("image", "image[]", "mask", "markup")
+Read = TypeVar("Read")
 _MAX_CONCURRENT = 2  # 16 million pixels take about 200 MB while a mask is computed
 
 # Korean messages for the mask errors of engine/pipeline/init_image.py, by their `value`.
@@ -76,11 +80,13 @@ class UploadReader:
         ends_at = time.monotonic() + left_s
         image_file, mask_file = (file and self._stoppable(file, ends_at) for file in _parts(files))
         assert image_file is not None
-        loop = asyncio.get_running_loop()
+        most = self._limits.max_pixels
+        return await self._run(partial(read_init_image, image_file, mask_file, edit, info, most))
+
+    async def _run(self, read: Callable[[], Read]) -> Read:
+        """Runs a decoding in a thread; raises Failure where it was stopped."""
         try:
-            return await loop.run_in_executor(
-                self._threads, read_init_image, image_file, mask_file, edit, info, self._limits.max_pixels
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._threads, read)
         except DecodingStopped:
             raise Failure("unavailable" if self._stopping.is_set() else "deadline_exceeded") from None
 
@@ -88,12 +94,48 @@ class UploadReader:
         stoppable = StoppableFile(file, ends_at=ends_at, is_stopped=self._stopping.is_set)
         return cast(IO[bytes], stoppable)  # read, seek and tell are what Pillow needs
 
+    async def read_pictures(
+        self, data_urls: Mapping[str, str], info: ModelInfo, *, left_s: float
+    ) -> dict[str, Image.Image]:
+        """Pictures of a JSON body by their places in it: RGB, their middle squares at the model's size.
+
+        One after the other, so that other requests' pictures are decoded between them.
+
+        Args:
+            left_s: as of `read`.
+
+        Raises:
+            Failure: no data URL, not a picture, or too many pixels in one or in all of them together; no time left; the
+                server stops.
+        """
+        ends_at = time.monotonic() + left_s
+
+        def read(url: str, param: str, max_pixels: int) -> tuple[Image.Image, int]:
+            file = self._stoppable(picture_bytes(url, param), ends_at)
+            image = open_upload(file, param, max_pixels=max_pixels)
+            return _squared(image, info), image.width * image.height
+
+        pictures, left = {}, self._limits.max_embedded_pixels
+        for param, url in data_urls.items():
+            most = min(left, self._limits.max_pixels)
+            pictures[param], used = await self._run(partial(read, url, param, most))
+            left -= used
+        return pictures
+
+
+def _squared(image: Image.Image, info: ModelInfo) -> Image.Image:
+    """A picture as the ranker sees generated ones: RGB at the model's size, transparency on the model's ground."""
+    if info.ground is not None and image.has_transparency_data:
+        layer = to_rgba(image)
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (*ground_rgb(info.ground), 255)), layer)
+    return Image.fromarray(InitImage(image).pixels(info.image_size))
+
 
 def read_init_image(
     image_file: IO[bytes], mask_file: IO[bytes] | None, edit: EditRequest, info: ModelInfo, max_pixels: int
 ) -> InitImage:
     """Decodes, crops and resizes an upload; raises Failure as `UploadReader.read`."""
-    image = open_upload(image_file, "image", max_pixels=max_pixels)
+    image = open_upload(image_file, edit.image_param, max_pixels=max_pixels)
     mask, mask_param = _mask(image, mask_file, edit, max_pixels)
     paste = True if edit.paste is None else edit.paste
     _check_rows(edit.keep_rows, info.grid_size)
@@ -170,7 +212,7 @@ def _mask(
 ) -> tuple[Image.Image | None, str]:
     """The mask, white where to regenerate, or None; and the form field that it is from."""
     if mask_file is None:
-        return (_own_mask(image) if edit.keep_rows is None else None), "image"
+        return (_own_mask(image) if edit.keep_rows is None else None), edit.image_param
     if edit.keep_rows is not None:
         detail = "`keep_rows` cannot be combined with a mask: give one of the two."
         raise Failure("invalid_value", detail, "`keep_rows`: 마스크와 함께 쓸 수 없습니다.", param="keep_rows")

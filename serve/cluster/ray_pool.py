@@ -21,7 +21,7 @@ from serve.api.errors import Failure
 from serve.api.rate_limits import RateLimiter
 from serve.cluster.rerun import WorkerLost, generate_with_reruns
 from serve.cluster.saturated_workers import SaturatedWorkers
-from serve.messages import GenerationEvent, GenerationJob, ModelInfo
+from serve.messages import EmbeddingJob, Embeddings, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import merge_expositions
 
 CALL_TIMEOUT_S = 2.0  # of short calls between replicas
@@ -80,6 +80,20 @@ class RayPool:
         return generate_with_reruns(
             self._send, job, on_rerun=self._reruns.inc, saturated_workers=self._saturated_workers
         )
+
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        """Sent to a second worker when the first one dies or is draining."""
+        refused = Refused("failed", "its workers died")
+        for _ in range(2):
+            try:
+                answer: Embeddings | Refused = await self._workers.embed.remote(job)
+            except CONNECTION_ERRORS as error:
+                _log.warning("embeddings %s lost their worker: %s", job.request_id, one_line(error))
+                continue
+            if isinstance(answer, Embeddings) or answer.reason != "draining":
+                return answer
+            refused = answer
+        return refused
 
     async def metrics_text(self) -> str:
         try:

@@ -18,7 +18,7 @@ from serve.cluster.coordinator import REPORT_EVERY_S, Coordinator
 from serve.cluster.open_requests import OpenRequests
 from serve.cluster.ray_pool import CALL_TIMEOUT_S, CONNECTION_ERRORS, RayPool
 from serve.cluster.rerun import with_heartbeats
-from serve.messages import GenerationEvent, GenerationJob, ModelInfo
+from serve.messages import EmbeddingJob, Embeddings, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.process import log_to_stderr, process_name
 from serve.settings import ServeSettings
 
@@ -37,6 +37,9 @@ class WorkerReplica:
     async def generate(self, job: GenerationJob) -> AsyncGenerator[GenerationEvent | None, None]:
         async for event in with_heartbeats(self._worker.generate(job)):
             yield event
+
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        return await self._worker.embed(job)
 
     async def info(self) -> ModelInfo:
         return self._worker.info

@@ -230,6 +230,7 @@ export const korean = {
   "error.connection": "서버와 연결이 여러 번 끊겼습니다. 잠시 뒤에 다시 시도하세요.",
   "error.status": "서버가 오류로 답했습니다(HTTP {status}).",
 
+  "foot.ai": "여기서 만드는 이미지는 모두 AI가 생성하며, 파일에도 그렇게 표시됩니다.",
   "foot.private": "이미지와 기록은 이 브라우저에만 남습니다.",
   "foot.model": "모델 {id} · {size}픽셀 · 설명 토큰 {tokens}개 · {device}",
 };

@@ -4,7 +4,7 @@ The thread's tasks by priority:
 
     0    encode init images: their sequences hold slots and wait
     1    complete requests: decode, paste, rank, then encode the requested images
-    2    previews; one that is not decoded before the next of its candidate is due is dropped
+    2    previews; one that is not decoded before the next of its candidate is due is dropped. Embeddings
 
 On a GPU the thread has a stream of its own, because sampling tokens is bound by memory and decoding images by arithmetic.
 On a CPU it shares the cores with the decode loop. Nothing here runs on the event loop: a PNG of 256 x 256 takes 7 ms.
@@ -17,9 +17,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -29,17 +29,25 @@ from engine.pipeline.generation import Candidate, PreparedRequest
 from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.provenance import ModelRecord
+from engine.pipeline.provenance import ModelRecord, digital_source
+from engine.pipeline.rendition import Rendition, render
 from serve.messages import Finished, GeneratedImage, GenerationJob, ModelInfo, Partial, Refused
 from serve.metrics import WorkerMetrics
 from serve.process import lower_thread_priority
+from serve.worker.content_credentials import ContentCredentials
 from serve.worker.previews import blank_missing
 from serve.worker.request_state import RequestState
 
 _ENCODERS = 2
 _WEIGHT = 1 / 8  # of a request in the moving average of seconds per image
 
+Result = TypeVar("Result")
+
 log = logging.getLogger(__name__)
+
+
+class WorkerStopped(RuntimeError):
+    """The thread stopped before it came to a call."""
 
 
 @dataclass(order=True)
@@ -53,8 +61,17 @@ class _Task:
 class Postprocessor:
     """Owns the postprocessing thread and the encoding threads."""
 
-    def __init__(self, pipeline: Pipeline, info: ModelInfo, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        info: ModelInfo,
+        metrics: WorkerMetrics,
+        *,
+        visible_mark: str = "",
+        credentials: ContentCredentials | None = None,
+    ) -> None:
         self._pipeline, self._info, self._metrics = pipeline, info, metrics
+        self._visible_mark, self._credentials = visible_mark, credentials
         self._model = ModelRecord(model=info.model_id, model_digest=info.digest, arithmetic=pipeline.arithmetic)
         self._tasks: queue.PriorityQueue[_Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -63,7 +80,8 @@ class Postprocessor:
         self._is_stopping = False
         self._image_s = 0.0  # moving average of the seconds that a candidate's decoding and ranking take
         self.num_waiting = 0  # candidates whose tokens are sampled and whose images are not decoded
-        self._counting = threading.Lock()
+        self._calls: set[Future[Any]] = set()
+        self._counting = threading.Lock()  # guards the two above
         self.failure: BaseException | None = None
 
     def start(self) -> None:
@@ -78,6 +96,10 @@ class Postprocessor:
         self._is_stopping = True
         self._put(-1, None, lambda: None)
         self._thread.join()
+        with self._counting:
+            for call in self._calls:
+                if not call.done() and call.set_running_or_notify_cancel():
+                    call.set_exception(WorkerStopped())
         self._encoders.shutdown(wait=True, cancel_futures=True)
 
     def prepare(self, state: RequestState) -> None:
@@ -107,6 +129,24 @@ class Postprocessor:
 
     def preview(self, state: RequestState, candidate: int) -> None:
         self._put(2, state, lambda: self._preview(state, candidate))
+
+    def call(self, run: Callable[[], Result]) -> Future[Result]:
+        """Runs something in the thread, behind complete requests; WorkerStopped if the thread stops before."""
+        future: Future[Result] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(run())
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+
+        with self._counting:
+            self._calls = {one for one in self._calls if not one.done()} | {future}
+        self._put(2, None, call)
+        return future
 
     def _count(self, num_candidates: int) -> None:
         with self._counting:
@@ -163,21 +203,35 @@ class Postprocessor:
         image = Image.fromarray(to_uint8(images)[0].numpy())
 
         def encode() -> None:
-            data = self.encoded(state, candidate, image)
+            data = self.encoded(state, candidate, image, self.marked(Rendition()))
             state.emit(Partial(candidate, preview.index, preview.rows_generated, g, data))
 
         self._encoders.submit(_run_encoding, state, encode)
 
-    def encoded(self, state: RequestState, candidate: int, image: Image.Image) -> bytes:
-        """An image in the job's format, with its provenance as metadata."""
-        job = state.job
-        return encode_image(
-            image, job.image_format, compression=job.compression, metadata=self.provenance(state, candidate)
-        )
+    def marked(self, rendition: Rendition) -> Rendition:
+        """A rendition with this server's visible mark."""
+        return replace(rendition, visible_mark=self._visible_mark)
 
-    def provenance(self, state: RequestState, candidate: int) -> dict[str, Any]:
+    def encoded(
+        self, state: RequestState, candidate: int, image: Image.Image, rendition: Rendition, *, is_final: bool = False
+    ) -> bytes:
+        """An image in the job's format, with its provenance as metadata, and signed if it is final."""
+        job, made = state.job, self.provenance(state, candidate, rendition)
+        source = digital_source(made)
+        content = encode_image(
+            render(image, rendition, ground=self._pipeline.ground),
+            job.image_format,
+            compression=job.compression,
+            metadata=made,
+            source=source,
+        )
+        if self._credentials is None or not is_final:
+            return content
+        return self._credentials.sign(content, job.image_format, source)
+
+    def provenance(self, state: RequestState, candidate: int, rendition: Rendition) -> dict[str, Any]:
         """A candidate's provenance, with the model's id in the API."""
-        return self._pipeline.provenance(state.request, candidate, model=self._model)
+        return self._pipeline.provenance(state.request, candidate, model=self._model, rendition=rendition)
 
     def submit_encoding(self, state: RequestState, run: Callable[[], None]) -> None:
         self._encoders.submit(_run_encoding, state, run)
@@ -193,6 +247,7 @@ class _Encoding:
     def __init__(self, state: RequestState, candidates: tuple[Candidate, ...], postprocessor: Postprocessor) -> None:
         self._state, self._candidates, self._postprocessor = state, candidates, postprocessor
         job = state.job
+        self._rendition = postprocessor.marked(job.rendition)
         self._wanted = [one for one in candidates if one.rank <= job.num_images or job.wants_all]
         self._data: dict[int, bytes] = {}
         self._lock = threading.Lock()
@@ -205,7 +260,7 @@ class _Encoding:
     def _encode(self, one: Candidate) -> None:
         if self._state.is_over:
             return
-        data = self._postprocessor.encoded(self._state, one.candidate, one.image)
+        data = self._postprocessor.encoded(self._state, one.candidate, one.image, self._rendition, is_final=True)
         with self._lock:
             self._data[one.candidate] = data
             is_last = len(self._data) == len(self._wanted)
@@ -225,7 +280,7 @@ class _Encoding:
                 contrast=one.contrast,
                 score_percentile=one.score_percentile,
                 log_likelihood=one.log_likelihood,
-                provenance=self._postprocessor.provenance(state, one.candidate),
+                provenance=self._postprocessor.provenance(state, one.candidate, self._rendition),
                 data=self._data.get(one.candidate),
             )
             for one in self._candidates

@@ -25,13 +25,17 @@ from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import is_hub_name
 from engine.models.folder import model_digest
+from engine.models.koclip import KoClip
+from engine.models.ranker import Ranker
 from engine.pipeline.loading import local_folder
 from engine.pipeline.pipeline import Pipeline
-from serve.messages import Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
+from serve.messages import EmbeddingJob, Embeddings, Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import WorkerMetrics
 from serve.scheduling.tickets import DeadlineTooShort, QueueFull
 from serve.settings import ServeSettings
+from serve.worker.content_credentials import ContentCredentials
 from serve.worker.decode_loop import DecodeLoop
+from serve.worker.embedding import Embedder
 from serve.worker.postprocessing import Postprocessor, prepare
 from serve.worker.request_state import RequestState
 
@@ -51,7 +55,8 @@ class Worker:
     """Loads the model, starts the threads and warms up; `close` stops the threads.
 
     Raises:
-        InputError: no such model or device, weights of the wrong shape, int8 where it is not supported.
+        InputError: no such model or device, weights of the wrong shape, int8 where it is not supported, a key that does not
+            sign.
     """
 
     def __init__(self, settings: ServeSettings) -> None:
@@ -62,7 +67,14 @@ class Worker:
         is_cuda = self.pipeline.device.type == "cuda"
         self.num_slots = settings.num_slots or (_SLOTS_CUDA if is_cuda else _SLOTS_CPU)
         self._metrics = WorkerMetrics(num_slots=self.num_slots)
-        self._postprocessor = Postprocessor(self.pipeline, self.info, self._metrics)
+        self._postprocessor = Postprocessor(
+            self.pipeline,
+            self.info,
+            self._metrics,
+            visible_mark=settings.visible_mark,
+            credentials=_credentials(settings),
+        )
+        self._embedder = Embedder(self.pipeline, self.info, self._postprocessor)
         self._decode_loop = DecodeLoop(
             self.pipeline,
             num_slots=self.num_slots,
@@ -124,6 +136,10 @@ class Worker:
                 self._metrics.count_cancelled()
             self._decode_loop.cancel(state)
 
+    async def embed(self, job: EmbeddingJob) -> Embeddings | Refused:
+        """KoCLIP's embeddings of a job's captions and pictures."""
+        return Refused("draining", retry_after_s=1.0) if self.is_draining else await self._embedder.embed(job)
+
     def _state(self, job: GenerationJob, arrived_s: float) -> RequestState:
         """Raises InputError: a job that the pipeline refuses, without an init image; that one is encoded later."""
         state = RequestState(job, Future(), asyncio.get_running_loop(), arrived_s)
@@ -166,7 +182,7 @@ class Worker:
     async def drain(self) -> None:
         """Refuses new jobs and waits until the accepted ones have ended."""
         self.is_draining = True
-        while self._states:
+        while self._states or self._embedder.num_waiting:
             await asyncio.sleep(_DRAIN_POLL_S)
 
     def close(self) -> None:
@@ -176,6 +192,13 @@ class Worker:
         self._postprocessor.stop()
         for state in list(self._states):
             state.emit(Refused("failed", "the worker stopped"))
+
+
+def _credentials(settings: ServeSettings) -> ContentCredentials | None:
+    """Raises InputError: files that cannot sign."""
+    if not settings.c2pa_key:
+        return None
+    return ContentCredentials(Path(settings.c2pa_certificates), Path(settings.c2pa_key))
 
 
 def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
@@ -194,7 +217,19 @@ def model_info(pipeline: Pipeline, folder: Path, *, name: str) -> ModelInfo:
         tokenizer_json=pipeline.tokenizer.to_json(),
         default_sampling_params=pipeline.default_sampling_params,
         caption_guide=pipeline.caption_guide,
+        embedding_width=_embedding_width(pipeline.koclip),
+        has_ranker_tokenizer=pipeline.ranker_tokenizer is not pipeline.tokenizer,
+        ground=pipeline.ground,
     )
+
+
+def _embedding_width(ranker: Ranker | None) -> int:
+    """0 without a ranker, and with one whose captions and pictures are not single vectors of one space."""
+    if ranker is None:
+        return 0
+    if isinstance(ranker, KoClip) and (ranker.config.token_similarity or ranker.config.direction_projections):
+        return 0
+    return ranker.config.embed_dim
 
 
 def _name(model: str) -> str:

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tests.serve.api.test_forms import part, whole
 
 
 def templates() -> list[Template]:
-    """Valid requests of the three routes that take bodies."""
+    """Valid requests of the routes that take bodies."""
     file = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(file, "PNG")
     plain = {"prompt": "빨강 네모", "n": 1, "candidates": 1, "seed": 7, "temperature": 0.5, "output_format": "jpeg"}
@@ -28,11 +29,16 @@ def templates() -> list[Template]:
         part("keep_rows", b"3"),
         part("image", file.getvalue(), filename="a.png"),
     )
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    edit = {"prompt": "빨강", "candidates": 1, "keep_rows": 3, "images": [{"image_url": url}]}
     generate = b"/v1/images/generations"
     return [
         Template(generate, b"application/json", json.dumps(plain).encode()),
         Template(generate, b"application/json", json.dumps(stream, ensure_ascii=False).encode()),
         Template(b"/v1/tokenize", b"application/json", b'{"prompt": "a"}'),
+        Template(b"/v1/images/edits", b"application/json", json.dumps(edit).encode()),
+        Template(b"/v1/embeddings", b"application/json", json.dumps({"input": ["a", {"image": url}]}).encode()),
+        Template(b"/v1/rerank", b"application/json", json.dumps({"query": "a", "documents": [url, "b"]}).encode()),
         Template(b"/v1/images/edits", b"multipart/form-data; boundary=b0undary", fields),
     ]
 

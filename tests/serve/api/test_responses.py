@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from engine.data.prompt_words import PromptWords, UnknownWord
+from engine.pipeline.rendition import Rendition
 from engine.sampling_params import SamplingParams
 from serve.api import application
 from serve.api.application import build_api
@@ -35,6 +36,19 @@ def test_a_response_is_json_with_every_image_complete() -> None:
     assert (answer["model"], answer["request_id"], answer["size"]) == ('a "model"', "req_1", "32x32")
     plain = replace(JOB, wants_all=False)
     assert "candidates" not in json.loads(response_body(plain, finished(plain), CONTEXT))
+
+
+def test_enlarged_and_cut_out_images_are_said_to_be_and_previews_are_not() -> None:
+    job = replace(JOB, rendition=Rendition(512, True))
+    answer = json.loads(response_body(job, finished(job), CONTEXT))
+    assert (answer["size"], answer["enlarged_from"], answer["background"]) == ("512x512", "32x32", "transparent")
+    events = [partial_event(Partial(0, 0, 2, 8, b"-"), job, CONTEXT), *finished_events(finished(job), job, CONTEXT)]
+    fields = [json.loads(event.decode().partition("data: ")[2]) for event in events]
+    assert [(one["size"], one["background"]) for one in fields] == [("32x32", "opaque")] + 3 * [
+        ("512x512", "transparent")
+    ]
+    plain = json.loads(response_body(JOB, finished(JOB), CONTEXT))
+    assert (plain["size"], plain["enlarged_from"], plain["background"]) == ("32x32", None, "opaque")
 
 
 def test_input_tokens_are_those_of_the_caption_and_the_init_image() -> None:

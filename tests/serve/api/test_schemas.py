@@ -4,12 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from engine.errors import InputError
+from engine.pipeline.init_image import InitImage
+from engine.pipeline.rendition import Rendition
 from engine.sampling_params import FIELDS, SamplingParams
 from serve.api import schemas
 from serve.api.body import parse_object
 from serve.api.errors import Failure
+from serve.api.renditions import check_init_ground, size_bounds
 from serve.api.schemas import (
     EditRequest,
     GenerationRequest,
@@ -17,10 +21,9 @@ from serve.api.schemas import (
     generation_job,
     parameter_limits,
     quality_of,
-    read_request,
-    read_text_request,
     spec_of,
 )
+from serve.api.validation import read_request, read_text_request
 from serve.messages import GenerationJob
 from serve.settings import Limits, ServeSettings, read_settings
 from tests.live_server import INFO
@@ -53,6 +56,45 @@ def test_the_models_sampling_params_are_the_defaults(monkeypatch: pytest.MonkeyP
     assert job(seed=0).sampling_params == own.updated(top=1)
     cooler = job(seed=0, temperature=1, guidance=1).sampling_params
     assert cooler == SamplingParams(temperature=1, top_p=0.9, top=1)
+
+
+def test_larger_squares_are_enlarged_up_to_the_servers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, side in (("auto", None), ("32x32", None), ("33x33", 33), ("1024x1024", 1024)):
+        assert job(size=size).rendition == Rendition(side)
+    assert job(size="1024x1024", n=10).num_images == 10
+    assert job(size="32x32", candidates=64, all_candidates=True).wants_all, (
+        "images as they are have no limit of their own"
+    )
+    assert "allows 40 images" in failure_of(size="512x512", candidates=41, all_candidates=True).message
+    large = replace(INFO, image_size=2048)  # a model beyond the limit: its own size alone
+    assert size_bounds(large, Limits()) == (2048, 2048)
+    monkeypatch.setitem(globals(), "INFO", large)
+    assert job(size="2048x2048").rendition == Rendition()
+    assert failure_of(size="4096x4096").message.endswith("must be 2048x2048, the model's size, or auto.")
+
+
+def test_a_transparent_background_needs_a_ground_and_a_format_with_transparency(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "needs a model of cut-outs" in failure_of(background="transparent").message
+    monkeypatch.setitem(globals(), "INFO", replace(INFO, ground="#eeeeec"))
+    for form in ("png", "webp"):
+        assert job(background="transparent", output_format=form).rendition == Rendition(None, True)
+    assert "jpeg has no transparency" in failure_of(background="transparent", output_format="jpeg").message
+    assert job(background="auto").rendition == job(background="opaque").rendition == Rendition()
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_an_edit_is_cut_out_only_where_its_image_is_on_the_ground(is_plain: bool) -> None:
+    info = replace(INFO, ground="#eeeeec")
+    image = InitImage(Image.new("RGB", (32, 32), "#f0f0f0" if is_plain else "#336699"), keep_rows=3)
+    check_init_ground(Rendition(), image, info)
+    if is_plain:
+        check_init_ground(Rendition(None, True), image, info)
+        return
+    with pytest.raises(Failure, match="border is of other colours") as raised:
+        check_init_ground(Rendition(None, True), image, info)
+    assert raised.value.param == "background"
 
 
 def test_null_equals_an_omitted_field_except_for_the_prompt() -> None:
@@ -171,7 +213,11 @@ def test_form_text_that_is_not_a_number_or_boolean_is_rejected_by_name(name: str
         ({"negative_prompt": "x"}, "unknown_parameter", "negative_prompt"),
         ({"keep_rows": 2}, "unknown_parameter", "keep_rows"),
         ({"model": "dall-e-2"}, "model_not_found", "model"),
-        ({"size": "1024x1024"}, "invalid_value", "size"),
+        ({"size": "1025x1025"}, "invalid_value", "size"),
+        ({"size": "31x31"}, "invalid_value", "size"),
+        ({"size": "1024x768"}, "invalid_value", "size"),
+        ({"size": "0512x0512"}, "invalid_value", "size"),
+        ({"size": "1024x1024", "candidates": 11, "all_candidates": True}, "invalid_value", "size"),
         ({"quality": "best"}, "invalid_value", "quality"),
         ({"output_format": "gif"}, "invalid_value", "output_format"),
         ({"output_format": "svg"}, "invalid_value", "output_format"),

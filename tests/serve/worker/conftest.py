@@ -5,14 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from serve.settings import ServeSettings
 from serve.worker.worker import Worker
+from tests.signers import write_signer
 
 
 @pytest.fixture(scope="module")
 def settings(kodalle_run: Path) -> ServeSettings:
     return ServeSettings(model=str(kodalle_run / "model"), num_slots=6, max_queued_sequences=64)
+
+
+@pytest.fixture(scope="session")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Certificates and key."""
+    return write_signer(tmp_path_factory.mktemp("signer"), ec.generate_private_key(ec.SECP256R1()))
 
 
 @pytest.fixture(scope="module")

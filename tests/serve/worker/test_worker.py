@@ -7,8 +7,10 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import c2pa
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.rendition import Rendition, render
 from engine.sampling_params import SamplingParams
 from serve.messages import Finished, GenerationEvent, GenerationJob, Partial, Progress, Refused
 from serve.settings import ServeSettings
@@ -141,6 +144,35 @@ def test_every_format_carries_the_generation_parameters(worker: Worker, image_fo
         assert (found["caption"], found["seed"], found["candidate"]) == (CAPTIONS[0], 5, one.candidate)
         assert found["model_digest"] == worker.info.digest
         assert Image.open(io.BytesIO(one.data)).format == image_format.upper()
+
+
+@pytest.mark.parametrize("mark", ["", "AI"])
+def test_a_rendition_is_made_from_the_generated_image_and_stated_in_it(
+    make_worker: Callable[..., Worker], pipeline: Pipeline, mark: str
+) -> None:
+    worker, rendition = make_worker(visible_mark=mark), Rendition(80, True)
+    job = replace(JOB, rendition=rendition)
+    generation = pipeline([job.caption], job.sampling_params)[0]
+    for ours, theirs in zip(_run(_finished(worker, job)).images, generation.candidates, strict=True):
+        assert ours.data is not None
+        with Image.open(io.BytesIO(ours.data)) as image:
+            wanted = render(theirs.image, replace(rendition, visible_mark=mark), ground=pipeline.ground)
+            assert (image.mode, image.tobytes()) == ("RGBA", wanted.tobytes())
+        assert ours.provenance == read_metadata(ours.data)
+        assert ours.provenance["rendition"] == {
+            "size": 80, "enlarged_from": 32, "background": "transparent", "visible_mark": mark,
+        }  # fmt: skip
+
+
+def test_a_server_with_a_key_signs_what_it_returns(
+    make_worker: Callable[..., Worker], signer: tuple[Path, Path]
+) -> None:
+    worker = make_worker(c2pa_certificates=str(signer[0]), c2pa_key=str(signer[1]))
+    for one in _run(_finished(worker, replace(JOB, image_format="webp"))).images:
+        assert one.data is not None
+        with c2pa.Reader("image/webp", io.BytesIO(one.data)) as reader:
+            assert reader.get_validation_state() == "Valid"
+        assert read_metadata(one.data) == one.provenance
 
 
 def test_images_that_were_not_requested_are_not_encoded(worker: Worker) -> None:
