@@ -75,19 +75,21 @@ soak: $(READY)  ## an hour or so: tests and benchmarks that `make test` leaves o
 	$(BIN)/python benchmarks/train_faults.py --out $(RESULTS)/train_faults
 	$(BIN)/python benchmarks/train_hosts.py --out $(RESULTS)/train_hosts
 
-# What the tests of the page and of two hosts need besides Python: a browser with a Korean font, `ip`, and the TypeScript
-# that checks the page's types where there is node. Without them, or without leave to install them, those tests skip and
+# What the tests of the page and of two hosts need besides Python: a browser with a Korean font, `ip`, and where there is node
+# the TypeScript that checks the page's types and OpenAI's client. Without them, or without leave to install them, those tests skip and
 # say so.
-system-packages:  ## Chromium, a Korean font, ip and TypeScript, for the tests that need them
+system-packages:  ## Chromium, a Korean font, ip, TypeScript and a client for node, for the tests that need them
 	@if command -v chromium >/dev/null && command -v ip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium fonts-nanum iproute2 >/dev/null) || echo "system packages could not be installed: some tests will skip"; \
 	else echo "no leave to install chromium, fonts-nanum, iproute2: some tests will skip"; fi
-	@if [ -d tests/serve/page/typescript/node_modules/typescript ]; then :; \
-	elif command -v npm >/dev/null; then \
-	  npm ci --silent --no-audit --no-fund --prefix tests/serve/page/typescript || echo "no TypeScript: a test will skip"; \
-	else echo "no npm, so no TypeScript: a test will skip"; fi
+	@for place in tests/serve/page/typescript tests/serve/clients/node; do \
+	  if [ -d $$place/node_modules ]; then :; \
+	  elif command -v npm >/dev/null; then \
+	    npm ci --silent --no-audit --no-fund --prefix $$place || echo "$$place could not be installed: a test will skip"; \
+	  else echo "no npm for $$place: a test will skip"; fi; \
+	done
 
 bench: $(READY)  ## speed of kernels and of generation
 	$(BIN)/python benchmarks/kernel_speed.py

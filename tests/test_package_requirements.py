@@ -27,9 +27,11 @@ EXTRAS_OF_FOLDER = {
     "engine": set[str](),
     "kernels": {"gpu"},
     "serve/scheduling": set[str](),
+    "serve/mcp_server.py": {"mcp"},
+    "serve/worker/content_credentials.py": {"c2pa", "serve"},
     "serve": {"serve"},
-    "benchmarks": {"train", "serve", "onnx", "gpu", "dev"},
-    "tests": {"train", "serve", "onnx", "gpu", "dev"},
+    "benchmarks": {"train", "serve", "mcp", "onnx", "gpu", "dev"},
+    "tests": {"train", "serve", "mcp", "c2pa", "onnx", "gpu", "dev"},
 }
 OURS = {"engine", "kernels", "serve", "tests"}
 # taming: see pyproject.toml. torchvision: looked for, never needed (engine/models/environment.py). dalle_pytorch: a baseline.
@@ -144,7 +146,7 @@ def test_constraints_pin_every_declared_requirement() -> None:
     assert "taming-transformers-rom1504" in pinned
 
 
-@pytest.mark.parametrize("extra", ["train", "serve"])
+@pytest.mark.parametrize("extra", ["train", "serve", "mcp"])
 def test_every_module_of_an_extra_has_its_remedy(extra: str) -> None:
     """A module that is imported when its file is, and missing, must end in one line."""
     modules = {module for file in _files() if file.startswith(("engine/", "serve/")) for module in _foreign(file)}
