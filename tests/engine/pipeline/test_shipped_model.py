@@ -7,8 +7,11 @@ import pytest
 
 from engine.data.caption_guide import read_guide
 from engine.data.kfashion.colours import K_FASHION_COLOURS
+from engine.data.prompt_words import PromptReader
 from engine.data.synthetic.oracle import read
+from engine.errors import InputError
 from engine.metrics.colour import fit_colour_reader
+from engine.models.folder import own_real_scores
 from engine.pipeline.pipeline import Pipeline
 from serve.settings import ServeSettings
 from tests.paths import REPOSITORY
@@ -61,3 +64,42 @@ def test_the_clothing_model_generates_clothes_of_the_colours_that_the_captions_s
     swatches = {name: rgb for name, rgb in K_FASHION_COLOURS.items() if name in attributes["색상"]}
     reader = fit_colour_reader([np.full((8, 8, 3), rgb, np.uint8) for rgb in swatches.values()], list(swatches))
     assert [reader.name_of(np.asarray(generation.candidates[0].image)) for generation in generations] == wanted
+
+
+@pytest.mark.parametrize("model", [DEMO, PHOTOS], ids=lambda model: model.name)
+def test_shipped_models_know_their_examples_and_have_their_rankers_scores(model: Path) -> None:
+    guide, scores = read_guide(model), own_real_scores(model)
+    reader = PromptReader((model / "tokenizer.json").read_text(encoding="utf-8"), guide)
+    assert guide.examples
+    assert all(reader.read(caption).all_known for caption in guide.examples)
+    assert scores is not None
+    assert scores.pairs >= 72
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [
+        ("봄에 입기 좋은 하늘색 린넨 오버핏 셔츠", 0),
+        ("a red hoodie with a white zipper", 0),
+        ("레두 티셔쓰", 0),
+        ("👕", 0),
+        ("후드티", 0),  # it has only read 후드티이다
+        ("상의에서 색상은 하늘색이다.", 2),
+    ],
+)
+def test_the_clothing_model_knows_what_it_has_not_learned(prompt: str, known: int) -> None:
+    read_prompt = PromptReader((PHOTOS / "tokenizer.json").read_text(encoding="utf-8"), read_guide(PHOTOS)).read(prompt)
+    assert read_prompt.num_known == known < read_prompt.num_words
+
+
+@pytest.mark.slow
+def test_nonsense_never_has_a_place_before_a_right_caption() -> None:
+    right = "하의에서 색상은 블랙이다. 하의에서 카테고리는 팬츠이다."
+    nonsense = ["👕", "레두 티셔쓰", "a red hoodie with a white zipper"]
+    pipeline = Pipeline.from_pretrained(PHOTOS)
+    places = [one.candidates[0].score_percentile for one in pipeline([right, *nonsense], candidates=1, seed=7)]
+    assert places[0] is not None
+    assert places[1:] == [None, None, None]
+    with pytest.raises(InputError, match="레두"):
+        pipeline.prepare([nonsense[1]], strict=True)
+    assert pipeline.prepare([right], strict=True)[0].words.all_known
