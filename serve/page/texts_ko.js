@@ -133,7 +133,7 @@ export const korean = {
   "verdict.partly_read": "설명의 말 {total}개 가운데 {known}개만 읽었습니다.",
   "verdict.nothing_read": "판단할 수 없음: 설명에 모델이 아는 말이 없습니다.",
   "verdict.unread_short": "읽지 못함",
-  "verdict.unread_some": "모델이 모르는 말은 없는 것처럼 생성했습니다: {words}. 말 {total}개 가운데 {known}개를 읽었습니다.",
+  "verdict.unread_some": "모델이 모르는 말은 없는 것처럼 생성했습니다: {words}.",
   "verdict.unread_all": "설명에 모델이 아는 말이 없어, 설명과 상관없는 이미지입니다: {words}.",
   "image.favourite": "{rank}위 이미지 즐겨찾기",
   "image.download": "{rank}위 이미지 내려받기",

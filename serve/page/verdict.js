@@ -55,6 +55,5 @@ export function verdictElement(generation, image) {
 export function unreadWords({ words }) {
   if (!words || words.known === words.total) return "";
   const named = words.unknown.slice(0, 8).join(", ") + (words.unknown.length > 8 ? ", …" : "");
-  const values = { words: named, known: words.known, total: words.total };
-  return t(words.known ? "verdict.unread_some" : "verdict.unread_all", values);
+  return t(words.known ? "verdict.unread_some" : "verdict.unread_all", { words: named });
 }

@@ -71,16 +71,14 @@ def test_an_offer_that_is_dismissed_or_cancelled_does_not_come_back(
         generate(page, CAPTION, n=1, candidates=1, seed="5")
         gate.allow(3)
         expect(page.locator(".card .state")).to_have_text("생성 중")
-        open_page(page, site.address)  # the address entered anew, not a reload
+        page.goto("about:blank")  # the same address at once would be a reload
+        open_page(page, site.address)
         page.get_by_role("button", name="이 목록에서 치우기").click()
         generate(page, CAPTION, n=1, candidates=1, seed="6")
         page.get_by_role("button", name="취소", exact=True).click()
         wait_until(
             lambda: page.evaluate(
-                """async () => {
-              const store = await (await import("/page/store.js")).openStore();
-              return (await store.unended()).length === 0;
-            }"""
+                "() => import('/page/store.js').then((m) => m.openStore()).then((s) => s.unended()).then((all) => !all.length)"
             )
         )
         open_page(page, site.address)
