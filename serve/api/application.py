@@ -69,7 +69,6 @@ def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "api-
     Raises:
         InputError: the keys file cannot be read.
     """
-    keys = KeyRing.read(Path(settings.keys_file)) if settings.keys_file else None
     handlers = _Handlers(pool, settings, replica)
     logging.getLogger("python_multipart").setLevel(
         logging.ERROR
@@ -94,7 +93,7 @@ def build_api(pool: WorkerPool, settings: ServeSettings, *, replica: str = "api-
     app.add_middleware(
         ApiMiddleware,
         metrics=handlers.metrics,
-        keys=keys,
+        keys=handlers.keys,
         origins=settings.allowed_origins,
         root_path=settings.root_path,
     )
@@ -107,6 +106,7 @@ class _Handlers:
     def __init__(self, pool: WorkerPool, settings: ServeSettings, replica: str) -> None:
         self.metrics = ApiMetrics()
         self.uploads = UploadReader(settings.limits)
+        self.keys = KeyRing.read(Path(settings.keys_file)) if settings.keys_file else None
         self._pool, self._settings, self._replica = pool, settings, replica
         self._reader: tuple[tuple[str, CaptionGuide], PromptReader] | None = None  # of that tokenizer and guide
 
@@ -332,7 +332,7 @@ class _Handlers:
         return JSONResponse({"status": "ok"}, headers=_NO_STORE)
 
     async def readyz(self, _: Request) -> Response:
-        if not await self._pool.ready():
+        if (self.keys is not None and self.keys.is_outdated()) or not await self._pool.ready():
             raise Failure("unavailable", retry_after_s=1)
         return JSONResponse({"status": "ready"}, headers=_NO_STORE)
 

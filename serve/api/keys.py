@@ -39,6 +39,7 @@ from engine.files import atomic_file
 KEY_PREFIX = "sk-kodalle-"  # lets secret scanners recognize a leaked key
 _KEY_BYTES = 32
 _CHECK_EVERY_S = 1.0
+_MISSING_FOR_S = 60.0  # editors and deployments replace a file within seconds
 _BEARER = re.compile(r"bearer +([A-Za-z0-9\-._~+/]+=*) *", re.IGNORECASE | re.ASCII)  # RFC 6750, section 2.1
 _MAX_HEADER_CHARACTERS = 512
 _HEADER = "# API keys, as hashes. Changes take effect within a second. Adding a key removes comments.\n"
@@ -84,6 +85,8 @@ class KeyRing:
         self._stamp = _stamp(path)
         self._keys = _with_digests(_read(path))
         self._checked_at = clock()
+        self._missing_since: float | None = None
+        self._is_outdated = False
 
     @classmethod
     def read(cls, path: Path) -> "KeyRing":
@@ -115,12 +118,30 @@ class KeyRing:
             return "unknown"
         return "expired" if found.expires is not None and found.expires.timestamp() <= now else found
 
+    def is_outdated(self) -> bool:
+        """Whether the file has been missing for a minute: its last keys stay in force, but none can be removed."""
+        self._reload_if_changed()
+        return self._is_outdated
+
+    def _note_missing(self, is_missing: bool) -> None:
+        if not is_missing:
+            self._missing_since, self._is_outdated = None, False
+            return
+        if self._missing_since is None:
+            self._missing_since = self._checked_at
+        if not self._is_outdated and self._checked_at - self._missing_since >= _MISSING_FOR_S:
+            self._is_outdated = True
+            log.error(
+                "%s has been missing for %g s: the server is not ready until it is back", self._path, _MISSING_FOR_S
+            )
+
     def _reload_if_changed(self) -> None:
         """Reads the file again when it has changed; a malformed file changes nothing and is logged once."""
         if self._clock() - self._checked_at < _CHECK_EVERY_S:
             return
         self._checked_at = self._clock()
         stamp = _stamp(self._path)
+        self._note_missing(stamp is None)
         if stamp == self._stamp:
             return
         self._stamp = stamp

@@ -11,7 +11,10 @@ import yaml
 
 from engine.errors import InputError
 from serve.api import keys as keys_module
+from serve.api.application import build_api
 from serve.api.keys import ApiKey, KeyRing, MalformedAuthorization, add_key, make_key, parse_authorization
+from serve.settings import ServeSettings
+from tests.live_server import ScriptedPool, ask, serving
 
 NOW = datetime(2027, 6, 1, tzinfo=UTC).timestamp()
 
@@ -256,6 +259,35 @@ def test_a_malformed_new_file_keeps_the_old_keys_and_is_logged_once(
         added = add_key(path, "robot", scopes=["generate"])
         clock.now_s = 30.0
         assert (found_id(ring, added), found_id(ring, plain)) == ("robot", "unknown")
+
+
+def test_a_file_that_stays_away_makes_the_server_unready_until_it_is_back(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, clock = add_key(path, "shop", scopes=["generate"]), Clock()
+    ring = KeyRing(path, clock=clock)
+    content = path.read_bytes()
+    path.unlink()
+    for second, is_outdated in ((1, False), (60, False), (61, True), (1000, True)):
+        clock.now_s = float(second)
+        assert ring.is_outdated() is is_outdated, second
+        assert found_id(ring, plain) == "shop"
+    assert [record.message for record in caplog.records if "has been missing for 60 s" in record.message] != []
+    assert len(caplog.records) == 2
+    path.write_bytes(content)
+    clock.now_s = 1001.0
+    assert not ring.is_outdated()
+
+
+def test_readiness_follows_the_keys_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(path, "shop", scopes=["generate"])
+    monkeypatch.setattr(keys_module, "_MISSING_FOR_S", 0.0)
+    monkeypatch.setattr(keys_module, "_CHECK_EVERY_S", 0.0)
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False, keys_file=str(path)))) as port:
+        assert ask(port, "GET", "/readyz").status == 200
+        path.unlink()
+        assert ask(port, "GET", "/readyz").status == 503
+        assert ask(port, "GET", "/healthz").status == 200
 
 
 # -------------------------------------------------------------------------------------------------------- the header
