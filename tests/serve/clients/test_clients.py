@@ -1,5 +1,7 @@
 """Clients that people have already, unmodified, as programs of their own against a served model.
 
+LiteLLM takes seconds to import: `make soak` runs it.
+
 OpenAI's for Python is tested where each feature is (tests/serve/api), an assistant's in tests/serve/test_mcp_server.py.
 """
 
@@ -78,6 +80,7 @@ def test_openais_client_for_node(url: str, pipeline: Pipeline) -> None:
     assert found["error"] == {"type": "BadRequestError", "status": 400, "code": "invalid_value", "param": "n"}
 
 
+@pytest.mark.soak
 def test_litellm(url: str, pipeline: Pipeline) -> None:
     program = str(FOLDER / "litellm_client.py")
     found = output(sys.executable, program, url, CAPTION, LITELLM_LOCAL_MODEL_COST_MAP="True")
