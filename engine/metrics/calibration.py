@@ -4,6 +4,7 @@ Training writes the words and synonyms into captions.json itself. The scores of 
 folder, so they are measured once that is there, and again whenever it is exchanged.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def calibrate(
     return guide, scores
 
 
-def _scores(run: EvaluationRun, pipeline: Pipeline, held: list[Pair]) -> list[float]:
+def _scores(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> list[float]:
     """The ranker's score of held-out photographs with their own captions, as generated images are scored."""
     order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu").tolist()
     chosen = [held[number] for number in sorted(order[:_MOST_PAIRS])]
