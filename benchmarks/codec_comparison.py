@@ -140,7 +140,7 @@ def train_for(
     started_s = time.monotonic()
     seconds = _train(run / "run", config, overrides(changes, shares, planned["steps"], pairs=pairs))
     row = {
-        "steps": planned["steps"], "images": planned["steps"] * BATCH, "processor_s_per_step": planned["step_s"],
+        "steps": planned["steps"], "training_images": planned["steps"] * BATCH, "processor_s_per_step": planned["step_s"],
         "processor_minutes": seconds / 60, "wall_minutes": (time.monotonic() - started_s) / 60,
     }  # fmt: skip
     write_json(stored, row)

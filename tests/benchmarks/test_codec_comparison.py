@@ -57,7 +57,7 @@ def test_steps_follow_from_the_minutes(script: ModuleType, tmp_path: Path, monke
     few, many = script.CALIBRATION_STEPS
     whole = ("run", 220)
     assert trained == [(f"calibration-{few}", few), (f"calibration-{many}", many), whole, whole]
-    assert (row["steps"], row["images"]) == (220, 220 * script.BATCH)
+    assert (row["steps"], row["training_images"]) == (220, 220 * script.BATCH)
     assert row["processor_minutes"] == pytest.approx(2.0)
     assert script.train_for(*arguments, pairs=tmp_path, minutes=2.0) == row
     assert len(trained) == 4
