@@ -4,7 +4,7 @@ Reads JSON alone, so that a config that cannot work is refused before torch is i
 
     koclip    codec                         <run>/../vqgan/model, or <run>/../dvae/model where that alone is there
               model.image_size              the codec's
-              model.text_vocab_size         entries of text.tokenizer; of `train`: text.vocab_size
+              model.text_vocab_size         entries of text.tokenizer; of a trained one: text.vocab_size
               model.text_position_rows      model.text_seq_len + 2
     kodalle   vqgan, koclip                 as `codec`; <run>/../koclip/model
               text.tokenizer                the folder in `koclip`
@@ -35,7 +35,16 @@ _CODEC: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 _FREE = {"attention_dropout", "ff_dropout", "dropout", "commitment_weight", "legacy_commitment"}
 _OWN_AUTO = ("resume", "attention")  # a value of their own
 # What reads the text; it is new where a model of captions becomes one of classes or of images alone.
-_TEXT = {"condition", "text_vocab_size", "text_seq_len", "text_position_rows", "bos", "unique_padding"}
+_TEXT = {
+    "condition",
+    "text_vocab_size",
+    "text_seq_len",
+    "text_position_rows",
+    "bos",
+    "unique_padding",
+    "padding_token",
+    "text_embedding_dim",
+}
 Tree = dict[str, Any]
 
 
@@ -139,7 +148,7 @@ def _grid(vqgan: Tree) -> int:
 
 def _entries_of_text(tree: Tree, key: str) -> Any:
     text = tree.get("text") or {}
-    if text.get("tokenizer") == "train":
+    if text.get("tokenizer") in ("train", "train-bpe"):
         return text.get("vocab_size", 32000)
     entries = tokenizer_entries(Path(str(text.get("tokenizer"))))
     if entries is None:

@@ -32,9 +32,19 @@ class TransformerConfig(Section):
         description="text tokens with [CLS] and [SEP]; <bos> comes before them; 1 where condition is not text",
     )
     text_position_rows: int = Field(514, gt=0, description="rows of the position table (RoBERTa: 514); row 0 is <bos>")
+    text_embedding_dim: int | None = Field(
+        None,
+        gt=0,
+        description="width of the text tables where it is a language model's (KoGPT-Trinity: 1920), projected to dim; null: dim",
+    )
     unique_padding: bool = Field(
         False,
-        description="each padded position has a token row of its own after the vocabulary, as in DALLE-pytorch; padding is 0",
+        description="each padded position has a learned token row of its own after the vocabulary (DALL-E, DALLE-pytorch)",
+    )
+    padding_token: int | None = Field(
+        None,
+        ge=0,
+        description="the tokenizer's padding; null: 1, and 0 with unique_padding; without that its row is not trained",
     )
     image_vocab_size: int = Field(16384, gt=1, description="entries of the VQGAN's codebook")
     image_grid_size: int = Field(16, gt=0, description="image tokens along one side")
@@ -106,6 +116,11 @@ class TransformerConfig(Section):
         return self.image_grid_size**2
 
     @property
+    def padding_id(self) -> int:
+        """Text token of padded positions; DALLE-pytorch's is 0, klue/roberta's 1."""
+        return (0 if self.unique_padding else 1) if self.padding_token is None else self.padding_token
+
+    @property
     def prefix_len(self) -> int:
         """<bos> + text: positions computed once per caption."""
         return self.bos + self.text_seq_len
@@ -135,6 +150,8 @@ class TransformerConfig(Section):
             raise ValueError(
                 f"text_position_rows {self.text_position_rows} is less than {'1 + ' * self.bos}text_seq_len"
             )
+        if self.padding_id >= self.text_vocab_size and self.condition == "text":
+            raise ValueError(f"padding_token {self.padding_id} is not below text_vocab_size {self.text_vocab_size}")
         if self.condition != "text" and (self.text_seq_len != 1 or self.bos or self.unique_padding):
             raise ValueError(
                 f"condition {self.condition} is one position: write text_seq_len: 1, bos: false, unique_padding: false"

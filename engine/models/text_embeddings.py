@@ -3,7 +3,12 @@
 KoDALLE uses nothing else of klue/roberta-large: no layers, no LayerNorm, no token types. So only the two tables
 are read, directly from the safetensors file (134 MB of the 1.3 GB; never a pickle, never code from the hub).
 
-V text vocabulary, C model dim, R position rows.
+                          V        W       R        into a transformer of another width
+    klue/roberta-large    32,000   1,024   514      fits KoDALLE's own: model.dim 1024
+    KoGPT-Trinity 1.2B    51,200   1,920   1,024    GPT-2's form: model.text_embedding_dim 1920, projected
+    KoGPT 6B              64,512   4,096   none     GPT-J's form, whose positions are rotary: 4096, positions start anew
+
+V text vocabulary, W table width, R position rows.
 """
 
 import json
@@ -28,19 +33,19 @@ _POSITION_NAMES = ("embeddings.position_embeddings.weight", "wpe.weight")
 class TextTables(NamedTuple):
     """Token and position table, float32, on the CPU."""
 
-    tokens: Tensor  # (V, C)
-    positions: Tensor  # (R, C)
+    tokens: Tensor  # (V, W)
+    positions: Tensor | None  # (R, W); None: the model has no such table
 
 
 def load_text_tables(name_or_folder: str | Path, *, local_files_only: bool = False) -> TextTables:
-    """Token and position tables of a model like RoBERTa, BERT or GPT-2.
+    """Token and position tables of a model like RoBERTa, BERT or GPT-2; GPT-J has no position table.
 
     Args:
         name_or_folder: a folder that `save_pretrained` wrote, or a Hugging Face name.
         local_files_only: for a name: use what was downloaded before, without the network.
 
     Raises:
-        InputError: not found, no safetensors, no learned position table.
+        InputError: not found, no safetensors, no learned position table beside one of BERT's kind.
     """
     index = _find(name_or_folder, _INDEX, local_files_only)
     if index is not None:  # weights in several files
@@ -56,40 +61,55 @@ def load_text_tables(name_or_folder: str | Path, *, local_files_only: bool = Fal
             )
         with safe_open(single, framework="pt") as weights:
             file_of = dict.fromkeys(weights.keys(), _WEIGHTS)
+    token_key = _only_key(file_of, _TOKEN_NAMES, name_or_folder)
+    keys = [token_key]
+    # Of GPT's kind one without a position table is no damaged file: GPT-J's positions are rotary.
+    if not token_key.endswith("wte.weight") or _keys_of(file_of, _POSITION_NAMES):
+        keys.append(_only_key(file_of, _POSITION_NAMES, name_or_folder))
     tables = []
-    for suffixes in (_TOKEN_NAMES, _POSITION_NAMES):
-        key = _only_key(file_of, suffixes, name_or_folder)
+    for key in keys:
         path = _find(name_or_folder, file_of[key], local_files_only)
         if path is None:
             raise InputError(_FIELD, name_or_folder, f"its index names {file_of[key]}, which is missing")
         with safe_open(path, framework="pt") as weights:
             tables.append(weights.get_tensor(key).float())
-    return TextTables(*tables)
+    return TextTables(tables[0], tables[1] if len(tables) > 1 else None)
 
 
 def apply_text_tables(model: KoDalle, tables: TextTables) -> None:
-    """Copies both tables into the model, whole, as published: row 0 of the position table is of <bos>.
+    """Copies the tables into the model, whole, as published: row 0 of the position table is of <bos>.
+
+    Where the language model has no position table, the model's own starts with the deviation of the tokens' vectors: with
+    that of its usual start, N(0, 1), positions would drown words.
 
     Raises:
         InputError: names the config key that does not fit, and the number that does.
     """
-    config = model.config
-    (num_tokens, width), (num_positions, position_width) = tables.tokens.shape, tables.positions.shape
-    for field, ours, theirs in (
-        ("model.dim", config.dim, width),
-        ("model.dim", config.dim, position_width),
+    config, embedding = model.config, model.text_embedding
+    num_tokens, width = tables.tokens.shape
+    if config.text_embedding_dim is None and width != config.dim:
+        raise InputError(
+            "model.dim",
+            config.dim,
+            f"the pretrained text tables have {width}: set model.dim to {width}, or model.text_embedding_dim, to project them",
+        )
+    fits = [
+        ("model.text_embedding_dim", config.text_embedding_dim or config.dim, width),
         ("model.text_vocab_size", config.text_vocab_size, num_tokens),
-        ("model.text_position_rows", config.text_position_rows, num_positions),
-    ):
+    ]
+    if tables.positions is not None:
+        fits.append(("model.text_position_rows", config.text_position_rows, len(tables.positions)))
+    for field, ours, theirs in fits:
         if ours != theirs:
             raise InputError(field, ours, f"the pretrained text tables have {theirs}: set {field} to {theirs}")
-    if model.text_embedding.positions is None:
+    if embedding.positions is None:
         raise InputError("model.rotary", True, "leaves no table for pretrained positions: leave it out")
-    if config.unique_padding:
-        raise InputError("model.unique_padding", True, "pretrained text tables have no rows of padding: leave it out")
     with torch.no_grad():
-        model.text_embedding.tokens.copy_(tables.tokens)
-        model.text_embedding.positions.copy_(tables.positions)
+        embedding.tokens[:num_tokens].copy_(tables.tokens)  # rows of unique padding, behind them, are no words
+        if tables.positions is not None:
+            embedding.positions.copy_(tables.positions)
+        else:
+            embedding.positions.normal_(0, float(tables.tokens.std()))
 
 
 def _find(name_or_folder: str | Path, file: str, local_files_only: bool) -> Path | None:
@@ -111,10 +131,14 @@ def _find(name_or_folder: str | Path, file: str, local_files_only: bool) -> Path
 
 
 def _only_key(keys: Mapping[str, str], suffixes: tuple[str, ...], name_or_folder: str | Path) -> str:
-    matches = [key for key in keys if any(key == suffix or key.endswith("." + suffix) for suffix in suffixes)]
+    matches = _keys_of(keys, suffixes)
     if len(matches) != 1:
         found = ", ".join(matches) or "none"
         raise InputError(
             _FIELD, name_or_folder, f"needs exactly one tensor named …{' or …'.join(suffixes)}; has {found}"
         )
     return matches[0]
+
+
+def _keys_of(keys: Mapping[str, str], suffixes: tuple[str, ...]) -> list[str]:
+    return [key for key in keys if any(key == suffix or key.endswith("." + suffix) for suffix in suffixes)]

@@ -12,8 +12,9 @@ checkpoints can be loaded and its parameter counts agree exactly (334,974,336 wi
 * <bos> is text id 0, put before a caption that itself begins with [CLS] = 0; position rows count from 0.
 * [PAD] = 1 is attended to and is a target: nothing is masked but the future.
 * Row 1 of both text tables gets no gradient (padding_idx of the language model they come from).
-* With unique_padding, as DALLE-pytorch has it, id 0 is padding and becomes text_vocab_size + its position, of which the token
+* With unique_padding, as DALL-E and DALLE-pytorch have it, padding becomes text_vocab_size + its position, of which the token
   table has a row each; no row of the tables is then without a gradient.
+* Text tables of another width (a GPT's) are summed and then projected to C by one matrix.
 * Options for small models (`TransformerConfig`: qk_norm, zero_init_branches, x0_scalars, target_positions) are off by
   default and then leave no trace, neither in the parameters nor in the arithmetic. docs/training.md has their sources.
 * DALLE-pytorch's and minDALL-E's differences are options too, for their checkpoints (docs/interop.md). Without bos the last text
@@ -228,9 +229,8 @@ class KoDalle(nn.Module):
 
     def _init_tables(self, std: float) -> None:
         with torch.no_grad():
-            for embedding in (self.text_embedding, self.image_embedding):
-                for table in embedding.parameters():
-                    table.normal_(0, std)
+            for table in (*self.text_embedding.tables(), *self.image_embedding.parameters()):
+                table.normal_(0, std)
             self.text_embedding.zero_padding()
             if self.target_embedding is not None:
                 for table in (self.target_embedding.rows, self.target_embedding.columns):

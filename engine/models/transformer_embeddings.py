@@ -14,43 +14,68 @@ PAD_ID = 1
 
 
 class TextEmbedding(nn.Module):
-    """<bos> and caption tokens -> vectors: token row + position row, rows counted from 0, no LayerNorm."""
+    """<bos> and caption tokens -> vectors: token row + position row, rows counted from 0, no LayerNorm.
+
+    Tables of another width W than the model's, a language model's, are projected: (token row + position row) P^T, P (C, W).
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.unique_from = config.text_vocab_size if config.unique_padding else None
+        self.padding_id = config.padding_id
         self.bos = config.bos
-        # padding_idx keeps row 1 of both tables without a gradient, where they come from a language model.
-        self.padding_idx = None if config.unique_padding or not config.bos else PAD_ID
+        # padding_idx keeps a row of the tables without a gradient, where they come from a language model; in RoBERTa's row 1
+        # of the position table, too.
+        self.padding_idx = None if config.unique_padding or not config.bos else config.padding_id
+        self.position_padding_idx = PAD_ID if self.padding_idx == PAD_ID else None
         rows = config.text_vocab_size + (config.text_seq_len if config.unique_padding else 0)
-        self.tokens = nn.Parameter(torch.randn(rows, config.dim, dtype=torch.float32))
+        width = config.text_embedding_dim or config.dim
+        self.tokens = _table(rows, width)
         has_positions = not config.rotary and config.condition == "text"
-        shape = (config.text_position_rows, config.dim)
-        self.positions = nn.Parameter(torch.randn(shape, dtype=torch.float32)) if has_positions else None
+        self.positions = _table(config.text_position_rows, width) if has_positions else None
+        self.projection: nn.Parameter | None = None
+        if config.text_embedding_dim is not None:
+            self.projection = nn.Parameter(torch.empty(config.dim, width, dtype=torch.float32))
+            # Keeps angles, as far as C vectors can, and the size of the numbers.
+            nn.init.orthogonal_(self.projection, gain=max(1.0, config.dim / width) ** 0.5)
         self.zero_padding()
 
     def forward(self, text_tokens: Tensor) -> Tensor:
         """(B, T) ids from [CLS] on -> (B, 1 + T, C); without <bos> (B, T, C)."""
         text_tokens = F.pad(self.numbered(text_tokens), (int(self.bos), 0), value=BOS_ID)
-        tokens = F.embedding(text_tokens, self.tokens, padding_idx=self.padding_idx)
-        if self.positions is None:
-            return tokens
-        positions = torch.arange(text_tokens.shape[1], dtype=torch.int64, device=text_tokens.device)
-        return tokens + F.embedding(positions, self.positions, padding_idx=self.padding_idx)
+        x = F.embedding(text_tokens, self.tokens, padding_idx=self.padding_idx)
+        if self.positions is not None:
+            positions = torch.arange(text_tokens.shape[1], dtype=torch.int64, device=text_tokens.device)
+            x = x + F.embedding(positions, self.positions, padding_idx=self.position_padding_idx)
+        return self._projected(x)
+
+    def at(self, text_tokens: Tensor, position: int) -> Tensor:
+        """(R,) ids, all at one position that counts <bos> -> (R, C); not for models with unique padding."""
+        assert self.unique_from is None
+        x = self.tokens[text_tokens]
+        return self._projected(x if self.positions is None else x + self.positions[position])
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return x if self.projection is None else F.linear(x, self.projection)
 
     def numbered(self, text_tokens: Tensor) -> Tensor:
-        """(B, T) ids, with unique padding those of padded positions instead of 0; doing it twice changes nothing."""
+        """(B, T) ids, with unique padding those of padded positions instead of padding; doing it twice changes nothing."""
         if self.unique_from is None:
             return text_tokens
         positions = torch.arange(text_tokens.shape[1], dtype=text_tokens.dtype, device=text_tokens.device)
-        return torch.where(text_tokens == 0, self.unique_from + positions, text_tokens)
+        return torch.where(text_tokens == self.padding_id, self.unique_from + positions, text_tokens)
+
+    def tables(self) -> list[nn.Parameter]:
+        """Token table and, where there is one, position table."""
+        return [self.tokens] if self.positions is None else [self.tokens, self.positions]
 
     @torch.no_grad()
     def zero_padding(self) -> None:
-        """The initialisation of nn.Embedding(padding_idx=1)."""
-        for table in (self.tokens, self.positions):
-            if self.padding_idx is not None and table is not None:
-                table[self.padding_idx].zero_()
+        """The initialisation of nn.Embedding(padding_idx=…)."""
+        if self.padding_idx is not None:
+            self.tokens[self.padding_idx].zero_()
+        if self.position_padding_idx is not None and self.positions is not None:
+            self.positions[self.position_padding_idx].zero_()
 
 
 class ImageEmbedding(nn.Module):

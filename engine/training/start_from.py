@@ -61,7 +61,12 @@ def _grown_rows(config: Section, found: Section, part: PartName) -> dict[str, Se
     assert isinstance(found, TransformerConfig), type(found)
     if config.condition != found.condition:  # nothing of the text, and the head's rows of images
         images = [Rows(config.text_head_rows, found.text_head_rows, config.image_vocab_size)]
-        return {"text_embedding.tokens": [], "head.weight": images, "head.bias": images}
+        return {
+            "text_embedding.tokens": [],
+            "text_embedding.projection": [],
+            "head.weight": images,
+            "head.bias": images,
+        }
     if config.condition != "text":
         return {}
     rest = found.joint_vocab_size - old  # reserved rows and image rows lie behind the text rows
