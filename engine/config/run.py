@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from engine.config.section import FolderOrName, Section
 
+CropKind = Literal["dalle", "dalle-prototype"]
+
 
 class DataConfig(Section):
     """The captioned images and how they are loaded."""
@@ -19,18 +21,47 @@ class DataConfig(Section):
     flip: bool = Field(
         False, description="mirror half of the images; wrong where captions say left or right, or logos matter"
     )
+    crop: CropKind | None = Field(
+        None,
+        description="near-central crops of images of any shape, other ones at each visit; null: images are stretched to the square",
+    )
 
 
 class TextConfig(Section):
     """Tokenization of captions."""
 
     tokenizer: FolderOrName = Field(
-        "klue/roberta-large", description="Hugging Face name or folder, or `train` (WordPiece)"
+        "klue/roberta-large",
+        description="Hugging Face name or folder, `train` (WordPiece), or `train-bpe` (byte-pair encoding, nothing unknown)",
     )
-    vocab_size: int = Field(32000, gt=8, description="for `train`: at most this many entries")
+    vocab_size: int = Field(
+        32000, gt=8, description="for `train` and `train-bpe` (DALL-E: 16384): at most this many entries"
+    )
+    lowercase: bool = Field(False, description="for `train` and `train-bpe`: upper case is read as lower case (DALL-E)")
+    bpe_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="merges of a `train-bpe` tokenizer left out at random in training (DALL-E: 0.1); never in validation or generation",
+    )
     partial_captions: int = Field(
         0, ge=0, le=16, description="copies added to each training caption, with sentences left out at random"
     )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the tokenizer follows from the training captions."""
+        return self.tokenizer in ("train", "train-bpe")
+
+    @model_validator(mode="after")
+    def _is_of_its_tokenizer(self) -> "TextConfig":
+        if self.lowercase and not self.is_trained:
+            raise ValueError(
+                f"lowercase is for train and train-bpe: {self.tokenizer} has rules of its own, leave it out"
+            )
+        if self.bpe_dropout > 0 and self.tokenizer == "train":
+            raise ValueError("bpe_dropout leaves out merges, and WordPiece has none: write tokenizer: train-bpe")
+        return self
 
 
 class LoopConfig(Section):

@@ -290,7 +290,10 @@ class KodalleRun(Run):
         GenerationConfig(), description="exported with the model: its default sampling parameters"
     )
     augmented_views: int = Field(
-        0, ge=0, le=64, description="copies of each training image that are encoded too, translated by augment_shift"
+        0,
+        ge=0,
+        le=64,
+        description="copies of each training image that are encoded too, translated by augment_shift or cropped by data.crop",
     )
     augment_shift: int = Field(0, ge=0, description="largest random translation of augmented_views, in pixels")
     token_shards: Path | None = Field(None, description="folder of the encoded images; null: <run>/shards")
@@ -308,7 +311,8 @@ class KodalleRun(Run):
 
     @model_validator(mode="after")
     def _views_are_shifted(self) -> "KodalleRun":
-        if (self.augmented_views > 0) != (self.augment_shift > 0):
+        is_same_image = self.augmented_views > 0 and self.augment_shift == 0 and self.data.crop is None
+        if is_same_image or (self.augment_shift > 0 and self.augmented_views == 0):
             raise ValueError(
                 f"augmented_views {self.augmented_views} and augment_shift {self.augment_shift} go together: "
                 "give both a number above 0, or neither"

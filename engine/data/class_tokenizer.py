@@ -53,6 +53,10 @@ def conditioned_tokenizer(
         return tokenizer_for(text, captions, table_rows=model.text_vocab_size, start_from=start_from)
     if model.condition == "nothing":
         return unconditional_tokenizer()
+    if text.tokenizer == "train-bpe":
+        raise InputError(
+            "text.tokenizer", text.tokenizer, "cuts names into pieces, and a class is one token: write `train`"
+        )
     if text.tokenizer != "train":
         tokenizer = load_tokenizer(text.tokenizer)
     else:

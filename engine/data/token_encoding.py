@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.data.augment import augment
+from engine.data.near_central_crop import NearCentralCrop, load_photo, near_central_crop
 from engine.data.pairs import Pair, Pairs, load_image
 from engine.data.token_shards import ARRAYS, INDEX_FILE, AugmentedViews, shard_name
 from engine.data.tokenizer import CaptionTokenizer
@@ -62,7 +63,7 @@ class Encoding:
         """The shards of both splits, in order."""
         found = []
         for split, pairs in (("train", self.pairs.train), ("validation", self.pairs.validation)):
-            views = self.views if split == "train" else AugmentedViews()
+            views = self.views if split == "train" else AugmentedViews(crop=self.views.crop)
             size = self._shard_pairs(len(pairs), 1 + views.flip + views.count)
             found += [
                 _Shard(split, number, start, pairs[start : start + size], views)
@@ -262,7 +263,7 @@ def _write_images(work: Path, shard: _Shard, encoding: Encoding, record: dict[st
         for content in _whole_batches(file):
             batches.append(content)
             yield len(content)
-        for start, batch in _loaded(shard.pairs, starts[len(batches) :], encoding):
+        for start, batch in _loaded(shard, starts[len(batches) :], encoding):
             versions = _versions(batch, shard.start + start, shard.views)
             encoded = torch.stack([encoding.encode(_to_unit_floats(version)) for version in versions], dim=1)
             tokens = encoded.to(torch.int32).cpu().numpy().astype(np.uint16)  # (B, views, S)
@@ -275,18 +276,29 @@ def _write_images(work: Path, shard: _Shard, encoding: Encoding, record: dict[st
     partial.unlink()
 
 
-def _loaded(pairs: Sequence[Pair], starts: Sequence[int], encoding: Encoding) -> Iterator[tuple[int, np.ndarray]]:
-    """Batches of images (B, S, S, 3) with their places, each read while the one before it is encoded."""
+def _loaded(shard: _Shard, starts: Sequence[int], encoding: Encoding) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches of images (B, S, S, 3) with their places, each read while the one before it is encoded.
+
+    Where images are cropped, (B, views, S, S, 3): photographs are not kept as large as they are stored.
+    """
+    crop = near_central_crop(shard.views.crop, encoding.image_size)
+
+    def read(place: int) -> np.ndarray:
+        pair = shard.pairs[place]
+        if crop is None:
+            return load_image(pair, encoding.image_size)
+        return np.stack([*_views(load_photo(pair), shard.start + place, shard.views, crop)])
+
     with ThreadPoolExecutor(_READERS) as pool:  # decoding leaves Python's lock
 
-        def read(start: int) -> list[Future[np.ndarray]]:
-            batch = pairs[start : start + encoding.batch_size]
-            return [pool.submit(load_image, pair, encoding.image_size) for pair in batch]
+        def submit(start: int) -> list[Future[np.ndarray]]:
+            places = range(start, min(start + encoding.batch_size, len(shard.pairs)))
+            return [pool.submit(read, place) for place in places]
 
-        waiting = deque((start, read(start)) for start in starts[:1])
+        waiting = deque((start, submit(start)) for start in starts[:1])
         for following in [*starts[1:], None]:
             if following is not None:
-                waiting.append((following, read(following)))
+                waiting.append((following, submit(following)))
             if waiting:
                 start, images = waiting.popleft()
                 yield start, np.stack([image.result() for image in images])
@@ -327,17 +339,26 @@ def _save(work: Path, shard: _Shard, array_name: str, array: np.ndarray, record:
         record["largest"][array_name] = int(array.max()) if array.size else -1
 
 
-def _versions(images: np.ndarray, start: int, views: AugmentedViews) -> Iterator[np.ndarray]:
-    """Each view of images `start`, start + 1, ... of the training split, (B, S, S, 3) uint8; the first as they are."""
-    yield images
+def _versions(batch: np.ndarray, start: int, views: AugmentedViews) -> Iterator[np.ndarray]:
+    """Each view of images `start`, start + 1, ... of a split, (B, S, S, 3) uint8; of `batch` as `_loaded` gives it."""
+    if views.crop is not None:
+        yield from batch.swapaxes(0, 1)
+        return
+    by_image = [_views(image, start + row, views, None) for row, image in enumerate(batch)]
+    for version in zip(*by_image, strict=True):
+        yield np.stack(version)
+
+
+def _views(image: np.ndarray, place: int, views: AugmentedViews, crop: NearCentralCrop | None) -> Iterator[np.ndarray]:
+    """The views of the image at a place of its split, (S, S, 3) uint8 each: as it is, mirrored, then by chance."""
+    plain = image if crop is None else crop.central(image)
+    yield plain
     if views.flip:
-        yield images[:, :, ::-1]
+        yield plain[:, ::-1]
     for view in range(views.count):
-        generators = [np.random.Generator(np.random.Philox(key=[start + row, view])) for row in range(len(images))]
-        augmented = [
-            augment(*each, flip=views.flip, shift=views.shift) for each in zip(images, generators, strict=True)
-        ]
-        yield np.stack(augmented)
+        generator = np.random.Generator(np.random.Philox(key=[place, view]))
+        cropped = image if crop is None else crop.random(image, generator)
+        yield augment(cropped, generator, flip=views.flip, shift=views.shift)
 
 
 def _to_unit_floats(images: np.ndarray) -> Tensor:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.config.run import CropKind
 from engine.data.digests import pairs_digests
 from engine.data.pairs import Pairs
 from engine.data.tokenizer import CaptionTokenizer
@@ -46,13 +47,20 @@ class AugmentedViews:
 
     Args:
         flip: the mirrored image, too.
-        count: augmented views, each shifted at random and, with `flip`, mirrored or not.
+        count: augmented views, each cropped or shifted at random and, with `flip`, mirrored or not.
         shift: largest shift in pixels.
+        crop: of images of any shape; the first view is then cropped without chance. None: they are stretched.
     """
 
     flip: bool = False
     count: int = 0
     shift: int = 0
+    crop: CropKind | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What shards state of it; options that came later only where they are used, so that older shards stay good."""
+        return {name: value for name, value in asdict(self).items() if name != "crop" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def shard_identity(
         "vqgan": vqgan_digest,
         "tokenizer": tokenizer.digest,
         "text_seq_len": text_seq_len,
-        "views": asdict(views),
+        "views": views.identity,
     }
 
 

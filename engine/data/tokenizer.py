@@ -1,8 +1,8 @@
 """Captions to text tokens.
 
 A tokenizer is a Hugging Face one, by name or folder (klue/roberta-large: WordPiece, 32,000 entries), or is trained on
-the training captions. A trained one has klue/roberta's special ids, so that both are used alike:
-[CLS] 0, [PAD] 1, [SEP] 2, [UNK] 3, [MASK] 4.
+the training captions, as WordPiece or as byte-pair encoding (engine/data/bpe.py). A trained one has klue/roberta's special
+ids, so that all are used alike: [CLS] 0, [PAD] 1, [SEP] 2, [UNK] 3, [MASK] 4.
 
 B captions, T text positions.
 """
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.config.run import TextConfig
 from engine.config.transformer import TransformerConfig
+from engine.data.bpe import BpeDropout, is_byte, least_vocab_size, train_bpe
 from engine.data.tokenizer_limits import check_tokenizer_file
 from engine.errors import InputError
 from engine.text import clean_text, shown
@@ -144,6 +145,27 @@ class CaptionTokenizer:
         found = self._tokenizer.mask_token_id
         return None if found is None else int(found)
 
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that are one byte of a letter, and no text by themselves."""
+        return frozenset(number for entry, number in self._tokenizer.get_vocab().items() if is_byte(entry))
+
+    @property
+    def lowercases(self) -> bool:
+        """Whether captions that differ in upper and lower case alone have the same tokens."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        return normalizer is not None and normalizer.normalize_str("A") == normalizer.normalize_str("a")
+
+    def dropout(self, rate: float) -> BpeDropout | None:
+        """What leaves merges out at random in training; None at rate 0.
+
+        Raises:
+            InputError: no tokenizer of `train_bpe_tokenizer`.
+        """
+        if rate == 0:
+            return None
+        return BpeDropout(self.to_json(), special_ids=self.special_ids, pad_id=self.pad_id, rate=rate)
+
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -166,14 +188,14 @@ class CaptionTokenizer:
         self._tokenizer.save_pretrained(str(folder))
 
 
-def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionTokenizer:
+def train_tokenizer(captions: Iterable[str], *, vocab_size: int, lowercase: bool = False) -> CaptionTokenizer:
     """WordPiece on `captions`: whole words while they last, so that small vocabularies give short captions.
 
     Deterministic: equal captions in any order give equal tokens, in this process or another. The trainer alone is not:
     it numbers word-inner letters (`##a`) in the order of a hash table, and breaks ties by number. Passed to it as
     special tokens they have their numbers before; the vocabulary is then put into a tokenizer where they are plain.
     """
-    normalizer, splitter = normalizers.NFC(), pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = _normalizer(lowercase), pre_tokenizers.BertPreTokenizer()
     captions = sorted(normalizer.normalize_str(caption) for caption in captions)
     words = {word for caption in set(captions) for word, _ in splitter.pre_tokenize_str(caption)}
     inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
@@ -187,6 +209,33 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int) -> CaptionToken
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.WordPiece()
+    return _with_special_tokens(tokenizer)
+
+
+def train_bpe_tokenizer(captions: Iterable[str], *, vocab_size: int, lowercase: bool = False) -> CaptionTokenizer:
+    """Byte-pair encoding on `captions`, without an unknown token; deterministic as `train_tokenizer`.
+
+    Raises:
+        InputError: a vocabulary without room for the bytes.
+    """
+    least = least_vocab_size(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise InputError(
+            "text.vocab_size",
+            vocab_size,
+            f"train-bpe needs {least} at least, 256 of them for bytes: raise it, or `train`",
+        )
+    return _with_special_tokens(
+        train_bpe(captions, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, normalizer=_normalizer(lowercase))
+    )
+
+
+def _normalizer(lowercase: bool) -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]) if lowercase else normalizers.NFC()
+
+
+def _with_special_tokens(tokenizer: Tokenizer) -> CaptionTokenizer:
+    """A trained tokenizer whose first entries are `SPECIAL_TOKENS`, and which writes [CLS] … [SEP]."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
@@ -231,21 +280,26 @@ def tokenizer_for(
     """The tokenizer of a run's `text` section.
 
     Args:
-        captions: of the training split; a `train` tokenizer is made from them.
+        captions: of the training split; a `train` or `train-bpe` tokenizer is made from them.
         table_rows: rows of the model's token table (`model.text_vocab_size`).
-        start_from: model folder that the run starts from: a `train` tokenizer is its own with the captions' new words.
+        start_from: model folder that the run starts from: a `train` tokenizer is its own with the captions' new words, a
+            `train-bpe` one its own as it is.
 
     Raises:
         InputError: it cannot be loaded, has more entries than the table has rows, or other numbers for the entries of
             the model that the run starts from.
     """
     before = None if start_from is None else load_tokenizer(str(start_from))
-    if text.tokenizer == "train" and before is not None:
+    if text.is_trained and before is not None:
+        if text.lowercase and not before.lowercases:
+            raise InputError("text.lowercase", True, f"the tokenizer of {start_from} keeps upper case: leave it out")
         tokenizer = extend_tokenizer(
             before, captions, vocab_size=min(table_rows, max(text.vocab_size, before.vocab_size))
         )
     elif text.tokenizer == "train":
-        tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size)
+        tokenizer = train_tokenizer(captions, vocab_size=text.vocab_size, lowercase=text.lowercase)
+    elif text.tokenizer == "train-bpe":
+        tokenizer = train_bpe_tokenizer(captions, vocab_size=text.vocab_size, lowercase=text.lowercase)
     else:
         tokenizer = load_tokenizer(text.tokenizer)
     if tokenizer.vocab_size > table_rows:
@@ -262,10 +316,15 @@ def tokenizer_for(
 
 
 def check_padding(tokenizer: CaptionTokenizer, config: TransformerConfig, *, field: str, value: object) -> None:
-    """Raises InputError: a model that numbers padded positions itself, with a tokenizer that pads with another id than 0."""
-    if config.unique_padding and tokenizer.pad_id != 0:
+    """Raises InputError: a model whose config says what padding is, with a tokenizer that pads with another id."""
+    is_stated = config.unique_padding or config.padding_token is not None
+    if is_stated and tokenizer.pad_id != config.padding_id:
+        what = "with unique_padding " if config.unique_padding else "of this config "
         raise InputError(
-            field, value, f"pads with {tokenizer.pad_id}, and a model with unique_padding reads 0 as padding"
+            field,
+            value,
+            f"pads with {tokenizer.pad_id}, and a model {what}reads {config.padding_id} as padding: "
+            f"train it with model.padding_token: {tokenizer.pad_id}",
         )
 
 
@@ -285,7 +344,7 @@ def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:
         raise InputError(
             "text.tokenizer",
             name_or_folder,
-            f"cannot be loaded ({reason}): give a folder with tokenizer.json, a hub name that is reachable, or `train`",
+            f"cannot be loaded ({reason}): give a folder with tokenizer.json, a hub name that is reachable, `train` or `train-bpe`",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError("text.tokenizer", name_or_folder, "has no fast version (tokenizer.json): convert it first")

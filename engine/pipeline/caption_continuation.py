@@ -102,9 +102,9 @@ def continue_caption(
 
 
 def allowed_tokens(tokenizer: CaptionTokenizer) -> Tensor:
-    """(V,) bool over the tokenizer's entries: words, pieces, and what ends a caption."""
+    """(V,) bool over the tokenizer's entries: words, pieces, and what ends a caption; no bytes, which alone are no text."""
     allowed = torch.ones(tokenizer.vocab_size, dtype=torch.bool, device="cpu")
-    allowed[sorted(tokenizer.special_ids - tokenizer.end_ids)] = False
+    allowed[sorted((tokenizer.special_ids - tokenizer.end_ids) | tokenizer.byte_ids)] = False
     return allowed
 
 
@@ -192,9 +192,7 @@ class _TextCache:
 
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Reads one token a sequence, (R,), at `position`: (R, C). Later positions, of an earlier batch, are not attended."""
-        embedding = self._model.text_embedding
-        assert embedding.positions is not None, "continue_caption refuses rotary models"
-        x = (embedding.tokens[tokens] + embedding.positions[position])[:, None]  # (R, 1, C)
+        x = self._model.text_embedding.at(tokens, position)[:, None]  # (R, 1, C)
 
         def attend(number: int, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._keys[number, :, position], self._values[number, :, position] = k[:, 0], v[:, 0]

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.config.run import DataConfig
 from engine.data.augment import augment
+from engine.data.bpe import BpeDropout
 from engine.data.caption_fit import CaptionFit
+from engine.data.near_central_crop import NearCentralCrop, load_photo, near_central_crop, without_uncropped
 from engine.data.order import BatchOrder
 from engine.data.pairs import Pair, Pairs, balance_weights, load_image, load_pairs
 from engine.data.token_shards import TokenShard, TokenShards
@@ -32,6 +34,11 @@ def read_pairs(data: DataConfig, seed: int) -> Pairs:
     return load_pairs(data.pairs, validation_fraction=data.validation_fraction, seed=seed)
 
 
+def read_croppable(data: DataConfig, seed: int, *, image_size: int, world: World) -> Pairs:
+    """`read_pairs` without the images that `data.crop` cannot crop to `image_size`; a line says how many these are."""
+    return without_uncropped(read_pairs(data, seed), near_central_crop(data.crop, image_size), note=world.note)
+
+
 def training_order(pairs: Sequence[Pair], data: DataConfig, batch_size: int, *, seed: int, world: World) -> BatchOrder:
     """Order over the training split, resampled when `data.balance` names an attribute."""
     weights = None if data.balance is None else balance_weights(pairs, data.balance)
@@ -47,19 +54,45 @@ class Images:
     """Decoded images of a split.
 
     Args:
-        cache: keep them in memory as uint8.
+        cache: keep them in memory as uint8; with `crop` as large as they are stored.
+        crop: None: images of another shape are stretched.
+        held_out: crop without chance.
     """
 
-    def __init__(self, pairs: Sequence[Pair], image_size: int, *, cache: bool) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        image_size: int,
+        *,
+        cache: bool,
+        crop: NearCentralCrop | None = None,
+        held_out: bool = False,
+    ) -> None:
         self._pairs = pairs
         self._image_size = image_size
-        self._cache: np.ndarray | None = None
+        self._crop = crop
+        self._held_out = held_out
+        self._cache: Sequence[np.ndarray] | np.ndarray | None = None
         if cache and pairs:
-            self._cache = np.stack([load_image(pair, image_size) for pair in pairs])  # (N, S, S, 3)
+            images = [self._read(pair) for pair in pairs]
+            self._cache = np.stack(images) if crop is None else images  # (N, S, S, 3), or N of any shape
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """(S, S, 3) uint8."""
-        return self._cache[index] if self._cache is not None else load_image(self._pairs[index], self._image_size)
+        """(S, S, 3) uint8, always the same."""
+        image = self._stored(index)
+        return image if self._crop is None else self._crop.central(image)
+
+    def random(self, index: int, generator: np.random.Generator) -> np.ndarray:
+        """(S, S, 3) uint8 of one visit: cropped at random where images are cropped."""
+        if self._crop is None or self._held_out:
+            return self[index]
+        return self._crop.random(self._stored(index), generator)
+
+    def _stored(self, index: int) -> np.ndarray:
+        return self._cache[index] if self._cache is not None else self._read(self._pairs[index])
+
+    def _read(self, pair: Pair) -> np.ndarray:
+        return load_image(pair, self._image_size) if self._crop is None else load_photo(pair)
 
 
 class Reconstructions:
@@ -68,12 +101,19 @@ class Reconstructions:
     Args:
         reconstruct: (B, 3, S', S') float in [0, 1] to the same shape.
         codec_size: S', the codec's image size in pixels.
+        crop: to S'; images are reconstructed as they are cropped without chance.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], image_size: int, *, codec_size: int, reconstruct: Callable[[Tensor], Tensor]
+        self,
+        pairs: Sequence[Pair],
+        image_size: int,
+        *,
+        codec_size: int,
+        reconstruct: Callable[[Tensor], Tensor],
+        crop: NearCentralCrop | None = None,
     ) -> None:
-        source = Images(pairs, codec_size, cache=False)
+        source = Images(pairs, codec_size, cache=False, crop=crop)
         parts = []
         for start in range(0, len(pairs), 32):
             rows = np.stack([source[index] for index in range(start, min(start + 32, len(pairs)))])
@@ -84,8 +124,8 @@ class Reconstructions:
             parts.append((images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
         self._images = np.concatenate(parts)  # (N, S, S, 3)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """(S, S, 3) uint8."""
+    def random(self, index: int, generator: np.random.Generator) -> np.ndarray:
+        """(S, S, 3) uint8, without chance: as `Images.random` is called."""
         return self._images[index]
 
 
@@ -94,12 +134,13 @@ def image_sources(
     shift: int = 0, noise_seeds: bool = False,
 ) -> tuple[BatchSource, BatchSource | None]:  # fmt: skip
     """`image_source` of the training split, augmented, and of the held-out one as it is; None where nothing is held out."""
-    train = Images(pairs.train, image_size, cache=data.cache_images)
+    crop = near_central_crop(data.crop, image_size)
+    train = Images(pairs.train, image_size, cache=data.cache_images, crop=crop)
     order = training_order(pairs.train, data, batch_size, seed=seed, world=world)
     source = image_source(train, order, flip=data.flip, shift=shift, noise_seeds=noise_seeds)
     if not pairs.validation:
         return source, None
-    held_out = Images(pairs.validation, image_size, cache=data.cache_images)
+    held_out = Images(pairs.validation, image_size, cache=data.cache_images, crop=crop, held_out=True)
     held_out_order = validation_order(len(pairs.validation), batch_size, seed=seed, world=world)
     return source, image_source(held_out, held_out_order, flip=False)
 
@@ -127,7 +168,7 @@ def image_source(
         for position in order.positions(number):
             generator = order.generator(position)
             use = reconstructions if reconstructions is not None and generator.random() < 0.5 else images
-            augmented.append(augment(use[order.index(position)], generator, flip=flip, shift=shift))
+            augmented.append(augment(use.random(order.index(position), generator), generator, flip=flip, shift=shift))
             generators.append(generator)
         batch = {"images": torch.from_numpy(np.stack(augmented)).permute(0, 3, 1, 2)}
         if noise_seeds:
@@ -153,6 +194,7 @@ def captioned_image_source(
     shift: int = 0,
     reconstructions: Reconstructions | None = None,
     spliced: float = 0.0,
+    bpe_dropout: BpeDropout | None = None,
     fit: CaptionFit | None = None,
     wrong: WrongCaptions | None = None,
     num_wrong: int = 0,
@@ -160,6 +202,7 @@ def captioned_image_source(
     """`images` as `image_source`; `text_tokens`: (B, T) of one caption each, chosen anew at each visit.
 
     Args:
+        bpe_dropout: leaves merges of the captions out, others at each visit.
         fit: of `pairs`; adds `fits`, (B, ranks * B) bool: whether an image of any rank fits one of these captions.
         wrong: with `num_wrong` K > 0 adds `wrong_text_tokens`, (B, K, T): versions of each caption that are wrong
             about its image, and `has_wrong`, (B,) bool: where there are none, these are of the empty caption.
@@ -177,7 +220,9 @@ def captioned_image_source(
             pick = order.generator(position + 2**63).integers(len(choices)) if len(choices) > 1 else 0
             captions.append((index, choices[pick]))
         batch = image_batches(number)
-        batch["text_tokens"] = tokenizer.encode([caption for _, caption in captions], text_seq_len).tokens
+        visits = [_dropout_generator(order, position) for position in order.positions(number)]
+        tokens = tokenizer.encode([caption for _, caption in captions], text_seq_len).tokens
+        batch["text_tokens"] = _with_dropout(tokens, visits, bpe_dropout)
         if wrong is not None and num_wrong:
             # + 2**62: another stream than the augmentation and the choice of the caption
             generators = [order.generator(position + 2**62) for position in order.positions(number)]
@@ -187,6 +232,8 @@ def captioned_image_source(
                 for _ in range(num_wrong)
             ]
             tokens = tokenizer.encode([version or "" for version in versions], text_seq_len).tokens
+            # With dropout as the right ones: whole words would give a wrong caption away.
+            tokens = _with_dropout(tokens, [each for each in visits for _ in range(num_wrong)], bpe_dropout)
             batch["wrong_text_tokens"] = tokens.unflatten(0, (len(captions), num_wrong))
             batch["has_wrong"] = torch.tensor([version is not None for version in versions[::num_wrong]])
         if fit is not None:
@@ -206,6 +253,7 @@ def token_source(
     input_token_noise: float = 0.0,
     image_vocab_size: int = 0,
     random_orders: bool = False,
+    bpe_dropout: BpeDropout | None = None,
 ) -> BatchSource:
     """`text_tokens` (B, T), `image_tokens` (B, N) and, with noise, `noisy_image_tokens` (B, N); int64.
 
@@ -219,6 +267,7 @@ def token_source(
             own mistakes in generation.
         image_vocab_size: random tokens are below it.
         random_orders: as above; they leave everything else in the batch as it is without.
+        bpe_dropout: leaves merges of the captions out, others at each visit; it leaves everything else as it is, too.
     """
     assert input_token_noise == 0 or image_vocab_size > 0, (input_token_noise, image_vocab_size)
 
@@ -228,6 +277,8 @@ def token_source(
             generator = order.generator(position)
             text, image = shards.pick(order.index(position), generator)
             dropped = caption_dropout > 0 and generator.random() < caption_dropout
+            if bpe_dropout is not None and not dropped:
+                text = bpe_dropout(text, _dropout_generator(order, position))
             texts.append(empty[0].numpy() if dropped else text)
             images.append(image)
             if input_token_noise:
@@ -245,6 +296,18 @@ def token_source(
         return {**batch, "order_draws": torch.tensor(draws, dtype=torch.float64)} if draws else batch
 
     return make
+
+
+def _with_dropout(tokens: Tensor, generators: Sequence[np.random.Generator], bpe_dropout: BpeDropout | None) -> Tensor:
+    """(B, T) tokens with merges left out, a generator for each row."""
+    if bpe_dropout is None:
+        return tokens
+    return torch.from_numpy(np.stack([bpe_dropout(*row) for row in zip(tokens.numpy(), generators, strict=True)]))
+
+
+def _dropout_generator(order: BatchOrder, position: int) -> np.random.Generator:
+    """+ 2**61: another stream than the other randomness of the same visit (+ 0, + 2**62, + 2**63)."""
+    return order.generator(position + 2**61)
 
 
 def stream(source: BatchSource, start: int, stop: int, *, num_workers: int) -> Iterator[Batch]:

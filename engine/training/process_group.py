@@ -40,6 +40,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def note(self, line: str) -> None:
+        """Prints a line once for all ranks."""
+        if self.is_main:
+            print(line, flush=True)
+
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()

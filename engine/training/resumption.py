@@ -62,8 +62,8 @@ def check_inputs(run: Run) -> dict[str, str]:
     sources: dict[str, object] = dict.fromkeys(inputs, run.data.pairs)
     if isinstance(run, KoclipRun | KodalleRun):
         # A tokenizer that is trained follows from the training captions.
-        trained = run.text.tokenizer == "train"
-        inputs["text.tokenizer"] = "train" if trained else load_tokenizer(run.text.tokenizer).digest
+        name = run.text.tokenizer
+        inputs["text.tokenizer"] = name if run.text.is_trained else load_tokenizer(name).digest
         sources["text.tokenizer"] = run.text.tokenizer
     vqgan = run.vqgan if isinstance(run, KodalleRun) else run.codec if isinstance(run, KoclipRun) else None
     if vqgan is not None:

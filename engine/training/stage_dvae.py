@@ -16,7 +16,7 @@ from engine.models.folder import Part, write_model_folder
 from engine.models.openai_dvae import OpenaiDvae
 from engine.models.quantiser import codebook_stats
 from engine.pipeline.image_files import image_grid
-from engine.training.batches import Batch, image_sources, read_pairs, to_unit_floats
+from engine.training.batches import Batch, image_sources, read_croppable, to_unit_floats
 from engine.training.engines import Engines, make_engine, micro_batch
 from engine.training.process_group import World
 from engine.training.start_from import start_from
@@ -31,7 +31,7 @@ class DvaeStage:
 
     def __init__(self, run: DvaeRun, world: World) -> None:
         self.run, self.world = run, world
-        pairs = read_pairs(run.data, run.seed)
+        pairs = read_croppable(run.data, run.seed, image_size=run.model.image_size, world=world)
         self.ground = pairs.ground
         self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)

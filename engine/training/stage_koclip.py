@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engine.config.stages import KoclipRun
 from engine.data.caption_fit import CaptionFit
+from engine.data.near_central_crop import near_central_crop, without_uncropped
 from engine.data.partial_captions import with_partial_captions
 from engine.data.tokenizer import tokenizer_for
 from engine.data.wrong_captions import wrong_captions
@@ -48,7 +49,6 @@ class KoclipStage:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
         self.ground = pairs.ground
-        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         if run.loss.image_ssl is not None and batch_size * world.size < 2:
             remedy = "loss.image_ssl compares images: give 2 or more"
@@ -66,6 +66,9 @@ class KoclipStage:
             raise InputError("hard_negative_captions", run.hard_negative_captions, remedy)
         # Images are read at the encoder's size: they are resized once, in the loader.
         size, cache, length = run.model.image_size, run.data.cache_images, run.model.text_seq_len
+        crop = near_central_crop(run.data.crop, size)
+        pairs = without_uncropped(pairs, crop, note=world.note)
+        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         reconstructions = None
         if run.codec is not None:
             vqgan: ImageCodec = load_part(run.codec, "vqgan").to(world.device)
@@ -74,9 +77,10 @@ class KoclipStage:
                 size,
                 codec_size=vqgan.config.image_size,
                 reconstruct=lambda images: vqgan.decode(vqgan.encode(images.to(world.device))),
+                crop=near_central_crop(run.data.crop, vqgan.config.image_size),
             )
         order = training_order(pairs.train, run.data, batch_size, seed=run.seed, world=world)
-        images = Images(pairs.train, size, cache=cache)
+        images = Images(pairs.train, size, cache=cache, crop=crop)
         self.source: BatchSource = captioned_image_source(
             images,
             pairs.train,
@@ -87,6 +91,7 @@ class KoclipStage:
             shift=run.augment_shift,
             reconstructions=reconstructions,
             spliced=run.spliced_negatives,
+            bpe_dropout=self.tokenizer.dropout(run.text.bpe_dropout),
             fit=CaptionFit(pairs.train),
             wrong=wrong,
             num_wrong=run.hard_negative_captions,
@@ -96,7 +101,7 @@ class KoclipStage:
         self.validation_source: BatchSource | None = None
         if pairs.validation:
             held_out_order = validation_order(len(pairs.validation), batch_size, seed=run.seed, world=world)
-            held_out = Images(pairs.validation, size, cache=cache)
+            held_out = Images(pairs.validation, size, cache=cache, crop=crop, held_out=True)
             self.validation_source = captioned_image_source(
                 held_out,
                 pairs.validation,

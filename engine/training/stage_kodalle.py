@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.config.stages import KodalleRun
 from engine.data.class_tokenizer import conditioned_tokenizer
+from engine.data.near_central_crop import near_central_crop, without_uncropped
 from engine.data.pairs import Pairs, caption_guide
 from engine.data.partial_captions import with_partial_captions
 from engine.data.token_encoding import Encoding, begin_shards, encode_shards, finish_shards
@@ -72,7 +73,6 @@ class KodalleStage:
         self.run, self.world = run, world
         pairs = read_pairs(run.data, run.seed)
         self.ground = pairs.ground
-        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         batch_size, _ = micro_batch(run.deepspeed)
         # A class that is only held out is one of the model's too.
         counted = pairs.all if run.model.condition == "class" else pairs.train
@@ -88,6 +88,9 @@ class KodalleStage:
             read_part(run.koclip, "koclip")  # fails now instead of at the export
             _check_same_tokenizer(run.koclip, self.tokenizer)
         self.vqgan.to(world.device).requires_grad_(False)
+        self._crop = near_central_crop(run.data.crop, self.vqgan.config.image_size)
+        pairs = without_uncropped(pairs, self._crop, note=world.note)
+        self.num_train, self.num_validation = len(pairs.train), len(pairs.validation)
         if self.tokenizer.names_classes and run.caption_dropout > 0:
             raise InputError("caption_dropout", run.caption_dropout, "classes have no empty caption: write 0")
         nothing = torch.zeros(1, run.model.text_seq_len, dtype=torch.int64, device="cpu")  # not read then
@@ -97,12 +100,14 @@ class KodalleStage:
         self.source: BatchSource = token_source(
             train, order, empty=self._empty, caption_dropout=run.caption_dropout,
             input_token_noise=run.input_token_noise, image_vocab_size=run.model.image_vocab_size,
-            random_orders=run.order_annealing is not None,
+            random_orders=run.order_annealing is not None, bpe_dropout=self.tokenizer.dropout(run.text.bpe_dropout),
         )  # fmt: skip
+        self._sample_source = token_source(train, order, empty=self._empty, caption_dropout=run.caption_dropout)
         self.validation_source: BatchSource | None = None
         if held_out is not None:
             held_out_order = validation_order(len(held_out), batch_size, seed=run.seed, world=world)
             self.validation_source = token_source(held_out, held_out_order, empty=self._empty)
+            self._sample_source = self.validation_source
 
     def build(self, total_steps: int, guard: UpdateGuard) -> Engines:
         run, self._guard = self.run, guard
@@ -160,7 +165,7 @@ class KodalleStage:
     @torch.no_grad()
     def sample(self, count: int) -> Image.Image:
         """Two rows: the VQGAN's reconstructions of held-out images, and images generated for their captions, seed 0."""
-        batch = (self.validation_source or self.source)(0)
+        batch = self._sample_source(0)
         text_tokens, image_tokens = (tokens[:count] for tokens in self._tokens(batch))
         params = self.run.generation.sampling_params().updated(guidance_scale=1)  # no empty caption here
         with gathered_parameters(self.engine):
@@ -212,7 +217,7 @@ class KodalleStage:
         """Opens the token shards, after all ranks have encoded them where they are missing or made from other inputs."""
         run, model = self.run, self.run.model
         folder = run.token_shards or run.run / "shards"
-        views = AugmentedViews(run.data.flip, run.augmented_views, run.augment_shift)
+        views = AugmentedViews(run.data.flip, run.augmented_views, run.augment_shift, run.data.crop)
         lock = hold_lock(folder.parent / f".{folder.name}.lock", field="token_shards", wait=True)
         with lock if self.world.is_main else contextlib.nullcontext():
             self._write_shards(pairs, folder, views)

@@ -14,7 +14,7 @@ from engine.models.quantiser import codebook_stats
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.models.vqgan_loss import build_discriminator, discriminator_active, discriminator_loss, generator_loss
 from engine.pipeline.image_files import image_grid
-from engine.training.batches import Batch, image_sources, read_pairs, to_unit_floats
+from engine.training.batches import Batch, image_sources, read_croppable, to_unit_floats
 from engine.training.engines import Engines, make_engine, micro_batch, zero_stage
 from engine.training.process_group import World
 from engine.training.start_from import start_from
@@ -31,7 +31,7 @@ class VqganStage:
 
     def __init__(self, run: VqganRun, world: World) -> None:
         self.run, self.world = run, world
-        self.pairs = read_pairs(run.data, run.seed)
+        self.pairs = read_croppable(run.data, run.seed, image_size=run.model.image_size, world=world)
         self.ground = self.pairs.ground
         self.num_train, self.num_validation = len(self.pairs.train), len(self.pairs.validation)
         self._batch_size, _ = micro_batch(run.deepspeed)

@@ -118,7 +118,13 @@ def gradient() -> Callable[..., Batch]:
 
     class _Images(Images):
         def __init__(self) -> None:
-            self._cache = image
+            pass
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            return np.asarray(image[index])
+
+        def random(self, index: int, generator: np.random.Generator) -> np.ndarray:
+            return self[index]
 
     def make(**augmentation: bool | int) -> Batch:
         return image_source(_Images(), BatchOrder(1, 200, seed=0), **augmentation)(0)  # type: ignore[arg-type]
