@@ -35,7 +35,8 @@ EXTRAS_OF_FOLDER = {
 }
 OURS = {"engine", "kernels", "serve", "tests"}
 # taming: see pyproject.toml. torchvision: looked for, never needed (engine/models/environment.py). dalle_pytorch: a baseline.
-NEVER_DECLARED = {"taming", "torchvision", "dalle_pytorch"}
+# kiwipiepy: one benchmark's language model.
+NEVER_DECLARED = {"taming", "torchvision", "dalle_pytorch", "kiwipiepy"}
 # Of requirements that no file imports: who calls for them.
 NEVER_IMPORTED = {
     "pytest-xdist": "make test",
