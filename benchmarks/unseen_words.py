@@ -12,8 +12,8 @@ KoDALLE's authors took a language model's vocabulary and tables because one made
                            the text embeddings (256 wide, projected), and for comparison the same vectors dealt out at random
 
 Each trains the model of configs/clothing/kodalle-bpe.yaml in small, for the same steps on the same pictures. Held-out captions come
-as they are labelled, and with garments and colours in words that no training caption has (REWRITTEN, chosen before anything was
-measured). `kept` is what the loss shows of a caption's worth in those words: (without caption - rewritten) / (without - labelled).
+as they are labelled, and with garments and colours in words that no training caption has (REWRITTEN, chosen before any of
+these was trained). `kept` is what the loss shows of a caption's worth in those words: (without caption - rewritten) / (without - labelled).
 
 Of the language model's entries those are trained that any of these captions needs, so that the table stays small: the tokens
 are the same, and the text loss is the only thing that has fewer rivals. Runs lie in `--runs` and are read again.
