@@ -3,6 +3,8 @@
     kodalle data captions|prepare|check|make-demo …
     kodalle generate MODEL "caption" --candidates 16 --top 4 --seed 7 --out DIR
     kodalle generate MODEL "caption" --image photo.jpg --keep-rows 8          (or --mask mask.png)
+    kodalle generate MODEL "caption" --size 192x128
+    kodalle generate MODEL "caption" --refine 10
     kodalle generate [MODEL] --from generations/01-seed7-candidate003.png
     kodalle continue MODEL "beginning of a caption" --count 4 --seed 7
     kodalle evaluate MODEL PAIRS --out FILE
@@ -110,10 +112,35 @@ def generate(
         bool | None,
         typer.Option("--paste/--no-paste", help="kept pixels: the original's, or as the model decodes them"),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="WIDTHxHEIGHT in pixels, e.g. 192x128: larger than the model's own size, by a sliding window",
+            show_default=False,
+        ),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="steps in which the images written are moved towards the caption, as the ranker sees it",
+            show_default=False,
+        ),
+    ] = None,
+    refine_step_size: Annotated[
+        float | None, typer.Option(min=0, max=10, help="of --refine, in standard deviations of the codes; default: 0.2")
+    ] = None,
+    refine_with: Annotated[
+        Path | None,
+        typer.Option(
+            help="what guides --refine: a model folder with a ranker, or transformers' folder of a CLIP; default: the model's own"
+        ),
+    ] = None,
     rank_by: Annotated[
         str | None, typer.Option(help="koclip, the default; or, with --mask, log_likelihood of what is kept after it")
     ] = None,
-    size: Annotated[
+    enlarge: Annotated[
         int | None,
         typer.Option(help="pixels a side: enlarged by Lanczos, which adds no detail; default: the model's own"),
     ] = None,
@@ -140,13 +167,32 @@ def generate(
     params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     params |= {"candidates": candidates, "seed": seed, "top": top}
     _check_needs({"--keep-rows": keep_rows, "--mask": mask, "--no-paste": paste}, image)
+    if refine is None:
+        needs = {"--refine-step-size": refine_step_size, "--refine-with": None if from_ else refine_with}
+        for name, value in needs.items():
+            if value is not None:
+                raise InputError(name, value, "give the steps too: --refine 10")
     if from_ is not None:
-        stated = params | {"keep_rows": keep_rows, "paste": paste, "rank_by": rank_by, "codec_backend": codec_backend}
-        stated |= {"int8": int8 or None, "strict": strict or None, "size": size, "transparent": transparent or None}
+        stated = params | {
+            "keep_rows": keep_rows,
+            "paste": paste,
+            "rank_by": rank_by,
+            "codec_backend": codec_backend,
+            "size": size,
+        }
+        stated |= {"refine": refine, "refine_step_size": refine_step_size}
+        stated |= {
+            "int8": int8 or None,
+            "strict": strict or None,
+            "enlarge": enlarge,
+            "transparent": transparent or None,
+        }
         _check_from(from_, caption, stated)
         from engine.commands.generate import regenerate_to_folder
 
-        regenerate_to_folder(from_, out, model=model, device=device, init_image=image, mask=mask)
+        regenerate_to_folder(
+            from_, out, model=model, device=device, init_image=image, mask=mask, refine_with=refine_with
+        )
         return
     if model is None or caption is None:
         raise InputError(
@@ -155,10 +201,22 @@ def generate(
     if top is None:
         params["top"] = min(4, SamplingParams().updated(candidates=candidates).candidates)
     SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
+    from engine.pipeline.image_size import parse_size
+
+    requested_size = None if size is None else parse_size(size, field="--size")
+    if requested_size is not None and (enlarge is not None or transparent):
+        raise InputError(
+            "--size", requested_size, "goes with neither --enlarge nor --transparent: leave one of them out"
+        )
     from engine.commands.generate import generate_to_folder
     from engine.pipeline.init_image import InitImage
+    from engine.pipeline.provenance import Refinement
     from engine.pipeline.rendition import Rendition
 
+    refinement = None
+    if refine is not None:
+        chosen = {} if refine_step_size is None else {"step_size": refine_step_size}
+        refinement = Refinement(steps=refine, **chosen)
     init_image = None
     if image is not None:
         init_image = InitImage.from_files(image, keep_rows=keep_rows, mask=mask, paste=paste is not False)
@@ -172,8 +230,11 @@ def generate(
         int8=int8,
         codec_backend=codec_backend or "torch",
         init_image=init_image,
+        size=requested_size,
         rank_by=rank_by or "koclip",
-        rendition=Rendition(size, transparent),
+        rendition=Rendition(enlarge, transparent),
+        refinement=refinement,
+        refine_with=refine_with,
     )
 
 

@@ -103,12 +103,17 @@ class OnnxVqgan:
     def __init__(self, decoder: OnnxNetwork, config: CodecConfig) -> None:
         self._decoder, self._config = decoder, config
 
-    def decode(self, image_tokens: Tensor) -> Tensor:
+    def decode(self, image_tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Image tokens to images: (B, N) integers -> (B, 3, S, S) float32 in [0, 1].
 
+        Args:
+            grid: of larger images, which no exported network decodes.
+
         Raises:
-            ValueError: wrong shape or type, or a token outside the codebook.
+            ValueError: a grid, wrong shape or type, or a token outside the codebook.
         """
+        if grid is not None:
+            raise ValueError(f"this network decodes its own size only, not {grid[0]} x {grid[1]} tokens")
         N, K = self._config.image_seq_len, self._config.codebook_size
         if image_tokens.dim() != 2 or image_tokens.shape[1] != N:
             raise ValueError(f"image tokens must be (B, {N}), got {tuple(image_tokens.shape)}")

@@ -34,6 +34,7 @@ from engine.codec.vqgan_row_tiles import (
     float_conv,
 )
 from kernels.int8_conv import Int8Conv
+from kernels.winograd import WinogradConv
 
 
 class CpuDecoder:
@@ -44,12 +45,13 @@ class CpuDecoder:
 
     Args:
         decoder: taming's, on the CPU.
+        grid: rows and columns of the latents that it is made for, beside others that `fits` admits; None: the module's own.
         int8: 8-bit convolutions in the residual blocks. The upsampling, the first and the last convolution and the
             attention stay in float32: their input is the residual stream itself, whose range no activation bounds.
     """
 
-    def __init__(self, decoder: Decoder, *, int8: bool) -> None:
-        size: int = decoder.z_shape[2]
+    def __init__(self, decoder: Decoder, *, int8: bool, grid: tuple[int, int] | None = None) -> None:
+        size = self._grid = grid or (decoder.z_shape[2], decoder.z_shape[3])
         self._int8 = int8
         self._first = float_conv(decoder.conv_in, size)
         self._steps: list[_Block | _Attention | FloatConv] = [
@@ -64,9 +66,18 @@ class CpuDecoder:
                     self._steps.append(_Attention(level.attn[number], int8=int8))
             if hasattr(level, "upsample"):
                 self._steps.append(float_conv(level.upsample.conv, size, doubled=True))
-                size *= 2
+                size = (2 * size[0], 2 * size[1])
+        self._image_size = size
         self._last_norm = GroupNormAffine(decoder.norm_out)
         self._last = float_conv(decoder.conv_out, size)
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether it decodes latents of these rows and columns: whole tiles where its own are whole tiles."""
+        levels = [2**level for level in range((self._image_size[0] // self._grid[0]).bit_length())]
+        is_tiled = [WinogradConv.fits(self._grid[0] * scale, self._grid[1] * scale) for scale in levels]
+        needed = [WinogradConv.fits(rows * scale, columns * scale) for scale in levels]
+        # A doubling has tiles of half the size, which are whole where those after it are.
+        return all(is_whole or not was for was, is_whole in zip(is_tiled, needed, strict=True))
 
     @torch.no_grad()
     def decode(self, latents: Callable[[int], Tensor], count: int) -> list[Tensor]:
@@ -112,7 +123,7 @@ class CpuDecoder:
 class _Block:
     """Residual block: stream + conv2(silu(norm2(conv1(silu(norm1(stream)))))), a 1x1 convolution where C changes."""
 
-    def __init__(self, block: ResnetBlock, size: int, *, int8: bool) -> None:
+    def __init__(self, block: ResnetBlock, size: tuple[int, int], *, int8: bool) -> None:
         self._norm1, self._norm2 = GroupNormAffine(block.norm1), GroupNormAffine(block.norm2)
         self._conv1, self._conv2 = (
             Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size)

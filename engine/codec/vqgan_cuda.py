@@ -2,7 +2,8 @@
 
 A decoder is some 180 launches, many of them shorter than the launch: the graph makes them one. It is captured once, for
 `graph_images`, and always runs so many: cuDNN picks a convolution's algorithm by the batch size, so a graph for each size
-would not be batch-invariant. An image's place in the batch changes nothing.
+would not be batch-invariant. An image's place in the batch changes nothing. Another grid of tokens than the trained one has a graph of its
+own, of which the last one is kept.
 
 The graph runs on a stream of its own. Decoding tokens is bound by memory, decoding images by arithmetic: a caller that
 does not wait for `enqueue` at once overlaps the two.
@@ -18,7 +19,9 @@ Source of the network: CompVis/taming-transformers `Decoder`.
 """
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,30 +51,36 @@ class CudaDecoder:
         self._decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._decoder.requires_grad_(False)
         self._table = table.to(dtype)
-        self._grid: int = codec.config.grid_size
-        self._size: int = codec.config.image_size
+        self._grid = (codec.config.grid_size, codec.config.grid_size)
+        self._cell: int = codec.config.image_size // codec.config.grid_size
         self._to_images = codec.to_images
         self._device = table.device
         self._graph_images = graph_images
         self._stream = torch.cuda.Stream(self._device)
-        example = torch.zeros(graph_images, self._grid**2, dtype=torch.int64, device=self._device)
-        self._run = Captured(self._images, example, stream=self._stream) if graphed else self._images
+        self._graphed = graphed
+        self._run = self._program(self._grid)
+        self._larger: tuple[tuple[int, int], Callable[[Tensor], Tensor]] | None = None
 
     @torch.no_grad()
-    def enqueue(self, image_tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def enqueue(self, image_tokens: Tensor, *, grid: tuple[int, int] | None = None) -> tuple[Tensor, torch.cuda.Event]:
         """Starts decoding (B, N) int64 tokens of the codebook, unchecked, after the caller's stream; returns at once.
+
+        Args:
+            grid: rows and columns of tokens; None: the trained grid. The first images of another one wait for its capture.
 
         Returns:
             images (B, 3, S, S) float32 in [0, 1], not to be read before the event; and the event.
         """
+        grid = grid or self._grid
+        run = self._run_of(grid)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         parts = []
         with torch.cuda.stream(self._stream):
             for part in image_tokens.split(self._graph_images):
                 padded = part.new_zeros(self._graph_images, part.shape[1])
                 padded[: len(part)] = part
-                parts.append(self._run(padded)[: len(part)])
-            empty = (0, 3, self._size, self._size)
+                parts.append(run(padded)[: len(part)])
+            empty = (0, 3, grid[0] * self._cell, grid[1] * self._cell)
             images = torch.cat(parts) if parts else torch.empty(empty, dtype=torch.float32, device=self._device)
             done = torch.cuda.Event()
             done.record(self._stream)
@@ -79,11 +88,27 @@ class CudaDecoder:
         images.record_stream(torch.cuda.current_stream(self._device))
         return images, done
 
-    def _images(self, image_tokens: Tensor) -> Tensor:
+    def _run_of(self, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        if grid == self._grid:
+            return self._run
+        if self._larger is None or self._larger[0] != grid:
+            self._larger = None  # its memory first
+            self._larger = (grid, self._program(grid))
+        return self._larger[1]
+
+    def _program(self, grid: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        """The decoder of tokens (graph_images, N) of a grid, captured."""
+        images = functools.partial(self._images, grid=grid)
+        if not self._graphed:
+            return images
+        example = torch.zeros(self._graph_images, grid[0] * grid[1], dtype=torch.int64, device=self._device)
+        return Captured(images, example, stream=self._stream)
+
+    def _images(self, image_tokens: Tensor, *, grid: tuple[int, int]) -> Tensor:
         # The same algorithm in each process, not chosen by timing; and no TF32.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             latents = F.embedding(image_tokens, self._table)  # (B, N, Z)
-            latents = latents.unflatten(1, (self._grid, self._grid)).permute(0, 3, 1, 2)  # (B, Z, h, w), channels last
+            latents = latents.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, Z, h, w), channels last
             if isinstance(self._decoder, Decoder):
                 return self._to_images(decode_channels_last(self._decoder, latents))
             return self._to_images(self._decoder(latents))

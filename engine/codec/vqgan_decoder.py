@@ -14,6 +14,9 @@ decoder of 32 channels, whose maps fit the cache whole, is 2.7 times faster with
 
 Decoding is batch-invariant: an image depends on its tokens alone, bit for bit.
 
+A grid of tokens larger than the trained one, oblong ones too, is decoded as a whole, so that windows of tokens leave no seam in the
+pixels: convolutions take any size, and what sees the whole image (normalisation, self-attention) sees all of the larger one.
+
 B images, N image tokens, K codes, E width of an entry, Z latent channels, S pixels.
 """
 
@@ -41,7 +44,7 @@ class FastDecoder:
     """An image decoder with copies of a codec's weights, on the codec's device.
 
     Args:
-        codec: on a CPU or a GPU, of any dtype; not changed.
+        codec: on a CPU or a GPU, of any dtype; not changed. Its decoder is read once more for a grid that is no whole tiles.
         precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
             only: about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR to its images for the
             demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect). VQGANs only.
@@ -61,6 +64,9 @@ class FastDecoder:
             where = "a GPU" if self._device.type != "cpu" else f"a processor without VNNI ({cpu_capabilities().isa})"
             raise InputError("precision", "int8", f"is not made for {where}: write float32 or bfloat16")
         self._cpu: CpuDecoder | None = None
+        self._larger_cpu: dict[
+            tuple[int, int], CpuDecoder
+        ] = {}  # for grids that are no whole tiles of the trained one's
         self._cuda: CudaDecoder | None = None
         if precision == "int8" and not isinstance(codec.config, VqganConfig):
             raise InputError("precision", "int8", f"is not made for a codec of the family {codec.config.family}")
@@ -69,6 +75,7 @@ class FastDecoder:
             self._cuda = CudaDecoder(codec, self._table, dtype=dtype)
         elif precision == "int8" or (precision == "float32" and _uses_row_tiles(codec, row_tiles)):
             self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8")
+            self._source = codec.decoder
         else:
             module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
             is_wide = not isinstance(codec.config, VqganConfig) or codec.config.base_channels >= _WIDE_CHANNELS
@@ -78,28 +85,41 @@ class FastDecoder:
             self._to_images = codec.to_images
 
     @torch.no_grad()
-    def decode(self, image_tokens: Tensor) -> Tensor:
+    def decode(self, image_tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Image tokens to images: (B, N) integers -> (B, 3, S, S) float32 in [0, 1].
+
+        Args:
+            grid: rows and columns of tokens; None: the trained grid. N is their product then, and images are as large as they say.
 
         Raises:
             ValueError: wrong shape or type, or a token outside the codebook.
         """
-        image_tokens = self._checked(image_tokens)
+        rows, columns = grid = grid or (self.config.grid_size, self.config.grid_size)
+        image_tokens = self._checked(image_tokens, rows * columns)
         if self._cuda is not None:
-            images, done = self._cuda.enqueue(image_tokens)
+            images, done = self._cuda.enqueue(image_tokens, grid=grid)
             done.wait()
             return images
-        grid, size = self.config.grid_size, self.config.image_size
+        cell = self.config.image_size // self.config.grid_size
         if len(image_tokens) == 0:
-            return torch.empty(0, 3, size, size, dtype=torch.float32, device=self._device)
+            return torch.empty(0, 3, rows * cell, columns * cell, dtype=torch.float32, device=self._device)
         if self._cpu is not None:
-            decoded = self._cpu.decode(
-                lambda number: self._table[image_tokens[number]].view(grid, grid, -1), len(image_tokens)
+            decoded = self._cpu_decoder(grid).decode(
+                lambda number: self._table[image_tokens[number]].view(rows, columns, -1), len(image_tokens)
             )  # (S, S, 3) each
             return to_unit_range(torch.stack(decoded).permute(0, 3, 1, 2)).contiguous()
-        latents = self._table[image_tokens].view(-1, grid, grid, self._table.shape[1]).permute(0, 3, 1, 2)
+        latents = self._table[image_tokens].view(-1, rows, columns, self._table.shape[1]).permute(0, 3, 1, 2)
         with single_threads() as (pool, _):
             return torch.cat(list(pool.map(self._decode_image, latents))).contiguous()
+
+    def _cpu_decoder(self, grid: tuple[int, int]) -> CpuDecoder:
+        """The decoder of the trained grid, or one that is made for another and kept."""
+        assert self._cpu is not None
+        if self._cpu.fits(*grid):
+            return self._cpu
+        if grid not in self._larger_cpu:
+            self._larger_cpu = {grid: CpuDecoder(self._source, int8=self.precision == "int8", grid=grid)}
+        return self._larger_cpu[grid]
 
     @torch.inference_mode()
     def _decode_image(self, latent: Tensor) -> Tensor:
@@ -116,18 +136,17 @@ class FastDecoder:
         """
         if self._cuda is None:
             raise ValueError("decode_async: this decoder is on the CPU, call decode")
-        self._check_shape(image_tokens)
+        self._check_shape(image_tokens, self.config.image_seq_len)
         return self._cuda.enqueue(image_tokens.long())
 
-    def _check_shape(self, image_tokens: Tensor) -> None:
-        N = self.config.image_seq_len
+    def _check_shape(self, image_tokens: Tensor, N: int) -> None:
         if image_tokens.dim() != 2 or image_tokens.shape[1] != N:
             raise ValueError(f"image tokens must be (B, {N}), got {tuple(image_tokens.shape)}")
         if image_tokens.is_floating_point() or image_tokens.dtype == torch.bool:
             raise ValueError(f"image tokens must be integers, not {image_tokens.dtype}")
 
-    def _checked(self, image_tokens: Tensor) -> Tensor:
-        self._check_shape(image_tokens)
+    def _checked(self, image_tokens: Tensor, N: int) -> Tensor:
+        self._check_shape(image_tokens, N)
         image_tokens = image_tokens.long()
         if image_tokens.numel():
             lowest, highest = (int(value) for value in torch.stack(torch.aminmax(image_tokens)).tolist())

@@ -152,11 +152,11 @@ class FloatConv(Protocol):
     def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None: ...
 
 
-def float_conv(conv: nn.Conv2d, size: int, *, doubled: bool = False) -> FloatConv:
-    """The faster one for square maps of `size` pixels a side (before doubling)."""
+def float_conv(conv: nn.Conv2d, size: tuple[int, int], *, doubled: bool = False) -> FloatConv:
+    """The faster one for maps of `size`, height and width in pixels (before doubling)."""
     if conv.out_channels * 9 <= conv.in_channels:
         return NarrowConv(conv)
-    if WinogradConv.fits(size, size, doubled=doubled):
+    if WinogradConv.fits(*size, doubled=doubled):
         return WinogradConv(conv.weight, bias_of(conv), doubled=doubled)
     return DirectConv(conv, doubled=doubled)
 

@@ -7,27 +7,31 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from PIL import Image
 
 from engine.codec.codec import CodecBackend
 from engine.data.prompt_words import PromptWords, described
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import atomic_file, check_file_place, write_json
+from engine.interop.clip_scorer import open_ranker
 from engine.models.folder import model_digest, part_config
 from engine.pipeline.generation import Candidate, Generation
 from engine.pipeline.image_encoding import encode_image, read_metadata, save_png
 from engine.pipeline.image_files import contact_sheet
+from engine.pipeline.image_size import ImageSize
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.loading import local_folder
 from engine.pipeline.pipeline import Pipeline
-from engine.pipeline.provenance import InitImageRecord, Provenance, digital_source, read_provenance
+from engine.pipeline.provenance import InitImageRecord, Provenance, Refinement, digital_source, read_provenance
+from engine.pipeline.refinement import GuidingRanker, refine_generation
 from engine.pipeline.rendition import Rendition, render
-from engine.progress import ProgressBar, seconds_text
+from engine.progress import PhaseBars, seconds_text
 from engine.sampling_params import RankBy, SamplingParams
 
 _MAX_SIZE = 4096  # pixels a side
@@ -45,14 +49,20 @@ def generate_to_folder(
     int8: bool = False,
     codec_backend: str = "torch",
     init_image: InitImage | None = None,
+    size: ImageSize | None = None,
     rank_by: str = "koclip",
     rendition: Rendition | None = None,
+    refinement: Refinement | None = None,
+    refine_with: Path | None = None,
 ) -> Generation:
     """Generates and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
         sampling_params: values of `SamplingParams`; where one is missing or None, the model's own counts.
         rendition: of the images, not of the sheet; None: as they were generated.
+        size: see `Pipeline.prepare`.
+        refinement: of the images that are written, see engine/pipeline/refinement.py.
+        refine_with: folder of a ranker that guides it, see engine/interop/clip_scorer.py; None: the model's own.
 
     Raises:
         InputError: bad parameters, files, model or caption; nothing is written then.
@@ -65,6 +75,9 @@ def generate_to_folder(
         raise InputError("--rank-by", rank_by, "is for inpainting: give --image and --mask, or rank by koclip")
     if codec_backend not in get_args(CodecBackend):
         raise InputError("--codec-backend", codec_backend, f"write {' or '.join(get_args(CodecBackend))}")
+    if size is not None and init_image is not None:
+        raise InputError("--size", size, "an init image is of the model's own size: leave one of the two out")
+    guide = _guide(refine_with)
     fit_to_machine()
     started = time.perf_counter()
     backend = cast(CodecBackend, codec_backend)
@@ -72,23 +85,27 @@ def generate_to_folder(
     loading_s = time.perf_counter() - started
     _check_rendition(rendition or Rendition(), pipeline)
     params = pipeline.default_sampling_params.updated(**sampling_params)
-    with ProgressBar("generating", total=pipeline.transformer.config.image_seq_len) as bar:
+    with PhaseBars() as bars:
         generation = pipeline(
             [caption],
             params,
             init_image=init_image,
+            size=size,
             rank_by=cast(RankBy, rank_by),
             strict=strict,
-            on_position=lambda done, _: bar.update(done),
+            on_position=lambda done, total: bars.update("generating", done, total),
         )[0]
+        refined = None
+        if refinement is not None:
+            refined = _refined(pipeline, generation, refinement, guide, bars)
     if note := unknown_note(generation.request.words):
         print(note)
     if generation.tokens_cut:
         print(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
-    _write(folder, pipeline, generation, rendition or Rendition(), loading_s=loading_s)
-    return generation
+    _write(folder, pipeline, generation, rendition or Rendition(), refined=refined, loading_s=loading_s)
+    return refined or generation
 
 
 def unknown_note(words: PromptWords) -> str:
@@ -113,6 +130,7 @@ def regenerate_to_folder(
     device: str = "",
     init_image: Path | None = None,
     mask: Path | None = None,
+    refine_with: Path | None = None,
 ) -> Generation:
     """Makes an image again from its own metadata: same tokens, same pixels on a machine of the same arithmetic.
 
@@ -120,6 +138,7 @@ def regenerate_to_folder(
         image: PNG, WebP or JPEG that the engine or its server wrote.
         model: None: the model that the metadata name.
         init_image, mask: what the image was made from, if it was; compared with the digests in the metadata.
+        refine_with: the ranker that refined it, if another than the model's own did.
 
     Raises:
         InputError: no metadata, another model, another init image or mask than it was made from; nothing is written then.
@@ -135,6 +154,9 @@ def regenerate_to_folder(
         )
         raise InputError("MODEL", model or made.model, remedy)
     start = _init_image_of(made.init_image, image, init_image, mask, source)
+    _note_size(image, made, source)
+    guide = _guide(refine_with)
+    _check_guide(made, image, refine_with, guide)
     fit_to_machine()
     started = time.perf_counter()
     arithmetic = made.arithmetic
@@ -155,13 +177,18 @@ def regenerate_to_folder(
             file=sys.stderr,
         )
     request = pipeline.prepare(
-        [made.caption], made.request_params, init_image=start, rank_by=made.rank_by, candidate_numbers=[made.candidate]
-    )[0]
+        [made.caption], made.request_params, init_image=start, size=made.image_size, rank_by=made.rank_by,
+        candidate_numbers=[made.candidate],
+    )[0]  # fmt: skip
     timings_s: dict[str, float] = {}
     tokens = pipeline.decode([request], timings_s=timings_s)[0]
     generation = pipeline.finish(request, tokens, timings_s=timings_s)
-    _write(folder, pipeline, generation, rendition, loading_s=loading_s)
-    return generation
+    refined = None
+    if made.refinement is not None:
+        with PhaseBars() as bars:
+            refined = _refined(pipeline, generation, made.refinement, guide, bars)
+    _write(folder, pipeline, generation, rendition, refined=refined, loading_s=loading_s)
+    return refined or generation
 
 
 def provenance_of(image: Path) -> Provenance:
@@ -180,6 +207,16 @@ def provenance_of(image: Path) -> Provenance:
     if tree is None:
         raise InputError("--from", image, f"carries no provenance: {remedy}")
     return read_provenance(tree, source=str(image))
+
+
+def _note_size(image: Path, made: Provenance, model: Path) -> None:
+    """A line on stderr where the file has been resized since: what its metadata describe is made, at its own size."""
+    own = part_config(model, "vqgan").image_size if made.rendition is None else made.rendition.size
+    described = made.image_size or ImageSize(own, own)
+    with Image.open(image) as opened:
+        found = ImageSize(*opened.size)
+    if found != described:
+        print(f"note: {image} is {found}, resized from {described}, which is made again", file=sys.stderr)
 
 
 def _init_image_of(
@@ -205,6 +242,39 @@ def _init_image_of(
     if stated.mask_sha256 != record.mask_sha256:
         raise InputError("--mask", str(mask), f"is not the mask that {made} was made with")
     return found
+
+
+def _guide(refine_with: Path | None) -> GuidingRanker | None:
+    return None if refine_with is None else GuidingRanker(*open_ranker(refine_with, field="--refine-with"))
+
+
+def _check_guide(made: Provenance, image: Path, refine_with: Path | None, guide: GuidingRanker | None) -> None:
+    """Raises InputError: a guiding ranker that is missing, not needed, or not the one on record."""
+    digest = None if made.refinement is None else made.refinement.ranker_digest
+    if digest is None and guide is not None:
+        raise InputError("--refine-with", refine_with, f"{image} was refined with no other ranker: leave it out")
+    if digest is None:
+        return
+    if guide is None:
+        remedy = f"{image} was refined with another ranker, digest {digest}: give its folder"
+        raise InputError("--refine-with", "(nothing)", remedy)
+    if guide.digest != digest:
+        raise InputError("--refine-with", refine_with, f"has digest {guide.digest}, {image} was refined with {digest}")
+
+
+def _refined(
+    pipeline: Pipeline, generation: Generation, refinement: Refinement, guide: GuidingRanker | None, bars: PhaseBars
+) -> Generation:
+    if guide is not None:
+        guide.ranker.to(pipeline.device)
+    return refine_generation(
+        pipeline,
+        generation,
+        refinement,
+        count=generation.request.sampling_params.num_returned,
+        guide=guide,
+        on_step=lambda done, total: bars.update("refining", done, total),
+    )
 
 
 def _dtype(name: str, image: Path) -> torch.dtype:
@@ -238,30 +308,43 @@ def _check_rendition(rendition: Rendition, pipeline: Pipeline) -> None:
     """Raises InputError: one that this model's images cannot have, before minutes of work."""
     own = pipeline.vqgan.config.image_size
     if rendition.size is not None and not own <= rendition.size <= _MAX_SIZE:
-        raise InputError("--size", rendition.size, f"must be {own}, the model's, to {_MAX_SIZE} pixels a side")
+        raise InputError("--enlarge", rendition.size, f"must be {own}, the model's, to {_MAX_SIZE} pixels a side")
     if rendition.is_transparent and pipeline.ground is None:
         raise InputError("--transparent", "given", "this model's images have no plain ground: leave it out")
 
 
-def _write(folder: Path, pipeline: Pipeline, generation: Generation, rendition: Rendition, *, loading_s: float) -> None:
-    """The best images, the sheet of all, result.json, and what was written on stdout."""
+def _write(
+    folder: Path,
+    pipeline: Pipeline,
+    generation: Generation,
+    rendition: Rendition,
+    *,
+    refined: Generation | None,
+    loading_s: float,
+) -> None:
+    """The best images, refined where they were, the sheet of all, result.json, and what was written on stdout."""
     started = time.perf_counter()
     top = generation.request.sampling_params.num_returned
+    candidates = generation.candidates if refined is None else (*refined.candidates, *generation.candidates[top:])
+    request_of = {one.candidate: generation.request for one in candidates}
+    if refined is not None:
+        request_of |= {one.candidate: refined.request for one in refined.candidates}
     provenances = {
-        one.candidate: pipeline.provenance(generation.request, one.candidate, rendition=rendition)
-        for one in generation.candidates
+        number: pipeline.provenance(request, number, rendition=rendition) for number, request in request_of.items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
-    for one in generation.top(top):
+    for one in candidates[:top]:
         made = provenances[one.candidate]
         image = render(one.image, rendition, ground=pipeline.ground)
         save_png(folder / file_name(one), image, made, source=digital_source(made))
     _write_sheet(folder / "sheet.png", generation)
-    result = describe(generation, provenances, top=top)
+    if refined is not None:
+        _write_refined_sheet(folder / "refined.png", generation, refined)
+    result = describe(generation, candidates, provenances, top=top)
     result["timings_s"] |= {"loading": loading_s, "encoding": time.perf_counter() - started}
     write_json(folder / "result.json", result)
-    for one in generation.top(top):
+    for one in candidates[:top]:
         score = "" if one.score is None else f"  score {one.score:.3f}"
         score += "" if one.contrast is None else f"  contrast {one.contrast:.2f}"
         score += "" if one.score_percentile is None else f", closer than {int(one.score_percentile)} % of real pairs"
@@ -283,6 +366,19 @@ def _write_sheet(path: Path, generation: Generation) -> None:
         temporary.write_bytes(encode_image(sheet, "png", metadata={}, png_level=6))
 
 
+def _write_refined_sheet(path: Path, generation: Generation, refined: Generation) -> None:
+    """The refined images, each beneath what it was made from."""
+    before = {one.candidate: one for one in generation.candidates}
+    images, labels = [], []
+    for name, row in (("before", [before[one.candidate] for one in refined.candidates]), ("after", refined.candidates)):
+        images += [one.image for one in row]
+        labels += [f"{name} c{one.candidate}" + ("" if one.score is None else f" {one.score:.2f}") for one in row]
+    scale = max(1, 128 // images[0].width)
+    sheet = contact_sheet(generation.caption, images, labels, columns=len(refined.candidates), scale=scale)
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
 def _clear(folder: Path) -> None:
     """Removes the images of an earlier generation, which its result.json names: they are not of this one."""
     result = folder / "result.json"
@@ -293,6 +389,7 @@ def _clear(folder: Path) -> None:
     except (ValueError, KeyError, TypeError):
         named = []  # not ours, or from another version: its images stay
     result.unlink()
+    (folder / "refined.png").unlink(missing_ok=True)
     for name in named:
         if isinstance(name, str) and _FILE_NAME.fullmatch(name):
             (folder / name).unlink(missing_ok=True)
@@ -302,13 +399,17 @@ def file_name(one: Candidate) -> str:
     return f"{one.rank:02d}-seed{one.seed}-candidate{one.candidate:03d}.png"
 
 
-def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], *, top: int) -> dict[str, Any]:
+def describe(
+    generation: Generation, candidates: Sequence[Candidate], provenances: Mapping[int, dict[str, Any]], *, top: int
+) -> dict[str, Any]:
     """result.json.
 
     Args:
+        candidates: best first; of a refined generation the refined ones, then the others.
         provenances: of each candidate, by its number.
     """
     init_tokens, words = generation.init_tokens or (), generation.request.words
+    scores = {one.candidate: one.score for one in generation.candidates}
     return {
         "caption": generation.caption,
         "tokens_cut": generation.tokens_cut,
@@ -323,13 +424,14 @@ def describe(generation: Generation, provenances: Mapping[int, dict[str, Any]], 
                 "candidate": one.candidate,
                 "seed": one.seed,
                 "score": one.score,
+                "score_as_generated": scores[one.candidate],
                 "contrast": one.contrast,
                 "score_percentile": one.score_percentile,
                 "log_likelihood": one.log_likelihood,
                 "file": file_name(one) if one.rank <= top else None,
                 "provenance": provenances[one.candidate],
             }
-            for one in generation.candidates
+            for one in candidates
         ],
         "timings_s": dict(generation.timings_s),
     }

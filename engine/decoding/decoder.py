@@ -34,6 +34,13 @@ class Decoder(Protocol):
     def step(self) -> list[int]:
         """Gives every unfinished sequence at least one token and returns the slots of those that finished."""
 
+    def read_init_tokens(self) -> None:
+        """To be called between adding sequences that all start now and the first step: takes init tokens that all begin with.
+
+        They may be read several a pass; decoders that read them as fast in their steps do nothing here.
+        """
+        return None
+
     @property
     def num_slots(self) -> int:
         return self.table.num_slots

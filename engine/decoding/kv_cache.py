@@ -215,6 +215,10 @@ class KVCache:
         if self.shifts is not None and source.shifts is not None:
             self.shifts.copy_sequence(sequence, source.shifts, source_sequence)
 
+    def set_window(self, window: int) -> None:
+        """Computes so many positions a sequence from now on, none of which may lie past the end; `set_prefixes` comes next."""
+        self._offsets = torch.arange(window, dtype=torch.int64, device=self._rows.device)
+
     def set_prefixes(self, prefix_of_sequence: Mapping[int, PrefixRef]) -> None:
         """Sets which sequences are read from now on, and their captions; to be called when that changes.
 

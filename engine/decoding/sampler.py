@@ -138,6 +138,7 @@ class Sampler:
                     decoder.add(prefix, request, init_tokens=None if init_tokens is None else init_tokens[index])
                     for index, request in enumerate(requests)
                 ]
+                decoder.read_init_tokens()
                 done = 0  # positions that every sequence has
                 while done < self.model.config.image_seq_len:
                     decoder.step()

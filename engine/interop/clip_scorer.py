@@ -1,4 +1,4 @@
-"""A CLIP for the CLIP score, by path: a folder that transformers wrote, or a model folder with a ranker."""
+"""A CLIP by path, for the CLIP score or to guide a refinement: a folder that transformers wrote, or a model folder with a ranker."""
 
 import hashlib
 import json
@@ -33,19 +33,24 @@ def open_clip_scorer(folder: Path, device: torch.device, *, english: CaptionGram
         InputError: neither kind of folder, tensors that are missing, not known or of another shape, by name, or a KoCLIP whose scores
             are no cosines.
     """
-    network: Ranker
-    if is_clip_folder(folder):
-        network, tokenizer, weights = _of_transformers(folder)
-    elif (folder / "config.json").is_file() and has_part(folder, "koclip"):
-        network, tokenizer, weights = (
-            load_part(folder, "koclip"), load_ranker_tokenizer(folder), weights_digest(folder, "koclip"),
-        )  # fmt: skip
-    else:
-        raise InputError(_FIELD, folder, "holds no CLIP: give a folder of transformers' CLIPModel, or a model folder")
+    network, tokenizer, weights = open_ranker(folder, field=_FIELD)
     if isinstance(network, KoClip) and network.config.similarity != "cosine":
         raise InputError(_FIELD, folder, "scores by KoDALLE's products, which are no cosines: give another")
     network = network.eval().requires_grad_(False).to(device)
     return ClipScorer(network, tokenizer, folder.resolve().name, weights, english)
+
+
+def open_ranker(folder: Path, *, field: str) -> tuple[Ranker, CaptionTokenizer, str]:
+    """A ranker on the CPU, its tokenizer, and the digest of its weights.
+
+    Raises:
+        InputError: neither kind of folder, or tensors that are missing, not known or of another shape, by name.
+    """
+    if is_clip_folder(folder):
+        return _of_transformers(folder)
+    if (folder / "config.json").is_file() and has_part(folder, "koclip"):
+        return load_part(folder, "koclip"), load_ranker_tokenizer(folder), weights_digest(folder, "koclip")
+    raise InputError(field, folder, "holds no CLIP: give a folder of transformers' CLIPModel, or a model folder")
 
 
 def _of_transformers(folder: Path) -> tuple[Clip, CaptionTokenizer, str]:

@@ -125,7 +125,7 @@ def score_generations(
     And with `counts.best_of`, best_of_n: see `BestOfCurves.report`, and its sheet's name.
     """
     captions = max(counts.captions, counts.best_of_captions if counts.best_of else 0)
-    chosen = _chosen(pairs.validation, captions, run.generator())
+    chosen = chosen_pairs(pairs.validation, captions, run.generator())
     tally, curves, rows = _Tally(), BestOfCurves(counts.best_of), list[BestOfRow]()
     run.on_progress("generating", 0, len(chosen))
     for start, part in _parts(chosen, counts):
@@ -201,7 +201,7 @@ def _report(
     return found
 
 
-def _chosen(held: Sequence[Pair], count: int, generator: torch.Generator) -> list[Pair]:
+def chosen_pairs(held: Sequence[Pair], count: int, generator: torch.Generator) -> list[Pair]:
     """`count` pairs of distinct captions at random; more of them begin with the same."""
     distinct: dict[str, Pair] = {}
     for index in torch.randperm(len(held), generator=generator, dtype=torch.int64, device="cpu").tolist():

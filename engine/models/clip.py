@@ -66,7 +66,11 @@ class Clip(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be (B, 3, S, S) float in [0, 1], got {tuple(images.shape)} {images.dtype}")
-        pixels = self.prepare(images).to(self.network.visual_projection.weight.dtype)
+        return self.embed_pixels(self.prepare(images))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Prepared images to the shared space: (B, 3, S, S) -> (B, E) float32 of unit length. Without checks, with gradients."""
+        pixels = pixels.to(self.network.visual_projection.weight.dtype)
         pooled = self.network.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.network.visual_projection(pooled).float(), dim=-1)
 

@@ -93,17 +93,9 @@ class VectorQuantizer(nn.Module):
         passed_through = z + (chosen - z).detach()
         return Quantised(passed_through.permute(0, 3, 1, 2), loss, tokens.view(B, -1))
 
-    @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the nearest entry (Euclidean, lowest index on ties): (M, E) -> (M,) int64. Computed in float32."""
-        weight = self.embedding.weight.detach().float()
-        with torch.autocast(vectors.device.type, enabled=False):
-            squared_norms = weight.square().sum(dim=1)  # (K,)
-            pieces = [
-                torch.addmm(squared_norms, piece.float(), weight.T, alpha=-2.0).argmin(dim=1)  # (m, K) -> (m,)
-                for piece in vectors.detach().split(_ROWS_PER_PRODUCT)
-            ]
-        return torch.cat(pieces)
+        return nearest_rows(vectors, self.embedding.weight)
 
     def lookup(self, image_tokens: Tensor) -> Tensor:
         """Entries of the given tokens: (...) integers -> (..., E).
@@ -208,6 +200,19 @@ class VectorQuantizer(nn.Module):
     def _share_from_rank_0(self) -> None:
         if _several_ranks():
             dist.broadcast(self.embedding.weight.data, src=0)
+
+
+@torch.no_grad()
+def nearest_rows(vectors: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest row (Euclidean, lowest index on ties): (M, E), (K, E) -> (M,) int64. Computed in float32."""
+    table = table.detach().float()
+    with torch.autocast(vectors.device.type, enabled=False):
+        squared_norms = table.square().sum(dim=1)  # (K,)
+        pieces = [
+            torch.addmm(squared_norms, piece.float(), table.T, alpha=-2.0).argmin(dim=1)  # (m, K) -> (m,)
+            for piece in vectors.detach().split(_ROWS_PER_PRODUCT)
+        ]
+    return torch.cat(pieces)
 
 
 def codebook_stats(image_tokens: Tensor, codebook_size: int) -> CodebookStats:

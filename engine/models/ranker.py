@@ -4,8 +4,9 @@
     koclip   engine.models.koclip   KoclipConfig    the transformer's
     clip     engine.models.clip     ClipConfig      its own
 
-What ranking, metrics and the fast encoder (engine.codec.koclip_encoder) use of each: `config` with image_size and text_seq_len,
-`prepare`, `embed_images`, `embed_texts`, `trim`, `image_embedding_shape`, `text_embedding_shape`, `scores`, `caption_scores` and `loss`.
+What ranking, refinement, metrics and the fast encoder (engine.codec.koclip_encoder) use of each: `config` with image_size and
+text_seq_len, `prepare`, `embed_pixels`, `embed_images`, `embed_texts`, `trim`, `image_embedding_shape`, `text_embedding_shape`, `scores`,
+`caption_scores` and `loss`.
 An embedding is a vector or, with `token_similarity`, a matrix: only `scores` and `caption_scores` look into one.
 """
 

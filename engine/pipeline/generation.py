@@ -1,6 +1,6 @@
 """Types of a generation: the request before its tokens are sampled, and the ranked images after.
 
-n candidates, T text positions, N image tokens, S pixels.
+n candidates, T text positions, N image tokens, S pixels; of larger images H x W pixels and as many tokens as they have.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from engine.data.prompt_words import PromptWords
+from engine.decoding.sliding_window import TokenGrid
 from engine.models.real_scores import RealScores
+from engine.pipeline.image_size import ImageSize
+from engine.pipeline.provenance import Refinement
 from engine.pipeline.ranking import Scores
 from engine.sampling_params import RankBy, SamplingParams, SequenceRequest
 
@@ -40,6 +43,9 @@ class PreparedRequest:
     candidates: tuple[int, ...]  # numbers of the candidates to generate
     rank_by: RankBy
     init_image: PreparedInitImage | None
+    size: ImageSize | None = None  # None: the model's own
+    grid: TokenGrid | None = None  # of a larger size
+    refinement: Refinement | None = None  # of its images after decoding
 
     @property
     def init_tokens(self) -> Tensor | None:
@@ -129,11 +135,12 @@ def ranked(
 
     Args:
         tokens: (n, N).
-        pixels: (n, S, S, 3) uint8.
+        pixels: (n, S, S, 3) or (n, H, W, 3) uint8.
         log_likelihoods: (n,).
         real_scores: what the scores are compared with.
     """
-    compared = None if request.words.num_known == 0 else real_scores
+    # A refined image's score was the goal: it says nothing beside those of real pairs.
+    compared = None if request.words.num_known == 0 or request.refinement is not None else real_scores
     order = list(range(len(pixels)))
     score, contrast = (None, None) if scores is None else scores
     keys = next((own for own in (log_likelihoods, contrast, score) if own is not None), None)

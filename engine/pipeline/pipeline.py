@@ -11,10 +11,12 @@ Three phases, which the server runs on threads of its own:
     finish    tokens decoded to images, kept pixels pasted, scored and ranked    -> Generation
 
 Candidate i of seed s is the same image whatever else is generated: alone, among sixteen, beside other captions.
-An init image may be continued or inpainted (engine/pipeline/init_image.py), and the beginning of a caption continued
-(engine/pipeline/caption_continuation.py).
+An init image may be continued or inpainted (engine/pipeline/init_image.py), the beginning of a caption continued
+(engine/pipeline/caption_continuation.py), and images generated that are larger than the model's own size
+(engine/decoding/sliding_window.py).
 
-G captions, n candidates each, B = G * n sequences, T text positions, N image tokens, S pixels.
+G captions, n candidates each, B = G * n sequences, T text positions, N image tokens, S pixels. Where S x S and N are written, larger
+images have height x width and their own number of tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +32,9 @@ from engine.config.generation import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.prompt_words import PromptReader
 from engine.data.tokenizer import CaptionTokenizer, check_padding
+from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler
+from engine.decoding.sliding_window import TokenGrid, generate_grid, num_positions
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.folder import (
@@ -58,6 +62,7 @@ from engine.pipeline.generation import (
     ranked,
 )
 from engine.pipeline.image_files import to_uint8
+from engine.pipeline.image_size import ImageSize, larger_size
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.init_image_encoding import encode_init_image
 from engine.pipeline.likelihood import log_likelihoods
@@ -66,12 +71,12 @@ from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.ranking import CandidateScorer
 from engine.pipeline.rendition import Rendition
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
-from engine.sampling_params import RankBy, SamplingParams, check_captions
+from engine.sampling_params import RankBy, SamplingParams, SequenceRequest, check_captions
 from engine.text import shown
 
 _AT_ONCE = 16  # images decoded together: bounds memory
 OnPosition = Callable[[int, int], None]
-"""Called with (image tokens that every sequence has, N)."""
+"""Called with (image tokens that every sequence has, N); of larger images with (positions decoded in all windows, their number)."""
 
 
 class Pipeline:
@@ -250,6 +255,7 @@ class Pipeline:
         candidates: int | None = None,
         seed: int | None = None,
         init_image: InitImage | None = None,
+        size: ImageSize | None = None,
         rank_by: RankBy = "koclip",
         strict: bool = False,
         on_position: OnPosition | None = None,
@@ -267,7 +273,7 @@ class Pipeline:
         timings_s: dict[str, float] = {}
         params = (sampling_params or self.default_sampling_params).updated(candidates=candidates, seed=seed)
         with timed(timings_s, "prefill", self.device):
-            requests = self.prepare(captions, params, init_image=init_image, rank_by=rank_by, strict=strict)
+            requests = self.prepare(captions, params, init_image=init_image, size=size, rank_by=rank_by, strict=strict)
         image_tokens = self.decode(requests, timings_s=timings_s, on_position=on_position)
         return [
             self.finish(request, tokens, timings_s=timings_s)
@@ -280,6 +286,7 @@ class Pipeline:
         sampling_params: SamplingParams | None = None,
         *,
         init_image: InitImage | None = None,
+        size: ImageSize | None = None,
         rank_by: RankBy = "koclip",
         strict: bool = False,
         candidate_numbers: Sequence[int] | None = None,
@@ -289,6 +296,7 @@ class Pipeline:
         Args:
             sampling_params: None: the model's own, `default_sampling_params`.
             init_image: an image whose first rows, or all but what a mask marks, every candidate keeps.
+            size: larger than the model's own, of whole tokens, without an init image; None: the model's own.
             rank_by: KoCLIP's score of the finished image; or, with a mask, the log-likelihood of what is kept after it.
             strict: refuse a caption that is longer than the model's text instead of cutting its end, and one with words that
                 the model does not know instead of making images as if they were not there.
@@ -299,7 +307,8 @@ class Pipeline:
 
         Raises:
             InputError: no caption, an empty one, too long or with unknown words with `strict`, or parameters out of bounds; an
-                init image that leaves nothing to generate or nothing to keep, or nothing after the hole to rank by.
+                init image that leaves nothing to generate or nothing to keep, or nothing after the hole to rank by; a size that the
+                model does not generate.
         """
         captions = check_captions(captions)
         params = sampling_params or self.default_sampling_params
@@ -308,6 +317,7 @@ class Pipeline:
             raise InputError("guidance_scale", params.guidance_scale, remedy)
         if rank_by not in get_args(RankBy):
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
+        size, grid = self._larger(size, init_image)
         words = [self.prompt_reader.read(caption) for caption in captions]
         for caption, read in zip(captions, words, strict=True):
             if strict and not read.all_known:
@@ -326,6 +336,8 @@ class Pipeline:
                 candidates=numbers,
                 rank_by=rank_by,
                 init_image=prepared,
+                size=size,
+                grid=grid,
             )
             for caption, read, tokens, cut in zip(captions, words, encoded.tokens, encoded.cut, strict=True)
         ]
@@ -340,6 +352,7 @@ class Pipeline:
         """The second phase: samples the image tokens of all candidates of all requests, in step.
 
         Args:
+            requests: of one size.
             timings_s: seconds of `prefill` and `decode` are added to it.
 
         Returns:
@@ -350,10 +363,7 @@ class Pipeline:
             prefix = self.sampler.prefill(torch.cat([request.text_tokens for request in requests]))
         sequences = [sequence for g, request in enumerate(requests) for sequence in request.sequences(g)]
         with exact(self.device), timed(timings_s, "decode", self.device):
-            total = self.transformer.config.image_seq_len
-            on_step = None if on_position is None else lambda position, _: on_position(position + 1, total)
-            init_tokens = batch_init_tokens(requests, total, self.device)  # (B, N) or None
-            tokens = self.sampler.decode(prefix, sequences, init_tokens=init_tokens, on_step=on_step)  # (B, N)
+            tokens = self._decode_sequences(prefix, sequences, requests, on_position)  # (B, N)
         return list(tokens.split([len(request.candidates) for request in requests]))
 
     def finish(
@@ -377,7 +387,7 @@ class Pipeline:
             for part in image_tokens.split(_AT_ONCE):
                 if before_part is not None:
                     before_part()
-                parts.append(self.decode_images(part.to(self.device), init_image=request.init_image))
+                parts.append(self.decode_images(part.to(self.device), init_image=request.init_image, grid=request.grid))
             images = torch.cat(parts)  # (n, 3, S, S)
             pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
         with exact(self.device), timed(timings_s, "ranking", self.device):
@@ -414,7 +424,43 @@ class Pipeline:
             rank_by=request.rank_by,
             init_image=None if request.init_image is None else request.init_image.record,
             rendition=None if rendition is None else rendition.record(self.vqgan.config.image_size),
+            size=request.size,
+            refinement=request.refinement,
         )
+
+    def _larger(
+        self, size: ImageSize | None, init_image: InitImage | None
+    ) -> tuple[ImageSize, TokenGrid] | tuple[None, None]:
+        """A requested size and its tokens; None where it is the model's own. Raises InputError as `prepare` does."""
+        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
+        size = larger_size(size, image_size=image_size, grid_size=grid_size)
+        if size is None:
+            return None, None
+        if init_image is not None:
+            raise InputError("size", size, "an init image is of the model's own size: leave one of the two out")
+        if self._codec_backend == "onnx":
+            raise InputError("size", size, "exported networks decode the model's own size: use codec_backend=torch")
+        cell = image_size // grid_size
+        return size, TokenGrid(size.height // cell, size.width // cell)
+
+    def _decode_sequences(
+        self,
+        prefix: Prefix,
+        sequences: list[SequenceRequest],
+        requests: Sequence[PreparedRequest],
+        on_position: OnPosition | None,
+    ) -> Tensor:
+        """(B, N) tokens of the requests' sequences."""
+        grid, N = requests[0].grid, self.transformer.config.image_seq_len
+        if any(request.grid != grid for request in requests):
+            raise ValueError("requests of several sizes are decoded apart")
+        if grid is None:
+            on_step = None if on_position is None else lambda position, _: on_position(position + 1, N)
+            init_tokens = batch_init_tokens(requests, N, self.device)  # (B, N) or None
+            return self.sampler.decode(prefix, sequences, init_tokens=init_tokens, on_step=on_step)
+        total = num_positions(grid, self.transformer.config.image_grid_size, len(sequences))
+        on_progress = None if on_position is None else lambda done: on_position(done, total)
+        return generate_grid(self.sampler, prefix, sequences, grid, on_progress=on_progress)
 
     def continue_caption(
         self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
@@ -425,10 +471,12 @@ class Pipeline:
                 self.transformer, self.tokenizer, beginning, sampling_params, count=count, seed=seed
             )
 
-    def decode_images(self, image_tokens: Tensor, *, init_image: PreparedInitImage | None = None) -> Tensor:
+    def decode_images(
+        self, image_tokens: Tensor, *, init_image: PreparedInitImage | None = None, grid: TokenGrid | None = None
+    ) -> Tensor:
         """(B, N) -> (B, 3, S, S) in [0, 1]; with an init image, what it keeps of the original pasted in."""
         with inference(self.device):
-            images = self._codec.decoder.decode(image_tokens)
+            images = self._codec.decoder.decode(image_tokens, grid=grid)
             return images if init_image is None else torch.where(init_image.pasted, init_image.pixels, images)
 
     def embed_captions(self, captions: Sequence[str]) -> CaptionEmbeddings:
@@ -458,7 +506,7 @@ class Pipeline:
         """KoCLIP's score of each caption's own images.
 
         Args:
-            images: (G, n, 3, S, S) in [0, 1].
+            images: (G, n, 3, S, S) in [0, 1]. Of oblong ones the score is the mean of the squares that cover them.
 
         Returns:
             (G, n) on the CPU; None when the model has no ranker.

@@ -8,7 +8,9 @@ one that differs from it in a single fact (engine.data.wrong_captions, with the 
 
 A caption that states nothing which the model's caption guide knows has no wrong versions, and is ranked by cosine.
 
-G captions, n images of each, S pixels, E embed_dim, W wrong versions.
+Rankers take squares. What an oblong image has of anything is the mean over the squares that cover it.
+
+G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong versions.
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from engine.data.tokenizer import CaptionTokenizer
 from engine.data.wrong_captions import wrong_captions_of_model
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
+from engine.pipeline.image_size import squares
 
 _IMAGES_AT_ONCE = 16
 MOST_WRONG_CAPTIONS = (
@@ -63,25 +66,33 @@ class CandidateScorer:
         self._wrong = wrong_captions_of_model(guide.examples, guide.attributes) if contrasts else None
 
     def __call__(self, caption: str, images: Tensor) -> Scores:
-        """Of the candidates of a caption: (n, 3, S, S) in [0, 1]."""
+        """Of the candidates of a caption: (n, 3, H, W) in [0, 1]."""
         own, embeddings = self._embed_captions([caption]), self._embed_images(images)
-        score = self._ranker.scores(embeddings, own)[0]  # (n,)
+        score = self._similarities(embeddings, own)[0]  # (n,)
         wrong = [] if self._wrong is None else self._wrong.all_of(caption, most=MOST_WRONG_CAPTIONS)
         if not wrong or not isinstance(self._ranker, KoClip):
             return Scores(score.float().cpu(), None)
         texts = torch.cat([own, self._embed_captions(wrong)])  # (1 + W, E)
-        logits = self._ranker.caption_scores(embeddings, texts).T * self._ranker.temperature_scale()  # (1 + W, n)
+        by_square = torch.stack([self._ranker.caption_scores(own, texts).T for own in embeddings])  # (Q, 1 + W, n)
+        logits = by_square.mean(0) * self._ranker.temperature_scale()
         return Scores(score.float().cpu(), logits.float().log_softmax(dim=0)[0].cpu())
 
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:
-        """The score of each caption's own images: (G, n, 3, S, S) in [0, 1] -> (G, n) on the CPU."""
+        """The score of each caption's own images: (G, n, 3, H, W) in [0, 1] -> (G, n) on the CPU."""
         texts = self._embed_captions(captions)  # (G, E)
-        embeddings = self._embed_images(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (G, n, E)
-        rows = [self._ranker.scores(own, text[None])[0] for own, text in zip(embeddings, texts, strict=True)]
-        return torch.stack(rows).float().cpu()
+        embeddings = self._embed_images(images.flatten(0, 1)).unflatten(1, images.shape[:2])  # (Q, G, n, E)
+        by_caption = zip(embeddings.unbind(1), texts, strict=True)
+        return torch.stack([self._similarities(own, text[None])[0] for own, text in by_caption]).float().cpu()
+
+    def _similarities(self, embeddings: Tensor, texts: Tensor) -> Tensor:
+        """Of images whose squares are (Q, n, E), to captions (M, E): (M, n)."""
+        return torch.stack([self._ranker.scores(own, texts) for own in embeddings]).mean(0)
 
     def _embed_images(self, images: Tensor) -> Tensor:
-        return torch.cat([self._embedder.embed_images(part) for part in images.split(_IMAGES_AT_ONCE)])
+        """(n, 3, H, W) -> (Q, n, E), of each of the squares; one, the whole image, unless it is oblong."""
+        height, width = images.shape[-2:]
+        parts = [images[..., rows, columns].split(_IMAGES_AT_ONCE) for rows, columns in squares(width, height)]
+        return torch.stack([torch.cat([self._embedder.embed_images(part) for part in own]) for own in parts])
 
     def _embed_captions(self, captions: Sequence[str]) -> Tensor:
         tokens = self._tokenizer.encode(captions, self._ranker.config.text_seq_len).tokens

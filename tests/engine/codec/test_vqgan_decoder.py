@@ -90,6 +90,27 @@ def test_equals_the_vqgan(name: str, count: int, row_tiles: bool) -> None:
 
 
 @ROW_TILES
+@pytest.mark.parametrize(("name", "grid"), [("attention", (8, 12)), ("attention", (9, 10)), ("odd maps", (6, 5))])
+def test_larger_grids_equal_the_modules(name: str, grid: tuple[int, int], row_tiles: bool) -> None:
+    """Whole tiles of Winograd's, and grids that need another decoder of row tiles."""
+    vqgan = _vqgan(name)
+    tokens = torch.randint(40, (2, grid[0] * grid[1]), generator=torch.Generator().manual_seed(0))
+    decoder = FastDecoder(vqgan, row_tiles=row_tiles)
+    found, cell = decoder.decode(tokens, grid=grid), vqgan.config.image_size // vqgan.config.grid_size
+    assert found.shape == (2, 3, grid[0] * cell, grid[1] * cell)
+    with torch.no_grad():
+        latents = vqgan.latent_table()[tokens].view(2, *grid, -1).permute(0, 3, 1, 2)
+        expected = vqgan.to_images(vqgan.decoder(latents))
+    assert (found - expected).abs().max() <= 1e-5
+    assert torch.equal(decoder.decode(tokens[:1], grid=grid), found[:1])
+    own = _tokens(vqgan, 2)
+    assert torch.equal(decoder.decode(own), FastDecoder(vqgan, row_tiles=row_tiles).decode(own))
+    assert decoder.decode(tokens[:0], grid=grid).shape == (0, *found.shape[1:])
+    with pytest.raises(ValueError, match="image tokens must be"):
+        decoder.decode(own, grid=grid)
+
+
+@ROW_TILES
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, row_tiles: bool) -> None:
     """Tensors of that mode may not be written by other threads, which are not in it."""
@@ -124,7 +145,7 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     torch.manual_seed(size)
     module = torch.nn.Conv2d(*channels, 3, padding=1)
     x = torch.randn(size, size, channels[0])
-    conv = float_conv(module, size, doubled=doubled)
+    conv = float_conv(module, (size, size), doubled=doubled)
     target = torch.ones(conv.scale * size, conv.scale * size, channels[1])
     with torch.no_grad():
         moments = convolve(conv, x, target, ThreadPool(threading.local()), add=add, spans=True)

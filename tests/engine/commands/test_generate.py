@@ -98,12 +98,14 @@ def test_generate_from_an_init_image(
     [
         ([], []),
         (["--temperature", "0.8", "--top-k", "20", "--guidance-scale", "2", "--seed", str(2**64 - 1)], []),
-        (["--size", "100", "--transparent"], []),
+        (["--enlarge", "100", "--transparent"], []),
         (["--image", "사진.png", "--keep-rows", "3"], ["--image", "사진.png"]),
         (
             ["--image", "사진.png", "--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
             ["--image", "사진.png", "--mask", "mask.png"],
         ),
+        (["--size", "48x36"], []),
+        (["--refine", "2", "--refine-step-size", "0.5"], []),
     ],
 )
 def test_an_image_is_made_again_from_its_own_metadata(
@@ -146,6 +148,9 @@ def made(files: Path, kodalle_run: Path) -> Path:
         image = generation.candidates[0].image
         save_png(files / f"{name}.png", image, pipeline.provenance(generation.request, 0))
     Image.new("RGB", (32, 32)).save(files / "bare.png")
+    guided = {"steps": 2, "step_size": 0.1, "cut_outs": 2, "ranker_digest": "0123456789abcdef"}
+    stated = read_metadata((files / "plain.png").read_bytes()) | {"refinement": guided}
+    save_png(files / "guided.png", Image.new("RGB", (32, 32)), stated)
     pipeline.save_pretrained(files / "other", dtype=torch.float16)
     moved = read_metadata((files / "plain.png").read_bytes()) | {"model": "gone/away/model"}
     save_png(files / "moved.png", Image.new("RGB", (32, 32)), moved)
@@ -165,6 +170,14 @@ def made(files: Path, kodalle_run: Path) -> Path:
         (["nowhere", "--from", "plain.png"], "model folder: nowhere: no such folder"),
         (["other", "a caption", "--from", "plain.png"], "CAPTION: a caption: is stated by plain.png: leave it out"),
         (["--from", "plain.png", "--seed", "3"], "--seed: 3: is stated by plain.png: leave it out"),
+        (["--from", "plain.png", "--refine", "9"], "--refine: 9: is stated by plain.png: leave it out"),
+        (
+            ["--from", "plain.png", "--refine-with", "other"],
+            "--refine-with: other: plain.png was refined with no other",
+        ),
+        (["--from", "guided.png"], "--refine-with: (nothing): guided.png was refined with another ranker, digest "),
+        (["--from", "guided.png", "--refine-with", "other"], "--refine-with: other: has digest "),
+        (["--from", "plain.png", "--size", "48x32"], "--size: 48x32: is stated by plain.png: leave it out"),
         (["--from", "plain.png", "--int8"], "--int8: True: is stated by plain.png"),
         (["--from", "plain.png", "--image", "사진.png"], "--image: 사진.png: plain.png was made without an init image"),
         (["--from", "rows.png"], "--image: (nothing): rows.png was made from an init image, SHA-256 "),
@@ -214,6 +227,11 @@ def test_what_is_not_as_the_metadata_state_is_refused(
             ["--image", "사진.png", "--keep-rows", "3", "--rank-by", "log_likelihood"],
             "--rank-by: log_likelihood: is for inpainting",
         ),
+        (["--refine-with", "other"], "--refine-with: other: give the steps too: --refine 10"),
+        (["--refine-step-size", "0.2"], "--refine-step-size: 0.2: give the steps too: --refine 10"),
+        (["--size", "48"], "--size: 48: write WIDTHxHEIGHT in pixels, e.g. 192x128"),
+        (["--size", "48X32"], "--size: 48X32: write WIDTHxHEIGHT"),
+        (["--size", "48x32", "--image", "사진.png"], "--size: 48x32: an init image is of the model's own size"),
     ],
 )
 def test_bad_images_are_one_line_before_the_model_is_read(
@@ -230,8 +248,8 @@ def test_a_size_that_the_model_cannot_have_is_one_line(
     files: Path, kodalle_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: str
 ) -> None:
     model = str(kodalle_run / "model")
-    assert _kodalle(monkeypatch, files, "generate", model, CAPTION, "--device", "cpu", "--size", size) == 2
-    assert f"error: --size: {size}: must be 32, the model's, to 4096" in capsys.readouterr().err
+    assert _kodalle(monkeypatch, files, "generate", model, CAPTION, "--device", "cpu", "--enlarge", size) == 2
+    assert f"error: --enlarge: {size}: must be 32, the model's, to 4096" in capsys.readouterr().err
     assert not (files / "generations").exists()
 
 
@@ -242,6 +260,67 @@ def test_too_many_rows_for_the_model(
     assert _kodalle(monkeypatch, files, "generate", str(kodalle_run / "model"), CAPTION, *options) == 2
     assert "error: --keep-rows: 8: this model's images have 8 rows of tokens" in capsys.readouterr().err
     assert not (files / "generations").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("16x48", "--size: 16x48: this model generates 32x32: each side must be 32 to 256 pixels"),
+        ("260x32", "--size: 260x32: this model generates 32x32: each side must be 32 to 256 pixels"),
+        ("50x33", "--size: 50x33: a token of this model is 4 pixels wide and high: write 48x32"),
+    ],
+)
+def test_sizes_that_the_model_does_not_generate(
+    files: Path,
+    kodalle_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    size: str,
+    message: str,
+) -> None:
+    command = ["generate", str(kodalle_run / "model"), CAPTION, "--size", size, "--device", "cpu"]
+    assert _kodalle(monkeypatch, files, *command) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not (files / "generations").exists()
+
+
+def test_an_image_that_was_resized_since_is_made_at_its_own_size(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(made / "plain.png") as plain:
+        save_png(made / "enlarged.png", plain.resize((64, 64)), read_metadata((made / "plain.png").read_bytes()))
+    assert _kodalle(monkeypatch, made, "generate", "--from", "enlarged.png", "--device", "cpu") == 0
+    assert "note: enlarged.png is 64x64, resized from 32x32, which is made again" in capsys.readouterr().err
+    (again,) = _result(made / "generations")["candidates"]
+    assert np.array_equal(_pixels(made / "generations" / again["file"]), _pixels(made / "plain.png"))
+
+
+def test_refined_images_are_marked_and_made_again(
+    files: Path, kodalle_run: Path, koclip_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another ranker than the model's own, here one that ranks alike."""
+    command = ["generate", str(kodalle_run / "model"), CAPTION, "--candidates", "3", "--top", "2", "--device", "cpu"]
+    ranker = ["--refine-with", str(koclip_run / "model")]
+    assert _kodalle(monkeypatch, files, *command, "--refine", "2", "--refine-step-size", "0.5", *ranker) == 0
+    first, second, third = _result(files / "generations")["candidates"]
+    for one in (first, second):
+        assert one["provenance"]["refinement"]["steps"] == 2
+        assert len(one["provenance"]["refinement"]["ranker_digest"]) == 16
+        assert one["score"] != one["score_as_generated"]
+        file = files / "generations" / one["file"]
+        assert read_metadata(file.read_bytes()) == one["provenance"]
+    assert (third["file"], third["provenance"]["refinement"]) == (None, None)
+    assert third["score"] == third["score_as_generated"]
+    with Image.open(files / "generations" / "refined.png") as sheet:
+        assert sheet.height > sheet.width > 2 * 128  # before above after
+    made = files / "generations" / first["file"]
+    assert _kodalle(monkeypatch, files, "generate", "--from", str(made), *ranker, "--out", "again") == 0
+    (again,) = _result(files / "again")["candidates"]
+    assert again["provenance"] == first["provenance"]
+    assert np.array_equal(_pixels(files / "again" / again["file"]), _pixels(made))
+    assert _kodalle(monkeypatch, files, *command) == 0
+    assert not (files / "generations" / "refined.png").exists()
+    assert [one["provenance"]["refinement"] for one in _result(files / "generations")["candidates"]] == [None] * 3
 
 
 def test_continue_prints_one_caption_a_line(

@@ -125,6 +125,34 @@ def test_a_sequence_has_the_same_bits_among_ninety(weights: Weights, dtype: torc
 
 @each_option
 @pytest.mark.parametrize("weights", WEIGHTS)
+def test_init_tokens_read_several_at_a_time_leave_the_bits_of_single_steps(option: str, weights: Weights) -> None:
+    """Eleven tokens of some, seven of the others, in passes of sixteen: seven are read, to what the next one is sampled from."""
+    sampler, count = sampler_of(option, weights), 7
+    prefix, null, init_tokens = (
+        sampler.prefill(TEXT),
+        sampler.null_prefix(),
+        tokens_alone(option, weights).flip(0).clone(),
+    )
+    init_tokens[:, 11:] = init_tokens[:2, count:] = -1
+    with evaluating(sampler.model):
+        decoders = [SlotDecoder(sampler.step_model(), 9, null_prefix=null) for _ in range(2)]
+        for decoder in decoders:
+            for request, init in zip(REQUESTS, init_tokens, strict=True):
+                decoder.add(prefix, request, init_tokens=init)
+        read, stepped = decoders
+        read.read_init_tokens()
+        for _ in range(count):
+            stepped.step()
+        assert [read.num_tokens(slot) for slot in read.table.sequences] == [count] * len(REQUESTS)
+        while read.table.unfinished():
+            assert torch.equal(read.next_logits(), stepped.next_logits())
+            assert read.step() == stepped.step()
+        for slot in list(read.table.sequences):
+            assert torch.equal(read.remove(slot), stepped.remove(slot))
+
+
+@each_option
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_windows_give_the_tokens_of_single_steps(option: str, weights: Weights) -> None:
     sampler = sampler_of(option, weights)
     prefix, null, step_model = sampler.prefill(TEXT), sampler.null_prefix(), sampler.step_model()
