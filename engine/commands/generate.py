@@ -376,7 +376,7 @@ def _write_refined_sheet(path: Path, generation: Generation, refined: Generation
     scale = max(1, 128 // images[0].width)
     sheet = contact_sheet(generation.caption, images, labels, columns=len(refined.candidates), scale=scale)
     with atomic_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        temporary.write_bytes(encode_image(sheet, "png", metadata={}, png_level=6))
 
 
 def _clear(folder: Path) -> None:
