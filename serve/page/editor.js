@@ -48,7 +48,7 @@ export async function editImage(image, kind, base, grid) {
   caption.value = base.caption;
   caption.addEventListener("input", show);
   let isAsking = false;
-  const leave = async () => {
+  const abandon = async () => {
     if (isAsking) return;
     isAsking = true;
     const isKept = work.mask.canUndo() || caption.value !== base.caption;
@@ -63,7 +63,7 @@ export async function editImage(image, kind, base, grid) {
       "header",
       { class: "dialog-head" },
       element("h2", { id: "editor-title", text: t("editor.title") }),
-      button({ icon: "close", label: t("close"), class: "quiet icon-only", press: leave }),
+      button({ icon: "close", label: t("close"), class: "quiet icon-only", press: abandon }),
     ),
     element("div", { class: "stage-frame" }, canvas),
     element(
@@ -83,7 +83,7 @@ export async function editImage(image, kind, base, grid) {
       element(
         "div",
         { class: "actions" },
-        button({ text: t("no"), class: "secondary", press: leave }),
+        button({ text: t("no"), class: "secondary", press: abandon }),
         element("button", { id: "editor-generate", type: "submit", class: "primary", text: t("editor.generate") }),
       ),
     ),
@@ -97,14 +97,14 @@ export async function editImage(image, kind, base, grid) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Escape") {
       event.preventDefault(); // or the browser closes the dialog
-      void leave();
+      void abandon();
     } else if (pressUndo(event, work)) redraw();
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
   });
   /** @param {Event} event */
   const closing = (event) => {
     event.preventDefault();
-    void leave();
+    void abandon();
   };
   dialog.addEventListener("cancel", closing);
   fillDialog("editor", form);

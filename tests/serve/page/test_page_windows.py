@@ -113,7 +113,7 @@ def test_strokes_are_discarded_only_when_confirmed(page: Page, way: str) -> None
     page.get_by_role("button", name="일부 다시 생성").click()
     editor = page.locator("#editor")
 
-    def leave() -> None:
+    def dismiss() -> None:
         if way == "Escape":
             page.keyboard.press("Escape")
         else:
@@ -121,14 +121,14 @@ def test_strokes_are_discarded_only_when_confirmed(page: Page, way: str) -> None
 
     page.locator("#editor canvas").focus()
     page.keyboard.press(" ")
-    leave()
+    dismiss()
     question = page.locator("#question")
     expect(question.get_by_role("heading")).to_have_text("칠한 것을 버릴까요?")
     page.keyboard.press("Escape")  # of the question: no
     expect(question).to_be_hidden()
     expect(editor).to_be_visible()
     expect(page.locator("#editor-cells")).to_contain_text("1칸")
-    leave()
+    dismiss()
     question.get_by_role("button", name="버리기").click()
     expect(editor).to_be_hidden()
     page.get_by_role("button", name="크게 보기").first.click()
