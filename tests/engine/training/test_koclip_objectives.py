@@ -70,6 +70,16 @@ def test_resumed_equals_uninterrupted_and_the_folder_holds_a_koclip_alone(
     assert set(expected_shapes("koclip", ranker.config)) == set(ranker.state_dict())
 
 
+def test_the_decoupled_loss_is_what_is_trained_and_validated(
+    koclip_run: Path, run_tree: MakeTree, train_tree: Train, losses: Losses, tmp_path: Path
+) -> None:
+    """Of the same batches and weights: without the pair in its denominator every loss is lower, from the first step on."""
+    train_tree(run_tree("koclip", tmp_path / "run", loss={"decoupled": True}))
+    for name in ("loss", "validation_loss"):
+        found, plain = ([line[name] for line in losses(run) if name in line] for run in (tmp_path / "run", koclip_run))
+        assert found[0] < plain[0] - 0.1
+
+
 def _batches(pairs_folder: Path, batch_size: int, rank: int, ranks: int, **loss: Any) -> list[Batch]:
     pairs = load_pairs(pairs_folder).train
     tokenizer = train_tokenizer((caption for pair in pairs for caption in pair.captions), vocab_size=60)
