@@ -22,10 +22,11 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from machine_facts import REPOSITORY, print_document, stored_path
@@ -48,6 +49,7 @@ _WORKER_LIFE_S, _RESTART_S, _START_S = 3600.0, 60.0, 60.0
 _SCALE_EVERY_S, _SCALE_UP_AFTER_S, _TARGET_SHARE = 1.0, 10.0, 0.75
 _BURST_S, _BURST_EVERY_S, _BURST_FACTOR = 10.0, 60.0, 4.0
 Row = dict[str, Any]
+Picked = TypeVar("Picked", int, str)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class Plan:
     workers: int = 0  # 0: all
     scales_to: int = 0  # with autoscaling
     load_from_s: tuple[float, float] | None = None  # (time, load) of a jump
+    most_minutes: float = (
+        math.inf
+    )  # overload shows itself soon, and each refusal costs the simulation as much as an answer
 
 
 @dataclass
@@ -113,7 +118,7 @@ class Worker:
 
     def advance(self, now: float) -> list[tuple[float, str]]:
         """Steps until `now`. Returns (time, request) of each finished sequence."""
-        finished = []
+        finished: list[tuple[float, str]] = []
         while self.running:
             slots = len(self.running)
             step_s, most = self.times.step(slots), min(self.running.values())
@@ -164,9 +169,9 @@ class Simulation:
         self.requests: dict[str, Request] = {}
         self.counts: Counter[str] = Counter()
         self.sizes: list[tuple[float, int]] = []  # of the cluster, with autoscaling
-        self.wanted_since: float | None = None
+        self.wanted_since: float | None = None  # more workers, by the policy
         self.num_starting = 0
-        self.seconds = arguments.minutes * 60.0
+        self.seconds = min(arguments.minutes, plan.most_minutes) * 60.0
         for _ in range(plan.workers or arguments.workers):
             self._start_worker(0.0)
 
@@ -202,8 +207,8 @@ class Simulation:
             while (now := now + self.random.expovariate(most * factor)) < self.seconds:
                 if self.random.random() * most > self._rate(now):
                     continue  # thinned
-                size = self.random.choices(*zip(*_SIZES, strict=True))[0]
-                key = "flood" if flooding else self.random.choices(*zip(*_KEYS, strict=True))[0]
+                size = _pick(_SIZES, self.random)
+                key = "flood" if flooding else _pick(_KEYS, self.random)
                 hangs_up = self.random.random() < _HANG_UP_SHARE
                 patience = now + self.random.expovariate(1 / _PATIENCE_S) if hangs_up else None
                 name = f"r{len(self.requests)}"
@@ -269,11 +274,11 @@ class Simulation:
                 self._at(now, "arrival", request)
         self._at(now + _RESTART_S, "start", None)
 
-    def _on_start(self, now: float, _: None) -> None:
+    def _on_start(self, now: float, _: Any) -> None:
         self.num_starting = max(0, self.num_starting - 1)
         self._start_worker(now)
 
-    def _on_scale(self, now: float, _: None) -> None:
+    def _on_scale(self, now: float, _: Any) -> None:
         """Ray's controller: the policy's wish counts once it has lasted."""
         for worker in self.workers:
             self._advance(worker, now)
@@ -288,11 +293,14 @@ class Simulation:
             aggregated_metrics=metrics,
         )  # fmt: skip
         wanted = min(self.plan.scales_to, math.ceil(SlotsPolicy(_TARGET_SHARE)(context)[0]))
-        self.wanted_since = None if wanted <= size else now if self.wanted_since is None else self.wanted_since
-        if self.wanted_since is not None and now - self.wanted_since >= _SCALE_UP_AFTER_S:
+        if wanted <= size:
+            self.wanted_since = None
+        elif self.wanted_since is None:
+            self.wanted_since = now
+        elif now - self.wanted_since >= _SCALE_UP_AFTER_S:
             self.num_starting += wanted - size
             self.wanted_since = None
-            for _ in range(wanted - size):
+            for _number in range(wanted - size):
                 self._at(now + _START_S, "start", None)
         self.sizes.append((now, len(self.workers)))
         if now < self.seconds:
@@ -364,6 +372,11 @@ class Simulation:
         }  # fmt: skip
 
 
+def _pick(shares: Sequence[tuple[Picked, float]], generator: random.Random) -> Picked:
+    values, weights = [value for value, _ in shares], [share for _, share in shares]
+    return generator.choices(values, weights)[0]
+
+
 def _keys(requests: list[Request]) -> Row:
     by_key: dict[str, list[Request]] = defaultdict(list)
     for request in requests:
@@ -415,8 +428,8 @@ def plans(workers: int) -> list[Plan]:
         Plan("bursty, load 0.5", 0.5, is_bursty=True),
         Plan("bursty, load 0.7", 0.7, is_bursty=True),
         Plan("Poisson, load 0.7, workers die", 0.7, deaths=True),
-        Plan("Poisson, load 0.5, one more key with 2.0", 0.5, flood=4.0),
-        Plan("Poisson, load 10", 10.0),
+        Plan("Poisson, load 0.5, one more key with 2.0", 0.5, flood=4.0, most_minutes=4.0),
+        Plan("Poisson, load 10", 10.0, most_minutes=1.5),
         jump,
     ]
 
@@ -441,15 +454,15 @@ def main() -> int:
         row["processor_s"] = round(time.process_time() - started, 1)
         row["client_asks_every_s"] = round(arguments.clients / row["requests_per_s"], 1)
         document["rows"].append(row)
+        if arguments.out is not None:  # so far
+            write_json(arguments.out / f"{arguments.workers}-workers-{arguments.variant}.json", document)
         print(f"{plan.name}: {row['answered_share']:.1%} answered, {row['seconds']}", file=sys.stderr, flush=True)
-    if arguments.out is not None:
-        write_json(arguments.out / f"{arguments.workers}-workers-{arguments.variant}.json", document)
     print_document(document)
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=100)
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=15.0, help="of virtual time in which requests arrive")
