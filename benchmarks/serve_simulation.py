@@ -115,6 +115,7 @@ class Worker:
     running: dict[tuple[str, int], int] = field(default_factory=dict)  # steps left
     started: set[str] = field(default_factory=set)
     version: int = 0
+    between_s: float = 0.0  # spent since the latest step
 
     def advance(self, now: float) -> list[tuple[float, str]]:
         """Steps until `now`. Returns (time, request) of each finished sequence."""
@@ -126,25 +127,30 @@ class Worker:
             if count < 1:
                 return finished
             self.at += count * step_s
-            for _ in range(count):
-                self.scheduler.observe_step(seconds=step_s, slots=slots)
+            for _ in range(count):  # what was between two steps is observed as part of the second, as in a worker
+                self.scheduler.observe_step(seconds=step_s + self.between_s, slots=slots)
+                self.between_s = 0.0
             for place in list(self.running):
                 self.running[place] -= count
                 if not self.running[place]:
                     del self.running[place]
-                    self.at += self.times.finish
+                    self._pass(self.times.finish)
                     self.scheduler.sequence_finished(*place)
                     finished.append((self.at, place[0]))
             self.grant()
-        self.at = max(self.at, now)
+        self.at, self.between_s = max(self.at, now), 0.0
         return finished
+
+    def _pass(self, seconds: float) -> None:
+        self.at += seconds
+        self.between_s += seconds
 
     def grant(self) -> None:
         for grant in self.scheduler.grant(now=self.at):
             self.running[grant.request_id, grant.candidate] = _STEPS
             if grant.request_id not in self.started:
                 self.started.add(grant.request_id)
-                self.at += self.times.prefill
+                self._pass(self.times.prefill)
 
     def cancel(self, name: str) -> None:
         for candidate in self.scheduler.cancel(name):
@@ -328,7 +334,7 @@ class Simulation:
             if not request.left:
                 request.outcome = "answered"
                 worker.started.discard(name)
-                self.counts["images"] += request.size
+                self.counts["images"] += request.size * (when <= self.seconds)
                 request.took_s = when - request.arrived
         for name in worker.scheduler.overdue(now=worker.at):
             self.requests[name].outcome = "late"
