@@ -5,8 +5,8 @@
 
 Real are the schedulers (serve/scheduling/scheduler.py), one a worker: their queues, admission, deadlines and Retry-After; the
 autoscaling policy (serve/cluster/autoscaling.py); and the times, which a stored run of benchmarks/sample_speed.py measured: a
-decoder step at 1 and 16 images, linear in between and beyond, prefill, and what follows each image, all on a worker's cores one
-after the other. Modelled are Ray's routing (the shorter of two queues picked at random, one more try where that one is full), the
+decoder step at 1 and 16 images, linear in between and beyond, and prefill and what follows each image, which share a worker's
+cores with the steps and are spread over them. Modelled are Ray's routing (the shorter of two queues picked at random, one more try where that one is full), the
 re-run of a dead worker's requests, clients that repeat a refused request twice after its Retry-After, as OpenAI's do, and hang up.
 HTTP, Ray's proxies and the network are not in it: what they bear is measured by benchmarks/serve_load.py.
 
@@ -62,11 +62,13 @@ class Times:
     finish: float  # after an image's last token
 
     def step(self, slots: int) -> float:
-        return self.first_step + self.more_step * (slots - 1)
+        """Of a decoder step and the prefill and postprocessing that share the cores with it, spread over all steps."""
+        beside = (self.finish + self.prefill / _MEAN_SIZE) / _STEPS
+        return self.first_step + self.more_step * (slots - 1) + beside * slots
 
     def images_per_s(self, num_slots: int) -> float:
         """Of a worker whose slots are always taken."""
-        return num_slots / (_STEPS * self.step(num_slots) + num_slots * (self.finish + self.prefill / _MEAN_SIZE))
+        return num_slots / (_STEPS * self.step(num_slots))
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,7 @@ class Worker:
     at: float  # when the latest step ended
     is_alive: bool = True
     running: dict[tuple[str, int], int] = field(default_factory=dict)  # steps left
-    started: set[str] = field(default_factory=set)
     version: int = 0
-    between_s: float = 0.0  # spent since the latest step
 
     def advance(self, now: float) -> list[tuple[float, str]]:
         """Steps until `now`. Returns (time, request) of each finished sequence."""
@@ -127,35 +127,25 @@ class Worker:
             if count < 1:
                 return finished
             self.at += count * step_s
-            for _ in range(count):  # what was between two steps is observed as part of the second, as in a worker
-                self.scheduler.observe_step(seconds=step_s + self.between_s, slots=slots)
-                self.between_s = 0.0
+            for _ in range(count):
+                self.scheduler.observe_step(seconds=step_s, slots=slots)
             for place in list(self.running):
                 self.running[place] -= count
                 if not self.running[place]:
                     del self.running[place]
-                    self._pass(self.times.finish)
                     self.scheduler.sequence_finished(*place)
                     finished.append((self.at, place[0]))
             self.grant()
-        self.at, self.between_s = max(self.at, now), 0.0
+        self.at = max(self.at, now)
         return finished
-
-    def _pass(self, seconds: float) -> None:
-        self.at += seconds
-        self.between_s += seconds
 
     def grant(self) -> None:
         for grant in self.scheduler.grant(now=self.at):
             self.running[grant.request_id, grant.candidate] = _STEPS
-            if grant.request_id not in self.started:
-                self.started.add(grant.request_id)
-                self._pass(self.times.prefill)
 
     def cancel(self, name: str) -> None:
         for candidate in self.scheduler.cancel(name):
             del self.running[name, candidate]
-        self.started.discard(name)
         self.grant()
 
     @property
@@ -333,7 +323,6 @@ class Simulation:
             request.left -= 1
             if not request.left:
                 request.outcome = "answered"
-                worker.started.discard(name)
                 self.counts["images"] += request.size * (when <= self.seconds)
                 request.took_s = when - request.arrived
         for name in worker.scheduler.overdue(now=worker.at):
