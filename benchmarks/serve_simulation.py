@@ -73,7 +73,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Plan:
-    """One scenario; `load` is the share of what all workers could generate that is asked for."""
+    """One scenario; `load` is the share of what all workers could generate that is requested."""
 
     name: str
     load: float
@@ -184,7 +184,7 @@ class Simulation:
         heapq.heappush(self.events, (when, next(self.numbers), kind, what))
 
     def _rate(self, now: float) -> float:
-        """Requests a second that are asked for."""
+        """Requests a second of all clients."""
         plan = self.plan
         load = plan.load
         if plan.load_from_s is not None and now >= plan.load_from_s[0]:
