@@ -105,7 +105,7 @@ def statistics_kept(encoder: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, momentum in zip(normed, before, strict=True):
-            part.momentum = momentum  # type: ignore[assignment]
+            part.momentum = momentum
 
 
 def efficientnet_width(width: float) -> int:
