@@ -87,7 +87,7 @@ def main() -> int:
         print("writing a model of random weights and images of noise", file=sys.stderr)
         write_random_model(folder / "model", tiny=arguments.quick)
         _write_images(folder / "pairs", plan.num_images, vqgan.image_size)
-        sizes = [f"model.{key}={value}" for key, value in transformer.model_dump(mode="json").items()]
+        sizes = [f"model.{key}={json.dumps(value)}" for key, value in transformer.model_dump(mode="json").items()]
         with kept_when_stopped(document):
             for dtype, batch in itertools.product(plan.dtypes, plan.batches):
                 settings = [*_settings(folder, dtype, batch, plan), *(sizes if arguments.quick else ())]

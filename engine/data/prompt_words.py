@@ -87,7 +87,7 @@ class PromptReader:
         self._tokenizer, self._unknown_id = _tokenizer(tokenizer_json)
         model, splitter = self._tokenizer.model, self._tokenizer.pre_tokenizer
         self._names_classes = isinstance(model, models.WordLevel) and splitter is None
-        self._learned = _learned(self._tokenizer, guide)
+        self._learned = None if self._names_classes else _learned(self._tokenizer, guide)
         self._words = dict.fromkeys(guide.words)
         self._completed = _completed(guide.words)
         self._values = {value for own in guide.attributes.values() for found in own.values() for value in found}

@@ -41,7 +41,12 @@ def test_captions_that_follow_a_grammar_have_its_form() -> None:
 
     composed = [pair("상의에서 색상은 레드이다.", garment="상의", 색상="레드")]
     guide = caption_guide(composed)
+    assert guide.synonyms
     assert guide == CaptionGuide(
-        examples=("상의에서 색상은 레드이다.",), attributes={"상의": {"색상": ["레드"]}}, form=kfashion_form()
+        examples=("상의에서 색상은 레드이다.",),
+        attributes={"상의": {"색상": ["레드"]}},
+        form=kfashion_form(),
+        words=("레드이다", "상의에서", "색상은"),
+        synonyms=guide.synonyms,
     )
-    assert caption_guide([pair("빨강 네모")]) == CaptionGuide(examples=("빨강 네모",))
+    assert caption_guide([pair("빨강 네모")]) == CaptionGuide(examples=("빨강 네모",), words=("네모", "빨강"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.config.codec import VqganConfig
 from engine.data.class_tokenizer import class_tokenizer, unconditional_tokenizer
+from engine.data.tokenizer import load_tokenizer
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.interop.importing import Kind, import_checkpoint
@@ -215,7 +216,7 @@ def test_any_caption_is_the_same_to_an_unconditional_model() -> None:
 def test_class_names_survive_a_folder(tmp_path: Path) -> None:
     names = ["red shirt", "10", "1", "빨간 셔츠", "[UNK]"]
     class_tokenizer(names).save(tmp_path)
-    read = load_folder_tokenizer(tmp_path)
+    read = load_tokenizer(str(tmp_path))
     assert read.encode([f" {name} " for name in names], 1).tokens[:, 0].tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(InputError, match="is none of the model's 5 classes"):
         read.encode(["0"], 1)

@@ -185,7 +185,7 @@ def test_models_are_listed_and_found(client: openai.OpenAI, pool: LocalPool) -> 
 
 def test_tokenize_counts_the_tokens_that_the_model_reads(client: openai.OpenAI, port: int) -> None:
     counted = post_json(port, "/v1/tokenize", {"prompt": "빨강 네모"}).json()
-    known = {"tokens_unknown": 0, "words_unknown": []}
+    known = {"tokens_unknown": 0, "words_unknown": [], "unknown": [], "words_known": 2, "words_total": 2}
     assert counted == {"object": "tokens", "tokens": counted["tokens"], "limit": 12, "characters": 5} | known
     answer: Any = client.images.generate(prompt="빨강 네모", extra_body={"candidates": 1})
     assert answer.usage.input_tokens == counted["tokens"]
