@@ -121,6 +121,7 @@ def test_strokes_are_discarded_only_when_confirmed(page: Page, way: str) -> None
 
     page.locator("#editor canvas").focus()
     page.keyboard.press(" ")
+    expect(page.locator("#editor-cells")).to_contain_text("1칸")
     dismiss()
     question = page.locator("#question")
     expect(question.get_by_role("heading")).to_have_text("칠한 것을 버릴까요?")
