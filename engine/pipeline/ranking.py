@@ -29,9 +29,7 @@ from engine.models.ranker import Ranker
 from engine.pipeline.image_size import squares
 
 _IMAGES_AT_ONCE = 16
-MOST_WRONG_CAPTIONS = (
-    64  # each goes through the text encoder once: 0.4 ms with the shipped model's, 20 ms with RoBERTa-base
-)
+MOST_WRONG_CAPTIONS = 64  # each goes through the text encoder: a caption of many facts has hundreds
 
 
 class Scores(NamedTuple):
