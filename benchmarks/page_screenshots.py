@@ -61,7 +61,9 @@ def serving(model: str) -> Iterator[str]:
 
 
 @contextmanager
-def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str, scale: float = 1) -> Iterator[Page]:
+def opened(
+    browser: Browser, address: str, size: tuple[int, int], *, scheme: str, scale: float = 1, language: str = "ko"
+) -> Iterator[Page]:
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]},
         locale="ko-KR",
@@ -70,9 +72,11 @@ def opened(browser: Browser, address: str, size: tuple[int, int], *, scheme: str
         reduced_motion="reduce",
     )
     page = context.new_page()
-    page.set_default_timeout(180_000)  # milliseconds; four generations with few slots take a minute on a busy machine
+    page.set_default_timeout(400_000)  # milliseconds; four generations with few slots take a minute on a busy machine
     page.goto(address)
     page.locator("#model-info:not(:empty)").wait_for()
+    if language == "en":
+        page.locator("#language-button").click()
     yield page
     context.close()
 
@@ -140,12 +144,64 @@ def photograph_phone(browser: Browser, address: str, out: Path) -> None:
     write(sheet, out / "phone-ko.png")
 
 
+def photograph_sheets(browser: Browser, address: str, out: Path) -> None:
+    """One caption over colours and categories, and a list of captions: in both languages, on a desktop and on a phone."""
+    lists = {
+        "ko": (
+            "상의에서 색상은 레드이다. 상의에서 카테고리는 티셔츠이다.",
+            "하의에서 기장은 발목이다. 하의에서 색상은 블루이다.",
+        ),
+        "en": (
+            "원피스에서 기장은 미니이다. 원피스에서 색상은 블랙이다.",
+            "아우터에서 색상은 네이비이다. 아우터에서 카테고리는 점퍼이다.",
+        ),
+    }
+    for language, lines in lists.items():
+        for device, size in {"desktop": _DESKTOP, "phone": _PHONE}.items():
+            with opened(browser, address, size, scheme="light", language=language) as page:
+                choose_grid(page)
+                if device == "phone":
+                    page.locator("#several").scroll_into_view_if_needed()
+                save(page, out / f"grid-form-{language}-{device}.png", scroll=False)
+                page.locator("#several-make").click()
+                page.locator(".sheet .cell.done").nth(11).wait_for()
+                page.locator("#board").scroll_into_view_if_needed()
+                save(page, out / f"grid-{language}-{device}.png")
+                if device == "desktop":
+                    with page.expect_download() as coming:
+                        page.locator("[data-action=sheet-download]").click()
+                    write(Image.open(coming.value.path()), out / f"grid-sheet-{language}.png")
+                page.locator("#several-kind-list").check(force=True)
+                page.locator("#several-lines").fill("\n".join(lines))
+                page.locator("#n").fill("2")
+                page.locator("#several-make").click()
+                page.locator(".sheet-list .cell.done").nth(1).wait_for()
+                page.locator("#board").scroll_into_view_if_needed()
+                save(page, out / f"list-{language}-{device}.png")
+
+
 SHOTS = {
     "desktop": photograph_desktop,
     "dark": photograph_dark,
     "words": photograph_words,
     "phone": photograph_phone,
+    "sheets": photograph_sheets,
 }
+
+
+def choose_grid(page: Page) -> None:
+    """Three categories of tops in four colours, of few candidates."""
+    page.locator("#caption").fill("상의에서 카테고리는 셔츠이다. 상의에서 소매기장은 긴팔이다.")
+    page.locator("#builder").evaluate("fold => (fold.open = false)")
+    page.locator("#several").evaluate("fold => (fold.open = true)")
+    page.locator("#several-axis-0").select_option("상의/카테고리")
+    page.locator("#several-axis-1").select_option("상의/색상")
+    for axis, kept in (("카테고리", ["티셔츠", "셔츠", "후드티"]), ("색상", ["블랙", "레드", "네이비", "카키"])):
+        page.locator(f"input[id^='several-상의/{axis}-']").evaluate_all(
+            "(boxes, kept) => boxes.filter((box) => !kept.includes(box.value)).forEach((box) => box.click())", kept
+        )
+    page.locator("#candidates").fill("2")
+    page.locator("#seed").fill("7")
 
 
 def generate_example(page: Page, number: int, *, seed: int) -> None:
@@ -166,8 +222,9 @@ def paint(page: Page, places: list[tuple[float, float]]) -> None:
     page.mouse.up()
 
 
-def save(page: Page, path: Path) -> None:
-    settle(page)
+def save(page: Page, path: Path, *, scroll: bool = True) -> None:
+    """Args: scroll: the form to its top."""
+    settle(page) if scroll else page.mouse.move(1, 1)
     write(Image.open(io.BytesIO(page.screenshot())), path)
 
 

@@ -24,6 +24,7 @@ import { language, t } from "./texts.js";
  * @property {number|null} keepRows rows of tokens kept, for "rows"
  * @property {Blob|null} image the init image, for "rows" and "mask"
  * @property {Blob|null} mask PNG, as large as the image, transparent where to inpaint, for "mask"
+ * @property {import("./sheet.js").SheetPlace} [sheet] that it is part of; it determines no image
  *
  * @typedef {object} Model
  * @property {string} id

@@ -70,7 +70,7 @@ export function startBoard(actions) {
     // A card that is made anew keeps the keyboard where it was.
     if (focused) /** @type {HTMLElement|null} */ (card.querySelector(`[data-action="${focused}"]`))?.focus();
   };
-  const showEmpty = () => byId("empty").toggleAttribute("hidden", entries.size > 0);
+  const showEmpty = () => byId("empty").toggleAttribute("hidden", byId("generations").childElementCount > 0);
   /**
    * @param {string} id
    * @param {Entry} entry
@@ -127,7 +127,7 @@ export function startBoard(actions) {
  * @param {HTMLElement} card
  * @param {string} id
  */
-function place(card, id) {
+export function place(card, id) {
   const board = byId("generations");
   const older = [...board.children].find((other) => (other.getAttribute("data-id") ?? "") < id);
   board.insertBefore(card, older ?? null);
@@ -154,7 +154,7 @@ function announceState(entry, job) {
 }
 
 /** @param {Job} job */
-function whyFailed(job) {
+export function whyFailed(job) {
   return job.error ? job.error.text : t("error.connection");
 }
 

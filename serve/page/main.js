@@ -6,16 +6,18 @@ import { startCaption } from "./caption.js";
 import { startBoard } from "./cards.js";
 import { startConnection } from "./connection.js";
 import { editImage } from "./editor.js";
-import { byId, showBriefly } from "./elements.js";
+import { announce, byId, showBriefly } from "./elements.js";
 import { startGallery } from "./gallery.js";
 import { startKeys } from "./keys.js";
 import { startLayout } from "./layout.js";
 import { createLibrary, download } from "./library.js";
-import { loadModel, servedModel } from "./model.js";
+import { loadModel, onModel, servedModel } from "./model.js";
 import { startPreferences } from "./preferences.js";
 import { createQueue } from "./queue.js";
 import { SettingFault, randomSeed, readSettings, showSettingFault, startSettings, writeSettings } from "./settings.js";
-import { openStore } from "./store.js";
+import { startSheetForm } from "./sheet_form.js";
+import { startSheets } from "./sheets.js";
+import { newId, openStore } from "./store.js";
 import { fill, onLanguage, t } from "./texts.js";
 import { createUnended } from "./unended.js";
 import { UploadFault, squareOf, startDrops } from "./upload.js";
@@ -82,24 +84,32 @@ async function start() {
       library.removeImage(generation, index),
     open: (/** @type {Generation} */ generation, /** @type {number} */ index) => openViewer(generation, index, actions),
   };
-  const board = startBoard({
+  const boardActions = {
     ...actions,
     cancel: queue.cancel,
     retry: queue.retry,
-    another: (request) => queue.add({ ...request, seed: randomSeed() }),
-    dismiss: (id) => {
+    another: (/** @type {import("./api.js").ImageRequest} */ request) => queue.add({ ...request, seed: randomSeed() }),
+    dismiss: (/** @type {string} */ id) => {
       board.remove(id);
       void unended.forget(id);
     },
-  });
+  };
+  const board = startSheets(startBoard(boardActions), boardActions, store);
   const gallery = startGallery(store, { ...actions, clear: () => library.clear() });
   const report = startWindows((news) => void library.follow(news));
   const library = createLibrary(store, board, gallery, report);
 
   listen(queue, captionBox, store.isLasting);
+  onModel((grammar) =>
+    startSheetForm(grammar, captionBox, {
+      numCandidates: () => Number(/** @type {HTMLInputElement} */ (byId("candidates")).value) || 0,
+      submit: (wanted) => submitSheet(queue, wanted),
+    }),
+  );
   onLanguage(() => showSummary(queue));
   for (const generation of await store.newest(null, GENERATIONS_ON_BOARD, () => true)) board.showGeneration(generation);
   await unended.take(queue.restore);
+  await board.complete();
   await loadModel(captionBox);
 }
 
@@ -157,13 +167,38 @@ function submit(queue, captionBox) {
     image: null,
     mask: null,
   });
+  showBoard();
+}
+
+/**
+ * @param {Queue} queue
+ * @param {import("./sheet_form.js").Wanted} wanted
+ */
+function submitSheet(queue, { caption, axes, captions }) {
+  const settings = settingsOrNull(axes.length ? 1 : null); // a cell shows one image
+  if (!settings) return;
+  const seed = settings.seed || randomSeed();
+  const common = { kind: /** @type {"new"} */ ("new"), keepRows: null, image: null, mask: null };
+  const shared = { id: newId(), caption, axes, numCells: captions.length };
+  captions.forEach((each, cell) =>
+    queue.add({ ...settings, ...common, seed, caption: each, sheet: { ...shared, cell } }),
+  );
+  announce(t("sheet.started", { n: captions.length }));
+  showBoard();
+}
+
+/** Where the board is below the form. */
+function showBoard() {
   if (window.matchMedia("(max-width: 899px)").matches) byId("board").scrollIntoView();
 }
 
-/** @returns {import("./settings.js").Settings|null} null when one is out of bounds, which is then shown */
-function settingsOrNull() {
+/**
+ * @param {number|null} [n] images shown, where the form does not decide it
+ * @returns {import("./settings.js").Settings|null} null when one is out of bounds, which is then shown
+ */
+function settingsOrNull(n = null) {
   try {
-    return readSettings();
+    return readSettings(n);
   } catch (error) {
     if (!(error instanceof SettingFault)) throw error;
     showSettingFault(error);

@@ -4,7 +4,7 @@
 
 import { ApiError, ConnectionLost, readModel } from "./api.js";
 import { startBuilder } from "./builder.js";
-import { grammarOf, reading, shortTitle } from "./composer.js";
+import { grammarOf, reading, shortTitle, word } from "./composer.js";
 import { whenReady } from "./connection.js";
 import { button, byId, element, showBriefly } from "./elements.js";
 import { askForKey } from "./keys.js";
@@ -20,6 +20,25 @@ let model = null;
 
 /** @type {import("./composer.js").Grammar|null} */
 let grammar = null;
+
+/** @type {((grammar: import("./composer.js").Grammar|null) => void)[]} */
+const listeners = [];
+
+/**
+ * @param {(grammar: import("./composer.js").Grammar|null) => void} listener called once the model is known, with the form
+ *   of its captions
+ */
+export function onModel(listener) {
+  listeners.push(listener);
+}
+
+/**
+ * @param {string} name of an attribute or a value of the model
+ * @returns {string} what it is called in the language shown
+ */
+export function wordShown(name) {
+  return grammar ? word(grammar, name, language()) : name;
+}
 
 /**
  * @param {string} caption
@@ -77,6 +96,7 @@ function useModel(served, captionBox) {
   grammar = grammarOf(served.caption_guide);
   captionBox.useGrammar(grammar);
   if (grammar) startBuilder(grammar, captionBox);
+  for (const listener of listeners) listener(grammar);
   onLanguage(() => {
     showLanguageHint(served.caption_guide.examples);
     showExamples(served.caption_guide.examples, captionBox);

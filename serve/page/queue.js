@@ -70,9 +70,11 @@ export function createQueue({ numPreviews, onChange }) {
 
   const next = () => {
     const numRunning = jobs.filter((job) => job.state !== "waiting").length;
-    for (const job of jobs
+    // A single request does not wait for the rest of a sheet.
+    const waiting = jobs
       .filter((each) => each.state === "waiting")
-      .slice(0, Math.max(0, MOST_AT_ONCE - numRunning))) {
+      .sort((one, other) => Number(Boolean(one.request.sheet)) - Number(Boolean(other.request.sheet)));
+    for (const job of waiting.slice(0, Math.max(0, MOST_AT_ONCE - numRunning))) {
       // Marked at once, so that a second call of `next` does not start it again.
       job.state = "sent";
       onChange(job, "state");

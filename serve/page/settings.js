@@ -67,16 +67,17 @@ export class SettingFault extends Error {
 }
 
 /**
+ * @param {number|null} [n] images shown, where the form does not decide it
  * @returns {Settings}
  * @throws {SettingFault} the first that is out of bounds
  */
-export function readSettings() {
+export function readSettings(n = null) {
   const seed = input("seed").value.trim();
   if (seed && !(/^\d{1,20}$/u.test(seed) && BigInt(seed) < SEED_END)) {
     throw new SettingFault("seed", t("settings.bad_seed"));
   }
   const settings = {
-    n: readNumber("n"),
+    n: n ?? readNumber("n"),
     candidates: readNumber("candidates"),
     seed,
     temperature: readNumber("temperature"),

@@ -35,8 +35,8 @@
  * @property {(generation: Generation) => Promise<void>} put
  * @property {(id: string, edit: (generation: Generation) => Generation|null) => Promise<Generation|null>} change null
  *   removes it
- * @property {(before: string|null, count: number, isWanted: (generation: Generation) => boolean) =>
- *   Promise<Generation[]>} newest
+ * @property {(before: string|null, count: number, isWanted: (generation: Generation) => boolean, after?: string) =>
+ *   Promise<Generation[]>} newest those between the two ids, which are not among them
  * @property {(id: string) => Promise<Generation|null>} get
  * @property {() => Promise<number>} count of generations
  * @property {() => Promise<void>} clear
@@ -160,12 +160,13 @@ function lastingStore(database) {
           setResult(changed);
         };
       }),
-    newest: (before, count, isWanted) =>
+    newest: (before, count, isWanted, after = "") =>
       transact("readonly", (table, setResult) => {
         /** @type {Generation[]} */
         const found = [];
         setResult(found);
-        const range = before === null ? null : IDBKeyRange.upperBound(before, true);
+        const range =
+          before === null ? IDBKeyRange.lowerBound(after, true) : IDBKeyRange.bound(after, before, true, true);
         const opening = table.openCursor(range, "prev");
         opening.onsuccess = () => {
           const cursor = opening.result;
@@ -213,10 +214,11 @@ function memoryStore() {
       else generations.delete(id);
       return changed;
     },
-    newest: async (before, count, isWanted) =>
+    newest: async (before, count, isWanted, after = "") =>
       [...generations.values()]
         .sort((one, other) => (one.id < other.id ? 1 : -1))
-        .filter((generation) => (before === null || generation.id < before) && isWanted(generation))
+        .filter(({ id }) => (before === null || id < before) && id > after)
+        .filter(isWanted)
         .slice(0, count),
     get: async (id) => generations.get(id) ?? null,
     count: async () => generations.size,

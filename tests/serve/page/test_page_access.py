@@ -102,6 +102,14 @@ def _states(page: Page) -> Iterator[str]:
     page.locator("#to-gallery").click()
     page.locator("#gallery-grid li").first.wait_for()
     yield "gallery"
+    page.locator("#to-studio").click()
+    page.locator("#seed").fill("")
+    page.locator("#several-kind-list").check(force=True)
+    page.locator("#several-lines").fill(CAPTION)
+    yield "list"
+    page.locator("#several-make").click()
+    page.locator(".sheet .cell.done").wait_for()
+    yield "sheet"
 
 
 @pytest.mark.parametrize("language", ["ko", "en"])
