@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env train demo generate serve test test-fast package-test soak system-packages lint format bench clean
+.PHONY: help env requirements train demo generate serve test test-fast package-test soak system-packages lint format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -14,20 +14,33 @@ help:  ## this list
 MODEL ?= models/clothing
 CAPTION ?= 하의에서 기장은 미니이다. 하의에서 색상은 블루이다. 하의에서 카테고리는 팬츠이다.
 
-env: $(READY)  ## Python environment in .venv, exact versions from constraints.txt
+env: $(READY)  ## Python environment in .venv, exact versions, files checked by hash
 
-# torch comes first and alone: with it installed, later packages are content with it, where a plain range would fetch
-# several GB of CUDA packages on a machine without a GPU. deepspeed is source only and needs torch at build time.
-# taming-transformers comes without its dependencies: the torchvision that it declares breaks transformers' RoBERTa and
-# EfficientNet beside CPU torch.
-$(READY): pyproject.toml constraints.txt
+# Every file is checked against a hash in requirements/ but torch's: which build of that version comes (CUDA's or the CPU's)
+# is the package index's to say; requirements/torch.txt has the hashes of PyPI's. What follows torch is source that needs
+# torch to build (deepspeed), or declares packages that it must not bring: taming-transformers' torchvision breaks
+# transformers' RoBERTa and EfficientNet beside CPU torch.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25" "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt taming-transformers-rom1504
+	$(PIP_INSTALL) --require-hashes -r requirements/build.txt
+	$(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements/dev.txt
+	$(PIP_INSTALL) -c constraints.txt torch
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements/after-torch.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $(READY)
+
+# Exact versions come from constraints.txt; the hashes are those of every file that PyPI has of each version. dev.txt leaves out
+# torch and the CUDA packages that only its GPU build needs.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate -c constraints.txt \
+	--custom-compile-command "make requirements"
+requirements: $(READY)  ## requirements/*.txt anew, after a change of pyproject.toml or constraints.txt
+	printf '%s\n' pip setuptools wheel | $(COMPILE) - -o requirements/build.txt
+	echo torch | $(COMPILE) - -o requirements/torch.txt
+	printf '%s\n' deepspeed taming-transformers-rom1504 | $(COMPILE) --no-deps - -o requirements/after-torch.txt
+	$(COMPILE) pyproject.toml --extra serve -o requirements/serve.txt
+	$(COMPILE) pyproject.toml --extra dev -o requirements/dev.txt --no-emit-package torch --no-emit-package deepspeed \
+		$$(sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package \1/p' requirements/torch.txt)
 
 # OPTIONS: e.g. OPTIONS="--minutes 90"
 OUT ?= runs/$(notdir $(patsubst %/,%,$(PHOTOS)))
@@ -95,11 +108,12 @@ bench: $(READY)  ## speed of kernels and of generation
 	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/sample_speed.py
 
-lint: $(READY)  ## ruff, mypy, import-linter
+lint: $(READY)  ## ruff, mypy, import-linter, hashes of requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_dependency_hashes.py
 
 format: $(READY)  ## what ruff can mend
 	$(BIN)/ruff format .

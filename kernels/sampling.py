@@ -221,12 +221,12 @@ if triton is not None:
     def _key(value):  # type: ignore[no-untyped-def]
         """float32 -> uint32, order preserved."""
         bits = value.to(tl.uint32, bitcast=True)
-        return tl.where(bits >= 0x80000000, ~bits, bits ^ 0x80000000)
+        return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
     @triton.jit
     def _value(key):  # type: ignore[no-untyped-def]
         """`_key` undone. Scores are compared as floats, so that -0 and 0 tie as they do for the reference."""
-        return tl.where(key >= 0x80000000, key ^ 0x80000000, ~key).to(tl.float32, bitcast=True)
+        return tl.where(key >= 0x80000000, key ^ 0x80000000, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _gumbel_noise(seed, candidate, position, calls):  # type: ignore[no-untyped-def]

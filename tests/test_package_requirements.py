@@ -46,6 +46,7 @@ NEVER_IMPORTED = {
     "types-pyyaml": "mypy",
     "setuptools": "tests/package_environment.py builds the wheel",
     "wheel": "tests/package_environment.py builds the wheel",
+    "uv": "make requirements",
 }
 # Modules that others import for us.
 THROUGH = {"torch.utils.tensorboard": "tensorboard"}
