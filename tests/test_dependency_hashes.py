@@ -17,7 +17,9 @@ FILES = ["build", "torch", "serve", "dev", "after-torch"]
 def _versions(name: str) -> dict[str, str]:
     """Distribution -> exact version, of requirements/<name>.txt."""
     text = (REPOSITORY / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
-    entries = re.findall(r"^([\w.-]+)==(\S+)(?: ;[^\\\n]*)?((?: \\\n +--hash=sha256:[0-9a-f]{64})*)$", text, re.MULTILINE)
+    entries = re.findall(
+        r"^([\w.-]+)==(\S+)(?: ;[^\\\n]*)?((?: \\\n +--hash=sha256:[0-9a-f]{64})*)$", text, re.MULTILINE
+    )
     lines = [line for line in text.splitlines() if line and line[0] not in "# "]
     assert len(entries) == len(lines), f"{name}: a line that is not an exact version"
     for distribution, _, hashes in entries:
@@ -68,5 +70,7 @@ def test_triton_is_the_one_that_torch_requires() -> None:
 
 def test_the_documentation_names_every_direct_dependency() -> None:
     text = (REPOSITORY / "docs/dependencies.md").read_text(encoding="utf-8")
-    documented = {canonicalize_name(row[1]) for row in re.finditer(r"^\| ([\w.-]+) \| [^|]* \| https://", text, re.MULTILINE)}
+    documented = {
+        canonicalize_name(row[1]) for row in re.finditer(r"^\| ([\w.-]+) \| [^|]* \| https://", text, re.MULTILINE)
+    }
     assert documented == {*_declared("dev"), "taming-transformers-rom1504"}
