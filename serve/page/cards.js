@@ -4,6 +4,7 @@
 
 import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
 import { inLanguageShown, readingOf } from "./model.js";
+import { linkButton } from "./shared.js";
 import { formatTime, formatWait, onLanguage, t } from "./texts.js";
 import { unreadWords, verdictElement } from "./verdict.js";
 
@@ -329,6 +330,7 @@ function cardActions(entry, generation, numOthers, actions, render) {
     button({ icon: "again", text: t("card.another"), press: () => actions.another(request), action: "another" }),
     button({ text: t("card.use_seed"), press: () => actions.useSeed(request), action: "seed" }),
     button({ text: t("card.use_settings"), press: () => actions.useSettings(request), action: "settings" }),
+    linkButton(request),
     numOthers ? toggle : null,
   );
 }

@@ -15,6 +15,7 @@ import { loadModel, onModel, servedModel } from "./model.js";
 import { startPreferences } from "./preferences.js";
 import { createQueue } from "./queue.js";
 import { SettingFault, randomSeed, readSettings, showSettingFault, startSettings, writeSettings } from "./settings.js";
+import { fillForm, sharedInFile, startLinks } from "./shared.js";
 import { startSheetForm } from "./sheet_form.js";
 import { startSheets } from "./sheets.js";
 import { newId, openStore } from "./store.js";
@@ -111,6 +112,7 @@ async function start() {
   await unended.take(queue.restore);
   await board.complete();
   await loadModel(captionBox);
+  startLinks(captionBox);
 }
 
 /**
@@ -141,7 +143,7 @@ function listen(queue, captionBox, isLasting) {
     if (input.files?.[0]) void take(input.files[0]);
     input.value = "";
   });
-  startDrops(take);
+  startDrops((file) => takeDropped(queue, captionBox, file));
   window.addEventListener("beforeunload", (event) => {
     if (!isLasting && queue.active().length) event.preventDefault();
   });
@@ -221,6 +223,22 @@ async function startFromFile(queue, captionBox, file) {
     if (!(error instanceof UploadFault)) throw error;
     showBriefly(t(`upload.${error.reason}`));
   }
+}
+
+/**
+ * Caption and settings, where the file has them; else an image to start from.
+ * @param {Queue} queue
+ * @param {CaptionBox} captionBox
+ * @param {File} file
+ */
+async function takeDropped(queue, captionBox, file) {
+  const shared = await sharedInFile(file);
+  if (shared) {
+    goTo("studio");
+    const text = [t("shared.file", { file: file.name }), shared.remark].filter(Boolean).join(" ");
+    if (fillForm(shared, captionBox)) showBriefly(text);
+  } else if (file.type.startsWith("image/")) await startFromFile(queue, captionBox, file);
+  else showBriefly(t("shared.foreign", { file: file.name }));
 }
 
 /**

@@ -72,10 +72,7 @@ export class SettingFault extends Error {
  * @throws {SettingFault} the first that is out of bounds
  */
 export function readSettings(n = null) {
-  const seed = input("seed").value.trim();
-  if (seed && !(/^\d{1,20}$/u.test(seed) && BigInt(seed) < SEED_END)) {
-    throw new SettingFault("seed", t("settings.bad_seed"));
-  }
+  const seed = checkedText("seed", input("seed").value);
   const settings = {
     n: n ?? readNumber("n"),
     candidates: readNumber("candidates"),
@@ -87,6 +84,34 @@ export function readSettings(n = null) {
   };
   if (settings.candidates < settings.n) throw new SettingFault("candidates", t("settings.too_few", { n: settings.n }));
   return settings;
+}
+
+/**
+ * @param {Name} name
+ * @param {string} text as it would be typed
+ * @returns {string} the same without spaces around it
+ * @throws {SettingFault} out of bounds, or no number
+ */
+export function checkedText(name, text) {
+  const trimmed = text.trim();
+  if (name !== "seed") return trimmed === "" && (name === "topK" || name === "topP") ? "" : String(numberOf(name, trimmed));
+  if (trimmed && !(/^\d{1,20}$/u.test(trimmed) && BigInt(trimmed) < SEED_END))
+    throw new SettingFault("seed", t("settings.bad_seed"));
+  return trimmed;
+}
+
+/**
+ * @param {Partial<Record<Name, string>>} texts as `checkedText` returns them
+ * @param {boolean} isWhole whether the others become the model's defaults
+ */
+export function takeSettings(texts, isWhole) {
+  for (const name of NAMES) {
+    const own = isWhole ? textOf(defaults[name]) : input(name).value;
+    input(name).value = texts[name] ?? own;
+  }
+  // More candidates than the file names are no fault: the image that it is of is among them.
+  if (!isWhole && Number(input("candidates").value) < Number(input("n").value)) input("candidates").value = input("n").value;
+  changed();
 }
 
 /**
@@ -224,10 +249,18 @@ function changed() {
  * @returns {number}
  */
 function readNumber(name) {
-  const text = input(name).value.trim();
+  return numberOf(name, input(name).value.trim());
+}
+
+/**
+ * @param {NumberName} name
+ * @param {string} text
+ * @returns {number}
+ */
+function numberOf(name, text) {
   const value = Number(text);
   const limits = bounds[name];
-  if (text === "" || !Number.isFinite(value)) throw badNumber(name);
+  if (!/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/iu.test(text) || !Number.isFinite(value)) throw badNumber(name);
   if (!limits) return value; // the server checks it
   const isWithin = (value >= limits.minimum && value <= limits.maximum) || (limits.or_zero && value === 0);
   if (!isWithin || (limits.type === "integer" && !Number.isInteger(value))) throw badNumber(name);

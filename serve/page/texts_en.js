@@ -225,6 +225,15 @@ export const english = {
   "leave.text": "The marked parts and the changed caption are lost.",
   "leave.yes": "Discard",
 
+  "shared.copy": "Copy link",
+  "shared.copied": "A link with caption and settings was copied.",
+  "shared.link": "Caption and settings of the link are set.",
+  "shared.file": "Caption and settings are set: {file}.",
+  "shared.foreign":
+    "{file} holds no caption and settings. Drop a PNG that was downloaded here, or copied settings (JSON).",
+  "shared.other_model": "Another model made it, so images will differ.",
+  "shared.needs_image": "It was made from another image, which the same result needs, too.",
+
   "upload.type": "That is not an image. Use PNG, JPEG or WebP.",
   "upload.large": "The file is too large: the limit is 60 MB.",
   "upload.small": "The image is too small: its shorter side must have at least 32 pixels.",

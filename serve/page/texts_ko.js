@@ -221,6 +221,14 @@ export const korean = {
   "leave.text": "칠한 곳과 고친 설명이 사라집니다.",
   "leave.yes": "버리기",
 
+  "shared.copy": "링크 복사",
+  "shared.copied": "설명과 설정이 든 링크를 복사했습니다.",
+  "shared.link": "링크의 설명과 설정을 넣었습니다.",
+  "shared.file": "설명과 설정을 넣었습니다: {file}.",
+  "shared.foreign": "{file}: 설명과 설정이 든 파일이 아닙니다. 이 화면에서 내려받은 PNG나 복사한 설정(JSON)을 놓으세요.",
+  "shared.other_model": "다른 모델의 이미지라 결과는 다릅니다.",
+  "shared.needs_image": "다른 이미지에서 시작한 것이라, 그 이미지도 있어야 같은 결과가 나옵니다.",
+
   "upload.type": "이미지 파일이 아닙니다. PNG, JPEG, WebP를 쓸 수 있습니다.",
   "upload.large": "파일이 너무 큽니다. 60 MB까지 쓸 수 있습니다.",
   "upload.small": "이미지가 너무 작습니다. 짧은 변이 32픽셀 이상이어야 합니다.",

@@ -3,9 +3,11 @@
  */
 
 import { settingsOf } from "./api.js";
+import { copyText } from "./clipboard.js";
 import { button, byId, element, fillDialog, imageElement, isSmall, showBriefly } from "./elements.js";
 import { inLanguageShown, readingOf } from "./model.js";
 import { formatNumber, formatScore, formatTime, t } from "./texts.js";
+import { linkButton } from "./shared.js";
 import { unreadWords, verdictOf } from "./verdict.js";
 
 const MARGIN = 16; // pixels around the image
@@ -196,6 +198,7 @@ function panelOf(dialog, state, actions, show) {
         action: "settings",
       }),
       button({ icon: "copy", text: t("viewer.copy"), press: () => copySettings(generation, dialog), action: "copy" }),
+      linkButton(generation.request, dialog),
       button({ icon: "bin", text: t("viewer.remove"), class: "quiet danger", press: remove, action: "remove" }),
     ),
   );
@@ -239,25 +242,4 @@ async function copySettings(generation, dialog) {
   const fields = settingsOf(generation.request);
   const text = `${JSON.stringify(fields, null, 1).slice(0, -2)},\n "seed": ${generation.request.seed},\n "model": ${JSON.stringify(generation.modelId)}\n}`;
   showBriefly((await copyText(text, dialog)) ? t("viewer.copied") : t("viewer.not_copied"));
-}
-
-/**
- * @param {string} text
- * @param {HTMLElement} dialog the open one: outside of it nothing can be selected
- * @returns {Promise<boolean>}
- */
-async function copyText(text, dialog) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    // Without https browsers offer no clipboard to pages, but still copy what is selected.
-    const area = element("textarea", { class: "visually-hidden", "aria-hidden": "true" });
-    area.value = text;
-    dialog.append(area);
-    area.select();
-    const isCopied = document.execCommand("copy");
-    area.remove();
-    return isCopied;
-  }
 }
