@@ -23,9 +23,9 @@ import torch
 from machine_facts import stored_path
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from engine.data.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
+from engine.data.tokenizer_files import SpecialTokens
 
 _MORPHEMES = 80_000  # later numbers are spellings and senses of these
 _ANCHORS = 400  # cosines with these give the vectors: more than their width
@@ -102,7 +102,7 @@ def _write(out: Path, vectors: dict[str, np.ndarray]) -> None:
     )
     names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)).save(out)
+    CaptionTokenizer(tokenizer, SpecialTokens(**names)).save(out)
     table = np.stack([vectors[form] for form in forms])
     generator = torch.Generator().manual_seed(0)
     special = torch.empty(len(SPECIAL_TOKENS), _WIDTH, dtype=torch.float32).normal_(0, _STD, generator=generator)

@@ -200,7 +200,7 @@ def generate(
         )
     if top is None:
         params["top"] = min(4, SamplingParams().updated(candidates=candidates).candidates)
-    SamplingParams().updated(**params)  # reports a value out of bounds before torch is imported, which takes seconds
+    SamplingParams().updated(**params)
     from engine.pipeline.image_size import parse_size
 
     requested_size = None if size is None else parse_size(size, field="--size")

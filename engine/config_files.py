@@ -5,15 +5,15 @@ Precedence: defaults < YAML file < `key=value` on the command line. An unknown k
 that names the field and the file in one line.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from engine.config.run import Run
+from engine.config.section import parse_section
 from engine.config.stages import AnyRun, DvaeRun, KoclipRun, KodalleRun, VqganRun
 from engine.config_folders import resolve_auto
 from engine.errors import InputError
@@ -84,19 +84,6 @@ def parse_run(tree: dict[str, Any], *, source: str) -> VqganRun | DvaeRun | Kocl
     return run
 
 
-def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
-    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError.
-
-    Goes through JSON, whose strict mode accepts a text for a path and a list for a tuple, but not `yes` for 1 or "8"
-    for 8.
-    """
-    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
-    try:
-        return adapter.validate_json(json.dumps(tree, default=str), strict=True)
-    except ValidationError as error:
-        raise as_input_error(error, source) from error
-
-
 def dump_yaml(run: Run) -> str:
     """The effective config, as YAML that `load_run` reads back to an equal object."""
     return dump_tree(run.model_dump(mode="json"))
@@ -163,25 +150,3 @@ def _reject_none_text(node: Any, source: str, where: str = "") -> None:
         pass  # a value of its own there; DeepSpeed has offload_optimizer.device, for one
     elif node in ("None", "none", "NONE"):
         raise InputError(where, repr(node), f"is a text, not 'nothing' (in {source}): write null, or remove the line")
-
-
-def as_input_error(error: ValidationError, source: str) -> InputError:
-    """The first fault as field, value and remedy; `source` names the file that it was read from."""
-    first = error.errors()[0]
-    # the discriminated union puts the stage's name in front of the field's path
-    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("dvae",), ("koclip",), ("kodalle",)) else first["loc"]
-    field = ".".join(map(str, path)) or "stage"
-    others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        remedy = "unknown key: remove it or mend its spelling"
-    elif first["type"] == "missing":
-        remedy = "is missing: add it"
-    else:
-        remedy = first["msg"]
-    if first["type"] in ("missing", "union_tag_not_found"):
-        value = "(nothing)"
-    elif first["type"] == "union_tag_invalid":
-        value = repr(first["ctx"]["tag"])
-    else:
-        value = repr(first["input"])[:120]
-    return InputError(field, value, f"{remedy}, in {source}{others}")

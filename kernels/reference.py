@@ -177,7 +177,7 @@ def philox_4x32_10(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor)
     Returns:
         Four int64 tensors of the broadcast shape with values in [0, 2^32).
     """
-    shape = torch.broadcast_shapes(seed.shape, c0.shape, c1.shape, c2.shape, c3.shape)
+    shape = torch.broadcast_tensors(seed, c0, c1, c2, c3)[0].shape  # torch.broadcast_shapes imports SymPy
     w0, w1, w2, w3 = (word.expand(shape).clone() for word in (c0, c1, c2, c3))
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     p0, p1 = torch.empty_like(w0), torch.empty_like(w0)

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from pydantic import Field, ValidationError, model_validator
 
-from engine.config.section import Section
-from engine.config_files import as_input_error, read_config_file
+from engine.config.section import Section, as_input_error
+from engine.config_files import read_config_file
 from engine.errors import InputError
 from serve.settings import ServeSettings
 

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from engine.config.section import FolderOrName, Section
-from engine.config_files import as_input_error
+from engine.config.section import FolderOrName, Section, as_input_error
 from engine.pipeline.ai_marks import checked_mark
 from engine.sampling_params import FIELDS
 

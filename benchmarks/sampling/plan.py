@@ -19,7 +19,8 @@ from engine.config.transformer import TransformerConfig
 from engine.config_files import load_run
 from engine.data.tokenizer import train_tokenizer
 from engine.device import cpu_capabilities, default_dtype
-from engine.models.folder import Part, PartName, write_model_folder
+from engine.models.folder import Part, write_model_folder
+from engine.models.folder_config import PartName
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan

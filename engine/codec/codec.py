@@ -10,21 +10,19 @@ same seed must give the same image in every process. benchmarks/codec_speed.py c
 import functools
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import OnnxKoClip, OnnxVqgan, open_koclip, open_vqgan
 from engine.codec.vqgan_decoder import FastDecoder, Precision, decodes_int8
-from engine.config.codec import VqganConfig
+from engine.config.codec import CodecBackend, VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.image_codec import ImageCodec
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
-
-CodecBackend = Literal["torch", "onnx"]
 
 
 class Codec(NamedTuple):

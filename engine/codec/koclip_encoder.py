@@ -25,8 +25,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from engine.codec.captured import Captured
 from engine.codec.threads import single_threads
-from engine.models.koclip import PAD_TOKEN, KoClip
+from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
+from engine.models.roberta import PAD_TOKEN
 
 _GRAPH_IMAGES = 16  # batch of the CUDA graph; the default number of candidates
 _CACHED_CAPTIONS = 4096  # embeddings of 2 KB each
@@ -106,10 +107,7 @@ class KoclipEncoder:
         if not self._graphed:
             return self._koclip.embed_texts(tokens)[0]
         if self._text_graph is None:
-            # Warmed up with padding: without any, transformers takes another branch than the capture.
-            padded = torch.full_like(tokens, PAD_TOKEN)
-            padded[:, 0] = tokens[:, 0]
-            self._text_graph = Captured(self._koclip.embed_texts, padded)
+            self._text_graph = Captured(self._koclip.embed_texts, tokens)
         return self._text_graph(tokens)[0]
 
     def _embed_padded(self, images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.config.codec import CodecConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
-from engine.models.folder import PartName, weights_digest
+from engine.models.folder_config import PartName, weights_digest
 
 NetworkName = Literal["vqgan_decoder", "koclip_image", "koclip_text"]
 

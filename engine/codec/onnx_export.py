@@ -43,9 +43,11 @@ from engine.errors import InputError
 from engine.facts import facts
 from engine.files import atomic_file, write_json
 from engine.measure import synchronize
-from engine.models.folder import PartName, has_part, load_part, weights_digest
+from engine.models.folder import load_part
+from engine.models.folder_config import PartName, has_part, weights_digest
 from engine.models.image_codec import ImageCodec
-from engine.models.koclip import PAD_TOKEN, KoClip
+from engine.models.koclip import KoClip
+from engine.models.roberta import PAD_TOKEN
 from engine.models.vqgan import Vqgan, to_unit_range
 from engine.progress import ProgressBar
 
@@ -328,5 +330,4 @@ def _wrapped(module: ImageCodec | KoClip, name: NetworkName) -> tuple[nn.Module,
         images_shape = (rows, 3, config.image_size, config.image_size)
         return _KoClipImage(module), torch.full(images_shape, 0.5, dtype=torch.float32, device="cpu")
     text_tokens = torch.full((rows, config.text_seq_len), PAD_TOKEN + 1, dtype=torch.int64, device="cpu")
-    text_tokens[0, -1] = PAD_TOKEN  # without padding in the example the mask would be left out of the graph
     return _KoClipText(module), text_tokens

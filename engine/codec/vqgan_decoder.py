@@ -21,19 +21,21 @@ B images, N image tokens, K codes, E width of an entry, Z latent channels, S pix
 """
 
 import copy
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from engine.codec.threads import single_threads
 from engine.codec.vqgan_cpu import CpuDecoder
-from engine.codec.vqgan_cuda import CudaDecoder
 from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.image_codec import ImageCodec
 from engine.models.vqgan import to_unit_range
+
+if TYPE_CHECKING:
+    from engine.codec.vqgan_cuda import CudaDecoder
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 _WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
@@ -72,7 +74,7 @@ class FastDecoder:
             raise InputError("precision", "int8", f"is not made for a codec of the family {codec.config.family}")
         dtype = _DTYPES[precision]
         if self._device.type == "cuda":
-            self._cuda = CudaDecoder(codec, self._table, dtype=dtype)
+            self._cuda = _cuda_decoder(codec, self._table, dtype)
         elif precision == "int8" or (precision == "float32" and _uses_row_tiles(codec, row_tiles)):
             self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8")
             self._source = codec.decoder
@@ -163,6 +165,12 @@ def decodes_int8(device: torch.device) -> bool:
     Winograd's convolutions in float32 (AVX2, one core: 93 GFLOP/s against 143 to 210).
     """
     return device.type == "cpu" and cpu_capabilities().packs_int8
+
+
+def _cuda_decoder(codec: ImageCodec, table: Tensor, dtype: torch.dtype) -> "CudaDecoder":
+    from engine.codec.vqgan_cuda import CudaDecoder  # its kernels import Triton, which a CPU does not need
+
+    return CudaDecoder(codec, table, dtype=dtype)
 
 
 def _uses_row_tiles(codec: ImageCodec, row_tiles: bool | None) -> bool:

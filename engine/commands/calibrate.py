@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from engine.commands.argument_checks import check_device, check_model, check_pairs
+from engine.commands.heavy_imports import heavy_imports
+
 
 def calibrate(
     model: Annotated[Path, typer.Argument(help="model folder with a transformer; its files are renewed")],
@@ -15,9 +18,13 @@ def calibrate(
 
     `kodalle train PHOTOS` has done so. Needed for models joined by hand, after another ranker, and for older folders.
     """
-    from engine.metrics.calibration import calibrate as renew
-    from engine.models.real_scores import REAL_SCORES_FILE
-    from engine.progress import PhaseBars
+    check_device(device)
+    check_pairs(pairs)
+    check_model(model, "transformer", "vqgan")
+    with heavy_imports():
+        from engine.metrics.calibration import calibrate as renew
+        from engine.models.real_scores import REAL_SCORES_FILE
+        from engine.progress import PhaseBars
 
     with PhaseBars() as bars:
         guide, scores = renew(model, pairs, device=device, on_progress=bars.update)

@@ -7,24 +7,17 @@ Holds commands only; each calls a function of engine/data and prints its report.
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from engine.data.check import DEFECTS, CheckReport
-from engine.data.check import check as check_folder
-from engine.data.cut_out import DEFAULT_GROUND
-from engine.data.kfashion.captions import ListValues
-from engine.data.kfashion.label_format import OPTION_HELP, CaptionScope, KFashionLabels
-from engine.data.pairs import REPORT_FILE
-from engine.data.prepare import SET_ASIDE_FILE, PrepareReport
-from engine.data.prepare import prepare as prepare_folder
-from engine.data.sources import PrepareOptions
-from engine.data.synthetic.garments import make_demo
+from engine.data.ground import DEFAULT_GROUND
+from engine.data.kfashion.caption_options import OPTION_HELP, CaptionScope, ListValues
 from engine.files import check_file_place, write_json
+
+if TYPE_CHECKING:
+    from engine.data.check import CheckReport
+    from engine.data.prepare import PrepareReport
 
 app = typer.Typer(help="Labels to captions, crops and pairs; checks; the demo set.", no_args_is_help=True)
 
@@ -46,6 +39,8 @@ def captions(
     list_values: Annotated[ListValues, typer.Option(help=OPTION_HELP["list_values"])] = "all",
 ) -> None:
     """Prints the caption of each label file, one a line (an empty line for a label without attributes)."""
+    from engine.data.kfashion.label_format import KFashionLabels
+
     labels = KFashionLabels(style=style, subject_once=subject_once, list_values=list_values)
     for file in files:
         lines = labels.captions(file, per_garment=per_garment)
@@ -90,6 +85,10 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Crops and captions SOURCE into DESTINATION, the folder that training reads."""
+    from engine.data.kfashion.label_format import KFashionLabels
+    from engine.data.prepare import prepare as prepare_folder
+    from engine.data.sources import PrepareOptions
+
     options = PrepareOptions(
         image_size=image_size,
         image_format=image_format,
@@ -121,6 +120,8 @@ def check(
     """Lists every defective record of SOURCE; exit code 1 when there are errors."""
     if json is not None:
         check_file_place(json, field="--json")
+    from engine.data.check import check as check_folder
+
     report = check_folder(source, workers=workers or os.cpu_count() or 1, progress=True)
     if json is not None:
         write_json(json, report.to_json())
@@ -137,12 +138,17 @@ def make_demo_set(
     image_size: Annotated[int, typer.Option(help="side of the square images, in pixels")] = 64,
 ) -> None:
     """Draws the demo data set (images with K-Fashion labels) into DESTINATION."""
+    from engine.data.synthetic.garments import make_demo
+
     report = make_demo(destination, count=count, seed=seed, image_size=image_size, progress=True)
     for name, value in asdict(report).items():
         typer.echo(f"{name.replace('_', ' ')}: {value}")
 
 
-def _print_prepared(report: PrepareReport, destination: Path) -> None:
+def _print_prepared(report: "PrepareReport", destination: Path) -> None:
+    from engine.data.pairs import REPORT_FILE
+    from engine.data.prepare import SET_ASIDE_FILE
+
     typer.echo(
         f"{report.records} records: {report.used} used, {sum(report.causes.values())} set aside, {report.bad} of them bad"
     )
@@ -160,11 +166,17 @@ def _print_prepared(report: PrepareReport, destination: Path) -> None:
     )
 
 
-def _print_checked(report: CheckReport, names: int) -> None:
+def _print_checked(report: "CheckReport", names: int) -> None:
     read = f"{report.labels} {'label' if report.form == 'labels' else 'caption'} files, {report.images} images"
     if not report.findings:
         typer.echo(f"{read}: nothing found")
         return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from engine.data.check import DEFECTS
+
     table = Table("defect", "severity", "count", "what it is")
     for defect, count in report.counts.items():
         severity, description = DEFECTS[defect]

@@ -22,9 +22,7 @@ from engine.commands.train_plan import Preset, Request
 from engine.data.pairs import Pair
 from engine.data.synthetic.garments import make_demo
 from engine.data.synthetic.oracle import read, score
-from engine.device import pick_device
 from engine.errors import InputError
-from engine.facts import facts
 from engine.files import write_json
 from engine.training.plan.sizes import STAGES
 
@@ -61,6 +59,9 @@ def run_demo(
         steps.run("data", lambda: make_demo(photos, count=images, seed=1, held_out=held_out, progress=True))
     preset = Preset(configs, box_margin=0.04, cut_out=False, captions=held_out, candidates=candidates)
     request = Request(photos, out, tuple(overrides), preset=preset, title="A model of drawn garments")
+    from engine.device import pick_device
+    from engine.facts import facts
+
     seconds = train_pictures(request, oracle=right_of)
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["generations"]
     report = {

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from engine.commands.argument_checks import check_device, check_model, check_pairs
+from engine.commands.heavy_imports import heavy_imports
 from engine.errors import InputError
+from engine.files import check_file_place
 
 if TYPE_CHECKING:
     from engine.metrics.evaluate import MetricName
@@ -57,14 +60,27 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Measures a model on held-out pairs: reconstruction, losses, recall, its generations, distances between sets; writes a report."""
-    from engine.device import pick_device
-    from engine.metrics.evaluate import evaluate_to_file
-    from engine.training.report.evaluation_report import write_evaluation_report
-
     if inception is not None and not distance_images:
         raise InputError("--inception", inception, "is what distances are measured in: give --distance-images, too")
     if clip_english and clip is None:
         raise InputError("--clip-english", True, "is for the captions of --clip: give one, or leave it out")
+    for name in filter(None, metrics.split(",")):
+        if name.strip() not in _NAMES.split(","):
+            raise InputError("--metrics", name.strip(), f"is none: give some of {_NAMES}, with commas between")
+    if out.suffix.lower() == ".png":
+        raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
+    check_file_place(out, field="--out")
+    check_device(device)
+    check_model(model)
+    check_pairs(pairs)
+    for option, given in {"--independent-classifier": independent_classifier, "--clip": clip}.items():
+        if given is not None and not given.is_dir():
+            raise InputError(option, given, "no such folder")
+    with heavy_imports():
+        from engine.device import pick_device
+        from engine.metrics.evaluate import evaluate_to_file
+        from engine.training.report.evaluation_report import write_evaluation_report
+
     chosen = pick_device(device)
     report = evaluate_to_file(
         model,

@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+from engine.commands.argument_checks import check_model, check_out_folder
+from engine.commands.heavy_imports import heavy_imports
+from engine.errors import InputError
+from engine.files import check_folder_place
+
 
 def export(
     model: Annotated[Path, typer.Argument(help="model folder", show_default=False)],
@@ -15,10 +20,13 @@ def export(
     ] = None,
 ) -> None:
     """Writes the VQGAN decoder and KoCLIP as ONNX files, compares them with torch, and prints the time of each."""
-    from engine.codec.onnx_backend import onnx_file
-    from engine.codec.onnx_export import export_model
-
     folder = model if out is None else out
+    check_model(model)
+    check_out_folder(folder)
+    with heavy_imports():
+        from engine.codec.onnx_backend import onnx_file
+        from engine.codec.onnx_export import export_model
+
     report = export_model(model, folder, progress=True)
     for name, file in report.files.items():
         print(f"{onnx_file(folder, name)}  {file.bytes:,} bytes  max abs error against torch {file.max_abs_error:.1e}")
@@ -40,9 +48,14 @@ def convert(
     dtype: Annotated[WeightType, typer.Option(help="what weights are stored in")] = WeightType.FLOAT16,
 ) -> None:
     """Writes a copy of the model with weights of another type: half the bytes in 16 bits, slightly different images."""
-    import torch
+    check_model(model)
+    if out.resolve() == model.resolve():
+        raise InputError("destination", out, "is the model itself: give another folder")
+    check_folder_place(out, field="destination", holds="config.json", what="a model")
+    with heavy_imports():
+        import torch
 
-    from engine.models.folder import convert_model_folder
+        from engine.models.folder import convert_model_folder
 
     size = convert_model_folder(model, out, dtype=getattr(torch, dtype))
     print(f"{out}  {size:,} bytes of weights in {dtype}")

@@ -21,7 +21,7 @@ from engine.data.sources import PrepareOptions
 from engine.errors import InputError
 from engine.files import atomic_file, held_names, lies_within, read_json, write_json
 from engine.folder_lock import hold_lock
-from engine.models.folder import part_config
+from engine.models.folder_config import part_config
 from engine.training.plan.configs import read_base
 from engine.training.plan.facts import dataset_facts, machine_facts
 from engine.training.plan.fine_tuning import fine_tuning_tree

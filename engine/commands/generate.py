@@ -9,30 +9,33 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-import torch
 from PIL import Image
 
-from engine.codec.codec import CodecBackend
-from engine.data.prompt_words import PromptWords, described
-from engine.device import fit_to_machine, pick_device
+from engine.commands.argument_checks import check_device, check_model, check_out_folder
+from engine.commands.heavy_imports import heavy_imports
+from engine.config.codec import CodecBackend
+from engine.data.prompt_words import described
 from engine.errors import InputError
-from engine.files import atomic_file, check_file_place, write_json
-from engine.interop.clip_scorer import open_ranker
-from engine.models.folder import model_digest, part_config
-from engine.pipeline.generation import Candidate, Generation
+from engine.files import atomic_file, write_json
+from engine.models.folder_config import model_digest, part_config
 from engine.pipeline.image_encoding import encode_image, read_metadata, save_png
-from engine.pipeline.image_files import contact_sheet
 from engine.pipeline.image_size import ImageSize
 from engine.pipeline.init_image import InitImage
-from engine.pipeline.loading import local_folder
-from engine.pipeline.pipeline import Pipeline
+from engine.pipeline.local_folder import local_folder
 from engine.pipeline.provenance import InitImageRecord, Provenance, Refinement, digital_source, read_provenance
-from engine.pipeline.refinement import GuidingRanker, refine_generation
 from engine.pipeline.rendition import Rendition, render
 from engine.progress import PhaseBars, seconds_text
-from engine.sampling_params import RankBy, SamplingParams
+from engine.sampling_params import RankBy, SamplingParams, check_captions
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.data.prompt_words import PromptWords
+    from engine.pipeline.generation import Candidate, Generation
+    from engine.pipeline.pipeline import Pipeline
+    from engine.pipeline.refinement import GuidingRanker
 
 _MAX_SIZE = 4096  # pixels a side
 _FILE_NAME = re.compile(r"\d+-seed\d+-candidate\d+\.png")  # as `file_name` makes them
@@ -54,7 +57,7 @@ def generate_to_folder(
     rendition: Rendition | None = None,
     refinement: Refinement | None = None,
     refine_with: Path | None = None,
-) -> Generation:
+) -> "Generation":
     """Generates and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
@@ -67,8 +70,8 @@ def generate_to_folder(
     Raises:
         InputError: bad parameters, files, model or caption; nothing is written then.
     """
-    SamplingParams().updated(**sampling_params)  # before the model is loaded
-    _check_folder(folder)
+    SamplingParams().updated(**sampling_params)
+    check_out_folder(folder)
     if rank_by not in get_args(RankBy):
         raise InputError("--rank-by", rank_by, f"write {' or '.join(get_args(RankBy))}")
     if rank_by == "log_likelihood" and (init_image is None or init_image.mask_image is None):
@@ -77,6 +80,13 @@ def generate_to_folder(
         raise InputError("--codec-backend", codec_backend, f"write {' or '.join(get_args(CodecBackend))}")
     if size is not None and init_image is not None:
         raise InputError("--size", size, "an init image is of the model's own size: leave one of the two out")
+    check_captions([caption])
+    check_device(device)
+    check_model(model, "transformer", "vqgan")
+    with heavy_imports():
+        from engine.device import fit_to_machine, pick_device
+        from engine.pipeline.pipeline import Pipeline
+
     guide = _guide(refine_with)
     fit_to_machine()
     started = time.perf_counter()
@@ -108,7 +118,7 @@ def generate_to_folder(
     return refined or generation
 
 
-def unknown_note(words: PromptWords) -> str:
+def unknown_note(words: "PromptWords") -> str:
     """What to tell of a caption with words that the model does not know; "" where it knows them all."""
     if words.all_known:
         return ""
@@ -131,7 +141,7 @@ def regenerate_to_folder(
     init_image: Path | None = None,
     mask: Path | None = None,
     refine_with: Path | None = None,
-) -> Generation:
+) -> "Generation":
     """Makes an image again from its own metadata: same tokens, same pixels on a machine of the same arithmetic.
 
     Args:
@@ -143,8 +153,9 @@ def regenerate_to_folder(
     Raises:
         InputError: no metadata, another model, another init image or mask than it was made from; nothing is written then.
     """
+    check_device(device)
     made = provenance_of(image)
-    _check_folder(folder)
+    check_out_folder(folder)
     source = local_folder(model or made.model)
     if model is None and not source.is_dir():
         raise InputError("MODEL", made.model, f"made {image} and is not here: give its folder before --from")
@@ -155,6 +166,10 @@ def regenerate_to_folder(
         raise InputError("MODEL", model or made.model, remedy)
     start = _init_image_of(made.init_image, image, init_image, mask, source)
     _note_size(image, made, source)
+    with heavy_imports():
+        from engine.device import fit_to_machine, pick_device
+        from engine.pipeline.pipeline import Pipeline
+
     guide = _guide(refine_with)
     _check_guide(made, image, refine_with, guide)
     fit_to_machine()
@@ -244,11 +259,16 @@ def _init_image_of(
     return found
 
 
-def _guide(refine_with: Path | None) -> GuidingRanker | None:
-    return None if refine_with is None else GuidingRanker(*open_ranker(refine_with, field="--refine-with"))
+def _guide(refine_with: Path | None) -> "GuidingRanker | None":
+    if refine_with is None:
+        return None
+    from engine.interop.clip_scorer import open_ranker
+    from engine.pipeline.refinement import GuidingRanker
+
+    return GuidingRanker(*open_ranker(refine_with, field="--refine-with"))
 
 
-def _check_guide(made: Provenance, image: Path, refine_with: Path | None, guide: GuidingRanker | None) -> None:
+def _check_guide(made: Provenance, image: Path, refine_with: Path | None, guide: "GuidingRanker | None") -> None:
     """Raises InputError: a guiding ranker that is missing, not needed, or not the one on record."""
     digest = None if made.refinement is None else made.refinement.ranker_digest
     if digest is None and guide is not None:
@@ -263,8 +283,14 @@ def _check_guide(made: Provenance, image: Path, refine_with: Path | None, guide:
 
 
 def _refined(
-    pipeline: Pipeline, generation: Generation, refinement: Refinement, guide: GuidingRanker | None, bars: PhaseBars
-) -> Generation:
+    pipeline: "Pipeline",
+    generation: "Generation",
+    refinement: Refinement,
+    guide: "GuidingRanker | None",
+    bars: PhaseBars,
+) -> "Generation":
+    from engine.pipeline.refinement import refine_generation
+
     if guide is not None:
         guide.ranker.to(pipeline.device)
     return refine_generation(
@@ -277,7 +303,9 @@ def _refined(
     )
 
 
-def _dtype(name: str, image: Path) -> torch.dtype:
+def _dtype(name: str, image: Path) -> "torch.dtype":
+    import torch
+
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise InputError("--from", image, f"names a dtype that torch does not have: {name}")
@@ -290,6 +318,12 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
     Raises:
         InputError: bad parameters or model; a beginning that fills the model's text.
     """
+    check_device(device)
+    check_model(model, "transformer", "vqgan")
+    with heavy_imports():
+        from engine.device import fit_to_machine, pick_device
+        from engine.pipeline.pipeline import Pipeline
+
     fit_to_machine()
     pipeline = Pipeline.from_pretrained(model, device=pick_device(device))
     for line in pipeline.continue_caption(beginning, params, count=count):
@@ -298,13 +332,7 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
             print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError("--out", folder, "is a file: give a folder")
-    check_file_place(folder / "result.json", field="--out")  # before minutes of work
-
-
-def _check_rendition(rendition: Rendition, pipeline: Pipeline) -> None:
+def _check_rendition(rendition: Rendition, pipeline: "Pipeline") -> None:
     """Raises InputError: one that this model's images cannot have, before minutes of work."""
     own = pipeline.vqgan.config.image_size
     if rendition.size is not None and not own <= rendition.size <= _MAX_SIZE:
@@ -315,11 +343,11 @@ def _check_rendition(rendition: Rendition, pipeline: Pipeline) -> None:
 
 def _write(
     folder: Path,
-    pipeline: Pipeline,
-    generation: Generation,
+    pipeline: "Pipeline",
+    generation: "Generation",
     rendition: Rendition,
     *,
-    refined: Generation | None,
+    refined: "Generation | None",
     loading_s: float,
 ) -> None:
     """The best images, refined where they were, the sheet of all, result.json, and what was written on stdout."""
@@ -354,7 +382,9 @@ def _write(
     print(f"{folder / 'sheet.png'}  ({len(generation.candidates)} candidates in {seconds})")
 
 
-def _write_sheet(path: Path, generation: Generation) -> None:
+def _write_sheet(path: Path, generation: "Generation") -> None:
+    from engine.pipeline.image_files import contact_sheet
+
     images = [one.image for one in generation.candidates]
     labels = [
         f"#{one.rank} c{one.candidate}" + ("" if one.ranked_by is None else f" {one.ranked_by:.2f}")
@@ -366,8 +396,10 @@ def _write_sheet(path: Path, generation: Generation) -> None:
         temporary.write_bytes(encode_image(sheet, "png", metadata={}, png_level=6))
 
 
-def _write_refined_sheet(path: Path, generation: Generation, refined: Generation) -> None:
+def _write_refined_sheet(path: Path, generation: "Generation", refined: "Generation") -> None:
     """The refined images, each beneath what it was made from."""
+    from engine.pipeline.image_files import contact_sheet
+
     before = {one.candidate: one for one in generation.candidates}
     images, labels = [], []
     for name, row in (("before", [before[one.candidate] for one in refined.candidates]), ("after", refined.candidates)):
@@ -395,12 +427,12 @@ def _clear(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def file_name(one: Candidate) -> str:
+def file_name(one: "Candidate") -> str:
     return f"{one.rank:02d}-seed{one.seed}-candidate{one.candidate:03d}.png"
 
 
 def describe(
-    generation: Generation, candidates: Sequence[Candidate], provenances: Mapping[int, dict[str, Any]], *, top: int
+    generation: "Generation", candidates: "Sequence[Candidate]", provenances: Mapping[int, dict[str, Any]], *, top: int
 ) -> dict[str, Any]:
     """result.json.
 

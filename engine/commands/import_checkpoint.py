@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from engine.commands.heavy_imports import heavy_imports
+from engine.errors import InputError
+from engine.files import check_folder_place
+
 if TYPE_CHECKING:
     from engine.interop.importing import Kind as KnownKind
 
@@ -40,7 +44,11 @@ def import_(
     ] = None,
 ) -> None:
     """Writes a model folder from a checkpoint of taming, DALLE-pytorch, minDALL-E, OpenAI or KoDALLE. Runs nothing that is in it."""
-    from engine.interop.importing import ImportOptions, import_checkpoint
+    if not source.exists():
+        raise InputError("source", source, "no such file or folder")
+    check_folder_place(destination, field="destination", holds="config.json", what="a model")
+    with heavy_imports():
+        from engine.interop.importing import ImportOptions, import_checkpoint
 
     found = import_checkpoint(
         source,

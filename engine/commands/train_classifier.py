@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from engine.commands.argument_checks import check_device, check_pairs
+from engine.commands.heavy_imports import heavy_imports
+
 
 def train_classifier(
     pairs: Annotated[Path, typer.Argument(help="prepared folder; its training split is learnt", show_default=False)],
@@ -16,11 +19,14 @@ def train_classifier(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = "",
 ) -> None:
     """Trains the classifier that `kodalle evaluate --independent-classifier` uses, and measures it on held-out photographs."""
-    from engine.data.pairs import load_pairs
-    from engine.device import fit_to_machine, pick_device
-    from engine.metrics.classifier_training import train_classifier as train
-    from engine.metrics.independent_classifier import LEAST_ACCURACY, check_classifier_place, save_classifier
-    from engine.progress import PhaseBars
+    check_device(device)
+    check_pairs(pairs)
+    with heavy_imports():
+        from engine.data.pairs import load_pairs
+        from engine.device import fit_to_machine, pick_device
+        from engine.metrics.classifier_training import train_classifier as train
+        from engine.metrics.independent_classifier import LEAST_ACCURACY, check_classifier_place, save_classifier
+        from engine.progress import PhaseBars
 
     check_classifier_place(out)
     fit_to_machine()

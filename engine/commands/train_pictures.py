@@ -143,7 +143,7 @@ def _write_model(out: Path, pairs: Path) -> None:
     """Copies the transformer's model folder: of its last step, or, where that is past the best one, of the better of both."""
     from engine.metrics.calibration import calibrate
     from engine.metrics.parts import PARTS
-    from engine.models.folder import weights_digest
+    from engine.models.folder_config import weights_digest
 
     source = out / "kodalle" / str(_choose_model(out, pairs)["taken"])
     model = out / "model"
@@ -161,7 +161,7 @@ def _choose_model(out: Path, pairs: Path) -> dict[str, Any]:
     held-out captions decides.
     """
     from engine.metrics.caption_score import caption_score
-    from engine.models.folder import weights_digest
+    from engine.models.folder_config import weights_digest
     from engine.training.report.figures import read_log
     from engine.training.report.verdicts import is_past_best
 
@@ -188,7 +188,7 @@ def _choose_model(out: Path, pairs: Path) -> dict[str, Any]:
 def _evaluate(model: Path, pairs: Path, out: Path, stored: dict[str, Any], oracle: Oracle | None) -> None:
     from engine.metrics.evaluate import evaluate_to_file
     from engine.metrics.parts import PARTS
-    from engine.models.folder import weights_digest
+    from engine.models.folder_config import weights_digest
 
     file = out / "evaluation.json"
     if file.is_file():
@@ -202,7 +202,7 @@ def _evaluate(model: Path, pairs: Path, out: Path, stored: dict[str, Any], oracl
 
 
 def _report(request: Request, pairs: Path, out: Path, stored: dict[str, Any]) -> None:
-    from engine.models.folder import part_config
+    from engine.models.folder_config import part_config
     from engine.training.report.figures import code_use, read_log
     from engine.training.report.report import ReportInput, verdict_lines, write_report
 

@@ -6,6 +6,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.config.section import Section
 
+CodecBackend = Literal["torch", "onnx"]
+"""What computes a codec and a ranker: engine/codec/codec.py."""
+
 
 class VqganConfig(Section):
     """VQGAN f16/16384 by default: 76,073,859 parameters without loss modules (taming `VQModel`)."""

@@ -1,14 +1,17 @@
-"""Base of all configuration sections: strict and frozen, derived values as properties, never stored.
+"""Base of all configuration sections: strict and frozen, derived values as properties, never stored; and how a tree becomes one.
 
 Sections are read from YAML by engine/config_files.py. `docs/configuration.md` is generated from the fields of the runs and
 their descriptions (engine/config_docs.py). The sections of the models (codec, transformer, ranker) are also what
 `config.json` of a model folder holds.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+
+from engine.errors import InputError
 
 Place = TypeVar("Place", Path, str)
 
@@ -36,3 +39,38 @@ class Section(BaseModel):
     @classmethod
     def _paths_in_home(cls, value: Any) -> Any:
         return in_home(value) if isinstance(value, Path) else value
+
+
+def parse_section(kind: Any, tree: Any, *, source: str) -> Any:
+    """Validates `tree` as `kind` (a Section class or TypeAdapter); the first fault becomes an InputError.
+
+    Goes through JSON, whose strict mode accepts a text for a path and a list for a tuple, but not `yes` for 1 or "8"
+    for 8.
+    """
+    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    try:
+        return adapter.validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        raise as_input_error(error, source) from error
+
+
+def as_input_error(error: ValidationError, source: str) -> InputError:
+    """The first fault as field, value and remedy; `source` names the file that it was read from."""
+    first = error.errors()[0]
+    # the discriminated union puts the stage's name in front of the field's path
+    path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("dvae",), ("koclip",), ("kodalle",)) else first["loc"]
+    field = ".".join(map(str, path)) or "stage"
+    others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        remedy = "unknown key: remove it or mend its spelling"
+    elif first["type"] == "missing":
+        remedy = "is missing: add it"
+    else:
+        remedy = first["msg"]
+    if first["type"] in ("missing", "union_tag_not_found"):
+        value = "(nothing)"
+    elif first["type"] == "union_tag_invalid":
+        value = repr(first["ctx"]["tag"])
+    else:
+        value = repr(first["input"])[:120]
+    return InputError(field, value, f"{remedy}, in {source}{others}")

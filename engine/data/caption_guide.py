@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config.section import Section
-from engine.config_files import parse_section
+from engine.config.section import Section, parse_section
 from engine.files import read_json, write_json
 
 GUIDE_FILE = "captions.json"

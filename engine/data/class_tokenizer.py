@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from engine.config.run import TextConfig
 from engine.config.transformer import TransformerConfig
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer, tokenizer_for
+from engine.data.tokenizer_files import SpecialTokens
 from engine.errors import InputError
 from engine.text import clean_text
 
@@ -80,4 +80,4 @@ def _no_unknown(vocabulary: dict[str, int]) -> str:
 def _tokenizer(model: models.WordLevel) -> CaptionTokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
-    return CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    return CaptionTokenizer(tokenizer, SpecialTokens())

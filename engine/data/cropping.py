@@ -19,11 +19,11 @@ from engine.data.cut_out import (
     Layer,
     OutlineFault,
     fit_outline,
-    ground_rgb,
     outlined_layer,
     place_on_ground,
     visible_layer,
 )
+from engine.data.ground import ground_rgb
 from engine.data.names import readable_name
 from engine.data.orientation import label_frame, size_difference
 from engine.data.sources import Crop, CropJob, PrepareOptions

@@ -10,17 +10,14 @@ Polygons are filled by the even-odd rule, which real labels need: hand-drawn out
 """
 
 import math
-import re
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.data.crops import PixelBox, square_reduction
 from engine.data.label_format import Outline
-from engine.errors import InputError
 
-DEFAULT_GROUND = "#eeeeec"  # light grey: on white, white cloth would vanish
 OUTSIDE_TOLERANCE = 0.02  # of the photo's longer side; points that lie farther outside are a fault
 LEAST_FILL = 0.05  # of the outline's extent; less is a line, or an outline that crosses itself wrongly
 LEAST_WIDTH = 3.0  # pixels, in the mean
@@ -61,18 +58,6 @@ class Layer(NamedTuple):
 
     image: Image.Image
     extent: Extent
-
-
-def ground_rgb(ground: Any) -> tuple[int, int, int]:
-    """The colour of `#rrggbb`.
-
-    Raises:
-        InputError: anything else.
-    """
-    if not isinstance(ground, str) or not re.fullmatch("#[0-9a-fA-F]{6}", ground):
-        raise InputError("ground", ground, f'must be a colour as "#rrggbb", such as "{DEFAULT_GROUND}"')
-    red, green, blue = bytes.fromhex(ground[1:])
-    return red, green, blue
 
 
 def fit_outline(outline: Outline, width: int, height: int, box: PixelBox | None = None) -> Outline | OutlineFault:

@@ -26,8 +26,8 @@ import numpy.typing as npt
 from engine.data.caption_guide import CaptionGuide, example_captions, training_words
 from engine.data.clean_json import read_clean_json
 from engine.data.crops import ImageFault, check_image, crop_and_resize, open_image
-from engine.data.cut_out import ground_rgb
 from engine.data.formats import grammar_of
+from engine.data.ground import ground_rgb
 from engine.data.label_format import Attributes
 from engine.data.plain_folder import find_plain
 from engine.data.source_files import (

@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from engine.data.crops import Origin
-from engine.data.cut_out import DEFAULT_GROUND, crosses_itself, ground_rgb
+from engine.data.cut_out import crosses_itself
 from engine.data.formats import default_label_format
+from engine.data.ground import DEFAULT_GROUND, ground_rgb
 from engine.data.label_format import (
     Attributes,
     Box,

@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.config.run import TextConfig
-from engine.config.transformer import TransformerConfig
 from engine.data.bpe import BpeDropout, is_byte, least_vocab_size, train_bpe
-from engine.data.tokenizer_limits import check_tokenizer_file
+from engine.data.tokenizer_files import SpecialTokens, completed, read_tokenizer, write_tokenizer
 from engine.errors import InputError
 from engine.text import clean_text, shown
+
+if TYPE_CHECKING:
+    from engine.config.run import TextConfig
+    from engine.config.transformer import TransformerConfig
 
 SPECIAL_TOKENS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 
@@ -42,19 +44,26 @@ class EncodedCaptions:
 
 
 class CaptionTokenizer:
-    """Captions to fixed-length text tokens, with the number of tokens cut."""
+    """Captions to fixed-length text tokens, with the number of tokens cut.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer
-        backend = tokenizer.backend_tokenizer
+    Args:
+        tokenizer: is changed in place, see `completed`.
+        name: where it comes from, for messages.
+
+    Raises:
+        InputError: no special token that could stand for padding.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: SpecialTokens, *, name: str = "") -> None:
+        self._tokenizer, self._special = completed(tokenizer, special), special
         # A caption is one token: engine/data/class_tokenizer.py.
-        self.names_classes = isinstance(backend.model, models.WordLevel) and backend.pre_tokenizer is None
-        self.pad_id = -1 if self.names_classes else _special_id(tokenizer, "pad_token_id", "eos_token_id")
+        self.names_classes = isinstance(tokenizer.model, models.WordLevel) and tokenizer.pre_tokenizer is None
+        self.pad_id = -1 if self.names_classes else self._padding(name)
 
     @property
     def vocab_size(self) -> int:
         """Entries, including added ones: the least size of an embedding table."""
-        return len(self._tokenizer)
+        return int(self._tokenizer.get_vocab_size())
 
     @property
     def num_rows(self) -> int:
@@ -64,8 +73,8 @@ class CaptionTokenizer:
     @property
     def digest(self) -> str:
         """Equal for tokenizers that give equal tokens: 16 hex digits over vocabulary, rules and special tokens."""
-        rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        rules.pop("truncation", None)  # state of the last call, not of the tokenizer
+        rules = json.loads(self.to_json())
+        rules.pop("truncation", None)  # how texts are cut and padded is the caller's
         rules.pop("padding", None)
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -76,13 +85,13 @@ class CaptionTokenizer:
             InputError: characters that no text has; with `strict`, a caption that does not fit, with the number of tokens that
                 would be cut.
         """
-        if not captions:  # transformers 5 takes no empty list
+        if not captions:
             return EncodedCaptions(torch.empty(0, text_seq_len, dtype=torch.int64, device="cpu"), [])
         texts = [clean_text(caption) for caption in captions]
         if self.names_classes:
             tokens = torch.tensor([[self._class(name)] for name in texts], dtype=torch.int64, device="cpu")
             return EncodedCaptions(tokens, [0] * len(captions))
-        lists = self._tokenizer(texts, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
+        lists = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         rows, cut = [], []
         for caption, ids in zip(captions, lists, strict=True):
             excess = max(0, len(ids) - text_seq_len)
@@ -108,7 +117,7 @@ class CaptionTokenizer:
 
     def _class(self, name: str) -> int:
         """Raises InputError: a name that is no class."""
-        backend = self._tokenizer.backend_tokenizer
+        backend = self._tokenizer
         normalised = name if backend.normalizer is None else backend.normalizer.normalize_str(name)
         found = backend.token_to_id(normalised)
         if found is None:
@@ -121,9 +130,7 @@ class CaptionTokenizer:
 
     def encode_beginning(self, beginning: str) -> list[int]:
         """Tokens of a caption that is to be continued: [CLS] and its words, without the [SEP] that would end it."""
-        ids = self._tokenizer(clean_text(beginning), add_special_tokens=True, truncation=False, padding=False)[
-            "input_ids"
-        ]
+        ids = self._tokenizer.encode(clean_text(beginning)).ids
         while ids and ids[-1] in self.end_ids:
             ids = ids[:-1]
         return list(ids)
@@ -131,19 +138,18 @@ class CaptionTokenizer:
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end a caption: [SEP] and [PAD] (the end token where there is no [SEP])."""
-        found = (self._tokenizer.sep_token_id, self._tokenizer.eos_token_id, self.pad_id)
-        return frozenset(int(token) for token in found if token is not None)
+        found = (self._id(self._special.sep_token), self._id(self._special.eos_token), self.pad_id)
+        return frozenset(token for token in found if token is not None)
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are not part of a word: [CLS], [PAD], [SEP], [UNK], [MASK]."""
-        return frozenset(int(token) for token in self._tokenizer.all_special_ids)
+        return frozenset(found for entry in self._special.entries if (found := self._id(entry)) is not None)
 
     @property
     def mask_id(self) -> int | None:
         """The token that stands for a masked one, [MASK]; None if there is none."""
-        found = self._tokenizer.mask_token_id
-        return None if found is None else int(found)
+        return self._id(self._special.mask_token)
 
     @property
     def byte_ids(self) -> frozenset[int]:
@@ -153,7 +159,7 @@ class CaptionTokenizer:
     @property
     def lowercases(self) -> bool:
         """Whether captions that differ in upper and lower case alone have the same tokens."""
-        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        normalizer = self._tokenizer.normalizer
         return normalizer is not None and normalizer.normalize_str("A") == normalizer.normalize_str("a")
 
     def dropout(self, rate: float) -> BpeDropout | None:
@@ -167,11 +173,12 @@ class CaptionTokenizer:
         return BpeDropout(self.to_json(), special_ids=self.special_ids, pad_id=self.pad_id, rate=rate)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        """A caption of its tokens, without special ones."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def to_json(self) -> str:
         """The tokenizer for `tokenizers.Tokenizer.from_str`, which needs no torch."""
-        return str(self._tokenizer.backend_tokenizer.to_str())
+        return str(self._tokenizer.to_str())
 
     def extends(self, other: "CaptionTokenizer") -> bool:
         """Whether every entry of `other` has the same number here."""
@@ -180,12 +187,22 @@ class CaptionTokenizer:
 
     def with_backend(self, backend: Tokenizer) -> "CaptionTokenizer":
         """Another vocabulary under the same special tokens."""
-        special = self._tokenizer.special_tokens_map
-        return CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
+        return CaptionTokenizer(backend, self._special)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json into `folder`."""
-        self._tokenizer.save_pretrained(str(folder))
+        write_tokenizer(folder, self._tokenizer, self._special)
+
+    def _padding(self, name: str) -> int:
+        found = self._id(self._special.pad_token)
+        found = self._id(self._special.eos_token) if found is None else found
+        if found is None:
+            raise InputError("text.tokenizer", name, "has neither a padding nor an end token: add pad_token")
+        return found
+
+    def _id(self, entry: str | None) -> int | None:
+        found: int | None = None if entry is None else self._tokenizer.token_to_id(entry)
+        return found
 
 
 def train_tokenizer(captions: Iterable[str], *, vocab_size: int, lowercase: bool = False) -> CaptionTokenizer:
@@ -240,14 +257,8 @@ def _with_special_tokens(tokenizer: Tokenizer) -> CaptionTokenizer:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
     return CaptionTokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            cls_token="[CLS]",
-            pad_token="[PAD]",
-            sep_token="[SEP]",
-            unk_token="[UNK]",
-            mask_token="[MASK]",
-        )
+        tokenizer,
+        SpecialTokens(cls_token="[CLS]", pad_token="[PAD]", sep_token="[SEP]", unk_token="[UNK]", mask_token="[MASK]"),
     )
 
 
@@ -275,7 +286,7 @@ def extend_tokenizer(base: CaptionTokenizer, captions: Iterable[str], *, vocab_s
 
 
 def tokenizer_for(
-    text: TextConfig, captions: Iterable[str], *, table_rows: int, start_from: Path | None = None
+    text: "TextConfig", captions: Iterable[str], *, table_rows: int, start_from: Path | None = None
 ) -> CaptionTokenizer:
     """The tokenizer of a run's `text` section.
 
@@ -315,7 +326,7 @@ def tokenizer_for(
     return tokenizer
 
 
-def check_padding(tokenizer: CaptionTokenizer, config: TransformerConfig, *, field: str, value: object) -> None:
+def check_padding(tokenizer: CaptionTokenizer, config: "TransformerConfig", *, field: str, value: object) -> None:
     """Raises InputError: a model whose config says what padding is, with a tokenizer that pads with another id."""
     is_stated = config.unique_padding or config.padding_token is not None
     if is_stated and tokenizer.pad_id != config.padding_id:
@@ -334,26 +345,4 @@ def load_tokenizer(name_or_folder: str) -> CaptionTokenizer:
     Raises:
         InputError: it cannot be found or read, or a folder's rules may lengthen a text too much.
     """
-    own = Path(name_or_folder) / "tokenizer.json"
-    if own.is_file():
-        check_tokenizer_file(own)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            "text.tokenizer",
-            name_or_folder,
-            f"cannot be loaded ({reason}): give a folder with tokenizer.json, a hub name that is reachable, `train` or `train-bpe`",
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError("text.tokenizer", name_or_folder, "has no fast version (tokenizer.json): convert it first")
-    return CaptionTokenizer(tokenizer)
-
-
-def _special_id(tokenizer: PreTrainedTokenizerFast, *names: str) -> int:
-    for name in names:
-        value = getattr(tokenizer, name)
-        if value is not None:
-            return int(value)
-    raise InputError("text.tokenizer", tokenizer.name_or_path, "has neither a padding nor an end token: add pad_token")
+    return CaptionTokenizer(*read_tokenizer(name_or_folder), name=name_or_folder)

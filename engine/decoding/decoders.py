@@ -18,11 +18,11 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.config.transformer import TransformerConfig
-from engine.decoding.cuda.graph_decoder import GraphDecoder
 from engine.decoding.decoder import Decoder
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_decoder import SlotDecoder
@@ -30,6 +30,9 @@ from engine.decoding.speculative.adaptive import AdaptiveDecoder
 from engine.decoding.speculative.jacobi import JacobiDecoder
 from engine.decoding.step_model import StepModel
 from engine.models.transformer import KoDalle
+
+if TYPE_CHECKING:
+    from engine.decoding.cuda.graph_decoder import GraphDecoder
 
 # Windows of 8 for one or two sequences: such a pass costs 1.25 (1.55) times a step and gives a sequence 2.5 tokens or
 # more. With 16 one sequence gains no more on photographs and has twice as much to lose; four sequences hardly gain
@@ -127,6 +130,10 @@ class DecoderCache:
             self._is_borrowed = False
             cached.clear()
 
-    def _make_graphed(self, num_slots: int) -> GraphDecoder:
+    def _make_graphed(self, num_slots: int) -> "GraphDecoder":
+        from engine.decoding.cuda.graph_decoder import (
+            GraphDecoder,  # its kernels import Triton, which a CPU does not need
+        )
+
         attention = "triton" if self._batch_invariant else "auto"
         return GraphDecoder(self._model, num_slots, null_prefix=self._null_prefix, attention=attention)

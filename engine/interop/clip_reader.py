@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config.ranker import ClipConfig
-from engine.config_files import parse_section
+from engine.config.section import parse_section
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
 from engine.files import read_json

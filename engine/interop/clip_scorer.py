@@ -14,7 +14,8 @@ from engine.interop.clip_reader import is_clip_folder, read_clip_folder
 from engine.interop.trees import check_shapes
 from engine.metrics.clip_score import ClipScorer
 from engine.models.clip import Clip
-from engine.models.folder import has_part, load_part, load_ranker_tokenizer, weights_digest
+from engine.models.folder import load_part, load_ranker_tokenizer
+from engine.models.folder_config import has_part, weights_digest
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
 from engine.models.uninitialised import Uninitialised

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.codec import DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
-from engine.config_files import parse_section
+from engine.config.section import parse_section
 from engine.errors import InputError
 from engine.interop.trees import Weights, number
 from engine.models.weight_file import LazyTensor

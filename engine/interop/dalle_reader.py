@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.config.section import parse_section
 from engine.config.transformer import TransformerConfig
-from engine.config_files import parse_section
 from engine.errors import InputError
 from engine.interop.trees import Weights, number
 from engine.models.weight_file import LazyTensor

@@ -37,7 +37,8 @@ from engine.interop.mindalle_reader import (
 )
 from engine.interop.tar_folder import is_tar, unpacked
 from engine.interop.trees import Weights, check_shapes
-from engine.models.folder import LazyPart, PartName, expected_shapes, write_model_folder
+from engine.models.folder import LazyPart, expected_shapes, write_model_folder
+from engine.models.folder_config import PartName
 
 MINDALLE_TOP_K = 256  # of minDALL-E's own sampling
 _MAX_FILES = 1000  # of a folder that are looked at

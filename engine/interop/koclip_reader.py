@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.ranker import KoclipConfig
-from engine.config_files import parse_section
+from engine.config.section import parse_section
 from engine.errors import InputError
 from engine.interop.pickle_values import Record
 from engine.interop.trees import Weights, plain

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from engine.config.section import parse_section
 from engine.config.transformer import TransformerConfig
-from engine.config_files import parse_section
 from engine.data.class_tokenizer import class_tokenizer, unconditional_tokenizer
 from engine.data.tokenizer import CaptionTokenizer
+from engine.data.tokenizer_files import SpecialTokens
 from engine.errors import InputError
 from engine.interop.checkpoint import yaml_trees
 from engine.interop.trees import Weights, number
@@ -304,4 +304,4 @@ def _char_bpe(vocabulary: Path, merges: Path, num_rows: int) -> CaptionTokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.BPEDecoder(_WORD_END)
     tokenizer.add_special_tokens([AddedToken(_PADDING, special=True)])
-    return CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_UNKNOWN, pad_token=_PADDING))
+    return CaptionTokenizer(tokenizer, SpecialTokens(unk_token=_UNKNOWN, pad_token=_PADDING))

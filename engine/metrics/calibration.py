@@ -14,7 +14,7 @@ from engine.data.pairs import Pair, caption_guide, load_pairs
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.metrics.parts import EvaluationRun, OnPhaseProgress
-from engine.models.folder import weights_digest
+from engine.models.folder_config import weights_digest
 from engine.models.real_scores import RealScores, real_scores, write_real_scores
 from engine.pipeline.pipeline import Pipeline
 

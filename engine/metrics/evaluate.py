@@ -45,7 +45,7 @@ from engine.metrics.parts import PARTS, EvaluationRun, OnPhaseProgress, Parts, l
 from engine.metrics.readings import CandidateReader
 from engine.metrics.reconstruction import reconstruction_error
 from engine.metrics.retrieval import retrieval
-from engine.models.folder import has_part, weights_digest
+from engine.models.folder_config import has_part, weights_digest
 from engine.pipeline.pipeline import Pipeline
 from engine.progress import PhaseBars, seconds_text
 
@@ -317,8 +317,6 @@ def evaluate_to_file(
     Raises:
         InputError: from `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
     """
-    if out.suffix.lower() == ".png":
-        raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
     check_file_place(out, field="--out")
     machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with PhaseBars() as bars:

@@ -15,7 +15,8 @@ from torch import Tensor
 from engine.data.pairs import Pair, load_image
 from engine.data.tokenizer import CaptionTokenizer
 from engine.errors import InputError
-from engine.models.folder import PartName, has_part, load_part, load_ranker_tokenizer
+from engine.models.folder import load_part, load_ranker_tokenizer
+from engine.models.folder_config import PartName, has_part
 from engine.models.image_codec import ImageCodec
 from engine.models.ranker import Ranker
 from engine.pipeline.pipeline import Pipeline

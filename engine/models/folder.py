@@ -17,31 +17,35 @@ digests, and names the first fault.
 Networks are float32 whatever torch's default dtype is.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.config.codec import CodecConfig
 from engine.config.generation import GenerationConfig
-from engine.config.ranker import RankerConfig
 from engine.config.section import Section
-from engine.config.transformer import TransformerConfig
-from engine.config_files import parse_section
 from engine.data.caption_guide import CaptionGuide, read_guide, write_guide
-from engine.data.cut_out import ground_rgb
 from engine.data.tokenizer import CaptionTokenizer, load_tokenizer
 from engine.errors import InputError
-from engine.files import atomic_folder, check_folder_place, read_json, write_json
-from engine.models.folder_integrity import check_sizes, check_sums, check_weight, write_sums
+from engine.files import atomic_folder, check_folder_place, write_json
+from engine.models.folder_config import (
+    FOLDER_FORMAT,
+    GENERATION_FILE,
+    PART_CONFIGS,
+    PartName,
+    has_part,
+    part_config,
+    read_generation,
+    read_ground,
+    weight_file,
+    weights_digest,
+)
+from engine.models.folder_integrity import check_sums, check_weight, write_sums
 from engine.models.image_codec import build_codec
 from engine.models.ranker import build_ranker
 from engine.models.real_scores import REAL_SCORES_FILE, RealScores, read_real_scores, write_real_scores
@@ -49,15 +53,7 @@ from engine.models.transformer import KoDalle
 from engine.models.uninitialised import Uninitialised
 from engine.models.weight_file import LazyTensor, write_weight_file
 
-FOLDER_FORMAT = 1
-GENERATION_FILE = "generation_config.json"
 RANKER_TOKENIZER = "ranker_tokenizer"
-PartName = Literal["vqgan", "transformer", "koclip"]
-_CONFIGS: dict[PartName, Any] = {
-    "vqgan": TypeAdapter(CodecConfig),
-    "transformer": TransformerConfig,
-    "koclip": TypeAdapter(RankerConfig),
-}
 _MODULES: dict[PartName, Any] = {"vqgan": build_codec, "transformer": KoDalle, "koclip": build_ranker}
 
 
@@ -142,7 +138,7 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
     """
     if destination.resolve() == source.resolve():
         raise InputError("destination", destination, "is the model itself: give another folder")
-    parts = {name: read_part(source, name) for name in _CONFIGS if has_part(source, name)}
+    parts = {name: read_part(source, name) for name in PART_CONFIGS if has_part(source, name)}
     for part_name, part in parts.items():
         for name, value in part.weights.items():
             if value.is_floating_point() and not bool(value.to(dtype).isfinite().all()):
@@ -166,43 +162,6 @@ def convert_model_folder(source: Path, destination: Path, *, dtype: torch.dtype)
     return sum((destination / f"{name}.safetensors").stat().st_size for name in parts)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, its format checked."""
-    if not folder.is_dir():
-        raise InputError("model folder", folder, "no such folder: train first, or give the folder of a trained model")
-    config = read_json(folder / "config.json", field="model folder", remedy="give a folder that training exported")
-    if not isinstance(config, dict) or config.get("format") != FOLDER_FORMAT:
-        found = config.get("format") if isinstance(config, dict) else config
-        raise InputError(f"{folder / 'config.json'} format", found, f"this version reads format {FOLDER_FORMAT}")
-    return config
-
-
-def read_generation(folder: Path) -> GenerationConfig:
-    """Default sampling parameters of a model folder.
-
-    Raises:
-        InputError: its file is no JSON, or has an unknown parameter or a value out of range.
-    """
-    path = folder / GENERATION_FILE
-    if not path.is_file():
-        return GenerationConfig()
-    tree = read_json(path, field="model folder", remedy="mend it, or remove it")
-    generation: GenerationConfig = parse_section(GenerationConfig, tree, source=str(path))
-    return generation
-
-
-def read_ground(folder: Path) -> str | None:
-    """The colour around the objects in a model's pictures, `#rrggbb`; None if they have no plain ground.
-
-    Raises:
-        InputError: config.json names something else than a colour.
-    """
-    ground: str | None = read_config(folder).get("ground")
-    if ground is not None:
-        ground_rgb(ground)
-    return ground
-
-
 def own_real_scores(folder: Path) -> RealScores | None:
     """The scores of real pairs of a folder's ranker; None where it has none, or those of another ranker, as a line says.
 
@@ -220,27 +179,6 @@ def own_real_scores(folder: Path) -> RealScores | None:
     return None
 
 
-def has_part(folder: Path, name: PartName) -> bool:
-    """Whether a model folder has a network of that name."""
-    return name in read_config(folder)
-
-
-def part_config(folder: Path, name: PartName) -> Any:
-    """The config section of one part.
-
-    Raises:
-        InputError: the folder has no such part, or its section is not valid or has sizes that no network has.
-    """
-    config = read_config(folder)
-    if name not in config:
-        held = ", ".join(part for part in _CONFIGS if part in config) or "none"
-        raise InputError("model folder", folder, f"has no {name} (it holds: {held}): give a folder that has one")
-    source = str(folder / "config.json")
-    section = parse_section(_CONFIGS[name], config[name], source=source)
-    check_sizes(section, source=source)
-    return section
-
-
 def read_part(folder: Path, name: PartName) -> Part:
     """Config and weights of one part, names and shapes checked, weights in float32.
 
@@ -249,7 +187,7 @@ def read_part(folder: Path, name: PartName) -> Part:
             finite: each by name; a file that is not the exported one.
     """
     config = part_config(folder, name)
-    path = _weight_file(folder, name)
+    path = weight_file(folder, name)
     expected = _expected(name, config)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -322,34 +260,6 @@ def _checked_tokenizer(folder: Path, place: str, readers: list[PartName]) -> Cap
 def load_ranker_tokenizer(folder: Path) -> CaptionTokenizer:
     """The tokenizer of a folder's ranker: its own, or the one it shares with the transformer."""
     return load_own_ranker_tokenizer(folder) or load_folder_tokenizer(folder)
-
-
-def weights_digest(folder: Path, name: PartName) -> str:
-    """16 hex digits over config and weight bytes of one part: the key of caches.
-
-    Raises:
-        InputError: the folder has no such part.
-    """
-    part_config(folder, name)
-    digest = hashlib.sha256(json.dumps(read_config(folder)[name], sort_keys=True).encode())
-    path = _weight_file(folder, name)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256, in hex, over the digests of all parts of a folder."""
-    digests = [weights_digest(folder, name) for name in _CONFIGS if has_part(folder, name)]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _weight_file(folder: Path, name: PartName) -> Path:
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise InputError("weight file", path, "is missing: copy it there, or export the model again")
-    return path
 
 
 def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path) -> None:

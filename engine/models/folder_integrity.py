@@ -1,4 +1,4 @@
-"""Whether a model folder holds what was written: digests, sizes that a network can have, weights that are numbers.
+"""Whether a model folder holds what was written: digests, weights that are numbers.
 
 `SHA256SUMS` is written with the folder, in the form of `sha256sum -c`. Each file is compared with it when it is loaded; folders
 without it load as they are. Left out is what people edit or measure later: generation_config.json, captions.json,
@@ -11,11 +11,9 @@ After a change that is meant, in the folder:
 
 import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from engine.config.section import Section
 from engine.errors import InputError
 from engine.files import file_digest
 
@@ -23,14 +21,6 @@ SUMS_FILE = "SHA256SUMS"
 _EDITED = frozenset(("generation_config.json", "captions.json", "real_scores.json", "model_card.md", SUMS_FILE))
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 _RENEW = "renew SHA256SUMS (`sha256sum config.json tokenizer*.json *.safetensors > SHA256SUMS` in the folder)"
-
-# Far beyond any network, and far below what takes a machine's memory before the weights are compared.
-_MOST = 2**20
-_MOST_OF = {
-    "num_layers": 1000, "text_layers": 1000, "image_layers": 1000, "num_res_blocks": 1000, "blocks_per_group": 1000,
-    "image_width": 100, "image_depth": 100, "image_size": 2**14, "image_grid_size": 2**8, "text_seq_len": 2**14,
-}  # fmt: skip
-_MOST_ENTRIES = 1000
 
 
 def write_sums(folder: Path) -> None:
@@ -65,17 +55,6 @@ def check_sums(folder: Path, *names: str) -> None:
             raise InputError("model folder", folder / name, remedy)
 
 
-def check_sizes(config: Section, *, source: str) -> None:
-    """Raises InputError for a size that no network has, before one of that size is built."""
-    for name, value in config.model_dump().items():
-        values = value if isinstance(value, list | tuple) else (value,)
-        if len(values) > _MOST_ENTRIES:
-            raise InputError(name, f"{len(values)} entries", f"at most {_MOST_ENTRIES} can be read, in {source}")
-        most = _MOST_OF.get(name, _MOST)
-        if any(_is_number(one) and one > most for one in values):
-            raise InputError(name, str(value)[:40], f"at most {most:,} can be read, in {source}")
-
-
 def check_weight(value: Tensor, expected: Tensor, *, field: str) -> None:
     """Raises InputError for integers in place of fractions or the other way, and for values that are no finite numbers."""
     if value.is_floating_point() != expected.is_floating_point():
@@ -83,7 +62,3 @@ def check_weight(value: Tensor, expected: Tensor, *, field: str) -> None:
         raise InputError(field, str(value.dtype).removeprefix("torch."), f"must hold {wanted}: export the model again")
     if value.is_floating_point() and not bool(value.isfinite().all()):
         raise InputError(field, "NaN or infinite", "a weight must be a finite number: export the model again")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,9 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.ranker import KoclipConfig
-from engine.models.environment import check_torchvision
 from engine.models.koclip_encoders import (
-    PAD_TOKEN,
     Lite0ImageEncoder,
     build_image_encoder,
     build_text_encoder,
@@ -47,6 +45,7 @@ from engine.models.koclip_losses import (
     own_token_similarities,
     token_similarities,
 )
+from engine.models.roberta import PAD_TOKEN
 
 PUBLISHED_SCALE = 0.07
 _INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's
@@ -89,7 +88,6 @@ class KoClip(nn.Module):
 
     def __init__(self, config: KoclipConfig) -> None:
         super().__init__()
-        check_torchvision()
         self.config = config
         self.image_encoder = build_image_encoder(config)
         self.text_encoder = build_text_encoder(config)
@@ -199,7 +197,7 @@ class KoClip(nn.Module):
             raise ValueError(f"{text_tokens.shape[1]} text tokens, this KoCLIP has {self.config.text_seq_len}")
         text_tokens = text_tokens.long()
         is_word = text_tokens != PAD_TOKEN
-        hidden = self.text_encoder(input_ids=text_tokens, attention_mask=is_word).last_hidden_state  # (M, T, H)
+        hidden = self.text_encoder(text_tokens)  # (M, T, H)
         read = hidden[:, 1:] if self.config.token_similarity else hidden[:, 0]  # all but [CLS], or [CLS]
         embedded = self._finish(self.text_projection(read))
         if self.config.direction_projections:

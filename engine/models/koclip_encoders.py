@@ -1,7 +1,7 @@
 """KoCLIP's encoders: EfficientNet or EfficientNet-Lite0 for images, RoBERTa for captions; built, initialised, loaded.
 
-`efficientnet` and RoBERTa are transformers', of any size, and start from nothing or from a Hugging Face folder.
-`efficientnet-lite0` has one size and starts from ImageNet weights that a package brings (engine.models.efficientnet_lite0).
+`efficientnet` is transformers', RoBERTa is engine.models.roberta; both are of any size, and start from nothing or from a Hugging Face
+folder. `efficientnet-lite0` has one size and starts from ImageNet weights that a package brings (engine.models.efficientnet_lite0).
 
 B images, S pixels, H features an image or a cell, P cells of an image.
 """
@@ -24,12 +24,13 @@ from engine.models.efficientnet_lite0 import (
     EfficientNetLite0,
     load_efficientnet_lite0,
 )
+from engine.models.environment import check_torchvision
+from engine.models.roberta import Roberta
 
 if TYPE_CHECKING:
-    # Only here: at run time they are imported after check_torchvision(), so that a broken torchvision is named.
-    from transformers import EfficientNetConfig, EfficientNetModel, RobertaModel
+    # Only here: transformers takes seconds to import, and is imported after check_torchvision(), so that a broken torchvision is named.
+    from transformers import EfficientNetConfig, EfficientNetModel
 
-PAD_TOKEN = 1  # RoBERTa's; its position numbers start after it
 _EFFICIENTNET_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 _EFFICIENTNET_REPEATS = (1, 2, 2, 3, 3, 4, 1)
 _EFFICIENTNET_CELL = 32  # pixels a side of a position of its last layer
@@ -116,6 +117,7 @@ def efficientnet_width(width: float) -> int:
 
 
 def _build_efficientnet(config: KoclipConfig) -> "EfficientNetModel":
+    check_torchvision()
     from transformers import EfficientNetModel
 
     made = efficientnet_width(config.image_width)
@@ -204,29 +206,14 @@ def _initialise_efficientnet(encoder: "EfficientNetModel") -> None:
             nn.init.zeros_(module.bias)
 
 
-def build_text_encoder(config: KoclipConfig) -> "RobertaModel":
+def build_text_encoder(config: KoclipConfig) -> Roberta:
     """The text encoder of a config, random weights."""
-    from transformers import RobertaConfig, RobertaModel
-
     if config.text_dim % config.text_heads:
         raise InputError("text_dim", config.text_dim, f"must be divisible by text_heads ({config.text_heads})")
-    roberta = RobertaConfig(
-        vocab_size=config.text_vocab_size,
-        hidden_size=config.text_dim,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_heads,
-        intermediate_size=config.text_ff_dim,
-        max_position_embeddings=config.text_position_rows,
-        type_vocab_size=1,
-        pad_token_id=PAD_TOKEN,
-        layer_norm_eps=1e-5,  # klue/roberta's, as RoBERTa's; transformers' default is BERT's 1e-12
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-    )
     # [CLS] is used without the pooling layer. Original checkpoints hold it all the same; frozen, it costs memory only,
     # and no optimiser or data-parallel engine waits for its gradient.
     original = config.similarity == "published"
-    encoder = RobertaModel(roberta, add_pooling_layer=original).float()
+    encoder = Roberta(config, pooled=original)
     if original:
         encoder.pooler.requires_grad_(False)
     return encoder
@@ -251,6 +238,7 @@ def load_pretrained_encoders(
 
 def _fetch(kind: Literal["roberta", "efficientnet"], source: str, *, field: str) -> dict[str, Tensor]:
     """Tensors of a Hugging Face model, name or folder. Safetensors only; never runs code from the repository."""
+    check_torchvision()
     from safetensors import SafetensorError
     from transformers import AutoConfig, EfficientNetModel, RobertaModel
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from engine.config.stages import KoclipLossConfig
 from engine.models.koclip import KoClip
-from engine.models.koclip_encoders import PAD_TOKEN, image_features, statistics_kept
+from engine.models.koclip_encoders import image_features, statistics_kept
 from engine.models.koclip_losses import gather_rows, nt_xent, simsiam
 
 
@@ -128,7 +128,7 @@ class KoClipWithObjectives(nn.Module):
     def _masked_language(self, masked: MaskedCaptions, *, all_gather: bool) -> Tensor:
         """Mean cross-entropy over masked tokens, of all ranks: each rank returns its part, so that the mean of ranks is right."""
         tokens = masked.text_tokens
-        hidden = self.koclip.text_encoder(input_ids=tokens, attention_mask=tokens != PAD_TOKEN).last_hidden_state
+        hidden = self.koclip.text_encoder(tokens)
         read = hidden.gather(1, masked.positions[:, :, None].expand(-1, -1, hidden.shape[2]))  # (B, K, H)
         logits = self.masked_language(read.to(self.masked_language.weight.dtype)).float()
         nats = F.cross_entropy(logits.flatten(0, 1), masked.originals.flatten(), reduction="sum")  # -100 is passed over

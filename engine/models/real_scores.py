@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field, model_validator
 
-from engine.config.section import Section
-from engine.config_files import parse_section
+from engine.config.section import Section, parse_section
 from engine.files import read_json, write_json
 
 REAL_SCORES_FILE = "real_scores.json"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.data.cut_out import ground_rgb
+from engine.data.ground import ground_rgb
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]

@@ -1,48 +1,16 @@
-"""Loading of a model folder, or of the copy of a Hugging Face model on this disk, with a check that its parts fit."""
+"""Loading of a model folder's networks, with a check that they fit."""
 
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from engine.device import default_dtype
 from engine.errors import InputError
-from engine.files import is_hub_name
-from engine.models.folder import has_part, load_part
+from engine.models.folder import load_part
+from engine.models.folder_config import has_part
 from engine.models.image_codec import ImageCodec
 from engine.models.ranker import Ranker
 from engine.models.transformer import KoDalle
-
-
-def local_folder(folder_or_hub_id: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """A model folder as it was named, or the hub's copy of `owner/name` on this disk.
-
-    Raises:
-        InputError: the hub has no such model or cannot be reached.
-    """
-    folder = Path(folder_or_hub_id)
-    name = str(folder_or_hub_id)
-    if folder.exists() or not is_hub_name(name):
-        return folder  # a folder that is missing gets its own error message
-    try:
-        fetched = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=[
-                "*.json",
-                "*.safetensors",
-                "SHA256SUMS",
-                "*.txt",
-                "*.md",
-                "*.onnx",
-            ],  # never pickles or code
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError("model", name, f"no such folder, and it cannot be fetched from the hub ({reason})") from error
-    return Path(fetched)
 
 
 def load_models(

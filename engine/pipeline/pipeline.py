@@ -27,7 +27,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from engine.codec.codec import Codec, CodecBackend, open_codec
+from engine.codec.codec import Codec, open_codec
+from engine.config.codec import CodecBackend
 from engine.config.generation import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.prompt_words import PromptReader
@@ -39,15 +40,12 @@ from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.folder import (
     Part,
-    PartName,
     load_folder_tokenizer,
     load_own_ranker_tokenizer,
-    model_digest,
     own_real_scores,
-    read_generation,
-    read_ground,
     write_model_folder,
 )
+from engine.models.folder_config import PartName, model_digest, read_generation, read_ground
 from engine.models.image_codec import ImageCodec
 from engine.models.ranker import Ranker
 from engine.models.real_scores import RealScores
@@ -66,7 +64,8 @@ from engine.pipeline.image_size import ImageSize, larger_size
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.init_image_encoding import encode_init_image
 from engine.pipeline.likelihood import log_likelihoods
-from engine.pipeline.loading import load_models, local_folder
+from engine.pipeline.loading import load_models
+from engine.pipeline.local_folder import local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.ranking import CandidateScorer
 from engine.pipeline.rendition import Rendition

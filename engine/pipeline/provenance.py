@@ -15,8 +15,7 @@ from pydantic import Field
 
 from engine import __version__
 from engine.config.generation import GenerationConfig
-from engine.config.section import Section
-from engine.config_files import parse_section
+from engine.config.section import Section, parse_section
 from engine.pipeline.ai_marks import DigitalSource
 from engine.pipeline.image_size import ImageSize
 from engine.sampling_params import RankBy, SamplingParams

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from engine.errors import InputError
 from engine.files import is_hub_name
-from engine.models.folder import PartName, has_part, weights_digest
+from engine.models.folder_config import PartName, has_part, weights_digest
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.onnx", "model_card.md", "SHA256SUMS")
 _HEADER = "---\nlibrary_name: kodalle-engine\npipeline_tag: text-to-image\ntags: [text-to-image, kodalle]\n---\n\n"

@@ -11,7 +11,7 @@ from engine.config_files import load_run
 from engine.data.digests import pairs_digests
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import InputError
-from engine.models.folder import weights_digest
+from engine.models.folder_config import weights_digest
 from engine.training import checkpoints
 from engine.training.batches import read_pairs
 from engine.training.deepspeed_section import with_defaults

@@ -29,14 +29,13 @@ from engine.errors import InputError
 from engine.folder_lock import hold_lock
 from engine.models.folder import (
     Part,
-    PartName,
     load_folder_tokenizer,
     load_own_ranker_tokenizer,
     load_part,
     read_part,
-    weights_digest,
     write_model_folder,
 )
+from engine.models.folder_config import PartName, weights_digest
 from engine.models.image_codec import ImageCodec
 from engine.models.text_embeddings import apply_text_tables, load_text_tables
 from engine.models.transformer import KoDalle, Losses

@@ -19,7 +19,8 @@ from engine.config.section import Section
 from engine.config.transformer import TransformerConfig
 from engine.config_folders import different_sizes
 from engine.errors import InputError
-from engine.models.folder import PartName, part_config, read_part
+from engine.models.folder import read_part
+from engine.models.folder_config import PartName, part_config
 
 
 class Rows(NamedTuple):

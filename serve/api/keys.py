@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AwareDatetime, Field, StringConstraints
 
-from engine.config.section import Section
-from engine.config_files import load_yaml, parse_section
+from engine.config.section import Section, parse_section
+from engine.config_files import load_yaml
 from engine.errors import InputError
 from engine.files import atomic_file
 

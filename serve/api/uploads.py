@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.crops import DECODE_ERRORS, is_animated
-from engine.data.cut_out import ground_rgb
+from engine.data.ground import ground_rgb
 from engine.data.orientation import orientation_of, turn_upright
 from engine.data.transparency import alpha_of, to_rgba, with_alpha
 from engine.errors import InputError

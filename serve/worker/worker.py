@@ -24,10 +24,10 @@ import torch
 from engine.device import fit_to_machine, pick_device
 from engine.errors import InputError
 from engine.files import is_hub_name
-from engine.models.folder import model_digest
+from engine.models.folder_config import model_digest
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
-from engine.pipeline.loading import local_folder
+from engine.pipeline.local_folder import local_folder
 from engine.pipeline.pipeline import Pipeline
 from serve.messages import EmbeddingJob, Embeddings, Finished, GenerationEvent, GenerationJob, ModelInfo, Refused
 from serve.metrics import WorkerMetrics

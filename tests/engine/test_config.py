@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from engine.config.codec import VqganConfig
+from engine.config.section import parse_section
 from engine.config.stages import KodalleRun, VqganRun
-from engine.config_files import dump_yaml, load_run, parse_section
+from engine.config_files import dump_yaml, load_run
 from engine.errors import InputError
 from tests.paths import REPOSITORY
 

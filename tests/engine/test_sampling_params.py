@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.config.generation import GenerationConfig
-from engine.config_files import parse_section
+from engine.config.section import parse_section
 from engine.errors import InputError
 from engine.sampling_params import FIELDS, GENERATION_FIELDS, SamplingParams, SequenceRequest, check_captions
 

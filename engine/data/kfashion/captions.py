@@ -13,9 +13,9 @@ Source: KR-HappyFace/KoDALLE, README, slides, notebooks, preprocess.py.
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from engine.data.caption_grammar import Fact
+from engine.data.kfashion.caption_options import ListValues
 from engine.data.kfashion.labels import (
     ATTRIBUTES,
     GARMENT_TYPES,
@@ -27,7 +27,6 @@ from engine.data.kfashion.labels import (
 )
 from engine.data.label_format import Attributes
 
-ListValues = Literal["all", "first"]
 JOIN = ", "
 
 _ORDER = {name: rank for rank, name in enumerate((*STYLE_ATTRIBUTES, *ATTRIBUTES))}

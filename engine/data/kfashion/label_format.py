@@ -2,21 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from engine.data.kfashion.captions import ListValues, caption, ordered
+from engine.data.kfashion.caption_options import CaptionScope, ListValues
+from engine.data.kfashion.captions import caption, ordered
 from engine.data.kfashion.labels import GARMENT_TYPES, Garment, Label, read_label, unknown_values
 from engine.data.label_format import Attributes, LabelledObject, PhotoLabel
-
-CaptionScope = Literal["garment", "photo"]
-# What the options mean, for `kodalle data`.
-OPTION_HELP = {
-    "caption_scope": "caption of the cropped garment, or of all garments in the photo",
-    "style": "keep sentences about 스타일 (KoDALLE trains without)",
-    "subject_once": "write `상의에서` once per garment",
-    "list_values": "values of 디테일, 소재, 프린트 that the caption names",
-    "per_garment": "one line a garment instead of one a file",
-}
 
 
 @dataclass(frozen=True)

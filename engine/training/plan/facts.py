@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine.data.crops import ImageFault, open_layered, read_header
-from engine.data.cut_out import DEFAULT_GROUND, outline_extent
+from engine.data.cut_out import outline_extent
+from engine.data.ground import DEFAULT_GROUND
 from engine.data.pairs import load_pairs, split_of
 from engine.data.sources import Crop, CropJob, PrepareOptions, SourceListing, list_source
 from engine.data.wrong_captions import wrong_captions

@@ -12,7 +12,7 @@ from engine.config.transformer import TransformerConfig
 from engine.config_files import apply_override
 from engine.data.pairs import Pairs
 from engine.errors import InputError
-from engine.models.folder import read_generation
+from engine.models.folder_config import read_generation
 from engine.text import clean_text
 from engine.training.plan.configs import FP16, Base, split_overrides
 from engine.training.plan.facts import MachineFacts

@@ -30,7 +30,8 @@ from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
 from engine.config.codec import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
-from engine.models.folder import Part, load_part, read_part, weights_digest, write_model_folder
+from engine.models.folder import Part, load_part, read_part, write_model_folder
+from engine.models.folder_config import weights_digest
 from engine.models.image_codec import build_codec
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan

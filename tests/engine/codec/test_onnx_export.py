@@ -17,7 +17,8 @@ from engine.codec.onnx_backend import (
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
 from engine.errors import InputError
-from engine.models.folder import read_part, weights_digest, write_model_folder
+from engine.models.folder import read_part, write_model_folder
+from engine.models.folder_config import weights_digest
 
 FILES = {f"{name}.onnx" for name in NETWORKS} | {MEASUREMENT_FILE}
 

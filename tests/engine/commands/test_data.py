@@ -124,7 +124,7 @@ def test_check_exit_codes_and_json(demo: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_place_for_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_data, "check_folder", lambda *_, **__: pytest.fail("checked before the place was tried"))
+    monkeypatch.setattr("engine.data.check.check", lambda *_, **__: pytest.fail("checked before the place was tried"))
     result = run("check", tmp_path, "--json", tmp_path)
     assert isinstance(result.exception, InputError)
     assert str(result.exception) == f"--json: {tmp_path}: is a folder: give the name of a file"

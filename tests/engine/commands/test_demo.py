@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine.commands import demo
 from engine.errors import InputError
-from engine.models.folder import has_part
+from engine.models.folder_config import has_part
 from tests.paths import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs" / "demo"

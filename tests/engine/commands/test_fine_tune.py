@@ -14,7 +14,7 @@ from engine.commands.fine_tune import keeps_its_codec
 from engine.config_files import load_run
 from engine.errors import InputError
 from engine.interop.importing import ImportOptions, import_checkpoint
-from engine.models.folder import part_config, read_config
+from engine.models.folder_config import part_config, read_config
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams
 from tests.engine.commands.test_train_pictures import draw

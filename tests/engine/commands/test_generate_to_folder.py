@@ -123,7 +123,7 @@ def test_generate_again_over_the_same_folder(
     kodalle_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _generate(kodalle_run / "model", tmp_path)
-    monkeypatch.setattr("engine.commands.generate.contact_sheet", lambda *_, **__: os.abort)
+    monkeypatch.setattr("engine.pipeline.image_files.contact_sheet", lambda *_, **__: os.abort)
     with pytest.raises(AttributeError):  # dies before it is done: an old result.json would describe a mixture
         _generate(kodalle_run / "model", tmp_path, seed=6)
     assert not (tmp_path / "result.json").exists()

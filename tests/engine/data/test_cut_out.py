@@ -9,19 +9,18 @@ from PIL import Image
 from engine.data import cut_out
 from engine.data.crops import PixelBox
 from engine.data.cut_out import (
-    DEFAULT_GROUND,
     Extent,
     Layer,
     OutlineFault,
     crosses_itself,
     fit_outline,
-    ground_rgb,
     outline_extent,
     outline_mask,
     outlined_layer,
     place_on_ground,
     visible_layer,
 )
+from engine.data.ground import DEFAULT_GROUND, ground_rgb
 from engine.data.label_format import Outline
 from engine.errors import InputError
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine import cli
 from engine.commands.error_lines import run_app
-from engine.data.cut_out import DEFAULT_GROUND
+from engine.data.ground import DEFAULT_GROUND
 from engine.data.pairs import Pair, load_image, load_pairs
 from engine.data.partial_captions import with_partial_captions
 from engine.data.prepare import PrepareReport, prepare

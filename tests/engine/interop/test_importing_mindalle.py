@@ -17,7 +17,8 @@ from engine.data.tokenizer import load_tokenizer
 from engine.decoding.sampler import Sampler
 from engine.errors import InputError
 from engine.interop.importing import Kind, import_checkpoint
-from engine.models.folder import load_folder_tokenizer, load_part, read_generation
+from engine.models.folder import load_folder_tokenizer, load_part
+from engine.models.folder_config import read_generation
 from engine.models.vqgan import Vqgan
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SamplingParams, SequenceRequest

@@ -12,7 +12,8 @@ from engine.config.ranker import KoclipConfig
 from engine.config.transformer import TransformerConfig
 from engine.data.pairs import load_pairs
 from engine.data.tokenizer import train_tokenizer
-from engine.models.folder import Part, PartName, write_model_folder
+from engine.models.folder import Part, write_model_folder
+from engine.models.folder_config import PartName
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan

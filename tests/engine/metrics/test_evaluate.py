@@ -22,7 +22,8 @@ from engine.metrics.evaluate import evaluate, evaluate_to_file, table
 from engine.metrics.features import ImageFeatures
 from engine.metrics.parts import EvaluationRun
 from engine.metrics.retrieval import mean_recall
-from engine.models.folder import load_folder_tokenizer, load_part, weights_digest
+from engine.models.folder import load_folder_tokenizer, load_part
+from engine.models.folder_config import weights_digest
 from engine.models.koclip import KoClip
 from engine.pipeline.image_encoding import read_metadata
 from engine.pipeline.pipeline import Pipeline

@@ -19,17 +19,8 @@ from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.tokenizer import train_tokenizer
 from engine.errors import InputError
 from engine.models import folder as model_folder
-from engine.models.folder import (
-    Part,
-    PartName,
-    convert_model_folder,
-    load_part,
-    read_generation,
-    read_ground,
-    read_part,
-    weights_digest,
-    write_model_folder,
-)
+from engine.models.folder import Part, convert_model_folder, load_part, read_part, write_model_folder
+from engine.models.folder_config import PartName, read_generation, read_ground, weights_digest
 from engine.models.koclip import KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
@@ -290,7 +281,7 @@ def test_a_tokenizer_that_expands_is_refused_before_it_is_loaded(model: Path, mo
     rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
     tree["normalizer"] = {"type": "Sequence", "normalizers": [rule] * 9}
     path.write_text(json.dumps(tree))
-    monkeypatch.setattr("engine.data.tokenizer.AutoTokenizer", None)  # nothing of it runs
+    monkeypatch.setattr("engine.data.tokenizer_files.Tokenizer", None)  # nothing of it runs
     with pytest.raises(InputError, match="may make a text more than 2,000 times as long"):
         model_folder.load_folder_tokenizer(model)
 

@@ -16,6 +16,7 @@ from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.koclip import KoClip
 from engine.models.koclip_encoders import Lite0ImageEncoder, _odd_strided_blocks, efficientnet_width
 from tests.engine.models.test_koclip import TINY
+from tests.engine.models.test_roberta import their_config
 
 LITE0 = KoclipConfig(
     image_encoder="efficientnet-lite0",
@@ -192,7 +193,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(7)
     source = KoClip(TINY)
     root = tmp_path_factory.mktemp("pretrained")
-    RobertaForMaskedLM(source.text_encoder.config).save_pretrained(root / "text")
+    RobertaForMaskedLM(their_config(TINY)).save_pretrained(root / "text")
     EfficientNetForImageClassification(source.image_encoder.config).save_pretrained(root / "image")
     return root / "text", root / "image"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from engine.data.cut_out import DEFAULT_GROUND, ground_rgb
+from engine.data.ground import DEFAULT_GROUND, ground_rgb
 from engine.pipeline.ground_removal import has_ground, remove_ground
 
 SIZE, SAMPLES = 96, 8

@@ -7,7 +7,8 @@ import torch
 
 from engine.commands.generate import unknown_note
 from engine.data.prompt_words import PromptWords, UnknownWord
-from engine.models.folder import own_real_scores, weights_digest
+from engine.models.folder import own_real_scores
+from engine.models.folder_config import weights_digest
 from engine.models.real_scores import real_scores, write_real_scores
 from engine.pipeline.generation import PreparedRequest, ranked
 from engine.pipeline.ranking import Scores

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.section import parse_section
 from engine.config.stages import KodalleRun
-from engine.config_files import parse_section
 from engine.training import attention_choice
 from engine.training.attention_choice import choose_attention
 from engine.training.process_group import World

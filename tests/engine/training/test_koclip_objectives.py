@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from engine.config.stages import KoclipLossConfig
 from engine.config_files import load_run
 from engine.data.order import BatchOrder
 from engine.data.pairs import load_pairs
 from engine.data.tokenizer import CaptionTokenizer, train_tokenizer
+from engine.data.tokenizer_files import SpecialTokens
 from engine.errors import InputError
 from engine.models.folder import expected_shapes, load_part
 from engine.models.koclip import KoClip
@@ -129,6 +129,6 @@ def test_what_cannot_be_trained_is_refused(
         KoclipStage(alone, join_world(torch_threads=None))
     pairs = load_pairs(pairs_folder).train
     backend = Tokenizer.from_str(train_tokenizer(["빨강"], vocab_size=60).to_json())
-    unmasked = CaptionTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]"))
+    unmasked = CaptionTokenizer(backend, SpecialTokens(pad_token="[PAD]"))
     with pytest.raises(InputError, match=r"loss\.masked_language_weight: 0\.2: needs a tokenizer"):
         objective_source(lambda _: {}, Images(pairs, 32, cache=False), BatchOrder(4, 2, seed=0), unmasked, run.loss)
