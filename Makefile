@@ -21,7 +21,7 @@ env: $(READY)  ## Python environment in .venv, exact versions, files checked by 
 # torch to build (deepspeed), or declares packages that it must not bring: taming-transformers' torchvision breaks
 # transformers' RoBERTa and EfficientNet beside CPU torch.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-$(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt)
+$(READY): pyproject.toml constraints.txt $(wildcard requirements/*.txt kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --require-hashes -r requirements/build.txt
 	$(PIP_INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements/dev.txt

@@ -18,6 +18,7 @@ CONFIG = TransformerConfig(
     image_vocab_size=64, image_grid_size=3,
 )  # fmt: skip
 TEXT = torch.tensor([[0, 5, 6, 7, 2, 1, 1, 1], [0, 9, 2, 1, 1, 1, 1, 1]])
+REQUESTS = [SequenceRequest(i % 2, SamplingParams(seed=i // 8), candidate=i % 8) for i in range(21)]
 CASES: dict[str, tuple[torch.dtype, Weights | None]] = {
     "float32": (torch.float32, None),
     "float32 plain": (torch.float32, "plain"),
@@ -27,7 +28,7 @@ CASES: dict[str, tuple[torch.dtype, Weights | None]] = {
 
 
 def main() -> None:
-    weights, equal = {}, {}
+    weights, equal, tokens = {}, {}, {}
     for name, (dtype, wanted) in CASES.items():
         torch.manual_seed(0)
         model = KoDalle(CONFIG).to(dtype)
@@ -35,6 +36,8 @@ def main() -> None:
         weights[name] = sampler.weights
         if dtype == torch.float32 or multiplies(dtype):
             equal[name] = is_batch_invariant(sampler)
+        if dtype == torch.float32 and sampler.step_model().compiled is not None:
+            tokens[name] = sampler.generate(TEXT, REQUESTS).tolist()
     print(
         json.dumps(
             {
@@ -43,6 +46,7 @@ def main() -> None:
                 "multiplies_plain_bfloat16": multiplies(torch.bfloat16),
                 "weights": weights,
                 "equal_alone_and_in_a_batch": equal,
+                "compiled_tokens": tokens,
                 "int8_equals_integers": {
                     "as chosen": int8_equals_integers(in_bytes=None),
                     "as float32": int8_equals_integers(in_bytes=False),
@@ -62,11 +66,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def is_batch_invariant(sampler: Sampler) -> bool:
     prefix = sampler.prefill(TEXT)
-    requests = [SequenceRequest(i % 2, SamplingParams(seed=i // 8), candidate=i % 8) for i in range(21)]
-    together = sampler.decode(prefix, requests)
+    together = sampler.decode(prefix, REQUESTS)
     return all(
         torch.equal(sampler.decode(prefix, [request])[0], tokens)
-        for request, tokens in zip(requests, together, strict=True)
+        for request, tokens in zip(REQUESTS, together, strict=True)
     )
 
 

@@ -45,6 +45,7 @@ def diagnose() -> dict[str, Any]:
     """The report: versions, processor, dtypes, backends, gpus, listeners, problems."""
     import torch
 
+    from engine.decoding.cpu.compiled_step import library
     from engine.decoding.cuda.attention_choice import runnable
     from engine.device import cpu_capabilities, default_dtype, fit_to_machine
 
@@ -61,7 +62,8 @@ def diagnose() -> dict[str, Any]:
             "threads": fit_to_machine(),
             "packs": [name for name, is_packed in packed.items() if is_packed],
             "multiplies": ["float32", *(["bfloat16"] if cpu.multiplies_bfloat16 else [])],
-            "int8": _int8(in_bytes=cpu.packs_int8, packs_float32=cpu.packs_float32),
+            "int8": _int8(in_bytes=cpu.packs_int8 or library() is not None, packs_float32=cpu.packs_float32),
+            "decode_step": "compiled" if library() is not None else "torch's operators: built without a C++ compiler",
         },
         "dtype_of_a_large_model": {
             device.type: str(default_dtype(device, _LARGE_PARAMETERS)).removeprefix("torch.") for device in devices
@@ -157,6 +159,7 @@ def _as_table(report: dict[str, Any]) -> str:
             "packs": ", ".join(processor["packs"]) or "nothing",
             "multiplies": ", ".join(processor["multiplies"]),
             "int8": processor["int8"],
+            "decode step": processor["decode_step"],
         },
         "GPUs": {
             str(number): f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.decoding.kv_cache import KVCache, PrefixRef
 from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.slot_table import SlotTable
-from engine.decoding.step_model import StepLayer, StepModel
+from engine.decoding.step_model import StepCache, StepLayer, StepModel
 from engine.models.whole_sequence import turned
 
 
@@ -76,7 +76,7 @@ def batch_metadata(
 
 def run_layers(
     model: StepModel,
-    cache: KVCache,
+    cache: StepCache,
     batch: BatchMetadata,
     tokens: Tensor,
     lengths: Tensor,
@@ -95,6 +95,11 @@ def run_layers(
     Returns:
         (R, w, C), the last layer's output.
     """
+    if model.compiled is not None:
+        rows = torch.cat([batch.rows, batch.unconditional_rows])
+        fed, held = (torch.cat([part, part[batch.guided]]) for part in (tokens, lengths))
+        return model.compiled.feed(cache, rows, fed, held, num_rows=num_rows)
+    assert isinstance(cache, KVCache)
     N, R, w, rule = model.config.image_seq_len, num_rows, tokens.shape[1], model.padding_rule
     fed, held = tokens.new_zeros(R, w), lengths.new_zeros(R)
     fed[batch.rows], held[batch.rows] = tokens, lengths
@@ -135,6 +140,14 @@ def _with_shifts(layer: StepLayer, number: int, cache: KVCache) -> tuple[_Rows, 
 
 def guided_logits(model: StepModel, batch: BatchMetadata, hidden: Tensor) -> Tensor:
     """What comes next after each position, guidance applied, before temperature: hidden (R, w, C) -> (B, w, V)."""
+    if model.compiled is not None:
+        return model.compiled.predict(
+            hidden,
+            batch.rows,
+            guided=batch.guided,
+            unconditional_rows=batch.unconditional_rows,
+            guidance=batch.guidance,
+        )
     w, rule = hidden.shape[1], model.padding_rule
     normed = model.head_norm(hidden[batch.rows].flatten(0, 1)).unflatten(0, (-1, w))  # (B, w, C)
     if batch.guided.numel():

@@ -12,8 +12,8 @@ R cache rows computed, C model dim, N image tokens, V image vocabulary.
 
 Batch invariance: neither the slot nor the rest of the batch changes a sequence's tokens. Noise is keyed by (seed,
 candidate, position, token id), see kernels/reference.py; what remains is arithmetic whose bits must not depend on
-the number of rows. So as many rows are computed as the step model's arithmetic needs (its `padding_rule`: packed weights
-at least 4, plain ones multiples of 4, at least 16). `batch_invariant=False` drops that: tokens may then depend on
+the number of rows. So as many rows are computed as the step model's arithmetic needs (its `padding_rule`: the compiled step
+those that there are, packed weights at least 4, plain ones multiples of 4, at least 16). `batch_invariant=False` drops that: tokens may then depend on
 the batch. cuBLAS gives no such guarantee: on CUDA see engine/decoding/cuda/graph_decoder.py.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.decoding.batch_step import BatchMetadata, batch_metadata, guided_logits, next_tokens, run_layers
 from engine.decoding.decoder import Decoder
-from engine.decoding.kv_cache import KVCache, Prefix
+from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_table import SlotTable
 from engine.decoding.step_model import StepModel, as_step_model
 from engine.models.transformer import KoDalle
@@ -93,7 +93,7 @@ class SingleTokenSteps:
     def __init__(self, model: StepModel, table: SlotTable) -> None:
         config, room = model.config, model.padding_rule.padded(table.num_slots)
         self._model, self._table = model, table
-        self.cache = KVCache.of_model(model, room)
+        self.cache = model.make_cache(room)
         self.hidden = torch.zeros(room, config.dim, dtype=model.dtype, device=model.device)
         self._batch: BatchMetadata | None = None
         self._version = -1  # of the table when `_batch` was made

@@ -10,13 +10,14 @@ The plain step model calls the model's own modules. engine/decoding/cpu/packed_w
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from engine.config.transformer import TransformerConfig
+from engine.decoding.kv_cache import KVCache, PrefixRef
 from engine.models.transformer import KoDalle
 from engine.models.transformer_layer import Layer, Shift
 from engine.models.whole_sequence import turns_of_cells
@@ -64,6 +65,43 @@ class PaddingRule(NamedTuple):
 NO_PADDING = PaddingRule(multiple=1, minimum=1, tile=None)
 
 
+class StepCache(Protocol):
+    """A KV cache as decoders use it: engine/decoding/kv_cache.py, or a compiled step's own."""
+
+    def set_window(self, window: int) -> None: ...
+    def set_prefixes(self, prefix_of_sequence: Mapping[int, PrefixRef]) -> None: ...
+    def copy_sequence(self, sequence: int, source: Any, source_sequence: int) -> None: ...
+
+
+class CompiledModel(Protocol):
+    """A step that is compiled as a whole, see engine/decoding/cpu/compiled_step.py."""
+
+    def make_cache(self, num_sequences: int) -> StepCache:
+        """Room for the keys and values of so many sequences."""
+
+    def feed(self, cache: StepCache, rows: Tensor, tokens: Tensor, positions: Tensor, *, num_rows: int) -> Tensor:
+        """Feeds tokens through the layers.
+
+        Args:
+            rows: (n,) int64, of the cache.
+            tokens: (n, w) int64.
+            positions: (n,) int64, own positions before them. What lies past the cache's end is not computed.
+            num_rows: R, more than the highest row.
+
+        Returns:
+            (R, w, C), the last layer's output by row of the cache; of other rows zeros.
+        """
+
+    def predict(
+        self, hidden: Tensor, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
+    ) -> Tensor:
+        """What comes next after each position: hidden (R, w, C) of rows (B,) -> (B, w, V).
+
+        Args:
+            guided, unconditional_rows, guidance: see `BatchMetadata`.
+        """
+
+
 class StepModel:
     """A model as a decode step uses it; its weights must not change while it lives.
 
@@ -72,6 +110,7 @@ class StepModel:
         layers: first to last.
         image_logits: (R, C), normed -> (R, V).
         padding_rule: what its arithmetic needs to be batch-invariant.
+        compiled: computes whole steps instead of `layers`, which are none then.
     """
 
     def __init__(
@@ -80,9 +119,13 @@ class StepModel:
         layers: Sequence[StepLayer],
         image_logits: Callable[[Tensor], Tensor],
         padding_rule: PaddingRule,
+        *,
+        compiled: CompiledModel | None = None,
     ) -> None:
         self.config: TransformerConfig = model.config
-        self.dtype, self.device = model.head.weight.dtype, model.head.weight.device
+        self.compiled = compiled
+        self.dtype = model.head.weight.dtype if compiled is None else torch.float32
+        self.device = model.head.weight.device
         self.layers, self.image_logits, self.padding_rule = tuple(layers), image_logits, padding_rule
         self.head_norm: Callable[[Tensor], Tensor] = model.head.norm
         self._tokens = model.image_embedding.tokens
@@ -90,6 +133,12 @@ class StepModel:
         self.turns = turns_of_cells(self.config, self.dtype, self.device)  # (2, N, rotated channels); None: not rotary
         self.to_streams, self.from_streams = model.to_streams, model.from_streams
         self._mixes = [layer.mix for layer in cast(list[Layer], list(model.layers))]
+
+    def make_cache(self, num_sequences: int, *, window: int = 1) -> StepCache:
+        """A cache for all that the model computes of `num_sequences` sequences, `window` positions together."""
+        if self.compiled is not None:
+            return self.compiled.make_cache(num_sequences)
+        return KVCache.of_model(self, num_sequences, window=window)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Image tokens (R,) at grid cells (R,) -> (R, C)."""

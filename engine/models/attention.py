@@ -26,7 +26,7 @@ BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 # Of normalised queries and keys, over 1 / sqrt(D). Their scores cannot exceed sqrt(D), so a softmax over hundreds of
 # positions is too flat without it. nanochat multiplies both by 1.2; modded-nanogpt has 0.12 at D = 128, which is 1.36.
 QK_GAIN = 1.44
-_QK_EPS = 1e-6  # written out: PyTorch's default follows the dtype, 0.008 in bfloat16
+QK_EPS = 1e-6  # written out: PyTorch's default follows the dtype, 0.008 in bfloat16
 
 
 def check_backend(backend: str, device: torch.device) -> AttentionBackend:
@@ -105,7 +105,7 @@ def normalised_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     Henry et al., "Query-key normalization for transformers", arXiv 2010.04245, as in nanochat and modded-nanogpt.
     """
     size = q.shape[-1:]
-    return F.rms_norm(q, size, eps=_QK_EPS) * QK_GAIN, F.rms_norm(k, size, eps=_QK_EPS)
+    return F.rms_norm(q, size, eps=QK_EPS) * QK_GAIN, F.rms_norm(k, size, eps=QK_EPS)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine import device as device_module
+from engine.decoding.cpu.compiled_step import library
 from engine.device import CpuCapabilities, cpu_capabilities, default_dtype, fit_to_machine, instruction_set
 from tests.paths import REPOSITORY
 
@@ -175,6 +176,9 @@ HELD_BY = {  # which processors have the instructions of a class
 }
 
 
+COMPILED_TOKENS: dict[str, list[list[int]]] = {}  # of the first class that was tested, by weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", SIMULATED)
 def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
@@ -206,6 +210,11 @@ def test_every_class_decodes_in_every_dtype_that_it_offers(isa: str) -> None:
     if found["multiplies_plain_bfloat16"] or ours == isa:
         assert alone.pop("bfloat16") is True
     assert alone == {"float32": True, "float32 plain": True, "float32 int8": True}
+    compiled = found["compiled_tokens"]
+    assert set(compiled) == (set() if library() is None else {"float32", "float32 int8"})
+    # The same bits on every instruction set; captions are read by torch, whose last bits differ, and tokens so far do not.
+    for name, tokens in compiled.items():
+        assert COMPILED_TOKENS.setdefault(name, tokens) == tokens, name
     line = "weights: bfloat16 cannot be packed on this processor (avx2): decoding uses them unpacked"
     assert report.stderr.count("cannot be packed") == (0 if has_avx512 else 1), report.stderr
     assert (line in report.stderr) == (not has_avx512)

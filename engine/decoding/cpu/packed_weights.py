@@ -21,6 +21,9 @@ batch-invariant as well. Its effect on images is measured by benchmarks/int8_eff
 A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There the same integers are
 multiplied as float32, whose sums are exact below 2^24: the same bits, with the memory and about the speed of `packed`.
 
+Where the compiled step was built (engine/decoding/cpu/compiled_step.py), it computes both instead of the layers here, which
+are left to models with options that it lacks. Its 8-bit integers are the same; it needs no VNNI to multiply them as such.
+
 Both fold the LayerScale of a branch into its last linear layer, and the attention's 1 / sqrt(D) into its first, but
 where queries are normalised: these are divided afterwards.
 """
@@ -34,12 +37,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.decoding.cpu.compiled_step import can_compile, compiled_step_model
 from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_step_model
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.attention import normalised_heads
 from engine.models.transformer import KoDalle
 from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer, Shift, quick_gelu
+from kernels.decode_step import WeightKind
 
 Weights = Literal["plain", "packed", "int8"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).
@@ -47,6 +52,7 @@ _PADDING_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
 _ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
 _ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
 _EXACT_INPUTS = 1024  # 1024 * 127 * 127 < 2^24
+_KINDS: dict[Weights, WeightKind] = {"packed": "float32", "int8": "int8"}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -92,6 +98,8 @@ def _report_plain(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def make_step_model(model: KoDalle, weights: Weights) -> StepModel:
     """The model as decoding reads it. All but "plain" add a copy of the linear layers (int8: a quarter of one)."""
+    if weights != "plain" and can_compile(model, _KINDS[weights]):
+        return compiled_step_model(model, _KINDS[weights])
     layers = cast(list[Layer], list(model.layers))
     head_weight, head_bias = model.head.image_rows()
     if weights == "plain":

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from engine.decoding.batch_step import BatchMetadata, batch_metadata, guided_logits, next_tokens, run_layers
 from engine.decoding.decoder import Decoder
-from engine.decoding.kv_cache import KVCache, Prefix
+from engine.decoding.kv_cache import Prefix
 from engine.decoding.slot_table import SlotTable
-from engine.decoding.step_model import StepModel, as_step_model
+from engine.decoding.step_model import StepCache, StepModel, as_step_model
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SequenceRequest
 
@@ -93,7 +93,7 @@ class WindowPasses:
         assert window >= 2, window
         assert config.image_seq_len >= 2, config.image_seq_len
         self._model, self._table, self._window = model, table, window
-        self.cache = KVCache.of_model(model, num_rows, window=window)
+        self.cache = model.make_cache(num_rows, window=window)
         self.rows_of: dict[int, list[int]] = {}  # by slot: the sequence's row and its unconditional sequence's
         self._free_rows = list(range(num_rows))
         # By slot: what the last passes sampled, final or not, and for how many positions they sampled anything.
@@ -103,7 +103,7 @@ class WindowPasses:
         self._offsets = torch.arange(window, dtype=torch.int64, device=model.device)
         self._batch: BatchMetadata | None = None  # None: a sequence entered or left
 
-    def add(self, slot: int, source: KVCache | None = None) -> None:
+    def add(self, slot: int, source: StepCache | None = None) -> None:
         """Takes a sequence on, as far as it is.
 
         Args:

@@ -1,0 +1,269 @@
+"""The decode step as one call of compiled code (kernels/cpu): no operator of torch between embedding and hidden states.
+
+R rows computed, w window, L layers, S sequences, H heads, D head dim, P prefix positions, C model dim, V image vocabulary.
+
+It reads float32, 8-bit or 4-bit weights once a step for all rows. A row's bits do not depend on the other rows, so nothing
+is padded; nor on the number of threads, nor on the instruction set. Activations, keys and values are float32 whatever the
+weights; a bfloat16 model in 8 or 4 bits is therefore computed in float32 between its integer products.
+
+Models with options that it lacks (`lacking`) are decoded by torch's operators, as all are where the library was not built.
+"""
+
+import ctypes
+import functools
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config.transformer import TransformerConfig
+from engine.decoding.kv_cache import Prefix, PrefixRef
+from engine.decoding.step_model import NO_PADDING, CompiledModel, StepCache, StepModel
+from engine.device import cpu_capabilities
+from engine.models.attention import QK_EPS, QK_GAIN
+from engine.models.transformer import KoDalle
+from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer
+from kernels import decode_step
+from kernels.decode_step import ACTIVATIONS, GROUP, LANES, InstructionSet, PackedLinear, WeightKind, pointer
+
+_CLASSES: dict[str, InstructionSet] = {
+    "avx2": "avx2", "avx2_vnni": "avx2", "avx512": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512",
+    "amx": "avx512",
+}  # fmt: skip
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled step for this processor, within the limits that the environment sets; None where there is none."""
+    instructions = _CLASSES.get(cpu_capabilities().isa)
+    return None if instructions is None else decode_step.load(instructions)
+
+
+def lacking(config: TransformerConfig, kind: WeightKind) -> str | None:
+    """What the compiled step lacks for a model: an option's name, or a size; None: nothing."""
+    for option in ("reversible", "sandwich_norm", "stable", "token_shift", "rotary"):
+        if getattr(config, option):
+            return option
+    if set(config.patterns) != {"full"}:
+        return "attention_patterns"
+    multiple = GROUP if kind == "int4" else LANES
+    widths = {
+        "dim": config.dim, "num_heads * head_dim": config.num_heads * config.head_dim,
+        "ff_mult * dim": config.ff_mult * config.dim,
+    }  # fmt: skip
+    for name, width in widths.items():
+        if width % multiple:
+            return f"{name} = {width}, no multiple of {multiple}"
+    for name in ("head_dim", "image_vocab_size"):
+        if getattr(config, name) % LANES:
+            return f"{name} = {getattr(config, name)}, no multiple of {LANES}"
+    return None
+
+
+def can_compile(model: KoDalle, kind: WeightKind) -> bool:
+    """Whether the compiled step computes this model here; where only the library is missing, stderr says so once."""
+    weight = model.head.weight
+    dtypes = (torch.float32,) if kind == "float32" else (torch.float32, torch.bfloat16)
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or lacking(model.config, kind) is not None:
+        return False
+    if library() is None and cpu_capabilities().isa in _CLASSES:
+        _report_missing()
+    return library() is not None
+
+
+@functools.cache
+def _report_missing() -> None:
+    print(
+        "decoding: the compiled step was not built with this installation (no C++ compiler?): slower, by torch's operators",
+        file=sys.stderr,
+    )
+
+
+def compiled_step_model(model: KoDalle, kind: WeightKind) -> StepModel:
+    """The model as the compiled step reads it; `can_compile` has said yes. Adds a copy of the weights, of `kind`."""
+    found = library()
+    assert found is not None
+    step = CompiledStep(model, kind, found)
+    return StepModel(model, (), step.image_logits, NO_PADDING, compiled=step)
+
+
+class CompiledStep(CompiledModel):
+    """A model's packed weights, and the two calls of a step."""
+
+    def __init__(self, model: KoDalle, kind: WeightKind, found: ctypes.CDLL) -> None:
+        self.config, self._library, self._kind = model.config, found, kind
+        self._kept: list[object] = []  # what the structures point to
+        self._prepared: weakref.WeakKeyDictionary[Prefix, dict[int, tuple[Tensor, Tensor]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        config, layers = model.config, cast(list[Layer], list(model.layers))
+        self._head = PackedLinear(found, *model.head.image_rows(), kind)
+        self._layers = (decode_step.Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        self._model = decode_step.Model(
+            dim=config.dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            inner_dim=config.ff_mult * config.dim,
+            activation=ACTIVATIONS[config.activation],
+            normalises_heads=config.qk_norm,
+            mixes=config.x0_scalars,
+            query_gain=QK_GAIN * config.head_dim**-0.5,
+            head_epsilon=QK_EPS,
+            layers=self._layers,
+            tokens=self._keep(model.image_embedding.tokens),
+            positions=self._keep(model.input_positions()),
+            head_norm=self._norm(model.head.norm),
+            head=self._head.struct,
+        )
+
+    def image_logits(self, normed: Tensor) -> Tensor:
+        """(R, C) float32 -> (R, V)."""
+        return self._head(normed)
+
+    def make_cache(self, num_sequences: int) -> "CompiledCache":
+        return CompiledCache(self, num_sequences)
+
+    def feed(self, cache: StepCache, rows: Tensor, tokens: Tensor, positions: Tensor, *, num_rows: int) -> Tensor:
+        """See `CompiledModel.feed`."""
+        assert isinstance(cache, CompiledCache)
+        w = tokens.shape[1]
+        offsets = torch.arange(w, dtype=torch.int64, device=tokens.device)
+        at = positions[:, None] + offsets  # (n, w)
+        places = rows[:, None] * w + offsets
+        sequences = rows[:, None].expand_as(at)
+        if w > 1:
+            inside = at < cache.num_positions
+            if not bool(inside.all()):
+                at, places, sequences, tokens = (part[inside] for part in (at, places, sequences, tokens))
+        at, places, sequences, tokens = (part.contiguous() for part in (at, places, sequences, tokens))
+        hidden = torch.zeros(num_rows, w, self.config.dim, dtype=torch.float32, device=tokens.device)
+        feed = decode_step.Feed(
+            num_rows=tokens.numel(),
+            tokens=tokens.data_ptr(),
+            sequences=sequences.data_ptr(),
+            positions=at.data_ptr(),
+            hidden_rows=places.data_ptr(),
+            hidden=hidden.data_ptr(),
+        )
+        self._library.kodalle_feed(
+            ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(cache.prefixes), ctypes.byref(feed),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return hidden
+
+    def predict(
+        self, hidden: Tensor, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
+    ) -> Tensor:
+        """See `CompiledModel.predict`."""
+        w, hidden = hidden.shape[1], hidden.contiguous()
+        offsets = torch.arange(w, dtype=torch.int64, device=hidden.device)
+        at = rows[:, None] * w + offsets  # (B, w)
+        unconditional = torch.full_like(at, -1)
+        scales = torch.ones(at.shape, dtype=torch.float32, device=hidden.device)
+        if guided.numel():
+            unconditional[guided] = unconditional_rows[:, None] * w + offsets
+            scales[guided] = guidance[:, :, 0].float()
+        logits = torch.empty(*at.shape, self.config.image_vocab_size, dtype=torch.float32, device=hidden.device)
+        predict = decode_step.Predict(
+            num_rows=at.numel(),
+            hidden=hidden.data_ptr(),
+            rows=at.data_ptr(),
+            unconditional=unconditional.data_ptr(),
+            guidance=scales.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        self._library.kodalle_predict(ctypes.byref(self._model), ctypes.byref(predict), torch.get_num_threads())
+        return logits
+
+    def prepared(self, ref: PrefixRef) -> tuple[Tensor, Tensor]:
+        """A caption's keys (L, H, P / 16 rounded up, D, 16) and values (L, H, P, D) as the library reads them."""
+        of_prefix = self._prepared.setdefault(ref.prefix, {})
+        if ref.index not in of_prefix:
+            keys, values = (part.transpose(1, 2).float() for part in (ref.keys, ref.values))  # (L, H, P, D)
+            keys = F.pad(keys, (0, 0, 0, -keys.shape[2] % LANES))
+            keys = keys.unflatten(2, (-1, LANES)).transpose(3, 4).contiguous()
+            of_prefix[ref.index] = keys, values if values[0].is_contiguous() else values.contiguous()
+        return of_prefix[ref.index]
+
+    def _layer(self, layer: Layer) -> decode_step.Layer:
+        attention: AttentionBranch = layer.attention
+        feed_forward: FeedForwardBranch = layer.feed_forward
+        keep, add = (1.0, 0.0) if layer.x0_scalars is None else layer.x0_scalars.tolist()
+        # Queries are divided by sqrt(D) in the weights, or where heads are normalised afterwards.
+        scales = (1.0 if attention.qk_norm else attention.head_dim**-0.5, 1.0, 1.0)
+
+        def scaled(part: Tensor) -> Tensor:
+            return torch.cat([rows.float() * scale for rows, scale in zip(part.chunk(3), scales, strict=True)])
+
+        qkv, bias = attention.qkv.weight, attention.qkv.bias
+        return decode_step.Layer(
+            attention_norm=self._norm(attention.norm),
+            qkv=self._linear(scaled(qkv), None if bias is None else scaled(bias)),
+            # Small, and in float32 whatever the weights: see packed_weights.py.
+            out=self._linear(*_folded(attention.out, attention.scale), kind="float32"),
+            feed_forward_norm=self._norm(feed_forward.norm),
+            grow=self._linear(feed_forward.grow.weight, feed_forward.grow.bias),
+            shrink=self._linear(*_folded(feed_forward.shrink, feed_forward.scale)),
+            keep=keep,
+            add=add,
+        )
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, *, kind: WeightKind | None = None) -> decode_step.Linear:
+        packed = PackedLinear(self._library, weight, bias, kind or self._kind)
+        self._kept.append(packed)
+        return packed.struct
+
+    def _norm(self, norm: nn.LayerNorm) -> decode_step.LayerNorm:
+        return decode_step.LayerNorm(self._keep(norm.weight), self._keep(norm.bias), norm.eps)
+
+    def _keep(self, tensor: Tensor) -> int | None:
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return pointer(kept)
+
+
+class CompiledCache:
+    """Keys and values of sequences that come and go, float32, in the library's layout; used as `KVCache` is.
+
+    keys: (L, S, H, blocks of 16 positions, D, 16). values: (L, S, H, blocks * 16, D).
+    """
+
+    def __init__(self, step: CompiledStep, num_sequences: int) -> None:
+        config, self._step = step.config, step
+        self.num_positions = max(config.image_seq_len - 1, 1)  # the last token is never an input
+        blocks = -(-self.num_positions // LANES)
+        shape = (config.num_layers, num_sequences, config.num_heads, blocks)
+        self._keys = torch.zeros(*shape, config.head_dim, LANES, dtype=torch.float32, device="cpu")
+        self._values = torch.zeros(*shape, LANES, config.head_dim, dtype=torch.float32, device="cpu")
+        self.struct = decode_step.Cache(
+            num_sequences, blocks, config.prefix_len, self._keys.data_ptr(), self._values.data_ptr()
+        )
+        self._pointers = torch.zeros(3, num_sequences, dtype=torch.int64, device="cpu")
+        self.prefixes = decode_step.Prefixes(*(part.data_ptr() for part in self._pointers))
+        self._read: list[tuple[Tensor, Tensor]] = []
+
+    def set_window(self, window: int) -> None:
+        """Nothing depends on it."""
+
+    def set_prefixes(self, prefix_of_sequence: Mapping[int, PrefixRef]) -> None:
+        """Sets which sequences are read from now on, and their captions."""
+        prepared = {sequence: self._step.prepared(ref) for sequence, ref in prefix_of_sequence.items()}
+        self._read = list(prepared.values())
+        for sequence, (keys, values) in prepared.items():
+            self._pointers[0, sequence], self._pointers[1, sequence] = keys.data_ptr(), values.data_ptr()
+            self._pointers[2, sequence] = values.stride(0)
+
+    def copy_sequence(self, sequence: int, source: StepCache, source_sequence: int) -> None:
+        """Takes over a sequence's own positions from a cache of the same model."""
+        assert isinstance(source, CompiledCache)
+        self._keys[:, sequence] = source._keys[:, source_sequence]
+        self._values[:, sequence] = source._values[:, source_sequence]
+
+
+def _folded(linear: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of scale * linear(x), float32."""
+    return linear.weight.float() * scale.float()[:, None], linear.bias.float() * scale.float()
