@@ -29,6 +29,7 @@ import { language, t } from "./texts.js";
  * @typedef {object} Model
  * @property {string} id
  * @property {number} image_size side of its images in pixels
+ * @property {number} max_size the largest side that images are enlarged to
  * @property {number} grid_size rows of tokens in an image
  * @property {number} text_seq_len tokens of a caption
  * @property {string} digest
@@ -147,16 +148,17 @@ export async function countTokens(prompt, signal) {
  * @param {ImageRequest} request
  * @param {number} numPreviews of each image
  * @param {AbortSignal} signal aborting closes the connection, which cancels the generation on the server
+ * @param {Record<string, string|boolean>} [others] fields by the API's names
  * @returns {AsyncGenerator<StreamEvent>}
  * @throws {ApiError|ConnectionLost}
  */
-export async function* generate(request, numPreviews, signal) {
+export async function* generate(request, numPreviews, signal, others = {}) {
   const silence = new AbortController();
   const both = AbortSignal.any([signal, silence.signal]);
   const watchdog = startWatchdog(() => silence.abort(new ConnectionLost("silence")), SILENCE_S);
   let isComplete = false;
   try {
-    const response = await send(request, numPreviews, both);
+    const response = await send(request, numPreviews, both, others);
     for await (const { data } of readEvents(watched(/** @type {ReadableStream<Uint8Array>} */ (response.body), watchdog))) {
       if (data === "[DONE]") continue;
       const event = JSON.parse(data);
@@ -178,9 +180,10 @@ export async function* generate(request, numPreviews, signal) {
  * @param {ImageRequest} request
  * @param {number} numPreviews
  * @param {AbortSignal} signal
+ * @param {Record<string, string|boolean>} others
  * @returns {Promise<Response>}
  */
-function send(request, numPreviews, signal) {
+function send(request, numPreviews, signal, others) {
   const fields = {
     ...settingsOf(request),
     output_format: "png",
@@ -188,6 +191,7 @@ function send(request, numPreviews, signal) {
     progress: true,
     partial_images: numPreviews,
     all_candidates: true,
+    ...others,
   };
   if (request.kind === "new") {
     // The seed is inserted as digits: JSON.stringify has no way to write a whole number of 64 bits.

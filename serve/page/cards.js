@@ -2,6 +2,7 @@
  * The board: a card for every generation, from the request to the ranked images, newest first.
  */
 
+import { compareWithSource } from "./compare.js";
 import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
 import { inLanguageShown, readingOf } from "./model.js";
 import { linkButton } from "./shared.js";
@@ -342,7 +343,32 @@ function cardActions(entry, generation, numOthers, actions, render) {
  */
 function tilesOf(generation, images, actions) {
   const tiles = images.map((each) => tileOf(generation, generation.images.indexOf(each), actions));
-  return element("ul", { class: "tiles", "data-n": images.length }, ...tiles.map((tile) => element("li", {}, tile)));
+  const source = images[0]?.isShown ? sourceTile(generation) : null;
+  if (source) tiles.unshift(source);
+  return element("ul", { class: "tiles", "data-n": tiles.length }, ...tiles.map((tile) => element("li", {}, tile)));
+}
+
+/**
+ * @param {Generation} generation
+ * @returns {HTMLElement|null} its init image, beside what became of it; null where it has none
+ */
+function sourceTile(generation) {
+  const { image } = generation.request;
+  if (!image) return null;
+  const best = generation.images.findIndex((each) => each.isShown);
+  const open = element(
+    "button",
+    {
+      type: "button",
+      class: "image",
+      "data-action": "compare-source",
+      "aria-label": t("source.compare"),
+      on: { click: () => compareWithSource(generation, best) },
+    },
+    imageElement(image, t("source.name")),
+  );
+  const name = element("span", { class: "rank", text: t("source.name") });
+  return element("figure", { class: "tile source" }, open, element("figcaption", {}, name));
 }
 
 /**

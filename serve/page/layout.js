@@ -4,7 +4,7 @@
  * They follow the language, the zoom and the notice of a lost connection, so they are measured.
  */
 
-const BARS = { "--bars": ".bars", "--submit": ".submit" };
+const BARS = { "--bars": ".bars", "--submit": ".submit", "--selection": ".selection" };
 
 /** Measures now, and whenever a bar or the window changes. */
 export function startLayout() {

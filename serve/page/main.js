@@ -4,9 +4,11 @@
 
 import { startCaption } from "./caption.js";
 import { startBoard } from "./cards.js";
+import { comparePictures } from "./compare.js";
 import { startConnection } from "./connection.js";
 import { editImage } from "./editor.js";
 import { announce, byId, showBriefly } from "./elements.js";
+import { savePdf, saveZip } from "./exports.js";
 import { startGallery } from "./gallery.js";
 import { startKeys } from "./keys.js";
 import { startLayout } from "./layout.js";
@@ -83,6 +85,7 @@ async function start() {
     ) => startFrom(queue, captionBox, generation.images[index].blob, kind, generation.request),
     remove: (/** @type {Generation} */ generation, /** @type {number} */ index) =>
       library.removeImage(generation, index),
+    collect: (/** @type {import("./library.js").Picture[]} */ pictures) => library.collect(pictures),
     open: (/** @type {Generation} */ generation, /** @type {number} */ index) => openViewer(generation, index, actions),
   };
   const boardActions = {
@@ -96,8 +99,15 @@ async function start() {
     },
   };
   const board = startSheets(startBoard(boardActions), boardActions, store);
-  const gallery = startGallery(store, { ...actions, clear: () => library.clear() });
   const report = startWindows((news) => void library.follow(news));
+  const gallery = startGallery(store, {
+    ...actions,
+    ...{ compare: comparePictures, saveZip, savePdf },
+    clear: () => library.clear(),
+    removeImages: (pictures) => library.removeImages(pictures),
+    stripCollection: (id) => library.stripCollection(id),
+    reportCollections: () => report("collections"),
+  });
   const library = createLibrary(store, board, gallery, report);
 
   listen(queue, captionBox, store.isLasting);

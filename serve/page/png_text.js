@@ -3,6 +3,8 @@
  * them (engine/pipeline/image_encoding.py): an image's provenance, and the mark that it was made by AI.
  */
 
+import { crc32 } from "./crc32.js";
+
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const AFTER_HEADER = 8 + 25; // signature and IHDR, which is always first
 const MOST_CHUNKS = 10_000;
@@ -67,17 +69,4 @@ export function withTexts(file, texts) {
   const made = new Uint8Array(parts.reduce((length, part) => length + part.length, 0));
   parts.reduce((at, part) => (made.set(part, at), at + part.length), 0);
   return made;
-}
-
-/**
- * @param {Uint8Array} bytes
- * @returns {number} as PNG's annex D computes it
- */
-function crc32(bytes) {
-  let crc = 0xffffffff;
-  for (const byte of bytes) {
-    crc ^= byte;
-    for (let bit = 0; bit < 8; bit++) crc = crc & 1 ? (crc >>> 1) ^ 0xedb88320 : crc >>> 1;
-  }
-  return (crc ^ 0xffffffff) >>> 0;
 }

@@ -14,6 +14,9 @@
  * @property {Blob} blob PNG with its provenance in its metadata
  * @property {boolean} isShown among the best that were requested, not only a candidate
  * @property {boolean} isFavourite
+ * @property {string[]} [collections] ids of those that it is in
+ *
+ * @typedef {{id: string, name: string}} Collection
  *
  * @typedef {object} Generation
  * @property {string} id sorts by time
@@ -43,12 +46,16 @@
  * @property {(request: StoredRequest) => Promise<void>} begin keeps a request until it has ended
  * @property {(id: string) => Promise<void>} end
  * @property {() => Promise<StoredRequest[]>} unended the oldest first
+ * @property {() => Promise<Collection[]>} collections the oldest first
+ * @property {(collection: Collection) => Promise<void>} putCollection a new one, or a new name
+ * @property {(id: string) => Promise<void>} removeCollection its images stay
  */
 
 const NAME = "kodalle";
-const VERSION = 3;
+const VERSION = 4;
 const TABLE = "generations";
 const REQUESTS = "requests"; // since version 3
+const COLLECTIONS = "collections"; // since version 4
 // Version 1 called the table `drawings` and an entry's images `pictures`.
 const TABLE_1 = "drawings";
 
@@ -61,6 +68,14 @@ export class StorageFull extends Error {}
 export function newId() {
   const random = crypto.getRandomValues(new Uint32Array(1))[0];
   return `${String(Date.now()).padStart(14, "0")}-${random.toString(16).padStart(8, "0")}`;
+}
+
+/**
+ * @param {RankedImage} image
+ * @returns {boolean} whether the user sees it in the gallery; other candidates stay with their generation only
+ */
+export function isKept(image) {
+  return image.isShown || image.isFavourite || Boolean(image.collections?.length);
 }
 
 /**
@@ -99,7 +114,8 @@ function openDatabase() {
  * @param {IDBTransaction} transaction
  */
 function upgrade(database, transaction) {
-  if (!database.objectStoreNames.contains(REQUESTS)) database.createObjectStore(REQUESTS, { keyPath: "id" });
+  for (const name of [REQUESTS, COLLECTIONS])
+    if (!database.objectStoreNames.contains(name)) database.createObjectStore(name, { keyPath: "id" });
   if (database.objectStoreNames.contains(TABLE)) return;
   if (!database.objectStoreNames.contains(TABLE_1)) {
     database.createObjectStore(TABLE, { keyPath: "id" });
@@ -147,6 +163,20 @@ function lastingStore(database) {
       });
     });
 
+  /**
+   * @param {string} name of a table
+   * @returns {Promise<any[]>} all of it, in the order of ids
+   */
+  const everyOf = (name) =>
+    transact(
+      "readonly",
+      (table, setResult) => {
+        const all = table.getAll();
+        all.onsuccess = () => setResult(all.result);
+      },
+      name,
+    );
+
   return {
     isLasting: true,
     put: (generation) => transact("readwrite", (table) => void table.put(generation)),
@@ -182,15 +212,10 @@ function lastingStore(database) {
       }),
     begin: (request) => transact("readwrite", (table) => void table.put(request), REQUESTS),
     end: (id) => transact("readwrite", (table) => void table.delete(id), REQUESTS),
-    unended: () =>
-      transact(
-        "readonly",
-        (table, setResult) => {
-          const all = table.getAll();
-          all.onsuccess = () => setResult(all.result);
-        },
-        REQUESTS,
-      ),
+    unended: () => everyOf(REQUESTS),
+    collections: () => everyOf(COLLECTIONS),
+    putCollection: (collection) => transact("readwrite", (table) => void table.put(collection), COLLECTIONS),
+    removeCollection: (id) => transact("readwrite", (table) => void table.delete(id), COLLECTIONS),
     count: () =>
       transact("readonly", (table, setResult) => {
         const counting = table.count();
@@ -204,6 +229,8 @@ function lastingStore(database) {
 function memoryStore() {
   /** @type {Map<string, Generation>} */
   const generations = new Map();
+  /** @type {Map<string, Collection>} */
+  const collections = new Map();
   return {
     isLasting: false,
     put: async (generation) => void generations.set(generation.id, generation),
@@ -227,5 +254,8 @@ function memoryStore() {
     begin: async () => {},
     end: async () => {},
     unended: async () => [],
+    collections: async () => [...collections.values()],
+    putCollection: async (collection) => void collections.set(collection.id, collection),
+    removeCollection: async (id) => void collections.delete(id),
   };
 }

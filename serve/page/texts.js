@@ -98,6 +98,27 @@ export function formatTime(milliseconds) {
 }
 
 /**
+ * @param {number} milliseconds since 1970
+ * @returns {string} the time of day
+ */
+export function formatClock(milliseconds) {
+  return new Intl.DateTimeFormat(chosen, { timeStyle: "short" }).format(milliseconds);
+}
+
+/**
+ * @param {number} milliseconds since 1970
+ * @returns {string} the day, as a heading: "오늘", "어제", "2026년 11월 29일 일요일"
+ */
+export function formatDay(milliseconds) {
+  const day = new Date(milliseconds).toDateString();
+  const yesterday = new Date();
+  yesterday.setDate(yesterday.getDate() - 1);
+  if (day === new Date().toDateString()) return t("day.today");
+  if (day === yesterday.toDateString()) return t("day.yesterday");
+  return new Intl.DateTimeFormat(chosen, { dateStyle: "full" }).format(milliseconds);
+}
+
+/**
  * @param {number} seconds
  * @returns {string} "12초", "2분 5초"
  */

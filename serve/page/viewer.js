@@ -4,8 +4,10 @@
 
 import { settingsOf } from "./api.js";
 import { copyText } from "./clipboard.js";
+import { compareWithSource } from "./compare.js";
 import { button, byId, element, fillDialog, imageElement, isSmall, showBriefly } from "./elements.js";
 import { inLanguageShown, readingOf } from "./model.js";
+import { sizeChoice } from "./sizes.js";
 import { formatNumber, formatScore, formatTime, t } from "./texts.js";
 import { linkButton } from "./shared.js";
 import { unreadWords, verdictOf } from "./verdict.js";
@@ -18,11 +20,11 @@ const MARGIN = 16; // pixels around the image
  *
  * @typedef {object} ViewerActions
  * @property {(generation: Generation, index: number, isFavourite: boolean) => Promise<Generation>} favour
- * @property {(generation: Generation, index: number) => void} download
  * @property {(request: import("./api.js").ImageRequest) => void} useSeed
  * @property {(request: import("./api.js").ImageRequest) => void} useSettings
  * @property {(generation: Generation, index: number, kind: "rows"|"mask") => void} startFrom
  * @property {(generation: Generation, index: number) => Promise<boolean>} remove whether it was
+ * @property {(pictures: import("./library.js").Picture[]) => Promise<void>} collect
  *
  * @typedef {{generation: Generation, index: number}} State
  * @typedef {(focus: string|null) => void} Show `focus`: the action that has the keyboard afterwards
@@ -148,6 +150,8 @@ function panelOf(dialog, state, actions, show) {
   const remove = async () => {
     if (await actions.remove(generation, index)) dialog.close();
   };
+  const size = sizeChoice(generation, index);
+  const compare = () => compareWithSource(generation, index);
   return element(
     "div",
     { class: "viewer-panel" },
@@ -161,7 +165,7 @@ function panelOf(dialog, state, actions, show) {
         icon: "download",
         text: t("viewer.download"),
         class: "primary",
-        press: () => actions.download(generation, index),
+        press: () => void size.save(),
         action: "download",
       }),
       button({
@@ -187,6 +191,7 @@ function panelOf(dialog, state, actions, show) {
         action: "inpaint",
       }),
     ),
+    size.field,
     factsOf(generation, shown),
     element(
       "div",
@@ -197,6 +202,10 @@ function panelOf(dialog, state, actions, show) {
         press: closing(() => actions.useSettings(generation.request)),
         action: "settings",
       }),
+      generation.request.image
+        ? button({ icon: "compare", text: t("source.compare"), press: compare, action: "compare-source" })
+        : null,
+      button({ text: t("collection.title"), press: () => actions.collect([{ generation, image: shown }]), action: "collect" }),
       button({ icon: "copy", text: t("viewer.copy"), press: () => copySettings(generation, dialog), action: "copy" }),
       linkButton(generation.request, dialog),
       button({ icon: "bin", text: t("viewer.remove"), class: "quiet danger", press: remove, action: "remove" }),

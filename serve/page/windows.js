@@ -3,7 +3,7 @@
  */
 
 /**
- * @typedef {{what: "stored"|"changed"|"removed"|"cleared", id: string}} News
+ * @typedef {{what: "stored"|"changed"|"removed"|"cleared"|"collections", id: string}} News
  */
 
 /**

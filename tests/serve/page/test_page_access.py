@@ -101,7 +101,18 @@ def _states(page: Page) -> Iterator[str]:
     yield "faults"
     page.locator("#to-gallery").click()
     page.locator("#gallery-grid li").first.wait_for()
+    for box in (0, 1):
+        page.locator("#gallery-grid [data-action=select]").nth(box).check()
     yield "gallery"
+    page.locator("#selection [data-action=collect]").click()
+    page.locator("#collection-new").fill("봄")
+    page.locator("#question button[type=submit]").click()
+    page.locator("#gallery-collection-field").wait_for()
+    page.locator("#selection [data-action=compare]").click()
+    yield "compare"
+    page.locator("input[name=compare-view][value=over]").check(force=True)
+    yield "overlaid"
+    page.keyboard.press("Escape")
     page.locator("#to-studio").click()
     page.locator("#seed").fill("")
     page.locator("#several-kind-list").check(force=True)

@@ -103,7 +103,7 @@ def test_a_gallery_of_the_first_version_is_carried_over(open_in: Open, site: Sit
                 request.onsuccess = () => resolve(request.result);
                 request.onerror = () => reject(request.error);
               });
-              const now = await done(indexedDB.open("kodalle", 3));
+              const now = await done(indexedDB.open("kodalle"));
               const [{ images, ...rest }] = await done(now.transaction("generations").objectStore("generations").getAll());
               now.close();
               await done(indexedDB.deleteDatabase("kodalle"));

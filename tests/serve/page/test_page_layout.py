@@ -19,7 +19,7 @@ COVERED = """(element) => {
   if (bottom <= top) return "outside of the window";
   for (const share of [0.15, 0.5, 0.85]) {
     const at = document.elementFromPoint(box.left + box.width / 2, top + (bottom - top) * share);
-    const bar = at && !element.contains(at) && at.closest(".bars, .submit");
+    const bar = at && !element.contains(at) && at.closest(".bars, .submit, .selection");
     if (bar && !bar.contains(element)) return bar.className;
   }
   return null;
@@ -46,6 +46,32 @@ def test_tab_never_goes_behind_a_bar(open_in: Open, form_site: Site, size: tuple
                     f"() => document.activeElement === document.body ? null : ({COVERED})(document.activeElement)"
                 )
                 assert found is None, (page.evaluate("() => document.activeElement.outerHTML.slice(0, 200)"), found)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_selection_hides_nothing_that_has_the_keyboard(open_in: Open, site: Site, size: tuple[int, int]) -> None:
+    width, height = size
+    with open_in(site, viewport={"width": width, "height": height}, reduced_motion="reduce") as (page, _):
+        page.evaluate(
+            """() => import('/page/store.js').then(async (m) => {
+              const blob = await new Promise((resolve) => document.createElement("canvas").toBlob(resolve));
+              const image = { rank: 1, candidate: 0, score: null, blob, isShown: true, isFavourite: false };
+              const request = { kind: "new", caption: "상의에서 색상은 화이트이다.", seed: "1", candidates: 1, n: 1 };
+              const store = await m.openStore();
+              for (let number = 0; number < 12; number++)
+                await store.put({ id: m.newId(), createdMs: Date.now(), request, images: [image], totalS: 1 });
+              window.location.hash = "#gallery";
+            })"""
+        )
+        page.locator("#gallery-grid li").nth(11).wait_for()
+        page.locator("#gallery-grid [data-action=select]").first.focus()
+        page.keyboard.press("Control+a")
+        assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
+        for keys in ("ArrowDown", "ArrowDown", "Tab", "Tab", "Tab", "Tab", "Shift+Tab", "ArrowUp", *["Tab"] * 60):
+            page.keyboard.press(keys)
+            at = "document.activeElement"
+            found = page.evaluate(f"() => {at} === document.body ? null : ({COVERED})({at})")
+            assert found is None, (page.evaluate(f"() => {at}.outerHTML.slice(0, 200)"), found)
 
 
 @pytest.mark.parametrize("size", SIZES)
