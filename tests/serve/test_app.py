@@ -66,11 +66,13 @@ def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
 
 
-def post(server: Any, fields: dict[str, Any], headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+def post(
+    server: Any, fields: dict[str, Any], headers: dict[str, str] | None = None, *, path: str = "/v1/images/generations"
+) -> tuple[int, dict[str, Any]]:
     address = urlsplit(server.address)
     connection = http.client.HTTPConnection(str(address.hostname), int(address.port or 0), timeout=90)
-    body = json.dumps({"prompt": CAPTION} | fields)
-    connection.request("POST", "/v1/images/generations", body, {"content-type": "application/json"} | (headers or {}))
+    body = json.dumps(({"prompt": CAPTION} if path.endswith("generations") else {}) | fields)
+    connection.request("POST", path, body, {"content-type": "application/json"} | (headers or {}))
     reply = connection.getresponse()
     answer: dict[str, Any] = json.loads(reply.read())
     connection.close()
@@ -136,6 +138,28 @@ def test_an_image_prefix_is_kept(client: openai.OpenAI) -> None:
     )
     assert edited.data is not None
     assert np.abs(pixels(edited.data[0].b64_json)[:16].astype(int) - (200, 30, 30)).max() == 0, "kept pixels are kept"
+
+
+def test_embeddings_and_scores_cross_rays_wire_bit_for_bit(
+    server: Any, client: openai.OpenAI, pipeline: Pipeline
+) -> None:
+    captions = [CAPTION, "초록 네모"]
+    wanted = pipeline.embed_captions(captions).vectors.numpy()
+    answer = client.embeddings.create(model=client.models.list().data[0].id, input=captions)
+    vectors = np.array([one.embedding for one in answer.data], np.float32)
+    assert np.array_equal(vectors, wanted)
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(buffer, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    status, ranked = post(server, {"query": CAPTION, "documents": [*captions, {"image": picture}]}, path="/v1/rerank")
+    assert status == 200
+    scores = {one["index"]: one["relevance_score"] for one in ranked["results"]}
+    assert scores[0] == pytest.approx(1, abs=1e-5)
+    assert scores[1] == pytest.approx(float(wanted[0] @ wanted[1]), abs=1e-5)
+    image = client.embeddings.create(model=answer.model, input=picture).data[0].embedding
+    assert scores[2] == pytest.approx(float(wanted[0] @ np.array(image)), abs=1e-5)
+    status, refused = post(server, {"query": CAPTION, "documents": []}, path="/v1/rerank")
+    assert (status, refused["error"]["param"]) == (400, "documents")
 
 
 def test_every_replica_reports_and_an_api_server_returns_all_metrics(server: Any) -> None:
