@@ -32,6 +32,7 @@ from machine_facts import REPOSITORY, child_environment, print_document
 from PIL import Image
 from text_table import table
 from torch import Tensor
+from training.short_run import short_run
 
 from engine.data.pairs import load_pairs
 from engine.data.prepare import prepare
@@ -150,12 +151,9 @@ def train_for(
 def overrides(changes: dict[str, str], shares: dict[str, float], steps: int, *, pairs: Path) -> dict[str, str]:
     """`key=value` of a training of so many steps."""
     follows = {name: str(max(1, round(share * steps))) for name, share in shares.items()}
-    return changes | follows | {
-        "data.pairs": str(pairs), "loop.steps": str(steps), "loop.validate_every": str(steps),
-        "loop.validation_batches": "4", "loop.sample_every": str(steps), "loop.checkpoint_every": str(max(100, steps // 4)),
-        "loop.torch_threads": "1", "deepspeed.train_micro_batch_size_per_gpu": str(BATCH),
-        "deepspeed.scheduler.params.warmup_num_steps": str(max(2, steps // 50)),
-    }  # fmt: skip
+    known = {"data.pairs": str(pairs), "loop.validation_batches": "4"}
+    run = short_run(steps, batch=BATCH, checkpoint_every=max(100, steps // 4), warmup=steps // 50)
+    return changes | follows | known | run
 
 
 def _train(run: Path, config: Path, settings: dict[str, str]) -> float:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from machine_facts import REPOSITORY, print_document, stored_path
 from text_table import table
+from training.short_run import short_run
 from training_minutes import stage_minutes
 
 from engine.codec.koclip_encoder import KoclipEncoder
@@ -220,11 +221,8 @@ def _overrides(arguments: argparse.Namespace, variant: str, seed: int, run: Path
     settings = VARIANTS[variant] | {
         "run": str(run), "seed": str(seed), "data.pairs": str(arguments.pairs), "codec": "null", "spliced_negatives": "0",
         "model.image_size": str(arguments.image_size), "augment_shift": str(arguments.image_size // 24),
-        "loop.steps": str(steps), "loop.validate_every": str(steps), "loop.sample_every": str(steps),
-        "loop.checkpoint_every": str(max(1, steps // 3)), "loop.torch_threads": "1",
-        "deepspeed.train_micro_batch_size_per_gpu": str(arguments.batch),
-        "deepspeed.scheduler.params.warmup_num_steps": str(max(2, steps // 8)),
     }  # fmt: skip
+    settings |= short_run(steps, batch=arguments.batch, checkpoint_every=max(1, steps // 3), warmup=steps // 8)
     return [f"{name}={value}" for name, value in settings.items()] + arguments.set
 
 

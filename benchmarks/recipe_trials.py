@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from machine_facts import REPOSITORY, print_document, stored_path
 from text_table import table
+from training.short_run import short_run
 
 from engine.facts import facts
 from engine.files import write_json
@@ -88,11 +89,11 @@ def train(arguments: argparse.Namespace, variant: str, seed: int) -> list[tuple[
         shards = next((other / "shards" for other in sorted(arguments.runs.glob("*-*")) if held_out(other)), None)
         if shards is not None and not (run / "shards").exists():
             shutil.copytree(shards, run / "shards")
-        settings = PLAIN | VARIANTS[variant] | {
-            "run": str(run), "seed": str(seed), "koclip": "null", "loop.steps": str(arguments.steps),
-            "loop.validate_every": str(arguments.validate_every), "loop.sample_every": str(arguments.steps),
-            "loop.checkpoint_every": str(arguments.steps), "deepspeed.train_micro_batch_size_per_gpu": str(arguments.batch),
-            "deepspeed.scheduler.params.warmup_num_steps": str(max(1, arguments.steps // 12)),
+        steps = arguments.steps
+        settings = PLAIN | VARIANTS[variant]
+        settings |= short_run(steps, batch=arguments.batch, checkpoint_every=steps, warmup=steps // 12)
+        settings |= {
+            "run": str(run), "seed": str(seed), "koclip": "null", "loop.validate_every": str(arguments.validate_every),
         }  # fmt: skip
         command = [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(arguments.config)]
         command += [f"{name}={value}" for name, value in settings.items()] + arguments.set

@@ -24,7 +24,7 @@ width. (B, E) below is (B, P, E) with `token_similarity`, and (M, E) is (M, text
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,19 @@ _INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's
 _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's: beyond it a single pair's gradient swamps the batch
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class KnownPairs(NamedTuple):
+    """What is known about a batch of B pairs beside that image i is caption i's; None: nothing."""
+
+    negatives: Tensor | None = None
+    """(B', 3, S, S) images that fit no caption and have none of their own."""
+    fits: Tensor | None = None
+    """(B, B) bool: image j fits caption i, too, and is no negative of it."""
+    wrong_text_tokens: Tensor | None = None
+    """(B, K, T) captions that are wrong about image i; with has_wrong."""
+    has_wrong: Tensor | None = None
+    """(B,) bool: where False, those of image i are none."""
 
 
 class ProjectionHead(nn.Module):
@@ -125,19 +138,12 @@ class KoClip(nn.Module):
         images: Tensor,
         text_tokens: Tensor,
         *,
-        negatives: Tensor | None = None,
-        fits: Tensor | None = None,
-        wrong_text_tokens: Tensor | None = None,
-        has_wrong: Tensor | None = None,
+        known: KnownPairs | None = None,
         all_gather: bool = False,
         decoupled: bool = False,
     ) -> Tensor:
-        """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`.
-
-        Args:
-            negatives: (B', 3, S, S) images that fit no caption.
-            wrong_text_tokens: (B, K, T) captions that are wrong about image i; with has_wrong.
-        """
+        """Training loss of B pairs: (B, 3, S, S) in [0, 1] and (B, T) -> scalar. See `loss`."""
+        negatives, fits, wrong_text_tokens, has_wrong = known or KnownPairs()
         # One pass: batch norm normalises both with the same statistics, as in ranking.
         embedded = self.embed_images(images if negatives is None else torch.cat([images, negatives]))
         B = len(text_tokens)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.stages import KoclipLossConfig
-from engine.models.koclip import KoClip
+from engine.models.koclip import KnownPairs, KoClip
 from engine.models.koclip_encoders import image_features, statistics_kept
 from engine.models.koclip_losses import gather_rows, nt_xent, simsiam
 
@@ -71,7 +71,7 @@ class ImageSsl(nn.Module):
 
 
 class KoClipWithObjectives(nn.Module):
-    """A KoCLIP, and what trains beside it. `loss` asks for one objective at least."""
+    """A KoCLIP, and what trains beside it. `loss` has one objective at least."""
 
     def __init__(self, koclip: KoClip, loss: KoclipLossConfig) -> None:
         super().__init__()
@@ -86,10 +86,7 @@ class KoClipWithObjectives(nn.Module):
         images: Tensor,
         text_tokens: Tensor,
         *,
-        negatives: Tensor | None = None,
-        fits: Tensor | None = None,
-        wrong_text_tokens: Tensor | None = None,
-        has_wrong: Tensor | None = None,
+        known: KnownPairs | None = None,
         views: Tensor | None = None,
         masked: MaskedCaptions | None = None,
         all_gather: bool = False,
@@ -101,10 +98,8 @@ class KoClipWithObjectives(nn.Module):
             masked: the captions, masked, with `masked_language`.
         """
         contrastive = self.koclip(
-            images, text_tokens,
-            negatives=negatives, fits=fits, wrong_text_tokens=wrong_text_tokens, has_wrong=has_wrong,
-            all_gather=all_gather, decoupled=self.loss.decoupled,
-        )  # fmt: skip
+            images, text_tokens, known=known, all_gather=all_gather, decoupled=self.loss.decoupled
+        )
         total = contrastive * self.loss.contrastive_weight
         image_ssl = masked_language = None
         if views is not None:

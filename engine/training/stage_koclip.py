@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.metrics.retrieval import recall_at
 from engine.models.folder import Part, load_part, write_model_folder
 from engine.models.image_codec import ImageCodec
-from engine.models.koclip import KoClip
+from engine.models.koclip import KnownPairs, KoClip
 from engine.models.koclip_objectives import KoClipWithObjectives, MaskedCaptions
 from engine.pipeline.image_files import image_grid
 from engine.training.batches import (
@@ -137,19 +137,17 @@ class KoclipStage:
             to_device(batch[name], self.world.device) if name in batch else None
             for name in ("wrong_text_tokens", "has_wrong")
         )
-        pairs = {
-            "negatives": negatives, "fits": fits, "wrong_text_tokens": wrong, "has_wrong": has_wrong,
-            "all_gather": self.world.size > 1,
-        }  # fmt: skip
+        known, all_gather = KnownPairs(negatives, fits, wrong, has_wrong), self.world.size > 1
         if not self.run.loss.has_objectives:
-            loss = self.engine(images, text_tokens, **pairs, decoupled=self.run.loss.decoupled)
+            decoupled = self.run.loss.decoupled
+            loss = self.engine(images, text_tokens, known=known, all_gather=all_gather, decoupled=decoupled)
             self._guard.backward_and_step(self.engine, loss)
             return {"loss": loss.detach()}
         views = to_unit_floats(batch["views"], self.world) if "views" in batch else None
         names = ("masked_tokens", "masked_positions", "masked_originals")
         tensors = [to_device(batch[name], self.world.device) for name in names if name in batch]
         masked = MaskedCaptions(*tensors) if tensors else None
-        losses = self.engine(images, text_tokens, **pairs, views=views, masked=masked)
+        losses = self.engine(images, text_tokens, known=known, all_gather=all_gather, views=views, masked=masked)
         self._guard.backward_and_step(self.engine, losses.total)
         parts = {f"loss_{name}": value.detach() for name, value in losses._asdict().items() if value is not None}
         return {"loss": parts.pop("loss_total"), **parts}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.config.stages import KoclipRun, KodalleRun, VqganRun
 from engine.measure import time_runs
-from engine.models.koclip import KoClip
+from engine.models.koclip import KnownPairs, KoClip
 from engine.models.perceptual import perceptual_from_config
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
@@ -166,13 +166,9 @@ def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
     negatives = images[: round(run.spliced_negatives * batch)] if run.spliced_negatives else None
     wrong = tokens[:, None].repeat(1, run.hard_negative_captions, 1) if run.hard_negative_captions else None
     has_wrong = None if wrong is None else torch.ones(batch, dtype=torch.bool, device=device)
+    known = KnownPairs(negatives, None, wrong, has_wrong)
     trained = _Trained([model], device)
-    return trained.cost(
-        *trained.measure(
-            lambda: model(images, tokens, negatives=negatives, wrong_text_tokens=wrong, has_wrong=has_wrong)
-        ),
-        fixed_s,
-    )
+    return trained.cost(*trained.measure(lambda: model(images, tokens, known=known)), fixed_s)
 
 
 def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost:

@@ -21,7 +21,7 @@ from engine.errors import InputError
 from engine.models import folder as model_folder
 from engine.models.folder import Part, convert_model_folder, load_part, read_part, write_model_folder
 from engine.models.folder_config import PartName, read_generation, read_ground, weights_digest
-from engine.models.koclip import KoClip
+from engine.models.koclip import KnownPairs, KoClip
 from engine.models.transformer import KoDalle
 from engine.models.vqgan import Vqgan
 from tests.paths import REPOSITORY
@@ -315,7 +315,7 @@ def _tensors(folder: Path, name: PartName) -> dict[str, Tensor]:
             found |= dict(zip(("text", "image"), module.logits(text_tokens, image_tokens), strict=True))
         else:
             found |= {"scores": module.similarity(images, text_tokens)}
-            found |= {"loss": module(images, text_tokens, negatives=images[:1])}
+            found |= {"loss": module(images, text_tokens, known=KnownPairs(images[:1]))}
     return found
 
 

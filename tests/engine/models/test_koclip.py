@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
-from engine.models.koclip import KoClip, ProjectionHead
+from engine.models.koclip import KnownPairs, KoClip, ProjectionHead
 from tests.forked import run_forked
 
 TINY = KoclipConfig(
@@ -239,14 +239,8 @@ def _loss_and_gradients(rows: slice, *, all_gather: bool) -> tuple[Tensor, dict[
     fits[0, 3] = fits[2, 1] = True  # an image of the other rank fits a caption of this one
     wrong = tokens.roll(1, dims=0)[:, None].repeat(1, 2, 1)
     has_wrong = torch.tensor([True, True, False, True])
-    loss = model(
-        images[rows],
-        tokens[rows],
-        fits=fits[rows],
-        wrong_text_tokens=wrong[rows],
-        has_wrong=has_wrong[rows],
-        all_gather=all_gather,
-    )
+    known = KnownPairs(None, fits[rows], wrong[rows], has_wrong[rows])
+    loss = model(images[rows], tokens[rows], known=known, all_gather=all_gather)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
