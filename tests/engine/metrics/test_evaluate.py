@@ -292,7 +292,10 @@ def test_best_of_n_shares_the_images_that_are_scored(model: Path, pairs: Path, t
     assert not {"kodalle", "koclip", "reconstruction"} & set(both)
     curves = both["generations"].pop("best_of_n")
     assert both["generations"].pop("sheets")
-    assert both["generations"]["top_ranked"] == plain["top_ranked"]  # of the first two candidates, as before
+    # Of the first two candidates, as before; how many are scored at once shows in a score's last bit on some processors.
+    assert both["generations"]["top_ranked"] == [
+        row | {"score": pytest.approx(row["score"], abs=1e-6)} for row in plain["top_ranked"]
+    ]
     assert both["generations"]["koclip_score"] == {
         name: pytest.approx(value, abs=1e-6) for name, value in plain["koclip_score"].items()
     }

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from engine.config.codec import OpenaiDvaeConfig
 from engine.config.stages import CosineScheduleConfig, DvaeRun
-from engine.metrics.reconstruction import reconstruction_error
 from engine.models.dvae_loss import dvae_losses, gumbel_noise, kl_to_uniform, logit_laplace_nll, relaxed_codes
 from engine.models.openai_dvae import OpenaiDvae, map_pixels
 
@@ -102,7 +101,7 @@ def test_the_bound_is_divided_by_the_values_of_an_image(model: OpenaiDvae) -> No
 
 
 def _trained(kl_weight: float) -> tuple[float, float]:
-    """A dVAE of patches of one colour after 80 steps: nats that a code says of its patch, decibels of reconstructions."""
+    """A dVAE of patches of one colour after 80 steps: nats that a code says of its patch, share of the colours' spread decoded."""
     torch.manual_seed(0)
     config = OpenaiDvaeConfig(
         image_size=8, hidden_channels=8, decoder_channels=16, blocks_per_group=1, codebook_size=16
@@ -124,7 +123,8 @@ def _trained(kl_weight: float) -> tuple[float, float]:
     images = colours(128)
     with torch.no_grad():
         kl = float(kl_to_uniform(model.encode_logits(images)).mean())
-    return kl, reconstruction_error(model.eval(), [images])["psnr_db"]
+        decoded = model.decode(model.encode(images))
+    return kl, float(decoded.std(0).mean() / images.std(0).mean())
 
 
 def test_an_undivided_divergence_empties_the_codes() -> None:
@@ -132,7 +132,7 @@ def test_an_undivided_divergence_empties_the_codes() -> None:
     divided, undivided = _trained(6.6), _trained(6.6 * 192)
     assert divided[0] > 0.3
     assert undivided[0] < 0.02
-    assert divided[1] > undivided[1] + 0.3
+    assert divided[1] > 3 * undivided[1]
 
 
 def test_a_code_as_a_mixture_is_decoded_as_the_code(model: OpenaiDvae) -> None:
