@@ -152,8 +152,11 @@ def generate(
         typer.Option("--strict", help="refuse a caption that is too long, or has words that the model does not know"),
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: twice as fast, nearly the same")
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: twice as fast, nearly the same images")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="the transformer's on a CPU: int8, or int4, coarser; default: as --int8 says")
+    ] = None,
     codec_backend: Annotated[
         str | None, typer.Option(help="torch, the default; or onnx, the files that `kodalle export` wrote")
     ] = None,
@@ -183,6 +186,7 @@ def generate(
         stated |= {"refine": refine, "refine_step_size": refine_step_size}
         stated |= {
             "int8": int8 or None,
+            "weights": weights,
             "strict": strict or None,
             "enlarge": enlarge,
             "transparent": transparent or None,
@@ -228,6 +232,7 @@ def generate(
         strict=strict,
         device=device,
         int8=int8,
+        weights=weights,
         codec_backend=codec_backend or "torch",
         init_image=init_image,
         size=requested_size,

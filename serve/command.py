@@ -59,8 +59,11 @@ def start(
     config: Annotated[Path | None, typer.Option(help="a Ray Serve config, e.g. configs/serve.yaml")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: cuda when there is one")] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU with VNNI: faster, slightly different images")
+        bool, typer.Option("--int8", help="8-bit arithmetic on a CPU: faster, slightly different images")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="the transformer's on a CPU: int8, or int4, coarser; default: as --int8 says")
+    ] = None,
     keep_alive: Annotated[
         int | None, typer.Option(min=1, help="seconds that an idle connection stays open; default 75")
     ] = None,
@@ -75,7 +78,7 @@ def start(
     """Serves a model: the designers' page and an API compatible with OpenAI's. `key NAME` creates an API key."""
     values, http_options = ({}, {}) if config is None else read_serve_config(config)
     options = {"model": model, "num_workers": workers, "keys_file": None if keys is None else str(keys)}
-    options |= {"device": device, "int8": int8 or None, "log_prompts": log_prompts or None}
+    options |= {"device": device, "int8": int8 or None, "weights": weights, "log_prompts": log_prompts or None}
     options |= {"page": False if no_page else None, "root_path": root_path, "strict": strict or None}
     values |= _given(options)
     http_options |= _given({"host": host or None, "port": port, "keep_alive_timeout_s": keep_alive})

@@ -7,7 +7,7 @@ No torch, no ray.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -72,6 +72,9 @@ class ServeSettings(Section):
     )
     device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda where there is one")
     int8: bool = Field(False, description="8-bit arithmetic on a CPU: faster, slightly different images")
+    weights: Literal["int8", "int4"] | None = Field(
+        None, description="the transformer's on a CPU: int8, or int4, coarser; null: as `int8` says"
+    )
     num_slots: int = Field(0, ge=0, description="sequences in flight in a worker; 0: 32 on a CPU, 256 on a GPU")
     max_queued_sequences: int = Field(
         256,

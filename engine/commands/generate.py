@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.data.prompt_words import PromptWords
+    from engine.decoding.cpu.packed_weights import Weights
     from engine.pipeline.generation import Candidate, Generation
     from engine.pipeline.pipeline import Pipeline
     from engine.pipeline.refinement import GuidingRanker
@@ -50,6 +51,7 @@ def generate_to_folder(
     strict: bool = False,
     device: str = "",
     int8: bool = False,
+    weights: str | None = None,
     codec_backend: str = "torch",
     init_image: InitImage | None = None,
     size: ImageSize | None = None,
@@ -61,6 +63,7 @@ def generate_to_folder(
     """Generates and writes; result.json comes last, so its presence means that the rest is there.
 
     Args:
+        weights: of the transformer, see `Pipeline.from_pretrained`.
         sampling_params: values of `SamplingParams`; where one is missing or None, the model's own counts.
         rendition: of the images, not of the sheet; None: as they were generated.
         size: see `Pipeline.prepare`.
@@ -78,6 +81,8 @@ def generate_to_folder(
         raise InputError("--rank-by", rank_by, "is for inpainting: give --image and --mask, or rank by koclip")
     if codec_backend not in get_args(CodecBackend):
         raise InputError("--codec-backend", codec_backend, f"write {' or '.join(get_args(CodecBackend))}")
+    if weights not in (None, "int8", "int4"):
+        raise InputError("--weights", weights, "write int8 or int4")
     if size is not None and init_image is not None:
         raise InputError("--size", size, "an init image is of the model's own size: leave one of the two out")
     check_captions([caption])
@@ -91,7 +96,9 @@ def generate_to_folder(
     fit_to_machine()
     started = time.perf_counter()
     backend = cast(CodecBackend, codec_backend)
-    pipeline = Pipeline.from_pretrained(model, device=pick_device(device), int8=int8, codec_backend=backend)
+    pipeline = Pipeline.from_pretrained(
+        model, device=pick_device(device), int8=int8, weights=cast("Weights | None", weights), codec_backend=backend
+    )
     loading_s = time.perf_counter() - started
     _check_rendition(rendition or Rendition(), pipeline)
     params = pipeline.default_sampling_params.updated(**sampling_params)
@@ -180,6 +187,7 @@ def regenerate_to_folder(
         device=pick_device(device),
         dtype=_dtype(arithmetic.dtype, image),
         int8=arithmetic.int8,
+        weights=arithmetic.weights,
         codec_backend=cast(CodecBackend, arithmetic.codec_backend),
     )
     pipeline.model_id = made.model

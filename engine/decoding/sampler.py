@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from engine.decoding.cpu.packed_weights import Weights, choose_weights, make_step_model
+from engine.decoding.cpu.packed_weights import Weights, choose_weights, is_compiled, make_step_model
 from engine.decoding.decoder import Decoder
 from engine.decoding.decoders import DecoderCache
 from engine.decoding.kv_cache import Prefix, empty_prefix
@@ -40,10 +40,11 @@ class Sampler:
         null_text_tokens: (text_seq_len,) ids of the empty caption ([CLS] [SEP] [PAD] ...); needed for guidance.
         batch_invariant: see engine/decoding/slot_decoder.py.
         speculative: see engine/decoding/decoders.py; the tokens are the same, the time depends on the model.
-        weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed" and "int8" are copies for a
+        weights: how decoding reads them (engine/decoding/cpu/packed_weights.py). "packed", "int8" and "int4" are copies for a
             CPU, made by the first generation; "plain" calls the model's modules, step by step on a GPU too, which is
             what a model in training needs (ZeRO-3 gathers weights by module). None: the fastest here that is the same
             function.
+        compiled: False: by torch's operators even where the compiled step is (engine/decoding/cpu/compiled_step.py).
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Sampler:
         batch_invariant: bool = True,
         speculative: bool = True,
         weights: Weights | None = None,
+        compiled: bool = True,
     ) -> None:
         self.model = model
         self.batch_invariant = batch_invariant
         self.weights = choose_weights(model, weights)
+        self._compiled = compiled
         # Not a method: the cache would hold the sampler, and only Python's collector would free a GPU's graphs then.
         self.step_model: Callable[[], StepModel] = functools.cache(
-            functools.partial(make_step_model, model, self.weights)
+            functools.partial(make_step_model, model, self.weights, compiled=compiled)
         )
         """The model as decoding reads it, packed once."""
         self._decoders = DecoderCache(
@@ -72,6 +75,11 @@ class Sampler:
         )
         self._null_text_tokens = null_text_tokens
         self._null_prefix: Prefix | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether steps are computed by the compiled step."""
+        return self._compiled and is_compiled(self.model, self.weights)
 
     def generate(
         self,

@@ -33,6 +33,7 @@ from engine.config.generation import GenerationConfig
 from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.prompt_words import PromptReader
 from engine.data.tokenizer import CaptionTokenizer, check_padding
+from engine.decoding.cpu.packed_weights import Weights
 from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler
 from engine.decoding.sliding_window import TokenGrid, generate_grid, num_positions
@@ -96,6 +97,7 @@ class Pipeline:
         ground: str | None = None,
         ranker_tokenizer: CaptionTokenizer | None = None,
         int8: bool = False,
+        weights: Weights | None = None,
         speculative: bool = True,
         codec_backend: CodecBackend = "torch",
         model_id: str = "",
@@ -118,11 +120,12 @@ class Pipeline:
         self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
+        self._weights = weights
         null = None if tokenizer.names_classes else tokenizer.empty(transformer.config.text_seq_len)
         self.sampler = Sampler(
             transformer,
             null_text_tokens=None if null is None else null[0].to(self.device),
-            weights="int8" if int8 else None,
+            weights=weights or ("int8" if int8 else None),
             speculative=speculative,
         )
 
@@ -134,6 +137,7 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         int8: bool = False,
+        weights: Weights | None = None,
         speculative: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -144,7 +148,9 @@ class Pipeline:
         Args:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
-            int8: 8-bit arithmetic on a CPU: about half the time where the processor has VNNI, images that differ slightly.
+            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly; in the VQGAN decoder where the
+                processor has VNNI.
+            weights: the transformer's, as decoding on a CPU reads them: int8, or int4, smaller and coarser. None: as `int8` says.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
             codec_backend: what decodes images and embeds: torch, or onnx, the files that `kodalle export` wrote into the
@@ -174,6 +180,7 @@ class Pipeline:
             ground=read_ground(folder),
             ranker_tokenizer=load_own_ranker_tokenizer(folder),
             int8=int8,
+            weights=weights,
             speculative=speculative,
             codec_backend=codec_backend,
             model_id=str(folder_or_hub_id),
@@ -208,6 +215,7 @@ class Pipeline:
             "ground": self.ground,
             "ranker_tokenizer": self._ranker_tokenizer,
             "int8": self._int8,
+            "weights": self._weights,
             "speculative": self._speculative,
             "codec_backend": self._codec_backend,
             "model_id": self.model_id,
@@ -238,6 +246,8 @@ class Pipeline:
             dtype=str(self.transformer.head.weight.dtype).removeprefix("torch."),
             int8=self._int8,
             codec_backend=self._codec_backend,
+            weights=self._weights,
+            compiled=self.sampler.is_compiled,
         )
 
     @cached_property

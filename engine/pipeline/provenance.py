@@ -30,6 +30,10 @@ class Arithmetic(Section):
     dtype: str = Field(description="the transformer's")
     int8: bool = Field(description="8-bit arithmetic on a CPU")
     codec_backend: str = Field(description="torch or onnx")
+    weights: Literal["plain", "packed", "int8", "int4"] | None = Field(
+        None, description="the transformer's in decoding on a CPU; null: as `int8` says"
+    )
+    compiled: bool = Field(False, description="decode steps by the compiled step, not by torch's operators")
 
 
 class ModelRecord(Section):

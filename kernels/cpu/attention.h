@@ -21,9 +21,10 @@ template <int Blocks>
 inline void scores_of_blocks(const float* q, const float* keys, int D, float* scores) {
   Floats sums[Blocks];
   for (int b = 0; b < Blocks; ++b) sums[b] = all(0.0f);
-  for (int d = 0; d < D; ++d) {
-    const Floats query = all(q[d]);
-    for (int b = 0; b < Blocks; ++b) sums[b] = fma(query, load(keys + (b * D + d) * kLanes), sums[b]);
+  const int64_t block = static_cast<int64_t>(D) * kLanes;
+  for (const float* end = q + D; q < end; ++q, keys += kLanes) {
+    const Floats query = all(*q);
+    for (int b = 0; b < Blocks; ++b) sums[b] = fma(query, load(keys + b * block), sums[b]);
   }
   for (int b = 0; b < Blocks; ++b) store(scores + b * kLanes, sums[b]);
 }
@@ -33,9 +34,11 @@ inline Floats scores_of(const float* q, const Positions& read, int D, float* sco
   const int blocks = num_blocks(read.count);
   Floats most = all(-__builtin_inff());
   if (blocks == 0) return most;
+  const auto keys_of = [&](int block) { return read.keys + static_cast<int64_t>(block) * D * kLanes; };
   int b = 0;
-  for (; b + 4 <= blocks; b += 4) scores_of_blocks<4>(q, read.keys + static_cast<int64_t>(b) * D * kLanes, D, scores + b * kLanes);
-  for (; b < blocks; ++b) scores_of_blocks<1>(q, read.keys + static_cast<int64_t>(b) * D * kLanes, D, scores + b * kLanes);
+  for (; b + 4 <= blocks; b += 4) scores_of_blocks<4>(q, keys_of(b), D, scores + b * kLanes);
+  for (; b + 2 <= blocks; b += 2) scores_of_blocks<2>(q, keys_of(b), D, scores + b * kLanes);
+  if (b < blocks) scores_of_blocks<1>(q, keys_of(b), D, scores + b * kLanes);
   float* last = scores + (blocks - 1) * kLanes;
   store(last, first_lanes(load(last), read.count - (blocks - 1) * kLanes, all(-__builtin_inff())));
   for (b = 0; b < blocks; ++b) most = max(most, load(scores + b * kLanes));

@@ -62,7 +62,9 @@ class Worker:
     def __init__(self, settings: ServeSettings) -> None:
         fit_to_machine()
         folder = local_folder(settings.model)
-        self.pipeline = Pipeline.from_pretrained(folder, device=pick_device(settings.device), int8=settings.int8)
+        self.pipeline = Pipeline.from_pretrained(
+            folder, device=pick_device(settings.device), int8=settings.int8, weights=settings.weights
+        )
         self.info = model_info(self.pipeline, folder, name=settings.model_id or _name(settings.model))
         is_cuda = self.pipeline.device.type == "cuda"
         self.num_slots = settings.num_slots or (_SLOTS_CUDA if is_cuda else _SLOTS_CPU)

@@ -16,7 +16,10 @@ published model (252 M weights), milliseconds a step:
 
 `int8` is another function, close to the model: weights rounded to 8 bits, one scale an output (the largest is 127);
 inputs rounded to 8 bits, one scale a row. Products and sums are integers, exact in any order, so it is
-batch-invariant as well. Its effect on images is measured by benchmarks/int8_effect.py.
+batch-invariant as well. Its effect on images is measured by benchmarks/weights_effect.py.
+
+`int4` is coarser still: one scale for each 64 weights of an output, of 16 values; inputs as in int8. Only the compiled step has
+it. benchmarks/weights_effect.py measures it as well.
 
 A processor without VNNI adds two products of bytes in 16 bits, where they saturate. There the same integers are
 multiplied as float32, whose sums are exact below 2^24: the same bits, with the memory and about the speed of `packed`.
@@ -37,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.decoding.cpu.compiled_step import can_compile, compiled_step_model
+from engine.decoding.cpu.compiled_step import can_compile, compiled_step_model, lacking
 from engine.decoding.step_model import PaddingRule, StepLayer, StepModel, plain_step_model
 from engine.device import cpu_capabilities
 from engine.errors import InputError
@@ -46,13 +49,13 @@ from engine.models.transformer import KoDalle
 from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer, Shift, quick_gelu
 from kernels.decode_step import WeightKind
 
-Weights = Literal["plain", "packed", "int8"]
+Weights = Literal["plain", "packed", "int8", "int4"]
 # Fewer rows than this cost as much: the weights are read once either way (see the table).
 _PADDING_RULE = PaddingRule(multiple=1, minimum=4, tile=None)
 _ROWS_HINT = 16  # oneDNN picks the layout for this many; 1 to 16 made no difference in speed
 _ZERO_POINT = 128  # inputs are unsigned bytes for the processor's 8-bit dot product: stored + 128
 _EXACT_INPUTS = 1024  # 1024 * 127 * 127 < 2^24
-_KINDS: dict[Weights, WeightKind] = {"packed": "float32", "int8": "int8"}
+_KINDS: dict[Weights, WeightKind] = {"packed": "float32", "int8": "int8", "int4": "int4"}
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -84,9 +87,23 @@ def choose_weights(model: KoDalle, wanted: Weights | None = None) -> Weights:
     where = f"{wanted} on {weight.device}{isa}, {weight.dtype}, torch {torch.__version__}"
     if wanted == "packed" and not packable:
         raise InputError("weights", where, "not packed here: use plain, or float32 on an x86 processor")
+    if wanted == "int4" and (missing := _why_not_int4(model)) is not None:
+        raise InputError("weights", where, f"4-bit weights {missing}: use int8")
     if wanted == "int8" and not can_quantise(weight.dtype, weight.device):
         raise InputError("weights", where, "8-bit weights need an x86 processor and a dtype that it packs: use float32")
     return wanted
+
+
+def _why_not_int4(model: KoDalle) -> str | None:
+    """Why this model cannot be decoded with 4-bit weights here; None: it can. Only the compiled step has them."""
+    if can_compile(model, "int4"):
+        return None
+    lacks = lacking(model.config, "int4")
+    if lacks is not None:
+        return f"are not made for models with {lacks}"
+    return (
+        "need a float32 or bfloat16 model and the compiled step, which was built on x86 processors with a C++ compiler"
+    )
 
 
 @functools.cache
@@ -95,15 +112,26 @@ def _report_plain(dtype: torch.dtype) -> None:
     print(f"weights: {name} cannot be packed on this processor ({isa}): decoding uses them unpacked", file=sys.stderr)
 
 
+def is_compiled(model: KoDalle, weights: Weights) -> bool:
+    """Whether `make_step_model` takes the compiled step."""
+    return weights != "plain" and can_compile(model, _KINDS[weights])
+
+
 @torch.no_grad()
-def make_step_model(model: KoDalle, weights: Weights) -> StepModel:
-    """The model as decoding reads it. All but "plain" add a copy of the linear layers (int8: a quarter of one)."""
-    if weights != "plain" and can_compile(model, _KINDS[weights]):
+def make_step_model(model: KoDalle, weights: Weights, *, compiled: bool = True) -> StepModel:
+    """The model as decoding reads it. All but "plain" add a copy of the linear layers (int8: a quarter of one).
+
+    Args:
+        compiled: False: by torch's operators even where the compiled step computes it.
+    """
+    if compiled and weights != "plain" and can_compile(model, _KINDS[weights]):
         return compiled_step_model(model, _KINDS[weights])
     layers = cast(list[Layer], list(model.layers))
     head_weight, head_bias = model.head.image_rows()
     if weights == "plain":
         return plain_step_model(model)
+    if weights == "int4":
+        raise InputError("weights", weights, "4-bit weights need the compiled step: see `kodalle doctor`")
     if weights == "packed":
         packed: list[StepLayer] = [_PackedLayer(layer) for layer in layers]
         return StepModel(model, packed, _PackedLinear(head_weight, head_bias), _PADDING_RULE)

@@ -179,6 +179,8 @@ def made(files: Path, kodalle_run: Path) -> Path:
         (["--from", "guided.png", "--refine-with", "other"], "--refine-with: other: has digest "),
         (["--from", "plain.png", "--size", "48x32"], "--size: 48x32: is stated by plain.png: leave it out"),
         (["--from", "plain.png", "--int8"], "--int8: True: is stated by plain.png"),
+        (["--from", "plain.png", "--weights", "int4"], "--weights: int4: is stated by plain.png"),
+        (["MODEL", "CAPTION", "--weights", "int5"], "--weights: int5: write int8 or int4"),
         (["--from", "plain.png", "--image", "사진.png"], "--image: 사진.png: plain.png was made without an init image"),
         (["--from", "rows.png"], "--image: (nothing): rows.png was made from an init image, SHA-256 "),
         (["--from", "rows.png", "--image", "plain.png"], "--image: plain.png: is not the init image that rows.png"),

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from engine.config.transformer import TransformerConfig
-from engine.decoding.cpu import compiled_step, packed_weights
+from engine.decoding.cpu import compiled_step
 from engine.decoding.cpu.compiled_step import lacking, library
 from engine.decoding.cpu.packed_weights import Weights, make_step_model
 from engine.decoding.sampler import Sampler, evaluating
 from engine.decoding.slot_decoder import SlotDecoder
+from engine.errors import InputError
 from engine.models.transformer import KoDalle
 from engine.sampling_params import SamplingParams, SequenceRequest
 from tests.engine.decoding.cases import CONFIG, NULL, OPTIONS, TEXT, random_model
@@ -39,7 +40,7 @@ def _model(options: dict[str, Any]) -> KoDalle:
 
 def _logits(model: KoDalle, weights: Weights, *, compiled: bool, count: int = 5, threads: int = 1) -> Tensor:
     """(steps, count, V) of sequences that are fed the same tokens, two of three guided."""
-    sampler = Sampler(model, null_text_tokens=NULL, weights=weights)
+    sampler = Sampler(model, null_text_tokens=NULL, weights=weights, compiled=compiled)
     prefix, null = sampler.prefill(TEXT), sampler.null_prefix()
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(CONFIG.image_vocab_size, (count, CONFIG.image_seq_len), generator=generator)
@@ -79,12 +80,11 @@ def test_float32_logits_are_those_of_the_model(name: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8_bit_logits_are_those_of_torch_s_operators(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_8_bit_logits_are_those_of_torch_s_operators(dtype: torch.dtype) -> None:
     """Not to the bit: between products sums have another order, and an integer at the edge of two may be the other one."""
     model = _model({"qk_norm": True}).to(dtype)
     exact = _logits(copy.deepcopy(model).float(), "plain", compiled=False)
     compiled = _logits(model, "int8", compiled=True)
-    monkeypatch.setattr(packed_weights, "can_compile", lambda *_: False)
     operators = _logits(copy.deepcopy(model).float(), "int8", compiled=False)
 
     def error(one: Tensor, other: Tensor) -> float:
@@ -93,6 +93,33 @@ def test_8_bit_logits_are_those_of_torch_s_operators(monkeypatch: pytest.MonkeyP
     assert 1e-4 < error(operators, exact) < 0.1
     # A bfloat16 model reads captions in bfloat16.
     assert error(compiled, operators) < (0.2 if dtype == torch.float32 else 3) * error(operators, exact)
+
+
+WIDE = CONFIG.model_copy(update={"dim": 64, "num_heads": 4})  # int4 has groups of 64 inputs
+
+
+@needs_library
+def test_4_bit_logits_are_near_and_free_of_the_batch() -> None:
+    model = random_model(WIDE)
+    plain, int4 = (_logits(model, weights, compiled=weights == "int4") for weights in ("plain", "int4"))
+    error = (int4 - plain).square().mean().sqrt() / plain.square().mean().sqrt()
+    assert 0.02 < error < 0.3  # 4 bits leave 8 % a product
+    sampler = Sampler(model, null_text_tokens=NULL, weights="int4")
+    prefix = sampler.prefill(TEXT)
+    requests = [SequenceRequest(n % 3, KINDS[n % 3].updated(seed=n), candidate=n % 4) for n in range(12)]
+    for request, tokens in zip(requests, sampler.decode(prefix, requests), strict=True):
+        assert torch.equal(sampler.decode(prefix, [request])[0], tokens)
+
+
+@needs_library
+def test_where_there_are_no_4_bit_weights_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        InputError, match=r"weights: int4 on cpu .*not made for models with dim = 32, no multiple of 64"
+    ):
+        Sampler(_model({}), weights="int4")
+    monkeypatch.setattr(compiled_step, "library", lambda: None)
+    with pytest.raises(InputError, match=r"int4 on cpu .*need .*the compiled step.*: use int8"):
+        Sampler(random_model(WIDE), weights="int4")
 
 
 @needs_library

@@ -1,10 +1,16 @@
-"""The effect of 8-bit arithmetic on images: python benchmarks/int8_effect.py MODEL PAIRS [--captions 40] [--out FOLDER]
+"""The effect of coarser weights on images: python benchmarks/weights_effect.py MODEL PAIRS [--weights int4] [--captions 40]
 
-Generates from held-out captions of a prepared folder twice, in float32 and in 8 bits, same seeds, and compares
+Generates from held-out captions of a prepared folder twice, by the compiled step in float32 and in another way, same seeds:
+
+    int8        8-bit weights and inputs, and the VQGAN's convolutions in 8 bits, where the processor has them
+    int4        4-bit weights, 8-bit inputs, and the same convolutions
+    operators   float32 by torch's operators: the same function, sums in another order
+
+and compares
 
     tokens      how many are the same; and how many would be if both had the same tokens so far
     scores      KoCLIP's of each candidate (its own arithmetic is float32 in both)
-    images      the same tokens, decoded by the VQGAN in float32 and in 8 bits: PSNR, grey levels
+    images      the same tokens, decoded by the VQGAN of either: PSNR, grey levels
 
 The last line is one JSON document.
 """
@@ -35,20 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("pairs", type=Path, help="prepared folder; captions of its validation split are used")
+    parser.add_argument(
+        "--weights", choices=["int8", "int4", "operators"], default="int8", help="what is compared with float32"
+    )
     parser.add_argument("--captions", type=int, default=40)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, default=None, help="folder for int8_effect.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder for <weights>.json")
     arguments = parser.parse_args()
     exact = Pipeline.from_pretrained(arguments.model, dtype=torch.float32)
-    rough = Pipeline.from_pretrained(arguments.model, dtype=torch.float32, int8=True)
+    rough = rough_pipeline(arguments.model, arguments.weights)
     captions = sorted({caption for pair in load_pairs(arguments.pairs).validation for caption in pair.captions})[
         : arguments.captions
     ]
     options = SamplingParams(temperature=arguments.temperature)
     rows: list[dict[str, Any]] = []
-    with ProgressBar("int8 effect", total=len(captions)) as bar:
+    with ProgressBar("weights effect", total=len(captions)) as bar:
         for number, caption in enumerate(captions):
             both = [
                 pipeline([caption], candidates=arguments.candidates, seed=arguments.seed, sampling_params=options)[0]
@@ -57,7 +66,8 @@ def main() -> None:
             rows.append(compare(exact, rough, caption, both[0], both[1], arguments.seed, options))
             bar.update(number + 1)
     document = {
-        "benchmark": "int8_effect",
+        "benchmark": "weights_effect",
+        "weights": arguments.weights,
         **facts(torch.device("cpu")),
         "model": arguments.model.name,
         "captions": len(captions),
@@ -66,12 +76,29 @@ def main() -> None:
         "temperature": arguments.temperature,
         **summary(rows),
     }
-    for name in ("same_tokens", "same_next_token", "score_float32", "score_int8", "score_change", "psnr_db"):
+    for name in (
+        "same_tokens",
+        "same_next_token",
+        "same_images",
+        "score_float32",
+        "score_other",
+        "score_change",
+        "psnr_db",
+    ):
         print(f"{name:16} {'equal' if document[name] is None else format(document[name], '.4f')}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / "int8_effect.json", document)
+        write_json(arguments.out / f"{arguments.weights}.json", document)
     print_document(document)
+
+
+def rough_pipeline(model: Path, weights: str) -> Pipeline:
+    """What is compared with float32."""
+    if weights != "operators":
+        return Pipeline.from_pretrained(model, dtype=torch.float32, int8=True, weights=weights)  # type: ignore[arg-type]
+    pipeline = Pipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.sampler = Sampler(pipeline.transformer, compiled=False)
+    return pipeline
 
 
 def compare(
@@ -91,16 +118,13 @@ def compare(
     errors = (rough.decode_images(tokens) * 255 - pixels).abs()
     requests = [SequenceRequest(0, options.updated(seed=seed), candidate=number) for number in range(len(tokens))]
     text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
-    next_tokens = [
-        next_tokens_after(Sampler(exact.transformer, weights=weights), text, requests, tokens)
-        for weights in ("packed", "int8")
-    ]
+    next_tokens = [next_tokens_after(one.sampler, text, requests, tokens) for one in (exact, rough)]
     return {
         "same_tokens": float((tokens == other_tokens).float().mean()),
         "same_images": float((tokens == other_tokens).all(1).float().mean()),
         "same_next_token": float((next_tokens[0] == next_tokens[1]).float().mean()),
         "scores": [one.score for one in candidates],
-        "scores_int8": [one.score for one in others],
+        "other_scores": [one.score for one in others],
         "squared_error": float(errors.square().mean()),
         "mean_grey_levels": float(errors.mean()),
         "largest_grey_levels": float(errors.max()),
@@ -129,16 +153,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("same_tokens", "same_images", "same_next_token", "mean_grey_levels")
     }
     scores = [score for row in rows for score in row["scores"]]
-    scores_int8 = [score for row in rows for score in row["scores_int8"]]
+    others = [score for row in rows for score in row["other_scores"]]
     squared_error = statistics.mean(row["squared_error"] for row in rows)
-    changes = [after - before for before, after in zip(scores, scores_int8, strict=True)]
+    changes = [after - before for before, after in zip(scores, others, strict=True)]
     means |= {
         "score_float32": statistics.mean(scores),
-        "score_int8": statistics.mean(scores_int8),
+        "score_other": statistics.mean(others),
         "score_change": statistics.mean(changes),
         "score_change_standard_error": statistics.stdev(changes) / math.sqrt(len(changes)),
         "best_score_float32": statistics.mean(max(row["scores"]) for row in rows),
-        "best_score_int8": statistics.mean(max(row["scores_int8"]) for row in rows),
+        "best_score_other": statistics.mean(max(row["other_scores"]) for row in rows),
         # None: equal, where the processor has no 8-bit convolutions and the VQGAN runs in float32 both times
         "psnr_db": 10 * math.log10(255**2 / squared_error) if squared_error else None,
         "largest_grey_levels": max(row["largest_grey_levels"] for row in rows),
