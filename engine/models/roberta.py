@@ -60,7 +60,8 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(rows, H, padding_idx=PAD_TOKEN, dtype=torch.float32)
 
     def forward(self, tokens: Tensor, is_word: Tensor) -> Tensor:
-        positions = is_word.cumsum(dim=1) * is_word + PAD_TOKEN  # (M, T)
+        is_counted = is_word.long()  # ONNX sums no booleans
+        positions = is_counted.cumsum(dim=1) * is_counted + PAD_TOKEN  # (M, T)
         embedded = self.word_embeddings(tokens) + self.token_type_embeddings(torch.zeros_like(tokens))
         embedded = embedded + self.position_embeddings(positions)
         hidden: Tensor = self.dropout(self.LayerNorm(embedded))
