@@ -78,6 +78,7 @@ soak: $(READY)  ## an hour or so: tests and benchmarks that `make test` leaves o
 	$(BIN)/python -m pytest -q -m soak
 	$(BIN)/python benchmarks/serve_fuzz.py --server direct --out $(RESULTS)/serve_fuzz
 	$(BIN)/python benchmarks/serve_fuzz.py --server ray --out $(RESULTS)/serve_fuzz
+	$(BIN)/python benchmarks/serve_floods.py --server direct --out $(RESULTS)/serve_floods
 	$(BIN)/python benchmarks/serve_hangups.py --model $(MODEL) --server direct --out $(RESULTS)/serve_hangups
 	$(BIN)/python benchmarks/serve_hangups.py --model $(MODEL) --server ray --out $(RESULTS)/serve_hangups
 	$(BIN)/python benchmarks/serve_seeds.py --model $(MODEL) --out $(RESULTS)/serve_seeds

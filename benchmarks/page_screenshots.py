@@ -123,25 +123,58 @@ def photograph_words(browser: Browser, address: str, out: Path) -> None:
             save(page, out / f"words-{language}.png")
 
 
-def photograph_phone(browser: Browser, address: str, out: Path) -> None:
-    """The form, a result, and one image large, side by side."""
+def photograph_keeping(browser: Browser, address: str, out: Path) -> None:
+    """The gallery with images chosen, two of them compared, and a size to download: in both languages, on desktop and phone."""
+    with opened(browser, address, _DESKTOP, scheme="light") as page:
+        fill_gallery(page)
+        for language in ("ko", "en"):
+            choose(page, (0, 2, 4))
+            save(page, out / f"gallery-chosen-{language}.png")
+            compare(page, 40)
+            save(page, out / f"compare-{language}.png")
+            page.keyboard.press("Escape")
+            page.locator("#gallery-grid [data-action^=open]").first.click()
+            page.locator("#viewer-size").select_option(index=1)
+            save(page, out / f"viewer-size-{language}.png")
+            page.keyboard.press("Escape")
+            page.locator("#selection [data-action=let-go]").click()
+            page.locator("#language-button").click()
     with opened(browser, address, _PHONE, scheme="light", scale=1.25) as page:
-        shots = [page.screenshot()]
+        fill_gallery(page)
+        for language, name in {"ko": "봄 기획", "en": "Spring"}.items():
+            choose(page, (0, 2))
+            page.mouse.move(1, 1)
+            shots = [page.screenshot()]
+            page.locator("#selection [data-action=collect]").click()
+            page.locator("#collection-new").fill(name)
+            shots.append(page.screenshot())
+            page.keyboard.press("Escape")
+            compare(page, 60)
+            shots.append(page.screenshot())
+            page.keyboard.press("Escape")
+            page.locator("#selection [data-action=let-go]").click()
+            page.locator("#language-button").click()
+            write(side_by_side(shots), out / f"phone-keeping-{language}.png")
+
+
+def photograph_phone(browser: Browser, address: str, out: Path) -> None:
+    """The form, a result, and one image large, side by side, in both languages."""
+    with opened(browser, address, _PHONE, scheme="light", scale=1.25) as page:
+        forms = [page.screenshot()]
+        page.locator("#language-button").click()
+        forms.append(page.screenshot())
+        page.locator("#language-button").click()
         generate_example(page, 2, seed=21)
         page.locator(".card.done").wait_for()
-        page.locator("#board").scroll_into_view_if_needed()
-        page.mouse.move(1, 1)
-        shots.append(page.screenshot())
-        page.locator("#generations [data-action=open-0]").click()
-        shots.append(page.screenshot())
-    images = [Image.open(io.BytesIO(shot)) for shot in shots]
-    gap = 24
-    sheet = Image.new("RGB", (sum(each.width + gap for each in images) - gap, images[0].height), "#8a8a8a")
-    left = 0
-    for each in images:
-        sheet.paste(each, (left, 0))
-        left += each.width + gap
-    write(sheet, out / "phone-ko.png")
+        for language, form in zip(("ko", "en"), forms, strict=True):
+            page.locator("#board").scroll_into_view_if_needed()
+            page.mouse.move(1, 1)
+            shots = [form, page.screenshot()]
+            page.locator("#generations [data-action=open-0]").click()
+            shots.append(page.screenshot())
+            page.keyboard.press("Escape")
+            page.locator("#language-button").click()
+            write(side_by_side(shots), out / f"phone-{language}.png")
 
 
 def photograph_sheets(browser: Browser, address: str, out: Path) -> None:
@@ -184,6 +217,7 @@ SHOTS = {
     "desktop": photograph_desktop,
     "dark": photograph_dark,
     "words": photograph_words,
+    "keeping": photograph_keeping,
     "phone": photograph_phone,
     "sheets": photograph_sheets,
 }
@@ -209,6 +243,40 @@ def generate_example(page: Page, number: int, *, seed: int) -> None:
     page.locator("#examples button").nth(number).evaluate("button => button.click()")
     page.locator("#seed").fill(str(seed))
     page.locator("#generate").click()
+
+
+def fill_gallery(page: Page) -> None:
+    """Two generations, seen in the gallery. What is shown are the best of few candidates: the gallery is the subject."""
+    page.locator("#candidates").fill("4")
+    for count, (number, seed) in enumerate(((2, 21), (4, 22)), start=1):
+        generate_example(page, number, seed=seed)
+        page.locator(".card.done").nth(count - 1).wait_for()
+    page.locator("#to-gallery").click()
+    page.locator("#gallery-grid li").nth(7).wait_for()
+
+
+def choose(page: Page, numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        page.locator("#gallery-grid [data-action=select]").nth(number).check()
+
+
+def compare(page: Page, share: int) -> None:
+    """The chosen images on top of each other, `share` percent of the left one."""
+    page.locator("#selection [data-action=compare]").click()
+    page.locator("input[name=compare-view][value=over]").check(force=True)
+    page.locator("#compare-border").fill(str(share))
+    page.mouse.move(1, 1)
+
+
+def side_by_side(shots: list[bytes]) -> Image.Image:
+    images = [Image.open(io.BytesIO(shot)) for shot in shots]
+    gap = 24
+    sheet = Image.new("RGB", (sum(each.width + gap for each in images) - gap, images[0].height), "#8a8a8a")
+    left = 0
+    for each in images:
+        sheet.paste(each, (left, 0))
+        left += each.width + gap
+    return sheet
 
 
 def paint(page: Page, places: list[tuple[float, float]]) -> None:

@@ -7,6 +7,8 @@ every connection, and answers malformed HTTP in plain text. Here
     trailers          have at most `MAX_HEAD_BYTES` together with chunk extensions, and are dropped: a proxy may have
                       checked the headers alone
     refused bodies    end with their connection, `_LINGER_S` after the reply
+    pipelined         requests are at most `MAX_PIPELINED` beside the one that is answered; a read of 256 KiB holds thousands,
+                      of 3 KB each
     replies           that a client does not read for `WRITE_TIMEOUT_S` end with their connection
     connections       are at most `max_connections()`, half of them of one address; beyond, the one that has waited
                       longest without a request makes room, and where there is none the new one gets 503
@@ -18,10 +20,11 @@ and the answer is the usual error object. WebSockets are disabled. Ray's proxy u
 import asyncio
 import functools
 import resource
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serve.api.errors import Failure
 from serve.arguments import KEEP_ALIVE_S
@@ -29,6 +32,7 @@ from serve.arguments import KEEP_ALIVE_S
 MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers; and all trailers again
 HEAD_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
+MAX_PIPELINED = 16
 MAX_CONNECTIONS = 2000
 _MIN_READ_BYTES = 16 * 1024  # that a client takes in WRITE_TIMEOUT_S: 4 kbit/s
 _DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
@@ -58,6 +62,7 @@ class BoundedHttp(HttpToolsProtocol):
     _is_advancing = False  # the parser has found something in the latest bytes
     _write_timer: asyncio.TimerHandle | None = None
     _unread_bytes = 0  # of replies, when the timer was started
+    _running: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the latest that was read
     _is_broken = False  # malformed HTTP was received, or a reply sent early: further bytes are ignored
 
     # ---------------------------------------------------------------------------------------------------- connections
@@ -94,9 +99,19 @@ class BoundedHttp(HttpToolsProtocol):
     def _is_idle(self) -> bool:
         return self.cycle is None or bool(self.cycle.response_complete)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = (
+                True  # uvicorn says so to the latest alone: others would write to what is closed
+            )
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     # ------------------------------------------------------------------------------------------- what the parser finds
@@ -121,6 +136,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_head_timer()
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
             raise _HeadTooLarge  # the parser reports it as malformed HTTP
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _TooManyPipelined  # those before it are answered, then the connection ends
         super().on_headers_complete()
 
     def on_chunk_header(self) -> None:
@@ -245,6 +262,10 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class _HeadTooLarge(Exception):
+    pass
+
+
+class _TooManyPipelined(Exception):
     pass
 
 
