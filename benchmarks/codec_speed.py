@@ -7,6 +7,7 @@
     image threads  the same modules, one image a thread (engine.codec.threads)
     row tiles      Winograd convolutions on tiles of rows, one image a thread (engine.codec.vqgan_cpu)
     int8           row tiles with 8-bit convolutions; only on processors with VNNI
+    bfloat16       the modules channels last, one image a thread; only on processors that multiply it
     onnx           the exported decoder in ONNX Runtime
 
 The ways are timed in turns, one run each a round, so that other load on the machine meets all of them. On a busy machine
@@ -15,6 +16,7 @@ and, as the last line, one JSON document, also stored in <out>/results/codec_spe
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -33,12 +35,15 @@ from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import open_koclip, open_vqgan
 from engine.codec.onnx_export import export_model
 from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
-from engine.device import fit_to_machine
+from engine.device import cpu_capabilities, fit_to_machine
 from engine.facts import facts
 from engine.measure import count_flops
 from engine.models.folder import Part, load_part, write_model_folder
+from engine.models.folder_config import has_part
 from engine.models.koclip import KoClip
 from engine.models.vqgan import Vqgan
+from engine.pipeline.pipeline import Pipeline
+from engine.sampling_params import SamplingParams
 
 _PUBLISHED = "published"
 _CPU = torch.device("cpu")
@@ -101,6 +106,8 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
     }
     if decodes_int8(_CPU):
         decoders["int8"] = FastDecoder(vqgan, precision="int8").decode
+    if cpu_capabilities().multiplies_bfloat16:
+        decoders["bfloat16"] = FastDecoder(vqgan, precision="bfloat16").decode
     embedders: dict[str, Work] = {
         "modules": koclip.embed_images,
         "image threads": KoclipEncoder(koclip).embed_images,
@@ -108,12 +115,21 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
     }
     generator = torch.Generator("cpu").manual_seed(0)
     for count in arguments.images:
-        shape = (count, vqgan.config.image_seq_len)
-        tokens = torch.randint(vqgan.config.codebook_size, shape, generator=generator, dtype=torch.int64, device=_CPU)
+        tokens = _tokens(folder, vqgan.config, count, generator)
         yield from _compare(f"{Path(model).name}: decode", decoders, tokens, arguments.repeat)
         size = koclip.config.image_size
         images = torch.rand(count, 3, size, size, generator=generator, dtype=torch.float32, device=_CPU)
         yield from _compare(f"{Path(model).name}: embed images", embedders, images, arguments.repeat)
+
+
+def _tokens(folder: Path, config: Any, count: int, generator: torch.Generator) -> Tensor:
+    """(count, N): of images that the model generates; random ones without a transformer."""
+    if has_part(folder, "transformer"):
+        pipeline = Pipeline.from_pretrained(folder)
+        captions = pipeline.caption_guide.examples[:1]
+        return pipeline.decode(pipeline.prepare(captions, SamplingParams(candidates=count)))[0]
+    shape = (count, config.image_seq_len)
+    return torch.randint(config.codebook_size, shape, generator=generator, dtype=torch.int64, device=_CPU)
 
 
 @torch.inference_mode()
@@ -122,7 +138,7 @@ def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> l
     print(f"{what}, {len(batch)} images", file=sys.stderr, flush=True)
     baseline = next(iter(works))
     expected, flops = count_flops(lambda: works[baseline](batch))
-    errors = {name: float((work(batch) - expected).abs().max()) for name, work in works.items()}  # also the warm-up
+    differences = {name: work(batch) - expected for name, work in works.items()}  # also the warm-up
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(repeat):
         for name, work in works.items():
@@ -141,12 +157,19 @@ def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> l
             "cpu_seconds": statistics.median(cpu_seconds),
             "cpu_seconds_range": [min(cpu_seconds), max(cpu_seconds)],
             "gflop": flops / 1e9,  # of the modules; Winograd needs a quarter of a convolution's products
-            "max_abs_error": errors[name],
+            "max_abs_error": float(differences[name].abs().max()),
+            "psnr_db": _psnr(differences[name]),
         })  # fmt: skip
     for row in rows:
         for unit in ("seconds", "cpu_seconds"):
             row[f"times_faster_by_{unit}"] = rows[0][unit] / row[unit]
     return rows
+
+
+def _psnr(difference: Tensor) -> float | None:
+    """Of values in [0, 1]; None: no difference at all."""
+    squared = float(difference.double().square().mean())
+    return None if squared == 0 else round(-10 * math.log10(squared), 1)
 
 
 def _write_published(folder: Path) -> None:
@@ -173,10 +196,22 @@ def _table(rows: list[Row]) -> str:
             f"{row['times_faster_by_cpu_seconds']:.2f}x",
             f"{row['gflop'] / row['cpu_seconds']:.0f}",
             f"{row['max_abs_error']:.1e}",
+            "-" if row["psnr_db"] is None else f"{row['psnr_db']:.0f}",
         ]
         for row in rows
     ]
-    header = ["what", "way", "clock", "modules/it", "processor", "range", "modules/it", "GFLOP/s", "max abs error"]
+    header = [
+        "what",
+        "way",
+        "clock",
+        "modules/it",
+        "processor",
+        "range",
+        "modules/it",
+        "GFLOP/s",
+        "max abs error",
+        "dB",
+    ]
     return table("Images on a CPU, float32: median times of a batch", header, cells)
 
 

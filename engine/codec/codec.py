@@ -16,7 +16,7 @@ import torch
 
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import OnnxKoClip, OnnxVqgan, open_koclip, open_vqgan
-from engine.codec.vqgan_decoder import FastDecoder, Precision, decodes_int8
+from engine.codec.vqgan_decoder import FastDecoder, Precision, decodes_int8, fastest_precision
 from engine.config.codec import CodecBackend, VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
@@ -36,8 +36,8 @@ class Codec(NamedTuple):
         """The torch codec, in the models' dtype. It holds copies of the weights: build a new one after training on.
 
         Args:
-            int8: 8-bit convolutions in the VQGAN decoder; where there are none (a CPU without VNNI, another family of codec)
-                the codec's dtype instead, which one line on stderr reports.
+            int8: 8-bit convolutions in the VQGAN decoder, or bfloat16 where that is faster (`fastest_precision`); where there
+                are none (a CPU without VNNI, another family of codec) the codec's dtype, which one line on stderr reports.
 
         Raises:
             InputError: `int8` on a GPU.
@@ -51,7 +51,7 @@ class Codec(NamedTuple):
             isa = cpu_capabilities().isa
             _report_no_int8(precision, f"which is slower on a processor without VNNI ({isa})")
         elif int8:
-            precision = "int8"
+            precision = fastest_precision(vqgan)
         decoder = FastDecoder(vqgan, precision=precision)
         return cls(decoder, None if koclip is None else KoclipEncoder(koclip))
 

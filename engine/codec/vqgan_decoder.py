@@ -1,7 +1,7 @@
 """The fast decoder of a codec: the images of `ImageCodec.decode` up to rounding, at the machine's speed.
 
     VQGANs, CPU, float32 and int8             engine.codec.vqgan_cpu: row tiles, Winograd or 8-bit convolutions
-    CPU, 16 bit or narrow or another family   the modules, an image a thread
+    CPU, 16 bit or narrow or another family   the modules, an image a thread; bfloat16 channels last
     GPU                                       engine.codec.vqgan_cuda: VQGANs channels last; one CUDA graph
 
 The codebook and the 1x1 convolution after it are one table (`latent_table`, 16,384 x 256 as published): a code's latent
@@ -48,8 +48,8 @@ class FastDecoder:
     Args:
         codec: on a CPU or a GPU, of any dtype; not changed. Its decoder is read once more for a grid that is no whole tiles.
         precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
-            only: about twice as fast as float32 (benchmarks/results/sample_speed); 61 dB of PSNR to its images for the
-            demo's codec, 0.2 grey levels in the mean and 4 at most (benchmarks/results/int8_effect). VQGANs only.
+            only: 1.6 times as fast as float32 in wide decoders (benchmarks/results/codec_layers). VQGANs only. `fastest_precision`
+            chooses.
         row_tiles: float32 on a CPU: decode in row tiles; None: where the decoder is wide enough for it to pay.
 
     Raises:
@@ -80,8 +80,8 @@ class FastDecoder:
             self._source = codec.decoder
         else:
             module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
-            is_wide = not isinstance(codec.config, VqganConfig) or codec.config.base_channels >= _WIDE_CHANNELS
-            self._layout = torch.channels_last if is_wide else torch.contiguous_format
+            keeps_layout = dtype != torch.bfloat16 and _is_narrow(codec)
+            self._layout = torch.contiguous_format if keeps_layout else torch.channels_last
             self._module = module.to(dtype=dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
             self._table = self._table.to(dtype)
             self._to_images = codec.to_images
@@ -167,6 +167,19 @@ def decodes_int8(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_capabilities().packs_int8
 
 
+def fastest_precision(codec: ImageCodec) -> Precision:
+    """Where images may differ a little from float32's, and `decodes_int8` holds: int8, but bfloat16 for narrow VQGANs.
+
+    Narrow convolutions end before the passes over their input have paid: at 32 channels and 128 pixels (models/clothing) an image takes
+    36 ms of an AVX512_BF16 core in int8 and 27 ms in bfloat16, which is as near to float32 (benchmarks/results/codec_speed).
+    """
+    return "bfloat16" if _is_narrow(codec) and cpu_capabilities().multiplies_bfloat16 else "int8"
+
+
+def _is_narrow(codec: ImageCodec) -> bool:
+    return isinstance(codec.config, VqganConfig) and codec.config.base_channels < _WIDE_CHANNELS
+
+
 def _cuda_decoder(codec: ImageCodec, table: Tensor, dtype: torch.dtype) -> "CudaDecoder":
     from engine.codec.vqgan_cuda import CudaDecoder  # its kernels import Triton, which a CPU does not need
 
@@ -176,4 +189,4 @@ def _cuda_decoder(codec: ImageCodec, table: Tensor, dtype: torch.dtype) -> "Cuda
 def _uses_row_tiles(codec: ImageCodec, row_tiles: bool | None) -> bool:
     if not isinstance(codec.config, VqganConfig):
         return False
-    return codec.config.base_channels >= _WIDE_CHANNELS if row_tiles is None else row_tiles
+    return not _is_narrow(codec) if row_tiles is None else row_tiles

@@ -26,7 +26,7 @@ from engine.codec.onnx_backend import (
     open_vqgan,
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
-from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
+from engine.codec.vqgan_decoder import FastDecoder, decodes_int8, fastest_precision
 from engine.config.codec import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
@@ -266,7 +266,7 @@ def test_int8_where_the_processor_gains_by_it(model: Path, capsys: pytest.Captur
     decoders = [open_codec(model, vqgan, None, backend="torch", device=CPU, int8=True).decoder for _ in range(2)]
     assert isinstance(decoders[0], FastDecoder)
     has_int8 = decodes_int8(CPU)
-    assert decoders[0].precision == ("int8" if has_int8 else "float32")
+    assert decoders[0].precision == (fastest_precision(vqgan) if has_int8 else "float32")
     assert [line[:22] for line in capsys.readouterr().err.splitlines()] == (
         [] if has_int8 else ["codec: float32 instead"]
     )

@@ -250,6 +250,18 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
         FastDecoder(vqgan, precision="int8")
 
 
+@pytest.mark.parametrize(
+    ("channels", "multiplies", "expected"), [(32, True, "bfloat16"), (32, False, "int8"), (64, True, "int8")]
+)
+def test_narrow_decoders_take_bfloat16_for_int8_where_the_machine_multiplies_it(
+    channels: int, multiplies: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capable = dataclasses.replace(cpu_capabilities(), multiplies_bfloat16=multiplies, packs_int8=True)
+    monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: capable)
+    narrow = Vqgan(VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels})))
+    assert vqgan_decoder.fastest_precision(narrow) == expected
+
+
 # --------------------------------------------------------------------------------------------------------- faults
 
 

@@ -1,0 +1,178 @@
+"""Where the time of decoding an image goes on a CPU, layer by layer, beside the machine's limit: python benchmarks/codec_layers.py
+
+Decodes at the published size (random weights) on one thread, as each thread of a batch does, with the two ways of
+engine.codec.vqgan_cpu, and times every step of the network. Times are of the processor, best of `--repeat`.
+
+The floor of a step is its products over the speed of the processor's best convolution or matrix product in that type, measured in the
+same run: in float32 those that Winograd needs (a quarter of a direct convolution's; 25 of 144 after a doubling), in 8 bits a direct
+convolution's, but Winograd's for the doublings, which stay in float32. Passes over memory are not in it: rows stay in the cache.
+The last line is one JSON document, also stored in <out>/results/codec_layers/<hardware>.json.
+"""
+
+import argparse
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine_facts import print_document, store_document
+from sampling.plan import published_sizes
+from text_table import table
+from torch import Tensor
+
+from engine.codec.vqgan_cpu import CpuDecoder, _Attention, _Block
+from engine.codec.vqgan_row_tiles import ThreadPool, convolve
+from engine.device import cpu_capabilities
+from engine.facts import facts
+from engine.models.vqgan import Vqgan
+from kernels.int8_conv import Int8Conv
+
+_CPU = torch.device("cpu")
+_WINOGRAD, _DOUBLED = 36 / 144, 25 / 144  # products of a direct convolution's that are left
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vqgan = Vqgan(published_sizes()[1]).eval()
+    document: dict[str, Any] = {"benchmark": "codec_layers", **facts(_CPU)}
+    document["gflops"] = peaks = _peaks(arguments.repeat)
+    document["rows"] = []
+    with torch.no_grad():
+        for precision in ("float32", "int8") if cpu_capabilities().packs_int8 else ("float32",):
+            decoder = CpuDecoder(vqgan.decoder, int8=precision == "int8")
+            rows = _layers(decoder, vqgan.latent_table()[:256].view(16, 16, -1), arguments.repeat)
+            for name, (seconds, direct, left) in rows.items():
+                peak = peaks["int8"] if precision == "int8" and left == 1 else peaks["float32"]
+                floor_s = direct * left / peak / 1e9
+                document["rows"].append({
+                    "precision": precision, "layer": name, "ms": round(1e3 * seconds, 1), "gflop": round(direct / 1e9, 1),
+                    "floor_ms": round(1e3 * floor_s, 1), "share_of_floor": round(floor_s / seconds, 2),
+                })  # fmt: skip
+    _print(document)
+    store_document(document, arguments.out, quick=False)
+    print_document(document)
+    return 0
+
+
+def _peaks(repeat: int) -> dict[str, float]:
+    """GFLOP/s of one core: the best of some convolutions and matrix products."""
+    best: dict[str, float] = defaultdict(float)
+    dtypes = {"float32": torch.float32} | (
+        {"bfloat16": torch.bfloat16} if cpu_capabilities().multiplies_bfloat16 else {}
+    )
+    with torch.inference_mode():
+        for channels, side in ((128, 64), (256, 64), (512, 32)):
+            flops = 18 * channels * channels * side * side
+            for name, dtype in dtypes.items():
+                pixels = torch.randn(1, channels, side, side, device=_CPU, dtype=torch.float32).to(dtype)
+                weight = torch.randn(channels, channels, 3, 3, device=_CPU, dtype=torch.float32).to(dtype)
+                pixels, weight = (value.to(memory_format=torch.channels_last) for value in (pixels, weight))
+                best[name] = max(
+                    best[name], flops / _best(lambda p=pixels, w=weight: F.conv2d(p, w, padding=1), repeat) / 1e9
+                )
+                square = torch.randn(1024, 1024, device=_CPU, dtype=torch.float32).to(dtype)
+                best[name] = max(best[name], 2 * 1024**3 / _best(lambda s=square: s @ s, repeat) / 1e9)
+            if cpu_capabilities().packs_int8:
+                conv = Int8Conv(torch.randn(channels, channels, 3, 3, device=_CPU), torch.zeros(channels, device=_CPU))
+                padded = torch.randint(0, 255, (side + 2, side + 2, channels), dtype=torch.uint8, device=_CPU)
+                out = torch.empty(side, side, channels, dtype=torch.float32, device=_CPU)
+                work = lambda c=conv, p=padded, o=out: c(p, o, x_scale=0.1, zero_point=3, add=False)
+                best["int8"] = max(best["int8"], flops / _best(work, repeat) / 1e9)
+    return {name: round(value) for name, value in best.items()}
+
+
+def _layers(decoder: CpuDecoder, latents: Tensor, repeat: int) -> dict[str, tuple[float, float, float]]:
+    """By layer: seconds of all that are alike, operations of a direct convolution, share of them that is left."""
+    best: dict[str, list[float]] = {}
+    for _ in range(repeat + 1):
+        for name, (seconds, direct, left) in _one_image(decoder, latents).items():
+            best[name] = [min(seconds, best.get(name, [seconds])[0]), direct, left]
+    return {name: (seconds, direct, left) for name, (seconds, direct, left) in best.items()}
+
+
+def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, list[float]]:
+    threads, found = ThreadPool(threading.local()), defaultdict(lambda: [0.0, 0.0, 1.0])
+    int8 = decoder._int8
+
+    def timed(name: str, direct: float, left: float, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = work()
+        found[name] = [found[name][0] + time.process_time() - start, found[name][1] + direct, left]
+        return result
+
+    stream = threads.buffer("stream 0", *latents.shape[:2], decoder._first.channels_out)
+    moments = timed(
+        "first convolution", 18 * latents.numel() * stream.shape[2], _WINOGRAD,
+        lambda: convolve(decoder._first, latents, stream, threads, spans=int8),
+    )  # fmt: skip
+    for number, step in enumerate(decoder._steps, start=1):
+        H, W, C = stream.shape
+        here = f"{C} channels, {H} x {W}"
+        if isinstance(step, _Attention):
+            direct = 2 * H * W * (4 * C * C + 2 * H * W * C)
+            run = lambda: step(stream, moments, threads, name=f"stream {number}")  # noqa: B023
+            stream, moments = timed(f"attention, {here}", direct, 0.999, run)  # float32 in both
+        elif isinstance(step, _Block):
+            K = step._conv1.channels_out
+            direct = H * W * (18 * (C * K + K * K) + (2 * C * K if step._shortcut is not None else 0))
+            run = lambda: step(stream, moments, threads, name=f"stream {number}")  # noqa: B023
+            stream, moments = timed(f"residual blocks, {K} channels, {H} x {W}", direct, 1 if int8 else _WINOGRAD, run)
+        else:
+            larger = threads.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
+            run = lambda: convolve(step, stream, larger, threads, spans=int8)  # noqa: B023
+            moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, run)
+            stream = larger
+    return dict(found)
+
+
+def _best(work: Callable[[], Any], repeat: int) -> float:
+    work()
+    seconds = []
+    for _ in range(2 * repeat):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def _print(document: dict[str, Any]) -> None:
+    print("GFLOP/s of one core:", ", ".join(f"{name} {value}" for name, value in document["gflops"].items()))
+    for precision in dict.fromkeys(row["precision"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["precision"] == precision]
+        total = sum(row["ms"] for row in rows)
+        lines = [
+            [
+                row["layer"],
+                f"{row['ms']:.0f}",
+                f"{row['ms'] / total:.0%}",
+                f"{row['gflop']:.1f}",
+                f"{row['floor_ms']:.0f}",
+                f"{row['share_of_floor']:.0%}",
+            ]
+            for row in rows
+        ]
+        floor = sum(row["floor_ms"] for row in rows)
+        lines.append(
+            [
+                "all",
+                f"{total:.0f}",
+                "100%",
+                f"{sum(row['gflop'] for row in rows):.1f}",
+                f"{floor:.0f}",
+                f"{floor / total:.0%}",
+            ]
+        )
+        print(table(precision, ["layer", "ms", "share", "GFLOP", "floor ms", "floor/it"], lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
