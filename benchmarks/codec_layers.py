@@ -10,12 +10,13 @@ The last line is one JSON document, also stored in <out>/results/codec_layers/<h
 """
 
 import argparse
+import functools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,17 @@ from engine.models.vqgan import Vqgan
 from kernels.int8_conv import Int8Conv
 
 _CPU = torch.device("cpu")
+
+
+class Layer(NamedTuple):
+    """Seconds, operations of a direct convolution, share of them that is left, and the type that they are in."""
+
+    seconds: float
+    operations: float
+    left: float
+    kind: str
+
+
 _WINOGRAD, _DOUBLED = 36 / 144, 25 / 144  # products of a direct convolution's that are left
 
 
@@ -50,9 +62,8 @@ def main() -> int:
         for precision in ("float32", "int8") if cpu_capabilities().packs_int8 else ("float32",):
             decoder = CpuDecoder(vqgan.decoder, int8=precision == "int8")
             rows = _layers(decoder, vqgan.latent_table()[:256].view(16, 16, -1), arguments.repeat)
-            for name, (seconds, direct, left) in rows.items():
-                peak = peaks["int8"] if precision == "int8" and left == 1 else peaks["float32"]
-                floor_s = direct * left / peak / 1e9
+            for name, (seconds, direct, left, kind) in rows.items():
+                floor_s = direct * left / peaks[kind] / 1e9
                 document["rows"].append({
                     "precision": precision, "layer": name, "ms": round(1e3 * seconds, 1), "gflop": round(direct / 1e9, 1),
                     "floor_ms": round(1e3 * floor_s, 1), "share_of_floor": round(floor_s / seconds, 2),
@@ -66,47 +77,54 @@ def main() -> int:
 def _peaks(repeat: int) -> dict[str, float]:
     """GFLOP/s of one core: the best of some convolutions and matrix products."""
     best: dict[str, float] = defaultdict(float)
-    dtypes = {"float32": torch.float32} | (
-        {"bfloat16": torch.bfloat16} if cpu_capabilities().multiplies_bfloat16 else {}
-    )
+    cpu = cpu_capabilities()
+    dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if cpu.multiplies_bfloat16 else {})
     with torch.inference_mode():
         for channels, side in ((128, 64), (256, 64), (512, 32)):
             flops = 18 * channels * channels * side * side
+            works: list[tuple[str, float, Callable[[], Any]]] = []
             for name, dtype in dtypes.items():
-                pixels = torch.randn(1, channels, side, side, device=_CPU, dtype=torch.float32).to(dtype)
-                weight = torch.randn(channels, channels, 3, 3, device=_CPU, dtype=torch.float32).to(dtype)
-                pixels, weight = (value.to(memory_format=torch.channels_last) for value in (pixels, weight))
-                best[name] = max(
-                    best[name], flops / _best(lambda p=pixels, w=weight: F.conv2d(p, w, padding=1), repeat) / 1e9
+                pixels, weight, square = (
+                    torch.randn(shape, device=_CPU, dtype=torch.float32).to(dtype)
+                    for shape in ((1, channels, side, side), (channels, channels, 3, 3), (1024, 1024))
                 )
-                square = torch.randn(1024, 1024, device=_CPU, dtype=torch.float32).to(dtype)
-                best[name] = max(best[name], 2 * 1024**3 / _best(lambda s=square: s @ s, repeat) / 1e9)
-            if cpu_capabilities().packs_int8:
-                conv = Int8Conv(torch.randn(channels, channels, 3, 3, device=_CPU), torch.zeros(channels, device=_CPU))
+                images, kernel = (value.to(memory_format=torch.channels_last) for value in (pixels, weight))
+                works.append((name, flops, functools.partial(F.conv2d, images, kernel, padding=1)))
+                works.append((name, 2 * 1024**3, functools.partial(torch.mm, square, square)))
+            if cpu.packs_int8:
+                conv = Int8Conv(
+                    torch.randn(channels, channels, 3, 3, device=_CPU, dtype=torch.float32),
+                    torch.zeros(channels, device=_CPU, dtype=torch.float32),
+                )
                 padded = torch.randint(0, 255, (side + 2, side + 2, channels), dtype=torch.uint8, device=_CPU)
                 out = torch.empty(side, side, channels, dtype=torch.float32, device=_CPU)
-                work = lambda c=conv, p=padded, o=out: c(p, o, x_scale=0.1, zero_point=3, add=False)
-                best["int8"] = max(best["int8"], flops / _best(work, repeat) / 1e9)
+                works.append(
+                    ("int8", flops, functools.partial(conv, padded, out, x_scale=0.1, zero_point=3, add=False))
+                )
+            for name, operations, work in works:
+                best[name] = max(best[name], operations / _best(work, repeat) / 1e9)
     return {name: round(value) for name, value in best.items()}
 
 
-def _layers(decoder: CpuDecoder, latents: Tensor, repeat: int) -> dict[str, tuple[float, float, float]]:
-    """By layer: seconds of all that are alike, operations of a direct convolution, share of them that is left."""
-    best: dict[str, list[float]] = {}
+def _layers(decoder: CpuDecoder, latents: Tensor, repeat: int) -> dict[str, Layer]:
+    """By layer, all that are alike together."""
+    best: dict[str, Layer] = {}
     for _ in range(repeat + 1):
-        for name, (seconds, direct, left) in _one_image(decoder, latents).items():
-            best[name] = [min(seconds, best.get(name, [seconds])[0]), direct, left]
-    return {name: (seconds, direct, left) for name, (seconds, direct, left) in best.items()}
+        for name, found in _one_image(decoder, latents).items():
+            best[name] = min(best.get(name, found), found)
+    return best
 
 
-def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, list[float]]:
-    threads, found = ThreadPool(threading.local()), defaultdict(lambda: [0.0, 0.0, 1.0])
+def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, Layer]:
+    threads, found = ThreadPool(threading.local()), defaultdict[str, Layer](lambda: Layer(0.0, 0.0, 1.0, "float32"))
     int8 = decoder._int8
 
-    def timed(name: str, direct: float, left: float, work: Callable[[], Any]) -> Any:
+    def timed(name: str, direct: float, left: float, work: Callable[[], Any], kind: str = "float32") -> Any:
         start = time.process_time()
         result = work()
-        found[name] = [found[name][0] + time.process_time() - start, found[name][1] + direct, left]
+        found[name] = Layer(
+            found[name].seconds + time.process_time() - start, found[name].operations + direct, left, kind
+        )
         return result
 
     stream = threads.buffer("stream 0", *latents.shape[:2], decoder._first.channels_out)
@@ -119,17 +137,18 @@ def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, list[float]]:
         here = f"{C} channels, {H} x {W}"
         if isinstance(step, _Attention):
             direct = 2 * H * W * (4 * C * C + 2 * H * W * C)
-            run = lambda: step(stream, moments, threads, name=f"stream {number}")  # noqa: B023
-            stream, moments = timed(f"attention, {here}", direct, 0.999, run)  # float32 in both
+            run = functools.partial(step, stream, moments, threads, name=f"stream {number}")
+            stream, moments = timed(f"attention, {here}", direct, 1, run)
         elif isinstance(step, _Block):
             K = step._conv1.channels_out
             direct = H * W * (18 * (C * K + K * K) + (2 * C * K if step._shortcut is not None else 0))
-            run = lambda: step(stream, moments, threads, name=f"stream {number}")  # noqa: B023
-            stream, moments = timed(f"residual blocks, {K} channels, {H} x {W}", direct, 1 if int8 else _WINOGRAD, run)
+            run = functools.partial(step, stream, moments, threads, name=f"stream {number}")
+            kind, left = ("int8", 1.0) if int8 else ("float32", _WINOGRAD)
+            stream, moments = timed(f"residual blocks, {K} channels, {H} x {W}", direct, left, run, kind)
         else:
             larger = threads.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
-            run = lambda: convolve(step, stream, larger, threads, spans=int8)  # noqa: B023
-            moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, run)
+            double = functools.partial(convolve, step, stream, larger, threads, spans=int8)
+            moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, double)
             stream = larger
     return dict(found)
 

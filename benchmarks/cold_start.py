@@ -150,7 +150,7 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Median, best and worst of wall and processor seconds."""
-    row = {}
+    row: dict[str, Any] = {}
     for key in ("wall_s", "cpu_s"):
         values = [run[key] for run in runs]
         row |= {

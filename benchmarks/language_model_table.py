@@ -17,6 +17,7 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,9 @@ def _write(out: Path, vectors: dict[str, np.ndarray]) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
-    names = dict(zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+    names: dict[str, Any] = dict(
+        zip(("cls_token", "pad_token", "sep_token", "unk_token", "mask_token"), SPECIAL_TOKENS, strict=True)
+    )
     out.mkdir(parents=True, exist_ok=True)
     CaptionTokenizer(tokenizer, SpecialTokens(**names)).save(out)
     table = np.stack([vectors[form] for form in forms])
