@@ -48,7 +48,7 @@ def main() -> None:
 @contextmanager
 def serving(model: str) -> Iterator[str]:
     """The API server and a worker on a free port of this machine; yields the address."""
-    settings = ServeSettings(model=model, num_slots=_SLOTS)
+    settings = ServeSettings(model=model, num_slots=_SLOTS, deadline_s=3600)  # a busy machine is no reason to refuse
     pool = LocalPool(settings)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = listener(build_api(pool, settings), host="127.0.0.1", port=0, drain_s=5)
@@ -190,27 +190,38 @@ def photograph_sheets(browser: Browser, address: str, out: Path) -> None:
         ),
     }
     for language, lines in lists.items():
-        for device, size in {"desktop": _DESKTOP, "phone": _PHONE}.items():
-            with opened(browser, address, size, scheme="light", language=language) as page:
-                choose_grid(page)
-                if device == "phone":
-                    page.locator("#several").scroll_into_view_if_needed()
-                save(page, out / f"grid-form-{language}-{device}.png", scroll=False)
-                page.locator("#several-make").click()
-                page.locator(".sheet .cell.done").nth(11).wait_for()
-                page.locator("#board").scroll_into_view_if_needed()
-                save(page, out / f"grid-{language}-{device}.png")
-                if device == "desktop":
-                    with page.expect_download() as coming:
-                        page.locator("[data-action=sheet-download]").click()
-                    write(Image.open(coming.value.path()), out / f"grid-sheet-{language}.png")
-                page.locator("#several-kind-list").check(force=True)
-                page.locator("#several-lines").fill("\n".join(lines))
-                page.locator("#n").fill("2")
-                page.locator("#several-make").click()
-                page.locator(".sheet-list .cell.done").nth(1).wait_for()
-                page.locator("#board").scroll_into_view_if_needed()
-                save(page, out / f"list-{language}-{device}.png")
+        with opened(browser, address, _DESKTOP, scheme="light", language=language) as page:
+            choose_grid(page)
+            save_both(page, out, f"grid-form-{language}", "#several")
+            page.locator("#several-make").click()
+            page.locator(".sheet .cell.done").nth(11).wait_for()
+            save_both(page, out, f"grid-{language}", "#board")
+            with page.expect_download() as coming:
+                page.locator("[data-action=sheet-download]").click()
+            write(Image.open(coming.value.path()), out / f"grid-sheet-{language}.png")
+            page.locator("[data-cell='1'] button").click()
+            page.locator("[data-action=variations]").click()
+            page.locator("input[name=editor-kind][value=strength]").check(force=True)
+            page.locator("#only-changed").check()
+            save_both(page, out, f"strength-{language}", "#editor-strength")
+            page.locator("#editor header button").click()
+            page.locator("#several-kind-list").check(force=True)
+            page.locator("#several-lines").fill("\n".join(lines))
+            page.locator("#n").fill("2")
+            page.locator("#several-make").click()
+            page.locator(".sheet-list .cell.done").nth(1).wait_for()
+            save_both(page, out, f"list-{language}", "#board")
+
+
+def save_both(page: Page, out: Path, name: str, part: str) -> None:
+    """The page on a desktop and on a phone, scrolled to `part`."""
+    for device, size in {"desktop": _DESKTOP, "phone": _PHONE}.items():
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.locator(part).evaluate("part => part.scrollIntoView()")
+        page.mouse.move(1, 1)
+        page.wait_for_timeout(300)  # milliseconds: transitions
+        write(Image.open(io.BytesIO(page.screenshot())), out / f"{name}-{device}.png")
+    page.set_viewport_size({"width": _DESKTOP[0], "height": _DESKTOP[1]})
 
 
 SHOTS = {
@@ -290,9 +301,8 @@ def paint(page: Page, places: list[tuple[float, float]]) -> None:
     page.mouse.up()
 
 
-def save(page: Page, path: Path, *, scroll: bool = True) -> None:
-    """Args: scroll: the form to its top."""
-    settle(page) if scroll else page.mouse.move(1, 1)
+def save(page: Page, path: Path) -> None:
+    settle(page)
     write(Image.open(io.BytesIO(page.screenshot())), path)
 
 

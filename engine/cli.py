@@ -41,7 +41,7 @@ from engine.commands import train_classifier as train_classifier_command
 from engine.commands.error_lines import run_app
 from engine.commands.plugins import add_plugin_commands
 from engine.errors import InputError
-from engine.sampling_params import FIELDS, SamplingParams
+from engine.sampling_params import FIELDS, INIT_IMAGE_FIELDS, SamplingParams
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data", help="Labels, captions, prepared folders, the drawn demo set.")
@@ -77,7 +77,7 @@ _MAX_CANDIDATES = 1024  # of one command: their pixels are in memory together
 
 def _parameter(name: str, default: str = "", *, most: int | None = None) -> Any:
     """An option whose help and bounds are those of a sampling parameter, which checks the value."""
-    spec = FIELDS[name]
+    spec = (FIELDS | INIT_IMAGE_FIELDS)[name]
     bounds = spec.range_text if most is None else f"{spec.least} to {most}"
     return typer.Option(help=f"{spec.description}; {bounds}{default and f'; default: {default}'}", max=most)
 
@@ -108,9 +108,20 @@ def generate(
         int | None, typer.Option(help="rows of tokens of --image that are kept, from the top; default: 7 of 16")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="regenerate --image where this image is white")] = None,
+    strength: Annotated[float | None, _parameter("strength")] = None,
+    changed_from: Annotated[
+        str | None,
+        typer.Option(
+            help="the caption that --image was made from: what its likelihood falls with is sampled anew, --strength of it",
+            show_default=False,
+        ),
+    ] = None,
     paste: Annotated[
         bool | None,
-        typer.Option("--paste/--no-paste", help="kept pixels: the original's, or as the model decodes them"),
+        typer.Option(
+            "--paste/--no-paste",
+            help="kept pixels: the original's, or as the model decodes them, which --strength and --changed-from do",
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -169,7 +180,8 @@ def generate(
     """Generates candidates for a caption, ranks them, writes the best."""
     params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     params |= {"candidates": candidates, "seed": seed, "top": top}
-    _check_needs({"--keep-rows": keep_rows, "--mask": mask, "--no-paste": paste}, image)
+    of_image: dict[str, Any] = {"--keep-rows": keep_rows, "--mask": mask, "--no-paste": paste}
+    _check_needs(of_image | {"--strength": strength, "--changed-from": changed_from}, image)
     if refine is None:
         needs = {"--refine-step-size": refine_step_size, "--refine-with": None if from_ else refine_with}
         for name, value in needs.items():
@@ -178,6 +190,8 @@ def generate(
     if from_ is not None:
         stated = params | {
             "keep_rows": keep_rows,
+            "strength": strength,
+            "changed_from": changed_from,
             "paste": paste,
             "rank_by": rank_by,
             "codec_backend": codec_backend,
@@ -223,7 +237,9 @@ def generate(
         refinement = Refinement(steps=refine, **chosen)
     init_image = None
     if image is not None:
-        init_image = InitImage.from_files(image, keep_rows=keep_rows, mask=mask, paste=paste is not False)
+        init_image = InitImage.from_files(
+            image, keep_rows=keep_rows, mask=mask, paste=paste, strength=strength, changed_from=changed_from
+        )
     generate_to_folder(
         model,
         caption,

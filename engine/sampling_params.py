@@ -178,6 +178,14 @@ FIELDS: dict[str, FieldSpec] = {
 }
 """Every sampling parameter by name."""
 
+INIT_IMAGE_FIELDS: dict[str, FieldSpec] = {
+    "strength": FieldSpec(
+        "strength", float, None, 0.0, 1.0,
+        "share of an init image's tokens that are sampled anew, the least likely first; 0 keeps all, 1 none",
+    )
+}  # fmt: skip
+"""Parameters of an init image (engine/pipeline/init_image.py) by name."""
+
 GENERATION_FIELDS = ("temperature", "top_k", "top_p", "guidance_scale")
 """Parameters of the distribution; the others select samples of it, and a model has no default of them."""
 

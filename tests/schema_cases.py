@@ -21,7 +21,7 @@ from schemathesis.core.result import Ok
 # A schema cannot express that one field requires another: valid data may be rejected for these, with `invalid_value`.
 _DEPENDENT_FIELDS = {
     "n", "candidates", "num_candidates", "guidance_scale", "output_compression", "partial_images", "progress", "rank_by",
-    "keep_rows", "mask", "background",
+    "keep_rows", "mask", "background", "strength", "changed_from",
 }  # fmt: skip
 
 

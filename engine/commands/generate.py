@@ -257,7 +257,14 @@ def _init_image_of(
         raise InputError("--mask", "(nothing)", f"{made} was made with a mask: give it too")
     if record.mask_sha256 is None and mask is not None:
         raise InputError("--mask", mask, f"{made} was made without a mask: leave it out")
-    found = InitImage.from_files(image, keep_rows=record.keep_rows, mask=mask, paste=record.paste)
+    found = InitImage.from_files(
+        image,
+        keep_rows=record.keep_rows,
+        mask=mask,
+        paste=record.paste,
+        strength=record.strength,
+        changed_from=record.changed_from,
+    )
     config = part_config(model, "vqgan")
     stated = InitImageRecord(**found.record(config.image_size, config.grid_size))
     if stated.image_sha256 != record.image_sha256:

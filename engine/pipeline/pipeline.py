@@ -20,7 +20,7 @@ images have height x width and their own number of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,7 +62,7 @@ from engine.pipeline.generation import (
 )
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.image_size import ImageSize, larger_size
-from engine.pipeline.init_image import InitImage
+from engine.pipeline.init_image import InitImage, check_kept_after
 from engine.pipeline.init_image_encoding import encode_init_image
 from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models
@@ -70,6 +70,7 @@ from engine.pipeline.local_folder import local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
 from engine.pipeline.ranking import CandidateScorer
 from engine.pipeline.rendition import Rendition
+from engine.pipeline.token_choice import Captions, tokens_to_sample
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
 from engine.sampling_params import RankBy, SamplingParams, SequenceRequest, check_captions
 from engine.text import shown
@@ -304,7 +305,7 @@ class Pipeline:
 
         Args:
             sampling_params: None: the model's own, `default_sampling_params`.
-            init_image: an image whose first rows, or all but what a mask marks, every candidate keeps.
+            init_image: an image whose first rows, all but what a mask marks, or what the model finds likely, every candidate keeps.
             size: larger than the model's own, of whole tokens, without an init image; None: the model's own.
             rank_by: KoCLIP's score of the finished image; or, with a mask, the log-likelihood of what is kept after it.
             strict: refuse a caption that is longer than the model's text instead of cutting its end, and one with words that
@@ -333,7 +334,9 @@ class Pipeline:
                 raise InputError("caption", shown(caption), f"{read.fault}, or leave out --strict")
         encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
         numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
-        prepared = encode_init_image(self.vqgan, init_image, rank_by=rank_by, device=self.device)
+        if rank_by == "log_likelihood" and (init_image is None or init_image.chosen_by_model):
+            check_kept_after(None)
+        prepared = self._encoded(init_image, list(encoded.tokens), rank_by)
         return [
             PreparedRequest(
                 caption=caption,
@@ -344,11 +347,13 @@ class Pipeline:
                 sampling_params=params,
                 candidates=numbers,
                 rank_by=rank_by,
-                init_image=prepared,
+                init_image=own,
                 size=size,
                 grid=grid,
             )
-            for caption, read, tokens, cut in zip(captions, words, encoded.tokens, encoded.cut, strict=True)
+            for caption, read, tokens, cut, own in zip(
+                captions, words, encoded.tokens, encoded.cut, prepared, strict=True
+            )
         ]
 
     def decode(
@@ -436,6 +441,38 @@ class Pipeline:
             size=request.size,
             refinement=request.refinement,
         )
+
+    def _encoded(
+        self, init_image: InitImage | None, text_tokens: Sequence[Tensor], rank_by: RankBy
+    ) -> Sequence[PreparedInitImage | None]:
+        """The init image for each caption, which decides its tokens where the model chooses them.
+
+        Args:
+            text_tokens: (T,) a caption.
+        """
+        if init_image is None:
+            return [None] * len(text_tokens)
+        encode = partial(encode_init_image, self.vqgan, init_image, rank_by=rank_by, device=self.device)
+        if not init_image.chosen_by_model:
+            return [encode()] * len(text_tokens)
+        length = self.transformer.config.text_seq_len
+        before, empty = None, None
+        if init_image.changed_from is not None:
+            before = self.tokenizer.encode([init_image.changed_from], length).tokens[0]
+        if not self.tokenizer.names_classes:
+            empty = self.tokenizer.empty(length)[0]
+        chosen = []
+        for tokens in text_tokens:
+            choose = partial(
+                tokens_to_sample,
+                self.transformer,
+                self.vqgan.code_vectors(),
+                Captions(tokens, before, empty),
+                strength=init_image.strength,
+            )
+            with exact(self.device):
+                chosen.append(encode(choose=choose))
+        return chosen
 
     def _larger(
         self, size: ImageSize | None, init_image: InitImage | None

@@ -50,9 +50,11 @@ class InitImageRecord(Section):
     """`InitImage.record`: digests of an init image at the model's size."""
 
     image_sha256: str = Field(description="of the pixels (S, S, 3) as bytes")
-    keep_rows: int | None = Field(description="rows of tokens kept, from the top; null with a mask")
+    keep_rows: int | None = Field(description="rows of tokens kept, from the top; null: not by rows")
     mask_sha256: str | None = Field(description="of the mask (S, S) as bytes, 1 where pixels may change; null without")
     paste: bool = Field(description="kept pixels have the original's values")
+    strength: float | None = Field(None, description="share of tokens sampled anew by likelihood; null: not by it")
+    changed_from: str | None = Field(None, description="caption from which the likelihood of those tokens falls")
 
 
 class RenditionRecord(Section):

@@ -305,6 +305,9 @@ def _fields(kind: type[BaseModel], settings: ServeSettings, info: ModelInfo) -> 
     properties["prompt"]["pattern"] = VISIBLE_TEXT_PATTERN
     for name in ("user", "safety_identifier"):
         properties[name]["anyOf"][0]["pattern"] = NO_NUL
+    if "changed_from" in properties:
+        of_prompt = {name: properties["prompt"][name] for name in ("maxLength", "pattern")}
+        properties["changed_from"]["anyOf"][0] |= of_prompt
     least, most = size_bounds(info, settings.limits)
     accepted: Json = {
         "model": info.model_id,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.data.prompt_words import PromptWords, described
 from engine.errors import InputError
 from engine.pipeline.image_encoding import ImageFormat
-from engine.sampling_params import FIELDS, FieldSpec, RankBy, SamplingParams
+from engine.sampling_params import FIELDS, INIT_IMAGE_FIELDS, FieldSpec, RankBy, SamplingParams
 from engine.text import TextFault, clean_text
 from serve.api.data_urls import PictureReference, picture_bytes
 from serve.api.errors import Failure, input_failure, invalid_value
@@ -117,7 +117,17 @@ class EditRequest(ImageRequest):
     markup: Any = Field(None, description=_NOT_HERE)
     keep_rows: int | None = Field(None, description="without a mask: rows of tokens kept from the top; default 7 of 16")
     paste: bool | None = Field(
-        None, description="true: kept pixels have the original's values; false: the whole image is decoded from tokens"
+        None,
+        description="true, the default with a mask or keep_rows: kept pixels have the original's values; false, the default with "
+        "strength or changed_from: the whole image is decoded from tokens",
+    )
+    strength: float | None = Field(
+        None, description=f"{INIT_IMAGE_FIELDS['strength'].description}; without a mask and keep_rows"
+    )
+    changed_from: str | None = Field(
+        None,
+        description="the caption that the image was made from: the tokens whose likelihood falls from it to `prompt` are sampled "
+        "anew, `strength` of them, or by default those whose likelihood falls noticeably; without a mask and keep_rows",
     )
 
 
@@ -170,6 +180,7 @@ def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
     found |= {name: (found[name][0], min(found[name][1], most)) for name, most in stricter.items()}
     found |= {alias: found[name] for alias, name in _ALIASES.items()}
     del found["top"]  # `n` in this API
+    found |= {name: (spec.least, spec.greatest) for name, spec in INIT_IMAGE_FIELDS.items()}
     return found | {
         "output_compression": (0, 100),
         "partial_images": (0, limits.max_partials),
@@ -179,7 +190,7 @@ def bounds(limits: Limits) -> dict[str, tuple[float, float]]:
 
 def spec_of(name: str) -> FieldSpec | None:
     """The engine's sampling parameter of a request field, or None."""
-    return FIELDS.get(_ALIASES.get(name, name))
+    return (FIELDS | INIT_IMAGE_FIELDS).get(_ALIASES.get(name, name))
 
 
 def parameter_limits(limits: Limits) -> dict[str, dict[str, Any]]:
@@ -228,6 +239,8 @@ def generation_job(
         image_format=image_format,
         num_returned=num_returned,
     )
+    if isinstance(request, EditRequest):
+        _check_choice(request, settings.limits)
     stream = bool(request.stream)
     for name in ("partial_images", "progress"):
         if getattr(request, name) and not stream:
@@ -255,21 +268,34 @@ def generation_job(
     )
 
 
-def checked_prompt(prompt: str, limits: Limits) -> str:
+def _check_choice(request: EditRequest, limits: Limits) -> None:
+    """Raises Failure: a choice of tokens by the model together with another, or from a caption that is none."""
+    chosen = next((name for name in ("strength", "changed_from") if getattr(request, name) is not None), None)
+    if chosen is None:
+        return
+    if request.changed_from is not None:
+        _caption(request.changed_from, limits, field="changed_from")
+    if request.keep_rows is not None:
+        raise invalid_value(chosen, "cannot be combined with `keep_rows`", "`keep_rows`와 함께 쓸 수 없습니다")
+    if request.rank_by == "log_likelihood":
+        raise invalid_value("rank_by", "`log_likelihood` needs a mask", "`log_likelihood`는 마스크가 있어야 합니다")
+
+
+def checked_prompt(prompt: str, limits: Limits, *, field: str = "prompt") -> str:
     """The prompt in its normal form (engine/text.py), "" where nothing is visible.
 
     Raises:
-        Failure: too long, or characters that no text has.
+        Failure: too long, or characters that no text has; `field` is named.
     """
     most = limits.max_prompt_characters
     if len(prompt) > _DECOMPOSED * most:  # before anything is composed
-        raise _long_prompt(len(prompt), most)
+        raise _long_prompt(len(prompt), most, field)
     try:
-        prompt = clean_text(prompt, field="prompt")
+        prompt = clean_text(prompt, field=field)
     except TextFault as fault:
-        raise invalid_value("prompt", fault.remedy, f"쓸 수 없는 문자가 있습니다({fault.remedy})") from None
+        raise invalid_value(field, fault.remedy, f"쓸 수 없는 문자가 있습니다({fault.remedy})") from None
     if len(prompt) > most:
-        raise _long_prompt(len(prompt), most)
+        raise _long_prompt(len(prompt), most, field)
     return prompt
 
 
@@ -281,12 +307,12 @@ def unknown_words(words: PromptWords) -> Failure:
     return invalid_value("prompt", detail, detail_ko)
 
 
-def _long_prompt(length: int, most: int) -> Failure:
+def _long_prompt(length: int, most: int, field: str) -> Failure:
     return Failure(
         "invalid_value",
-        f"`prompt` has {length} characters: the limit is {most}.",
-        f"`prompt`는 {most}자까지 쓸 수 있습니다(지금 {length}자).",
-        param="prompt",
+        f"`{field}` has {length} characters: the limit is {most}.",
+        f"`{field}`: {most}자까지 쓸 수 있습니다(지금 {length}자).",
+        param=field,
     )
 
 
@@ -295,10 +321,10 @@ def quality_of(num_candidates: int) -> Quality:
     return next((name for name, count in QUALITIES.items() if num_candidates <= count), "max")
 
 
-def _caption(prompt: str, limits: Limits) -> str:
-    prompt = checked_prompt(prompt, limits)
+def _caption(prompt: str, limits: Limits, *, field: str = "prompt") -> str:
+    prompt = checked_prompt(prompt, limits, field=field)
     if not prompt:
-        raise invalid_value("prompt", "must not be empty", "설명을 입력해 주세요")
+        raise invalid_value(field, "must not be empty", "설명을 입력해 주세요")
     return prompt
 
 

@@ -137,10 +137,16 @@ def read_init_image(
     """Decodes, crops and resizes an upload; raises Failure as `UploadReader.read`."""
     image = open_upload(image_file, edit.image_param, max_pixels=max_pixels)
     mask, mask_param = _mask(image, mask_file, edit, max_pixels)
-    paste = True if edit.paste is None else edit.paste
     _check_rows(edit.keep_rows, info.grid_size)
     try:
-        init_image = InitImage(image, keep_rows=edit.keep_rows, mask_image=mask, paste=paste)
+        init_image = InitImage(
+            image,
+            keep_rows=edit.keep_rows,
+            mask_image=mask,
+            paste=edit.paste,
+            strength=edit.strength,
+            changed_from=edit.changed_from,
+        )
         if edit.rank_by == "log_likelihood":
             check_kept_after(init_image.regenerated_tokens(info.image_size, info.grid_size))
         return init_image.resized(info.image_size, info.grid_size)
@@ -211,11 +217,12 @@ def _mask(
     image: Image.Image, mask_file: IO[bytes] | None, edit: EditRequest, max_pixels: int
 ) -> tuple[Image.Image | None, str]:
     """The mask, white where to regenerate, or None; and the form field that it is from."""
+    others = [name for name in ("keep_rows", "strength", "changed_from") if getattr(edit, name) is not None]
     if mask_file is None:
-        return (_own_mask(image) if edit.keep_rows is None else None), edit.image_param
-    if edit.keep_rows is not None:
-        detail = "`keep_rows` cannot be combined with a mask: give one of the two."
-        raise Failure("invalid_value", detail, "`keep_rows`: 마스크와 함께 쓸 수 없습니다.", param="keep_rows")
+        return (None if others else _own_mask(image)), edit.image_param
+    if others:
+        detail = f"`{others[0]}` cannot be combined with a mask: give one of the two."
+        raise Failure("invalid_value", detail, f"`{others[0]}`: 마스크와 함께 쓸 수 없습니다.", param=others[0])
     mask = _black_and_white(open_upload(mask_file, "mask", max_pixels=max_pixels))
     if mask.size != image.size:
         detail = f"is {mask.width} x {mask.height}: it must be as large as the image, {image.width} x {image.height}"

@@ -11,8 +11,8 @@ import { language, t } from "./texts.js";
 /**
  * Everything that determines the images.
  * @typedef {object} ImageRequest
- * @property {"new"|"rows"|"mask"} kind from the caption alone; from the top rows of an init image; from an init
- *   image with a marked part to inpaint
+ * @property {"new"|"rows"|"mask"|"strength"} kind from the caption alone; from the top rows of an init image; from an
+ *   init image with a marked part to inpaint; from one of which the model chooses what to generate anew
  * @property {string} caption
  * @property {number} n images shown
  * @property {number} candidates images generated and ranked
@@ -22,7 +22,9 @@ import { language, t } from "./texts.js";
  * @property {number|null} topP
  * @property {number} guidance
  * @property {number|null} keepRows rows of tokens kept, for "rows"
- * @property {Blob|null} image the init image, for "rows" and "mask"
+ * @property {number|null} [strength] share of the tokens generated anew, for "strength"
+ * @property {string|null} [changedFrom] caption of the init image: only what the changed words touch, for "strength"
+ * @property {Blob|null} image the init image, but for "new"
  * @property {Blob|null} mask PNG, as large as the image, transparent where to inpaint, for "mask"
  * @property {import("./sheet.js").SheetPlace} [sheet] that it is part of; it determines no image
  *
@@ -224,6 +226,8 @@ export function settingsOf(request) {
     top_k: request.topK,
     top_p: request.topP,
     keep_rows: request.kind === "rows" ? request.keepRows : null,
+    strength: request.strength ?? null,
+    changed_from: request.changedFrom ?? null,
   };
   return /** @type {Record<string, string|number>} */ (
     Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null))

@@ -1,5 +1,6 @@
 /**
- * Generating from an init image: keep its top rows and generate the rest, or inpaint what is painted over.
+ * Generating from an init image: keep its top rows and generate the rest, inpaint what is painted over, or leave the choice
+ * to the model.
  */
 
 import { button, byId, element, fillDialog, isSmall } from "./elements.js";
@@ -8,19 +9,20 @@ import { MOST_CHARACTERS } from "./caption.js";
 import { ask } from "./question.js";
 import { randomSeed } from "./settings.js";
 import { startStage } from "./stage.js";
+import { STRENGTH, showStrength, strengthFault, strengthPanel } from "./strength.js";
 import { t } from "./texts.js";
 
 // 7 of 16 rows, as the engine keeps by default.
 const KEPT_SHARE = 0.4375;
 
 /**
- * @typedef {import("./stage.js").Work} Work
+ * @typedef {import("./stage.js").Work & {choice: import("./strength.js").Choice, before: string}} Work `before`: the caption
  * @typedef {import("./settings.js").Settings & {caption: string}} Base
  */
 
 /**
  * @param {Blob} image square
- * @param {"rows"|"mask"} kind what to begin with
+ * @param {"rows"|"mask"|"strength"} kind what to begin with
  * @param {Base} base caption and settings; its seed is not used
  * @param {number} grid rows of tokens in the model's images
  * @returns {Promise<import("./api.js").ImageRequest|null>} null when the user cancels
@@ -35,6 +37,8 @@ export async function editImage(image, kind, base, grid) {
     keepRows: Math.max(1, Math.floor(KEPT_SHARE * grid)),
     tool: "brush",
     brushShare: 0.16,
+    choice: { strength: STRENGTH, isOnlyChanged: false },
+    before: oneLine(base.caption),
   };
   const dialog = /** @type {HTMLDialogElement} */ (byId("editor"));
   const canvas = element("canvas", { class: isSmall(bitmap.width) ? "stage crisp" : "stage", role: "application" });
@@ -72,6 +76,7 @@ export async function editImage(image, kind, base, grid) {
       kindChoice(work, redraw),
       rowsPanel(work, redraw),
       maskPanel(work, redraw),
+      strengthPanel(work.choice, work.before, redraw),
       element(
         "div",
         { class: "field" },
@@ -131,12 +136,16 @@ export async function editImage(image, kind, base, grid) {
 async function requestOf(work, image, caption, base) {
   const { n, candidates, temperature, guidance, topK, topP } = base;
   const isMask = work.kind === "mask";
+  const isChosen = work.kind === "strength";
+  const { strength, isOnlyChanged } = work.choice;
   return {
     kind: work.kind,
     caption: oneLine(caption),
     ...{ n, candidates, temperature, guidance, topK, topP },
     seed: randomSeed(),
-    keepRows: isMask ? null : work.keepRows,
+    keepRows: work.kind === "rows" ? work.keepRows : null,
+    strength: isChosen && !isOnlyChanged ? strength : null,
+    changedFrom: isChosen && isOnlyChanged ? work.before : null,
     image,
     mask: isMask ? await maskPng(work.mask) : null,
   };
@@ -153,6 +162,7 @@ function faultOf(work, caption) {
   if (length > MOST_CHARACTERS)
     return t("caption.too_long", { over: length - MOST_CHARACTERS, limit: MOST_CHARACTERS });
   if (work.kind === "rows") return "";
+  if (work.kind === "strength") return strengthFault(work.choice, work.before, oneLine(caption));
   const numTouched = work.mask.touchedCells().filter(Boolean).length;
   if (!numTouched) return t("editor.nothing");
   return numTouched === work.mask.grid ** 2 ? t("editor.everything") : "";
@@ -174,8 +184,10 @@ function showWork(dialog, canvas, work) {
   const caption = /** @type {HTMLTextAreaElement|null} */ (dialog.querySelector("#editor-caption"));
   if (!caption) return;
   canvas.tabIndex = isMask ? 0 : -1;
-  canvas.setAttribute("aria-label", isMask ? t("editor.stage_mask") : t("editor.stage_rows", { n: work.keepRows }));
-  byId("editor-rows").hidden = isMask;
+  canvas.setAttribute("aria-label", t(`editor.stage_${work.kind}`, { n: work.keepRows }));
+  byId("editor-rows").hidden = work.kind !== "rows";
+  byId("editor-strength").hidden = work.kind !== "strength";
+  showStrength(work.choice, work.mask.grid ** 2);
   byId("editor-mask").hidden = !isMask;
   const numTouched = work.mask.touchedCells().filter(Boolean).length;
   byId("editor-cells").textContent = t("editor.cells", { n: numTouched, total: work.mask.grid ** 2 });
@@ -193,7 +205,7 @@ function showWork(dialog, canvas, work) {
  * @param {() => void} redraw
  */
 function kindChoice(work, redraw) {
-  /** @param {"rows"|"mask"} kind */
+  /** @param {"rows"|"mask"|"strength"} kind */
   const option = (kind) => {
     const change = () => {
       work.kind = kind;
@@ -214,6 +226,7 @@ function kindChoice(work, redraw) {
     element("legend", { class: "visually-hidden", text: t("editor.kind") }),
     option("rows"),
     option("mask"),
+    option("strength"),
   );
 }
 

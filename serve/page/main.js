@@ -81,7 +81,7 @@ async function start() {
     startFrom: (
       /** @type {Generation} */ generation,
       /** @type {number} */ index,
-      /** @type {"rows"|"mask"} */ kind,
+      /** @type {"rows"|"mask"|"strength"} */ kind,
     ) => startFrom(queue, captionBox, generation.images[index].blob, kind, generation.request),
     remove: (/** @type {Generation} */ generation, /** @type {number} */ index) =>
       library.removeImage(generation, index),
@@ -255,7 +255,7 @@ async function takeDropped(queue, captionBox, file) {
  * @param {Queue} queue
  * @param {CaptionBox} captionBox
  * @param {Blob} blob the init image
- * @param {"rows"|"mask"} kind
+ * @param {"rows"|"mask"|"strength"} kind
  * @param {Base} base
  */
 async function startFrom(queue, captionBox, blob, kind, base) {

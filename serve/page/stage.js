@@ -13,7 +13,7 @@ import { t } from "./texts.js";
  * @typedef {object} Work
  * @property {ImageBitmap} image square
  * @property {import("./mask.js").Mask} mask
- * @property {"rows"|"mask"} kind
+ * @property {"rows"|"mask"|"strength"} kind
  * @property {number} keepRows
  * @property {"brush"|"eraser"} tool
  * @property {number} brushShare diameter of the brush, as a share of the image's side
@@ -87,7 +87,7 @@ function listenToPointer(canvas, work, view, done, draw) {
     if (work.kind === "rows") {
       const { size, grid } = work.mask;
       work.keepRows = Math.min(grid - 1, Math.max(1, Math.round((to[1] / size) * grid)));
-    } else {
+    } else if (work.kind === "mask") {
       const radius = (work.brushShare * work.mask.size) / 2;
       work.mask.stroke(...from, ...to, radius, work.tool === "brush" ? 1 : 0);
     }
@@ -166,7 +166,7 @@ function drawStage(canvas, work, view) {
   context.clearRect(0, 0, side, side);
   context.drawImage(work.image, 0, 0, side, side);
   if (work.kind === "rows") drawRows(context, side, work);
-  else drawMarks(context, side, work, view);
+  else if (work.kind === "mask") drawMarks(context, side, work, view);
 }
 
 /**

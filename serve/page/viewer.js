@@ -22,7 +22,7 @@ const MARGIN = 16; // pixels around the image
  * @property {(generation: Generation, index: number, isFavourite: boolean) => Promise<Generation>} favour
  * @property {(request: import("./api.js").ImageRequest) => void} useSeed
  * @property {(request: import("./api.js").ImageRequest) => void} useSettings
- * @property {(generation: Generation, index: number, kind: "rows"|"mask") => void} startFrom
+ * @property {(generation: Generation, index: number, kind: "rows"|"mask"|"strength") => void} startFrom
  * @property {(generation: Generation, index: number) => Promise<boolean>} remove whether it was
  * @property {(pictures: import("./library.js").Picture[]) => Promise<void>} collect
  *
@@ -229,6 +229,8 @@ function factsOf(generation, shown) {
     ["settings.guidance", formatNumber(request.guidance)],
     ["settings.topK_short", request.topK === null ? null : formatNumber(request.topK)],
     ["settings.topP_short", request.topP === null ? null : formatNumber(request.topP)],
+    ["editor.strength", percentOf(request.strength)],
+    ["viewer.changed_from", request.changedFrom ?? null],
     ["viewer.kind", request.kind === "new" ? null : t(`kind.${request.kind}`)],
     ["viewer.model", generation.modelId],
     ["viewer.time", formatTime(generation.createdMs)],
@@ -240,6 +242,14 @@ function factsOf(generation, shown) {
       value === null ? [] : [element("dt", { text: t(key) }), element("dd", { text: value })],
     ),
   );
+}
+
+/**
+ * @param {number|null} [share]
+ * @returns {string|null}
+ */
+function percentOf(share) {
+  return share === null || share === undefined ? null : `${formatNumber(Math.round(share * 100))}%`;
 }
 
 /**

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from engine import cli
-from engine.sampling_params import FIELDS
+from engine.sampling_params import FIELDS, INIT_IMAGE_FIELDS
 
 
 @pytest.mark.slow
@@ -119,6 +119,8 @@ def test_usage_errors_are_exit_code_2(arguments: list[str]) -> None:
         (["--device", "gpu"], "--device: gpu"),
         (["--mask", "mask.png"], "--mask: mask.png: give the image too: --image FILE"),
         (["--keep-rows", "3"], "--keep-rows: 3: give the image too"),
+        (["--strength", "0.3"], "--strength: 0.3: give the image too"),
+        (["--changed-from", "빨강"], "--changed-from: 빨강: give the image too"),
         (["--no-paste"], "--no-paste: without an image: give the image too"),
         (["--image", "no.png"], "--image: no.png: no such file"),
         (["--rank-by", "beauty"], "--rank-by: beauty: write koclip or log_likelihood"),
@@ -144,7 +146,7 @@ def test_bad_values_are_one_line(
 
 def test_help_states_the_bounds_of_every_sampling_parameter() -> None:
     options = {option.name: option for option in typer.main.get_command(cli.app).commands["generate"].params}  # type: ignore[attr-defined]
-    for name, spec in FIELDS.items():
+    for name, spec in (FIELDS | INIT_IMAGE_FIELDS).items():
         assert spec.description in options[name].help
         if name != "candidates":
             assert spec.range_text in options[name].help

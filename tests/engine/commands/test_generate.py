@@ -63,6 +63,12 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     [
         (["--keep-rows", "3"], {"keep_rows": 3}, "koclip"),
         ([], {}, "koclip"),
+        (["--strength", "0.5"], {"strength": 0.5}, "koclip"),
+        (
+            ["--changed-from", "초록 네모", "--strength", "0.25"],
+            {"changed_from": "초록 네모", "strength": 0.25},
+            "koclip",
+        ),
         (
             ["--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
             {"mask": Path("mask.png"), "paste": False},
@@ -104,6 +110,7 @@ def test_generate_from_an_init_image(
             ["--image", "사진.png", "--mask", "mask.png", "--no-paste", "--rank-by", "log_likelihood"],
             ["--image", "사진.png", "--mask", "mask.png"],
         ),
+        (["--image", "사진.png", "--changed-from", "초록", "--strength", "0.5"], ["--image", "사진.png"]),
         (["--size", "48x36"], []),
         (["--refine", "2", "--refine-step-size", "0.5"], []),
     ],
@@ -185,6 +192,7 @@ def made(files: Path, kodalle_run: Path) -> Path:
         (["--from", "rows.png"], "--image: (nothing): rows.png was made from an init image, SHA-256 "),
         (["--from", "rows.png", "--image", "plain.png"], "--image: plain.png: is not the init image that rows.png"),
         (["--from", "rows.png", "--image", "사진.png", "--keep-rows", "2"], "--keep-rows: 2: is stated by rows.png"),
+        (["--from", "rows.png", "--image", "사진.png", "--strength", "0.2"], "--strength: 0.2: is stated by rows.png"),
         (
             ["--from", "rows.png", "--image", "사진.png", "--mask", "mask.png"],
             "--mask: mask.png: rows.png was made without",
@@ -225,6 +233,12 @@ def test_what_is_not_as_the_metadata_state_is_refused(
         (["--image", "사진.png", "--mask", "clear.png"], "--mask: has transparent pixels"),
         (["--image", "사진.png", "--mask", "mask.png", "--keep-rows", "2"], "--keep-rows: 2: goes with no mask"),
         (["--image", "사진.png", "--keep-rows", "0"], "--keep-rows: 0: must be 1 or more"),
+        (["--image", "사진.png", "--strength", "1.5"], "--strength: 1.5: must be a number, 0 to 1"),
+        (
+            ["--image", "사진.png", "--strength", "0.5", "--keep-rows", "2"],
+            "--strength: 0.5: goes with neither a mask nor",
+        ),
+        (["--image", "사진.png", "--changed-from", " "], "--changed-from: (nothing)"),
         (
             ["--image", "사진.png", "--keep-rows", "3", "--rank-by", "log_likelihood"],
             "--rank-by: log_likelihood: is for inpainting",

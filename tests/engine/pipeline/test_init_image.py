@@ -1,5 +1,7 @@
 """Init images: how they are cropped, what a mask marks, and what is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -133,3 +135,28 @@ def test_too_many_rows_for_the_model() -> None:
     init_image = InitImage(_photo(S, S), keep_rows=GRID)
     with pytest.raises(InputError, match="keep_rows: 8: this model's images have 8 rows of tokens: keep 1 to 7"):
         init_image.regenerated_tokens(S, GRID)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.01, "0.5", True, float("nan")])
+def test_strength_out_of_bounds(strength: object) -> None:
+    with pytest.raises(InputError, match=r"strength: .*: must be a number, 0 to 1, or left out"):
+        InitImage(_photo(S, S), strength=strength)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [{"keep_rows": 3}, {"mask_image": _mask(S, S, (1, 1))}])
+@pytest.mark.parametrize("chosen", [{"strength": 0.5}, {"changed_from": "빨강"}])
+def test_the_models_choice_goes_with_no_other(chosen: dict[str, Any], other: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="goes with neither a mask nor keep_rows"):
+        InitImage(_photo(S, S), **chosen, **other)
+
+
+def test_what_the_model_chooses_is_sent_as_it_is_and_not_pasted() -> None:
+    init_image = InitImage(_photo(60, 40), strength=0.5, changed_from="  빨강\u1112\u1161\u11ab ")
+    assert init_image.changed_from == "빨강한"  # in its normal form
+    resized = init_image.resized(S, GRID)
+    assert (resized.strength, resized.changed_from, resized.pastes) == (0.5, "빨강한", False)
+    assert np.array_equal(resized.pixels(S), init_image.pixels(S))
+    assert InitImage(_photo(S, S), strength=0.5, paste=True).pastes
+    assert InitImage(_photo(S, S)).pastes
+    with pytest.raises(InputError, match=r"changed_from: .*nothing"):
+        InitImage(_photo(S, S), changed_from=" ")

@@ -245,6 +245,43 @@ def test_init_tokens_are_kept_and_the_rest_is_the_samplers(pipeline: Pipeline, i
     )
 
 
+@pytest.mark.parametrize("candidates", [1, 3])  # one is decoded with several tokens a step
+def test_strength_0_keeps_every_token_and_1_keeps_none(pipeline: Pipeline, candidates: int) -> None:
+    kept = pipeline(CAPTIONS[:1], candidates=candidates, seed=5, init_image=InitImage(_photo(), strength=0))[0]
+    assert all(torch.equal(torch.tensor(one.image_tokens), _encoded(pipeline, _photo())) for one in kept.candidates)
+    anew = pipeline(CAPTIONS[:1], candidates=candidates, seed=5, init_image=InitImage(_photo(), strength=1))[0]
+    free = pipeline(CAPTIONS[:1], candidates=candidates, seed=5)[0]
+    assert [one.image_tokens for one in _by_number(anew)] == [one.image_tokens for one in _by_number(free)]
+
+
+def test_strength_is_chosen_for_each_caption_and_keeps_what_a_higher_one_keeps(pipeline: Pipeline) -> None:
+    def sampled(caption: str, strength: float) -> torch.Tensor:
+        request = pipeline.prepare([caption], init_image=InitImage(_photo(), strength=strength))[0]
+        assert request.init_tokens is not None
+        assert (
+            request.init_tokens[request.init_tokens >= 0] == _encoded(pipeline, _photo())[request.init_tokens >= 0]
+        ).all()
+        return request.init_tokens < 0
+
+    low, high = sampled(CAPTIONS[0], 0.25), sampled(CAPTIONS[0], 0.5)
+    assert (int(low.sum()), int(high.sum())) == (16, 32)
+    assert not (low & ~high).any()
+    both = pipeline.prepare(CAPTIONS[:2], init_image=InitImage(_photo(), strength=0.25))
+    assert [bool((one.init_tokens < 0).equal(sampled(one.caption, 0.25))) for one in both] == [True, True]  # type: ignore[union-attr, operator]
+
+
+def test_a_changed_word_keeps_what_it_does_not_touch_and_is_on_record(pipeline: Pipeline) -> None:
+    init_image = InitImage(_photo(), changed_from=CAPTIONS[1])
+    request = pipeline.prepare(CAPTIONS[:1], init_image=init_image)[0]
+    same = pipeline.prepare(CAPTIONS[1:2], init_image=init_image)[0]
+    assert request.init_tokens is not None
+    assert same.init_tokens is not None
+    assert (same.init_tokens >= 0).all()  # the same caption touches nothing
+    record = pipeline.provenance(request, 0)["init_image"]
+    assert (record["changed_from"], record["strength"], record["keep_rows"]) == (CAPTIONS[1], None, None)
+    assert record["paste"] is False
+
+
 def test_pasted_pixels_are_the_originals_bit_by_bit(pipeline: Pipeline) -> None:
     photo, marked = np.asarray(_photo()), np.asarray(_hole()) > 0
     pasted = pipeline(CAPTIONS[:1], candidates=3, init_image=InitImage(_photo(), mask_image=_hole()))[0]

@@ -145,6 +145,26 @@ def test_every_field_reaches_the_job() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"strength": 1.01}, "strength"),
+        ({"strength": -0.01}, "strength"),
+        ({"strength": 0.5, "keep_rows": 2}, "strength"),
+        ({"changed_from": "초록", "keep_rows": 2}, "changed_from"),
+        ({"changed_from": " \u200b"}, "changed_from"),
+        ({"changed_from": "가" * 2000}, "changed_from"),
+        ({"changed_from": "e" + "\u0301\u0316" * 4000}, "changed_from"),
+        ({"strength": 0.5, "rank_by": "log_likelihood"}, "rank_by"),
+    ],
+)
+def test_a_choice_by_the_model_goes_with_no_other(fields: dict[str, Any], param: str) -> None:
+    failure = failure_of(is_edit=True, **fields)
+    assert (failure.code, failure.param) == ("invalid_value", param)
+    job(is_edit=True, strength=0, changed_from="초록")  # the negative control
+    job(is_edit=True, strength=1)
+
+
 def test_a_form_equals_json() -> None:
     values: dict[str, Any] = {
         "prompt": "2", "n": 2, "seed": 7, "candidates": 4, "temperature": 0.5, "top_k": 3, "guidance": 2.0,

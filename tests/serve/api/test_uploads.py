@@ -56,7 +56,7 @@ def expected(init_image: InitImage) -> Arrays:
         init_image.pixels(32).tobytes(),
         init_image.regenerated_pixels(32, 8).tobytes(),
         init_image.regenerated_tokens(32, 8).tobytes(),
-        init_image.paste,
+        init_image.pastes,
     )
 
 
@@ -101,6 +101,14 @@ def test_an_image_with_transparent_pixels_is_its_own_mask() -> None:
 def test_without_a_mask_rows_are_kept() -> None:
     assert read(encoded(photo()), keep_rows=3) == expected(InitImage(photo(), keep_rows=3))
     assert read(encoded(photo()), paste=False) == expected(InitImage(photo(), paste=False))
+
+
+def test_what_the_model_chooses_is_read_without_a_mask() -> None:
+    edit = EditRequest(prompt="a", strength=0.25, changed_from="초록")
+    for image in (photo(), holed(photo())):  # transparency then is ground, and no mask
+        found = pickle.loads(pickle.dumps(read_init_image(encoded(image), None, edit, INFO, MAX_PIXELS)))
+        assert (found.strength, found.changed_from, found.mask_image, found.pastes) == (0.25, "초록", None, False)
+        assert np.array_equal(found.pixels(32), InitImage(image).pixels(32))
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
@@ -148,6 +156,8 @@ def test_a_hole_with_a_kept_part_after_it_can_be_ranked_by_log_likelihood() -> N
         (encoded(photo()), None, {"rank_by": "log_likelihood"}, "invalid_value", "rank_by"),
         (encoded(photo()), encoded(speckled()), {}, "invalid_value", "mask"),
         (encoded(photo()), encoded(white_square()), {"keep_rows": 2}, "invalid_value", "keep_rows"),
+        (encoded(photo()), encoded(white_square()), {"strength": 0.5}, "invalid_value", "strength"),
+        (encoded(photo()), encoded(white_square()), {"changed_from": "빨강"}, "invalid_value", "changed_from"),
         (encoded(photo()), None, {"keep_rows": 8}, "invalid_value", "keep_rows"),
         (encoded(photo()), None, {"keep_rows": 0}, "invalid_value", "keep_rows"),
         (io.BytesIO(b""), None, {}, "invalid_image", "image"),
@@ -159,7 +169,7 @@ def test_a_hole_with_a_kept_part_after_it_can_be_ranked_by_log_likelihood() -> N
         (encoded(photo(), "PNG", save_all=True, append_images=[photo()]), None, {}, "invalid_image", "image"),
         (encoded(photo(), "WEBP", save_all=True, append_images=[white_square()]), None, {}, "invalid_image", "image"),
     ],
-    ids=range(19),
+    ids=range(21),
 )  # fmt: skip
 def test_unusable_uploads_are_rejected_by_name(
     image: io.BytesIO, mask: io.BytesIO | None, fields: dict[str, Any], code: str, param: str

@@ -94,6 +94,8 @@ def _states(page: Page) -> Iterator[str]:
     yield "inpaint"
     page.locator("input[name=editor-kind][value=rows]").check(force=True)
     yield "rows"
+    page.locator("input[name=editor-kind][value=strength]").check(force=True)
+    yield "strength"
     page.keyboard.press("Escape")
     page.locator("#caption").fill("네모 " * 120)
     page.locator("#generate").click()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engine.pipeline.image_encoding import read_metadata
 from tests.browser_page import (
     CAPTION,
     Open,
@@ -151,3 +152,42 @@ def test_files_that_are_no_images_are_refused_in_words(page: Page, tmp_path: Pat
         page.locator("#upload-file").set_input_files(tmp_path / name)
         expect(page.locator("#toast")).to_contain_text(text)
         expect(page.locator("#editor")).to_be_hidden()
+
+
+def _start_from(page: Page) -> None:
+    """The editor with the first image on the board, and the model's choice."""
+    page.locator("#generations [data-action=open-0]").first.click()
+    page.locator("[data-action=variations]").click()
+    page.locator("input[name=editor-kind][value=strength]").check(force=True)
+
+
+def test_strength_regenerates_the_share_that_was_chosen(page: Page) -> None:
+    generate(page, CAPTION)
+    wait_done(page)
+    _start_from(page)
+    page.locator("#strength").fill("0.25")
+    expect(page.locator("#strength-tokens")).to_contain_text("64칸 가운데 16칸(25%)")
+    expect(page.locator("#strength")).to_have_attribute("aria-valuetext", "25%")
+    page.locator("#editor-generate").click()
+    wait_done(page, 2)
+    made = read_metadata(downloaded(page, page.locator("#generations [data-action=download-0]").first.click)[1])
+    assert (made["init_image"]["strength"], made["init_image"]["changed_from"]) == (0.25, None)
+    expect(page.locator(".card .facts").first).to_contain_text("골라서 다시 생성함")
+    page.locator("#generations [data-action=open-0]").first.click()
+    expect(page.locator("#viewer .facts-list")).to_contain_text("25%")
+
+
+def test_a_changed_word_is_wanted_before_only_it_is_regenerated(page: Page) -> None:
+    generate(page, CAPTION)
+    wait_done(page)
+    _start_from(page)
+    page.locator("#only-changed").check()
+    expect(page.locator("#strength")).to_be_disabled()
+    expect(page.locator("#editor-fault")).to_have_text("아래 설명에서 바꿀 말을 먼저 고치세요.")
+    expect(page.locator("#editor-generate")).to_be_disabled()
+    page.locator("#editor-caption").fill(CAPTION.replace("파랑", "노랑"))
+    page.locator("#editor-generate").click()
+    wait_done(page, 2)
+    made = read_metadata(downloaded(page, page.locator("#generations [data-action=download-0]").first.click)[1])
+    assert (made["init_image"]["strength"], made["init_image"]["changed_from"]) == (None, CAPTION)
+    assert made["caption"] == CAPTION.replace("파랑", "노랑")
