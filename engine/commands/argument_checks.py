@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from engine.errors import InputError
-from engine.files import check_file_place, is_hub_name
+from engine.files import check_file_place
 from engine.models.folder_config import PartName, part_config, read_config
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -19,11 +19,8 @@ def check_device(device: str) -> None:
         raise InputError("--device", device, "is no device for generation: write cpu, cuda or cuda:1")
 
 
-def check_model(folder_or_hub_id: str | Path, *parts: PartName) -> None:
-    """Raises InputError for a folder without a model or one of `parts`; a hub's model is looked at once it is fetched."""
-    folder = Path(folder_or_hub_id)
-    if not folder.exists() and is_hub_name(str(folder_or_hub_id)):
-        return
+def check_model(folder: Path, *parts: PartName) -> None:
+    """Raises InputError for a folder without a model or one of `parts`."""
     read_config(folder)
     for name in parts:
         part_config(folder, name)

@@ -19,7 +19,7 @@ from engine.config.codec import CodecBackend
 from engine.data.prompt_words import described
 from engine.errors import InputError
 from engine.files import atomic_file, write_json
-from engine.models.folder_config import model_digest, part_config
+from engine.models.folder_config import model_digest, part_config, read_ground
 from engine.pipeline.image_encoding import encode_image, read_metadata, save_png
 from engine.pipeline.image_size import ImageSize
 from engine.pipeline.init_image import InitImage
@@ -87,7 +87,10 @@ def generate_to_folder(
         raise InputError("--size", size, "an init image is of the model's own size: leave one of the two out")
     check_captions([caption])
     check_device(device)
-    check_model(model, "transformer", "vqgan")
+    source = local_folder(model)
+    check_model(source, "transformer", "vqgan")
+    rendition = rendition or Rendition()
+    _check_rendition(rendition, source)
     with heavy_imports():
         from engine.device import fit_to_machine, pick_device
         from engine.pipeline.pipeline import Pipeline
@@ -97,10 +100,10 @@ def generate_to_folder(
     started = time.perf_counter()
     backend = cast(CodecBackend, codec_backend)
     pipeline = Pipeline.from_pretrained(
-        model, device=pick_device(device), int8=int8, weights=cast("Weights | None", weights), codec_backend=backend
+        source, device=pick_device(device), int8=int8, weights=cast("Weights | None", weights), codec_backend=backend
     )
+    pipeline.model_id = model
     loading_s = time.perf_counter() - started
-    _check_rendition(rendition or Rendition(), pipeline)
     params = pipeline.default_sampling_params.updated(**sampling_params)
     with PhaseBars() as bars:
         generation = pipeline(
@@ -121,7 +124,7 @@ def generate_to_folder(
         print(
             f"note: the caption is {generation.tokens_cut} tokens too long; its end was cut (--strict refuses instead)"
         )
-    _write(folder, pipeline, generation, rendition or Rendition(), refined=refined, loading_s=loading_s)
+    _write(folder, pipeline, generation, rendition, refined=refined, loading_s=loading_s)
     return refined or generation
 
 
@@ -173,6 +176,8 @@ def regenerate_to_folder(
         raise InputError("MODEL", model or made.model, remedy)
     start = _init_image_of(made.init_image, image, init_image, mask, source)
     _note_size(image, made, source)
+    rendition = Rendition.recorded(made.rendition)
+    _check_rendition(rendition, source)
     with heavy_imports():
         from engine.device import fit_to_machine, pick_device
         from engine.pipeline.pipeline import Pipeline
@@ -191,8 +196,6 @@ def regenerate_to_folder(
         codec_backend=cast(CodecBackend, arithmetic.codec_backend),
     )
     pipeline.model_id = made.model
-    rendition = Rendition.recorded(made.rendition)
-    _check_rendition(rendition, pipeline)
     loading_s = time.perf_counter() - started
     if pipeline.arithmetic != arithmetic:
         print(
@@ -334,7 +337,7 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
         InputError: bad parameters or model; a beginning that fills the model's text.
     """
     check_device(device)
-    check_model(model, "transformer", "vqgan")
+    check_model(local_folder(model), "transformer", "vqgan")
     with heavy_imports():
         from engine.device import fit_to_machine, pick_device
         from engine.pipeline.pipeline import Pipeline
@@ -347,12 +350,12 @@ def print_continuations(model: str, beginning: str, params: SamplingParams, *, c
             print(f"note: caption {line.candidate} fills the model's text and has no end", file=sys.stderr)
 
 
-def _check_rendition(rendition: Rendition, pipeline: "Pipeline") -> None:
-    """Raises InputError: one that this model's images cannot have, before minutes of work."""
-    own = pipeline.vqgan.config.image_size
+def _check_rendition(rendition: Rendition, model: Path) -> None:
+    """Raises InputError: one that this model's images cannot have."""
+    own = part_config(model, "vqgan").image_size
     if rendition.size is not None and not own <= rendition.size <= _MAX_SIZE:
         raise InputError("--enlarge", rendition.size, f"must be {own}, the model's, to {_MAX_SIZE} pixels a side")
-    if rendition.is_transparent and pipeline.ground is None:
+    if rendition.is_transparent and read_ground(model) is None:
         raise InputError("--transparent", "given", "this model's images have no plain ground: leave it out")
 
 

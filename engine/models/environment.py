@@ -1,8 +1,8 @@
 """Checks of the installation for faults that would otherwise end in a traceback from another library.
 
 transformers tests whether torchvision is installed, not whether it works. torchvision from the package index beside a
-CPU-only torch is installed but does not import ("operator torchvision::nms does not exist"), and then neither RoBERTa
-nor EfficientNet can be imported. The engine does not use torchvision.
+CPU-only torch is installed but does not import ("operator torchvision::nms does not exist"), and then neither EfficientNet
+nor CLIP can be imported. The engine does not use torchvision.
 """
 
 import importlib
@@ -25,5 +25,5 @@ def check_torchvision() -> None:
         raise InputError(
             "torchvision",
             f"installed, but does not import ({error})",
-            "transformers cannot load RoBERTa or EfficientNet beside it: run `pip uninstall torchvision`",
+            "transformers cannot load EfficientNet or CLIP beside it: run `pip uninstall torchvision`",
         ) from error

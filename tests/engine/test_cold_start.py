@@ -47,8 +47,11 @@ REFUSED: dict[str, list[list[str]]] = {
         ["train-classifier", "models", "--out", "x", "--device", "gpu"],
     ],
     "--rank-by": [[*_GENERATE, "--rank-by", "beauty"]],
+    "--weights": [[*_GENERATE, "--weights", "int2"]],
     "--codec-backend": [[*_GENERATE, "--codec-backend", "auto"]],
     "--size": [[*_GENERATE, "--size", "big"], [*_GENERATE, "--size", "256x256", "--enlarge", "300"]],
+    "--enlarge": [[*_GENERATE, "--enlarge", "100"]],
+    "--transparent": [["generate", "models/garments", "a", "--transparent"]],
     "--keep-rows": [[*_GENERATE, "--keep-rows", "3"]],
     "--image": [[*_GENERATE, "--image", "no.png"]],
     "--out": [
