@@ -58,12 +58,14 @@ generate: $(READY)  ## images of CAPTION with MODEL
 serve: $(READY)  ## page and API of MODEL on port 8000
 	$(BIN)/kodalle serve $(MODEL)
 
-# Two processes share what computes by itself; tests marked `exclusive` (servers, browsers, Ray) then have the machine for
-# themselves. Both parts are run, whatever the first one finds.
+# Two processes share what computes by itself; then two browsers, which mostly wait, share the tests of the page, by files,
+# whose fixtures are a server and a browser; then the other tests marked `exclusive` (Ray, launchers) have the machine for
+# themselves. All parts are run, whatever the first one finds.
 test: $(READY)  ## all tests: 7 minutes on two quiet cores
 	@status=0; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive" || status=$$?; \
-	$(BIN)/python -m pytest -q -m "exclusive and not soak" || status=$$?; \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak" tests/serve/page || status=$$?; \
+	$(BIN)/python -m pytest -q -m "exclusive and not soak" --ignore=tests/serve/page || status=$$?; \
 	exit $$status
 
 test-fast: $(READY)  ## unit tests alone: a minute on two cores
