@@ -36,7 +36,7 @@ def _constraints() -> dict[str, str]:
 def _declared(*extras: str) -> dict[str, Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
-    declared = {canonicalize_name(each.name): each for each in map(Requirement, lines)}
+    declared: dict[str, Requirement] = {canonicalize_name(each.name): each for each in map(Requirement, lines)}
     ours = declared.pop(canonicalize_name(project["name"]), None)
     return declared if ours is None else declared | _declared(*ours.extras)
 
