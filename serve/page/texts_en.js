@@ -222,7 +222,8 @@ export const english = {
   "editor.strength_tokens": "Regenerates {n} of {total} cells ({percent}%), those first that fit the caption least.",
   "editor.strength_changed": "The model chooses the cells that the changed words touch, and regenerates them.",
   "editor.only_changed": "Only what the changed words touch",
-  "editor.only_changed_hint": "For one change, such as the colour. Caption before: {caption}",
+  "editor.only_changed_hint": 
+    "For one change, such as the colour. The outline stays, folds are new, and sometimes the colour does not follow. Caption before: {caption}",
   "editor.unchanged": "Change a word of the caption below first.",
   "editor.no_caption_before": "There is no caption before, so what has changed is not known.",
   "editor.cell_marked": "Row {row}, column {column}, regenerated",
