@@ -84,6 +84,7 @@ def opened(
 def photograph_desktop(browser: Browser, address: str, out: Path) -> None:
     """A generation in progress, its result with all candidates, and a part painted over."""
     with opened(browser, address, _DESKTOP, scheme="light") as page:
+        page.locator("#candidates").fill("8")
         generate_example(page, 4, seed=7)
         page.locator('[data-candidate="0"][data-rows]:not([data-rows="1"])').wait_for()
         save(page, out / "generation-ko.png")
@@ -101,6 +102,7 @@ def photograph_dark(browser: Browser, address: str, out: Path) -> None:
     """In English and dark: several requests at once, and the gallery they end in."""
     with opened(browser, address, _DESKTOP, scheme="dark") as page:
         page.locator("#language-button").click()
+        page.locator("#candidates").fill("8")
         for number, seed in ((3, 11), (1, 12), (2, 13), (5, 14)):
             generate_example(page, number, seed=seed)
         page.locator(".card.done").first.wait_for()
@@ -164,6 +166,7 @@ def photograph_phone(browser: Browser, address: str, out: Path) -> None:
         page.locator("#language-button").click()
         forms.append(page.screenshot())
         page.locator("#language-button").click()
+        page.locator("#candidates").fill("4")
         generate_example(page, 2, seed=21)
         page.locator(".card.done").wait_for()
         for language, form in zip(("ko", "en"), forms, strict=True):
