@@ -32,7 +32,7 @@ from serve.arguments import KEEP_ALIVE_S
 MAX_HEAD_BYTES = 16 * 1024  # the request line and all headers; and all trailers again
 HEAD_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
-MAX_PIPELINED = 16
+MAX_PIPELINED = 8
 MAX_CONNECTIONS = 2000
 _MIN_READ_BYTES = 16 * 1024  # that a client takes in WRITE_TIMEOUT_S: 4 kbit/s
 _DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
