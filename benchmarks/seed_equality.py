@@ -14,6 +14,7 @@ import torch
 from machine_facts import print_document
 
 from engine.config.transformer import TransformerConfig
+from engine.decoding.cpu.compiled_step import library
 from engine.decoding.cpu.packed_weights import Weights, can_quantise
 from engine.decoding.sampler import Sampler
 from engine.facts import facts
@@ -44,6 +45,7 @@ def main() -> int:
     else:
         kinds = [(torch.float32, None)]
         kinds += [(torch.float32, "int8")] if can_quantise(torch.float32, device) else []
+        kinds += [(torch.float32, "int4")] if library() is not None else []
     rows = []
     for dtype, weights in kinds:
         start = time.perf_counter()

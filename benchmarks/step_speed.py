@@ -56,7 +56,7 @@ def main() -> int:
     document: dict[str, Any] = {
         "benchmark": "step_speed", **facts(_CPU), "isa": cpu_capabilities().isa, "threads": torch.get_num_threads(),
         "clock": "processor time" if arguments.processor_time else "best",
-        "sizes": sizes.model_dump(mode="json"), "rows": _stored_rows(arguments), "profiles": {},
+        "sizes": sizes.model_dump(mode="json"), "rows": [], "profiles": {}, **_stored(arguments),
     }  # fmt: skip
     arguments.steps = min(arguments.steps, sizes.image_seq_len // 2 - 2)  # before sequences end
     model = random_model(sizes)
@@ -93,12 +93,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _stored_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier call with other weights, so that a long measurement can be made in pieces."""
+def _stored(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rows and profiles of an earlier call, so that a long measurement can be made in pieces."""
     folder = arguments.out or (REPOSITORY / "runs" / "benchmarks" if arguments.quick else REPOSITORY / "benchmarks")
     name = slug(hardware_name(facts(_CPU))) + arguments.tag + ("-quick" if arguments.quick else "")
     path = folder / "results" / "step_speed" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    if not path.is_file():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return {name: document[name] for name in ("rows", "profiles")}
 
 
 def random_model(sizes: Any) -> KoDalle:
