@@ -224,7 +224,7 @@ export const english = {
   "editor.only_changed": "Only what the changed words touch",
   "editor.only_changed_hint": 
     "For one change, such as the colour. The outline stays, folds are new, and sometimes the colour does not follow. Caption before: {caption}",
-  "editor.unchanged": "Change a word of the caption below first.",
+  "editor.unchanged": "Change a word of the caption first.",
   "editor.no_caption_before": "There is no caption before, so what has changed is not known.",
   "editor.cell_marked": "Row {row}, column {column}, regenerated",
   "editor.cell_kept": "Row {row}, column {column}, kept",

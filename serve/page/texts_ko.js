@@ -219,7 +219,7 @@ export const korean = {
   "editor.strength_changed": "바뀐 말이 닿는 칸을 모델이 골라 다시 생성합니다.",
   "editor.only_changed": "바뀐 말이 닿는 칸만",
   "editor.only_changed_hint": "색처럼 한 가지만 고칠 때 씁니다. 윤곽은 남고 주름은 새로 생깁니다. 색이 따라오지 않을 때도 있습니다. 원래 설명: {caption}",
-  "editor.unchanged": "아래 설명에서 바꿀 말을 먼저 고치세요.",
+  "editor.unchanged": "설명에서 바꿀 말을 먼저 고치세요.",
   "editor.no_caption_before": "원래 설명이 없어, 무엇이 바뀌었는지 알 수 없습니다.",
   "editor.cell_marked": "{row}행 {column}열, 다시 생성",
   "editor.cell_kept": "{row}행 {column}열, 남김",

@@ -183,7 +183,7 @@ def test_a_changed_word_is_wanted_before_only_it_is_regenerated(page: Page) -> N
     _start_from(page)
     page.locator("#only-changed").check()
     expect(page.locator("#strength")).to_be_disabled()
-    expect(page.locator("#editor-fault")).to_have_text("아래 설명에서 바꿀 말을 먼저 고치세요.")
+    expect(page.locator("#editor-fault")).to_have_text("설명에서 바꿀 말을 먼저 고치세요.")
     expect(page.locator("#editor-generate")).to_be_disabled()
     page.locator("#editor-caption").fill(CAPTION.replace("파랑", "노랑"))
     page.locator("#editor-generate").click()
