@@ -81,7 +81,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = facts(torch.device("cpu"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     pipeline, encoder = Pipeline.from_pretrained(arguments.model), Lite0Encoder(torch.device("cpu"))
-    rows, images, texts, befores = [], [], [], []
+    rows: list[dict[str, Any]] = []
+    images, texts, befores = [], [], []
     for form, old, new in _PAIRS:
         captions = form.format(old), form.format(new)
         before = _best(pipeline, captions[0], arguments)
