@@ -18,7 +18,7 @@ from engine.models.folder_config import weights_digest
 from engine.models.real_scores import RealScores, real_scores, write_real_scores
 from engine.pipeline.pipeline import Pipeline
 
-_MOST_PAIRS = 2_000  # more do not move a percentile by one
+_MOST_PAIRS = 1_000  # more do not move a percentile by two
 _BATCH_SIZE, _SEED = 16, 7
 
 
@@ -50,21 +50,24 @@ def calibrate(
     scores = None
     if pipeline.koclip is not None:
         run = EvaluationRun(pipeline.device, _SEED, _BATCH_SIZE, on_progress or (lambda *_: None))
-        table = _scores(run, pipeline, pairs.validation)
-        scores = real_scores(table, ranker=weights_digest(model, "koclip"))
+        table, contrasts = _scores(run, pipeline, pairs.validation)
+        scores = real_scores(table, ranker=weights_digest(model, "koclip"), contrasts=contrasts)
         write_real_scores(model, scores)
     write_guide(model, guide)
     return guide, scores
 
 
-def _scores(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> list[float]:
-    """The ranker's score of held-out photographs with their own captions, as generated images are scored."""
+def _scores(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    """The ranker's scores of held-out photographs with their own captions, and the contrasts of those that have one."""
     order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu").tolist()
     chosen = [held[number] for number in sorted(order[:_MOST_PAIRS])]
     found: list[float] = []
+    contrasts: list[float] = []
     for images in run.images(chosen, pipeline.vqgan.config.image_size, "scores of real pairs"):
-        captions = [pair.captions[0] for pair in chosen[len(found) : len(found) + len(images)]]
-        scores = pipeline.rank_scores(captions, images[:, None])  # (B, 1)
-        assert scores is not None, "the model has a ranker"
-        found += scores[:, 0].tolist()
-    return found
+        for pair, image in zip(chosen[len(found) : len(found) + len(images)], images, strict=True):
+            scores = pipeline.candidate_scores(pair.captions[0], image[None])
+            assert scores is not None, "the model has a ranker"
+            found.append(float(scores.score))
+            if scores.contrast is not None:
+                contrasts.append(float(scores.contrast))
+    return found, contrasts

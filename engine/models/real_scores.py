@@ -2,7 +2,8 @@
 
 A cosine of 0.62 says nothing to anyone, and every ranker has its own scale. Its place among the scores that held-out photographs
 get with their own captions does: `closer than 83 % of real pairs`. A model folder keeps these as percentiles, in real_scores.json,
-written by `kodalle calibrate` and at the end of `kodalle train PHOTOS`.
+written by `kodalle calibrate` and at the end of `kodalle train PHOTOS`. Where candidates are ranked by contrast
+(engine.pipeline.ranking), the contrast has its place among theirs: an order and its places never disagree.
 """
 
 from bisect import bisect_left
@@ -25,26 +26,46 @@ class RealScores(Section):
     pairs: int = Field(gt=0, description="held-out pairs that were scored")
     ranker: str = Field(description="digest of the ranker whose scores they are (engine.models.folder.weights_digest)")
     percentiles: tuple[float, ...] = Field(description="the least score, that of each per cent, the greatest: 101")
+    contrast_percentiles: tuple[float, ...] | None = Field(
+        default=None, description="the same of their contrasts, in nats; null where candidates are ranked by score"
+    )
 
     @model_validator(mode="after")
     def _is_a_distribution(self) -> "RealScores":
-        if len(self.percentiles) != _STEPS + 1 or list(self.percentiles) != sorted(self.percentiles):
-            raise ValueError(f"percentiles must be {_STEPS + 1} numbers, none less than the one before")
+        for name in ("percentiles", "contrast_percentiles"):
+            table = getattr(self, name)
+            if table is not None and (len(table) != _STEPS + 1 or list(table) != sorted(table)):
+                raise ValueError(f"{name} must be {_STEPS + 1} numbers, none less than the one before")
         return self
 
-    def percentile(self, score: float) -> float:
-        """Per cent of real pairs with a lower score, 0 to 100; between two percentiles in proportion."""
-        place = bisect_left(self.percentiles, score)
-        if place in (0, len(self.percentiles)):
-            return float(min(place, _STEPS))
-        below, above = self.percentiles[place - 1 : place + 1]
-        return place - 1 + (score - below) / (above - below)
+    def percentile(self, score: float, contrast: float | None = None) -> float:
+        """Per cent of real pairs below, 0 to 100, by contrast where there is one; between two percentiles in proportion."""
+        if contrast is not None and self.contrast_percentiles is not None:
+            return _place(self.contrast_percentiles, contrast)
+        return _place(self.percentiles, score)
 
 
-def real_scores(scores: Sequence[float], *, ranker: str) -> RealScores:
-    """The table of these scores; `ranker` is the digest of what gave them."""
-    found = np.percentile(np.asarray(scores, dtype=np.float64), np.arange(_STEPS + 1))
-    return RealScores(pairs=len(scores), ranker=ranker, percentiles=tuple(round(float(value), 5) for value in found))
+def real_scores(scores: Sequence[float], *, ranker: str, contrasts: Sequence[float] = ()) -> RealScores:
+    """The tables of these scores and, where there are any, contrasts; `ranker` is the digest of what gave them."""
+    return RealScores(
+        pairs=len(scores),
+        ranker=ranker,
+        percentiles=_percentiles(scores),
+        contrast_percentiles=_percentiles(contrasts) if contrasts else None,
+    )
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, ...]:
+    found = np.percentile(np.asarray(values, dtype=np.float64), np.arange(_STEPS + 1))
+    return tuple(round(float(value), 5) for value in found)
+
+
+def _place(table: tuple[float, ...], value: float) -> float:
+    place = bisect_left(table, value)
+    if place in (0, len(table)):
+        return float(min(place, _STEPS))
+    below, above = table[place - 1 : place + 1]
+    return place - 1 + (value - below) / (above - below)
 
 
 def read_real_scores(folder: Path) -> RealScores | None:

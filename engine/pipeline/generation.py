@@ -78,7 +78,7 @@ class Candidate:
     rank: int  # 1 is best; without a ranker, the order of the candidates
     contrast: float | None = None  # nats, see engine/pipeline/ranking.py; None unless ranked by it
     log_likelihood: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
-    # Per cent of real pairs that score lower; None without their scores, and for a caption of which the model knows no word:
+    # Per cent of real pairs below, by contrast where candidates are ranked by it, else by score; None without their scores, and for a caption of which the model knows no word:
     # its score would be that of no caption.
     score_percentile: float | None = None
 
@@ -156,7 +156,9 @@ def ranked(
             rank=rank,
             contrast=None if contrast is None else float(contrast[index]),
             log_likelihood=None if log_likelihoods is None else float(log_likelihoods[index]),
-            score_percentile=None if compared is None or score is None else compared.percentile(float(score[index])),
+            score_percentile=None
+            if compared is None or score is None
+            else compared.percentile(float(score[index]), None if contrast is None else float(contrast[index])),
         )
         for rank, index in enumerate(order, start=1)
     )

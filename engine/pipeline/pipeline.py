@@ -68,7 +68,7 @@ from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models
 from engine.pipeline.local_folder import local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
-from engine.pipeline.ranking import CandidateScorer
+from engine.pipeline.ranking import CandidateScorer, Scores
 from engine.pipeline.rendition import Rendition
 from engine.pipeline.token_choice import Captions, tokens_to_sample
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
@@ -405,10 +405,7 @@ class Pipeline:
             images = torch.cat(parts)  # (n, 3, S, S)
             pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
         with exact(self.device), timed(timings_s, "ranking", self.device):
-            scores = None
-            if self._scorer is not None:
-                with inference(self.device):
-                    scores = self._scorer(request.caption, images)
+            scores = self.candidate_scores(request.caption, images)
             likelihoods = None
             if request.rank_by == "log_likelihood" and request.init_tokens is not None:
                 sampled = request.init_tokens < 0
@@ -547,6 +544,13 @@ class Pipeline:
         assert self.koclip is not None
         scores: list[float] = self.koclip.scores(others, embedding[None])[0].tolist()
         return scores
+
+    def candidate_scores(self, caption: str, images: Tensor) -> Scores | None:
+        """What candidates of a caption, (n, 3, H, W) in [0, 1], are ranked by; None when the model has no ranker."""
+        if self._scorer is None:
+            return None
+        with inference(self.device):
+            return self._scorer(caption, images)
 
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
         """KoCLIP's score of each caption's own images.

@@ -9,7 +9,7 @@ from engine.commands.generate import unknown_note
 from engine.data.prompt_words import PromptWords, UnknownWord
 from engine.models.folder import own_real_scores
 from engine.models.folder_config import weights_digest
-from engine.models.real_scores import real_scores, write_real_scores
+from engine.models.real_scores import RealScores, real_scores, write_real_scores
 from engine.pipeline.generation import PreparedRequest, ranked
 from engine.pipeline.ranking import Scores
 from engine.sampling_params import SamplingParams
@@ -20,7 +20,7 @@ FOREIGN = PromptWords(4, 2, 2, 0, (UnknownWord("레두", 0, 2, "레드이다", "
 KNOWN = PromptWords(5, 0, 3, 3)
 
 
-def _places(words: PromptWords) -> list[float | None]:
+def _places(words: PromptWords, table: RealScores = TABLE, contrast: list[float] | None = None) -> list[float | None]:
     request = PreparedRequest(
         caption="c",
         words=words,
@@ -34,13 +34,21 @@ def _places(words: PromptWords) -> list[float | None]:
     )
     tokens = torch.zeros(2, 4, dtype=torch.int64, device="cpu")
     pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cpu")
-    scores = Scores(torch.tensor([0.25, 0.83], dtype=torch.float32, device="cpu"), None)
-    return [one.score_percentile for one in ranked(request, tokens, pixels, scores, None, TABLE)]
+    score = torch.tensor([0.25, 0.83], dtype=torch.float32, device="cpu")
+    scores = Scores(score, None if contrast is None else torch.tensor(contrast, dtype=torch.float32, device="cpu"))
+    return [one.score_percentile for one in ranked(request, tokens, pixels, scores, None, table)]
 
 
 @pytest.mark.parametrize("words", [KNOWN, PARTLY])
 def test_candidates_have_their_place_among_real_pairs(words: PromptWords) -> None:
     assert _places(words) == pytest.approx([83, 25], abs=0.01)
+
+
+def test_places_follow_the_order_where_candidates_are_ranked_by_contrast() -> None:
+    """The better score may have the worse contrast: rank 1 must not stand far below rank 2."""
+    table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, contrasts=[-4.0, -2.0, 0.0])
+    assert _places(KNOWN, table, contrast=[-1.0, -3.0]) == [75, 25]  # of scores 0.25 and 0.83
+    assert _places(KNOWN, TABLE, contrast=[-1.0, -3.0]) == pytest.approx([25, 83], abs=0.01)  # an older table
 
 
 def test_nonsense_has_no_place_whatever_its_score() -> None:
