@@ -112,7 +112,7 @@ export function imageElement(blob, alt) {
  * @returns {boolean} whether it is shown with hard pixel edges: smoothed, it would only be a blur
  */
 export function isSmall(pixels) {
-  return pixels > 0 && pixels <= 128;
+  return pixels > 0 && pixels <= 64;
 }
 
 /**
