@@ -185,12 +185,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_file_place(path: Path, *, field: str) -> None:
+def check_file_place(path: Path, *, field: str, beside: str = "") -> None:
     """Tries whether a file can be written, before the work whose result goes into it.
 
+    Args:
+        beside: suffix of a file of the same name that is written, too; "": there is none.
+
     Raises:
-        InputError: with `field`: a folder or a device, or a place where nothing can be written.
+        InputError: with `field`: a folder or a device, a place where nothing can be written, a name that ends in `beside`.
     """
+    if beside and path.suffix.lower() == beside:
+        raise InputError(field, path, f"is not a place for a JSON file: give a file name such as {path.stem}.json")
     try:
         with _no_folder_left(path), named_disk_faults(path), contextlib.suppress(_Tried), atomic_file(path):
             raise _Tried

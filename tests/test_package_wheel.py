@@ -84,7 +84,7 @@ def test_version(bare: Environment, tmp_path: Path) -> None:
         (("generate", MODEL, CAPTION), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
         (("train", "run.yaml"), "deepspeed: not installed: pip install 'kodalle-engine[train]'"),
         (("serve", MODEL), "uvicorn: not installed: pip install 'kodalle-engine[serve]'"),
-        (("evaluate", MODEL, "pairs"), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
+        (("evaluate", MODEL, "."), "taming: not installed: pip install --no-deps taming-transformers-rom1504"),
         pytest.param(  # a second command without taming
             ("demo",),
             "taming: not installed: pip install --no-deps taming-transformers-rom1504",

@@ -67,15 +67,15 @@ def evaluate(
     for name in filter(None, metrics.split(",")):
         if name.strip() not in _NAMES.split(","):
             raise InputError("--metrics", name.strip(), f"is none: give some of {_NAMES}, with commas between")
-    if out.suffix.lower() == ".png":
-        raise InputError("--out", out, "is not a place for a JSON file: give a file name such as evaluation.json")
-    check_file_place(out, field="--out")
+    check_file_place(out, field="--out", beside=".png")
     check_device(device)
-    check_model(model)
-    check_pairs(pairs)
     for option, given in {"--independent-classifier": independent_classifier, "--clip": clip}.items():
         if given is not None and not given.is_dir():
             raise InputError(option, given, "no such folder")
+    if inception is not None and not inception.is_file():
+        raise InputError("--inception", inception, "no such file")
+    check_model(model)
+    check_pairs(pairs)
     with heavy_imports():
         from engine.device import pick_device
         from engine.metrics.evaluate import evaluate_to_file

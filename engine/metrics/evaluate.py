@@ -317,7 +317,7 @@ def evaluate_to_file(
     Raises:
         InputError: from `evaluate`, or an `out` that cannot be a JSON file; nothing is written then.
     """
-    check_file_place(out, field="--out")
+    check_file_place(out, field="--out", beside=".png")
     machine = facts(pick_device(device))  # before anything is written or computed: the commit, the load
     with PhaseBars() as bars:
         report = evaluate(

@@ -146,7 +146,7 @@ def test_of_two_models_the_one_whose_images_fit_their_captions_is_taken(
     losses: list[float], scores: dict[str, float], taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engine.metrics import caption_score as module
-    from engine.models import folder
+    from engine.models import folder_config
 
     run = tmp_path / "kodalle"
     for name in ("model", "model-best"):
@@ -160,7 +160,7 @@ def test_of_two_models_the_one_whose_images_fit_their_captions_is_taken(
         return scores[model.name]
 
     monkeypatch.setattr(module, "caption_score", score)
-    monkeypatch.setattr(folder, "weights_digest", lambda place, part: f"{place.name}-{part}")
+    monkeypatch.setattr(folder_config, "weights_digest", lambda place, part: f"{place.name}-{part}")
     for _ in range(2):
         assert train_pictures._choose_model(tmp_path, tmp_path)["taken"] == taken
     assert calls == list(scores)  # once: the second call reads choice.json

@@ -373,7 +373,7 @@ def test_a_codec_alone_has_distances_in_the_network_that_was_given(
         ),
         (["--inception", "weights.pth", "--distance-images", "9"], "--inception: weights.pth: no such file"),
         (["--clip-english"], "--clip-english: True: is for the captions of --clip"),
-        (["--clip", "nowhere"], "--clip: nowhere: holds no CLIP"),
+        (["--clip", "nowhere"], "--clip: nowhere: no such folder"),
         (["--metrics", "fid"], "--metrics: fid: is none"),
     ],
 )
