@@ -139,7 +139,7 @@ function keyOf({ subject, attribute }) {
 /**
  * @param {Grammar} grammar
  * @param {string} caption
- * @returns {string} an attribute that the caption is about, of the most values: colour, where clothes are described
+ * @returns {string} an attribute that the caption is about, of the most values
  */
 function firstAttribute(grammar, caption) {
   const label = labelIn(grammar, caption);
