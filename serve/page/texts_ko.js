@@ -323,7 +323,7 @@ export const korean = {
   "size.own_unknown": "생성한 그대로",
   "size.enlarged": "{side}픽셀 (키움)",
   "size.hint":
-    "서버가 같은 시드로 다시 생성해 매끄럽게 키웁니다(Lanczos). 새로운 디테일은 생기지 않고, 파일에 키웠다고 표시됩니다.",
+    "서버가 같은 시드로 다시 생성해 매끄럽게 키웁니다(Lanczos). 세밀한 부분이 새로 생기지는 않고, 파일에 키웠다고 표시됩니다.",
   "size.other_model": "이 이미지를 만든 모델이 지금 서버에 없어, 생성한 크기로만 내려받을 수 있습니다.",
   "size.started": "{side}픽셀로 만드는 중입니다.",
   "size.progress": "{side}픽셀로 만드는 중: {percent}%",
