@@ -61,7 +61,7 @@ serve: $(READY)  ## page and API of MODEL on port 8000
 # Two processes share what computes by itself; then two browsers, which mostly wait, share the tests of the page, by files,
 # whose fixtures are a server and a browser; then the other tests marked `exclusive` (Ray, launchers) have the machine for
 # themselves. All parts are run, whatever the first one finds.
-test: $(READY)  ## all tests: 7 minutes on two quiet cores
+test: $(READY)  ## all tests: 11 minutes on two quiet cores
 	@status=0; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not soak and not exclusive" || status=$$?; \
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak" tests/serve/page || status=$$?; \
