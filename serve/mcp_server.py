@@ -145,19 +145,25 @@ def build_server(client: "AsyncOpenAI", folder: ImageFolder) -> "MCPServer":
         keep_rows: Annotated[
             int | None, Field(ge=1, description="without a mask: rows of tokens kept from the top")
         ] = None,
+        strength: Annotated[
+            float | None, Field(ge=0, le=1, description="without a mask: share made anew, the least likely parts first")
+        ] = None,
+        changed_from: Annotated[
+            str | None,
+            Field(description="the image's own prompt: only what the words changed since then touch is made anew"),
+        ] = None,
         n: Count = 1,
         seed: Seed = None,
         candidates: Candidates = None,
         size: Size = "auto",
         background: Background = "auto",
     ) -> Content:
-        """Regenerates the masked part of an image, or all but its upper rows; returns links to PNG files, best first."""
+        """Regenerates a part of an image: masked, below its upper rows, the least likely, or what changed words touch. Returns links."""
         request: Any = {"prompt": prompt, "n": n, "size": size, "background": background, "image": found(image)}
         if mask is not None:
             request["mask"] = found(mask)
-        return written(
-            await called(client.images.edit(**request, extra_body=options(seed, candidates, keep_rows=keep_rows)))
-        )
+        kept = {"keep_rows": keep_rows, "strength": strength, "changed_from": changed_from}
+        return written(await called(client.images.edit(**request, extra_body=options(seed, candidates, **kept))))
 
     @server.tool(structured_output=False)
     async def list_images(

@@ -93,15 +93,19 @@ def test_an_assistant_generates_edits_and_lists(port: int, tmp_path: Path, kodal
     assert (card["id"], card["image_size"], card["transparent"]) == ("tiny", 32, True)
     assert links(listed)[0] == links(again)[0], "the newest first"
 
-    edited, foreign, refused = conversation(
+    edited, weaker, recoloured, foreign, refused = conversation(
         port,
         out,
         ("edit_image", {"image": best.as_uri(), "prompt": CAPTION, "keep_rows": 4, "seed": 3}),
+        ("edit_image", {"image": best.as_uri(), "prompt": CAPTION, "strength": 0.25}),
+        ("edit_image", {"image": best.as_uri(), "prompt": CAPTION, "changed_from": f"{CAPTION} {CAPTION}"}),
         ("edit_image", {"image": "/etc/hostname", "prompt": CAPTION}),
         ("generate_images", {"prompt": CAPTION, "size": "31x31"}),
     )
     (path,) = links(edited)
     assert read_metadata(path.read_bytes())["init_image"]["keep_rows"] == 4
+    assert read_metadata(links(weaker)[0].read_bytes())["init_image"]["strength"] == 0.25
+    assert read_metadata(links(recoloured)[0].read_bytes())["init_image"]["changed_from"] == f"{CAPTION} {CAPTION}"
     assert foreign.is_error
     assert "outside the folders" in foreign.content[0].text
     assert refused.is_error
