@@ -13,6 +13,7 @@ Rankers take squares. What an oblong image has of anything is the mean over the 
 G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong versions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,10 +39,17 @@ class Scores(NamedTuple):
     Args:
         score: (n,), the ranker's.
         contrast: (n,) nats, 0 at most; None where candidates are ranked by score.
+        guess: the contrast of an image that tells nothing, -log(1 + W): captions of many facts have more wrong versions.
     """
 
     score: Tensor
     contrast: Tensor | None
+    guess: float = 0.0
+
+    @property
+    def gain(self) -> Tensor | None:
+        """(n,) nats of contrast above a guess, which captions of few and of many facts share; None without contrast."""
+        return None if self.contrast is None else self.contrast - self.guess
 
 
 class CandidateScorer:
@@ -73,7 +81,8 @@ class CandidateScorer:
         texts = torch.cat([own, self._embed_captions(wrong)])  # (1 + W, E)
         by_square = torch.stack([self._ranker.caption_scores(own, texts).T for own in embeddings])  # (Q, 1 + W, n)
         logits = by_square.mean(0) * self._ranker.temperature_scale()
-        return Scores(score.float().cpu(), logits.float().log_softmax(dim=0)[0].cpu())
+        contrast = logits.float().log_softmax(dim=0)[0].cpu()
+        return Scores(score.float().cpu(), contrast, guess=-math.log(1 + len(wrong)))
 
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """The score of each caption's own images: (G, n, 3, H, W) in [0, 1] -> (G, n) on the CPU."""

@@ -46,7 +46,7 @@ def test_candidates_have_their_place_among_real_pairs(words: PromptWords) -> Non
 
 def test_places_follow_the_order_where_candidates_are_ranked_by_contrast() -> None:
     """The better score may have the worse contrast: rank 1 must not stand far below rank 2."""
-    table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, contrasts=[-4.0, -2.0, 0.0])
+    table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, gains=[-4.0, -2.0, 0.0])
     assert _places(KNOWN, table, contrast=[-1.0, -3.0]) == [75, 25]  # of scores 0.25 and 0.83
     assert _places(KNOWN, TABLE, contrast=[-1.0, -3.0]) == pytest.approx([25, 83], abs=0.01)  # an older table
 
