@@ -57,15 +57,6 @@ class PreparedRequest:
         return [SequenceRequest(prefix_index, self.sampling_params, candidate=number) for number in self.candidates]
 
 
-@dataclass(frozen=True, eq=False)
-class CaptionEmbeddings:
-    """Captions in the ranker's space."""
-
-    vectors: Tensor  # (M, E) float32 on the CPU
-    text_tokens: int  # of all of them, [CLS] and [SEP] included
-    tokens_cut: int  # that did not fit the ranker and were left out
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One image of a caption."""

@@ -1,18 +1,60 @@
 """An init image as tokens and pixels on the model's device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from engine.data.tokenizer import CaptionTokenizer
 from engine.models.image_codec import ImageCodec
+from engine.models.transformer import KoDalle
 from engine.pipeline.generation import PreparedInitImage
 from engine.pipeline.init_image import InitImage, check_kept_after
-from engine.pipeline.torch_state import inference
+from engine.pipeline.token_choice import Captions, tokens_to_sample
+from engine.pipeline.torch_state import exact, inference
 from engine.sampling_params import RankBy
 
 ChooseTokens = Callable[[Tensor], Tensor]
 """(N,) tokens of an init image -> (N,) bool, True where to sample."""
+
+
+def prepare_init_image(
+    init_image: InitImage | None,
+    text_tokens: Sequence[Tensor],
+    *,
+    transformer: KoDalle,
+    vqgan: ImageCodec,
+    tokenizer: CaptionTokenizer,
+    rank_by: RankBy,
+    device: torch.device,
+) -> Sequence[PreparedInitImage | None]:
+    """The init image for each caption, which decides its tokens where the model chooses them; None where there is none.
+
+    Args:
+        text_tokens: (T,) a caption.
+        device: the models'.
+
+    Raises:
+        InputError: see `encode_init_image`.
+    """
+    if init_image is None:
+        return [None] * len(text_tokens)
+    encode = partial(encode_init_image, vqgan, init_image, rank_by=rank_by, device=device)
+    if not init_image.chosen_by_model:
+        return [encode()] * len(text_tokens)
+    length = transformer.config.text_seq_len
+    before = None
+    if init_image.changed_from is not None:
+        before = tokenizer.encode([init_image.changed_from], length).tokens[0]
+    empty = None if tokenizer.names_classes else tokenizer.empty(length)[0]
+    chosen = []
+    for tokens in text_tokens:
+        captions = Captions(tokens, before, empty)
+        choose = partial(tokens_to_sample, transformer, vqgan.code_vectors(), captions, strength=init_image.strength)
+        with exact(device):
+            chosen.append(encode(choose=choose))
+    return chosen
 
 
 def encode_init_image(

@@ -20,7 +20,7 @@ images have height x width and their own number of tokens.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,9 +34,8 @@ from engine.data.caption_guide import CaptionGuide, read_guide
 from engine.data.prompt_words import PromptReader
 from engine.data.tokenizer import CaptionTokenizer, check_padding
 from engine.decoding.cpu.packed_weights import Weights
-from engine.decoding.kv_cache import Prefix
 from engine.decoding.sampler import Sampler
-from engine.decoding.sliding_window import TokenGrid, generate_grid, num_positions
+from engine.decoding.sliding_window import TokenGrid
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.folder import (
@@ -53,31 +52,27 @@ from engine.models.real_scores import RealScores
 from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import Continuation, continue_caption
 from engine.pipeline.generation import (
-    CaptionEmbeddings,
     Generation,
     PreparedInitImage,
     PreparedRequest,
-    batch_init_tokens,
     ranked,
 )
 from engine.pipeline.image_files import to_uint8
-from engine.pipeline.image_size import ImageSize, larger_size
+from engine.pipeline.image_size import ImageSize
 from engine.pipeline.init_image import InitImage, check_kept_after
-from engine.pipeline.init_image_encoding import encode_init_image
+from engine.pipeline.init_image_encoding import prepare_init_image
+from engine.pipeline.larger_images import OnPosition, decode_sequences, larger_grid
 from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models
 from engine.pipeline.local_folder import local_folder
 from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
-from engine.pipeline.ranking import CandidateScorer, Scores
+from engine.pipeline.ranking import CandidateScorer, CaptionEmbeddings, Scores
 from engine.pipeline.rendition import Rendition
-from engine.pipeline.token_choice import Captions, tokens_to_sample
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
-from engine.sampling_params import RankBy, SamplingParams, SequenceRequest, check_captions
+from engine.sampling_params import RankBy, SamplingParams, check_captions
 from engine.text import shown
 
 _AT_ONCE = 16  # images decoded together: bounds memory
-OnPosition = Callable[[int, int], None]
-"""Called with (image tokens that every sequence has, N); of larger images with (positions decoded in all windows, their number)."""
 
 
 class Pipeline:
@@ -327,7 +322,13 @@ class Pipeline:
             raise InputError("guidance_scale", params.guidance_scale, remedy)
         if rank_by not in get_args(RankBy):
             raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
-        size, grid = self._larger(size, init_image)
+        size, grid = larger_grid(
+            size,
+            init_image,
+            self.vqgan.config.image_size,
+            self.vqgan.config.grid_size,
+            codec_backend=self._codec_backend,
+        )
         words = [self.prompt_reader.read(caption) for caption in captions]
         for caption, read in zip(captions, words, strict=True):
             if strict and not read.all_known:
@@ -336,7 +337,10 @@ class Pipeline:
         numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
         if rank_by == "log_likelihood" and (init_image is None or init_image.chosen_by_model):
             check_kept_after(None)
-        prepared = self._encoded(init_image, list(encoded.tokens), rank_by)
+        prepared = prepare_init_image(
+            init_image, list(encoded.tokens), transformer=self.transformer, vqgan=self.vqgan, tokenizer=self.tokenizer,
+            rank_by=rank_by, device=self.device,
+        )  # fmt: skip
         return [
             PreparedRequest(
                 caption=caption,
@@ -377,7 +381,7 @@ class Pipeline:
             prefix = self.sampler.prefill(torch.cat([request.text_tokens for request in requests]))
         sequences = [sequence for g, request in enumerate(requests) for sequence in request.sequences(g)]
         with exact(self.device), timed(timings_s, "decode", self.device):
-            tokens = self._decode_sequences(prefix, sequences, requests, on_position)  # (B, N)
+            tokens = decode_sequences(self.sampler, prefix, sequences, requests, on_position=on_position)  # (B, N)
         return list(tokens.split([len(request.candidates) for request in requests]))
 
     def finish(
@@ -439,72 +443,6 @@ class Pipeline:
             refinement=request.refinement,
         )
 
-    def _encoded(
-        self, init_image: InitImage | None, text_tokens: Sequence[Tensor], rank_by: RankBy
-    ) -> Sequence[PreparedInitImage | None]:
-        """The init image for each caption, which decides its tokens where the model chooses them.
-
-        Args:
-            text_tokens: (T,) a caption.
-        """
-        if init_image is None:
-            return [None] * len(text_tokens)
-        encode = partial(encode_init_image, self.vqgan, init_image, rank_by=rank_by, device=self.device)
-        if not init_image.chosen_by_model:
-            return [encode()] * len(text_tokens)
-        length = self.transformer.config.text_seq_len
-        before, empty = None, None
-        if init_image.changed_from is not None:
-            before = self.tokenizer.encode([init_image.changed_from], length).tokens[0]
-        if not self.tokenizer.names_classes:
-            empty = self.tokenizer.empty(length)[0]
-        chosen = []
-        for tokens in text_tokens:
-            choose = partial(
-                tokens_to_sample,
-                self.transformer,
-                self.vqgan.code_vectors(),
-                Captions(tokens, before, empty),
-                strength=init_image.strength,
-            )
-            with exact(self.device):
-                chosen.append(encode(choose=choose))
-        return chosen
-
-    def _larger(
-        self, size: ImageSize | None, init_image: InitImage | None
-    ) -> tuple[ImageSize, TokenGrid] | tuple[None, None]:
-        """A requested size and its tokens; None where it is the model's own. Raises InputError as `prepare` does."""
-        image_size, grid_size = self.vqgan.config.image_size, self.vqgan.config.grid_size
-        size = larger_size(size, image_size=image_size, grid_size=grid_size)
-        if size is None:
-            return None, None
-        if init_image is not None:
-            raise InputError("size", size, "an init image is of the model's own size: leave one of the two out")
-        if self._codec_backend == "onnx":
-            raise InputError("size", size, "exported networks decode the model's own size: use codec_backend=torch")
-        cell = image_size // grid_size
-        return size, TokenGrid(size.height // cell, size.width // cell)
-
-    def _decode_sequences(
-        self,
-        prefix: Prefix,
-        sequences: list[SequenceRequest],
-        requests: Sequence[PreparedRequest],
-        on_position: OnPosition | None,
-    ) -> Tensor:
-        """(B, N) tokens of the requests' sequences."""
-        grid, N = requests[0].grid, self.transformer.config.image_seq_len
-        if any(request.grid != grid for request in requests):
-            raise ValueError("requests of several sizes are decoded apart")
-        if grid is None:
-            on_step = None if on_position is None else lambda position, _: on_position(position + 1, N)
-            init_tokens = batch_init_tokens(requests, N, self.device)  # (B, N) or None
-            return self.sampler.decode(prefix, sequences, init_tokens=init_tokens, on_step=on_step)
-        total = num_positions(grid, self.transformer.config.image_grid_size, len(sequences))
-        on_progress = None if on_position is None else lambda done: on_position(done, total)
-        return generate_grid(self.sampler, prefix, sequences, grid, on_progress=on_progress)
-
     def continue_caption(
         self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
     ) -> list[Continuation]:
@@ -524,26 +462,15 @@ class Pipeline:
 
     def embed_captions(self, captions: Sequence[str]) -> CaptionEmbeddings:
         """Captions in the ranker's space, each as if it were alone. For a pipeline with a ranker."""
-        assert self.koclip is not None
-        assert self._codec.embedder is not None
-        encoded = self.ranker_tokenizer.encode(captions, self.koclip.config.text_seq_len)
+        assert self._scorer is not None
         with exact(self.device), inference(self.device):
-            vectors = self._codec.embedder.embed_texts(encoded.tokens.to(self.device)).float().cpu()
-        read = int((encoded.tokens != self.ranker_tokenizer.pad_id).sum())
-        return CaptionEmbeddings(vectors, read, sum(encoded.cut))
+            return self._scorer.embed_captions(captions)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, any, any) in [0, 1] -> (B, E) float32 on the CPU, in the ranker's space. For a pipeline with a ranker."""
-        assert self._codec.embedder is not None
+        assert self._scorer is not None
         with exact(self.device), inference(self.device):
-            parts = [self._codec.embedder.embed_images(part.to(self.device)) for part in images.split(_AT_ONCE)]
-            return torch.cat(parts).float().cpu()
-
-    def similarities(self, embedding: Tensor, others: Tensor) -> list[float]:
-        """The ranker's score of one embedding (E,) beside each of others (B, E), as it ranks images for a caption."""
-        assert self.koclip is not None
-        scores: list[float] = self.koclip.scores(others, embedding[None])[0].tolist()
-        return scores
+            return self._scorer.embed_images(images.to(self.device)).float().cpu()
 
     def candidate_scores(self, caption: str, images: Tensor) -> Scores | None:
         """What candidates of a caption, (n, 3, H, W) in [0, 1], are ranked by; None when the model has no ranker."""

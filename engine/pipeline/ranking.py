@@ -15,6 +15,7 @@ G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong vers
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,15 @@ from engine.pipeline.image_size import squares
 
 _IMAGES_AT_ONCE = 16
 MOST_WRONG_CAPTIONS = 64  # each goes through the text encoder: a caption of many facts has hundreds
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionEmbeddings:
+    """Captions in the ranker's space."""
+
+    vectors: Tensor  # (M, E) float32 on the CPU
+    text_tokens: int  # of all of them, [CLS] and [SEP] included
+    tokens_cut: int  # that did not fit the ranker and were left out
 
 
 class Scores(NamedTuple):
@@ -73,7 +83,7 @@ class CandidateScorer:
 
     def __call__(self, caption: str, images: Tensor) -> Scores:
         """Of the candidates of a caption: (n, 3, H, W) in [0, 1]."""
-        own, embeddings = self._embed_captions([caption]), self._embed_images(images)
+        own, embeddings = self._embed_captions([caption]), self._embed_squares(images)
         score = self._similarities(embeddings, own)[0]  # (n,)
         wrong = [] if self._wrong is None else self._wrong.all_of(caption, most=MOST_WRONG_CAPTIONS)
         if not wrong or not isinstance(self._ranker, KoClip):
@@ -87,20 +97,31 @@ class CandidateScorer:
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """The score of each caption's own images: (G, n, 3, H, W) in [0, 1] -> (G, n) on the CPU."""
         texts = self._embed_captions(captions)  # (G, E)
-        embeddings = self._embed_images(images.flatten(0, 1)).unflatten(1, images.shape[:2])  # (Q, G, n, E)
+        embeddings = self._embed_squares(images.flatten(0, 1)).unflatten(1, images.shape[:2])  # (Q, G, n, E)
         by_caption = zip(embeddings.unbind(1), texts, strict=True)
         return torch.stack([self._similarities(own, text[None])[0] for own, text in by_caption]).float().cpu()
+
+    def embed_captions(self, captions: Sequence[str]) -> CaptionEmbeddings:
+        """Captions in the ranker's space."""
+        encoded = self._tokenizer.encode(captions, self._ranker.config.text_seq_len)
+        vectors = self._embed_tokens(encoded.tokens).float().cpu()
+        return CaptionEmbeddings(vectors, int((encoded.tokens != self._tokenizer.pad_id).sum()), sum(encoded.cut))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, any, any) -> (B, E), each as a whole."""
+        return torch.cat([self._embedder.embed_images(part) for part in images.split(_IMAGES_AT_ONCE)])
 
     def _similarities(self, embeddings: Tensor, texts: Tensor) -> Tensor:
         """Of images whose squares are (Q, n, E), to captions (M, E): (M, n)."""
         return torch.stack([self._ranker.scores(own, texts) for own in embeddings]).mean(0)
 
-    def _embed_images(self, images: Tensor) -> Tensor:
+    def _embed_squares(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (Q, n, E), of each of the squares; one, the whole image, unless it is oblong."""
         height, width = images.shape[-2:]
-        parts = [images[..., rows, columns].split(_IMAGES_AT_ONCE) for rows, columns in squares(width, height)]
-        return torch.stack([torch.cat([self._embedder.embed_images(part) for part in own]) for own in parts])
+        return torch.stack([self.embed_images(images[..., rows, columns]) for rows, columns in squares(width, height)])
 
     def _embed_captions(self, captions: Sequence[str]) -> Tensor:
-        tokens = self._tokenizer.encode(captions, self._ranker.config.text_seq_len).tokens
+        return self._embed_tokens(self._tokenizer.encode(captions, self._ranker.config.text_seq_len).tokens)
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
         return self._embedder.embed_texts(tokens.to(next(self._ranker.parameters()).device))

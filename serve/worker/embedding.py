@@ -59,7 +59,10 @@ class Embedder:
         for images in _parts(pictures):
             vectors |= zip(images, await self._run(partial(self._of_images, list(images.values()))), strict=True)
         ordered = torch.stack([vectors[number] for number in range(len(job.items))])  # (n, E)
-        scores = self._pipeline.similarities(ordered[0], ordered[1:]) if job.scores_first else ()
+        scores: list[float] = []
+        if job.scores_first:  # beside each of the others, as the ranker scores images for a caption
+            assert self._pipeline.koclip is not None
+            scores = self._pipeline.koclip.scores(ordered[1:], ordered[:1])[0].tolist()
         rows = ordered.numpy().astype("<f4")
         return Embeddings(tuple(row.tobytes() for row in rows), tuple(scores), text_tokens, tokens_cut)
 
