@@ -26,8 +26,8 @@ import { formatNumber, onLanguage, t } from "./texts.js";
  * @type {Settings}
  */
 const defaults = { n: 4, candidates: 16, seed: "", temperature: 1, guidance: 1, topK: null, topP: null };
-/** @type {Record<Name, string>} ids of the inputs */
-const INPUTS = {
+/** @type {Record<Name, string>} names in an API request, in links and in copied settings; ids of the inputs, too */
+export const REQUEST_NAMES = {
   n: "n",
   candidates: "candidates",
   seed: "seed",
@@ -36,9 +36,9 @@ const INPUTS = {
   topK: "top_k",
   topP: "top_p",
 };
-const NAMES = /** @type {Name[]} */ (Object.keys(INPUTS));
-/** @type {Record<NumberName, keyof import("./api.js").Model["sampling_params"]>} names in the API */
-const API_NAMES = {
+const NAMES = /** @type {Name[]} */ (Object.keys(REQUEST_NAMES));
+/** @type {Record<NumberName, keyof import("./api.js").Model["sampling_params"]>} names in the model's card */
+const CARD_NAMES = {
   n: "n",
   candidates: "candidates",
   temperature: "temperature",
@@ -46,7 +46,7 @@ const API_NAMES = {
   topK: "top_k",
   topP: "top_p",
 };
-const NUMBER_NAMES = /** @type {NumberName[]} */ (Object.keys(API_NAMES));
+const NUMBER_NAMES = /** @type {NumberName[]} */ (Object.keys(CARD_NAMES));
 const ADVANCED = /** @type {const} */ (["temperature", "guidance", "topK", "topP"]);
 const SEED_END = 2n ** 64n; // not the API's number: JavaScript's would round it
 const DRAFT = "kodalle.settings";
@@ -185,9 +185,9 @@ export function startSettings() {
  * @param {import("./api.js").Model} model
  */
 export function limitSettings({ sampling_params, default_candidates, default_sampling_params }) {
-  bounds = Object.fromEntries(NUMBER_NAMES.map((name) => [name, sampling_params[API_NAMES[name]]]));
+  bounds = Object.fromEntries(NUMBER_NAMES.map((name) => [name, sampling_params[CARD_NAMES[name]]]));
   for (const name of NUMBER_NAMES) {
-    const { minimum, maximum, or_zero } = sampling_params[API_NAMES[name]];
+    const { minimum, maximum, or_zero } = sampling_params[CARD_NAMES[name]];
     // From a whole number, so that arrow keys step through round values; readNumber checks the bound itself.
     Object.assign(input(name), { min: String(or_zero ? 0 : Math.floor(minimum)), max: String(maximum) });
   }
@@ -301,5 +301,5 @@ function textOf(value) {
  * @returns {HTMLInputElement}
  */
 function input(name) {
-  return /** @type {HTMLInputElement} */ (byId(INPUTS[name]));
+  return /** @type {HTMLInputElement} */ (byId(REQUEST_NAMES[name]));
 }

@@ -9,21 +9,11 @@ import { copyText } from "./clipboard.js";
 import { button, showBriefly } from "./elements.js";
 import { servedModel } from "./model.js";
 import { PROVENANCE, SHEET, readTexts } from "./png_text.js";
-import { SettingFault, checkedText, showSettingFault, takeSettings } from "./settings.js";
+import { REQUEST_NAMES, SettingFault, checkedText, showSettingFault, takeSettings } from "./settings.js";
 import { t } from "./texts.js";
 
 const MOST_JSON_BYTES = 2 ** 20;
 const MOST_PNG_BYTES = 60 * 2 ** 20;
-// As in the API and in the settings that the viewer copies.
-const API_NAMES = /** @type {const} */ ({
-  n: "n",
-  candidates: "candidates",
-  seed: "seed",
-  temperature: "temperature",
-  guidance: "guidance",
-  topK: "top_k",
-  topP: "top_p",
-});
 
 /**
  * @typedef {import("./settings.js").Name} Name
@@ -42,7 +32,7 @@ const API_NAMES = /** @type {const} */ ({
  */
 export function linkOf(request) {
   const fields = new URLSearchParams({ prompt: request.caption });
-  for (const [name, apiName] of /** @type {[Name, string][]} */ (Object.entries(API_NAMES))) {
+  for (const [name, apiName] of /** @type {[Name, string][]} */ (Object.entries(REQUEST_NAMES))) {
     const value = request[name];
     if (value !== null) fields.set(apiName, String(value));
   }
@@ -148,7 +138,7 @@ function recordOf(value) {
 function textsOf(fields) {
   /** @type {Texts} */
   const texts = {};
-  for (const [name, apiName] of /** @type {[Name, string][]} */ (Object.entries(API_NAMES))) {
+  for (const [name, apiName] of /** @type {[Name, string][]} */ (Object.entries(REQUEST_NAMES))) {
     if (!Object.hasOwn(fields, apiName) || fields[apiName] === null || fields[apiName] === undefined) continue;
     const value = fields[apiName];
     texts[name] = typeof value === "string" || typeof value === "number" ? String(value) : "?";
