@@ -42,6 +42,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", without_marks).strip("-.")
 
 
+def store_served(document: dict[str, Any], out: Path | None, *, prefix: str = "") -> None:
+    """Adds the load at the end, and writes <out>/<prefix><hardware>.json; out: None writes nothing."""
+    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
+    if out is not None:
+        write_json(out / f"{prefix}{slug(hardware_name(document))}.json", document)
+
+
 def store_document(document: dict[str, Any], out: Path | None, *, quick: bool, tag: str = "") -> Path:
     """Writes <out>/results/<benchmark>/<hardware><tag>.json.
 

@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import http.client
 import json
-import os
 import random
 import re
 import subprocess
@@ -37,7 +36,7 @@ from typing import Any
 
 import psutil
 import torch
-from machine_facts import hardware_name, print_document, slug
+from machine_facts import print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import served_model
 from serving.deployer import operator_environment
@@ -46,7 +45,6 @@ from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import LoadRequest, mixed
 
 from engine.facts import facts
-from engine.files import write_json
 
 _NUM_DIFFERENT = 24
 _BACK_WITHIN_S = 120.0
@@ -126,10 +124,8 @@ def main() -> int:
             bed = TestBed(server, served, requests, expected, arguments.concurrency, random.Random(1))
             document["config"]["model"] = asyncio.run(served_model(server.address))
             document["phases"] = _run(bed, arguments)
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row["is_met"] for row in document["phases"].values())
-    if arguments.out is not None:
-        write_json(arguments.out / f"{slug(hardware_name(document))}.json", document)
+    store_served(document, arguments.out)
     print_document(document)
     return 0 if document["is_met"] else 1
 

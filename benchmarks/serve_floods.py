@@ -18,7 +18,6 @@ The last line is one JSON document.
 import argparse
 import http.client
 import json
-import os
 import resource
 import socket
 import sys
@@ -34,13 +33,12 @@ from urllib.parse import urlsplit
 
 import psutil
 import torch
-from machine_facts import hardware_name, print_document, slug
+from machine_facts import print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, percentile
 from serving.process import Server, end_on_sigterm, serving
 
 from engine.facts import facts
-from engine.files import write_json
 
 _FLOOD_ADDRESS, _OTHER_ADDRESS = "127.0.0.2", "127.0.0.1"
 _READERS, _PIPELINES, _HEADS, _TRAILERS = 600, 200, 1100, 8
@@ -75,10 +73,8 @@ def main() -> int:
                 time.sleep(_QUIET_S)
             document["quiet"] = row
             document["floods"] = {name: measured(server, name) for name in arguments.only.split(",")}
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row["is_met"] for row in document["floods"].values())
-    if arguments.out is not None:
-        write_json(arguments.out / f"{arguments.server}-{slug(hardware_name(document))}.json", document)
+    store_served(document, arguments.out, prefix=f"{arguments.server}-")
     print_document(document)
     return 0 if document["is_met"] else 1
 

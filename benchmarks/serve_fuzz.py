@@ -11,7 +11,6 @@ needs no reply. The server must still generate afterwards. The last line is one 
 
 import argparse
 import asyncio
-import os
 import sys
 import tempfile
 import time
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import REPOSITORY, hardware_name, print_document, slug
+from machine_facts import REPOSITORY, print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import closed_loop, served_model
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import mixed
 
 from engine.facts import facts
-from engine.files import write_json
 
 # Small jobs, and a short timeout for incomplete bodies: what is tested is request handling.
 _ARGUMENTS: dict[str, Any] = {
@@ -60,10 +58,8 @@ def main() -> int:
             document["mutants"] = send_mutants(server, count=arguments.mutants, seed=arguments.seed)
             document["cases"] = send_cases(server, at_least=arguments.cases, seed=arguments.seed)
             document["generates_afterwards"] = generates(server)
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = is_met(document)
-    if arguments.out is not None:
-        write_json(arguments.out / f"{arguments.server}-{slug(hardware_name(document))}.json", document)
+    store_served(document, arguments.out, prefix=f"{arguments.server}-")
     for name in ("mutants", "cases"):
         row = document[name]
         print(f"{name}: {row['sent']} sent in {row['seconds']:.0f} s, {row['num_faults']} faults, {row['statuses']}")

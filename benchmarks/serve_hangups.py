@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import http.client
 import json
-import os
 import random
 import socket
 import sys
@@ -28,13 +27,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from machine_facts import hardware_name, print_document, slug
+from machine_facts import print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, served_model
 from serving.process import Server, end_on_sigterm, serving
 
 from engine.facts import facts
-from engine.files import write_json
 
 _CONCURRENCY = 8
 _CANDIDATES = 64  # seconds of generation
@@ -61,9 +59,7 @@ def main() -> int:
         with serving(arguments.server, served) as server:
             document["config"]["model"] = asyncio.run(served_model(server.address))
             document |= measure(server, arguments.hangups)
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
-    if arguments.out is not None:
-        write_json(arguments.out / f"{arguments.server}-{slug(hardware_name(document))}.json", document)
+    store_served(document, arguments.out, prefix=f"{arguments.server}-")
     print_document(document)
     return 0 if document["is_met"] else 1
 

@@ -12,7 +12,6 @@ The last line is one JSON document.
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -25,14 +24,13 @@ from typing import Any
 
 import aiohttp
 import torch
-from machine_facts import hardware_name, print_document, slug
+from machine_facts import print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import GENERATIONS, read_metrics, served_model
 from serving.process import Server, end_on_sigterm, serving
 from serving.traffic import captions
 
 from engine.facts import facts
-from engine.files import write_json
 
 _BAR = 0.05
 _SAMPLES = 60
@@ -64,11 +62,8 @@ def main() -> int:
         with serving(arguments.server, {"model": str(model), "num_slots": 16}) as server:
             document["config"]["model"] = asyncio.run(served_model(server.address))
             document |= asyncio.run(soak(server, arguments.requests))
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = is_met(document)
-    if arguments.out is not None:
-        name = f"{arguments.server}-{slug(hardware_name(document))}.json"
-        write_json(arguments.out / name, document)
+    store_served(document, arguments.out, prefix=f"{arguments.server}-")
     print(
         f"{arguments.requests} requests in {document['seconds']:.0f} s: memory {document['rss_rise']:+.2%} "
         f"(own pages {document['own_rise']:+.2%}), files {document['files_rise']:+d}, gauges {document['gauges_after']}, "

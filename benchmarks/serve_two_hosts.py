@@ -16,7 +16,6 @@ The last line is one JSON document.
 
 import argparse
 import json
-import os
 import re
 import secrets
 import subprocess
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine_facts import child_environment, hardware_name, print_document, slug
+from machine_facts import child_environment, print_document, store_served
 from sampling.plan import write_random_model
 from serving.client import MODEL_FACTS
 from serving.fault_load import LoadSpec, Outcomes, parse_outcomes, pipeline_images
@@ -38,7 +37,6 @@ from serving.process import end_on_sigterm
 from serving.traffic import mixed, with_keys
 
 from engine.facts import facts
-from engine.files import write_json
 from serve.api.keys import add_key
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, SERVE_ENVIRONMENT
 
@@ -78,12 +76,8 @@ def main() -> int:
         except (RuntimeError, TimeoutError) as error:
             print(cluster.logs(), file=sys.stderr)
             raise error
-    document["hardware"]["load_after"] = round(os.getloadavg()[0], 2)
     document["is_met"] = all(row.get("is_met", True) for row in document["phases"].values())
-    if arguments.out is not None:
-        write_json(
-            arguments.out / f"{arguments.api_servers}-api-servers-{slug(hardware_name(document))}.json", document
-        )
+    store_served(document, arguments.out, prefix=f"{arguments.api_servers}-api-servers-")
     print_document(document)
     return 0 if document["is_met"] else 1
 
