@@ -108,9 +108,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_write_timer()
         self.pipeline.clear()
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = (
-                True  # uvicorn says so to the latest alone: others would write to what is closed
-            )
+            # Uvicorn says so to the latest alone: others would write to what is closed.
+            self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
 
