@@ -294,7 +294,7 @@ def test_a_download_in_a_chosen_size_is_the_servers_and_says_so(page: Page, site
         ["32픽셀 (생성한 그대로)", "64픽셀 (키움)", "96픽셀 (키움)", "128픽셀 (키움)", "1,024픽셀 (키움)"]
     )
     size.select_option("64")
-    expect(page.locator("#viewer-size-hint")).to_contain_text("새로운 디테일은 생기지 않고")
+    expect(page.locator("#viewer-size-hint")).to_contain_text("세밀한 부분이 새로 생기지는 않고")
     name, content = downloaded(page, page.locator("#viewer [data-action=download]").click)
     made, before = read_metadata(content), read_metadata(own)
     assert name.endswith(f"-{made['candidate']}-64.png")
