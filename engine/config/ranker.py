@@ -36,7 +36,7 @@ class KoclipConfig(Section):
     )
     ranking: Literal["cosine", "contrast"] = Field(
         "cosine",
-        description="of candidates; contrast: by how much better the caption fits than captions with one fact changed",
+        description="of candidates; contrast: by how much better the caption fits than wrong ones, fact by fact",
     )
     pixels: Literal["resized", "served"] = Field(
         "resized",

@@ -46,21 +46,38 @@ class WrongCaptions:
                     return self._changed(facts, places[0], value)
         return None
 
-    def all_of(self, caption: str, *, most: int) -> list[str]:
-        """The exchanges and all captions with one fact changed, no more than `most`: the first values of every fact first."""
+    def by_question(self, caption: str, *, most: int) -> list[list[str]]:
+        """Wrong versions by what an image is asked: one list for each fact, its other values; then two for each two colours
+        of a subject: which is the main one (exchanged), and whether there is any other (the second alone, in the first's
+        place). No more than `most` in all, the first values of every fact first; no list is empty.
+        """
         facts = self._grammar.facts(caption)
+        pairs = list(self._exchanges(facts))
+        of_colours = [[version] for one, other in pairs for version in self._of_colours(facts, one, other)][:most]
         others = [
             [value for value in dict.fromkeys(self._values.get(fact[:2], ())) if value not in _stated(facts, place)]
             for place, fact in enumerate(facts)
         ]
-        found = [self._exchanged(facts, *places) for places in self._exchanges(facts)]
+        room = most - len(of_colours)
+        counts = [0] * len(facts)
         for number in range(max((len(values) for values in others), default=0)):
-            found += [
-                self._changed(facts, place, values[number])
-                for place, values in enumerate(others)
-                if number < len(values)
-            ]
-        return found[:most]
+            for place, values in enumerate(others):
+                if number < len(values) and sum(counts) < room:
+                    counts[place] = number + 1
+        of_facts = [
+            [self._changed(facts, place, value) for value in values[: counts[place]]]
+            for place, values in enumerate(others)
+        ]
+        return [versions for versions in of_facts if versions] + of_colours
+
+    def _of_colours(self, facts: Sequence[Fact], one: int, other: int) -> tuple[str, str]:
+        """Of two colours: exchanged; the other alone, in the place of the one."""
+        alone = [
+            fact._replace(value=facts[other].value) if place == one else fact
+            for place, fact in enumerate(facts)
+            if place != other
+        ]
+        return self._exchanged(facts, one, other), self._grammar.write(alone)
 
     def _exchanges(self, facts: Sequence[Fact]) -> Iterator[tuple[int, int]]:
         colours = [place for place, fact in enumerate(facts) if self._grammar.is_colour(fact.attribute)]

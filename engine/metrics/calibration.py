@@ -50,24 +50,24 @@ def calibrate(
     scores = None
     if pipeline.koclip is not None:
         run = EvaluationRun(pipeline.device, _SEED, _BATCH_SIZE, on_progress or (lambda *_: None))
-        table, gains = _scores(run, pipeline, pairs.validation)
-        scores = real_scores(table, ranker=weights_digest(model, "koclip"), gains=gains)
+        table, certainties = _scores(run, pipeline, pairs.validation)
+        scores = real_scores(table, ranker=weights_digest(model, "koclip"), certainties=certainties)
         write_real_scores(model, scores)
     write_guide(model, guide)
     return guide, scores
 
 
 def _scores(run: EvaluationRun, pipeline: Pipeline, held: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """The ranker's scores of held-out photographs with their own captions, and the gains of those that have a contrast."""
+    """The ranker's scores of held-out photographs with their own captions, and the certainty of those that have a contrast."""
     order = torch.randperm(len(held), generator=run.generator(), dtype=torch.int64, device="cpu").tolist()
     chosen = [held[number] for number in sorted(order[:_MOST_PAIRS])]
     found: list[float] = []
-    gains: list[float] = []
+    certainties: list[float] = []
     for images in run.images(chosen, pipeline.vqgan.config.image_size, "scores of real pairs"):
         for pair, image in zip(chosen[len(found) : len(found) + len(images)], images, strict=True):
             scores = pipeline.candidate_scores(pair.captions[0], image[None])
             assert scores is not None, "the model has a ranker"
             found.append(float(scores.score))
-            if scores.gain is not None:
-                gains.append(float(scores.gain))
-    return found, gains
+            if scores.certainty is not None:
+                certainties.append(float(scores.certainty))
+    return found, certainties

@@ -3,7 +3,7 @@
 A cosine of 0.62 says nothing to anyone, and every ranker has its own scale. Its place among the scores that held-out photographs
 get with their own captions does: `closer than 83 % of real pairs`. A model folder keeps these as percentiles, in real_scores.json,
 written by `kodalle calibrate` and at the end of `kodalle train PHOTOS`. Where candidates are ranked by contrast
-(engine.pipeline.ranking), the contrast above that of a guess has its place among theirs: an order and its places never disagree.
+(engine.pipeline.ranking), certainty has its place among theirs: an order and its places never disagree.
 """
 
 from bisect import bisect_left
@@ -26,33 +26,33 @@ class RealScores(Section):
     pairs: int = Field(gt=0, description="held-out pairs that were scored")
     ranker: str = Field(description="digest of the ranker whose scores they are (engine.models.folder.weights_digest)")
     percentiles: tuple[float, ...] = Field(description="the least score, that of each per cent, the greatest: 101")
-    gain_percentiles: tuple[float, ...] | None = Field(
+    certainty_percentiles: tuple[float, ...] | None = Field(
         default=None,
-        description="the same of their gains (contrast above a guess), in nats; null where candidates are ranked by score",
+        description="the same of their certainty, 0 (a guess) to 1; null where candidates are ranked by score",
     )
 
     @model_validator(mode="after")
     def _is_a_distribution(self) -> "RealScores":
-        for name in ("percentiles", "gain_percentiles"):
+        for name in ("percentiles", "certainty_percentiles"):
             table = getattr(self, name)
             if table is not None and (len(table) != _STEPS + 1 or list(table) != sorted(table)):
                 raise ValueError(f"{name} must be {_STEPS + 1} numbers, none less than the one before")
         return self
 
-    def percentile(self, score: float, gain: float | None = None) -> float:
-        """Per cent of real pairs below, 0 to 100, by gain where there is one; between two percentiles in proportion."""
-        if gain is not None and self.gain_percentiles is not None:
-            return _place(self.gain_percentiles, gain)
+    def percentile(self, score: float, certainty: float | None = None) -> float:
+        """Per cent of real pairs below, 0 to 100, by certainty where there is one; between two percentiles in proportion."""
+        if certainty is not None and self.certainty_percentiles is not None:
+            return _place(self.certainty_percentiles, certainty)
         return _place(self.percentiles, score)
 
 
-def real_scores(scores: Sequence[float], *, ranker: str, gains: Sequence[float] = ()) -> RealScores:
-    """The tables of these scores and, where there are any, gains; `ranker` is the digest of what gave them."""
+def real_scores(scores: Sequence[float], *, ranker: str, certainties: Sequence[float] = ()) -> RealScores:
+    """The tables of these scores and, where there are any, certainties; `ranker` is the digest of what gave them."""
     return RealScores(
         pairs=len(scores),
         ranker=ranker,
         percentiles=_percentiles(scores),
-        gain_percentiles=_percentiles(gains) if gains else None,
+        certainty_percentiles=_percentiles(certainties) if certainties else None,
     )
 
 
@@ -79,6 +79,8 @@ def read_real_scores(folder: Path) -> RealScores | None:
     if not path.is_file():
         return None
     tree = read_json(path, field="model folder", remedy="make it again with `kodalle calibrate`, or remove it")
+    if isinstance(tree, dict):
+        tree.pop("gain_percentiles", None)  # before the contrast had questions: of another scale
     found: RealScores = parse_section(RealScores, tree, source=str(path))
     return found
 

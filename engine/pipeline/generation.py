@@ -69,7 +69,7 @@ class Candidate:
     rank: int  # 1 is best; without a ranker, the order of the candidates
     contrast: float | None = None  # nats, see engine/pipeline/ranking.py; None unless ranked by it
     log_likelihood: float | None = None  # nats, see engine/pipeline/likelihood.py; None unless ranked by it
-    # Per cent of real pairs below, by the gain of contrast where candidates are ranked by it, else by score; None without scores, and for a caption of which the model knows no word:
+    # Per cent of real pairs below, by certainty where candidates are ranked by contrast, else by score; None without scores, and for a caption of which the model knows no word:
     # its score would be that of no caption.
     score_percentile: float | None = None
 
@@ -133,7 +133,9 @@ def ranked(
     # A refined image's score was the goal: it says nothing beside those of real pairs.
     compared = None if request.words.num_known == 0 or request.refinement is not None else real_scores
     order = list(range(len(pixels)))
-    score, contrast, gain = (None, None, None) if scores is None else (scores.score, scores.contrast, scores.gain)
+    score, contrast, certainty = (
+        (None, None, None) if scores is None else (scores.score, scores.contrast, scores.certainty)
+    )
     keys = next((own for own in (log_likelihoods, contrast, score) if own is not None), None)
     if keys is not None:
         order.sort(key=lambda index: -float(keys[index]))
@@ -149,7 +151,7 @@ def ranked(
             log_likelihood=None if log_likelihoods is None else float(log_likelihoods[index]),
             score_percentile=None
             if compared is None or score is None
-            else compared.percentile(float(score[index]), None if gain is None else float(gain[index])),
+            else compared.percentile(float(score[index]), None if certainty is None else float(certainty[index])),
         )
         for rank, index in enumerate(order, start=1)
     )

@@ -1,16 +1,19 @@
 """How candidates of a caption are scored and ranked by KoCLIP.
 
 `cosine` ranks by the score itself, how near image and caption are. Images differ in how near they are to captions of any
-kind, and those that are near to all of them win. `contrast` asks instead which caption fits an image best: this one, or
-one that differs from it in a single fact (engine.data.wrong_captions, with the values that the model knows):
+kind, and those that are near to all of them win. `contrast` asks instead, of each fact that a caption states, whether its
+value fits the image best among those that the model knows, and of two colours which is the main one (questions of
+engine.data.wrong_captions):
 
-    contrast(image, c) = log softmax over {c, wrong versions of c} of scale * cosine(image, caption), at c
+    contrast(image, c) = sum over questions of log softmax over {c, the question's wrong captions} of scale * cosine, at c
 
-A caption that states nothing which the model's caption guide knows has no wrong versions, and is ranked by cosine.
+One softmax over all wrong captions would let a fact of many values drown the others: which of two colours is the main one
+is a single caption among forty, and images in the second colour alone came first. A caption that states nothing which the
+model's caption guide knows has no wrong versions, and is ranked by cosine.
 
 Rankers take squares. What an oblong image has of anything is the mean over the squares that cover it.
 
-G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong versions.
+G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong captions of a question.
 """
 
 import math
@@ -49,7 +52,7 @@ class Scores(NamedTuple):
     Args:
         score: (n,), the ranker's.
         contrast: (n,) nats, 0 at most; None where candidates are ranked by score.
-        guess: the contrast of an image that tells nothing, -log(1 + W): captions of many facts have more wrong versions.
+        guess: the contrast of an image that tells nothing, the sum over questions of -log(1 + W); below 0 with contrast.
     """
 
     score: Tensor
@@ -57,9 +60,12 @@ class Scores(NamedTuple):
     guess: float = 0.0
 
     @property
-    def gain(self) -> Tensor | None:
-        """(n,) nats of contrast above a guess, which captions of few and of many facts share; None without contrast."""
-        return None if self.contrast is None else self.contrast - self.guess
+    def certainty(self) -> Tensor | None:
+        """(n,) how far contrast is from a guess (0) to certainty (1), below 0 if it is worse than a guess; None without.
+
+        A share, so that captions of few and of many facts can be compared.
+        """
+        return None if self.contrast is None else 1 - self.contrast / self.guess
 
 
 class CandidateScorer:
@@ -85,14 +91,22 @@ class CandidateScorer:
         """Of the candidates of a caption: (n, 3, H, W) in [0, 1]."""
         own, embeddings = self._embed_captions([caption]), self._embed_squares(images)
         score = self._similarities(embeddings, own)[0]  # (n,)
-        wrong = [] if self._wrong is None else self._wrong.all_of(caption, most=MOST_WRONG_CAPTIONS)
-        if not wrong or not isinstance(self._ranker, KoClip):
+        questions = [] if self._wrong is None else self._wrong.by_question(caption, most=MOST_WRONG_CAPTIONS)
+        if not questions or not isinstance(self._ranker, KoClip):
             return Scores(score.float().cpu(), None)
-        texts = torch.cat([own, self._embed_captions(wrong)])  # (1 + W, E)
-        by_square = torch.stack([self._ranker.caption_scores(own, texts).T for own in embeddings])  # (Q, 1 + W, n)
-        logits = by_square.mean(0) * self._ranker.temperature_scale()
-        contrast = logits.float().log_softmax(dim=0)[0].cpu()
-        return Scores(score.float().cpu(), contrast, guess=-math.log(1 + len(wrong)))
+        wrong = self._embed_captions([version for versions in questions for version in versions])
+        texts = torch.cat([own, wrong])  # (1 + all W, E)
+        by_square = torch.stack(
+            [self._ranker.caption_scores(image, texts).T for image in embeddings]
+        )  # (Q, 1 + all W, n)
+        logits = (by_square.mean(0) * self._ranker.temperature_scale()).float()
+        sizes = [len(versions) for versions in questions]
+        answers = [
+            torch.cat([logits[:1], part]).log_softmax(dim=0)[0]  # (n,)
+            for part in logits[1:].split(sizes)
+        ]
+        guess = -sum(math.log(1 + size) for size in sizes)
+        return Scores(score.float().cpu(), torch.stack(answers).sum(0).cpu(), guess)
 
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """The score of each caption's own images: (G, n, 3, H, W) in [0, 1] -> (G, n) on the CPU."""

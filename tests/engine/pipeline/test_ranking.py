@@ -1,4 +1,4 @@
-"""Candidates are ranked by the score, or by how much better their caption fits than captions that are wrong in one fact."""
+"""Candidates are ranked by the score, or by how much better their caption fits than wrong ones, fact by fact."""
 
 import math
 from collections.abc import Sequence
@@ -28,13 +28,14 @@ GUIDE = CaptionGuide(
         "하의": {"카테고리": ["팬츠", "스커트"]},
     },
 )
-WRONG = [
-    f"상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다. {SHIRT}",
-    f"상의에서 색상은 블랙이다. {WHITE_TOO} {SHIRT}",
-    f"{GREY} 상의에서 서브색상은 레드이다. {SHIRT}",
-    f"{GREY} {WHITE_TOO} 상의에서 카테고리는 탑이다.",
-    f"{GREY} {WHITE_TOO} 상의에서 카테고리는 후드티이다.",
+QUESTIONS = [
+    [f"상의에서 색상은 블랙이다. {WHITE_TOO} {SHIRT}"],
+    [f"{GREY} 상의에서 서브색상은 레드이다. {SHIRT}"],
+    [f"{GREY} {WHITE_TOO} 상의에서 카테고리는 탑이다.", f"{GREY} {WHITE_TOO} 상의에서 카테고리는 후드티이다."],
+    [f"상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다. {SHIRT}"],
+    [f"상의에서 색상은 화이트이다. {SHIRT}"],
 ]
+WRONG = [version for versions in QUESTIONS for version in versions]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +57,25 @@ def _images(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_contrast_is_the_caption_s_log_probability_among_wrong_ones(tokenizer: CaptionTokenizer) -> None:
+def test_contrast_is_the_caption_s_log_probability_among_the_wrong_ones_of_each_question(
+    tokenizer: CaptionTokenizer,
+) -> None:
     scorer, koclip = _scorer(tokenizer, ranking="contrast")
     images = _images(5)
     found = scorer(CAPTION, images)
     assert found.contrast is not None
     tokens = tokenizer.encode([CAPTION, *WRONG], 24).tokens
-    assert len({tuple(row.tolist()) for row in tokens}) == 6
-    logits = (koclip.similarity(images, tokens) * koclip.temperature_scale()).double()  # (6, n)
+    assert len({tuple(row.tolist()) for row in tokens}) == 7
+    logits = (koclip.similarity(images, tokens) * koclip.temperature_scale()).double()  # (7, n)
     for image in range(5):
-        expected = logits[0, image] - math.log(sum(math.exp(logit) for logit in logits[:, image].tolist()))
-        assert found.contrast[image].item() == pytest.approx(float(expected), abs=1e-4)
+        own, *others = (math.exp(logit) for logit in logits[:, image].tolist())
+        expected, left = 0.0, iter(others)
+        for versions in QUESTIONS:
+            expected += math.log(own / (own + sum(next(left) for _ in versions)))
+        assert found.contrast[image].item() == pytest.approx(expected, abs=1e-4)
+    assert found.guess == pytest.approx(-math.log(2 * 2 * 3 * 2 * 2))
+    assert found.certainty is not None
+    torch.testing.assert_close(found.certainty, 1 + found.contrast / math.log(48))
     torch.testing.assert_close(found.score, koclip.similarity(images, tokens[:1])[0])
     alone = scorer(CAPTION, images[3:4])  # an image's values do not depend on the others
     assert alone.contrast is not None

@@ -35,7 +35,8 @@ def _places(words: PromptWords, table: RealScores = TABLE, contrast: list[float]
     tokens = torch.zeros(2, 4, dtype=torch.int64, device="cpu")
     pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="cpu")
     score = torch.tensor([0.25, 0.83], dtype=torch.float32, device="cpu")
-    scores = Scores(score, None if contrast is None else torch.tensor(contrast, dtype=torch.float32, device="cpu"))
+    contrasts = None if contrast is None else torch.tensor(contrast, dtype=torch.float32, device="cpu")
+    scores = Scores(score, contrasts, guess=0.0 if contrast is None else -2.0)
     return [one.score_percentile for one in ranked(request, tokens, pixels, scores, None, table)]
 
 
@@ -46,8 +47,8 @@ def test_candidates_have_their_place_among_real_pairs(words: PromptWords) -> Non
 
 def test_places_follow_the_order_where_candidates_are_ranked_by_contrast() -> None:
     """The better score may have the worse contrast: rank 1 must not stand far below rank 2."""
-    table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, gains=[-4.0, -2.0, 0.0])
-    assert _places(KNOWN, table, contrast=[-1.0, -3.0]) == [75, 25]  # of scores 0.25 and 0.83
+    table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, certainties=[-1.0, 0.0, 1.0])
+    assert _places(KNOWN, table, contrast=[-1.0, -3.0]) == [75, 25]  # certainties of 0.5 and -0.5
     assert _places(KNOWN, TABLE, contrast=[-1.0, -3.0]) == pytest.approx([25, 83], abs=0.01)  # an older table
 
 
