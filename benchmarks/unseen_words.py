@@ -16,7 +16,7 @@ as they are labelled, and with garments and colours in words that no training ca
 these was trained). `kept` is what the loss shows of a caption's worth in those words: (without caption - rewritten) / (without - labelled).
 
 Of the language model's entries those are trained that any of these captions needs, so that the table stays small: the tokens
-are the same, and the text loss is the only thing that has fewer rivals. Runs lie in `--runs` and are read again.
+are the same, and the text loss is the only thing that has fewer rivals. Runs lie in `--runs`, one a seed, and are read again.
 Stores benchmarks/results/unseen_words/<pairs>.json after each run, prints a table and the document.
 """
 
@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from machine_facts import REPOSITORY, print_document, stored_path
 from safetensors.torch import load_file, save_file
 from text_table import table
 from tokenizers import Tokenizer
+from training_minutes import stage_minutes
 
 from engine.data.pairs import Pairs, load_image, load_pairs
 from engine.data.tokenizer import (
@@ -85,6 +87,7 @@ def main() -> int:
     parser.add_argument("--codec", type=Path, default=REPOSITORY / "models" / "clothing")
     parser.add_argument("--image-size", type=int, default=32, help="pixels that pictures are brought to; multiple of 8")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "unseen_words")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "unseen_words")
@@ -101,7 +104,7 @@ def main() -> int:
         "benchmark": "unseen_words", **facts(torch.device("cpu")),
         "config": {
             "pairs": stored_path(arguments.pairs), "image_size": arguments.image_size, "steps": arguments.steps,
-            "settings": SMALL, "held_out": len(held), "rewritten": REWRITTEN,
+            "seeds": arguments.seeds, "settings": SMALL, "held_out": len(held), "rewritten": REWRITTEN,
         },
         "vocabularies": vocabularies(pairs, captions, arguments.language_model), "trained": {},
     }  # fmt: skip
@@ -110,10 +113,13 @@ def main() -> int:
     images = torch.from_numpy(np.stack([load_image(pair, arguments.image_size) for pair in held]))
     with torch.no_grad():
         tokens = load_part(codec, "vqgan").encode(images.permute(0, 3, 1, 2).float() / 255)
-    for variant in arguments.variants:
-        model = trained(arguments, variant, codec, trimmed)
-        document["trained"][variant] = held_out_losses(model, tokens, captions)
-        write_json(arguments.out / f"{arguments.pairs.name}.json", document)
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            run = trained(arguments, variant, seed, codec, trimmed)
+            row = {"seed": seed, **stage_minutes(run), **held_out_losses(run / "model", tokens, captions)}
+            document["trained"].setdefault(variant, []).append(row)
+            document["means"] = {name: mean(rows) for name, rows in document["trained"].items()}
+            write_json(arguments.out / f"{arguments.pairs.name}.json", document)
     print(_tables(document))
     print_document(document)
     return 0
@@ -208,12 +214,12 @@ def dealt_out(trimmed: Path) -> Path:
     return Path(folder)
 
 
-def trained(arguments: argparse.Namespace, variant: str, codec: Path, trimmed: Path) -> Path:
-    """The model folder of a variant; trains it if it has not ended."""
-    run = arguments.runs / re.sub(r"[^a-zA-Z0-9.]+", "-", variant)
+def trained(arguments: argparse.Namespace, variant: str, seed: int, codec: Path, trimmed: Path) -> Path:
+    """The run of a variant; trains it if it has not ended."""
+    run: Path = arguments.runs / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', variant)}-{seed}"
     if not (run / "model").is_dir():
         settings = SMALL | VARIANTS[variant] | {
-            "run": run, "data.pairs": arguments.pairs, "vqgan": codec, "loop.steps": arguments.steps,
+            "run": run, "seed": seed, "data.pairs": arguments.pairs, "vqgan": codec, "loop.steps": arguments.steps,
             "model.image_grid_size": load_part(codec, "vqgan").config.grid_size,
             "loop.validate_every": arguments.steps, "loop.sample_every": arguments.steps,
             "loop.checkpoint_every": arguments.steps,
@@ -225,7 +231,7 @@ def trained(arguments: argparse.Namespace, variant: str, codec: Path, trimmed: P
         config = REPOSITORY / "configs" / "clothing" / "kodalle-bpe.yaml"
         command = [sys.executable, str(REPOSITORY / "engine" / "train.py"), "--config", str(config), *values]
         subprocess.run(command, cwd=REPOSITORY, env={"DS_ACCELERATOR": "cpu"} | dict(os.environ), check=True)
-    return Path(run / "model")
+    return run
 
 
 @torch.no_grad()
@@ -242,6 +248,13 @@ def held_out_losses(folder: Path, image_tokens: torch.Tensor, captions: dict[str
         "rewritten_minus_labelled": {"mean": float((losses["rewritten"] - losses["labelled"]).mean()), "standard_error": error},
         "kept": float(kept.mean() / worth.mean()),
     }  # fmt: skip
+
+
+def mean(rows: Sequence[Row]) -> Row:
+    """Of a variant's seeds: mean losses, and what is kept of a caption's worth by each and by all of them."""
+    losses = {kind: statistics.mean(row["loss_image"][kind] for row in rows) for kind in rows[0]["loss_image"]}
+    worth, kept = losses["without"] - losses["labelled"], losses["without"] - losses["rewritten"]
+    return {"loss_image": losses, "kept": kept / worth, "kept_by_seed": [row["kept"] for row in rows]}
 
 
 def _losses(
@@ -264,12 +277,17 @@ def _tables(document: Row) -> str:
         for name, row in document["vocabularies"].items()
     ]  # fmt: skip
     losses = [
-        [name, *(f"{value:.3f}" for value in row["loss_image"].values()), f"{100 * row['kept']:.0f} %"]
-        for name, row in document["trained"].items()
-    ]
+        [name, *(f"{value:.3f}" for value in row["loss_image"].values()), f"{100 * row['kept']:.0f} %",
+         " / ".join(f"{100 * kept:.0f} %" for kept in row["kept_by_seed"])]
+        for name, row in document["means"].items()
+    ]  # fmt: skip
     header = ["vocabulary", "entries", "labelled", "rewritten", "documents'", "distinct"]
     first = table("unknown share of words", header, known)
-    return first + "\n\n" + table("held-out loss", ["trained", "labelled", "rewritten", "without", "kept"], losses)
+    return (
+        first
+        + "\n\n"
+        + table("held-out loss", ["trained", "labelled", "rewritten", "without", "kept", "by seed"], losses)
+    )
 
 
 if __name__ == "__main__":

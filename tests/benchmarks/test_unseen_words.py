@@ -77,6 +77,18 @@ def test_losses_are_the_models(script: ModuleType) -> None:
         torch.testing.assert_close(losses.mean(), model(texts, images).loss_image)
 
 
+def test_a_mean_over_seeds_is_of_losses(script: ModuleType) -> None:
+    """Not of ratios: a seed whose captions are worth little would count as much as the others."""
+    rows = [
+        {"loss_image": {"labelled": 3.0, "rewritten": 3.5, "without": 4.0}, "kept": 0.5},
+        {"loss_image": {"labelled": 3.8, "rewritten": 4.0, "without": 4.0}, "kept": 0.0},
+    ]
+    found = script.mean(rows)
+    assert found["loss_image"] == pytest.approx({"labelled": 3.4, "rewritten": 3.75, "without": 4.0})
+    assert found["kept"] == pytest.approx(0.25 / 0.6)
+    assert found["kept_by_seed"] == [0.5, 0.0]
+
+
 def test_a_missing_language_model_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
