@@ -5,6 +5,7 @@ The section reaches `deepspeed.initialize` as it stands. The only value that is 
 """
 
 import copy
+import difflib
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfigError
 from torch import Tensor, nn
 
 from engine.errors import InputError
@@ -97,6 +98,7 @@ def make_engine(
         raise InputError(
             "deepspeed.optimizer", "(nothing)", "is missing: add one, e.g. {type: AdamW, params: {lr: 3e-4}}"
         )
+    check_types(settings)
     if is_muon(settings) and optimizer is None:
         raise InputError("deepspeed.optimizer.type", "Muon", "is for the transformer (stage: kodalle): use AdamW here")
     if any(settings.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
@@ -115,6 +117,22 @@ def make_engine(
         ) from error
     made: DeepSpeedEngine = engine
     return made
+
+
+def check_types(settings: dict[str, Any]) -> None:
+    """Raises InputError for an optimiser that is neither DeepSpeed's nor torch's, and for a schedule that waits for a loss."""
+    optimizer, scheduler = (settings.get(section, {}).get("type") for section in ("optimizer", "scheduler"))
+    known = [name for name in dir(torch.optim) if name[0].isupper()]
+    if optimizer is not None and str(optimizer).lower() not in DEEPSPEED_OPTIMIZERS and optimizer not in known:
+        near = difflib.get_close_matches(str(optimizer), [*known, "Lamb", "Lion", "Muon"], n=1) or ["AdamW"]
+        raise InputError(
+            "deepspeed.optimizer.type", optimizer, f"neither DeepSpeed nor torch.optim has it: use {near[0]}, say"
+        )
+    if scheduler == "ReduceLROnPlateau":
+        raise InputError(
+            "deepspeed.scheduler.type", scheduler, "waits for a validation loss, and DeepSpeed gives its schedules none: "
+            "use WarmupCosineLR"
+        )  # fmt: skip
 
 
 def micro_batch(settings: dict[str, Any]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import yaml
 
 from engine.errors import InputError
 from engine.training.deepspeed_section import check_defaults, check_keys, unstated, with_defaults
+from engine.training.engines import check_types
 from tests.paths import REPOSITORY
 
 DOCUMENTED = [
@@ -126,6 +127,25 @@ def test_defaults_that_change_the_arithmetic_are_to_be_written_out(
     with pytest.raises(InputError, match=rf"deepspeed.{missing[0]}: \(nothing\): .*write it out") as found:
         check_defaults(settings, processes=processes)
     assert all(name in str(found.value) for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"type": "AdamP"}}, "deepspeed.optimizer.type: AdamP: neither DeepSpeed nor torch.optim has it: use Adam"),
+        ({"optimizer": {"type": "xyzzy"}}, "use AdamW, say"),
+        ({"scheduler": {"type": "ReduceLROnPlateau"}}, "deepspeed.scheduler.type: ReduceLROnPlateau: waits for a validation loss"),
+    ],
+)  # fmt: skip
+def test_what_the_ancestors_trained_with_and_is_not_here_is_named(settings: dict[str, Any], message: str) -> None:
+    """KoDALLE's AdamP, and the plateaus of KoCLIP and DALL-E."""
+    with pytest.raises(InputError, match=message):
+        check_types(settings)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "adamw", "Lamb", "Muon", "RAdam", "SGD", None])
+def test_deepspeeds_and_torchs_optimisers_pass(name: str | None) -> None:
+    check_types({"optimizer": {"type": name} if name else {}, "scheduler": {"type": "WarmupLR"}})
 
 
 def test_the_defaults_are_those_of_the_installed_deepspeed() -> None:
