@@ -59,15 +59,17 @@ def as_input_error(error: ValidationError, source: str) -> InputError:
     first = error.errors()[0]
     # the discriminated union puts the stage's name in front of the field's path
     path = first["loc"][1:] if first["loc"][:1] in (("vqgan",), ("dvae",), ("koclip",), ("kodalle",)) else first["loc"]
-    field = ".".join(map(str, path)) or "stage"
+    field = ".".join(map(str, path)) or ("config" if first["type"] == "value_error" else "stage")
     others = f" (and {error.error_count() - 1} more faults)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         remedy = "unknown key: remove it or mend its spelling"
     elif first["type"] == "missing":
         remedy = "is missing: add it"
     else:
-        remedy = first["msg"]
-    if first["type"] in ("missing", "union_tag_not_found"):
+        remedy = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # options that do not go together
+        value = "(several options)"
+    elif first["type"] in ("missing", "union_tag_not_found"):
         value = "(nothing)"
     elif first["type"] == "union_tag_invalid":
         value = repr(first["ctx"]["tag"])

@@ -198,6 +198,12 @@ def test_bad_override(write: Write, override: str, message: str) -> None:
         load_run(write(seed=1), [override])
 
 
+def test_options_that_do_not_go_together_are_named_without_the_whole_config() -> None:
+    with pytest.raises(InputError) as caught:
+        load_run(REPOSITORY / "configs/clothing/kodalle.yaml", ["augmented_views=0"])
+    assert str(caught.value).startswith("config: (several options): augmented_views 0 and augment_shift 4 go together")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
