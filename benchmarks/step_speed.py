@@ -38,7 +38,7 @@ from engine.sampling_params import SamplingParams, SequenceRequest
 from kernels.decode_step import GROUP, PackedLinear, WeightKind
 
 _CPU = torch.device("cpu")
-_KINDS: dict[str, Weights] = {"float32": "packed", "int8": "int8", "int4": "int4"}
+KINDS: dict[str, Weights] = {"float32": "packed", "int8": "int8", "int4": "int4"}
 # Bytes of a weight; the attention's output layer, 3 % of the weights, is float32 whatever the others are, and not counted.
 _WEIGHT_BYTES = {"float32": 4.0, "int8": 1.0, "int4": 0.5 + 4 / GROUP}
 _TURN = 4  # steps of one way at a time
@@ -77,7 +77,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", nargs="+", choices=list(_KINDS), default=list(_KINDS))
+    parser.add_argument("--weights", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16])
     parser.add_argument(
         "--without", nargs="+", choices=["operators", "cached loop"], default=[], help="ways that are left out"
@@ -123,10 +123,10 @@ def _rows(model: KoDalle, weights: str, arguments: argparse.Namespace) -> list[d
     """One row for each number of sequences."""
     rates = machine_rates(weights, arguments)
     samplers: dict[str, Sampler] = {}
-    if is_compiled(model, _KINDS[weights]):
-        samplers["compiled"] = Sampler(model, weights=_KINDS[weights])
+    if is_compiled(model, KINDS[weights]):
+        samplers["compiled"] = Sampler(model, weights=KINDS[weights])
     if weights != "int4" and "operators" not in arguments.without:
-        samplers["operators"] = Sampler(model, weights=_KINDS[weights], compiled=False)
+        samplers["operators"] = Sampler(model, weights=KINDS[weights], compiled=False)
     rows = []
     with evaluating(model):
         for count in arguments.sequences:
@@ -185,17 +185,21 @@ def take_turns(steps: dict[str, Step], count: int) -> dict[str, dict[str, float]
     }
 
 
-def machine_rates(weights: str, arguments: argparse.Namespace) -> list[float]:
-    """Bytes/s read, and operations/s of products of these weights: PyTorch's, or the compiled layer's where it is faster."""
+def machine_rates(weights: str, arguments: argparse.Namespace, *, num_floats: int = 1 << 26) -> list[float]:
+    """Bytes/s read, and operations/s of products of these weights: PyTorch's, or the compiled layer's where it is faster.
+
+    Args:
+        num_floats: that are read over and over, where processor time is counted; so many may fit into a cache.
+    """
     dtype = torch.float32 if weights == "float32" else torch.int8
     if not arguments.processor_time:
         return [
             read_bandwidth(_CPU, seconds=0.5),
             max(matrix_peak(_CPU, dtype), _layer_rate(weights, time.perf_counter)),
         ]
-    block = torch.ones(1 << (20 if arguments.quick else 26), dtype=torch.float32)
     vector = torch.ones(1 << 13, dtype=torch.float32)
-    matrix = block.view(-1, len(vector))
+    matrix = torch.ones((1 << 7 if arguments.quick else -(-num_floats >> 13)), len(vector), dtype=torch.float32)
+    block = matrix.view(-1)
     reads = [_seconds(work, time.process_time) for work in (block.sum, lambda: matrix @ vector)]
     return [4 * block.numel() / min(reads), _layer_rate(weights, time.process_time)]
 
@@ -240,7 +244,7 @@ def _add_floor(row: dict[str, Any], model: KoDalle, bandwidth: float, peak: floa
 
 def profile(model: KoDalle, weights: str, count: int) -> dict[str, Any]:
     """Milliseconds a step by operator of torch, the largest first, and calls a step."""
-    sampler, num_steps = Sampler(model, weights=_KINDS[weights], compiled=False), 8
+    sampler, num_steps = Sampler(model, weights=KINDS[weights], compiled=False), 8
     with evaluating(model):
         step = sampler_step(sampler, count)
         step()

@@ -6,10 +6,12 @@ The libraries are extension modules without a Python interface, built when the p
 set. They are optional: a machine without a C++ compiler, or not of x86, has none of them.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,8 +22,21 @@ WeightKind = Literal["float32", "int8", "int4"]
 _KINDS: dict[WeightKind, int] = {"float32": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = {"geglu": 0, "gelu": 1, "quick_gelu": 2}
 GROUP = 64  # inputs that share a scale in int4
+PARTS = (
+    "norms",
+    "quantisation",
+    "qkv",
+    "attention",
+    "out",
+    "grow",
+    "activation",
+    "shrink",
+    "head",
+    "sampling",
+    "waiting",
+)  # of step.h
 LANES = 16  # what outputs and channels must be a multiple of
-_INTERFACE = 1  # of step.h
+_INTERFACE = 2  # of step.h
 _Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -105,9 +120,21 @@ def load(instructions: InstructionSet) -> ctypes.CDLL | None:
     library.kodalle_feed.argtypes = [*(ctypes.POINTER(part) for part in (Model, Cache, Prefixes, Feed)), _Int]
     library.kodalle_predict.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Predict), _Int]
     library.kodalle_sample.argtypes = [ctypes.POINTER(Sample), _Int]
-    for name in ("pack", "multiply", "feed", "predict", "sample"):
+    library.kodalle_time.argtypes = [_Pointer]
+    for name in ("time", "pack", "multiply", "feed", "predict", "sample"):
         getattr(library, f"kodalle_{name}").restype = None
     return library
+
+
+@contextlib.contextmanager
+def timed(library: ctypes.CDLL) -> Iterator[Tensor]:
+    """Counts nanoseconds by thread and part, (threads, PARTS) int64, in all steps inside the block."""
+    nanoseconds = torch.zeros(torch.get_num_threads(), len(PARTS), dtype=torch.int64, device="cpu")
+    library.kodalle_time(nanoseconds.data_ptr())
+    try:
+        yield nanoseconds
+    finally:
+        library.kodalle_time(None)
 
 
 class PackedLinear:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Windows of 8 for one or two sequences: such a pass costs 1.25 (1.55) times a step and gives a sequence 2.5 tokens or
 # more. With 16 one sequence gains no more on photographs and has twice as much to lose; four sequences hardly gain
 # (benchmarks/LOG.md).
-_WINDOW = 8
+WINDOW = 8
 _SPECULATIVE_SLOTS = 2
 
 
@@ -106,10 +106,10 @@ class DecoderCache:
         if not self._is_graphed:
             model = self._model if self._step_model is None else self._step_model()
             if self._speculates and num_slots <= _SPECULATIVE_SLOTS:
-                yield JacobiDecoder(model, num_slots, window=_WINDOW, null_prefix=null_prefix)
+                yield JacobiDecoder(model, num_slots, window=WINDOW, null_prefix=null_prefix)
             elif self._speculates and continuous_batching:
                 yield AdaptiveDecoder(
-                    model, num_slots, window=_WINDOW, speculative_slots=_SPECULATIVE_SLOTS, null_prefix=null_prefix
+                    model, num_slots, window=WINDOW, speculative_slots=_SPECULATIVE_SLOTS, null_prefix=null_prefix
                 )
             else:
                 yield SlotDecoder(model, num_slots, null_prefix=null_prefix, batch_invariant=self._batch_invariant)

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "products.h"
 #include "threads.h"
+#include "timer.h"
 
 namespace kodalle {
 
@@ -97,33 +98,34 @@ struct Step {
   const Own& own;
   int thread;
   Team& team;
+  Timer& timer;
 
   void run() const {
     embed();
     for (int number = 0; number < model.num_layers; ++number) {
       const Layer& layer = model.layers[number];
       normalise_rows(layer, layer.attention_norm, layer.qkv.kind, model.mixes != 0);
-      team.wait();
+      wait();
       project(layer.qkv);
-      team.wait();
+      wait(kQkvPart);
       attend_heads(number, layer.out.kind);
-      team.wait();
+      wait(kAttentionPart);
       if (layer.out.kind != kFloat32) {
         put_rows(layer.out.kind, pass.attended, model.num_heads * model.head_dim);
-        team.wait();
+        wait(kQuantisePart);
       }
       add_product(layer.out);
-      team.wait();
+      wait(kOutPart);
       normalise_rows(layer, layer.feed_forward_norm, layer.grow.kind, false);
-      team.wait();
+      wait();
       grow(layer);
-      team.wait();
+      wait(kGrowPart);
       if (layer.shrink.kind != kFloat32) {
         put_rows(layer.shrink.kind, pass.grown, model.inner_dim);
-        team.wait();
+        wait(kQuantisePart);
       }
       add_product(layer.shrink);
-      team.wait();
+      wait(kShrinkPart);
     }
     const Share rows(pass.num_rows, thread, team);
     for (int r = rows.first; r < rows.last; ++r)
@@ -131,6 +133,16 @@ struct Step {
   }
 
  private:
+  void wait() const {
+    team.wait();
+    timer.lap(kWaitPart);
+  }
+
+  void wait(Part part) const {  // after `part`
+    timer.lap(part);
+    wait();
+  }
+
   // A thread embeds the rows that it normalises next.
   void embed() const {
     const int C = model.dim;
@@ -154,7 +166,9 @@ struct Step {
       if (mixes)
         for (int c = 0; c < C; c += kLanes) store(x + c, load(x + c) * all(layer.keep) + load(start + c) * all(layer.add));
       normalise(x, norm, C, own.row);
+      timer.lap(kNormPart);
       put_row(kind, tiles, r, own.row, C, own.rounded, pass.normed);
+      timer.lap(kQuantisePart);
     }
   }
 
@@ -210,7 +224,9 @@ struct Step {
     for (int p = panels.first; p < panels.last; ++p) {
       multiply_panel(layer.grow, p, tiles, pass.normed, own.panels, panel_at(layer.grow, p + F / kLanes));
       multiply_panel(layer.grow, p + F / kLanes, tiles, pass.normed, gates, p + 1 < panels.last ? panel_at(layer.grow, p + 1) : nullptr);
+      timer.lap(kGrowPart);
       for (int r = 0; r < pass.num_rows; ++r) keep(r, p * kLanes, load(own.panels + r * kLanes) * gelu(load(gates + r * kLanes)));
+      timer.lap(kActivationPart);
     }
   }
 

@@ -9,6 +9,13 @@ namespace {
 
 thread_local Arena arena;
 
+std::atomic<int64_t*> times{nullptr};  // see kodalle_time
+
+Timer timer_of(int thread) {
+  int64_t* by_thread = times.load(std::memory_order_relaxed);
+  return Timer(by_thread == nullptr ? nullptr : by_thread + thread * kNumParts);
+}
+
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Bytes of R rows as inputs of width K; those of float32 are the largest.
@@ -54,7 +61,9 @@ int find_runs(const Feed& feed, int* starts) {
 
 extern "C" {
 
-int32_t kodalle_interface() { return 1; }
+int32_t kodalle_interface() { return 2; }
+
+void kodalle_time(int64_t* nanoseconds) { times.store(nanoseconds, std::memory_order_relaxed); }
 
 int64_t kodalle_packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) { return outputs / kLanes * panel_bytes(kind, inputs); }
 
@@ -101,7 +110,8 @@ void kodalle_feed(const Model* model, const Cache* cache, const Prefixes* prefix
   uint8_t* memory = arena.take<uint8_t>(num_threads * own);
   run_together(num_threads, [&](int thread, Team& team) {
     const Own own = own_of(memory, thread, R, widest, positions);
-    Step{*model, *cache, *prefixes, *feed, pass, own, thread, team}.run();
+    Timer timer = timer_of(thread);
+    Step{*model, *cache, *prefixes, *feed, pass, own, thread, team, timer}.run();
   });
 }
 
@@ -111,6 +121,7 @@ void kodalle_predict(const Model* model, const Predict* predict, int32_t num_thr
   const Inputs inputs = take_inputs(R, C);
   uint8_t* memory = arena.take<uint8_t>(num_threads * own_size(R, 2 * C, 0));
   run_together(num_threads, [&](int thread, Team& team) {
+    Timer timer = timer_of(thread);
     const Own own = own_of(memory, thread, R, 2 * C, 0);
     const Tiles tiles(model->head.kind, predict->num_rows);
     const Share rows(predict->num_rows, thread, team), panels(model->head.outputs / kLanes, thread, team);
@@ -122,20 +133,26 @@ void kodalle_predict(const Model* model, const Predict* predict, int32_t num_thr
         for (int c = 0; c < C; c += kLanes)
           store(own.row + c, load(null + c) + all(predict->guidance[r]) * (load(own.row + c) - load(null + c)));
       }
+      timer.lap(kNormPart);
       put_row(model->head.kind, tiles, r, own.row, model->dim, own.rounded, inputs);
+      timer.lap(kQuantisePart);
     }
     team.wait();
+    timer.lap(kWaitPart);
     for (int p = panels.first; p < panels.last; ++p) {
       multiply_panel(model->head, p, tiles, inputs, own.panels, p + 1 < panels.last ? panel_at(model->head, p + 1) : nullptr);
       for (int r = 0; r < predict->num_rows; ++r) store(predict->logits + r * V + p * kLanes, load(own.panels + r * kLanes));
     }
+    timer.lap(kHeadPart);
   });
 }
 
 void kodalle_sample(const Sample* sample, int32_t num_threads) {
   run_together(num_threads, [&](int thread, Team& team) {
+    Timer timer = timer_of(thread);
     const Share rows(sample->num_rows, thread, team);
     for (int r = rows.first; r < rows.last; ++r) sample_row(*sample, r);
+    timer.lap(kSamplingPart);
   });
 }
 

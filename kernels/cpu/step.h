@@ -104,7 +104,25 @@ struct Sample {
   uint8_t* is_close;  // (num_rows,) whether another token's score is so near that rounding may decide
 };
 
+// Where a call's time goes.
+enum Part : int32_t {
+  kNormPart,  // and embedding
+  kQuantisePart,
+  kQkvPart,
+  kAttentionPart,
+  kOutPart,
+  kGrowPart,
+  kActivationPart,  // GEGLU alone: others are counted as kGrowPart
+  kShrinkPart,
+  kHeadPart,
+  kSamplingPart,
+  kWaitPart,  // for other threads
+  kNumParts,
+};
+
 __attribute__((visibility("default"))) int32_t kodalle_interface();
+// From now on calls add the time of each thread to `nanoseconds`, (threads, kNumParts). Null: they do not look at the clock.
+__attribute__((visibility("default"))) void kodalle_time(int64_t* nanoseconds);
 __attribute__((visibility("default"))) int64_t kodalle_packed_bytes(int32_t kind, int64_t outputs, int64_t inputs);
 __attribute__((visibility("default"))) void kodalle_pack(int32_t kind, int64_t outputs, int64_t inputs, const void* weight, const float* group_scales, uint8_t* panels);
 __attribute__((visibility("default"))) void kodalle_multiply(const Linear* linear, int32_t num_rows, const float* x, float* y, int32_t num_threads);
