@@ -86,7 +86,7 @@ struct Own {
   float* row;        // (widest,)
   uint8_t* rounded;  // (widest,)
   float* panels;     // (2, R, 16)
-  float* scores;     // of a query's positions
+  float* scores;     // (kQueries, positions)
 };
 
 struct Step {
@@ -246,14 +246,21 @@ struct Step {
     const int64_t prefix_blocks = num_blocks(cache.num_prefix);
     const Positions prefix{
         prefixes.keys[sequence] + (static_cast<int64_t>(number) * H + head) * prefix_blocks * D * kLanes,
-        prefixes.values[sequence] + number * prefixes.values_per_layer[sequence] + static_cast<int64_t>(head) * cache.num_prefix * D,
-        cache.num_prefix};
-    for (int r = first; r < last; ++r) {
-      float* q = pass.qkv + static_cast<int64_t>(r) * 3 * H * D + head * D;
-      if (model.normalises_heads) normalise_head(q, D, model.head_epsilon, model.query_gain);
-      float* out = pass.attended + static_cast<int64_t>(r) * H * D + head * D;
-      attend(q, prefix, {keys, values, static_cast<int>(feed.positions[r]) + 1}, D, own.scores, out);
-      if (kind == kFloat32) put_part(out, r, head * D, D, H * D);
+        prefixes.values[sequence] + number * prefixes.values_per_layer[sequence] + static_cast<int64_t>(head) * cache.num_prefix * D};
+    const int64_t stride = (prefix_blocks + cache.num_blocks) * kLanes;
+    for (int from = first; from < last; from += kQueries) {
+      const int count = last - from < kQueries ? last - from : kQueries;
+      Queries queries;
+      for (int i = 0; i < count; ++i) {
+        float* q = pass.qkv + static_cast<int64_t>(from + i) * 3 * H * D + head * D;
+        if (model.normalises_heads) normalise_head(q, D, model.head_epsilon, model.query_gain);
+        queries.q[i] = q;
+        queries.out[i] = pass.attended + static_cast<int64_t>(from + i) * H * D + head * D;
+        queries.own[i] = static_cast<int>(feed.positions[from + i]) + 1;
+      }
+      attend(count, queries, prefix, cache.num_prefix, {keys, values}, D, own.scores, stride);
+      if (kind == kFloat32)
+        for (int i = 0; i < count; ++i) put_part(queries.out[i], from + i, head * D, D, H * D);
     }
   }
 

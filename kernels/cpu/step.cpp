@@ -32,7 +32,7 @@ Inputs take_inputs(int64_t R, int64_t K) {
 }
 
 size_t own_size(int64_t R, int64_t widest, int64_t positions) {
-  return Arena::padded(widest * 4) + Arena::padded(widest) + Arena::padded(2 * R * kLanes * 4) + Arena::padded(positions * 4);
+  return Arena::padded(widest * 4) + Arena::padded(widest) + Arena::padded(2 * R * kLanes * 4) + Arena::padded(kQueries * positions * 4);
 }
 
 // The pieces of thread `number`, in memory that was taken for all threads.
