@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 
 from engine.errors import InputError
+from kernels.compiled import InstructionSet as CompiledSet
 
 InstructionSet = Literal["baseline", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
@@ -45,6 +46,11 @@ _CLASSES: tuple[tuple[InstructionSet, frozenset[str], str], ...] = (
     ("avx2_vnni", frozenset({"avx2", "avx_vnni"}), "AVX2_VNNI"),
     ("avx2", frozenset({"avx2"}), "AVX2"),
 )
+# The libraries of kernels/cpu that each class runs.
+_COMPILED: dict[str, CompiledSet] = {
+    "avx2": "avx2", "avx2_vnni": "avx2", "avx512": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512",
+    "amx": "avx512",
+}  # fmt: skip
 # oneDNN's limits in ascending order (v3.12, "CPU Dispatcher Control").
 _ONEDNN_LIMITS = (
     "SSE41",
@@ -103,6 +109,11 @@ def cpu_capabilities() -> CpuCapabilities:
         packs_bfloat16=isa not in ("baseline", "avx2") and _packs(torch.bfloat16),
         packs_int8=isa in ("avx2_vnni", "avx512_vnni", "avx512_bf16", "amx") and _packs_int8(),
     )
+
+
+def compiled_set() -> CompiledSet | None:
+    """The instruction set of the compiled libraries for this processor, within the limits that the environment sets."""
+    return _COMPILED.get(cpu_capabilities().isa)
 
 
 def instruction_set(flags: Collection[str], *, aten: str, environment: Mapping[str, str]) -> InstructionSet:

@@ -1,23 +1,19 @@
 """The decode step in C++ (kernels/cpu/step.h): its structures for ctypes, and the library of an instruction set.
 
 R rows, N outputs, K inputs, V image vocabulary.
-
-The libraries are extension modules without a Python interface, built when the package is installed, one for each instruction
-set. They are optional: a machine without a C++ compiler, or not of x86, has none of them.
 """
 
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-InstructionSet = Literal["avx2", "avx512"]
+from kernels.compiled import InstructionSet, load_library
+
 WeightKind = Literal["float32", "int8", "int4"]
 _KINDS: dict[WeightKind, int] = {"float32": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = {"geglu": 0, "gelu": 1, "quick_gelu": 2}
@@ -103,15 +99,8 @@ def load(instructions: InstructionSet) -> ctypes.CDLL | None:
 
     The caller knows that the processor has the instructions.
     """
-    spec = importlib.util.find_spec(f"kernels._decode_step_{instructions}")
-    if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
-        return None
-    try:
-        library = ctypes.CDLL(spec.origin)
-        interface = library.kodalle_interface()
-    except (OSError, AttributeError):  # built for another system
-        return None
-    if interface != _INTERFACE:  # a checkout whose library is older or newer than its sources
+    library = load_library("decode_step", instructions, "kodalle_interface", _INTERFACE)
+    if library is None:
         return None
     library.kodalle_packed_bytes.argtypes = [_Int, ctypes.c_int64, ctypes.c_int64]
     library.kodalle_packed_bytes.restype = ctypes.c_int64

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include "arena.h"
 #include "layers.h"
 #include "sampling.h"
 

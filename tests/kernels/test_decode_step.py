@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.decoding.cpu.compiled_step import library
 from engine.device import cpu_capabilities
 from kernels import decode_step, reference
-from kernels.decode_step import GROUP, InstructionSet, PackedLinear, WeightKind, load, quantise_groups, quantise_weight
+from kernels.compiled import InstructionSet
+from kernels.decode_step import GROUP, PackedLinear, WeightKind, load, quantise_groups, quantise_weight
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the compiled step was not built here")
 

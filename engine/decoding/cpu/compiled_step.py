@@ -23,22 +23,17 @@ from torch import Tensor, nn
 from engine.config.transformer import TransformerConfig
 from engine.decoding.kv_cache import Prefix, PrefixRef
 from engine.decoding.step_model import NO_PADDING, CompiledModel, StepCache, StepModel
-from engine.device import cpu_capabilities
+from engine.device import compiled_set
 from engine.models.attention import QK_EPS, QK_GAIN
 from engine.models.transformer import KoDalle
 from engine.models.transformer_layer import AttentionBranch, FeedForwardBranch, Layer
 from kernels import decode_step
-from kernels.decode_step import ACTIVATIONS, GROUP, LANES, InstructionSet, PackedLinear, WeightKind, pointer
-
-_CLASSES: dict[str, InstructionSet] = {
-    "avx2": "avx2", "avx2_vnni": "avx2", "avx512": "avx2", "avx512_vnni": "avx512", "avx512_bf16": "avx512",
-    "amx": "avx512",
-}  # fmt: skip
+from kernels.decode_step import ACTIVATIONS, GROUP, LANES, PackedLinear, WeightKind, pointer
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled step for this processor, within the limits that the environment sets; None where there is none."""
-    instructions = _CLASSES.get(cpu_capabilities().isa)
+    instructions = compiled_set()
     return None if instructions is None else decode_step.load(instructions)
 
 
@@ -69,7 +64,7 @@ def can_compile(model: KoDalle, kind: WeightKind) -> bool:
     dtypes = (torch.float32,) if kind == "float32" else (torch.float32, torch.bfloat16)
     if weight.device.type != "cpu" or weight.dtype not in dtypes or lacking(model.config, kind) is not None:
         return False
-    if library() is None and cpu_capabilities().isa in _CLASSES:
+    if library() is None and compiled_set() is not None:
         _report_missing()
     return library() is not None
 

@@ -138,7 +138,7 @@ def test_without_the_library_torch_s_operators_decode_and_one_line_says_so(
 ) -> None:
     compiled_step._report_missing.cache_clear()
     monkeypatch.setattr(compiled_step, "library", lambda: None)
-    monkeypatch.setitem(compiled_step._CLASSES, compiled_step.cpu_capabilities().isa, "avx2")
+    monkeypatch.setattr(compiled_step, "compiled_set", lambda: "avx2")
     model = _model({})
     assert [make_step_model(model, "packed").compiled for _ in range(2)] == [None, None]
     assert capsys.readouterr().err == (
