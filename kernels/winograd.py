@@ -45,20 +45,10 @@ class WinogradConv:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, doubled: bool = False) -> None:
-        out_transform, weight_transform, in_transform = _transforms(_POINTS_DOUBLED if doubled else _POINTS)
-        if doubled:
-            repeat = torch.zeros(_EDGE, TILE, dtype=torch.float64, device=_CPU)
-            for row in range(_EDGE):  # row i of a tile lies in the small image's row (i + 1) // 2
-                repeat[row, (row + 1) // 2] = 1
-            in_transform = in_transform @ repeat
-            lives = in_transform.abs().amax(1) > 1e-12
-            out_transform, weight_transform = out_transform[:, lives], weight_transform[lives]
-            in_transform = in_transform[lives]
+        out_transform, weight_transform, in_transform = _image_transforms(doubled=doubled)
         self.channels_in, self.channels_out = weight.shape[1], weight.shape[0]
         self.scale = 2 if doubled else 1
-        taps = weight.detach().double().permute(2, 3, 1, 0).reshape(9, -1)  # (9, C K)
-        spectra = torch.kron(weight_transform, weight_transform) @ taps
-        self._weight = spectra.float().view(-1, self.channels_in, self.channels_out)  # (F, C, K)
+        self._weight = _spectra(weight, weight_transform)
         self._bias = bias.detach().float().clone()
         self._in_transform = torch.kron(in_transform, in_transform).float()  # (F, in pixels of a tile)
         # The bias rides on the transform out, as one frequency more that every pixel has once.
@@ -102,6 +92,33 @@ class WinogradConv:
             target.add_(pixels)
         else:
             target.copy_(pixels)
+
+
+def monic_spectra(weight: Tensor, *, doubled: bool) -> Tensor:
+    """(K, C, 3, 3) -> (F, C, K) float32, the transformed weights for a transform in whose rows have 1 as their last coefficient."""
+    _, weight_transform, in_transform = _image_transforms(doubled=doubled)
+    last = in_transform.abs().gt(1e-12).cumsum(1).argmax(1, keepdim=True)
+    return _spectra(weight, weight_transform * in_transform.gather(1, last))
+
+
+def _spectra(weight: Tensor, weight_transform: Tensor) -> Tensor:
+    taps = weight.detach().double().permute(2, 3, 1, 0).reshape(9, -1)  # (9, C K)
+    spectra = torch.kron(weight_transform, weight_transform) @ taps
+    return spectra.float().view(-1, weight.shape[1], weight.shape[0])
+
+
+def _image_transforms(*, doubled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A^T, G and B^T in float64; with `doubled` of the small image's tile, without the frequency that is zero."""
+    out_transform, weight_transform, in_transform = _transforms(_POINTS_DOUBLED if doubled else _POINTS)
+    if doubled:
+        repeat = torch.zeros(_EDGE, TILE, dtype=torch.float64, device=_CPU)
+        for row in range(_EDGE):  # row i of a tile lies in the small image's row (i + 1) // 2
+            repeat[row, (row + 1) // 2] = 1
+        in_transform = in_transform @ repeat
+        lives = in_transform.abs().amax(1) > 1e-12
+        out_transform, weight_transform = out_transform[:, lives], weight_transform[lives]
+        in_transform = in_transform[lives]
+    return out_transform, weight_transform, in_transform
 
 
 def _transforms(points: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
