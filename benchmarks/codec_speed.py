@@ -5,8 +5,9 @@
 
     modules        `Vqgan.decode` in float32, one batch: the baseline
     image threads  the same modules, one image a thread (engine.codec.threads)
-    row tiles      Winograd convolutions on tiles of rows, one image a thread (engine.codec.vqgan_cpu)
-    int8           row tiles with 8-bit convolutions; only on processors with VNNI
+    row tiles      Winograd convolutions by torch's operators on tiles of rows, one image a thread (engine.codec.vqgan_cpu)
+    compiled       the same network with compiled convolutions; where the package was built with a C++ compiler
+    int8           8-bit convolutions in the residual blocks, compiled ones elsewhere; only on processors with VNNI
     bfloat16       the modules channels last, one image a thread; only on processors that multiply it
     onnx           the exported decoder in ONNX Runtime
 
@@ -16,6 +17,7 @@ and, as the last line, one JSON document, also stored in <out>/results/codec_spe
 """
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -31,10 +33,12 @@ from sampling.plan import published_sizes
 from text_table import NOT_MEASURED, seconds_text, table
 from torch import Tensor
 
+from engine.codec.compiled_convolution import convolution_library
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import open_koclip, open_vqgan
 from engine.codec.onnx_export import export_model
-from engine.codec.vqgan_decoder import FastDecoder, decodes_int8
+from engine.codec.vqgan_cpu import fits_compiled
+from engine.codec.vqgan_decoder import WIDE_CHANNELS, FastDecoder, decodes_int8
 from engine.device import cpu_capabilities, fit_to_machine
 from engine.facts import facts
 from engine.measure import count_flops
@@ -100,10 +104,12 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
         (onnx / name).symlink_to((folder / name).resolve())
     decoders: dict[str, Work] = {
         "modules": vqgan.decode,
-        "image threads": FastDecoder(vqgan, row_tiles=False).decode,
-        "row tiles": FastDecoder(vqgan, row_tiles=True).decode,
+        "image threads": FastDecoder(vqgan, way="modules").decode,
+        "row tiles": FastDecoder(vqgan, way="row tiles").decode,
         "onnx": open_vqgan(onnx, vqgan.config, _CPU).decode,
     }
+    if fits_compiled(vqgan.decoder) and convolution_library() is not None:
+        decoders["compiled"] = FastDecoder(vqgan, way="compiled").decode
     if decodes_int8(_CPU):
         decoders["int8"] = FastDecoder(vqgan, precision="int8").decode
     if cpu_capabilities().multiplies_bfloat16:
@@ -116,7 +122,17 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
     generator = torch.Generator("cpu").manual_seed(0)
     for count in arguments.images:
         tokens = _tokens(folder, vqgan.config, count, generator)
-        yield from _compare(f"{Path(model).name}: decode", decoders, tokens, arguments.repeat)
+        exact = _decoded_exactly(vqgan, tokens)
+        wide = vqgan.config.base_channels >= WIDE_CHANNELS
+        without_compiler = "row tiles" if wide else "image threads"
+        yield from _compare(
+            f"{Path(model).name}: decode",
+            decoders,
+            tokens,
+            arguments.repeat,
+            exact=exact,
+            without_compiler=without_compiler,
+        )
         size = koclip.config.image_size
         images = torch.rand(count, 3, size, size, generator=generator, dtype=torch.float32, device=_CPU)
         yield from _compare(f"{Path(model).name}: embed images", embedders, images, arguments.repeat)
@@ -133,12 +149,26 @@ def _tokens(folder: Path, config: Any, count: int, generator: torch.Generator) -
 
 
 @torch.inference_mode()
-def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> list[Row]:
-    """One row a way. `times_faster` than the modules, by time on the clock and by processor time of all threads."""
+def _compare(
+    what: str,
+    works: dict[str, Work],
+    batch: Tensor,
+    repeat: int,
+    *,
+    exact: Tensor | None = None,
+    without_compiler: str = "",
+) -> list[Row]:
+    """One row a way. `times_faster` than the modules, by time on the clock and by processor time of all threads.
+
+    Args:
+        exact: images in float64.
+        without_compiler: the way of float32 where the package was built without one.
+    """
     print(f"{what}, {len(batch)} images", file=sys.stderr, flush=True)
     baseline = next(iter(works))
     expected, flops = count_flops(lambda: works[baseline](batch))
-    differences = {name: work(batch) - expected for name, work in works.items()}  # also the warm-up
+    found = {name: work(batch) for name, work in works.items()}  # also the warm-up
+    differences = {name: values - expected for name, values in found.items()}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(repeat):
         for name, work in works.items():
@@ -159,11 +189,29 @@ def _compare(what: str, works: dict[str, Work], batch: Tensor, repeat: int) -> l
             "gflop": flops / 1e9,  # of the modules; Winograd needs a quarter of a convolution's products
             "max_abs_error": float(differences[name].abs().max()),
             "psnr_db": _psnr(differences[name]),
-        })  # fmt: skip
+        } | ({} if exact is None else _pixels(found[name], found[without_compiler], exact)))  # fmt: skip
     for row in rows:
         for unit in ("seconds", "cpu_seconds"):
             row[f"times_faster_by_{unit}"] = rows[0][unit] / row[unit]
     return rows
+
+
+def _decoded_exactly(vqgan: Vqgan, tokens: Tensor) -> Tensor:
+    """Images by the modules in float64, one after the other."""
+    double = copy.deepcopy(vqgan).double()
+    return torch.cat([double.decode(one) for one in tokens.split(1)])
+
+
+def _pixels(found: Tensor, others: Tensor, exact: Tensor) -> Row:
+    """What differs from images in float64, and after rounding to 255 levels, as in a PNG, from those of the way without a compiler."""
+    levels = [(255 * images).round() for images in (found, others)]
+    return {
+        "rms_error_to_float64": float((found - exact).square().mean().sqrt()),
+        "psnr_db_to_the_way_without_compiler": _psnr(found - others),
+        "largest_level_difference": int((levels[0] - levels[1]).abs().max()),
+        "equal_levels": float((levels[0] == levels[1]).double().mean()),
+        "equal_images": sum(torch.equal(one, other) for one, other in zip(*levels, strict=True)),
+    }
 
 
 def _psnr(difference: Tensor) -> float | None:

@@ -4,7 +4,8 @@ Three things make it faster than the modules, each of which leaves the cache and
 
 - A tile of rows passes normalisation, SiLU, convolution and the next normalisation's sums while it is in the cache
   (engine.codec.vqgan_row_tiles).
-- 3x3 convolutions are Winograd's, with a quarter of the products (kernels.winograd), or 8-bit (kernels.int8_conv).
+- 3x3 convolutions are Winograd's, with a quarter of the products (kernels.convolution, compiled; kernels.winograd, by torch's operators),
+  or 8-bit (kernels.int8_conv).
 - No operation is split among threads: each thread has an image, or row tiles of one (engine.codec.threads).
 
 An image's pixels depend on its tokens alone: not on the rest of the batch, nor on the number of threads, since the steps
@@ -14,6 +15,7 @@ H x W pixels, C channels in, K out, Z latent channels, S the image's pixels on a
 Source of the network: CompVis/taming-transformers `Decoder`.
 """
 
+import ctypes
 import math
 import threading
 from collections.abc import Callable
@@ -33,6 +35,7 @@ from engine.codec.vqgan_row_tiles import (
     convolve,
     float_conv,
 )
+from kernels.convolution import LANES, CompiledConv
 from kernels.int8_conv import Int8Conv
 from kernels.winograd import WinogradConv
 
@@ -48,31 +51,41 @@ class CpuDecoder:
         grid: rows and columns of the latents that it is made for, beside others that `fits` admits; None: the module's own.
         int8: 8-bit convolutions in the residual blocks. The upsampling, the first and the last convolution and the
             attention stay in float32: their input is the residual stream itself, whose range no activation bounds.
+        library: compiled convolutions in float32 (`convolution_library`), for decoders that they `fit`; None: torch's operators.
     """
 
-    def __init__(self, decoder: Decoder, *, int8: bool, grid: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        int8: bool,
+        grid: tuple[int, int] | None = None,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
         size = self._grid = grid or (decoder.z_shape[2], decoder.z_shape[3])
-        self._int8 = int8
-        self._first = float_conv(decoder.conv_in, size)
-        self._steps: list[_Block | _Attention | FloatConv] = [
-            _Block(decoder.mid.block_1, size, int8=int8),
+        self._int8, self._library = int8, library
+        self._first = float_conv(decoder.conv_in, size, library)
+        self._steps: list[_Block | _Attention | FloatConv | CompiledConv] = [
+            _Block(decoder.mid.block_1, size, library, int8=int8),
             _Attention(decoder.mid.attn_1, int8=int8),
-            _Block(decoder.mid.block_2, size, int8=int8),
+            _Block(decoder.mid.block_2, size, library, int8=int8),
         ]
         for level in reversed(decoder.up):
             for number, block in enumerate(level.block):
-                self._steps.append(_Block(block, size, int8=int8))
+                self._steps.append(_Block(block, size, library, int8=int8))
                 if len(level.attn):
                     self._steps.append(_Attention(level.attn[number], int8=int8))
             if hasattr(level, "upsample"):
-                self._steps.append(float_conv(level.upsample.conv, size, doubled=True))
+                self._steps.append(float_conv(level.upsample.conv, size, library, doubled=True))
                 size = (2 * size[0], 2 * size[1])
         self._image_size = size
         self._last_norm = GroupNormAffine(decoder.norm_out)
-        self._last = float_conv(decoder.conv_out, size)
+        self._last = float_conv(decoder.conv_out, size, library)
 
     def fits(self, rows: int, columns: int) -> bool:
-        """Whether it decodes latents of these rows and columns: whole tiles where its own are whole tiles."""
+        """Whether it decodes latents of these rows and columns: whole tiles where its own must be whole tiles."""
+        if self._library is not None:
+            return True
         levels = [2**level for level in range((self._image_size[0] // self._grid[0]).bit_length())]
         is_tiled = [WinogradConv.fits(self._grid[0] * scale, self._grid[1] * scale) for scale in levels]
         needed = [WinogradConv.fits(rows * scale, columns * scale) for scale in levels]
@@ -120,13 +133,19 @@ class CpuDecoder:
         return image
 
 
+def fits_compiled(decoder: Decoder) -> bool:
+    """Whether every 3x3 convolution of it can be a compiled one."""
+    convs = [module for module in decoder.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    return all(conv.in_channels % LANES == 0 for conv in convs)
+
+
 class _Block:
     """Residual block: stream + conv2(silu(norm2(conv1(silu(norm1(stream)))))), a 1x1 convolution where C changes."""
 
-    def __init__(self, block: ResnetBlock, size: tuple[int, int], *, int8: bool) -> None:
+    def __init__(self, block: ResnetBlock, size: tuple[int, int], library: ctypes.CDLL | None, *, int8: bool) -> None:
         self._norm1, self._norm2 = GroupNormAffine(block.norm1), GroupNormAffine(block.norm2)
         self._conv1, self._conv2 = (
-            Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size)
+            Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size, library)
             for conv in (block.conv1, block.conv2)
         )
         self._shortcut = _Linear(block.nin_shortcut) if block.in_channels != block.out_channels else None
@@ -143,7 +162,7 @@ class _Block:
 
     @staticmethod
     def _convolve(
-        conv: FloatConv | Int8Conv,
+        conv: FloatConv | CompiledConv | Int8Conv,
         norm: GroupNormAffine,
         source: Tensor,
         moments: Moments,

@@ -1,16 +1,16 @@
 """The fast decoder of a codec: the images of `ImageCodec.decode` up to rounding, at the machine's speed.
 
-    VQGANs, CPU, float32 and int8             engine.codec.vqgan_cpu: row tiles, Winograd or 8-bit convolutions
-    CPU, 16 bit or narrow or another family   the modules, an image a thread; bfloat16 channels last
+    VQGANs, CPU, float32 and int8             engine.codec.vqgan_cpu: compiled, Winograd by torch or 8-bit convolutions
+    CPU, 16 bit or another family             the modules, an image a thread; bfloat16 channels last
     GPU                                       engine.codec.vqgan_cuda: VQGANs channels last; one CUDA graph
 
 The codebook and the 1x1 convolution after it are one table (`latent_table`, 16,384 x 256 as published): a code's latent
 vector is looked up.
 
-Seconds of processor time an image, published size, two cores with other work on them, best of alternated runs: the
-modules as they are 3.5, ONNX Runtime 3.1, float32 here 2.0, int8 1.2. Row tiles cost some thousand small operations: a
-decoder of 32 channels, whose maps fit the cache whole, is 2.7 times faster without (48 pixels, eight images on two cores:
-191 ms with row tiles, 71 ms without; at 64 channels and 64 pixels 321 and 351 ms).
+Where the package was built without a C++ compiler, or a width is no multiple of 16, float32 is computed by torch's operators: wide
+decoders in row tiles, narrow ones by the modules. Row tiles cost some thousand small operations: a decoder of 32 channels, whose
+maps fit the cache whole, is 2.7 times faster without (48 pixels, eight images on two cores: 191 ms with row tiles, 71 ms without; at 64
+channels and 64 pixels 321 and 351 ms). benchmarks/codec_speed.py compares all ways.
 
 Decoding is batch-invariant: an image depends on its tokens alone, bit for bit.
 
@@ -21,13 +21,15 @@ B images, N image tokens, K codes, E width of an entry, Z latent channels, S pix
 """
 
 import copy
+import ctypes
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
+from engine.codec.compiled_convolution import convolution_library
 from engine.codec.threads import single_threads
-from engine.codec.vqgan_cpu import CpuDecoder
+from engine.codec.vqgan_cpu import CpuDecoder, fits_compiled
 from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from engine.codec.vqgan_cuda import CudaDecoder
 
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
-_WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
+Way = Literal["compiled", "row tiles", "modules"]
+WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
@@ -50,13 +53,14 @@ class FastDecoder:
         precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
             only: 1.6 times as fast as float32 in wide decoders (benchmarks/results/codec_layers). VQGANs only. `fastest_precision`
             chooses.
-        row_tiles: float32 on a CPU: decode in row tiles; None: where the decoder is wide enough for it to pay.
+        way: of VQGANs in float32 on a CPU; None: the fastest. `modules`: an image a thread; `row tiles`: by torch's operators, also of
+            int8; `compiled`: where the package was built with a C++ compiler and the decoder's widths are multiples of 16.
 
     Raises:
         InputError: unknown precision, or int8 on a machine or for a family without it.
     """
 
-    def __init__(self, codec: ImageCodec, *, precision: Precision = "float32", row_tiles: bool | None = None) -> None:
+    def __init__(self, codec: ImageCodec, *, precision: Precision = "float32", way: Way | None = None) -> None:
         if precision not in _DTYPES:
             raise InputError("precision", precision, f"write one of {', '.join(_DTYPES)}")
         self.config, self.precision = codec.config, precision
@@ -75,8 +79,9 @@ class FastDecoder:
         dtype = _DTYPES[precision]
         if self._device.type == "cuda":
             self._cuda = _cuda_decoder(codec, self._table, dtype)
-        elif precision == "int8" or (precision == "float32" and _uses_row_tiles(codec, row_tiles)):
-            self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8")
+        elif precision == "int8" or (precision == "float32" and (way or _fastest_way(codec)) != "modules"):
+            self._library = _library(codec) if way in ("compiled", None) else None
+            self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8", library=self._library)
             self._source = codec.decoder
         else:
             module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
@@ -120,7 +125,9 @@ class FastDecoder:
         if self._cpu.fits(*grid):
             return self._cpu
         if grid not in self._larger_cpu:
-            self._larger_cpu = {grid: CpuDecoder(self._source, int8=self.precision == "int8", grid=grid)}
+            self._larger_cpu = {
+                grid: CpuDecoder(self._source, int8=self.precision == "int8", grid=grid, library=self._library)
+            }
         return self._larger_cpu[grid]
 
     @torch.inference_mode()
@@ -177,7 +184,7 @@ def fastest_precision(codec: ImageCodec) -> Precision:
 
 
 def _is_narrow(codec: ImageCodec) -> bool:
-    return isinstance(codec.config, VqganConfig) and codec.config.base_channels < _WIDE_CHANNELS
+    return isinstance(codec.config, VqganConfig) and codec.config.base_channels < WIDE_CHANNELS
 
 
 def _cuda_decoder(codec: ImageCodec, table: Tensor, dtype: torch.dtype) -> "CudaDecoder":
@@ -186,7 +193,14 @@ def _cuda_decoder(codec: ImageCodec, table: Tensor, dtype: torch.dtype) -> "Cuda
     return CudaDecoder(codec, table, dtype=dtype)
 
 
-def _uses_row_tiles(codec: ImageCodec, row_tiles: bool | None) -> bool:
-    if not isinstance(codec.config, VqganConfig):
-        return False
-    return not _is_narrow(codec) if row_tiles is None else row_tiles
+def _library(codec: ImageCodec) -> ctypes.CDLL | None:
+    """The compiled convolutions, where they compute the codec's decoder."""
+    fits = isinstance(codec.config, VqganConfig) and fits_compiled(codec.decoder)
+    return convolution_library() if fits else None
+
+
+def _fastest_way(codec: ImageCodec) -> Way:
+    """Of float32 on a CPU."""
+    if _library(codec) is not None:
+        return "compiled"
+    return "row tiles" if isinstance(codec.config, VqganConfig) and not _is_narrow(codec) else "modules"

@@ -3,6 +3,9 @@
     source rows -> scale * x + shift -> SiLU -> (bytes) -> 3x3 convolution -> target rows (+=) -> sums by channel
      (H, W, C)      the normalisation                        kernels.*         (H, W, K)          the next normalisation
 
+Where the package was built with a C++ compiler, one call of compiled code does all of it for float32 (kernels.convolution), block by
+block. Without, and for 8-bit convolutions, torch's operators do, on tiles of rows.
+
 Rows stay in the cache from the first arrow to the last. Separately, each arrow reads and writes 33 MB for 128 channels of
 256 x 256 pixels (GroupNorm and SiLU of one such map then take longer than its convolution: 300 and 200 ms on one core).
 
@@ -14,6 +17,7 @@ The tiles of a map, and the order in which their sums are added, are the same fo
 H x W pixels, C channels in, K out.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.convolution import CompiledConv
 from kernels.int8_conv import Int8Conv, byte_scale, quantise
 from kernels.winograd import TILE, Scratch, WinogradConv
 
@@ -85,6 +90,15 @@ class Moments(NamedTuple):
     def merged(cls, parts: Tensor) -> "Moments":
         """Of (tiles, 4, C) as `_measure` writes them, of equally many pixels each."""
         mean, variance = _merged(parts[:, 0].double(), parts[:, 1].double(), dim=0)
+        return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
+
+    @classmethod
+    def of_blocks(cls, parts: Tensor, counts: Tensor) -> "Moments":
+        """Of (blocks, 4, C) of `counts` (blocks,) pixels, as `CompiledConv` writes them."""
+        shares = (counts.double() / counts.double().sum())[:, None]
+        means = parts[:, 0].double()
+        mean = (shares * means).sum(0)
+        variance = (shares * (parts[:, 1].double() + (means - mean).square())).sum(0)
         return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
 
 
@@ -152,8 +166,12 @@ class FloatConv(Protocol):
     def __call__(self, padded: Tensor, out: Tensor, *, add: bool, scratch: Scratch) -> None: ...
 
 
-def float_conv(conv: nn.Conv2d, size: tuple[int, int], *, doubled: bool = False) -> FloatConv:
-    """The faster one for maps of `size`, height and width in pixels (before doubling)."""
+def float_conv(
+    conv: nn.Conv2d, size: tuple[int, int], library: ctypes.CDLL | None, *, doubled: bool = False
+) -> FloatConv | CompiledConv:
+    """A compiled one; without `library` the fastest of torch's operators for maps of `size`, height and width (before doubling)."""
+    if library is not None:
+        return CompiledConv(library, conv.weight, bias_of(conv), doubled=doubled)
     if conv.out_channels * 9 <= conv.in_channels:
         return NarrowConv(conv)
     if WinogradConv.fits(*size, doubled=doubled):
@@ -210,7 +228,7 @@ def bias_of(conv: nn.Conv2d) -> Tensor:
 
 
 def convolve(
-    conv: FloatConv | Int8Conv,
+    conv: FloatConv | CompiledConv | Int8Conv,
     source: Tensor,
     target: Tensor,
     threads: ThreadPool,
@@ -233,6 +251,8 @@ def convolve(
     Returns:
         The target's moments, None without `measured`.
     """
+    if isinstance(conv, CompiledConv):
+        return _convolve_compiled(conv, source, target, threads, activation, add=add, measured=measured)
     H, W, C = source.shape
     rows = _tile_rows(conv, H, W)
     steps, out_rows = H // rows, rows * conv.scale
@@ -267,6 +287,31 @@ def convolve(
 
     threads.split(steps, convolve_tiles)
     return Moments.merged(parts) if measured else None
+
+
+def _convolve_compiled(
+    conv: CompiledConv,
+    source: Tensor,
+    target: Tensor,
+    threads: ThreadPool,
+    activation: Activation | None,
+    *,
+    add: bool,
+    measured: bool,
+) -> Moments | None:
+    blocks = conv.num_blocks(*source.shape[:2])
+    moments = counts = None
+    if measured:
+        moments = torch.empty(blocks, 4, conv.padded_channels, dtype=torch.float32, device="cpu")
+        counts = torch.empty(blocks, dtype=torch.float32, device="cpu")
+
+    def convolve_blocks(first: int, last: int) -> None:
+        conv(source, target, first, last, activation=activation, add=add, moments=moments, counts=counts)
+
+    threads.split(blocks, convolve_blocks)
+    if moments is None or counts is None:
+        return None
+    return Moments.of_blocks(moments[:, :, : conv.channels_out], counts)
 
 
 def _fill(

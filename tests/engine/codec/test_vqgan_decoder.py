@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.codec import vqgan_decoder, vqgan_row_tiles
+from engine.codec import compiled_convolution, vqgan_decoder, vqgan_row_tiles
+from engine.codec.compiled_convolution import convolution_library
 from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastDecoder
@@ -18,6 +19,7 @@ from engine.config.codec import VqganConfig
 from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan
+from kernels import convolution
 
 HAS_CUDA = torch.cuda.is_available()
 needs_vnni = pytest.mark.skipif(
@@ -56,7 +58,18 @@ def vqgan() -> Vqgan:
     return _vqgan("attention")
 
 
-ROW_TILES = pytest.mark.parametrize("row_tiles", [True, False], ids=["row tiles", "modules"])
+needs_library = pytest.mark.skipif(
+    convolution_library() is None, reason="the compiled convolutions were not built here"
+)
+WAYS = pytest.mark.parametrize(
+    "way",
+    [pytest.param("compiled", marks=needs_library), "row tiles", "modules"],
+    ids=lambda way: way.replace(" ", "-"),
+)
+
+FLOAT32_WAYS = [
+    pytest.param("float32", "compiled", marks=needs_library), ("float32", "row tiles"), ("float32", "modules")
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -74,28 +87,28 @@ def _tokens(vqgan: Vqgan, count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the same
 
 
-@ROW_TILES
+@WAYS
 @pytest.mark.parametrize(
     ("name", "count"), [("attention", 1), ("attention", 5), ("narrow", 3), ("base 16", 3), ("odd maps", 2)]
 )
-def test_equals_the_vqgan(name: str, count: int, row_tiles: bool) -> None:
+def test_equals_the_vqgan(name: str, count: int, way: vqgan_decoder.Way) -> None:
     vqgan = _vqgan(name)
     tokens = _tokens(vqgan, count)
     expected = vqgan.decode(tokens)
-    found = FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens)
+    found = FastDecoder(vqgan, way=way).decode(tokens)
     assert (found.shape, found.dtype) == (expected.shape, torch.float32)
     assert expected.std() > 0.05  # no flat grey that any decoder would get right
     assert (found - expected).abs().max() <= 1e-5
     assert torch.equal(vqgan.decode(tokens), expected)  # the VQGAN has not changed
 
 
-@ROW_TILES
+@WAYS
 @pytest.mark.parametrize(("name", "grid"), [("attention", (8, 12)), ("attention", (9, 10)), ("odd maps", (6, 5))])
-def test_larger_grids_equal_the_modules(name: str, grid: tuple[int, int], row_tiles: bool) -> None:
+def test_larger_grids_equal_the_modules(name: str, grid: tuple[int, int], way: vqgan_decoder.Way) -> None:
     """Whole tiles of Winograd's, and grids that need another decoder of row tiles."""
     vqgan = _vqgan(name)
     tokens = torch.randint(40, (2, grid[0] * grid[1]), generator=torch.Generator().manual_seed(0))
-    decoder = FastDecoder(vqgan, row_tiles=row_tiles)
+    decoder = FastDecoder(vqgan, way=way)
     found, cell = decoder.decode(tokens, grid=grid), vqgan.config.image_size // vqgan.config.grid_size
     assert found.shape == (2, 3, grid[0] * cell, grid[1] * cell)
     with torch.no_grad():
@@ -104,25 +117,25 @@ def test_larger_grids_equal_the_modules(name: str, grid: tuple[int, int], row_ti
     assert (found - expected).abs().max() <= 1e-5
     assert torch.equal(decoder.decode(tokens[:1], grid=grid), found[:1])
     own = _tokens(vqgan, 2)
-    assert torch.equal(decoder.decode(own), FastDecoder(vqgan, row_tiles=row_tiles).decode(own))
+    assert torch.equal(decoder.decode(own), FastDecoder(vqgan, way=way).decode(own))
     assert decoder.decode(tokens[:0], grid=grid).shape == (0, *found.shape[1:])
     with pytest.raises(ValueError, match="image tokens must be"):
         decoder.decode(own, grid=grid)
 
 
-@ROW_TILES
+@WAYS
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, row_tiles: bool) -> None:
+def test_decodes_in_inference_mode(vqgan: Vqgan, count: int, way: vqgan_decoder.Way) -> None:
     """Tensors of that mode may not be written by other threads, which are not in it."""
     tokens = _tokens(vqgan, count)
     with torch.inference_mode():
-        found = FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens.clone())
-    assert torch.equal(found, FastDecoder(vqgan, row_tiles=row_tiles).decode(tokens))
+        found = FastDecoder(vqgan, way=way).decode(tokens.clone())
+    assert torch.equal(found, FastDecoder(vqgan, way=way).decode(tokens))
 
 
 def test_equals_the_vqgan_with_many_row_tiles(vqgan: Vqgan, small_tiles: None) -> None:
     tokens = _tokens(vqgan, 3)
-    assert (FastDecoder(vqgan, row_tiles=True).decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
+    assert (FastDecoder(vqgan, way="row tiles").decode(tokens) - vqgan.decode(tokens)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("bfloat16", 0.05), ("float16", 0.01)])
@@ -145,7 +158,7 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     torch.manual_seed(size)
     module = torch.nn.Conv2d(*channels, 3, padding=1)
     x = torch.randn(size, size, channels[0])
-    conv = float_conv(module, (size, size), doubled=doubled)
+    conv = float_conv(module, (size, size), None, doubled=doubled)
     target = torch.ones(conv.scale * size, conv.scale * size, channels[1])
     with torch.no_grad():
         moments = convolve(conv, x, target, ThreadPool(threading.local()), add=add, spans=True)
@@ -175,24 +188,27 @@ def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "row_tiles"),
-    [("float32", True), ("float32", False), ("bfloat16", False), pytest.param("int8", True, marks=needs_vnni)],
+    ("precision", "way"),
+    [
+        *FLOAT32_WAYS,
+        ("bfloat16", None),
+        pytest.param("int8", "row tiles", marks=needs_vnni),
+        pytest.param("int8", None, marks=needs_vnni),
+    ],
 )
-def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool) -> None:
-    decoder = FastDecoder(vqgan, precision=precision, row_tiles=row_tiles)
+def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, way: vqgan_decoder.Way | None) -> None:
+    decoder = FastDecoder(vqgan, precision=precision, way=way)
     tokens = _tokens(vqgan, 5)
     together = decoder.decode(tokens)
     for rows in ([0], [4], [3, 0], [4, 1, 2, 0]):
         assert torch.equal(decoder.decode(tokens[rows]), together[rows])
 
 
-@pytest.mark.parametrize(
-    ("precision", "row_tiles"), [("float32", True), ("float32", False), pytest.param("int8", True, marks=needs_vnni)]
-)
+@pytest.mark.parametrize(("precision", "way"), [*FLOAT32_WAYS, pytest.param("int8", None, marks=needs_vnni)])
 def test_the_number_of_threads_changes_nothing(
-    vqgan: Vqgan, precision: vqgan_decoder.Precision, row_tiles: bool, small_tiles: None
+    vqgan: Vqgan, precision: vqgan_decoder.Precision, way: vqgan_decoder.Way | None, small_tiles: None
 ) -> None:
-    decoder, tokens = FastDecoder(vqgan, precision=precision, row_tiles=row_tiles), _tokens(vqgan, 2)
+    decoder, tokens = FastDecoder(vqgan, precision=precision, way=way), _tokens(vqgan, 2)
     before = torch.get_num_threads()
     found = []
     try:
@@ -206,9 +222,9 @@ def test_the_number_of_threads_changes_nothing(
     assert torch.equal(found[0], found[2])
 
 
-@ROW_TILES
-def test_two_decoders_in_two_threads(vqgan: Vqgan, row_tiles: bool) -> None:
-    decoder, tokens = FastDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 3)
+@WAYS
+def test_two_decoders_in_two_threads(vqgan: Vqgan, way: vqgan_decoder.Way) -> None:
+    decoder, tokens = FastDecoder(vqgan, way=way), _tokens(vqgan, 3)
     expected, before = decoder.decode(tokens), torch.get_num_threads()
     found: list[Tensor] = []
     workers = [threading.Thread(target=lambda: found.append(decoder.decode(tokens))) for _ in range(3)]
@@ -237,7 +253,7 @@ def test_int8_costs_little_on_a_trained_codec() -> None:
         optimiser.zero_grad()
         (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
         optimiser.step()
-    expected = FastDecoder(vqgan, row_tiles=True).decode(tokens)
+    expected = FastDecoder(vqgan, way="row tiles").decode(tokens)
     error = FastDecoder(vqgan, precision="int8").decode(tokens) - expected
     assert error.abs().max() > 0
     assert -10 * torch.log10(error.square().mean()) >= 40
@@ -266,14 +282,33 @@ def test_narrow_decoders_take_bfloat16_for_int8_where_the_machine_multiplies_it(
 
 
 @pytest.mark.parametrize(("channels", "uses_row_tiles"), [(32, False), (64, True)])
-def test_narrow_decoders_use_no_row_tiles(channels: int, uses_row_tiles: bool) -> None:
-    config = VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels}))
-    assert (FastDecoder(Vqgan(config))._cpu is not None) == uses_row_tiles
+def test_without_the_library_narrow_decoders_use_no_row_tiles_and_one_line_says_that_it_lacks(
+    channels: int, uses_row_tiles: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled_convolution, "compiled_set", lambda: "avx2")
+    monkeypatch.setattr(convolution, "load", lambda instructions: None)
+    convolution_library.cache_clear()
+    try:
+        vqgan = Vqgan(VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels})))
+        decoders = [FastDecoder(vqgan) for _ in range(2)]
+    finally:
+        convolution_library.cache_clear()
+    assert [decoder._cpu is not None for decoder in decoders] == [uses_row_tiles] * 2
+    assert capsys.readouterr().err.splitlines() == [
+        "codec: the compiled convolutions were not built with this installation (no C++ compiler?): slower, by torch's operators"
+    ]
 
 
-@ROW_TILES
-def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, row_tiles: bool) -> None:
-    decoder, tokens = FastDecoder(vqgan, row_tiles=row_tiles), _tokens(vqgan, 2)
+@needs_library
+@pytest.mark.parametrize(("latent_channels", "compiled"), [(16, True), (12, False)])
+def test_decoders_of_whole_lanes_are_compiled(latent_channels: int, compiled: bool) -> None:
+    config = VqganConfig(**(_COMMON | CONFIGS["attention"] | {"latent_channels": latent_channels}))
+    assert (FastDecoder(Vqgan(config))._cpu is not None) == compiled
+
+
+@WAYS
+def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, way: vqgan_decoder.Way) -> None:
+    decoder, tokens = FastDecoder(vqgan, way=way), _tokens(vqgan, 2)
     outside = tokens.clone()
     outside[1, 3] = 40
     for bad in (tokens[:, :5], tokens[0], tokens.float(), tokens > 3, outside, tokens - 41):
