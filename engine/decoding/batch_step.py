@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.decoding.kv_cache import KVCache, PrefixRef
 from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.slot_table import SlotTable
-from engine.decoding.step_model import StepCache, StepLayer, StepModel
+from engine.decoding.step_model import CompiledRows, StepCache, StepLayer, StepModel
 from engine.models.whole_sequence import turned
 
 
@@ -38,6 +38,7 @@ class BatchMetadata:
     num_rows: int  # R
     has_init_tokens: bool
     sampling: SamplingTensors  # of B * w sequences
+    compiled: CompiledRows | None  # what computes it, where the step is compiled
 
 
 def batch_metadata(
@@ -59,18 +60,25 @@ def batch_metadata(
     scales = [states[index].request.sampling_params.guidance_scale for index in guided]
     own_slots = [own for slot in slots for own in table.slots_of(slot)]
     all_rows = [row for slot in slots for row in rows_of[slot]]
+    rows, unconditional_rows = (
+        column([rows_of[slot][0] for slot in slots]), column([rows_of[slots[index]][1] for index in guided])
+    )  # fmt: skip
+    indices, guidance = column(guided), torch.tensor(scales, dtype=model.dtype, device=model.device)[:, None, None]
     return BatchMetadata(
         slot_list=slots,
         slots=column(slots),
-        rows=column([rows_of[slot][0] for slot in slots]),
-        guided=column(guided),
-        unconditional_rows=column([rows_of[slots[index]][1] for index in guided]),
-        guidance=torch.tensor(scales, dtype=model.dtype, device=model.device)[:, None, None],
+        rows=rows,
+        guided=indices,
+        unconditional_rows=unconditional_rows,
+        guidance=guidance,
         positions=column([state.position for state in states]),
         prefix_refs={row: table.prefix_refs[own] for row, own in zip(all_rows, own_slots, strict=True)},
         num_rows=max(all_rows) + 1,
         has_init_tokens=any(state.has_init_tokens for state in states),
         sampling=SamplingTensors([state.request for state in states for _ in range(window)], model.device),
+        compiled=None
+        if model.compiled is None
+        else model.compiled.make_batch(rows, guided=indices, unconditional_rows=unconditional_rows, guidance=guidance),
     )
 
 
@@ -93,12 +101,10 @@ def run_layers(
         num_rows: R, at least the batch's. Rows of no sequence compute values that are never read.
 
     Returns:
-        (R, w, C), the last layer's output.
+        (R, w, C), the last layer's output; the next call of the same batch may overwrite it.
     """
-    if model.compiled is not None:
-        rows = torch.cat([batch.rows, batch.unconditional_rows])
-        fed, held = (torch.cat([part, part[batch.guided]]) for part in (tokens, lengths))
-        return model.compiled.feed(cache, rows, fed, held, num_rows=num_rows)
+    if batch.compiled is not None:
+        return batch.compiled.feed(cache, tokens, lengths, longest=longest, num_rows=num_rows)
     assert isinstance(cache, KVCache)
     N, R, w, rule = model.config.image_seq_len, num_rows, tokens.shape[1], model.padding_rule
     fed, held = tokens.new_zeros(R, w), lengths.new_zeros(R)
@@ -140,14 +146,8 @@ def _with_shifts(layer: StepLayer, number: int, cache: KVCache) -> tuple[_Rows, 
 
 def guided_logits(model: StepModel, batch: BatchMetadata, hidden: Tensor) -> Tensor:
     """What comes next after each position, guidance applied, before temperature: hidden (R, w, C) -> (B, w, V)."""
-    if model.compiled is not None:
-        return model.compiled.predict(
-            hidden,
-            batch.rows,
-            guided=batch.guided,
-            unconditional_rows=batch.unconditional_rows,
-            guidance=batch.guidance,
-        )
+    if batch.compiled is not None:
+        return batch.compiled.predict(hidden)
     w, rule = hidden.shape[1], model.padding_rule
     normed = model.head_norm(hidden[batch.rows].flatten(0, 1)).unflatten(0, (-1, w))  # (B, w, C)
     if batch.guided.numel():

@@ -79,27 +79,30 @@ class CompiledModel(Protocol):
     def make_cache(self, num_sequences: int) -> StepCache:
         """Room for the keys and values of so many sequences."""
 
-    def feed(self, cache: StepCache, rows: Tensor, tokens: Tensor, positions: Tensor, *, num_rows: int) -> Tensor:
-        """Feeds tokens through the layers.
+    def make_batch(
+        self, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
+    ) -> "CompiledRows":
+        """A batch of sequences in rows (B,) of the cache; for the others see `BatchMetadata`."""
+
+
+class CompiledRows(Protocol):
+    """A batch that a compiled step computes, again and again."""
+
+    def feed(self, cache: StepCache, tokens: Tensor, positions: Tensor, *, longest: int, num_rows: int) -> Tensor:
+        """Feeds tokens through the layers, to the unconditional sequences as well.
 
         Args:
-            rows: (n,) int64, of the cache.
-            tokens: (n, w) int64.
-            positions: (n,) int64, own positions before them. What lies past the cache's end is not computed.
+            tokens: (B, w) int64.
+            positions: (B,) int64, own positions before them. What lies past the cache's end is not computed.
+            longest: the largest of `positions`, or more.
             num_rows: R, more than the highest row.
 
         Returns:
-            (R, w, C), the last layer's output by row of the cache; of other rows zeros.
+            (R, w, C), the last layer's output by row of the cache; of other rows zeros. The next call overwrites it.
         """
 
-    def predict(
-        self, hidden: Tensor, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
-    ) -> Tensor:
-        """What comes next after each position: hidden (R, w, C) of rows (B,) -> (B, w, V).
-
-        Args:
-            guided, unconditional_rows, guidance: see `BatchMetadata`.
-        """
+    def predict(self, hidden: Tensor) -> Tensor:
+        """What comes next after each position, guidance applied: hidden (R, w, C) -> (B, w, V)."""
 
 
 class StepModel:

@@ -122,57 +122,22 @@ class CompiledStep(CompiledModel):
     def make_cache(self, num_sequences: int) -> "CompiledCache":
         return CompiledCache(self, num_sequences)
 
-    def feed(self, cache: StepCache, rows: Tensor, tokens: Tensor, positions: Tensor, *, num_rows: int) -> Tensor:
-        """See `CompiledModel.feed`."""
-        assert isinstance(cache, CompiledCache)
-        w = tokens.shape[1]
-        offsets = torch.arange(w, dtype=torch.int64, device=tokens.device)
-        at = positions[:, None] + offsets  # (n, w)
-        places = rows[:, None] * w + offsets
-        sequences = rows[:, None].expand_as(at)
-        if w > 1:
-            inside = at < cache.num_positions
-            if not bool(inside.all()):
-                at, places, sequences, tokens = (part[inside] for part in (at, places, sequences, tokens))
-        at, places, sequences, tokens = (part.contiguous() for part in (at, places, sequences, tokens))
-        hidden = torch.zeros(num_rows, w, self.config.dim, dtype=torch.float32, device=tokens.device)
-        feed = decode_step.Feed(
-            num_rows=tokens.numel(),
-            tokens=tokens.data_ptr(),
-            sequences=sequences.data_ptr(),
-            positions=at.data_ptr(),
-            hidden_rows=places.data_ptr(),
-            hidden=hidden.data_ptr(),
-        )
+    def make_batch(
+        self, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
+    ) -> "CompiledBatch":
+        """See `CompiledModel.make_batch`."""
+        return CompiledBatch(self, rows, guided, unconditional_rows, guidance)
+
+    def run_feed(self, cache: "CompiledCache", feed: decode_step.Feed) -> None:
+        """Computes `feed`, on as many threads as torch has."""
         self._library.kodalle_feed(
             ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(cache.prefixes), ctypes.byref(feed),
             torch.get_num_threads(),
         )  # fmt: skip
-        return hidden
 
-    def predict(
-        self, hidden: Tensor, rows: Tensor, *, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
-    ) -> Tensor:
-        """See `CompiledModel.predict`."""
-        w, hidden = hidden.shape[1], hidden.contiguous()
-        offsets = torch.arange(w, dtype=torch.int64, device=hidden.device)
-        at = rows[:, None] * w + offsets  # (B, w)
-        unconditional = torch.full_like(at, -1)
-        scales = torch.ones(at.shape, dtype=torch.float32, device=hidden.device)
-        if guided.numel():
-            unconditional[guided] = unconditional_rows[:, None] * w + offsets
-            scales[guided] = guidance[:, :, 0].float()
-        logits = torch.empty(*at.shape, self.config.image_vocab_size, dtype=torch.float32, device=hidden.device)
-        predict = decode_step.Predict(
-            num_rows=at.numel(),
-            hidden=hidden.data_ptr(),
-            rows=at.data_ptr(),
-            unconditional=unconditional.data_ptr(),
-            guidance=scales.data_ptr(),
-            logits=logits.data_ptr(),
-        )
+    def run_predict(self, predict: decode_step.Predict) -> None:
+        """Computes `predict`, on as many threads as torch has."""
         self._library.kodalle_predict(ctypes.byref(self._model), ctypes.byref(predict), torch.get_num_threads())
-        return logits
 
     def prepared(self, ref: PrefixRef) -> tuple[Tensor, Tensor]:
         """A caption's keys (L, H, P / 16 rounded up, D, 16) and values (L, H, P, D) as the library reads them."""
@@ -219,6 +184,100 @@ class CompiledStep(CompiledModel):
         kept = tensor.detach().float().contiguous()
         self._kept.append(kept)
         return pointer(kept)
+
+
+class CompiledBatch:
+    """The sequences of a batch as arguments of the compiled step, which lie where they are from step to step.
+
+    A step of a small model takes less time than torch's operators would to make them.
+
+    B sequences, U of them guided, w window.
+    """
+
+    def __init__(
+        self, step: CompiledStep, rows: Tensor, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor
+    ) -> None:
+        self._step, self._rows, self._guided = step, rows, guided
+        self._unconditional_rows, self._guidance = unconditional_rows, guidance
+        self._fed_rows = torch.cat([rows, unconditional_rows])
+        self._feeds: dict[tuple[int, int], _Feed] = {}
+        self._predicts: dict[int, _Predict] = {}
+
+    def feed(self, cache: StepCache, tokens: Tensor, positions: Tensor, *, longest: int, num_rows: int) -> Tensor:
+        """See `CompiledRows.feed`."""
+        assert isinstance(cache, CompiledCache)
+        w, B = tokens.shape[1], len(self._rows)
+        kept = self._feeds.get((w, num_rows))
+        if kept is None:
+            kept = self._feeds[w, num_rows] = _Feed(self._fed_rows, w, num_rows, self._step.config.dim)
+        kept.tokens[:B], kept.lengths[:B] = tokens, positions
+        if len(self._guided):
+            kept.tokens[B:], kept.lengths[B:] = tokens[self._guided], positions[self._guided]
+        torch.add(kept.lengths[:, None], kept.offsets, out=kept.positions)
+        if longest + w > cache.num_positions:
+            self._step.run_feed(cache, kept.inside(cache.num_positions))
+        else:
+            self._step.run_feed(cache, kept.struct)
+        return kept.hidden
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """See `CompiledRows.predict`."""
+        w, hidden = hidden.shape[1], hidden.contiguous()
+        kept = self._predicts.get(w)
+        if kept is None:
+            kept = self._predicts[w] = _Predict(self._rows, self._guided, self._unconditional_rows, self._guidance, w)
+        shape = (*kept.rows.shape, self._step.config.image_vocab_size)
+        logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        kept.struct.hidden, kept.struct.logits = hidden.data_ptr(), logits.data_ptr()
+        self._step.run_predict(kept.struct)
+        return logits
+
+
+class _Feed:
+    """A pass of w tokens of n rows: its arguments, and the memory that they point to.
+
+    tokens, positions: (n, w). lengths: (n,), positions before them. hidden: (num_rows, w, C), zeros in rows that are not fed.
+    """
+
+    def __init__(self, rows: Tensor, w: int, num_rows: int, dim: int) -> None:
+        n, device = len(rows), rows.device
+        self.offsets = torch.arange(w, dtype=torch.int64, device=device)
+        self.tokens, self.positions = (torch.zeros(n, w, dtype=torch.int64, device=device) for _ in range(2))
+        self.lengths = torch.zeros(n, dtype=torch.int64, device=device)
+        self.hidden = torch.zeros(num_rows, w, dim, dtype=torch.float32, device=device)
+        self._sequences = rows[:, None].expand(n, w).contiguous()
+        self._places = rows[:, None] * w + self.offsets
+        self.struct = self._struct(self.tokens, self._sequences, self.positions, self._places)
+
+    def inside(self, num_positions: int) -> decode_step.Feed:
+        """Those of the positions that there are, the others' results zeros."""
+        kept = self.positions < num_positions
+        parts = [part[kept] for part in (self.tokens, self._sequences, self.positions, self._places)]
+        self._inside = parts  # lives as long as what points to it
+        self.hidden.zero_()
+        return self._struct(*parts)
+
+    def _struct(self, tokens: Tensor, sequences: Tensor, positions: Tensor, places: Tensor) -> decode_step.Feed:
+        columns = (tokens, sequences, positions, places, self.hidden)
+        return decode_step.Feed(tokens.numel(), *(column.data_ptr() for column in columns))
+
+
+class _Predict:
+    """Logits of w positions of each sequence: its arguments but for `hidden` and `logits`, and their memory. rows: (B, w)."""
+
+    def __init__(self, rows: Tensor, guided: Tensor, unconditional_rows: Tensor, guidance: Tensor, w: int) -> None:
+        offsets = torch.arange(w, dtype=torch.int64, device=rows.device)
+        self.rows = rows[:, None] * w + offsets
+        self._unconditional = torch.full_like(self.rows, -1)
+        self._guidance = torch.ones(self.rows.shape, dtype=torch.float32, device=rows.device)
+        self._unconditional[guided] = unconditional_rows[:, None] * w + offsets
+        self._guidance[guided] = guidance[:, :, 0].float()
+        self.struct = decode_step.Predict(
+            num_rows=self.rows.numel(),
+            rows=self.rows.data_ptr(),
+            unconditional=self._unconditional.data_ptr(),
+            guidance=self._guidance.data_ptr(),
+        )
 
 
 class CompiledCache:

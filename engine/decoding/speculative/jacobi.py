@@ -96,10 +96,10 @@ class WindowPasses:
         self.cache = model.make_cache(num_rows, window=window)
         self.rows_of: dict[int, list[int]] = {}  # by slot: the sequence's row and its unconditional sequence's
         self._free_rows = list(range(num_rows))
-        # By slot: what the last passes sampled, final or not, and for how many positions they sampled anything.
-        shape = (table.num_slots, config.image_seq_len)
-        self._guesses = torch.zeros(shape, dtype=torch.int64, device=model.device)
-        self._num_guesses = torch.zeros(table.num_slots, dtype=torch.int64, device=model.device)
+        # By slot: what the last passes sampled for each position so far, final or not. Lists: a few tokens a pass are
+        # compared sooner than torch's operators begin.
+        self._guesses: dict[int, list[int]] = {}
+        self._init_tokens: dict[int, list[int]] = {}  # by slot, where the batch has some
         self._offsets = torch.arange(window, dtype=torch.int64, device=model.device)
         self._batch: BatchMetadata | None = None  # None: a sequence entered or left
 
@@ -112,8 +112,7 @@ class WindowPasses:
         n = self._table.num_tokens(slot)
         own_slots = self._table.slots_of(slot)
         rows = self.rows_of[slot] = [self._free_rows.pop(0) for _ in own_slots]
-        self._guesses[slot, :n] = self._table.tokens_of(slot)
-        self._num_guesses[slot] = n
+        self._guesses[slot] = self._table.tokens_of(slot).tolist()
         if source is not None and n > 0:
             for row, own in zip(rows, own_slots, strict=True):
                 self.cache.copy_sequence(row, source, own)
@@ -122,6 +121,7 @@ class WindowPasses:
     def remove(self, slot: int) -> None:
         """Frees a sequence's rows, where it has some."""
         self._free_rows = sorted(self._free_rows + self.rows_of.pop(slot, []))
+        self._guesses.pop(slot, None)
         self._batch = None
 
     def step(self) -> list[int]:
@@ -130,17 +130,21 @@ class WindowPasses:
             return []
         table, N = self._table, self._model.config.image_seq_len
         batch = self._current_batch()
-        inputs = self._inputs(batch)  # (B, w)
-        at = batch.positions[:, None] + self._offsets  # (B, w)
-        sampled = self._sample_windows(batch, inputs, at.clamp(max=N - 1))  # (B, w)
-        right = (inputs[:, 1:] == sampled[:, :-1]) & (at[:, 1:] < N)
-        accepted = 1 + right.long().cumprod(1).sum(1)  # (B,)
-        _put(self._guesses, batch.slots, at, sampled, where=at < N)
-        _put(table.tokens, batch.slots, at, sampled, where=self._offsets < accepted[:, None])
-        self._num_guesses[batch.slots] = at[:, -1].clamp(max=N - 1) + 1
-        batch.positions.add_(accepted)
-        counts = zip(batch.slot_list, accepted.tolist(), strict=True)
-        finished = [slot for slot, count in counts if table.advance(slot, count)]
+        positions = [table.num_tokens(slot) for slot in batch.slot_list]
+        inputs = [self._inputs(slot, at) for slot, at in zip(batch.slot_list, positions, strict=True)]  # (B, w)
+        sampled = self._sample_windows(batch, inputs, longest=max(positions) - 1)  # (B, w)
+        accepted = []
+        for index, (slot, at, fed, found) in enumerate(
+            zip(batch.slot_list, positions, inputs, sampled.tolist(), strict=True)
+        ):
+            count, room = 1, min(self._window, N - at)
+            while count < room and fed[count] == found[count - 1]:
+                count += 1
+            self._guesses[slot][at:] = found[:room]
+            table.tokens[slot, at : at + count] = sampled[index, :count]
+            accepted.append(count)
+        batch.positions.add_(torch.tensor(accepted, dtype=torch.int64, device=self._model.device))
+        finished = [slot for slot, count in zip(batch.slot_list, accepted, strict=True) if table.advance(slot, count)]
         for slot in finished:
             self.remove(slot)
         return finished
@@ -153,6 +157,11 @@ class WindowPasses:
                 self._sample_first(batch_metadata(self._model, self._table, new))
             self._batch = batch_metadata(self._model, self._table, self.rows_of, window=self._window)
             self.cache.set_prefixes(self._batch.prefix_refs)
+            self._init_tokens = (
+                {slot: self._table.init_tokens[slot].tolist() for slot in self._batch.slot_list}
+                if self._batch.has_init_tokens
+                else {}
+            )
         return self._batch
 
     def _sample_first(self, batch: BatchMetadata) -> None:
@@ -164,34 +173,28 @@ class WindowPasses:
             hidden[row, 0] = ref.hidden
         logits = guided_logits(self._model, batch, hidden)
         sampled = next_tokens(self._table, batch, logits, batch.positions[:, None])[:, 0]
-        self._table.tokens[batch.slots, 0] = self._guesses[batch.slots, 0] = sampled
-        self._num_guesses[batch.slots] = 1
-        for slot in batch.slot_list:
+        self._table.tokens[batch.slots, 0] = sampled
+        for slot, token in zip(batch.slot_list, sampled.tolist(), strict=True):
+            self._guesses[slot] = [token]
             self._table.advance(slot, 1)
 
-    def _inputs(self, batch: BatchMetadata) -> Tensor:
-        """(B, w) tokens: the last final one, what the last pass sampled after it, then copies of the cells above."""
-        N, width = self._model.config.image_seq_len, self._model.config.image_grid_size
-        cells = (batch.positions[:, None] - 1 + self._offsets).clamp(max=N - 1)  # (B, w)
-        guessed = self._num_guesses[batch.slots, None]  # (B, 1)
-        rows_up = (cells - guessed).div(width, rounding_mode="floor") + 1
-        above = cells - rows_up * width
-        source = torch.where(cells < guessed, cells, torch.where(above >= 0, above, guessed - 1))
-        inputs = self._guesses[batch.slots].gather(1, source)
-        if batch.has_init_tokens:
-            init = self._table.init_tokens[batch.slots].gather(1, cells)
-            inputs = torch.where(init >= 0, init, inputs)
+    def _inputs(self, slot: int, position: int) -> list[int]:
+        """w tokens: the last final one, what the last pass sampled after it, then copies of the cells above."""
+        N, width, known = self._model.config.image_seq_len, self._model.config.image_grid_size, self._guesses[slot]
+        first = position - 1
+        inputs = known[first : first + self._window]
+        for cell in range(first + len(inputs), first + self._window):
+            above = cell - ((cell - len(known)) // width + 1) * width
+            inputs.append(known[above if above >= 0 else -1])
+        if slot in self._init_tokens:  # those past the last cell are never computed
+            given = self._init_tokens[slot][first : min(first + self._window, N)]
+            inputs[: len(given)] = [init if init >= 0 else guess for init, guess in zip(given, inputs, strict=False)]
         return inputs
 
-    def _sample_windows(self, batch: BatchMetadata, inputs: Tensor, cells: Tensor) -> Tensor:
-        """The tokens (B, w) of `cells` (B, w), one further than those of the inputs (B, w)."""
+    def _sample_windows(self, batch: BatchMetadata, inputs: list[list[int]], *, longest: int) -> Tensor:
+        """The tokens (B, w) of the cells one further than those of the inputs (B, w)."""
+        tokens = torch.tensor(inputs, dtype=torch.int64, device=self._model.device)
         lengths = batch.positions - 1
-        hidden = run_layers(
-            self._model, self.cache, batch, inputs, lengths, longest=int(lengths.max()), num_rows=batch.num_rows
-        )
+        hidden = run_layers(self._model, self.cache, batch, tokens, lengths, longest=longest, num_rows=batch.num_rows)
+        cells = (batch.positions[:, None] + self._offsets).clamp_(max=self._model.config.image_seq_len - 1)
         return next_tokens(self._table, batch, guided_logits(self._model, batch, hidden), cells)
-
-
-def _put(table: Tensor, slots: Tensor, at: Tensor, values: Tensor, *, where: Tensor) -> None:
-    """table[slots, at] = values, where `where`; at, values and where are (B, w)."""
-    table[slots[:, None].expand_as(at)[where], at[where]] = values[where]
