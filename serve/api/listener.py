@@ -9,7 +9,9 @@ every connection, and answers malformed HTTP in plain text. Here
     refused bodies    end with their connection, `_LINGER_S` after the reply
     pipelined         requests are at most `MAX_PIPELINED` beside the one that is answered; a read of 256 KiB holds thousands,
                       of 3 KB each
-    replies           that a client does not read for `WRITE_TIMEOUT_S` end with their connection
+    replies           of which a client neither reads `_MIN_READ_BYTES` nor all that was unread in `WRITE_TIMEOUT_S` end with
+                      their connection, also where they are finished and the socket holds what is left
+    memory            of unread replies is `_WRITE_BUFFER_BYTES` and one message of a reply here, as much again in the socket
     connections       are at most `max_connections()`, half of them of one address; beyond, the one that has waited
                       longest without a request makes room, and where there is none the new one gets 503
 
@@ -18,8 +20,13 @@ and the answer is the usual error object. WebSockets are disabled. Ray's proxy u
 """
 
 import asyncio
+import fcntl
 import functools
 import resource
+import socket
+import struct
+import sys
+import termios
 from typing import Any
 
 import uvicorn
@@ -35,6 +42,8 @@ WRITE_TIMEOUT_S = 30.0
 MAX_PIPELINED = 8
 MAX_CONNECTIONS = 2000
 _MIN_READ_BYTES = 16 * 1024  # that a client takes in WRITE_TIMEOUT_S: 4 kbit/s
+_TCPI_BYTES_ACKED = 120  # the field's offset in Linux's struct tcp_info, a uint64
+_WRITE_BUFFER_BYTES = 32 * 1024  # of a connection, before its replies wait
 _DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
 _REPLIES_BEYOND = 64  # connections beyond the limit that get a reply at the same time
 _LINGER_S = 2.0
@@ -61,7 +70,8 @@ class BoundedHttp(HttpToolsProtocol):
     _trailer_bytes = 0  # and those of chunk extensions
     _is_advancing = False  # the parser has found something in the latest bytes
     _write_timer: asyncio.TimerHandle | None = None
-    _unread_bytes = 0  # of replies, when the timer was started
+    _read_bytes = 0  # of replies by the client, when the timer was started
+    _unread_bytes = 0
     _running: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the latest that was read
     _is_broken = False  # malformed HTTP was received, or a reply sent early: further bytes are ignored
 
@@ -70,6 +80,12 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._opened_at = self.loop.time()
+        transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES)
+        self._socket = transport.get_extra_info("socket") if sys.platform == "linux" else None
+        if self._socket is not None:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _WRITE_BUFFER_BYTES)
+            # For what is left in the socket of a closed connection, of which nothing here knows any more.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_TIMEOUT_S))
         if self._has_room():
             self._start_head_timer()
         elif len(self.connections) > max_connections() + _REPLIES_BEYOND:
@@ -189,7 +205,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._end()  # the rest of a refused body is not read
             return
         super().on_response_complete()
-        self._watch_a_closing_transport()
+        self._watch_writes()
 
     def _reply_and_end(self, failure: Failure) -> None:
         body = failure.body()
@@ -222,29 +238,25 @@ class BoundedHttp(HttpToolsProtocol):
     def _close(self) -> None:
         self._head_timer = None
         self.transport.close()
-        self._watch_a_closing_transport()
+        self._watch_writes()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._watch_a_closing_transport()
+        self._watch_writes()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_write_timer()
+        self._watch_writes()
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.transport.is_closing():
-            self._stop_write_timer()
+    def _watch_writes(self) -> None:
+        """Starts the write timer, unless it runs, where bytes of a reply are unread: here or in the socket.
 
-    def _watch_a_closing_transport(self) -> None:
-        """A transport that closes first sends what is left, for as long as the client likes."""
-        if self.transport.is_closing() and self._write_timer is None:
-            self._start_write_timer()
-
-    def _start_write_timer(self) -> None:
-        self._stop_write_timer()
-        self._unread_bytes = self.transport.get_write_buffer_size()
+        For all but the two a reply is sent as soon as the socket has taken it, and a client that reads nothing would keep both
+        until the keep-alive ends; a transport that closes waits for it without any limit.
+        """
+        if self._write_timer is not None:
+            return
+        self._read_bytes, self._unread_bytes = self._progress()
         if self._unread_bytes:
             self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_writes)
 
@@ -254,10 +266,22 @@ class BoundedHttp(HttpToolsProtocol):
             self._write_timer = None
 
     def _check_writes(self) -> None:
-        if self.transport.get_write_buffer_size() > self._unread_bytes - _MIN_READ_BYTES:
+        self._write_timer = None
+        now_read, _ = self._progress()
+        if now_read - self._read_bytes < min(_MIN_READ_BYTES, self._unread_bytes):
             self.transport.abort()
         else:
-            self._start_write_timer()
+            self._watch_writes()
+
+    def _progress(self) -> tuple[int, int]:
+        """Bytes of replies that the client's machine has and has not received."""
+        unsent = self.transport.get_write_buffer_size()
+        if self._socket is None or self._socket.fileno() < 0:
+            return -unsent, unsent  # more is written meanwhile only where the transport has little of it
+        information = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_BYTES_ACKED + 8)
+        (received,) = struct.unpack_from("Q", information, _TCPI_BYTES_ACKED)
+        (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return received, unsent + queued
 
 
 class _HeadTooLarge(Exception):

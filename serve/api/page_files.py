@@ -1,12 +1,16 @@
-"""Static files of the designers' page: `/` is serve/page/index.html, all other files are under /page/."""
+"""Static files of the designers' page: `/` is serve/page/index.html, all other files are under /page/.
 
+They are read once and served from memory: a client that reads slowly holds no open file and no copy of its own.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 PAGE_FOLDER = Path(__file__).parents[1] / "page"
 # Explicit, because some systems' own tables map .js to text/plain, which browsers refuse to run. Other suffixes are not
@@ -21,26 +25,43 @@ _MEDIA_TYPES = {
 _CACHE_CONTROL = "no-cache"
 
 
-class _PageFiles(StaticFiles):
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        media_type = _MEDIA_TYPES.get(Path(path).suffix.lower())
-        if media_type is None:
-            raise HTTPException(status_code=404)
-        response = await super().get_response(path, scope)
-        if response.status_code == 200:
-            response.headers["content-type"] = media_type
-        response.headers["cache-control"] = _CACHE_CONTROL
-        return response
+@dataclass(frozen=True)
+class _PageFile:
+    content: bytes
+    headers: dict[str, str]
+
+    def response(self, request: Request) -> Response:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if self.headers["etag"] in known or "*" in known:
+            return Response(status_code=304, headers=self.headers)
+        return Response(self.content, headers=self.headers)
 
 
 def add_page(app: FastAPI, folder: Path = PAGE_FOLDER) -> None:
     """Adds the page's routes; without its folder `/` is a 404 and the API works."""
     if not folder.is_dir():
         return
-    files = _PageFiles(directory=folder)
+    files = dict(_read(folder))
+
+    async def page_file(request: Request, path: str = "index.html") -> Response:
+        if path not in files:
+            raise HTTPException(status_code=404)
+        return files[path].response(request)
 
     async def index(request: Request) -> Response:
-        return await files.get_response("index.html", request.scope)
+        return await page_file(request)
 
-    app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False, response_model=None)
-    app.mount("/page", files)
+    for route, endpoint in (("/", index), ("/page/{path:path}", page_file)):
+        app.add_api_route(route, endpoint, methods=["GET", "HEAD"], include_in_schema=False, response_model=None)
+
+
+def _read(folder: Path) -> Iterator[tuple[str, _PageFile]]:
+    """The folder's files of the page's types by their paths within it; links may point anywhere and are left out."""
+    for path in sorted(folder.rglob("*")):
+        media_type = _MEDIA_TYPES.get(path.suffix)
+        if media_type is None or path.is_symlink() or not path.is_file():
+            continue
+        content = path.read_bytes()
+        etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        headers = {"content-type": media_type, "cache-control": _CACHE_CONTROL, "etag": etag}
+        yield path.relative_to(folder).as_posix(), _PageFile(content, headers)

@@ -15,7 +15,16 @@ from serve.api import listener, middleware
 from serve.api.application import build_api
 from serve.api.keys import add_key
 from serve.settings import ServeSettings
-from tests.live_server import ScriptedPool, ask, exchange, finished, post_json, read_reply, request_bytes, serving
+from tests.live_server import (
+    ScriptedPool,
+    ask,
+    exchange,
+    finished,
+    post_json,
+    read_reply,
+    request_bytes,
+    serving,
+)
 
 GENERATE = "/v1/images/generations"
 
@@ -274,6 +283,7 @@ class Transport(asyncio.Transport):
         return len(self.written) - self.num_read
 
     def write_eof(self) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
@@ -384,6 +394,22 @@ def test_a_reply_that_is_not_read_ends_with_its_connection(read_bytes: int, is_a
         transport.num_read += read_bytes
         loop.advance(listener.WRITE_TIMEOUT_S)
     assert transport.is_aborted is is_aborted
+
+
+def test_a_reply_that_is_read_all_is_no_slow_one() -> None:
+    """Also where another reply has become unread at the moment of the check."""
+    loop = Loop()
+    protocol, transport = new_protocol(loop=loop)
+    protocol._progress = lambda: (transport.num_read, len(transport.written) - transport.num_read)
+    transport.written = b"x" * 100
+    protocol.pause_writing()
+    for _ in range(5):
+        transport.num_read = len(transport.written)
+        transport.written += b"x" * 100
+        loop.advance(listener.WRITE_TIMEOUT_S)
+    assert not transport.is_aborted
+    loop.advance(listener.WRITE_TIMEOUT_S)
+    assert transport.is_aborted
 
 
 def test_every_request_of_a_lost_connection_learns_of_it() -> None:
