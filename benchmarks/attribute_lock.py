@@ -20,29 +20,22 @@ and seeds are those below.
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine_facts import REPOSITORY, print_document, stored_path
 from numpy.typing import NDArray
-from PIL import Image
+from sheet_benchmark import run_sheets, sheet_parser, write_sheet
 
 from engine.data.kfashion.colours import K_FASHION_COLOURS
-from engine.device import fit_to_machine
-from engine.errors import InputError
-from engine.facts import facts
-from engine.files import write_json
 from engine.metrics.colour import srgb_to_lab
 from engine.metrics.lite0_features import Lite0Encoder
 from engine.models.efficientnet_lite0 import HEAD_CHANNELS
 from engine.pipeline.generation import Candidate
-from engine.pipeline.image_encoding import save_png
-from engine.pipeline.image_files import captioned_sheet
 from engine.pipeline.init_image import InitImage
 from engine.pipeline.pipeline import Pipeline
 
+_NAME = "attribute_lock"
 _PAIRS = (
     ("상의에서 색상은 {}이다. 상의에서 카테고리는 티셔츠이다. 상의에서 소매기장은 반팔이다.", "레드", "네이비"),
     ("상의에서 색상은 {}이다. 상의에서 카테고리는 셔츠이다. 상의에서 소매기장은 긴팔이다.", "블랙", "화이트"),
@@ -59,27 +52,11 @@ _GROUND_DISTANCE = 12.0  # in Lab, as in engine/metrics/colour.py
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "attribute_lock")
-    arguments = parser.parse_args()
-    try:
-        document = measure(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_json(arguments.out / "attribute_lock.json", document)
-    print_document(document)
-    return 0
+    return run_sheets(_NAME, sheet_parser(__doc__, _NAME, candidates=4, seed=11).parse_args(), measure)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The document of attribute_lock.json; writes the sheets."""
-    fit_to_machine()
-    machine = facts(torch.device("cpu"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    """The figures of attribute_lock.json; writes the sheets."""
     pipeline, encoder = Pipeline.from_pretrained(arguments.model), Lite0Encoder(torch.device("cpu"))
     rows: list[dict[str, Any]] = []
     images, texts, befores = [], [], []
@@ -108,16 +85,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             [f"{new}, free", f"IoU {iou[1]:.2f}"],
         ]
         print(f"{old} -> {new}: kept {kept:.2f}, silhouette {iou[0]:.2f}, free {iou[1]:.2f}", flush=True)
-    _write_sheet(arguments.out / "sheet.png", images, texts, columns=6)
+    write_sheet(arguments.out / "sheet.png", images, texts, benchmark=_NAME, columns=6)
     _write_strengths(pipeline, arguments, befores[:_STRENGTH_ROWS])
     means = {
         name: {key: float(np.mean([row[name][key] for row in rows])) for key in ("silhouette", "lite0", "new_colour")}
         for name in ("locked", "free")
     }
     return {
-        "benchmark": "attribute_lock",
-        **machine,
-        "model": stored_path(arguments.model),
         "config": {"candidates": arguments.candidates, "seed": arguments.seed},
         "kept": float(np.mean([row["kept"] for row in rows])),
         "means": means,
@@ -163,12 +137,7 @@ def _write_strengths(pipeline: Pipeline, arguments: argparse.Namespace, befores:
             init_image = InitImage(before.image, strength=strength)
             images.append(_best(pipeline, caption, arguments, init_image).image)
             texts.append([f"strength {strength}"])
-    _write_sheet(arguments.out / "strength.png", images, texts, columns=1 + len(_STRENGTHS))
-
-
-def _write_sheet(path: Path, images: list[Image.Image], texts: list[list[str]], *, columns: int) -> None:
-    sheet = captioned_sheet(images, texts, columns=columns, cell_width=images[0].width)
-    save_png(path, sheet, {"benchmark": "attribute_lock"})
+    write_sheet(arguments.out / "strength.png", images, texts, benchmark=_NAME, columns=1 + len(_STRENGTHS))
 
 
 if __name__ == "__main__":

@@ -16,62 +16,40 @@ Writes larger_pictures.json and a sheet a size into benchmarks/results/larger_pi
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine_facts import REPOSITORY, print_document, stored_path
 from numpy.typing import NDArray
 from PIL import Image
+from sheet_benchmark import run_sheets, sheet_parser, write_sheet
 
 from engine.decoding.sampling_tensors import SamplingTensors
 from engine.decoding.sliding_window import TokenGrid, window_origins
-from engine.device import fit_to_machine
-from engine.errors import InputError
-from engine.facts import facts
-from engine.files import write_json
 from engine.pipeline.generation import PreparedRequest
-from engine.pipeline.image_encoding import save_png
-from engine.pipeline.image_files import captioned_sheet, to_uint8
+from engine.pipeline.image_files import to_uint8
 from engine.pipeline.image_size import ImageSize, parse_size
 from engine.pipeline.pipeline import Pipeline
 from engine.sampling_params import SequenceRequest
 
+_NAME = "larger_pictures"
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser = sheet_parser(__doc__, _NAME, candidates=2, seed=7)
     parser.add_argument("captions", nargs="+")
     parser.add_argument("--sizes", nargs="+", default=["192x128", "128x192", "256x256"])
-    parser.add_argument("--candidates", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--taming", action="store_true")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results" / "larger_pictures")
-    arguments = parser.parse_args()
-    try:
-        document = measure(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_json(arguments.out / "larger_pictures.json", document)
-    print_document(document)
-    return 0
+    return run_sheets(_NAME, parser.parse_args(), measure)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The document of larger_pictures.json; writes the sheets."""
-    fit_to_machine()
-    machine = facts(torch.device("cpu"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    """The figures of larger_pictures.json; writes the sheets."""
     pipeline = Pipeline.from_pretrained(arguments.model)
     sizes = [parse_size(text, field="--sizes") for text in arguments.sizes]
     own = pipeline.vqgan.config.image_size
     rows = [_row(pipeline, arguments, size) for size in (ImageSize(own, own), *sizes)]
     return {
-        "benchmark": "larger_pictures",
-        **machine,
-        "model": stored_path(arguments.model),
         "config": {"captions": arguments.captions, "candidates": arguments.candidates, "seed": arguments.seed},
         "sizes": rows,
         "taming": _taming_row(pipeline, arguments, sizes[0]) if arguments.taming else None,
@@ -84,7 +62,7 @@ def _row(pipeline: Pipeline, arguments: argparse.Namespace, size: ImageSize) -> 
     seconds = {"processor": time.process_time() - started, "wall": time.perf_counter() - wall}
     images = [(one, generation.caption) for generation in generations for one in generation.candidates]
     texts = [[f"{one.score:.2f}", caption] for one, caption in images]
-    _write_sheet(arguments.out / f"sheet-{size}.png", [one.image for one, _ in images], texts)
+    write_sheet(arguments.out / f"sheet-{size}.png", [one.image for one, _ in images], texts, benchmark=_NAME)
     return {
         "size": str(size),
         "images": len(images),
@@ -123,7 +101,8 @@ def _taming_row(pipeline: Pipeline, arguments: argparse.Namespace, size: ImageSi
     tokens = _taming_tokens(pipeline, request, request.grid)
     seconds = {"processor": time.process_time() - started, "wall": time.perf_counter() - wall}
     pixels = to_uint8(pipeline.decode_images(tokens[None], grid=request.grid))[0].numpy()
-    _write_sheet(arguments.out / f"sheet-taming-{size}.png", [Image.fromarray(pixels)], [[request.caption]])
+    sheet = arguments.out / f"sheet-taming-{size}.png"
+    write_sheet(sheet, [Image.fromarray(pixels)], [[request.caption]], benchmark=_NAME)
     return {"size": str(size), "images": 1, "seconds": seconds, "seam": _mean_seam(pipeline, [pixels])}
 
 
@@ -150,12 +129,6 @@ def _taming_tokens(pipeline: Pipeline, request: PreparedRequest, grid: TokenGrid
             position = torch.tensor([row * grid.columns + column], dtype=torch.int64, device="cpu")
             tokens[row, column] = sampling.sample(logits, position)[0]
     return tokens.flatten()
-
-
-def _write_sheet(path: Path, images: list[Image.Image], texts: list[list[str]]) -> None:
-    columns = max(1, min(len(images), 1024 // images[0].width))
-    sheet = captioned_sheet(images, texts, columns=columns, cell_width=images[0].width)
-    save_png(path, sheet, {"benchmark": "larger_pictures"})
 
 
 if __name__ == "__main__":
