@@ -2,12 +2,12 @@
  * The board: a card for every generation, from the request to the ranked images, newest first.
  */
 
-import { compareWithSource } from "./compare.js";
 import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
-import { inLanguageShown, readingOf } from "./model.js";
+import { readingOf } from "./model.js";
 import { linkButton } from "./shared.js";
 import { formatTime, formatWait, onLanguage, t } from "./texts.js";
-import { unreadWords, verdictElement } from "./verdict.js";
+import { tilesOf } from "./tiles.js";
+import { unreadWords } from "./verdict.js";
 
 /**
  * @typedef {import("./queue.js").Job} Job
@@ -91,7 +91,8 @@ export function startBoard(actions) {
       if (what === "state") {
         render(entry);
         announceState(entry, job);
-      } else if (what === "progress") showProgress(entry.card, job);
+      } else if (what === "wait") showWait(entry.card, job);
+      else if (what === "progress") showProgress(entry.card, job);
       else showPreviews(entry.card, job);
       showEmpty();
     },
@@ -230,14 +231,23 @@ function dismissButton(id, actions) {
  * @param {Job} job
  * @returns {string}
  */
-function stateText(job) {
+export function stateText(job) {
   const wait = job.waitS === null ? null : formatWait(job.waitS);
   if (job.state === "queued")
     return wait
       ? t("state.queued_wait", { position: job.position, wait })
       : t("state.queued", { position: job.position });
-  if (job.state === "busy") return wait ? t("state.busy_wait", { wait }) : t("state.busy");
+  if (job.state === "busy" && wait) return t(job.isLimited ? "state.limited_wait" : "state.busy_wait", { wait });
   return t(`state.${job.state}`);
+}
+
+/**
+ * @param {HTMLElement} card
+ * @param {Job} job
+ */
+function showWait(card, job) {
+  const state = card.querySelector(".state");
+  if (state) state.textContent = stateText(job);
 }
 
 /**
@@ -333,91 +343,5 @@ function cardActions(entry, generation, numOthers, actions, render) {
     button({ text: t("card.use_settings"), press: () => actions.useSettings(request), action: "settings" }),
     linkButton(request),
     numOthers ? toggle : null,
-  );
-}
-
-/**
- * @param {Generation} generation
- * @param {import("./store.js").RankedImage[]} images
- * @param {Actions} actions
- */
-function tilesOf(generation, images, actions) {
-  const tiles = images.map((each) => tileOf(generation, generation.images.indexOf(each), actions));
-  const source = images[0]?.isShown ? sourceTile(generation) : null;
-  if (source) tiles.unshift(source);
-  return element("ul", { class: "tiles", "data-n": tiles.length }, ...tiles.map((tile) => element("li", {}, tile)));
-}
-
-/**
- * @param {Generation} generation
- * @returns {HTMLElement|null} its init image, beside what became of it; null where it has none
- */
-function sourceTile(generation) {
-  const { image } = generation.request;
-  if (!image) return null;
-  const best = generation.images.findIndex((each) => each.isShown);
-  const open = element(
-    "button",
-    {
-      type: "button",
-      class: "image",
-      "data-action": "compare-source",
-      "aria-label": t("source.compare"),
-      on: { click: () => compareWithSource(generation, best) },
-    },
-    imageElement(image, t("source.name")),
-  );
-  const name = element("span", { class: "rank", text: t("source.name") });
-  return element("figure", { class: "tile source" }, open, element("figcaption", {}, name));
-}
-
-/**
- * @param {Generation} generation
- * @param {number} index of the image
- * @param {Pick<Actions, "open"|"favour"|"download">} actions
- * @returns {HTMLElement} an image that opens, with its rank, its score, and a star
- */
-export function tileOf(generation, index, actions) {
-  const shown = generation.images[index];
-  const { caption } = generation.request;
-  const alt = t("image.alt", { caption: inLanguageShown(caption) || caption, rank: shown.rank });
-  const open = element(
-    "button",
-    {
-      type: "button",
-      class: "image",
-      "data-action": `open-${index}`,
-      "aria-label": t("image.open", { alt }),
-      on: { click: () => actions.open(generation, index) },
-    },
-    imageElement(shown.blob, alt),
-  );
-  const star = button({
-    icon: "star",
-    label: t("image.favourite", { rank: shown.rank }),
-    class: "quiet icon-only star",
-    pressed: shown.isFavourite,
-    action: `star-${index}`,
-    press: () => actions.favour(generation, index, !shown.isFavourite),
-  });
-  const save = button({
-    icon: "download",
-    label: t("image.download", { rank: shown.rank }),
-    class: "quiet icon-only",
-    action: `download-${index}`,
-    press: () => actions.download(generation, index),
-  });
-  return element(
-    "figure",
-    { class: "tile" },
-    open,
-    element(
-      "figcaption",
-      {},
-      element("span", { class: "rank", text: t("image.rank", { rank: shown.rank }) }),
-      verdictElement(generation, shown),
-      star,
-      save,
-    ),
   );
 }

@@ -2,12 +2,12 @@
  * The gallery: every image that this browser stores, by day, newest first, as its filters and its search let through.
  */
 
-import { tileOf } from "./cards.js";
 import { byId, element, removeImages } from "./elements.js";
 import { startFilters } from "./gallery_filters.js";
 import { readingOf } from "./model.js";
 import { startSelection } from "./selection.js";
 import { formatClock, formatDay, formatNumber, onLanguage, t } from "./texts.js";
+import { tileOf } from "./tiles.js";
 import { onView } from "./views.js";
 
 const GENERATIONS_AT_ONCE = 24;

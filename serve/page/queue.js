@@ -12,7 +12,8 @@ import { askForKey } from "./keys.js";
 import { newId } from "./store.js";
 
 const MOST_AT_ONCE = 2;
-const MOST_TRIES = 5;
+// Of a connection that breaks: the request itself may be what ends it. A busy server is waited for as long as it takes.
+const MOST_LOST = 5;
 // By code, because an error may also come inside a stream, whose status was 200 (serve/api/errors.py).
 const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
 
@@ -27,7 +28,8 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {import("./api.js").ImageRequest} request
  * @property {State} state
  * @property {number} position at the server, 1 is next; 0 unless queued
- * @property {number|null} waitS estimated, of "queued" and "busy"
+ * @property {number|null} waitS of "queued" estimated, of "busy" what is left until it is sent again
+ * @property {boolean} isLimited whether it is "busy" because of its key's rate
  * @property {number} tokensGenerated
  * @property {number} tokensTotal
  * @property {Map<number, {blob: Blob, rowsGenerated: number, rowsTotal: number}>} previews by candidate
@@ -36,7 +38,8 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {{total: number, known: number, unknown: string[]}|null} words of the caption, as the model knows them
  * @property {number|null} totalS
  * @property {ApiError|null} error of "failed"
- * @property {number} tries
+ * @property {number} numBusy refusals by a busy server, one after the other
+ * @property {number} numLost connections that broke
  * @property {AbortController} abort
  *
  * @typedef {object} Queue
@@ -49,7 +52,7 @@ const BUSY = ["queue_full", "rate_limit_exceeded", "unavailable"];
  * @property {() => Job[]} active those that wait or are being generated, in order
  *
  * @typedef {(job: Job, state: State, values?: Partial<Job>) => void} Change
- * @typedef {(job: Job, what: "state"|"progress"|"preview") => void} OnChange
+ * @typedef {(job: Job, what: "state"|"progress"|"preview"|"wait") => void} OnChange
  */
 
 /**
@@ -86,14 +89,13 @@ export function createQueue({ numPreviews, onChange }) {
   const run = async (job) => {
     const { signal } = job.abort;
     Object.assign(job, noResults());
-    job.tries += 1;
     try {
       for await (const event of generate(job.request, numPreviews(), signal)) handleEvent(job, event, change, onChange);
       job.images.sort((one, other) => one.rank - other.rank);
       change(job, "done");
     } catch (error) {
       if (signal.aborted) return;
-      await recover(job, error, change);
+      await recover(job, error, change, onChange);
     }
   };
 
@@ -119,7 +121,7 @@ export function createQueue({ numPreviews, onChange }) {
     cancel,
     cancelAll: () => [...jobs].reverse().forEach(cancel),
     retry: (job) => {
-      Object.assign(job, { abort: new AbortController(), error: null, tries: 0 });
+      Object.assign(job, { abort: new AbortController(), error: null, numBusy: 0, numLost: 0 });
       jobs.push(job);
       change(job, "waiting");
     },
@@ -139,7 +141,9 @@ function newJob(request) {
     state: "waiting",
     position: 0,
     waitS: null,
-    tries: 0,
+    isLimited: false,
+    numBusy: 0,
+    numLost: 0,
     error: null,
     abort: new AbortController(),
     ...noResults(),
@@ -156,11 +160,11 @@ function noResults() {
  * @param {Job} job
  * @param {unknown} error
  * @param {Change} change
+ * @param {OnChange} onChange
  */
-async function recover(job, error, change) {
+async function recover(job, error, change, onChange) {
   const { signal } = job.abort;
-  const mayRetry = job.tries < MOST_TRIES;
-  if (error instanceof ConnectionLost && mayRetry) {
+  if (error instanceof ConnectionLost && ++job.numLost < MOST_LOST) {
     change(job, "offline");
     await whenReady();
     if (!signal.aborted) change(job, "waiting");
@@ -168,16 +172,32 @@ async function recover(job, error, change) {
     change(job, "busy");
     const hasKey = await askForKey(true);
     if (!signal.aborted) change(job, hasKey ? "waiting" : "failed", { error: hasKey ? null : error });
-  } else if (error instanceof ApiError && BUSY.includes(error.code ?? "") && mayRetry) {
-    const waitS = Math.min(60, Math.max(1, error.retryAfterS ?? 2 ** job.tries));
-    change(job, "busy", { waitS });
-    await new Promise((resolve) => setTimeout(resolve, waitS * 1000));
+  } else if (error instanceof ApiError && BUSY.includes(error.code ?? "")) {
+    const waitS = Math.max(1, error.retryAfterS ?? Math.min(60, 2 ** job.numBusy));
+    change(job, "busy", { waitS, numBusy: job.numBusy + 1, isLimited: error.code === "rate_limit_exceeded" });
+    await countDown(job, waitS, onChange);
     if (!signal.aborted) change(job, "waiting");
   } else if (error instanceof ApiError) {
     change(job, "failed", { error });
   } else {
     if (!(error instanceof ConnectionLost)) console.error(error);
     change(job, "failed", { error: null });
+  }
+}
+
+/**
+ * Waits, and says each second how long still; cancelling ends it.
+ * @param {Job} job
+ * @param {number} seconds
+ * @param {OnChange} onChange
+ */
+async function countDown(job, seconds, onChange) {
+  const { signal } = job.abort;
+  const endsMs = Date.now() + seconds * 1000; // by the clock: timers of hidden pages are late
+  for (let leftMs = seconds * 1000; leftMs > 0 && !signal.aborted; leftMs = endsMs - Date.now()) {
+    job.waitS = leftMs / 1000;
+    onChange(job, "wait");
+    await new Promise((resolve) => setTimeout(resolve, Math.min(leftMs, 1000)));
   }
 }
 
@@ -193,7 +213,7 @@ function handleEvent(job, event, change, onChange) {
     change(job, "queued", { position: event.position, waitS: event.wait_s ?? null });
     return;
   }
-  if (job.state !== "generating") change(job, "generating");
+  if (job.state !== "generating") change(job, "generating", { numBusy: 0 });
   if (what === "progress") {
     Object.assign(job, { tokensGenerated: event.tokens_generated, tokensTotal: event.tokens_total });
     onChange(job, "progress");

@@ -5,12 +5,11 @@
  */
 
 import { place, whyFailed } from "./cards.js";
-import { announce, button, byId, element, imageElement, removeImages } from "./elements.js";
+import { announce, button, byId, element, removeImages } from "./elements.js";
 import { readingOf, wordShown } from "./model.js";
 import { saveSheet } from "./sheet_picture.js";
-import { columnsFor, valuesOf } from "./sheet.js";
+import { OVER, cellsOf, showCell, showPreview, showProgress, showWait } from "./sheet_cells.js";
 import { formatTime, onLanguage, t } from "./texts.js";
-import { unreadWords, verdictElement } from "./verdict.js";
 
 /**
  * @typedef {import("./queue.js").Job} Job
@@ -33,9 +32,6 @@ import { unreadWords, verdictElement } from "./verdict.js";
  * @property {(Cell|null)[]} cells by number
  * @property {string} announced
  */
-
-/** @type {import("./queue.js").State[]} */
-const OVER = ["failed", "cancelled", "interrupted"];
 
 /**
  * @param {Board} board of single generations
@@ -109,6 +105,7 @@ export function startSheets(board, actions, store) {
       found.cell.job = job;
       if (what === "progress") showProgress(found.cell.frame, job);
       else if (what === "preview") showPreview(found.cell.frame, job);
+      else if (what === "wait") showWait(found.cell.frame, job);
       else {
         showCell(found.cell, actions);
         showHead(found.sheet, actions, remove);
@@ -172,165 +169,15 @@ export function titleOf({ place: { axes, numCells } }) {
  */
 function layOut(sheet, actions) {
   const { place: at, card, head } = sheet;
-  const [rows, columns] = at.axes;
   removeImages(card);
   head.replaceChildren();
   const frames = Array.from({ length: at.numCells }, (_, cell) => element("div", { class: "cell", "data-cell": cell }));
-  const body = columns ? tableOf(rows, columns, frames) : rows ? labelledOf(rows, frames) : listOf(frames);
-  card.append(head, body);
+  card.append(head, cellsOf(at.axes, frames));
   sheet.cells.forEach((cell, number) => {
     if (!cell) return;
     cell.frame = frames[number];
     showCell(cell, actions);
   });
-}
-
-/**
- * @param {import("./sheet.js").Axis} rows
- * @param {import("./sheet.js").Axis} columns
- * @param {HTMLElement[]} frames
- */
-function tableOf(rows, columns, frames) {
-  const width = columns.values.length;
-  const heads = columns.values.map((value) => element("th", { scope: "col", text: wordShown(value) }));
-  const lines = rows.values.map((value, row) => {
-    const cells = frames.slice(row * width, (row + 1) * width).map((frame) => element("td", {}, frame));
-    return element("tr", {}, element("th", { scope: "row", text: wordShown(value) }), ...cells);
-  });
-  const corner = element("td", {});
-  const table = element(
-    "table",
-    { class: "sheet-table" },
-    element("thead", {}, element("tr", {}, corner, ...heads)),
-    element("tbody", {}, ...lines),
-  );
-  const label = `${wordShown(rows.attribute)} × ${wordShown(columns.attribute)}`;
-  return element("div", { class: "sheet-scroll", tabindex: 0, role: "region", "aria-label": label }, table);
-}
-
-/**
- * @param {import("./sheet.js").Axis} rows
- * @param {HTMLElement[]} frames
- */
-function labelledOf(rows, frames) {
-  const items = frames.map((frame, cell) =>
-    element("li", {}, frame, element("p", { class: "cell-label", text: wordShown(rows.values[cell]) })),
-  );
-  return element("ul", { class: "sheet-cells", style: { "--columns": String(columnsFor(frames.length)) } }, ...items);
-}
-
-/** @param {HTMLElement[]} frames */
-function listOf(frames) {
-  return element("ol", { class: "sheet-list" }, ...frames.map((frame) => element("li", {}, frame)));
-}
-
-// ------------------------------------------------------------------------------------------------------------- cells
-
-/**
- * @param {Cell} cell
- * @param {Actions} actions
- */
-function showCell(cell, actions) {
-  const { frame, job, generation } = cell;
-  const request = (generation ?? job)?.request;
-  if (!request?.sheet) return;
-  const isList = request.sheet.axes.length === 0;
-  const focused = frame.contains(document.activeElement);
-  removeImages(frame);
-  frame.className = `cell ${generation ? "done" : (job?.state ?? "")}`;
-  if (isList) frame.append(captionOf(request.caption, generation));
-  if (generation) frame.append(isList ? imagesOf(generation, actions) : imageOf(generation, 0, actions));
-  else if (job) frame.append(stateOf(job));
-  if (focused) /** @type {HTMLElement|null} */ (frame.querySelector("button"))?.focus();
-}
-
-/**
- * @param {string} caption
- * @param {Generation|null} generation
- */
-function captionOf(caption, generation) {
-  const unread = generation ? unreadWords(generation) : "";
-  return element(
-    "div",
-    { class: "cell-caption" },
-    element("p", { text: caption }),
-    readingOf(caption),
-    unread ? element("p", { class: "warning", text: unread }) : null,
-  );
-}
-
-/**
- * @param {Generation} generation
- * @param {Actions} actions
- */
-function imagesOf(generation, actions) {
-  const shown = generation.images.flatMap((each, index) => (each.isShown ? [index] : []));
-  const items = shown.map((index) => {
-    const verdict = verdictElement(generation, generation.images[index]);
-    return element("li", {}, imageOf(generation, index, actions), verdict);
-  });
-  return element("ul", { class: "cell-images" }, ...items);
-}
-
-/**
- * @param {Generation} generation
- * @param {number} index
- * @param {Actions} actions
- */
-function imageOf(generation, index, actions) {
-  const { request, images, id } = generation;
-  const at = /** @type {SheetPlace} */ (request.sheet);
-  const values = valuesOf(at, at.cell).map(wordShown).join(" · ");
-  const alt = values || t("image.alt", { caption: request.caption, rank: images[index].rank });
-  return element(
-    "button",
-    {
-      type: "button",
-      class: "image",
-      "data-action": `open-${id}-${index}`,
-      "aria-label": t("image.open", { alt }),
-      on: { click: () => actions.open(generation, index) },
-    },
-    imageElement(images[index].blob, alt),
-  );
-}
-
-/**
- * What there is of a cell that is not done: its preview and progress, or why it waits.
- * @param {Job} job
- */
-function stateOf(job) {
-  const isGenerating = job.state === "generating";
-  const text = OVER.includes(job.state) ? t(`sheet.${job.state}`) : isGenerating ? "" : t("sheet.waiting");
-  const bar = isGenerating ? element("progress", { max: 1, "aria-label": t("card.progress") }) : null;
-  return element("div", { class: "blank" }, element("span", { class: "preview", text }), bar);
-}
-
-/**
- * @param {HTMLElement} frame
- * @param {Job} job
- */
-function showProgress(frame, job) {
-  const bar = frame.querySelector("progress");
-  if (bar && job.tokensTotal) bar.value = job.tokensGenerated / job.tokensTotal;
-}
-
-/**
- * The first candidate's latest preview, in place of the one before once it can be painted.
- * @param {HTMLElement} frame
- * @param {Job} job
- */
-function showPreview(frame, job) {
-  const shown = frame.querySelector(".preview");
-  const preview = job.previews.get(0);
-  if (!shown || !preview) return;
-  const image = imageElement(preview.blob, t("card.preview", { n: 1 }));
-  const drop = () => URL.revokeObjectURL(image.src);
-  image.decode().then(() => {
-    if (!shown.isConnected || job.previews.get(0) !== preview) return drop();
-    removeImages(shown);
-    shown.append(image);
-  }, drop);
 }
 
 // -------------------------------------------------------------------------------------------------------------- head

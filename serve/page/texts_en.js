@@ -125,6 +125,7 @@ export const english = {
   "state.generating": "Generating",
   "state.busy": "Waiting for the server",
   "state.busy_wait": "The server is busy: retrying in {wait}",
+  "state.limited_wait": "This key's limit is reached: continuing in {wait}",
   "state.offline": "Waiting for the connection",
   "state.failed": "Failed",
   "state.cancelled": "Cancelled",
@@ -220,7 +221,7 @@ export const english = {
   "editor.stage_strength": "Image of which the model chooses what to regenerate",
   "editor.strength": "Strength",
   "editor.strength_tokens": "Regenerates {n} of {total} cells ({percent}%), those first that fit the caption least.",
-  "editor.strength_changed": "The model chooses the cells that the changed words touch, and regenerates them.",
+  "editor.strength_changed": "The changed words decide which cells are regenerated, and so how many: there is no share to set.",
   "editor.only_changed": "Only what the changed words touch",
   "editor.only_changed_hint": 
     "For one change, such as the colour. The outline stays, folds are new, and sometimes the colour does not follow. Caption before: {caption}",

@@ -5,6 +5,7 @@ import json
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,56 @@ def test_a_request_to_a_busy_server_is_sent_again(open_in: Open, slow_site: Make
         gate.open()
         wait_done(other)
         wait_done(page)
+
+
+def _refused(page: Page, times: int, *, code: str = "queue_full") -> list[int]:
+    """Answers that many generations with 429 and 90 seconds; the list has their count."""
+    count = [0]
+    error = {"message": "full", "message_ko": "가득", "type": "rate_limit_error", "param": None, "code": code}
+
+    def answer(route: Any) -> None:
+        count[0] += 1
+        if count[0] > times:
+            route.continue_()
+        else:
+            headers = {"retry-after": "90", "content-type": "application/json"}
+            route.fulfill(status=429, headers=headers, body=json.dumps({"error": error}))
+
+    page.route("**/v1/images/generations", answer)
+    return count
+
+
+def test_a_busy_server_is_waited_for_as_it_says_however_often(open_in: Open, site: Site) -> None:
+    with open_in(site) as (page, complaints):
+        complaints.may_fail = True
+        count = _refused(page, 7)
+        page.clock.install()
+        generate(page, CAPTION, n=1, candidates=1, seed="5")
+        state = page.locator(".state")
+        for number in range(1, 8):
+            expect(state).to_have_text("서버가 바빠 1분 30초 뒤에 다시 보냅니다")
+            page.clock.run_for(30_000)
+            expect(state).to_have_text("서버가 바빠 1분 0초 뒤에 다시 보냅니다")
+            assert count == [number], "sent again before its time"
+            page.clock.run_for(60_000)
+        wait_done(page)
+        expect(page.locator(".card .facts")).to_contain_text("시드 5")
+        assert count == [8]
+
+
+def test_what_waits_for_a_busy_server_can_be_cancelled_and_survives_a_reload(open_in: Open, site: Site) -> None:
+    with open_in(site) as (page, complaints):
+        complaints.may_fail = True
+        count = _refused(page, 2, code="rate_limit_exceeded")
+        generate(page, CAPTION, n=1, candidates=1, seed="5")
+        expect(page.locator(".state")).to_contain_text("이 키의 한도")
+        page.locator("[data-action=cancel]").click()
+        expect(page.locator(".state")).to_have_text("취소함")
+        page.locator("[data-action=retry]").click()
+        expect(page.locator(".state")).to_contain_text("이 키의 한도")
+        page.reload()
+        wait_done(page)
+        assert count == [3]
 
 
 def test_errors_of_the_server_are_shown_in_the_language_of_the_page(open_in: Open, site_with: MakeSite) -> None:
