@@ -5,9 +5,10 @@ letters that it has as entries, but never read in training, is as foreign to it:
 `레드이다`. It makes a picture as if such a word were not there, and nothing else tells that picture from a good one. So
 answers count such tokens and name their words.
 
-What to write instead is looked up in the model's captions.json (engine/data/caption_guide.py): its synonyms, its values by
-their names in any language, and then the nearest of these and of the training captions' words, by edit distance over
-Hangul's letters (jamo): 레두 and 레드 differ in one letter of four.
+What to write instead is looked up in the model's captions.json (engine/data/caption_guide.py): its values, its synonyms, its values by
+their names in any language; the same keys in the other keyboard layout; and then the nearest of all these and of the training
+captions' words, by edit distance over Hangul's letters (jamo): 레두 and 레드 differ in one letter of four. Letters are compared
+by what they look like (NFKC): ＲＥＤ and ⓡⓔⓓ are red.
 
 No torch, no ray.
 """
@@ -22,6 +23,7 @@ from rapidfuzz.distance import Levenshtein
 from tokenizers import Encoding, Tokenizer, models
 
 from engine.data.caption_guide import CaptionGuide
+from engine.data.keyboard_layouts import in_other_layout
 
 _LONGEST_ENDING = 3  # syllables that Korean grammar hangs onto a word: 이다, 에서, 으로
 _NEAR = 3  # one letter in so many may differ
@@ -126,14 +128,21 @@ class PromptReader:
 
     def _known_terms(self, guide: CaptionGuide) -> dict[str, str]:
         """What people may write, case-folded, to what the model knows: synonyms, its values, their names by language."""
-        every = [*guide.synonyms.items(), *((value, value) for value in self._values)]
+        every = [*((value, value) for value in sorted(self._values)), *guide.synonyms.items()]
         for names in {} if guide.form is None else guide.form.words.values():
-            every += [(shown, value) for value, shown in names.items() if value in self._values]
+            every += [(shown, value) for value, shown in names.items()]
         found: dict[str, str] = {}
-        for term, known in every:
-            if self._as_known(known) is not None:
-                found.setdefault(_term_form(term), known)
+        for term, meant in every:
+            # A synonym of a value that this model lacks may have a broader one: jeans, 청바지, 팬츠.
+            for known in (meant, guide.synonyms.get(meant)):
+                if known is not None and self._is_known(known):
+                    found.setdefault(_term_form(term), known)
+                    break
         return found
+
+    def _is_known(self, term: str) -> bool:
+        """Not by the beginning of a longer value alone: 퍼 (fur) is not 퍼플이다."""
+        return term in self._values or term in self._words or (not self._values and term in self._completed)
 
     def _as_known(self, term: str, ending: str = "") -> str | None:
         """A term as the training captions have it: with that ending, without one, or with the commonest."""
@@ -154,7 +163,8 @@ class PromptReader:
             word = prompt[start:after]
             if known is None:
                 if word not in nearest:
-                    nearest[word] = self._nearest(word) if len(nearest) < _MOST_SUGGESTED else None
+                    is_looked_up = len(nearest) < _MOST_SUGGESTED
+                    nearest[word] = self._likely(word) if is_looked_up else None
                 known = nearest[word]
             suggestion = None if known is None else self._as_known(known, ending)
             yield UnknownWord(word, start, after, suggestion, known if known in self._values else None)
@@ -163,11 +173,24 @@ class PromptReader:
         """The longest term at `start`: where it ends, what the model calls it, and the Korean ending that it has."""
         for end in reversed(ends):
             text = _term_form(prompt[start:end])
+            joined = text.replace(" ", "")
+            if end != ends[0] and joined in self._terms:  # 스카이 블루
+                return end, self._terms[joined], ""
             for length in range(len(text), max(0, len(text) - _LONGEST_ENDING - 1), -1):
                 term, ending = text[:length], text[length:]
                 if term in self._terms and (not ending or all(map(_is_hangul, term[-1] + ending))):
                     return end, self._terms[term], ending
         return None
+
+    def _likely(self, word: str) -> str | None:
+        """The term, or the word, that the same keys write in the other layout; or the nearest to either."""
+        typed = in_other_layout(word)
+        found = None if typed is None else self._term_at(typed, 0, [len(typed)])
+        if found is not None:
+            return found[1]
+        if typed in self._words:
+            return typed
+        return self._nearest(word) or (None if typed is None else self._nearest(typed))
 
     def _nearest(self, word: str) -> str | None:
         """The word or value of the model that differs in the fewest letters, the commonest of equals."""
@@ -207,12 +230,12 @@ def _learned(tokenizer: Tokenizer, guide: CaptionGuide) -> frozenset[int] | None
 
 def _term_form(text: str) -> str:
     """A term as it is looked up: `T-Shirt` is `t shirt`."""
-    return text.casefold().replace("-", " ")
+    return unicodedata.normalize("NFKC", text).casefold().replace("-", " ")
 
 
 def _letters(word: str) -> str:
     """A word's letters without case, a syllable of Hangul as its two or three."""
-    return unicodedata.normalize("NFD", word.casefold())
+    return unicodedata.normalize("NFKD", word).casefold()
 
 
 def _is_hangul(letter: str) -> bool:

@@ -34,7 +34,7 @@ _WRITTEN = {
     "니트웨어": "스웨터, 니트티, 풀오버, sweater, pullover, knit top",
     "탑": "나시, 민소매티, 뷔스티에, tank top, camisole, bustier",
     "팬츠": "바지, 슬랙스, 반바지, 면바지, 치노, pants, slacks, chinos, shorts",
-    "청바지": "데님팬츠, 데님 팬츠, 진, blue jeans",
+    "청바지": "데님팬츠, 데님 팬츠, 진, 블루진, blue jeans",
     "스커트": "치마",
     "조거팬츠": "조거, 추리닝, 트레이닝바지, sweatpants, track pants",
     "래깅스": "레깅스, 쫄바지",
@@ -45,7 +45,7 @@ _WRITTEN = {
     "가디건": "카디건",
     "짚업": "집업, 후드집업, zip up",
     "베스트": "조끼, waistcoat, gilet",
-    "드레스": "롱원피스, 가운, gown, one-piece dress",
+    "드레스": "원피스, 롱원피스, 가운, gown, one-piece dress",
     "점프수트": "점프슈트, 멜빵, overalls, playsuit",
     # lengths, sleeves, fits
     "크롭": "배꼽, crop",
@@ -117,4 +117,7 @@ _WRITTEN = {
     "비대칭": "언밸런스, asymmetrical",
 }
 
-SYNONYMS = {word: value for value, written in _WRITTEN.items() for word in written.split(", ")}
+# Values themselves, and what they are: for models that lack them.
+BROADER = {"청바지": "팬츠", "조거팬츠": "팬츠", "래깅스": "팬츠", "패딩": "점퍼", "브라탑": "탑"}
+
+SYNONYMS = {word: value for value, written in _WRITTEN.items() for word in written.split(", ")} | BROADER

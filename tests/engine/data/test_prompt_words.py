@@ -146,7 +146,25 @@ def test_a_word_of_known_letters_that_training_never_read_is_unknown(reader: Pro
         ("하늘섹", "하늘섹", "스카이블루이다", "스카이블루"),  # a synonym misspelt
         ("린넨", "린넨", None, None),  # a value that this model has never seen
         ("주황색", "주황색", None, None),
+        ("퍼", "퍼", None, None),  # fur, and not the beginning of 퍼플이다
+        ("스카이 블루 셔츠", "스카이 블루", "스카이블루이다", "스카이블루"),  # a value in two words
+        ("청바지", "청바지", "팬츠이다", "팬츠"),  # what it is, where the model lacks it
+        ("jeans", "jeans", "팬츠이다", "팬츠"),
+        ("ＲＥＤ", "ＲＥＤ", "레드이다", "레드"),  # full width
+        ("ⓡⓔⓓ", "ⓡⓔⓓ", "레드이다", "레드"),
+        ("𝓻𝓮𝓭", "𝓻𝓮𝓭", "레드이다", "레드"),
+        ("ﾩￇﾧￚ", "ﾩￇﾧￚ", "레드이다", "레드"),  # letters of half width
+        ("ㄹㅔㄷㅡ", "ㄹㅔㄷㅡ", "레드이다", "레드"),  # letters one by one
+        ("fpem", "fpem", "레드이다", "레드"),  # typed in the other keyboard layout
+        ("TUCMFH", "TUCMFH", "셔츠이다", "셔츠"),  # … with Caps Lock, and an ending
+        ("ㄱㄷㅇ", "ㄱㄷㅇ", "레드이다", "레드"),
+        ("xltuCm", "xltuCm", "티셔츠이다", "티셔츠"),
+        ("xltucmf", "xltucmf", "티셔츠이다", "티셔츠"),  # … and a letter too many
+        ("하늘색 팬츠", "하늘색", "스카이블루이다", "스카이블루"),  # two values, and not one with an ending
+        ("xl", "xl", None, None),  # 티 by its keys, and a size
         ("👕", "👕", None, None),
+        ("👩‍👩‍👧", "👩‍👩‍👧", None, None),
+        ("레" * 300, "레" * 300, None, None),
         ("봄에", "봄에", None, None),
     ],
 )

@@ -2,7 +2,7 @@
 
 from engine.data.kfashion.caption_form import ENGLISH
 from engine.data.kfashion.labels import VOCABULARY
-from engine.data.kfashion.synonyms import SYNONYMS
+from engine.data.kfashion.synonyms import BROADER, SYNONYMS
 
 VALUES = {value for values in VOCABULARY.values() for value in values}
 
@@ -14,7 +14,7 @@ def test_every_synonym_leads_to_a_value() -> None:
 
 
 def test_no_synonym_is_itself_a_value_or_the_english_name_of_another() -> None:
-    assert not set(SYNONYMS) & VALUES
+    assert set(SYNONYMS) & VALUES == BROADER.keys()  # for models that lack them
     named = {shown.casefold(): value for value, shown in ENGLISH.items() if value in VALUES}
     assert {word: value for word, value in SYNONYMS.items() if named.get(word, value) != value} == {}
 
