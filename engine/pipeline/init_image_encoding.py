@@ -11,6 +11,7 @@ from engine.models.image_codec import ImageCodec
 from engine.models.transformer import KoDalle
 from engine.pipeline.generation import PreparedInitImage
 from engine.pipeline.init_image import InitImage, check_kept_after
+from engine.pipeline.interruption import BeforePart, uninterrupted
 from engine.pipeline.token_choice import Captions, tokens_to_sample
 from engine.pipeline.torch_state import exact, inference
 from engine.sampling_params import RankBy
@@ -28,12 +29,14 @@ def prepare_init_image(
     tokenizer: CaptionTokenizer,
     rank_by: RankBy,
     device: torch.device,
+    before_pass: BeforePart = uninterrupted,
 ) -> Sequence[PreparedInitImage | None]:
     """The init image for each caption, which decides its tokens where the model chooses them; None where there is none.
 
     Args:
         text_tokens: (T,) a caption.
         device: the models'.
+        before_pass: called before each pass of the model that chooses tokens.
 
     Raises:
         InputError: see `encode_init_image`.
@@ -51,7 +54,10 @@ def prepare_init_image(
     chosen = []
     for tokens in text_tokens:
         captions = Captions(tokens, before, empty)
-        choose = partial(tokens_to_sample, transformer, vqgan.code_vectors(), captions, strength=init_image.strength)
+        choose = partial(
+            tokens_to_sample, transformer, vqgan.code_vectors(), captions, strength=init_image.strength,
+            before_pass=before_pass,
+        )  # fmt: skip
         with exact(device):
             chosen.append(encode(choose=choose))
     return chosen

@@ -29,15 +29,24 @@ from torch import Tensor
 
 from engine.decoding.sampler import evaluating
 from engine.models.transformer import KoDalle
+from engine.pipeline.interruption import BeforePart, uninterrupted
 
 
-def log_likelihoods(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, regenerated: Tensor) -> Tensor:
+def log_likelihoods(
+    model: KoDalle,
+    text_tokens: Tensor,
+    image_tokens: Tensor,
+    regenerated: Tensor,
+    *,
+    before_part: BeforePart = uninterrupted,
+) -> Tensor:
     """Log-likelihood, in nats, of the tokens that were kept after the first regenerated one; without guidance.
 
     Args:
         text_tokens: (G, T).
         image_tokens: (B, N), the n sequences of each caption together.
         regenerated: (N,) bool.
+        before_part: called before each sequence.
 
     Returns:
         (B,) float64 on the CPU; 0 where nothing is kept after the hole.
@@ -48,6 +57,7 @@ def log_likelihoods(model: KoDalle, text_tokens: Tensor, image_tokens: Tensor, r
     scores = []
     with evaluating(model):
         for index, tokens in enumerate(image_tokens.to(device)):  # one at a time: batch-invariant
+            before_part()
             text = text_tokens[index // per_caption].to(device)
             _, logits = model.logits(text[None], tokens[None])  # (1, N, V)
             log_p = logits[0, after].double().log_softmax(-1).gather(1, tokens[after][:, None])

@@ -19,7 +19,7 @@ G captions, n candidates each, B = G * n sequences, T text positions, N image to
 images have height x width and their own number of tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -61,6 +61,7 @@ from engine.pipeline.image_files import to_uint8
 from engine.pipeline.image_size import ImageSize
 from engine.pipeline.init_image import InitImage, check_kept_after
 from engine.pipeline.init_image_encoding import prepare_init_image
+from engine.pipeline.interruption import BeforePart, uninterrupted
 from engine.pipeline.larger_images import OnPosition, decode_sequences, larger_grid
 from engine.pipeline.likelihood import log_likelihoods
 from engine.pipeline.loading import load_models
@@ -295,6 +296,7 @@ class Pipeline:
         rank_by: RankBy = "koclip",
         strict: bool = False,
         candidate_numbers: Sequence[int] | None = None,
+        before_part: BeforePart = uninterrupted,
     ) -> list[PreparedRequest]:
         """The first phase: checks, tokenises, encodes the init image.
 
@@ -306,6 +308,7 @@ class Pipeline:
             strict: refuse a caption that is longer than the model's text instead of cutting its end, and one with words that
                 the model does not know instead of making images as if they were not there.
             candidate_numbers: which candidates of the seed; None: the first `sampling_params.candidates`.
+            before_part: called before each pass of the model through an init image of which it chooses the tokens.
 
         Returns:
             A request a caption.
@@ -339,7 +342,7 @@ class Pipeline:
             check_kept_after(None)
         prepared = prepare_init_image(
             init_image, list(encoded.tokens), transformer=self.transformer, vqgan=self.vqgan, tokenizer=self.tokenizer,
-            rank_by=rank_by, device=self.device,
+            rank_by=rank_by, device=self.device, before_pass=before_part,
         )  # fmt: skip
         return [
             PreparedRequest(
@@ -390,30 +393,31 @@ class Pipeline:
         image_tokens: Tensor,
         *,
         timings_s: dict[str, float] | None = None,
-        before_part: Callable[[], None] | None = None,
+        before_part: BeforePart = uninterrupted,
     ) -> Generation:
         """The third phase: images from tokens, kept pixels pasted in, scored and ranked.
 
         Args:
             image_tokens: (n, N), in the order of `request.candidates`, on any device.
             timings_s: seconds of `vqgan` and `ranking` are added to it.
-            before_part: called before each 16 images. To cancel, raise: the exception passes through.
+            before_part: called before each 16 images or captions, and before each candidate whose likelihood is read.
         """
         timings_s = {} if timings_s is None else timings_s
         with timed(timings_s, "vqgan", self.device):
             parts = []
             for part in image_tokens.split(_AT_ONCE):
-                if before_part is not None:
-                    before_part()
+                before_part()
                 parts.append(self.decode_images(part.to(self.device), init_image=request.init_image, grid=request.grid))
             images = torch.cat(parts)  # (n, 3, S, S)
             pixels = to_uint8(images)  # (n, S, S, 3), waits for the device
         with exact(self.device), timed(timings_s, "ranking", self.device):
-            scores = self.candidate_scores(request.caption, images)
+            scores = self.candidate_scores(request.caption, images, before_part=before_part)
             likelihoods = None
             if request.rank_by == "log_likelihood" and request.init_tokens is not None:
                 sampled = request.init_tokens < 0
-                likelihoods = log_likelihoods(self.transformer, request.text_tokens, image_tokens, sampled)  # (n,)
+                likelihoods = log_likelihoods(
+                    self.transformer, request.text_tokens, image_tokens, sampled, before_part=before_part
+                )  # (n,)
         candidates = ranked(request, image_tokens.cpu(), pixels, scores, likelihoods, self.real_scores)
         return Generation(request, candidates, timings_s)
 
@@ -472,12 +476,14 @@ class Pipeline:
         with exact(self.device), inference(self.device):
             return self._scorer.embed_images(images.to(self.device)).float().cpu()
 
-    def candidate_scores(self, caption: str, images: Tensor) -> Scores | None:
+    def candidate_scores(
+        self, caption: str, images: Tensor, *, before_part: BeforePart = uninterrupted
+    ) -> Scores | None:
         """What candidates of a caption, (n, 3, H, W) in [0, 1], are ranked by; None when the model has no ranker."""
         if self._scorer is None:
             return None
         with inference(self.device):
-            return self._scorer(caption, images)
+            return self._scorer(caption, images, before_part=before_part)
 
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
         """KoCLIP's score of each caption's own images.

@@ -32,8 +32,9 @@ from engine.data.wrong_captions import wrong_captions_of_model
 from engine.models.koclip import KoClip
 from engine.models.ranker import Ranker
 from engine.pipeline.image_size import squares
+from engine.pipeline.interruption import BeforePart, uninterrupted
 
-_IMAGES_AT_ONCE = 16
+_AT_ONCE = 16  # images or captions
 MOST_WRONG_CAPTIONS = 64  # each goes through the text encoder: a caption of many facts has hundreds
 
 
@@ -87,14 +88,14 @@ class CandidateScorer:
         contrasts = isinstance(ranker, KoClip) and ranker.config.ranking == "contrast"
         self._wrong = wrong_captions_of_model(guide.examples, guide.attributes) if contrasts else None
 
-    def __call__(self, caption: str, images: Tensor) -> Scores:
-        """Of the candidates of a caption: (n, 3, H, W) in [0, 1]."""
-        own, embeddings = self._embed_captions([caption]), self._embed_squares(images)
+    def __call__(self, caption: str, images: Tensor, *, before_part: BeforePart = uninterrupted) -> Scores:
+        """Of the candidates of a caption: (n, 3, H, W) in [0, 1]; `before_part` before each 16 images or captions."""
+        own, embeddings = self._embed_captions([caption]), self._embed_squares(images, before_part)
         score = self._similarities(embeddings, own)[0]  # (n,)
         questions = [] if self._wrong is None else self._wrong.by_question(caption, most=MOST_WRONG_CAPTIONS)
         if not questions or not isinstance(self._ranker, KoClip):
             return Scores(score.float().cpu(), None)
-        wrong = self._embed_captions([version for versions in questions for version in versions])
+        wrong = self._embed_captions([version for versions in questions for version in versions], before_part)
         texts = torch.cat([own, wrong])  # (1 + all W, E)
         by_square = torch.stack(
             [self._ranker.caption_scores(image, texts).T for image in embeddings]
@@ -121,21 +122,31 @@ class CandidateScorer:
         vectors = self._embed_tokens(encoded.tokens).float().cpu()
         return CaptionEmbeddings(vectors, int((encoded.tokens != self._tokenizer.pad_id).sum()), sum(encoded.cut))
 
-    def embed_images(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor, before_part: BeforePart = uninterrupted) -> Tensor:
         """(B, 3, any, any) -> (B, E), each as a whole."""
-        return torch.cat([self._embedder.embed_images(part) for part in images.split(_IMAGES_AT_ONCE)])
+        parts = []
+        for part in images.split(_AT_ONCE):
+            before_part()
+            parts.append(self._embedder.embed_images(part))
+        return torch.cat(parts)
 
     def _similarities(self, embeddings: Tensor, texts: Tensor) -> Tensor:
         """Of images whose squares are (Q, n, E), to captions (M, E): (M, n)."""
         return torch.stack([self._ranker.scores(own, texts) for own in embeddings]).mean(0)
 
-    def _embed_squares(self, images: Tensor) -> Tensor:
+    def _embed_squares(self, images: Tensor, before_part: BeforePart = uninterrupted) -> Tensor:
         """(n, 3, H, W) -> (Q, n, E), of each of the squares; one, the whole image, unless it is oblong."""
         height, width = images.shape[-2:]
-        return torch.stack([self.embed_images(images[..., rows, columns]) for rows, columns in squares(width, height)])
+        return torch.stack(
+            [self.embed_images(images[..., rows, columns], before_part) for rows, columns in squares(width, height)]
+        )
 
-    def _embed_captions(self, captions: Sequence[str]) -> Tensor:
-        return self._embed_tokens(self._tokenizer.encode(captions, self._ranker.config.text_seq_len).tokens)
+    def _embed_captions(self, captions: Sequence[str], before_part: BeforePart = uninterrupted) -> Tensor:
+        parts = []
+        for part in self._tokenizer.encode(captions, self._ranker.config.text_seq_len).tokens.split(_AT_ONCE):
+            before_part()
+            parts.append(self._embed_tokens(part))
+        return torch.cat(parts)
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         return self._embedder.embed_texts(tokens.to(next(self._ranker.parameters()).device))

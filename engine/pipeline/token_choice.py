@@ -22,13 +22,16 @@ T text positions, N image tokens, K codes, E width of a code's vector.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.decoding.sampler import evaluating
 from engine.models.transformer import KoDalle
+from engine.pipeline.interruption import BeforePart, uninterrupted
 
 _GUIDANCE = 3.0
 _FALL = math.log(2)  # nats: half as likely is touched
@@ -46,7 +49,13 @@ class Captions:
 
 
 def tokens_to_sample(
-    model: KoDalle, code_vectors: Tensor, captions: Captions, image_tokens: Tensor, *, strength: float | None
+    model: KoDalle,
+    code_vectors: Tensor,
+    captions: Captions,
+    image_tokens: Tensor,
+    *,
+    strength: float | None,
+    before_pass: BeforePart = uninterrupted,
 ) -> Tensor:
     """Which tokens of an image are sampled anew.
 
@@ -54,6 +63,7 @@ def tokens_to_sample(
         code_vectors: (K, E), alike for codes that look alike.
         image_tokens: (N,).
         strength: share of the tokens; None, with a caption before: those that become less than half as likely.
+        before_pass: called before each pass through the model, of which there are up to N + 2.
 
     Returns:
         (N,) bool, on the model's device.
@@ -61,12 +71,17 @@ def tokens_to_sample(
     device = model.head.weight.device
     tokens = image_tokens.to(device)
     alike = _alike(code_vectors.to(device).float(), tokens)
+
+    def read(caption: Tensor, tokens: Tensor) -> Tensor:
+        before_pass()
+        return _read(model, caption, captions.empty, tokens)
+
     with evaluating(model):
         if captions.before is None:
             assert strength is not None
-            return least_likely(_likelihoods(_read(model, captions.now, captions.empty, tokens), alike), strength)
-        before = _likelihoods(_read(model, captions.before, captions.empty, tokens), alike)
-        fall = _read_along(model, captions, tokens, alike, before)
+            return least_likely(_likelihoods(read(captions.now, tokens), alike), strength)
+        before = _likelihoods(read(captions.before, tokens), alike)
+        fall = _read_along(partial(read, captions.now), tokens, alike, before)
     return fall > _FALL if strength is None else least_likely(-fall, strength)
 
 
@@ -86,11 +101,11 @@ def least_likely(log_likelihoods: Tensor, strength: float) -> Tensor:
     return taken
 
 
-def _read_along(model: KoDalle, captions: Captions, tokens: Tensor, alike: Tensor, before: Tensor) -> Tensor:
+def _read_along(read: Callable[[Tensor], Tensor], tokens: Tensor, alike: Tensor, before: Tensor) -> Tensor:
     """(N,) nats by which each token's likelihood falls, read after what takes the place of those before it that fell."""
     current = tokens
     for _ in range(len(tokens) + 1):  # after n passes the first n places have settled
-        log_p = _read(model, captions.now, captions.empty, current)
+        log_p = read(current)
         fall = before - _likelihoods(log_p, alike)
         following = torch.where(fall > _FALL, log_p.argmax(-1), tokens)
         if torch.equal(following, current):

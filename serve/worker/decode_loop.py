@@ -221,7 +221,6 @@ class DecodeLoop:
         for state in overdue:
             state.emit(Refused("deadline"))
             self.cancel(state)
-            self._metrics.count_rejected("deadline")
 
     def _count_step(self, started_s: float) -> None:
         """Records a step's duration, from the end of the previous one: prefills between them are included."""

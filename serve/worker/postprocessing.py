@@ -28,6 +28,7 @@ from engine.errors import InputError
 from engine.pipeline.generation import Candidate, PreparedRequest
 from engine.pipeline.image_encoding import encode_image
 from engine.pipeline.image_files import to_uint8
+from engine.pipeline.interruption import BeforePart, uninterrupted
 from engine.pipeline.pipeline import Pipeline
 from engine.pipeline.provenance import ModelRecord, digital_source
 from engine.pipeline.rendition import Rendition, render
@@ -36,7 +37,7 @@ from serve.metrics import WorkerMetrics
 from serve.process import lower_thread_priority
 from serve.worker.content_credentials import ContentCredentials
 from serve.worker.previews import blank_missing
-from serve.worker.request_state import RequestState
+from serve.worker.request_state import RequestOver, RequestState
 
 _ENCODERS = 2
 _WEIGHT = 1 / 8  # of a request in the moving average of seconds per image
@@ -107,8 +108,9 @@ class Postprocessor:
 
         def run() -> None:
             try:
-                prepared = prepare(self._pipeline, state.job)
-            except (InputError, RuntimeError, ValueError) as error:
+                state.stop_if_over()
+                prepared = prepare(self._pipeline, state.job, before_part=state.stop_if_over)
+            except (InputError, RuntimeError, ValueError, RequestOver) as error:
                 state.prepared.set_exception(error)
             else:
                 state.prepared.set_result(prepared)
@@ -120,8 +122,9 @@ class Postprocessor:
 
         def finish() -> None:
             try:
-                if not state.is_over:
-                    self._finish(state)
+                self._finish(state)
+            except RequestOver:
+                return
             finally:
                 self._count(-state.job.num_candidates)
 
@@ -174,17 +177,12 @@ class Postprocessor:
                         return
 
     def _finish(self, state: RequestState) -> None:
-        def stop_if_over() -> None:
-            if state.is_over:
-                raise _Over
-
+        state.stop_if_over()
         request = state.request
         tokens = torch.stack([state.image_tokens[number] for number in request.candidates])  # (n, N)
         timings_s: dict[str, float] = {}
-        try:
-            generation = self._pipeline.finish(request, tokens, timings_s=timings_s, before_part=stop_if_over)
-        except _Over:
-            return
+        generation = self._pipeline.finish(request, tokens, timings_s=timings_s, before_part=state.stop_if_over)
+        state.stop_if_over()
         state.timings_s |= timings_s
         share_s = sum(timings_s.values()) / len(request.candidates)
         self._image_s += _WEIGHT * (share_s - self._image_s) if self._image_s else share_s
@@ -258,8 +256,7 @@ class _Encoding:
             self._postprocessor.submit_encoding(self._state, lambda one=one: self._encode(one))  # type: ignore[misc]
 
     def _encode(self, one: Candidate) -> None:
-        if self._state.is_over:
-            return
+        self._state.stop_if_over()
         data = self._postprocessor.encoded(self._state, one.candidate, one.image, self._rendition, is_final=True)
         with self._lock:
             self._data[one.candidate] = data
@@ -304,15 +301,15 @@ def _run_encoding(state: RequestState, run: Callable[[], None]) -> None:
     """Runs a task in an encoding thread and reports its failure to the request."""
     try:
         run()
+    except RequestOver:
+        return
     except Exception:
         log.exception("an image could not be encoded")
         state.emit(Refused("failed", "the image could not be encoded"))
 
 
-def prepare(pipeline: Pipeline, job: GenerationJob) -> PreparedRequest:
+def prepare(pipeline: Pipeline, job: GenerationJob, *, before_part: BeforePart = uninterrupted) -> PreparedRequest:
     """A job's prepared request; raises InputError as `Pipeline.prepare`."""
-    return pipeline.prepare([job.caption], job.sampling_params, init_image=job.init_image, rank_by=job.rank_by)[0]
-
-
-class _Over(Exception):
-    """The request has ended, so its images need not be decoded."""
+    return pipeline.prepare(
+        [job.caption], job.sampling_params, init_image=job.init_image, rank_by=job.rank_by, before_part=before_part
+    )[0]

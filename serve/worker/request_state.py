@@ -7,6 +7,7 @@ Each field is written by one thread at a time, in that order; only `is_over` is 
 """
 
 import asyncio
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from engine.pipeline.generation import PreparedRequest
 from serve.messages import Finished, GenerationEvent, GenerationJob, Refused
+
+
+class RequestOver(Exception):
+    """No more work is done for the job."""
 
 
 @dataclass(eq=False)
@@ -42,6 +47,16 @@ class RequestState:
     def request(self) -> PreparedRequest:
         """The prepared request, once a sequence of it was added to the decoder."""
         return self.prepared.result(timeout=0)
+
+    def stop_if_over(self) -> None:
+        """For loops of work: raises RequestOver when no more is done for the job, because it has ended or is too late.
+
+        A job past its deadline is refused by this. Its slots are freed by whoever reads that.
+        """
+        if not self.is_over and time.monotonic() > self.arrived_s + self.job.deadline_s:
+            self.emit(Refused("deadline"))
+        if self.is_over:
+            raise RequestOver
 
     def emit(self, event: GenerationEvent) -> None:
         """Sends an event to the job's reader, from any thread; `Finished` or `Refused` ends the job."""

@@ -128,6 +128,8 @@ class Worker:
                 yield place
             while True:
                 event = await state.events.get()
+                if isinstance(event, Refused) and event.reason == "deadline":
+                    self._metrics.count_rejected("deadline")
                 yield event
                 if isinstance(event, Finished | Refused):
                     return

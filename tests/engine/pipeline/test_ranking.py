@@ -107,7 +107,7 @@ def test_wrong_captions_are_bounded(tokenizer: CaptionTokenizer, monkeypatch: py
     seen: list[int] = []
     embed = scorer._embed_captions
 
-    def counted(captions: Sequence[str]) -> torch.Tensor:
+    def counted(captions: Sequence[str], *_: object) -> torch.Tensor:
         seen.append(len(captions))
         return embed(captions)
 

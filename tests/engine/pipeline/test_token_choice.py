@@ -67,6 +67,39 @@ def test_reading_along_in_passes_is_reading_place_by_place(model: KoDalle) -> No
     assert not all(expected)
 
 
+class _Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("before", "at"), [(BEFORE, 1), (BEFORE, 2), (BEFORE, 3), (None, 1)])
+def test_a_caller_can_end_it_before_any_pass(
+    model: KoDalle, monkeypatch: pytest.MonkeyPatch, before: Tensor | None, at: int
+) -> None:
+    """Of a large model a pass takes seconds, and there are as many as places at worst."""
+    passes, looks, logits = [0], [0], model.logits
+
+    def counted(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        passes[0] += 1
+        return logits(*arguments)
+
+    def look() -> None:
+        looks[0] += 1
+        if looks[0] == at:
+            raise _Ended
+
+    monkeypatch.setattr(model, "logits", counted)
+    with pytest.raises(_Ended):
+        tokens_to_sample(
+            model,
+            VECTORS,
+            Captions(NOW, before, EMPTY),
+            TOKENS,
+            strength=None if before is not None else 0.5,
+            before_pass=look,
+        )
+    assert passes[0] == at - 1
+
+
 def test_strength_takes_the_least_likely_looks(model: KoDalle) -> None:
     log_p = _guided(model, NOW, TOKENS)
     likelihoods = [_look(log_p[place], TOKENS[place]) for place in range(16)]
