@@ -26,7 +26,13 @@ from serve.api.errors import Failure
 from serve.api.keys import ApiKey, KeyRing, KeyScope, MalformedAuthorization, parse_authorization
 
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.ico"})
-_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+# Proxies name the machine that asked in one of these, or themselves: nginx, AWS, Google, Cloudflare, Fastly, Akamai, Envoy, Kubernetes.
+_PROXY_HEADERS = frozenset(
+    ("forwarded", "via", "x-real-ip", "x-client-ip", "client-ip", "true-client-ip", "cf-connecting-ip", "cf-ray", "fastly-client-ip",
+     "x-cluster-client-ip", "x-original-forwarded-for", "x-original-host", "x-envoy-external-address", "x-proxyuser-ip",
+     "x-azure-clientip", "x-appengine-user-ip", "fly-client-ip", "wl-proxy-client-ip", "proxy-client-ip", "x-remote-ip", "x-remote-addr")
+)  # fmt: skip
+_PROXY_PREFIX = "x-forwarded"  # -for, -host, -proto, -port, -server, -prefix and what else there is
 _OPEN_FOLDER = "/page/"
 _SCOPE_OF: dict[str, KeyScope] = {"/metrics": "metrics"}  # everything else: generate
 
@@ -99,7 +105,7 @@ def _check_local(scope: Scope, headers: Headers, origins: Collection[str]) -> No
             "The Host header must name this machine: use http://localhost or http://127.0.0.1.",
             "http://localhost 또는 http://127.0.0.1 주소로 접속하세요.",
         )
-    if any(name in headers for name in _PROXY_HEADERS):
+    if any(name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIX) for name in headers):
         raise Failure(
             "not_local",
             "A proxy passed this request on, perhaps for another machine: start the server with a keys file.",

@@ -309,11 +309,8 @@ class _Handlers:
         return JSONResponse({"object": "list", "data": [card]}, headers=_NO_STORE)
 
     async def one_model(self, request: Request) -> Response:
-        model_id = request.path_params["model_id"].rstrip("/")
-        if not model_id:
-            return await self.models(request)
         info = await self._pool.model_info()
-        if model_id != info.model_id:
+        if request.path_params["model_id"] != info.model_id:
             raise schemas.model_not_found(info)
         return JSONResponse(_model_card(info, self._settings), headers=_NO_STORE)
 

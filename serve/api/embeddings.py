@@ -97,12 +97,7 @@ def _item(value: Any, param: str, limits: Limits) -> Item:
     if not isinstance(value, str):
         detail = f'`{param}` must be a text, {{"text": …}} or {{"image": "data:image/png;base64,…"}}.'
         raise Failure("invalid_type", detail, f"`{param}`: 글이나 이미지(data URL)여야 합니다.", param=param)
-    try:
-        caption = checked_prompt(value, limits)
-    except Failure as failure:
-        raise Failure(
-            "invalid_value", f"`{param}`: {failure.message}", f"`{param}`: {failure.message_ko}", param=param
-        ) from None
+    caption = checked_prompt(value, limits, field=param)
     if not caption:
         raise invalid_value(param, "must not be an empty text", "빈 글은 쓸 수 없습니다")
     return Item(param, caption=caption)

@@ -100,6 +100,7 @@ class ApiMiddleware:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._root_path:
             _place_below(scope, self._root_path)
+        _drop_last_slash(scope)
         record = _new_record(scope)
         scope.setdefault("state", {})["record"] = record
 
@@ -183,6 +184,13 @@ def _place_below(scope: Scope, root_path: str) -> None:
     scope["root_path"] = root_path
     if not scope["path"].startswith(f"{root_path}/"):
         scope["path"] = root_path + scope["path"]
+
+
+def _drop_last_slash(scope: Scope) -> None:
+    """Makes `/v1/models/` and `/v1/models` one path, before access to it is checked; the page's files have no such paths."""
+    path = get_route_path(scope)
+    if path.endswith("/") and path.strip("/") and not path.startswith("/page/"):
+        scope["path"] = scope["path"].rstrip("/")
 
 
 def _route(scope: Scope) -> str:

@@ -192,6 +192,7 @@ def test_bad_requests_name_the_place(path: str, body: dict[str, Any], code: str,
         reply = post_json(port, path, body)
     assert (reply.error["code"], reply.error["param"]) == (code, param)
     assert reply.status == (404 if code == "model_not_found" else 400)
+    assert "`prompt`" not in reply.error["message"], "the request has no such field"
 
 
 def test_all_pictures_of_a_request_share_a_limit_of_pixels() -> None:

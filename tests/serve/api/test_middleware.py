@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from serve.api import middleware
 from serve.api.application import build_api
+from serve.api.keys import add_key
 from serve.messages import GenerationEvent, GenerationJob
 from serve.settings import ServeSettings
 from tests.live_server import ScriptedPool, ask, post_json, serving, wait_until
@@ -51,8 +53,10 @@ def test_importing_the_api_imports_neither_torch_nor_ray() -> None:
         ("GET", "/v1/models/other", 404, "model_not_found"),
         ("GET", "/v1/models/%ff%00", 404, "model_not_found"),
         ("POST", "/v1/images/variations", 404, "not_found"),
-        ("POST", "/v1/images/generations/", 404, "not_found"),
-        ("GET", "/healthz/", 404, "not_found"),
+        ("GET", "/v1/", 404, "not_found"),
+        ("GET", "/page/", 404, "not_found"),
+        ("GET", "/v1/images/generations/", 405, "method_not_allowed"),
+        ("GET", "//v1/models", 404, "not_found"),
     ],
 )  # fmt: skip
 def test_the_routers_errors_are_error_objects(port: int, method: str, path: str, status: int, code: str) -> None:
@@ -60,6 +64,28 @@ def test_the_routers_errors_are_error_objects(port: int, method: str, path: str,
     assert (reply.status, reply.error["code"]) == (status, code)
     assert reply.headers["content-type"] == "application/json"
     assert ("allow" in reply.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/healthz"), ("GET", "/readyz"), ("GET", "/metrics"), ("GET", "/docs"),
+        ("GET", "/openapi.json"), ("POST", "/v1/images/generations"), ("POST", "/v1/images/edits"), ("POST", "/v1/embeddings"),
+        ("POST", "/v1/rerank"), ("POST", "/v1/tokenize"),
+    ],
+)  # fmt: skip
+def test_a_slash_at_the_end_changes_no_path(port: int, method: str, path: str) -> None:
+    plain, *others = [ask(port, method, path + end, body=b"{}" if method == "POST" else b"") for end in ("", "/", "//")]
+    assert plain.status in (200, 400)
+    assert {other.status for other in others} == {plain.status}
+
+
+def test_a_slash_at_the_end_opens_no_path(tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.yaml", "shop", scopes=["generate"])
+    headers = {"authorization": f"Bearer {key}"}
+    with serving(build_api(ScriptedPool(), ServeSettings(page=False, keys_file=str(tmp_path / "keys.yaml")))) as port:
+        assert ask(port, "GET", "/metrics/", headers=headers).error["code"] == "insufficient_scope"
+        assert ask(port, "GET", "/v1/models/").error["code"] == "missing_api_key"
 
 
 def test_every_reply_has_a_request_id_and_security_headers(port: int) -> None:
