@@ -17,7 +17,7 @@ from engine.files import write_json
 from engine.pipeline.image_encoding import save_png
 from engine.pipeline.image_files import captioned_sheet
 
-_WIDEST = 1024  # pixels of a sheet whose columns nobody chose
+_WIDEST = 1024  # pixels of a sheet without a number of columns
 
 
 def sheet_parser(doc: str | None, name: str, *, candidates: int, seed: int) -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@
  */
 
 import { createPdf } from "./pdf.js";
-import { PROVENANCE, XMP, readTexts } from "./png_text.js";
+import { PROVENANCE, XMP, commonMark, readTexts } from "./png_text.js";
 import { formatNumber, language, t } from "./texts.js";
 
 // Points, of 1/72 inch.
@@ -78,14 +78,6 @@ export async function contactSheet(pictures) {
 async function marksOf(png) {
   const texts = readTexts(new Uint8Array(await png.arrayBuffer()));
   return { provenance: texts?.get(PROVENANCE) ?? "null", xmp: texts?.get(XMP) ?? "" };
-}
-
-/**
- * @param {string[]} packets
- * @returns {string} what holds for all of them: one that is a composite makes the sheet one
- */
-function commonMark(packets) {
-  return packets.find((xmp) => xmp.includes("compositeWith")) ?? packets.find(Boolean) ?? "";
 }
 
 /**

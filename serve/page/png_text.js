@@ -70,3 +70,11 @@ export function withTexts(file, texts) {
   parts.reduce((at, part) => (made.set(part, at), at + part.length), 0);
   return made;
 }
+
+/**
+ * @param {string[]} packets XMP of images
+ * @returns {string} what holds for all of them: one that is a composite makes the sheet one
+ */
+export function commonMark(packets) {
+  return packets.find((xmp) => xmp.includes("compositeWith")) ?? packets.find(Boolean) ?? "";
+}

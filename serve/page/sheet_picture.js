@@ -4,7 +4,7 @@
 
 import { showBriefly } from "./elements.js";
 import { inLanguageShown, wordShown } from "./model.js";
-import { PROVENANCE, SHEET, XMP, readTexts, withTexts } from "./png_text.js";
+import { PROVENANCE, SHEET, XMP, commonMark, readTexts, withTexts } from "./png_text.js";
 import { columnsFor } from "./sheet.js";
 import { formatNumber, t } from "./texts.js";
 
@@ -178,12 +178,12 @@ function writeLabel(context, { text, x, y, width, style, isCentred }) {
  */
 async function textsOf(title, place, generations) {
   const cells = [];
-  let mark = "";
+  const marks = [];
   for (const { request, images } of generations) {
     for (const { blob, isShown } of images) {
       if (!isShown) continue;
       const texts = readTexts(new Uint8Array(await blob.arrayBuffer()));
-      mark ||= texts?.get(XMP) ?? "";
+      marks.push(texts?.get(XMP) ?? "");
       // As text: a seed may have more digits than a JavaScript number.
       cells.push(`{"cell":${request.sheet?.cell ?? 0},"provenance":${texts?.get(PROVENANCE) ?? "null"}}`);
     }
@@ -193,6 +193,7 @@ async function textsOf(title, place, generations) {
     ["Description", [title, place.caption].filter(Boolean).join(": ")],
     [SHEET, `${head},"images":[${cells.join(",")}]}`],
   ]);
+  const mark = commonMark(marks);
   if (mark) texts.set(XMP, mark);
   return texts;
 }

@@ -201,6 +201,13 @@ def test_a_single_request_does_not_wait_for_a_sheet(open_in: Open, slow_site: Ma
         gate.open()
 
 
+def test_one_composite_makes_a_sheet_a_composite(page: Page) -> None:
+    whole, composite = xmp_packet("trainedAlgorithmicMedia"), xmp_packet("compositeWithTrainedAlgorithmicMedia")
+    body = "return a.map(m.commonMark);"
+    cases: list[list[str]] = [[whole, whole], [whole, "", composite], ["", whole], [""], []]
+    assert module(page, "png_text", body, cases) == [whole, composite, whole, "", ""]
+
+
 def test_png_texts_are_read_and_written_as_the_engine_does(page: Page) -> None:
     file = io.BytesIO()
     Image.new("RGB", (3, 2), (9, 8, 7)).save(file, format="PNG")
