@@ -1,11 +1,12 @@
 """Where the time of decoding an image goes on a CPU, layer by layer, beside the machine's limit: python benchmarks/codec_layers.py
 
-Decodes at the published size (random weights) on one thread, as each thread of a batch does, with the two ways of
-engine.codec.vqgan_cpu, and times every step of the network. Times are of the processor, best of `--repeat`.
+Decodes at the published size (random weights) on one thread, as each thread of a batch does, with the ways of engine.codec.vqgan_cpu
+(compiled convolutions and torch's operators in float32, 8-bit convolutions with compiled ones elsewhere), and times every step. Times are of the processor, best of `--repeat`.
 
 The floor of a step is its products over the speed of the processor's best convolution or matrix product in that type, measured in the
 same run: in float32 those that Winograd needs (a quarter of a direct convolution's; 25 of 144 after a doubling), in 8 bits a direct
 convolution's, but Winograd's for the doublings, which stay in float32. Passes over memory are not in it: rows stay in the cache.
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 with `--tag=-avx2` limits all to AVX2.
 The last line is one JSON document, also stored in <out>/results/codec_layers/<hardware>.json.
 """
 
@@ -25,11 +26,13 @@ from sampling.plan import published_sizes
 from text_table import table
 from torch import Tensor
 
+from engine.codec.compiled_convolution import convolution_library
 from engine.codec.vqgan_cpu import CpuDecoder, _Attention, _Block
-from engine.codec.vqgan_row_tiles import ThreadPool, convolve
+from engine.codec.vqgan_row_tiles import Activation, ThreadPool, convolve
 from engine.device import cpu_capabilities
 from engine.facts import facts
 from engine.models.vqgan import Vqgan
+from kernels.convolution import CompiledConv
 from kernels.int8_conv import Int8Conv
 
 _CPU = torch.device("cpu")
@@ -47,10 +50,14 @@ class Layer(NamedTuple):
 _WINOGRAD, _DOUBLED = 36 / 144, 25 / 144  # products of a direct convolution's that are left
 
 
+_COMPILED, _TORCH = "float32, compiled", "float32, torch's operators"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--tag", default="", help="of the stored file's name")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,19 +66,26 @@ def main() -> int:
     document["gflops"] = peaks = _peaks(arguments.repeat)
     document["rows"] = []
     with torch.no_grad():
-        for precision in ("float32", "int8") if cpu_capabilities().packs_int8 else ("float32",):
-            decoder = CpuDecoder(vqgan.decoder, int8=precision == "int8")
+        for way in _ways():
+            decoder = CpuDecoder(
+                vqgan.decoder, int8=way == "int8", library=None if way == _TORCH else convolution_library()
+            )
             rows = _layers(decoder, vqgan.latent_table()[:256].view(16, 16, -1), arguments.repeat)
             for name, (seconds, direct, left, kind) in rows.items():
                 floor_s = direct * left / peaks[kind] / 1e9
                 document["rows"].append({
-                    "precision": precision, "layer": name, "ms": round(1e3 * seconds, 1), "gflop": round(direct / 1e9, 1),
+                    "way": way, "layer": name, "ms": round(1e3 * seconds, 1), "gflop": round(direct / 1e9, 1),
                     "floor_ms": round(1e3 * floor_s, 1), "share_of_floor": round(floor_s / seconds, 2),
                 })  # fmt: skip
     _print(document)
-    store_document(document, arguments.out, quick=False)
+    store_document(document, arguments.out, quick=False, tag=arguments.tag)
     print_document(document)
     return 0
+
+
+def _ways() -> list[str]:
+    compiled = [_COMPILED] if convolution_library() is not None else []
+    return [*compiled, _TORCH, *(["int8"] if cpu_capabilities().packs_int8 else [])]
 
 
 def _peaks(repeat: int) -> dict[str, float]:
@@ -150,6 +164,12 @@ def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, Layer]:
             double = functools.partial(convolve, step, stream, larger, threads, spans=int8)
             moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, double)
             stream = larger
+    image = threads.buffer("image", *stream.shape[:2], decoder._last.channels_out)
+    run = functools.partial(convolve, decoder._last, stream, image, threads, measured=False)
+    activation = Activation.after(decoder._last_norm, moments)
+    direct = 18 * stream.numel() * image.shape[2]
+    left = _WINOGRAD if isinstance(decoder._last, CompiledConv) else 1
+    timed("last convolution", direct, left, lambda: run(activation=activation))
     return dict(found)
 
 
@@ -165,8 +185,8 @@ def _best(work: Callable[[], Any], repeat: int) -> float:
 
 def _print(document: dict[str, Any]) -> None:
     print("GFLOP/s of one core:", ", ".join(f"{name} {value}" for name, value in document["gflops"].items()))
-    for precision in dict.fromkeys(row["precision"] for row in document["rows"]):
-        rows = [row for row in document["rows"] if row["precision"] == precision]
+    for way in dict.fromkeys(row["way"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["way"] == way]
         total = sum(row["ms"] for row in rows)
         lines = [
             [
@@ -190,7 +210,7 @@ def _print(document: dict[str, Any]) -> None:
                 f"{floor / total:.0%}",
             ]
         )
-        print(table(precision, ["layer", "ms", "share", "GFLOP", "floor ms", "floor/it"], lines))
+        print(table(way, ["layer", "ms", "share", "GFLOP", "floor ms", "floor/it"], lines))
 
 
 if __name__ == "__main__":

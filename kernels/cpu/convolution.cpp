@@ -22,6 +22,7 @@ constexpr int kRows = 6, kPanels = 1;
 int parts_of(int number, int most) { return (number + most - 1) / most; }
 int start_of(int number, int part, int parts) { return static_cast<int>(static_cast<int64_t>(number) * part / parts); }
 int least(int a, int b) { return a < b ? a : b; }
+void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 int padded(int channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
 // The blocks of an image.
@@ -76,7 +77,7 @@ void multiply(const float* spectra, int64_t step, const float* panel, int C, flo
           for (int p = 0; p < Panels; ++p) sums[r][p] = fma(x, weights[p], sums[r][p]);
         }
       }
-      for (int i = 0; i < lines; ++i, next += kLanes) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      for (int i = 0; i < lines; ++i, next += kLanes) prefetch(next);
     }
     for (int r = 0; r < Rows; ++r)
       for (int p = 0; p < Panels; ++p) {
@@ -123,7 +124,7 @@ void fill(const Convolution& convolution, const Image& image, const Block& block
     for (int j = 0; j < first; ++j) store(pixels + j * kLanes, all(0.0f));
     if (activates) {
       for (int j = first; j < last; ++j) {
-        _mm_prefetch(reinterpret_cast<const char*>(from + j * C + kLanes), _MM_HINT_T1);  // the next channels'
+        prefetch(from + j * C + kLanes);  // the next channels'
         store(pixels + j * kLanes, silu(fma(load(from + j * C), scale, shift)));
       }
     } else {
@@ -227,8 +228,6 @@ struct Convolving {
     const int64_t C = convolution.inputs, size = C * Panels * kLanes;
     const int lines = parts_of(Panels * kLanes, block.groups);  // of the next panel, for each sixteen channels
     for (int f = 0; f < kProducts; ++f, weights += size) {
-      for (int tile = start_of(block.tiles(), f, kProducts); tile < start_of(block.tiles(), f + 1, kProducts); ++tile)
-        prefetch_pixels<Panels>(block, tile, panel);
       const int source = Kind::kSource[f / Kind::kFrequencies] * Kind::kSpectrum + Kind::kSource[f % Kind::kFrequencies];
       for (int group = 0; group < block.groups; ++group) {
         const int first = block.first(group), height = block.first(group + 1) - first;
@@ -238,16 +237,6 @@ struct Convolving {
                                     kProducts * kRows * kLanes, weights + size + group * size / block.groups, lines);
       }
     }
-  }
-
-  // The target's cache lines are fetched while products are computed.
-  template <int Panels>
-  void prefetch_pixels(const Block& block, int tile, int panel) const {
-    const int64_t K = convolution.outputs, row = K * target_width();
-    const float* to = image.target + kTile * (block.top + tile / block.width) * row + kTile * (block.left + tile % block.width) * K + panel * kLanes;
-    for (int i = 0; i < kTile; ++i)
-      for (int j = 0; j < kTile; ++j)
-        for (int p = 0; p < Panels; ++p) __builtin_prefetch(to + i * row + j * K + p * kLanes, 1);
   }
 
   // Sixteen outputs of a block.
@@ -283,6 +272,7 @@ struct Convolving {
     for (int i = 0; i < (Whole ? kTile : rows); ++i) {
       for (int j = 0; j < (Whole ? kTile : columns); ++j) {
         float* place = to + i * row + j * K;
+        prefetch(place + kLanes);  // the next panel's
         Floats& y = tile[i][j];
         y = y + bias;
         if (Whole) {
