@@ -36,8 +36,9 @@ class Codec(NamedTuple):
         """The torch codec, in the models' dtype. It holds copies of the weights: build a new one after training on.
 
         Args:
-            int8: 8-bit convolutions in the VQGAN decoder, or bfloat16 where that is faster (`fastest_precision`); where there
-                are none (a CPU without VNNI, another family of codec) the codec's dtype, which one line on stderr reports.
+            int8: the fastest decoding of a VQGAN on a CPU (`fastest_precision`): compiled float32, without a compiler 8-bit convolutions,
+                or bfloat16; where there is none of them (a CPU without VNNI, another family of codec) the codec's dtype, which one
+                line on stderr reports.
 
         Raises:
             InputError: `int8` on a GPU.
@@ -47,6 +48,8 @@ class Codec(NamedTuple):
         precision = dtypes.get(weight.dtype, "float32")
         if int8 and not isinstance(vqgan.config, VqganConfig):
             _report_no_int8(precision, f"which is not made for a codec of the family {vqgan.config.family}")
+        elif int8 and weight.device.type == "cpu" and fastest_precision(vqgan) == "float32":
+            precision = "float32"
         elif int8 and weight.device.type == "cpu" and not decodes_int8(weight.device):
             isa = cpu_capabilities().isa
             _report_no_int8(precision, f"which is slower on a processor without VNNI ({isa})")

@@ -50,9 +50,9 @@ class FastDecoder:
 
     Args:
         codec: on a CPU or a GPU, of any dtype; not changed. Its decoder is read once more for a grid that is no whole tiles.
-        precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, CPU
-            only: 1.6 times as fast as float32 in wide decoders (benchmarks/results/codec_layers). VQGANs only. `fastest_precision`
-            chooses.
+        precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, VQGANs on a CPU only:
+            1.4 times as fast as float32 by torch's operators in wide decoders, and no faster than compiled float32
+            (benchmarks/results/codec_layers). `fastest_precision` chooses.
         way: of VQGANs in float32 on a CPU; None: the fastest. `modules`: an image a thread; `row tiles`: by torch's operators, also of
             int8; `compiled`: where the package was built with a C++ compiler and the decoder's widths are multiples of 16.
 
@@ -82,7 +82,7 @@ class FastDecoder:
         elif precision == "int8" or (precision == "float32" and (way or _fastest_way(codec)) != "modules"):
             self._library = _library(codec) if way in ("compiled", None) else None
             self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8", library=self._library)
-            self._source = codec.decoder
+            self._source, self._table = codec.decoder, self._table.float()
         else:
             module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
             keeps_layout = dtype != torch.bfloat16 and _is_narrow(codec)
@@ -175,11 +175,13 @@ def decodes_int8(device: torch.device) -> bool:
 
 
 def fastest_precision(codec: ImageCodec) -> Precision:
-    """Where images may differ a little from float32's, and `decodes_int8` holds: int8, but bfloat16 for narrow VQGANs.
+    """Where images may differ a little from float32's: float32 all the same where convolutions are compiled, as nothing is faster.
 
-    Narrow convolutions end before the passes over their input have paid: at 32 channels and 128 pixels (models/clothing) an image takes
+    Without them, and where `decodes_int8` holds: int8, but bfloat16 for narrow VQGANs. Narrow convolutions end before the passes over their input have paid: at 32 channels and 128 pixels (models/clothing) an image takes
     36 ms of an AVX512_BF16 core in int8 and 27 ms in bfloat16, which is as near to float32 (benchmarks/results/codec_speed).
     """
+    if _library(codec) is not None:
+        return "float32"
     return "bfloat16" if _is_narrow(codec) and cpu_capabilities().multiplies_bfloat16 else "int8"
 
 

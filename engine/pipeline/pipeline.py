@@ -145,8 +145,8 @@ class Pipeline:
         Args:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
-            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly; in the VQGAN decoder where the
-                processor has VNNI.
+            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly. The VQGAN decoder stays in float32 where it is
+                compiled, as nothing is faster; else it is in 8 bits where the processor has VNNI.
             weights: the transformer's, as decoding on a CPU reads them: int8, or int4, smaller and coarser. None: as `int8` says.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).

@@ -329,11 +329,11 @@ void kodalle_pack_convolution(const Convolution* convolution, const float* spect
   for (int panel = 0; panel < panels; panel += kPanels) {
     const int width = least(kPanels, panels - panel) * kLanes;
     for (int f = 0; f < frequencies(*convolution); ++f)
-      for (int64_t c = 0; c < C; ++c)
-        for (int n = 0; n < width; ++n) {
-          const int64_t k = panel * kLanes + n;
-          *to++ = k < K ? spectra[(f * C + c) * K + k] : 0.0f;
-        }
+      for (int64_t c = 0; c < C; ++c, to += width) {
+        const int64_t first = panel * kLanes, there = K - first < width ? K - first : width;
+        std::memcpy(to, spectra + (f * C + c) * K + first, there * sizeof(float));
+        std::memset(to + there, 0, (width - there) * sizeof(float));
+      }
   }
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.codec import codec
+from engine.codec import codec, vqgan_decoder
 from engine.codec.codec import open_codec
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import (
@@ -260,8 +260,11 @@ def test_onnx_has_no_int8(exported: Path) -> None:
         open_codec(exported, vqgan, None, backend="onnx", device=CPU, int8=True)
 
 
-def test_int8_where_the_processor_gains_by_it(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_where_the_processor_gains_by_it(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     codec._report_no_int8.cache_clear()
+    monkeypatch.setattr(vqgan_decoder, "convolution_library", lambda: None)  # without a compiler
     vqgan = load_part(model, "vqgan")
     decoders = [open_codec(model, vqgan, None, backend="torch", device=CPU, int8=True).decoder for _ in range(2)]
     assert isinstance(decoders[0], FastDecoder)

@@ -1,5 +1,6 @@
 """The fast decoder: the VQGAN's images, batch invariance, refused inputs, the error of 8-bit convolutions."""
 
+import copy
 import dataclasses
 import threading
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.codec import compiled_convolution, vqgan_decoder, vqgan_row_tiles
+from engine.codec.codec import Codec
 from engine.codec.compiled_convolution import convolution_library
 from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
@@ -266,12 +268,34 @@ def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: p
         FastDecoder(vqgan, precision="int8")
 
 
+@needs_vnni
+def test_int8_of_a_bfloat16_codec_is_that_of_its_weights(vqgan: Vqgan) -> None:
+    tokens, half = _tokens(vqgan, 2), copy.deepcopy(vqgan).bfloat16()
+    found = FastDecoder(half, precision="int8").decode(tokens)
+    assert torch.equal(found, FastDecoder(half.float(), precision="int8").decode(tokens))
+
+
+@needs_library
+def test_a_bfloat16_codec_is_decoded_in_compiled_float32_for_int8(vqgan: Vqgan) -> None:
+    tokens, half = _tokens(vqgan, 2), copy.deepcopy(vqgan).bfloat16()
+    decoder = Codec.of(half, None, int8=True).decoder
+    assert decoder.precision == "float32"
+    assert torch.equal(decoder.decode(tokens), FastDecoder(half.float()).decode(tokens))
+
+
 @pytest.mark.parametrize(
-    ("channels", "multiplies", "expected"), [(32, True, "bfloat16"), (32, False, "int8"), (64, True, "int8")]
+    ("channels", "multiplies", "library", "expected"),
+    [
+        (32, True, None, "bfloat16"),
+        (32, False, None, "int8"),
+        (64, True, None, "int8"),
+        (32, True, object(), "float32"),
+    ],
 )
-def test_narrow_decoders_take_bfloat16_for_int8_where_the_machine_multiplies_it(
-    channels: int, multiplies: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_the_fastest_precision(
+    channels: int, multiplies: bool, library: object, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vqgan_decoder, "convolution_library", lambda: library)
     capable = dataclasses.replace(cpu_capabilities(), multiplies_bfloat16=multiplies, packs_int8=True)
     monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: capable)
     narrow = Vqgan(VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels})))
