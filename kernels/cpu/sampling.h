@@ -4,25 +4,12 @@
 // too near to be sure of the reference's choice, the row is marked, and the caller asks the reference.
 #pragma once
 
-#include "lanes.h"
 #include "step.h"
+#include "words.h"
 
 namespace kodalle {
 
 constexpr float kClose = 1e-4f;  // of scores; ours differ from the reference's by less than a tenth of that
-
-struct Words {
-  uint32_t v[kLanes];
-};
-
-// High and low halves of 32 x 32 bit products.
-inline void multiply(const Words& a, uint32_t b, Words* high, Words* low) {
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a.v[i]) * b;
-    high->v[i] = static_cast<uint32_t>(product >> 32);
-    low->v[i] = static_cast<uint32_t>(product);
-  }
-}
 
 // Ten rounds of Philox-4x32 on sixteen counters (Salmon et al. 2011).
 inline void philox(uint64_t seed, Words (&c)[4]) {
@@ -31,12 +18,10 @@ inline void philox(uint64_t seed, Words (&c)[4]) {
     Words high0, low0, high1, low1;
     multiply(c[0], 0xD2511F53u, &high0, &low0);
     multiply(c[2], 0xCD9E8D57u, &high1, &low1);
-    for (int i = 0; i < kLanes; ++i) {
-      c[0].v[i] = high1.v[i] ^ c[1].v[i] ^ k0;
-      c[1].v[i] = low1.v[i];
-      c[2].v[i] = high0.v[i] ^ c[3].v[i] ^ k1;
-      c[3].v[i] = low0.v[i];
-    }
+    c[0] = high1 ^ c[1] ^ all_words(k0);
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ all_words(k1);
+    c[3] = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -90,16 +75,10 @@ inline void sample_row(const Sample& sample, int row) {
   alignas(64) float bits[4 * kLanes];
   for (int first = 0; first < V; first += 4 * kLanes) {
     if (temperature > 0) {
-      Words words[4];
-      for (int i = 0; i < kLanes; ++i) {
-        words[0].v[i] = static_cast<uint32_t>(first / 4 + i);
-        words[1].v[i] = static_cast<uint32_t>(sample.positions[row]);
-        words[2].v[i] = static_cast<uint32_t>(sample.candidates[row]);
-        words[3].v[i] = 0;
-      }
+      Words words[4] = {by_quarters(static_cast<uint32_t>(first / 4)), all_words(static_cast<uint32_t>(sample.positions[row])),
+                        all_words(static_cast<uint32_t>(sample.candidates[row])), all_words(0)};
       philox(static_cast<uint64_t>(sample.seeds[row]), words);
-      for (int i = 0; i < kLanes; ++i)
-        for (int word = 0; word < 4; ++word) bits[4 * i + word] = static_cast<float>(words[word].v[i]);
+      store_interleaved(bits, to_floats(words[0]), to_floats(words[1]), to_floats(words[2]), to_floats(words[3]));
     }
     for (int part = first; part < V && part < first + 4 * kLanes; part += kLanes) {
       Floats score = load(scores + part) / divisor;
