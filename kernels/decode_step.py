@@ -33,6 +33,7 @@ PARTS = (
 )  # of step.h
 LANES = 16  # what outputs and channels must be a multiple of
 _INTERFACE = 2  # of step.h
+_SCORES_OF_A_THREAD = 1 << 16  # a sixth of a millisecond: less is sampled before another thread wakes
 _Pointer, _Int, _Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -182,7 +183,8 @@ def sample(
     is_close = torch.empty(R, dtype=torch.bool, device=logits.device)
     columns = [column.contiguous() for column in (temperature, seeds, candidates, positions)]
     job = Sample(R, V, logits.data_ptr(), *(part.data_ptr() for part in (*columns, tokens, is_close)))
-    library.kodalle_sample(ctypes.byref(job), torch.get_num_threads())
+    num_threads = 1 if R * V < _SCORES_OF_A_THREAD else torch.get_num_threads()
+    library.kodalle_sample(ctypes.byref(job), num_threads)
     return tokens, is_close
 
 

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import cast
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config.transformer import TransformerConfig
+from engine.decoding.cpu.thread_choice import ThreadChoice
 from engine.decoding.kv_cache import Prefix, PrefixRef
 from engine.decoding.step_model import NO_PADDING, CompiledModel, StepCache, StepModel
 from engine.device import compiled_set
@@ -91,6 +93,9 @@ class CompiledStep(CompiledModel):
     def __init__(self, model: KoDalle, kind: WeightKind, found: ctypes.CDLL) -> None:
         self.config, self._library, self._kind = model.config, found, kind
         self._kept: list[object] = []  # what the structures point to
+        # By rows: times of as many rows compare.
+        self._feed_threads: defaultdict[int, ThreadChoice] = defaultdict(ThreadChoice)
+        self._predict_threads: defaultdict[int, ThreadChoice] = defaultdict(ThreadChoice)
         self._prepared: weakref.WeakKeyDictionary[Prefix, dict[int, tuple[Tensor, Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -129,15 +134,23 @@ class CompiledStep(CompiledModel):
         return CompiledBatch(self, rows, guided, unconditional_rows, guidance)
 
     def run_feed(self, cache: "CompiledCache", feed: decode_step.Feed) -> None:
-        """Computes `feed`, on as many threads as torch has."""
-        self._library.kodalle_feed(
-            ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(cache.prefixes), ctypes.byref(feed),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        """Computes `feed`, on all of torch's threads or on one: see `ThreadChoice`."""
+
+        def run(num_threads: int) -> None:
+            self._library.kodalle_feed(
+                ctypes.byref(self._model), ctypes.byref(cache.struct), ctypes.byref(cache.prefixes), ctypes.byref(feed),
+                num_threads,
+            )  # fmt: skip
+
+        self._feed_threads[feed.num_rows].run(run, torch.get_num_threads())
 
     def run_predict(self, predict: decode_step.Predict) -> None:
-        """Computes `predict`, on as many threads as torch has."""
-        self._library.kodalle_predict(ctypes.byref(self._model), ctypes.byref(predict), torch.get_num_threads())
+        """Computes `predict`, alike."""
+
+        def run(num_threads: int) -> None:
+            self._library.kodalle_predict(ctypes.byref(self._model), ctypes.byref(predict), num_threads)
+
+        self._predict_threads[predict.num_rows].run(run, torch.get_num_threads())
 
     def prepared(self, ref: PrefixRef) -> tuple[Tensor, Tensor]:
         """A caption's keys (L, H, P / 16 rounded up, D, 16) and values (L, H, P, D) as the library reads them."""
