@@ -31,7 +31,7 @@ from serve.api.keys import add_key
 
 ServerKind = Literal["direct", "ray", "stock"]
 
-_READY_WITHIN_S = 180.0
+_READY_WITHIN_S = 400.0  # Ray, on a machine that others load
 _STOPPED_WITHIN_S = 60.0
 
 
