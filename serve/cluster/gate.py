@@ -12,6 +12,8 @@ Behaviour of Ray's proxy that is unsafe at a public address, and what the gate d
     plain-text errors      become the error object that every other reply carries.
     /-/routes              lists the deployments to anyone. It is 404; /-/healthz stays for probes.
     errors of its own      carry the CORS headers of the API server's replies, for the same origins.
+    slow readers           hold what Ray keeps for a request, some 150 KB, until the last byte is read. A reply is taken up to
+                           `_HELD_BYTES` ahead of its client, so Ray is done with a small one at once.
     a dying API server     its requests become 500. A request without any reply yet is sent to another API server, once:
                            generation may be repeated.
 
@@ -20,9 +22,12 @@ The API server has its own limits and its own deadline and is safe without the g
 No torch, no ray.
 """
 
+import asyncio
+import contextlib
 import os
 import re
-from collections.abc import Collection, MutableMapping
+from collections import deque
+from collections.abc import AsyncIterator, Collection, MutableMapping
 from typing import Any
 
 import uvicorn.config
@@ -40,6 +45,7 @@ ORIGINS_VARIABLE = "KODALLE_ALLOWED_ORIGINS"  # separated by spaces
 _STEERING = frozenset(
     ("x_request_timeout_seconds", "x_request_disconnect_disabled", "serve_multiplexed_model_id", "x_session_id")
 )
+_HELD_BYTES = 64 * 1024
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _API_SERVER_HEADER = (
     b"content-security-policy"  # on every reply of an API server (serve/api/middleware.py), on none of Ray's
@@ -77,8 +83,9 @@ class Gate:
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive, self._max_body_bytes)
         for is_last_attempt in (False, True):
-            reply = _Reply(send, body)
-            await self._app(_scope_copy(scope), body.from_start(), reply)
+            async with _sent_behind(send) as take:
+                reply = _Reply(take, body)
+                await self._app(_scope_copy(scope), body.from_start(), reply)
             if reply.is_started or body.is_gone:
                 return
             if body.is_too_large:
@@ -133,6 +140,47 @@ class _Body:
         if self._kept is not None:
             self._kept.append(message)
         return message
+
+
+@contextlib.asynccontextmanager
+async def _sent_behind(send: Send) -> AsyncIterator[Send]:
+    """A `send` that does not wait for its client, up to `_HELD_BYTES`; the block ends when all is sent."""
+    waiting: deque[Message] = deque()
+    held_bytes, is_over = 0, False
+    changed = asyncio.Condition()
+
+    async def write() -> None:
+        nonlocal held_bytes
+        while True:
+            async with changed:
+                await changed.wait_for(lambda: waiting or is_over)
+                if not waiting:
+                    return
+                message = waiting.popleft()
+            try:
+                await send(message)
+            finally:
+                async with changed:
+                    held_bytes -= len(message.get("body", b""))
+                    changed.notify_all()
+
+    async def take(message: Message) -> None:
+        nonlocal held_bytes
+        async with changed:
+            await changed.wait_for(lambda: held_bytes < _HELD_BYTES or writer.done())
+            held_bytes += len(message.get("body", b""))
+            waiting.append(message)
+            changed.notify_all()
+
+    writer = asyncio.create_task(write())
+    try:
+        yield take
+        async with changed:
+            is_over = True
+            changed.notify_all()
+        await writer
+    finally:
+        writer.cancel()
 
 
 class _Reply:

@@ -263,3 +263,69 @@ def test_its_own_errors_can_be_read_by_a_listed_browser_app(
     sent = through(overloaded, headers=[(b"origin", origin)], origins=origins)
     assert status_and_body(sent)[1]["error"]["code"] == "queue_full"
     assert ((b"access-control-allow-origin", origin) in sent[0]["headers"]) is is_listed
+
+
+# ------------------------------------------------------------------------------------------------------- slow clients
+
+
+def slow_reply(parts: int, *, is_read_after: int | None) -> list[str]:
+    """What happens, in order, when an app sends parts of 32 KiB to a client that reads nothing before.
+
+    Args:
+        is_read_after: parts that the app has sent; None: the app is done.
+    """
+    events: list[str] = []
+
+    async def run() -> None:
+        reads = asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": list(API_SERVER_HEADERS)})
+            for number in range(parts):
+                if number == is_read_after:
+                    asyncio.get_running_loop().call_later(0.05, reads.set)
+                await send({"type": "http.response.body", "body": bytes(2**15), "more_body": number < parts - 1})
+                events.append("sent")
+            events.append("done")
+            reads.set()
+
+        async def send(message: Message) -> None:
+            await reads.wait()
+            events.append("read" if message["type"] == "http.response.body" else "start")
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope: Scope = {"type": "http", "method": "GET", "path": "/page/main.js", "headers": []}
+        await asyncio.wait_for(Gate(app, max_body_bytes=100)(scope, receive, send), 20)
+
+    asyncio.run(run())
+    return events
+
+
+def test_ray_is_done_with_a_small_reply_before_its_client_is() -> None:
+    assert slow_reply(2, is_read_after=None) == ["sent", "sent", "done", "start", "read", "read"]
+
+
+def test_a_large_reply_waits_for_its_client() -> None:
+    events = slow_reply(8, is_read_after=2)
+    assert events.index("start") == 2, "64 KiB ahead of it at most"
+    assert (events.count("sent"), events.count("read")) == (8, 8)
+
+
+def test_a_client_that_fails_ends_its_reply() -> None:
+    async def send(message: Message) -> None:
+        raise ConnectionResetError
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(API_SERVER_HEADERS)})
+        for _ in range(20):
+            await send({"type": "http.response.body", "body": bytes(2**15), "more_body": True})
+            await asyncio.sleep(0)
+
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(asyncio.wait_for(Gate(app, max_body_bytes=100)(scope, receive, send), 20))
