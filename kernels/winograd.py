@@ -1,5 +1,7 @@
 """3x3 convolutions of one image by Winograd's algorithm, for CPUs: 4x4 pixels a tile, a quarter of the products.
 
+By torch's operators, where kernels.convolution was not compiled or has no such width; its weights are transformed here, too.
+
     out tile = A^T [ (G w G^T) * (B^T in tile B) ] A        summed over the channels in
 
 A 6x6 tile goes in, a 4x4 tile comes out, 36 products for 144. The products of one frequency are a matrix product over
