@@ -12,8 +12,8 @@ Behaviour of Ray's proxy that is unsafe at a public address, and what the gate d
     plain-text errors      become the error object that every other reply carries.
     /-/routes              lists the deployments to anyone. It is 404; /-/healthz stays for probes.
     errors of its own      carry the CORS headers of the API server's replies, for the same origins.
-    slow readers           hold what Ray keeps for a request, some 150 KB, until the last byte is read. A reply is taken up to
-                           `_HELD_BYTES` ahead of its client, so Ray is done with a small one at once.
+    slow readers           hold a request of Ray's until the last byte is read. A reply is taken up to `_HELD_BYTES` ahead of its
+                           client, so Ray is done with a small one at once.
     a dying API server     its requests become 500. A request without any reply yet is sent to another API server, once:
                            generation may be repeated.
 
