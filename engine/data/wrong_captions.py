@@ -6,7 +6,8 @@ subject change places: only that fact is left to tell them apart by (NegCLIP, Yu
 values instead of words).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from engine.data.caption_guide import KnownAttributes
 from engine.data.formats import grammar_of
 
 _DRAWS = 8  # attempts at another value before a fact is given up: nearly all captions state the same one
+
+
+class Question(NamedTuple):
+    """Whether a caption fits an image better than wrong versions of it do."""
+
+    right: str
+    wrong: tuple[str, ...]  # one at least
 
 
 class WrongCaptions:
@@ -46,38 +54,33 @@ class WrongCaptions:
                     return self._changed(facts, places[0], value)
         return None
 
-    def by_question(self, caption: str, *, most: int) -> list[list[str]]:
-        """Wrong versions by what an image is asked: one list for each fact, its other values; then two for each two colours
-        of a subject: which is the main one (exchanged), and whether there is any other (the second alone, in the first's
-        place). No more than `most` in all, the first values of every fact first; no list is empty.
+    def questions(self, caption: str, *, most: int) -> list[Question]:
+        """What an image is asked about a caption; no more than `most` wrong captions in all, the first values of each fact first.
+
+        Whether each fact's value fits better than its other values: a second colour's in the whole caption, all others' in
+        one without second colours, which would speak for images in that colour alone. And of a subject's two colours, whether
+        they fit better than exchanged, and better than the second alone, in the place of the first.
         """
         facts = self._grammar.facts(caption)
         pairs = list(self._exchanges(facts))
-        of_colours = [[version] for one, other in pairs for version in self._of_colours(facts, one, other)][:most]
+        seconds = {other for _, other in pairs}
+        whole, of_colours = self._grammar.write(facts), list[Question]()
+        for one, other in pairs:
+            alone = self._changed(facts, one, facts[other].value, without={other})
+            of_colours += [Question(whole, (self._exchanged(facts, one, other),)), Question(whole, (alone,))]
+        of_colours = of_colours[:most]
         others = [
             [value for value in dict.fromkeys(self._values.get(fact[:2], ())) if value not in _stated(facts, place)]
             for place, fact in enumerate(facts)
         ]
-        room = most - len(of_colours)
-        counts = [0] * len(facts)
-        for number in range(max((len(values) for values in others), default=0)):
-            for place, values in enumerate(others):
-                if number < len(values) and sum(counts) < room:
-                    counts[place] = number + 1
-        of_facts = [
-            [self._changed(facts, place, value) for value in values[: counts[place]]]
-            for place, values in enumerate(others)
-        ]
-        return [versions for versions in of_facts if versions] + of_colours
-
-    def _of_colours(self, facts: Sequence[Fact], one: int, other: int) -> tuple[str, str]:
-        """Of two colours: exchanged; the other alone, in the place of the one."""
-        alone = [
-            fact._replace(value=facts[other].value) if place == one else fact
-            for place, fact in enumerate(facts)
-            if place != other
-        ]
-        return self._exchanged(facts, one, other), self._grammar.write(alone)
+        found = []
+        for place, count in enumerate(_shares([len(values) for values in others], most - len(of_colours))):
+            without = set() if place in seconds else seconds
+            wrong = [self._changed(facts, place, value, without=without) for value in others[place][:count]]
+            if wrong:
+                right = self._changed(facts, place, facts[place].value, without=without)
+                found.append(Question(right, tuple(wrong)))
+        return found + of_colours
 
     def _exchanges(self, facts: Sequence[Fact]) -> Iterator[tuple[int, int]]:
         colours = [place for place, fact in enumerate(facts) if self._grammar.is_colour(fact.attribute)]
@@ -91,8 +94,10 @@ class WrongCaptions:
         changed = [fact._replace(value=values.get(place, fact.value)) for place, fact in enumerate(facts)]
         return self._grammar.write(changed)
 
-    def _changed(self, facts: Sequence[Fact], place: int, value: str) -> str:
-        return self._grammar.write([*facts[:place], facts[place]._replace(value=value), *facts[place + 1 :]])
+    def _changed(self, facts: Sequence[Fact], place: int, value: str, *, without: Collection[int] = ()) -> str:
+        """With another value of the fact at a place, and without those at some."""
+        changed = [fact._replace(value=value) if number == place else fact for number, fact in enumerate(facts)]
+        return self._grammar.write([fact for number, fact in enumerate(changed) if number not in without])
 
 
 def wrong_captions(captions: Sequence[str]) -> WrongCaptions | None:
@@ -118,6 +123,16 @@ def wrong_captions_of_model(examples: Sequence[str], attributes: KnownAttributes
         return None
     values = {(subject, name): own for subject, known in attributes.items() for name, own in known.items()}
     return WrongCaptions(grammar, values)
+
+
+def _shares(numbers: Sequence[int], most: int) -> list[int]:
+    """How many of each are taken when one of each is taken in turn, until `most`."""
+    taken = [0] * len(numbers)
+    for turn in range(max(numbers, default=0)):
+        for place, number in enumerate(numbers):
+            if turn < number and sum(taken) < most:
+                taken[place] += 1
+    return taken
 
 
 def _facts(grammar: CaptionGrammar, captions: Iterable[str]) -> Iterator[Fact]:

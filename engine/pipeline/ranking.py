@@ -5,15 +5,15 @@ kind, and those that are near to all of them win. `contrast` asks instead, of ea
 value fits the image best among those that the model knows, and of two colours which is the main one (questions of
 engine.data.wrong_captions):
 
-    contrast(image, c) = sum over questions of log softmax over {c, the question's wrong captions} of scale * cosine, at c
+    contrast(image, c) = sum over questions of log softmax over {right, wrong captions} of scale * cosine(image, .), at right
 
-One softmax over all wrong captions would let a fact of many values drown the others: which of two colours is the main one
-is a single caption among forty, and images in the second colour alone came first. A caption that states nothing which the
+One softmax over all wrong versions of a caption would let a fact of many values drown the others: which of two colours is the
+main one is a single caption among forty, and images in the second colour alone came first. A caption that states nothing which the
 model's caption guide knows has no wrong versions, and is ranked by cosine.
 
 Rankers take squares. What an oblong image has of anything is the mean over the squares that cover it.
 
-G captions, n images of each, H x W pixels, Q squares, E embed_dim, W wrong captions of a question.
+G captions, n images of each, M captions of all questions, H x W pixels, Q squares, E embed_dim, W wrong captions of a question.
 """
 
 import math
@@ -90,23 +90,22 @@ class CandidateScorer:
 
     def __call__(self, caption: str, images: Tensor, *, before_part: BeforePart = uninterrupted) -> Scores:
         """Of the candidates of a caption: (n, 3, H, W) in [0, 1]; `before_part` before each 16 images or captions."""
-        own, embeddings = self._embed_captions([caption]), self._embed_squares(images, before_part)
-        score = self._similarities(embeddings, own)[0]  # (n,)
-        questions = [] if self._wrong is None else self._wrong.by_question(caption, most=MOST_WRONG_CAPTIONS)
+        embeddings = self._embed_squares(images, before_part)
+        questions = [] if self._wrong is None else self._wrong.questions(caption, most=MOST_WRONG_CAPTIONS)
         if not questions or not isinstance(self._ranker, KoClip):
-            return Scores(score.float().cpu(), None)
-        wrong = self._embed_captions([version for versions in questions for version in versions], before_part)
-        texts = torch.cat([own, wrong])  # (1 + all W, E)
-        by_square = torch.stack(
-            [self._ranker.caption_scores(image, texts).T for image in embeddings]
-        )  # (Q, 1 + all W, n)
+            return Scores(self._similarities(embeddings, self._embed_captions([caption]))[0].float().cpu(), None)
+        asked = [text for question in questions for text in (question.right, *question.wrong)]
+        captions = list(dict.fromkeys([caption, *asked]))  # a caption is in several questions
+        texts = self._embed_captions(captions, before_part)  # (M, E)
+        score = self._similarities(embeddings, texts[:1])[0]  # (n,)
+        by_square = torch.stack([self._ranker.caption_scores(own, texts).T for own in embeddings])  # (Q, M, n)
         logits = (by_square.mean(0) * self._ranker.temperature_scale()).float()
-        sizes = [len(versions) for versions in questions]
+        place = {text: number for number, text in enumerate(captions)}
         answers = [
-            torch.cat([logits[:1], part]).log_softmax(dim=0)[0]  # (n,)
-            for part in logits[1:].split(sizes)
+            logits[[place[text] for text in (question.right, *question.wrong)]].log_softmax(dim=0)[0]  # (n,)
+            for question in questions
         ]
-        guess = -sum(math.log(1 + size) for size in sizes)
+        guess = -sum(math.log(1 + len(question.wrong)) for question in questions)
         return Scores(score.float().cpu(), torch.stack(answers).sum(0).cpu(), guess)
 
     def scores(self, captions: Sequence[str], images: Tensor) -> Tensor:

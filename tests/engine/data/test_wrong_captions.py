@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from engine.data.wrong_captions import WrongCaptions, wrong_captions, wrong_captions_of_model
+from engine.data.wrong_captions import Question, WrongCaptions, wrong_captions, wrong_captions_of_model
 
 GREY, BLACK = "상의에서 색상은 그레이이다.", "상의에서 색상은 블랙이다."
-WHITE_TOO = "상의에서 서브색상은 화이트이다."
+WHITE_TOO, BLUE_TOO = "상의에서 서브색상은 화이트이다.", "상의에서 서브색상은 블루이다."
 EXCHANGED = "상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다."
 WHITE_ALONE = "상의에서 색상은 화이트이다."
 SHIRT, HOODIE = "상의에서 카테고리는 셔츠이다.", "상의에서 카테고리는 후드티이다."
@@ -24,8 +24,19 @@ def test_one_fact_is_another_s_or_two_colours_change_places() -> None:
     expected = [f"{EXCHANGED} {SHIRT}", f"{BLACK} {WHITE_TOO} {SHIRT}", f"{GREY} {WHITE_TOO} {HOODIE}"]
     assert set(found) == set(expected)  # never the second colour alone: all captions that state one state white
     assert min(found.count(version) for version in expected) > 200 / 3 * 0.7
-    questions = [[expected[1]], [expected[2]], [expected[0]], [f"{WHITE_ALONE} {SHIRT}"]]
-    assert wrong.by_question(f"{GREY} {WHITE_TOO} {SHIRT}", most=9) == questions
+
+
+def test_questions_ask_for_each_fact_and_which_colour_is_the_main_one() -> None:
+    wrong = wrong_captions([f"{GREY} {WHITE_TOO} {SHIRT}", f"{BLACK} {BLUE_TOO} {HOODIE}", TROUSERS])
+    assert wrong is not None
+    whole = f"{GREY} {WHITE_TOO} {SHIRT}"
+    assert wrong.questions(whole, most=9) == [
+        Question(f"{GREY} {SHIRT}", (f"{BLACK} {SHIRT}",)),  # without the second colour
+        Question(whole, (f"{GREY} {BLUE_TOO} {SHIRT}",)),
+        Question(f"{GREY} {SHIRT}", (f"{GREY} {HOODIE}",)),
+        Question(whole, (f"{EXCHANGED} {SHIRT}",)),
+        Question(whole, (f"{WHITE_ALONE} {SHIRT}",)),
+    ]
 
 
 def test_values_are_drawn_as_often_as_captions_state_them() -> None:
@@ -40,16 +51,16 @@ def test_a_model_s_values_come_in_their_order_the_first_of_each_fact_first() -> 
     known = {"상의": {"색상": ["그레이", "블랙", "레드"], "카테고리": ["후드티", "셔츠", "탑"]}}
     wrong = wrong_captions_of_model([GREY], known)
     assert wrong is not None
-    colours = [f"{BLACK} {SHIRT}", f"상의에서 색상은 레드이다. {SHIRT}"]
-    assert wrong.by_question(f"{GREY} {SHIRT}", most=1) == [colours[:1]]
-    assert wrong.by_question(f"{GREY} {SHIRT}", most=3) == [colours, [f"{GREY} {HOODIE}"]]
-    kinds = [f"{GREY} {HOODIE}", f"{GREY} 상의에서 카테고리는 탑이다."]
-    assert wrong.by_question(f"{GREY} {SHIRT}", most=99) == [colours, kinds]
-    # two colours ask which is the main one, and whether there is another: before the last values of any fact
+    asked, colours = f"{GREY} {SHIRT}", (f"{BLACK} {SHIRT}", f"상의에서 색상은 레드이다. {SHIRT}")
+    kinds = (f"{GREY} {HOODIE}", f"{GREY} 상의에서 카테고리는 탑이다.")
+    assert wrong.questions(asked, most=1) == [Question(asked, colours[:1])]
+    assert wrong.questions(asked, most=3) == [Question(asked, colours), Question(asked, kinds[:1])]
+    assert wrong.questions(asked, most=99) == [Question(asked, colours), Question(asked, kinds)]
+    # what is asked about two colours comes before the values of any fact
     both = f"{GREY} {WHITE_TOO} {SHIRT}"
-    of_colours = [[f"{EXCHANGED} {SHIRT}"], [f"{WHITE_ALONE} {SHIRT}"]]
-    assert wrong.by_question(both, most=3) == [[f"{BLACK} {WHITE_TOO} {SHIRT}"], *of_colours]
-    assert wrong.by_question(both, most=1) == of_colours[:1]
+    of_colours = [Question(both, (f"{EXCHANGED} {SHIRT}",)), Question(both, (f"{WHITE_ALONE} {SHIRT}",))]
+    assert wrong.questions(both, most=3) == [Question(asked, colours[:1]), *of_colours]
+    assert wrong.questions(both, most=1) == of_colours[:1]
     assert wrong_captions_of_model(["A red coat."], {}) is None
 
 
@@ -58,7 +69,7 @@ def test_what_the_grammar_or_the_values_do_not_know_stays() -> None:
     assert wrong is not None
     assert _versions(wrong, "아름다운 옷", 3) == [None, None, None]
     assert _versions(wrong, SHIRT, 3) == [None, None, None]  # an attribute that no caption of the split states
-    assert wrong.by_question("아름다운 옷", most=9) == wrong.by_question(SHIRT, most=9) == []
+    assert wrong.questions("아름다운 옷", most=9) == wrong.questions(SHIRT, most=9) == []
 
 
 @pytest.mark.parametrize("captions", [("A red coat.", "A blue coat."), (GREY, GREY)])

@@ -29,18 +29,18 @@ GUIDE = CaptionGuide(
     },
 )
 QUESTIONS = [
-    [f"상의에서 색상은 블랙이다. {WHITE_TOO} {SHIRT}"],
-    [f"{GREY} 상의에서 서브색상은 레드이다. {SHIRT}"],
-    [f"{GREY} {WHITE_TOO} 상의에서 카테고리는 탑이다.", f"{GREY} {WHITE_TOO} 상의에서 카테고리는 후드티이다."],
-    [f"상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다. {SHIRT}"],
-    [f"상의에서 색상은 화이트이다. {SHIRT}"],
+    (f"{GREY} {SHIRT}", f"상의에서 색상은 블랙이다. {SHIRT}"),
+    (CAPTION, f"{GREY} 상의에서 서브색상은 레드이다. {SHIRT}"),
+    (f"{GREY} {SHIRT}", f"{GREY} 상의에서 카테고리는 탑이다.", f"{GREY} 상의에서 카테고리는 후드티이다."),
+    (CAPTION, f"상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다. {SHIRT}"),
+    (CAPTION, f"상의에서 색상은 화이트이다. {SHIRT}"),
 ]
-WRONG = [version for versions in QUESTIONS for version in versions]
+ASKED = [text for question in QUESTIONS for text in question]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CaptionTokenizer:
-    return train_tokenizer([CAPTION, *WRONG], vocab_size=60)
+    return train_tokenizer(ASKED, vocab_size=60)
 
 
 def _scorer(
@@ -64,14 +64,14 @@ def test_contrast_is_the_caption_s_log_probability_among_the_wrong_ones_of_each_
     images = _images(5)
     found = scorer(CAPTION, images)
     assert found.contrast is not None
-    tokens = tokenizer.encode([CAPTION, *WRONG], 24).tokens
-    assert len({tuple(row.tolist()) for row in tokens}) == 7
-    logits = (koclip.similarity(images, tokens) * koclip.temperature_scale()).double()  # (7, n)
+    tokens = tokenizer.encode([CAPTION, *ASKED], 24).tokens
+    assert len({tuple(row.tolist()) for row in tokens}) == 8
+    logits = (koclip.similarity(images, tokens) * koclip.temperature_scale()).double()
     for image in range(5):
-        own, *others = (math.exp(logit) for logit in logits[:, image].tolist())
-        expected, left = 0.0, iter(others)
-        for versions in QUESTIONS:
-            expected += math.log(own / (own + sum(next(left) for _ in versions)))
+        expected, left = 0.0, iter(logits[1:, image].tolist())
+        for question in QUESTIONS:
+            own, *others = (math.exp(next(left)) for _ in question)
+            expected += math.log(own / (own + sum(others)))
         assert found.contrast[image].item() == pytest.approx(expected, abs=1e-4)
     assert found.guess == pytest.approx(-math.log(2 * 2 * 3 * 2 * 2))
     assert found.certainty is not None
@@ -113,7 +113,7 @@ def test_wrong_captions_are_bounded(tokenizer: CaptionTokenizer, monkeypatch: py
 
     monkeypatch.setattr(scorer, "_embed_captions", counted)
     scorer(f"{GREY} {SHIRT}", _images(1))
-    assert seen == [1, MOST_WRONG_CAPTIONS]
+    assert seen == [1 + MOST_WRONG_CAPTIONS]
 
 
 def test_published_similarity_has_no_temperature_to_contrast_with() -> None:
