@@ -45,9 +45,10 @@ def diagnose() -> dict[str, Any]:
     """The report: versions, processor, dtypes, backends, gpus, listeners, problems."""
     import torch
 
+    from engine.codec.compiled_convolution import convolution_library
     from engine.decoding.cpu.compiled_step import library
     from engine.decoding.cuda.attention_choice import runnable
-    from engine.device import cpu_capabilities, default_dtype, fit_to_machine
+    from engine.device import compiled_set, cpu_capabilities, default_dtype, fit_to_machine
 
     cpu = cpu_capabilities()
     has_cuda = torch.cuda.is_available()
@@ -63,7 +64,8 @@ def diagnose() -> dict[str, Any]:
             "packs": [name for name, is_packed in packed.items() if is_packed],
             "multiplies": ["float32", *(["bfloat16"] if cpu.multiplies_bfloat16 else [])],
             "int8": _int8(in_bytes=cpu.packs_int8 or library() is not None, packs_float32=cpu.packs_float32),
-            "decode_step": "compiled" if library() is not None else "torch's operators: built without a C++ compiler",
+            "decode_step": _compiled(compiled_set(), is_built=library() is not None),
+            "codec": _compiled(compiled_set(), is_built=convolution_library() is not None),
         },
         "dtype_of_a_large_model": {
             device.type: str(default_dtype(device, _LARGE_PARAMETERS)).removeprefix("torch.") for device in devices
@@ -97,6 +99,12 @@ def _int8(*, in_bytes: bool, packs_float32: bool) -> str:
     if in_bytes:
         return "in bytes: faster than float32"
     return "as float32 (no VNNI): the same numbers, no faster than float32" if packs_float32 else "not possible"
+
+
+def _compiled(instructions: str | None, *, is_built: bool) -> str:
+    if is_built:
+        return "compiled"
+    return "torch's operators: " + ("built without a C++ compiler" if instructions else "the processor has no AVX2")
 
 
 def _attention_backends(device: "torch.device") -> list[str]:
@@ -160,6 +168,7 @@ def _as_table(report: dict[str, Any]) -> str:
             "multiplies": ", ".join(processor["multiplies"]),
             "int8": processor["int8"],
             "decode step": processor["decode_step"],
+            "codec's convolutions": processor["codec"],
         },
         "GPUs": {
             str(number): f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"

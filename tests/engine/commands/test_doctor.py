@@ -8,8 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from engine import cli
+from engine.codec.compiled_convolution import convolution_library
 from engine.commands import doctor
-from engine.device import cpu_capabilities
+from engine.decoding.cpu.compiled_step import library
+from engine.device import compiled_set, cpu_capabilities
 
 
 def _run(*arguments: str) -> tuple[int, str]:
@@ -25,10 +27,18 @@ def test_the_report_is_this_machines() -> None:
     assert report["processor"]["name"] == cpu_capabilities().name
     assert report["processor"]["instruction_set"] == cpu_capabilities().isa
     assert ("bfloat16" in report["processor"]["packs"]) == cpu_capabilities().packs_bfloat16
+    assert report["processor"]["decode_step"] == doctor._compiled(compiled_set(), is_built=library() is not None)
+    assert report["processor"]["codec"] == doctor._compiled(compiled_set(), is_built=convolution_library() is not None)
     assert report["dtype_of_a_large_model"]["cpu"] in ("float32", "bfloat16")
     assert "sdpa" in report["backends"]["cpu"]["attention"]
     assert "xformers" not in report["backends"]["cpu"]["attention"]
     assert len(report["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def test_what_is_not_compiled_says_why() -> None:
+    assert doctor._compiled("avx2", is_built=True) == "compiled"
+    assert doctor._compiled("avx2", is_built=False).endswith("built without a C++ compiler")
+    assert doctor._compiled(None, is_built=False).endswith("the processor has no AVX2")
 
 
 def test_the_table_has_what_the_json_has() -> None:
