@@ -165,11 +165,13 @@ def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, Layer]:
             moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, double)
             stream = larger
     image = threads.buffer("image", *stream.shape[:2], decoder._last.channels_out)
-    run = functools.partial(convolve, decoder._last, stream, image, threads, measured=False)
     activation = Activation.after(decoder._last_norm, moments)
     direct = 18 * stream.numel() * image.shape[2]
     left = _WINOGRAD if isinstance(decoder._last, CompiledConv) else 1
-    timed("last convolution", direct, left, lambda: run(activation=activation))
+    timed(
+        "last convolution", direct, left,
+        lambda: convolve(decoder._last, stream, image, threads, activation=activation, measured=False),
+    )  # fmt: skip
     return dict(found)
 
 

@@ -279,6 +279,7 @@ def test_int8_of_a_bfloat16_codec_is_that_of_its_weights(vqgan: Vqgan) -> None:
 def test_a_bfloat16_codec_is_decoded_in_compiled_float32_for_int8(vqgan: Vqgan) -> None:
     tokens, half = _tokens(vqgan, 2), copy.deepcopy(vqgan).bfloat16()
     decoder = Codec.of(half, None, int8=True).decoder
+    assert isinstance(decoder, FastDecoder)
     assert decoder.precision == "float32"
     assert torch.equal(decoder.decode(tokens), FastDecoder(half.float()).decode(tokens))
 
