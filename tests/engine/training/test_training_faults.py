@@ -35,7 +35,7 @@ def _rejected(train: Train, tree: Tree, message: str) -> None:
         ("koclip", "deepspeed.train_micro_batch_size_per_gpu", 0, r"micro_batch_size_per_gpu: 0: give"),
         ("koclip", "deepspeed.gradient_accumulation_steps", 1.5, r"gradient_accumulation_steps: 1.5: give"),
         ("koclip", "deepspeed.optimizer", None, r"deepspeed.optimizer: \(nothing\): is missing"),
-        ("koclip", "deepspeed.optimizer.type", "Addam", r"deepspeed: .*Addam"),
+        ("koclip", "deepspeed.optimizer.type", "Addam", r"deepspeed\.optimizer\.type: Addam"),
         ("koclip", "deepspeed.optimizer.params.learning_rate", 1.0, r"deepspeed: .*learning_rate"),
         ("kodalle", "deepspeed.scheduler.type", "Sometimes", r"deepspeed: .*Sometimes"),
         ("koclip", "deepspeed.zero_optimization.stage", 7, r"deepspeed: .*(7|stage)"),
