@@ -7,9 +7,10 @@ import torch
 
 from engine.commands.generate import unknown_note
 from engine.data.prompt_words import PromptWords, UnknownWord
+from engine.files import write_json
 from engine.models.folder import own_real_scores
 from engine.models.folder_config import weights_digest
-from engine.models.real_scores import RealScores, real_scores, write_real_scores
+from engine.models.real_scores import REAL_SCORES_FILE, RealScores, read_real_scores, real_scores, write_real_scores
 from engine.pipeline.generation import PreparedRequest, ranked
 from engine.pipeline.ranking import Scores
 from engine.sampling_params import SamplingParams
@@ -50,6 +51,12 @@ def test_places_follow_the_order_where_candidates_are_ranked_by_contrast() -> No
     table = real_scores([0.1, 0.5, 0.9], ranker="0" * 16, certainties=[-1.0, 0.0, 1.0])
     assert _places(KNOWN, table, contrast=[-1.0, -3.0]) == [75, 25]  # certainties of 0.5 and -0.5
     assert _places(KNOWN, TABLE, contrast=[-1.0, -3.0]) == pytest.approx([25, 83], abs=0.01)  # an older table
+
+
+def test_an_older_file_s_gains_are_of_another_scale_and_are_not_used(tmp_path: Path) -> None:
+    tree = TABLE.model_dump(mode="json", exclude={"certainty_percentiles"}) | {"gain_percentiles": list(range(101))}
+    write_json(tmp_path / REAL_SCORES_FILE, tree)
+    assert read_real_scores(tmp_path) == TABLE
 
 
 def test_nonsense_has_no_place_whatever_its_score() -> None:
