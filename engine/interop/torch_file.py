@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.interop.pickle_values import (
-    MAX_PICKLE_BYTES,
-    Record,
-    Storage,
-    StoredTensor,
-    UnsafePickle,
-    read_pickle,
-)
+from engine.interop.pickle_machine import MAX_PICKLE_BYTES, read_pickle
+from engine.interop.pickle_values import Record, Storage, StoredTensor, UnsafePickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -44,7 +38,7 @@ class TorchFile:
     """A checkpoint that is open for reading by name.
 
     Attributes:
-        tree: what the file holds, as `engine.interop.pickle_values` reads it.
+        tree: what the file holds, as `engine.interop.pickle_machine` reads it.
         places: storage key -> (first byte in the file, bytes).
     """
 

@@ -14,7 +14,8 @@ import torch
 
 from engine.errors import InputError
 from engine.interop.importing import import_checkpoint
-from engine.interop.pickle_values import UnsafePickle, read_pickle
+from engine.interop.pickle_machine import read_pickle
+from engine.interop.pickle_values import UnsafePickle
 from engine.interop.torch_file import open_torch_file
 
 _MEGABYTE = 1 << 20
