@@ -206,7 +206,7 @@ def generate(
             "transparent": transparent or None,
         }
         _check_from(from_, caption, stated)
-        from engine.commands.generate import regenerate_to_folder
+        from engine.commands.regenerate import regenerate_to_folder
 
         regenerate_to_folder(
             from_, out, model=model, device=device, init_image=image, mask=mask, refine_with=refine_with
