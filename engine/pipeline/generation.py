@@ -15,7 +15,7 @@ from engine.data.prompt_words import PromptWords
 from engine.decoding.sliding_window import TokenGrid
 from engine.models.real_scores import RealScores
 from engine.pipeline.image_size import ImageSize
-from engine.pipeline.provenance import Refinement
+from engine.pipeline.provenance import ModelRecord, Refinement, RenditionRecord, provenance
 from engine.pipeline.ranking import Scores
 from engine.sampling_params import RankBy, SamplingParams, SequenceRequest
 
@@ -55,6 +55,22 @@ class PreparedRequest:
     def sequences(self, prefix_index: int = 0) -> list[SequenceRequest]:
         """A sequence a candidate, of a caption that is read as prefix `prefix_index`."""
         return [SequenceRequest(prefix_index, self.sampling_params, candidate=number) for number in self.candidates]
+
+    def provenance(
+        self, model: ModelRecord, candidate: int, *, rendition: RenditionRecord | None = None
+    ) -> dict[str, Any]:
+        """How the image of a candidate was made by `model`; `rendition` of its file, None: as it was generated."""
+        return provenance(
+            model,
+            self.caption,
+            self.sampling_params,
+            candidate,
+            rank_by=self.rank_by,
+            init_image=None if self.init_image is None else self.init_image.record,
+            rendition=rendition,
+            size=self.size,
+            refinement=self.refinement,
+        )
 
 
 @dataclass(frozen=True)

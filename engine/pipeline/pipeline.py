@@ -22,7 +22,7 @@ images have height x width and their own number of tokens.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,48 +30,33 @@ from torch import Tensor
 from engine.codec.codec import Codec, open_codec
 from engine.config.codec import CodecBackend
 from engine.config.generation import GenerationConfig
-from engine.data.caption_guide import CaptionGuide, read_guide
-from engine.data.prompt_words import PromptReader
-from engine.data.tokenizer import CaptionTokenizer, check_padding
+from engine.data.caption_guide import CaptionGuide
+from engine.data.tokenizer import CaptionTokenizer
 from engine.decoding.cpu.packed_weights import Weights
 from engine.decoding.sampler import Sampler
 from engine.decoding.sliding_window import TokenGrid
 from engine.device import cpu_capabilities
-from engine.errors import InputError
-from engine.models.folder import (
-    Part,
-    load_folder_tokenizer,
-    load_own_ranker_tokenizer,
-    own_real_scores,
-    write_model_folder,
-)
-from engine.models.folder_config import PartName, model_digest, read_generation, read_ground
+from engine.models.folder_config import model_digest
 from engine.models.image_codec import ImageCodec
 from engine.models.ranker import Ranker
 from engine.models.real_scores import RealScores
 from engine.models.transformer import KoDalle
 from engine.pipeline.caption_continuation import Continuation, continue_caption
-from engine.pipeline.generation import (
-    Generation,
-    PreparedInitImage,
-    PreparedRequest,
-    ranked,
-)
+from engine.pipeline.generation import Generation, PreparedInitImage, PreparedRequest, ranked
 from engine.pipeline.image_files import to_uint8
 from engine.pipeline.image_size import ImageSize
-from engine.pipeline.init_image import InitImage, check_kept_after
-from engine.pipeline.init_image_encoding import prepare_init_image
+from engine.pipeline.init_image import InitImage
 from engine.pipeline.interruption import BeforePart, uninterrupted
-from engine.pipeline.larger_images import OnPosition, decode_sequences, larger_grid
+from engine.pipeline.larger_images import OnPosition, decode_sequences
 from engine.pipeline.likelihood import log_likelihoods
-from engine.pipeline.loading import load_models
+from engine.pipeline.loading import FolderContents, load_contents, save_contents
 from engine.pipeline.local_folder import local_folder
-from engine.pipeline.provenance import Arithmetic, ModelRecord, provenance
+from engine.pipeline.preparation import RequestPreparer
+from engine.pipeline.provenance import Arithmetic, ModelRecord
 from engine.pipeline.ranking import CandidateScorer, CaptionEmbeddings, Scores
 from engine.pipeline.rendition import Rendition
 from engine.pipeline.torch_state import exact, inference, survive_fork, timed
-from engine.sampling_params import RankBy, SamplingParams, check_captions
-from engine.text import shown
+from engine.sampling_params import RankBy, SamplingParams
 
 _AT_ONCE = 16  # images decoded together: bounds memory
 
@@ -100,21 +85,24 @@ class Pipeline:
         model_id: str = "",
         folder: Path | None = None,
     ) -> None:
-        self.transformer, self.vqgan, self.koclip = transformer.eval(), vqgan.eval(), koclip
+        self.transformer, self.vqgan = transformer.eval(), vqgan.eval()
+        self.koclip = None if koclip is None else koclip.eval()
         self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
-        if koclip is not None:
-            koclip.eval()
-        self.tokenizer, self._ranker_tokenizer = tokenizer, ranker_tokenizer
-        self._card = card
-        self._generation = generation or GenerationConfig()
+        self.tokenizer = tokenizer
+        self.ranker_tokenizer = ranker_tokenizer or tokenizer  # what the ranker reads captions with
+        generation = generation or GenerationConfig()
+        self.default_sampling_params = generation.sampling_params()
         self.caption_guide = caption_guide or CaptionGuide()
         self.real_scores = real_scores  # what the ranker's scores are compared with
         self.ground = ground  # `#rrggbb` around the objects in its images, if it learned from cut-outs
+        self._contents = FolderContents(
+            transformer=transformer, vqgan=vqgan, koclip=koclip, tokenizer=tokenizer, ranker_tokenizer=ranker_tokenizer,
+            card=card, generation=generation, caption_guide=self.caption_guide, real_scores=real_scores, ground=ground,
+        )  # fmt: skip
         embedder = self._codec.embedder
         self._scorer = None
         if koclip is not None and embedder is not None:
             self._scorer = CandidateScorer(koclip, embedder, self.ranker_tokenizer, self.caption_guide)
-        self.default_sampling_params = self._generation.sampling_params()
         self.model_id, self._folder = model_id, folder
         self._int8, self._codec_backend, self._speculative = int8, codec_backend, speculative
         self._weights = weights
@@ -125,6 +113,7 @@ class Pipeline:
             weights=weights or ("int8" if int8 else None),
             speculative=speculative,
         )
+        self._prepare = RequestPreparer(transformer, vqgan, tokenizer, self.caption_guide, codec_backend)
 
     @classmethod
     def from_pretrained(
@@ -159,23 +148,13 @@ class Pipeline:
         device = torch.device(device)
         survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
-        transformer, vqgan, koclip = load_models(folder, device=device, dtype=dtype)
-        tokenizer = load_folder_tokenizer(folder)
-        check_padding(tokenizer, transformer.config, field="model folder", value=folder)
-        card = folder / "model_card.md"
-        codec = open_codec(folder, vqgan, koclip, backend=codec_backend, device=device, int8=int8)
+        contents = load_contents(folder, device=device, dtype=dtype)
+        codec = open_codec(
+            folder, contents["vqgan"], contents["koclip"], backend=codec_backend, device=device, int8=int8
+        )
         return cls(
-            transformer,
-            vqgan,
-            koclip,
-            tokenizer,
-            card.read_text(encoding="utf-8") if card.is_file() else "",
-            codec,
-            generation=read_generation(folder),
-            caption_guide=read_guide(folder),
-            real_scores=own_real_scores(folder),
-            ground=read_ground(folder),
-            ranker_tokenizer=load_own_ranker_tokenizer(folder),
+            **contents,
+            codec=codec,
             int8=int8,
             weights=weights,
             speculative=speculative,
@@ -186,49 +165,15 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder that `from_pretrained` reads; torch.float16 as `dtype` halves its size."""
-        parts: dict[PartName, Part] = {
-            "vqgan": Part(self.vqgan.config, self.vqgan.state_dict()),
-            "transformer": Part(self.transformer.config, self.transformer.state_dict()),
-        }
-        if self.koclip is not None:
-            parts["koclip"] = Part(self.koclip.config, self.koclip.state_dict())
-        write_model_folder(
-            Path(folder), parts, card=self._card,
-            tokenizer=self.tokenizer, ranker_tokenizer=self._ranker_tokenizer, generation=self._generation,
-            caption_guide=self.caption_guide, real_scores=self.real_scores, ground=self.ground, dtype=dtype,
-        )  # fmt: skip
+        save_contents(Path(folder), self._contents, dtype=dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Packed weights, graphs and sessions are rebuilt from what is pickled.
-        arguments = {
-            "transformer": self.transformer,
-            "vqgan": self.vqgan,
-            "koclip": self.koclip,
-            "tokenizer": self.tokenizer,
-            "card": self._card,
-            "generation": self._generation,
-            "caption_guide": self.caption_guide,
-            "real_scores": self.real_scores,
-            "ground": self.ground,
-            "ranker_tokenizer": self._ranker_tokenizer,
-            "int8": self._int8,
-            "weights": self._weights,
-            "speculative": self._speculative,
-            "codec_backend": self._codec_backend,
-            "model_id": self.model_id,
-            "folder": self._folder,
-        }
-        return _unpickled, (arguments,)
-
-    @property
-    def ranker_tokenizer(self) -> CaptionTokenizer:
-        """What the ranker reads captions with; the transformer's where it has none of its own."""
-        return self._ranker_tokenizer or self.tokenizer
-
-    @cached_property
-    def prompt_reader(self) -> PromptReader:
-        """Which words of a prompt the model knows."""
-        return PromptReader(self.tokenizer.to_json(), self.caption_guide)
+        options = {
+            "int8": self._int8, "weights": self._weights, "speculative": self._speculative,
+            "codec_backend": self._codec_backend, "model_id": self.model_id, "folder": self._folder,
+        }  # fmt: skip
+        return _unpickled, ({**self._contents, **options},)
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +243,7 @@ class Pipeline:
         candidate_numbers: Sequence[int] | None = None,
         before_part: BeforePart = uninterrupted,
     ) -> list[PreparedRequest]:
-        """The first phase: checks, tokenises, encodes the init image.
+        """The first phase, a request a caption: checks, tokenises, encodes the init image.
 
         Args:
             sampling_params: None: the model's own, `default_sampling_params`.
@@ -310,58 +255,15 @@ class Pipeline:
             candidate_numbers: which candidates of the seed; None: the first `sampling_params.candidates`.
             before_part: called before each pass of the model through an init image of which it chooses the tokens.
 
-        Returns:
-            A request a caption.
-
         Raises:
             InputError: no caption, an empty one, too long or with unknown words with `strict`, or parameters out of bounds; an
                 init image that leaves nothing to generate or nothing to keep, or nothing after the hole to rank by; a size that the
                 model does not generate.
         """
-        captions = check_captions(captions)
-        params = sampling_params or self.default_sampling_params
-        if params.is_guided and self.tokenizer.names_classes:
-            remedy = "needs an empty caption, which this model has none of: leave it out"
-            raise InputError("guidance_scale", params.guidance_scale, remedy)
-        if rank_by not in get_args(RankBy):
-            raise InputError("rank_by", rank_by, f"write one of {', '.join(get_args(RankBy))}")
-        size, grid = larger_grid(
-            size,
-            init_image,
-            self.vqgan.config.image_size,
-            self.vqgan.config.grid_size,
-            codec_backend=self._codec_backend,
-        )
-        words = [self.prompt_reader.read(caption) for caption in captions]
-        for caption, read in zip(captions, words, strict=True):
-            if strict and not read.all_known:
-                raise InputError("caption", shown(caption), f"{read.fault}, or leave out --strict")
-        encoded = self.tokenizer.encode(captions, self.transformer.config.text_seq_len, strict=strict)
-        numbers = tuple(range(params.candidates)) if candidate_numbers is None else tuple(candidate_numbers)
-        if rank_by == "log_likelihood" and (init_image is None or init_image.chosen_by_model):
-            check_kept_after(None)
-        prepared = prepare_init_image(
-            init_image, list(encoded.tokens), transformer=self.transformer, vqgan=self.vqgan, tokenizer=self.tokenizer,
-            rank_by=rank_by, device=self.device, before_pass=before_part,
+        return self._prepare(
+            captions, sampling_params or self.default_sampling_params, init_image=init_image, size=size,
+            rank_by=rank_by, strict=strict, candidate_numbers=candidate_numbers, before_part=before_part,
         )  # fmt: skip
-        return [
-            PreparedRequest(
-                caption=caption,
-                words=read,
-                text_tokens=tokens[None],
-                tokens_read=int((tokens != self.tokenizer.pad_id).sum()),
-                tokens_cut=cut,
-                sampling_params=params,
-                candidates=numbers,
-                rank_by=rank_by,
-                init_image=own,
-                size=size,
-                grid=grid,
-            )
-            for caption, read, tokens, cut, own in zip(
-                captions, words, encoded.tokens, encoded.cut, prepared, strict=True
-            )
-        ]
 
     def decode(
         self,
@@ -435,17 +337,8 @@ class Pipeline:
             model: None: `model_record`.
             rendition: of the file; None: the image as it was generated.
         """
-        return provenance(
-            model or self.model_record,
-            request.caption,
-            request.sampling_params,
-            candidate,
-            rank_by=request.rank_by,
-            init_image=None if request.init_image is None else request.init_image.record,
-            rendition=None if rendition is None else rendition.record(self.vqgan.config.image_size),
-            size=request.size,
-            refinement=request.refinement,
-        )
+        record = None if rendition is None else rendition.record(self.vqgan.config.image_size)
+        return request.provenance(model or self.model_record, candidate, rendition=record)
 
     def continue_caption(
         self, beginning: str, sampling_params: SamplingParams | None = None, *, count: int = 4, seed: int | None = None
@@ -467,13 +360,13 @@ class Pipeline:
     def embed_captions(self, captions: Sequence[str]) -> CaptionEmbeddings:
         """Captions in the ranker's space, each as if it were alone. For a pipeline with a ranker."""
         assert self._scorer is not None
-        with exact(self.device), inference(self.device):
+        with inference(self.device):
             return self._scorer.embed_captions(captions)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, any, any) in [0, 1] -> (B, E) float32 on the CPU, in the ranker's space. For a pipeline with a ranker."""
         assert self._scorer is not None
-        with exact(self.device), inference(self.device):
+        with inference(self.device):
             return self._scorer.embed_images(images.to(self.device)).float().cpu()
 
     def candidate_scores(
@@ -486,13 +379,9 @@ class Pipeline:
             return self._scorer(caption, images, before_part=before_part)
 
     def rank_scores(self, captions: Sequence[str], images: Tensor) -> Tensor | None:
-        """KoCLIP's score of each caption's own images.
+        """KoCLIP's score of each caption's own images, (G, n, 3, H, W) in [0, 1]: (G, n) on the CPU, None without a ranker.
 
-        Args:
-            images: (G, n, 3, S, S) in [0, 1]. Of oblong ones the score is the mean of the squares that cover them.
-
-        Returns:
-            (G, n) on the CPU; None when the model has no ranker.
+        Of oblong ones it is the mean of the squares that cover them.
         """
         if self._scorer is None:
             return None
