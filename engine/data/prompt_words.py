@@ -7,8 +7,9 @@ answers count such tokens and name their words.
 
 What to write instead is looked up in the model's captions.json (engine/data/caption_guide.py): its values, its synonyms, its values by
 their names in any language; the same keys in the other keyboard layout; and then the nearest of all these and of the training
-captions' words, by edit distance over Hangul's letters (jamo): 레두 and 레드 differ in one letter of four. Letters are compared
-by what they look like (NFKC): ＲＥＤ and ⓡⓔⓓ are red.
+captions' words, by edit distance over Hangul's letters (jamo): 레두 and 레드 differ in one letter of four. A compound is its
+parts (engine/data/compound_words.py), each with its own suggestion, and one without for what is no term. Letters are compared by
+what they look like (NFKC): ＲＥＤ and ⓡⓔⓓ are red.
 
 No torch, no ray.
 """
@@ -16,17 +17,17 @@ No torch, no ray.
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from tokenizers import Encoding, Tokenizer, models
 
 from engine.data.caption_guide import CaptionGuide
+from engine.data.compound_words import LONGEST_ENDING, Part, Terms, is_ending, is_hangul, known_parts, whole_parts
 from engine.data.keyboard_layouts import in_other_layout
 
-_LONGEST_ENDING = 3  # syllables that Korean grammar hangs onto a word: 이다, 에서, 으로
-_NEAR = 3  # one letter in so many may differ
+_NEAR, _VERY_NEAR = 3, 5  # one letter in so many may differ; in a compound's place, which 티셔쓰 is not
 _COMPARED_WORDS = 5_000  # the commonest; a prompt is read while its writer waits
 _MOST_NAMED = 8  # in a line of text
 _MOST_SUGGESTED = 32  # of one prompt
@@ -34,7 +35,7 @@ _MOST_SUGGESTED = 32  # of one prompt
 
 @dataclass(frozen=True)
 class UnknownWord:
-    """A word, or words that belong together, that the model does not know, at prompt[start:end].
+    """A word, words that belong together, or a part of a compound, that the model does not know, at prompt[start:end].
 
     suggestion: a word of the training captions to write instead; None where none is near.
     value: what the model's attributes call it, if it is one of their values.
@@ -94,7 +95,9 @@ class PromptReader:
         self._completed = _completed(guide.words)
         self._values = {value for own in guide.attributes.values() for found in own.values() for value in found}
         self._terms = self._known_terms(guide)
-        self._longest = max(map(len, self._terms), default=0) + _LONGEST_ENDING
+        self._longest = max(map(len, self._terms), default=0) + LONGEST_ENDING
+        self._parts = self._parts_of_compounds()
+        self._part_terms = Terms.of(self._parts)
         choices = [*self._terms, *guide.words[:_COMPARED_WORDS]]
         self._choices = {word: _letters(word) for word in choices if any(map(str.isalpha, word))}
 
@@ -140,6 +143,12 @@ class PromptReader:
                     break
         return found
 
+    def _parts_of_compounds(self) -> dict[str, str]:
+        """Terms, in one word (skyblue), and words of the training captions, to their value (레드이다: 레드) or to themselves."""
+        meant = {self._completed[value]: value for value in self._values if value in self._completed}
+        words = {_term_form(word): meant.get(word, word) for word in self._words if len(word) > 1}
+        return words | {term.replace(" ", ""): known for term, known in self._terms.items()}
+
     def _is_known(self, term: str) -> bool:
         """Not by the beginning of a longer value alone: 퍼 (fur) is not 퍼플이다."""
         return term in self._values or term in self._words or (not self._values and term in self._completed)
@@ -153,21 +162,49 @@ class PromptReader:
 
     def _with_suggestions(self, prompt: str, spans: list[tuple[int, int]]) -> Iterator[UnknownWord]:
         """The words of these spans; several in a row that are one term of the model (`sky blue`) are one."""
-        nearest: dict[str, str | None] = {}
+        read: dict[str, tuple[UnknownWord, ...]] = {}
         after = 0
         for number, (start, end) in enumerate(spans):
             if start < after:
                 continue  # part of the term before
             ends = [last for _, last in spans[number : number + self._longest] if last - start <= self._longest]
-            after, known, ending = self._term_at(prompt, start, ends) or (end, None, "")
-            word = prompt[start:after]
-            if known is None:
-                if word not in nearest:
-                    is_looked_up = len(nearest) < _MOST_SUGGESTED
-                    nearest[word] = self._likely(word) if is_looked_up else None
-                known = nearest[word]
-            suggestion = None if known is None else self._as_known(known, ending)
-            yield UnknownWord(word, start, after, suggestion, known if known in self._values else None)
+            found = self._term_at(prompt, start, ends)
+            if found is not None:
+                after, known, ending = found
+                yield self._named(prompt[start:after], start, known, ending)
+                continue
+            word, after = prompt[start:end], end
+            if word not in read:
+                is_read = len(read) < _MOST_SUGGESTED
+                read[word] = self._in_parts(word) if is_read else (UnknownWord(word, 0, len(word)),)
+            for part in read[word]:
+                yield replace(part, start=start + part.start, end=start + part.end)
+
+    def _named(self, word: str, start: int, known: str | None, ending: str = "") -> UnknownWord:
+        """A word at prompt[start:] that means what the model calls `known`."""
+        if known is None:
+            return UnknownWord(word, start, start + len(word))
+        value = known if known in self._values else None
+        return UnknownWord(word, start, start + len(word), self._as_known(known, ending), value)
+
+    def _in_parts(self, word: str) -> tuple[UnknownWord, ...]:
+        """A word that is no term: its parts where it is a compound, else itself with what is near; places are its own."""
+        form = _term_form(word)
+        divisible = form if len(form) == len(word) else ""
+        parts = whole_parts(divisible, self._part_terms)
+        whole, is_near = (None, False) if parts else self._likely(word)
+        if not parts and not is_near:
+            parts = known_parts(divisible, self._part_terms)
+        if not parts:
+            return (replace(whole, word=word, end=len(word)) if whole else UnknownWord(word, 0, len(word)),)
+        are_rests_read = sum(not part.term for part in parts) == 1  # more are no misspelling, and each takes its time
+        return tuple(self._part(word[one.start : one.end], one, is_read=are_rests_read) for one in parts)
+
+    def _part(self, text: str, part: Part, *, is_read: bool) -> UnknownWord:
+        if part.term:
+            return self._named(text, part.start, self._parts[part.term], part.ending)
+        found = self._likely(text)[0] if is_read and len(text) > 1 else None
+        return replace(found or UnknownWord(text, 0, 0), word=text, start=part.start, end=part.end)
 
     def _term_at(self, prompt: str, start: int, ends: list[int]) -> tuple[int, str, str] | None:
         """The longest term at `start`: where it ends, what the model calls it, and the Korean ending that it has."""
@@ -176,30 +213,39 @@ class PromptReader:
             joined = text.replace(" ", "")
             if end != ends[0] and joined in self._terms:  # 스카이 블루
                 return end, self._terms[joined], ""
-            for length in range(len(text), max(0, len(text) - _LONGEST_ENDING - 1), -1):
+            for length in range(len(text), max(0, len(text) - LONGEST_ENDING - 1), -1):
                 term, ending = text[:length], text[length:]
-                if term in self._terms and (not ending or all(map(_is_hangul, term[-1] + ending))):
+                if term in self._terms and is_ending(term, ending):
                     return end, self._terms[term], ending
         return None
 
-    def _likely(self, word: str) -> str | None:
-        """The term, or the word, that the same keys write in the other layout; or the nearest to either."""
+    def _likely(self, word: str) -> tuple[UnknownWord | None, bool]:
+        """What is meant by a word whose letters, or those of the same keys in the other layout, are near; and if very near."""
         typed = in_other_layout(word)
-        found = None if typed is None else self._term_at(typed, 0, [len(typed)])
-        if found is not None:
-            return found[1]
-        if typed in self._words:
-            return typed
-        return self._nearest(word) or (None if typed is None else self._nearest(typed))
+        if typed is not None:
+            found = self._term_at(typed, 0, [len(typed)])
+            if found is not None:
+                return self._named(typed, 0, found[1]), True
+            if typed in self._words:
+                return self._named(typed, 0, typed), True
+            parts = whole_parts(typed, self._part_terms)
+            if parts:
+                texts = (self._as_known(self._parts[part.term], part.ending) for part in parts)
+                return UnknownWord(typed, 0, len(typed), " ".join(filter(None, texts))), True
+        for text in (word, typed):
+            near = None if text is None else self._nearest(text)
+            if text is not None and near is not None:
+                return self._named(text, 0, near[0]), near[1] <= len(_letters(text)) // _VERY_NEAR
+        return None, False
 
-    def _nearest(self, word: str) -> str | None:
-        """The word or value of the model that differs in the fewest letters, the commonest of equals."""
+    def _nearest(self, word: str) -> tuple[str, int] | None:
+        """The word or value of the model that differs in the fewest letters, the commonest of equals, and in how many."""
         letters = _letters(word)
         cutoff = len(letters) // _NEAR
         if cutoff == 0 or not any(map(str.isalpha, letters)):
             return None
         found = process.extractOne(letters, self._choices, scorer=Levenshtein.distance, score_cutoff=cutoff)
-        return None if found is None else self._terms.get(found[2], found[2])
+        return None if found is None else (self._terms.get(found[2], found[2]), int(found[1]))
 
 
 def described(words: Iterable[UnknownWord]) -> str:
@@ -212,8 +258,8 @@ def _completed(words: Iterable[str]) -> dict[str, str]:
     """Words without up to three of their last syllables, to the commonest such word: 스카이블루 to 스카이블루이다."""
     found: dict[str, str] = {}
     for word in words:
-        for length in range(len(word) - 1, max(0, len(word) - _LONGEST_ENDING - 1), -1):
-            if not all(map(_is_hangul, word[length - 1 :])):
+        for length in range(len(word) - 1, max(0, len(word) - LONGEST_ENDING - 1), -1):
+            if not all(map(is_hangul, word[length - 1 :])):
                 break
             found.setdefault(word[:length], word)
     return found
@@ -236,10 +282,6 @@ def _term_form(text: str) -> str:
 def _letters(word: str) -> str:
     """A word's letters without case, a syllable of Hangul as its two or three."""
     return unicodedata.normalize("NFKD", word).casefold()
-
-
-def _is_hangul(letter: str) -> bool:
-    return "가" <= letter <= "힣"
 
 
 def _says_something(text: str) -> bool:

@@ -96,7 +96,12 @@ function offer(marked, from, to, press) {
  */
 function without({ start, end }, caption, instead = "") {
   const letters = [...caption];
-  return `${letters.slice(0, start).join("")}${instead}${letters.slice(end).join("")}`.replace(/\s+/gu, " ").trim();
+  const before = letters.slice(0, start).join("");
+  const after = letters.slice(end).join("");
+  // Of a compound the rest is a word of its own; punctuation stays where it is.
+  const left = /[\p{L}\p{N}]$/u.test(before) ? " " : "";
+  const right = /^[\p{L}\p{N}]/u.test(after) ? " " : "";
+  return `${before}${left}${instead}${right}${after}`.replace(/\s+/gu, " ").trim();
 }
 
 /**

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from engine.data import compound_words
 from engine.data.caption_guide import CaptionGuide, training_words
 from engine.data.kfashion.caption_form import kfashion_form
 from engine.data.kfashion.synonyms import SYNONYMS
@@ -175,6 +176,66 @@ def test_what_to_write_instead(
     assert (found[word].suggestion, found[word].value) == (suggestion, value)
     if suggestion is not None:
         assert reader.read(suggestion).all_known
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("레드셔츠", ["레드: 레드이다", "셔츠: 셔츠이다"]),
+        ("블랙팬츠", ["블랙: 블랙이다", "팬츠: 팬츠이다"]),
+        ("하늘색바지", ["하늘색: 스카이블루이다", "바지: 팬츠이다"]),
+        ("스카이블루티셔츠", ["스카이블루: 스카이블루이다", "티셔츠: 티셔츠이다"]),
+        ("레드반팔티셔츠", ["레드: 레드이다", "반팔: 반팔이다", "티셔츠: 티셔츠이다"]),  # and not 반팔티, 셔츠
+        ("검정티", ["검정: 블랙이다", "티: 티셔츠이다"]),
+        ("셔츠레드", ["셔츠: 셔츠이다", "레드: 레드이다"]),  # in the order of the prompt
+        ("레드셔츠를", ["레드: 레드이다", "셔츠를: 셔츠이다"]),  # an ending
+        ("레드색셔츠입니다", ["레드: 레드이다", "색: None", "셔츠입니다: 셔츠이다"]),
+        ("레드이다셔츠", ["레드이다: 레드이다", "셔츠: 셔츠이다"]),  # a word of captions
+        ("상의에서색상은레드이다", ["상의에서: 상의에서", "색상은: 색상은", "레드이다: 레드이다"]),
+        ("오버핏셔츠", ["오버핏: None", "셔츠: 셔츠이다"]),  # one part that this model has not
+        ("레드벨벳셔츠", ["레드: 레드이다", "벨벳: None", "셔츠: 셔츠이다"]),
+        ("레드불", ["레드: 레드이다", "불: None"]),
+        ("레두셔츠", ["레두: 레드이다", "셔츠: 셔츠이다"]),  # misspelt
+        ("redshirt", ["red: 레드이다", "shirt: 셔츠이다"]),
+        ("RedShirts", ["Red: 레드이다", "Shirts: 셔츠이다"]),
+        ("red-shirt", ["red: 레드이다", "shirt: 셔츠이다"]),
+        ("t-shirt", ["t-shirt: 티셔츠이다"]),
+        ("skyblueshirt", ["skyblue: 스카이블루이다", "shirt: 셔츠이다"]),
+        ("blackjeans", ["black: 블랙이다", "jeans: 팬츠이다"]),
+        ("linenshirt", ["linen: None", "shirt: 셔츠이다"]),
+        ("red셔츠", ["red: 레드이다", "셔츠: 셔츠이다"]),
+        ("fpemtucm", ["fpemtucm: 레드이다 셔츠이다"]),  # typed in the other keyboard layout
+        ("커뮤니티", ["커뮤니티: None"]),  # 티 is in many words
+        ("티비", ["티비: None"]),
+        ("sacred", ["sacred: None"]),  # and red
+        ("stopping", ["stopping: None"]),
+    ],
+)
+def test_a_compound_is_named_by_its_parts(reader: PromptReader, prompt: str, parts: list[str]) -> None:
+    """Its first part was suggested for all of it, or nothing."""
+    found = reader.read(prompt).unknown
+    assert [f"{one.word}: {one.suggestion}" for one in found] == parts
+    assert all(prompt[one.start : one.end] == one.word for one in found)
+
+
+def test_a_compound_counts_as_one_word(reader: PromptReader) -> None:
+    found = reader.read("레드셔츠 블랙이다")
+    assert (found.num_words, found.num_known, found.words_unknown) == (2, 1, ("레드", "셔츠"))
+    assert "레드 (레드이다?), 셔츠 (셔츠이다?)" in found.fault
+
+
+def test_a_long_word_takes_no_time_that_grows_with_its_square(
+    reader: PromptReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    monkeypatch.setattr(compound_words, "is_hangul", lambda letter: looked_at.append(letter) or "가" <= letter <= "힣")
+    counts = []
+    for length in (100, 1000):
+        looked_at.clear()
+        reader.read("가나다라" * (length // 4))
+        reader.read("레두셔츠" * (length // 4))
+        counts.append(len(looked_at))
+    assert counts[1] < 20 * counts[0]
 
 
 def test_without_attributes_suggestions_are_words_of_the_captions() -> None:

@@ -84,6 +84,18 @@ def test_a_slip_in_a_sentence_is_mended_in_its_place(words_page: Page) -> None:
     expect(page.locator("#caption")).to_have_value("상의에서 색상은 하늘색이다.")
 
 
+def test_the_parts_of_a_compound_are_written_apart(words_page: Page) -> None:
+    page = words_page
+    caption, marks = page.locator("#caption"), page.locator("#caption-unknown mark")
+    caption.fill("상의에서색상은 블랙셔츠")
+    expect(marks).to_have_text(["상의에서", "색상은", "블랙", "셔츠"])
+    page.get_by_role("button", name="상의에서 대신 상의에서 쓰기").click()
+    expect(caption).to_have_value("상의에서 색상은 블랙셔츠")
+    expect(marks).to_have_text(["블랙", "셔츠"])
+    page.get_by_role("button", name="아는 말로 바꾼 이 설명 쓰기").click()
+    expect(caption).to_have_value("상의에서 색상은 블랙이다. 상의에서 카테고리는 셔츠이다.")
+
+
 def test_english_words_compose_the_caption_that_the_model_reads(words_page: Page) -> None:
     page = words_page
     page.locator("#language-button").click()
