@@ -11,12 +11,15 @@ every connection, and answers malformed HTTP in plain text. Here
                       of 3 KB each
     replies           of which a client neither reads `_MIN_READ_BYTES` nor all that was unread in `WRITE_TIMEOUT_S` end with
                       their connection, also where they are finished and the socket holds what is left
-    memory            of unread replies is `_WRITE_BUFFER_BYTES` and one message of a reply here, as much again in the socket
+    memory            of unread replies is `_WRITE_BUFFER_BYTES` and one message of a reply here, and what the socket takes: a
+                      pipelined request starts once the replies before it are sent
     connections       are at most `max_connections()`, half of them of one address; beyond, the one that has waited
                       longest without a request makes room, and where there is none the new one gets 503
+    half-closed       connections (`nc -N`) get their replies. What arrives is the same for a client that has gone: so the
+                      beginning that every reply has is sent at once, which the machine of one that has gone resets
 
-and the answer is the usual error object. WebSockets are disabled. Ray's proxy uses the same protocol class
-(serve/cluster/gate.py).
+and the answer is the usual error object. WebSockets are disabled, and no reply names the server. Ray's proxy uses the same
+protocol class (serve/cluster/gate.py).
 """
 
 import asyncio
@@ -42,11 +45,18 @@ WRITE_TIMEOUT_S = 30.0
 MAX_PIPELINED = 8
 MAX_CONNECTIONS = 2000
 _MIN_READ_BYTES = 16 * 1024  # that a client takes in WRITE_TIMEOUT_S: 4 kbit/s
-_TCPI_BYTES_ACKED = 120  # the field's offset in Linux's struct tcp_info, a uint64
-_WRITE_BUFFER_BYTES = 32 * 1024  # of a connection, before its replies wait
+_TCPI_STATE, _TCPI_BYTES_ACKED = 0, 120  # the fields' offsets in Linux's struct tcp_info, a uint8 and a uint64
+_TCP_CLOSE = 7  # the state of a connection that was reset
+_WRITE_BUFFER_BYTES = 8 * 1024  # of a connection, before its replies wait
+_SOCKET_UNSENT_BYTES = 32 * 1024
 _DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
 _REPLIES_BEYOND = 64  # connections beyond the limit that get a reply at the same time
 _LINGER_S = 2.0
+_REPLY_BEGINNING = b"HTTP/1.1 "
+_RESET_WITHIN_S, _RESET_LOOKED_FOR_EACH_S = (
+    0.02,
+    1.0,
+)  # at first, and at last: each look waits twice as long as the one before
 
 
 @functools.cache
@@ -70,8 +80,10 @@ class BoundedHttp(HttpToolsProtocol):
     _trailer_bytes = 0  # and those of chunk extensions
     _is_advancing = False  # the parser has found something in the latest bytes
     _write_timer: asyncio.TimerHandle | None = None
+    _reset_timer: asyncio.TimerHandle | None = None  # of a half-closed connection
     _read_bytes = 0  # of replies by the client, when the timer was started
     _unread_bytes = 0
+    _is_next_waiting = False  # a pipelined request, for the replies before it to be sent
     _running: RequestResponseCycle | None = None  # the request that is answered; `cycle` is the latest that was read
     _is_broken = False  # malformed HTTP was received, or a reply sent early: further bytes are ignored
 
@@ -83,7 +95,7 @@ class BoundedHttp(HttpToolsProtocol):
         transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES)
         self._socket = transport.get_extra_info("socket") if sys.platform == "linux" else None
         if self._socket is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _WRITE_BUFFER_BYTES)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _SOCKET_UNSENT_BYTES)
             # For what is left in the socket of a closed connection, of which nothing here knows any more.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_TIMEOUT_S))
         if self._has_room():
@@ -117,17 +129,52 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        # `listener` configures uvicorn so; Ray's proxy has no setting for it.
+        cycle.default_headers = [(name, value) for name, value in cycle.default_headers if name != b"server"]
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
+        if self._reset_timer is not None:
+            self._reset_timer.cancel()
+        self._is_next_waiting = False
         self.pipeline.clear()
         if self._running is not None and not self._running.response_complete:
             # Uvicorn says so to the latest alone: others would write to what is closed.
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open: where a complete request is answered, and a reset can be noticed."""
+        answered = self._running
+        if self._socket is None or answered is None or self._is_idle or self.cycle.more_body or self.cycle.disconnected:
+            return False
+        if self._reset_timer is None:
+            self._stop_head_timer()  # of a next request, which will not be complete
+            self.cycle.keep_alive = False
+            self._send_beginning(answered)
+            self._look_for_reset(_RESET_WITHIN_S)
+        return True
+
+    def _send_beginning(self, cycle: RequestResponseCycle) -> None:
+        """Sends what comes next whatever the reply says: a machine whose program has gone resets the connection."""
+        if not cycle.response_started:
+            self.transport.write(_REPLY_BEGINNING)
+            cycle.transport = _RestOfReply(self.transport)  # type: ignore[assignment]
+        elif cycle.chunked_encoding and not cycle.response_complete:
+            self.transport.write(b"0")  # the size of a chunk may begin with zeros
+
+    def _look_for_reset(self, again_in_s: float) -> None:
+        """Ends the connection if it was reset: of a half-closed one nothing is read, so the event loop does not notice."""
+        assert self._socket is not None
+        information = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_STATE + 1)
+        if information[_TCPI_STATE] == _TCP_CLOSE:
+            self.transport.abort()
+            return
+        look = functools.partial(self._look_for_reset, min(2 * again_in_s, _RESET_LOOKED_FOR_EACH_S))
+        self._reset_timer = self.loop.call_later(again_in_s, look)
 
     # ------------------------------------------------------------------------------------------- what the parser finds
 
@@ -204,8 +251,18 @@ class BoundedHttp(HttpToolsProtocol):
             self.server_state.total_requests += 1
             self._end()  # the rest of a refused body is not read
             return
-        super().on_response_complete()
+        if self.pipeline and self.flow.write_paused and not self.transport.is_closing():
+            self.server_state.total_requests += 1
+            self._is_next_waiting = True  # its reply would wait, too, and Ray's proxy holds one as a copy of its own
+        else:
+            super().on_response_complete()
         self._watch_writes()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._is_next_waiting:
+            self._is_next_waiting = False
+            self._start_asgi_task(*self.pipeline.pop())
 
     def _reply_and_end(self, failure: Failure) -> None:
         body = failure.body()
@@ -282,6 +339,18 @@ class BoundedHttp(HttpToolsProtocol):
         (received,) = struct.unpack_from("Q", information, _TCPI_BYTES_ACKED)
         (queued,) = struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, bytes(4)))
         return received, unsent + queued
+
+
+class _RestOfReply:
+    """The transport of a reply whose beginning has been sent."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self._is_first = transport, True
+        self.close, self.is_closing = transport.close, transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data.removeprefix(_REPLY_BEGINNING) if self._is_first else data)
+        self._is_first = False
 
 
 class _HeadTooLarge(Exception):

@@ -242,7 +242,22 @@ def test_the_proxys_own_routes_reveal_nothing(server: Any) -> None:
     for path, status in (("/-/routes", 404), ("/-/healthz", 200)):
         connection = http.client.HTTPConnection(str(address.hostname), int(address.port or 0), timeout=20)
         connection.request("GET", path)
-        assert connection.getresponse().status == status
+        reply = connection.getresponse()
+        assert (reply.status, reply.headers["server"]) == (status, None)
+
+
+def test_a_client_that_half_closes_gets_its_reply(server: Any) -> None:
+    address = urlsplit(server.address)
+    body = json.dumps({"prompt": CAPTION, "seed": 1, "candidates": 4})
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((str(address.hostname), int(address.port or 0)), timeout=90) as connection:
+        connection.sendall(f"{head}content-length: {len(body.encode())}\r\n\r\n{body}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert "data" in json.loads(received.partition(b"\r\n\r\n")[2])
 
 
 def test_a_client_cannot_set_rays_timeout(server: Any) -> None:

@@ -14,7 +14,7 @@ from ray.serve._private import http_util, replica
 from ray.serve.handle import DeploymentHandle
 from starlette._utils import get_route_path
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serve.api.listener import BoundedHttp
 from serve.cluster.ray_environment import CLUSTER_ENVIRONMENT, ONE_MACHINE_ENVIRONMENT, SERVE_ENVIRONMENT
@@ -46,7 +46,7 @@ def test_ray_creates_its_proxys_uvicorn_server_without_naming_a_protocol() -> No
     "name",
     [
         "connection_made", "connection_lost", "on_message_begin", "on_headers_complete", "data_received",
-        "send_400_response",
+        "send_400_response", "eof_received", "resume_writing", "on_response_complete", "_start_asgi_task",
     ],
 )  # fmt: skip
 def test_uvicorn_http_tools_protocol_has_the_overridden_method(name: str) -> None:
@@ -55,10 +55,16 @@ def test_uvicorn_http_tools_protocol_has_the_overridden_method(name: str) -> Non
     assert list(inspect.signature(theirs).parameters) == list(inspect.signature(ours).parameters)
 
 
-@pytest.mark.parametrize("attribute", ["url", "headers", "cycle", "transport", "loop"])
+@pytest.mark.parametrize("attribute", ["url", "headers", "cycle", "transport", "loop", "flow", "pipeline"])
 def test_uvicorn_http_tools_protocol_has_the_attribute(attribute: str) -> None:
     """serve/api/listener.py reads it."""
     assert re.search(rf"self\.{attribute}\b.* = ", inspect.getsource(HttpToolsProtocol))
+
+
+@pytest.mark.parametrize("attribute", ["transport", "keep_alive", "default_headers", "chunked_encoding"])
+def test_uvicorn_request_response_cycle_has_the_attribute(attribute: str) -> None:
+    """serve/api/listener.py sets or reads it."""
+    assert re.search(rf"self\.{attribute}\b.* = ", inspect.getsource(RequestResponseCycle))
 
 
 def test_ray_replicas_bind_their_grpc_server_by_a_patchable_function() -> None:
