@@ -48,7 +48,7 @@ from serve.api.renditions import check_init_ground, size_bounds
 from serve.api.responses import Operation, ResponseContext, response_body, unknown_fields
 from serve.api.schemas import EditJsonRequest, EditRequest, GenerationRequest, ImageRequest, TokenizeRequest
 from serve.api.streaming import EventStream, answered, finished_job
-from serve.api.uploads import FILE_PARTS, UploadReader
+from serve.api.uploads import FILE_PARTS, UploadReader, check_no_file_is_text
 from serve.api.validation import read_request, read_text_request
 from serve.messages import EmbeddingJob, Embeddings, Finished, GenerationJob, ModelInfo, Refused
 from serve.metrics import CONTENT_TYPE, ApiMetrics, merge_expositions
@@ -143,6 +143,7 @@ class _Handlers:
         )
         with closing_form(form):
             fields = {name: text for name, text in form.fields.items() if text or name not in FILE_PARTS}
+            check_no_file_is_text(fields)
             body = read_text_request(EditRequest, fields)
             info = await self._pool.model_info()
             job = await self._job(request, body, info, has_init_image=True)

@@ -14,7 +14,7 @@ S pixels of the model's images, g x g grid of tokens.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -187,6 +187,14 @@ def open_upload(file: IO[bytes], param: str, *, max_pixels: int) -> Image.Image:
         raise _too_many_pixels(param, max_pixels) from None
     except DECODE_ERRORS:
         raise _bad_image(param, "is truncated or damaged", "이미지 파일이 손상되었습니다") from None
+
+
+def check_no_file_is_text(fields: Collection[str]) -> None:
+    """Raises Failure for a picture that a form has as text: its part has no file name."""
+    for name in FILE_PARTS:
+        if name in fields:
+            detail = f"Send `{name}` as a file: its part has no `filename`."
+            raise Failure("invalid_type", detail, f"`{name}` 항목을 파일로 보내 주세요.", param=name)
 
 
 def _parts(files: Mapping[str, IO[bytes]]) -> tuple[IO[bytes], IO[bytes] | None]:

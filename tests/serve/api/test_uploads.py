@@ -292,3 +292,12 @@ def test_an_empty_file_part_counts_as_absent() -> None:
         with pytest.raises(Failure) as raised:
             uploads._parts({name: io.BytesIO()})
         assert (raised.value.code, raised.value.param) == (code, name)
+
+
+@pytest.mark.parametrize("name", ["image", "image[]", "mask"])
+def test_a_picture_that_is_sent_as_text_is_named_as_such(name: str) -> None:
+    """It was an unknown parameter, to be removed."""
+    with pytest.raises(Failure, match="as a file") as raised:
+        uploads.check_no_file_is_text({"prompt": "a", name: "data:"})
+    assert (raised.value.code, raised.value.param) == ("invalid_type", name)
+    uploads.check_no_file_is_text({"prompt": "a"})
