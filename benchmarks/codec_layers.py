@@ -1,11 +1,11 @@
 """Where the time of decoding an image goes on a CPU, layer by layer, beside the machine's limit: python benchmarks/codec_layers.py
 
 Decodes at the published size (random weights) on one thread, as each thread of a batch does, with the ways of engine.codec.vqgan_cpu
-(compiled convolutions and torch's operators in float32, 8-bit convolutions with compiled ones elsewhere), and times every step. Times are of the processor, best of `--repeat`.
+(compiled convolutions, and torch's operators), and times every step. Times are of the processor, best of `--repeat`.
 
-The floor of a step is its products over the speed of the processor's best convolution or matrix product in that type, measured in the
-same run: in float32 those that Winograd needs (a quarter of a direct convolution's; 25 of 144 after a doubling), in 8 bits a direct
-convolution's, but Winograd's for the doublings, which stay in float32. Passes over memory are not in it: rows stay in the cache.
+The floor of a step is its products over the speed of the processor's best convolution or matrix product, measured in the same run:
+those that Winograd needs (a quarter of a direct convolution's; 25 of 144 after a doubling). Passes over memory are not in it: rows
+stay in the cache.
 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 with `--tag=-avx2` limits all to AVX2.
 The last line is one JSON document, also stored in <out>/results/codec_layers/<hardware>.json.
 """
@@ -33,18 +33,16 @@ from engine.device import cpu_capabilities
 from engine.facts import facts
 from engine.models.vqgan import Vqgan
 from kernels.convolution import CompiledConv
-from kernels.int8_conv import Int8Conv
 
 _CPU = torch.device("cpu")
 
 
 class Layer(NamedTuple):
-    """Seconds, operations of a direct convolution, share of them that is left, and the type that they are in."""
+    """Seconds, operations of a direct convolution, and the share of them that is left."""
 
     seconds: float
     operations: float
     left: float
-    kind: str
 
 
 _WINOGRAD, _DOUBLED = 36 / 144, 25 / 144  # products of a direct convolution's that are left
@@ -67,12 +65,10 @@ def main() -> int:
     document["rows"] = []
     with torch.no_grad():
         for way in _ways():
-            decoder = CpuDecoder(
-                vqgan.decoder, int8=way == "int8", library=None if way == _TORCH else convolution_library()
-            )
+            decoder = CpuDecoder(vqgan.decoder, library=None if way == _TORCH else convolution_library())
             rows = _layers(decoder, vqgan.latent_table()[:256].view(16, 16, -1), arguments.repeat)
-            for name, (seconds, direct, left, kind) in rows.items():
-                floor_s = direct * left / peaks[kind] / 1e9
+            for name, (seconds, direct, left) in rows.items():
+                floor_s = direct * left / peaks["float32"] / 1e9
                 document["rows"].append({
                     "way": way, "layer": name, "ms": round(1e3 * seconds, 1), "gflop": round(direct / 1e9, 1),
                     "floor_ms": round(1e3 * floor_s, 1), "share_of_floor": round(floor_s / seconds, 2),
@@ -85,7 +81,7 @@ def main() -> int:
 
 def _ways() -> list[str]:
     compiled = [_COMPILED] if convolution_library() is not None else []
-    return [*compiled, _TORCH, *(["int8"] if cpu_capabilities().packs_int8 else [])]
+    return [*compiled, _TORCH]
 
 
 def _peaks(repeat: int) -> dict[str, float]:
@@ -105,16 +101,6 @@ def _peaks(repeat: int) -> dict[str, float]:
                 images, kernel = (value.to(memory_format=torch.channels_last) for value in (pixels, weight))
                 works.append((name, flops, functools.partial(F.conv2d, images, kernel, padding=1)))
                 works.append((name, 2 * 1024**3, functools.partial(torch.mm, square, square)))
-            if cpu.packs_int8:
-                conv = Int8Conv(
-                    torch.randn(channels, channels, 3, 3, device=_CPU, dtype=torch.float32),
-                    torch.zeros(channels, device=_CPU, dtype=torch.float32),
-                )
-                padded = torch.randint(0, 255, (side + 2, side + 2, channels), dtype=torch.uint8, device=_CPU)
-                out = torch.empty(side, side, channels, dtype=torch.float32, device=_CPU)
-                works.append(
-                    ("int8", flops, functools.partial(conv, padded, out, x_scale=0.1, zero_point=3, add=False))
-                )
             for name, operations, work in works:
                 best[name] = max(best[name], operations / _best(work, repeat) / 1e9)
     return {name: round(value) for name, value in best.items()}
@@ -130,21 +116,18 @@ def _layers(decoder: CpuDecoder, latents: Tensor, repeat: int) -> dict[str, Laye
 
 
 def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, Layer]:
-    threads, found = ThreadPool(threading.local()), defaultdict[str, Layer](lambda: Layer(0.0, 0.0, 1.0, "float32"))
-    int8 = decoder._int8
+    threads, found = ThreadPool(threading.local()), defaultdict[str, Layer](lambda: Layer(0.0, 0.0, 1.0))
 
-    def timed(name: str, direct: float, left: float, work: Callable[[], Any], kind: str = "float32") -> Any:
+    def timed(name: str, direct: float, left: float, work: Callable[[], Any]) -> Any:
         start = time.process_time()
         result = work()
-        found[name] = Layer(
-            found[name].seconds + time.process_time() - start, found[name].operations + direct, left, kind
-        )
+        found[name] = Layer(found[name].seconds + time.process_time() - start, found[name].operations + direct, left)
         return result
 
     stream = threads.buffer("stream 0", *latents.shape[:2], decoder._first.channels_out)
     moments = timed(
         "first convolution", 18 * latents.numel() * stream.shape[2], _WINOGRAD,
-        lambda: convolve(decoder._first, latents, stream, threads, spans=int8),
+        lambda: convolve(decoder._first, latents, stream, threads),
     )  # fmt: skip
     for number, step in enumerate(decoder._steps, start=1):
         H, W, C = stream.shape
@@ -157,11 +140,10 @@ def _one_image(decoder: CpuDecoder, latents: Tensor) -> dict[str, Layer]:
             K = step._conv1.channels_out
             direct = H * W * (18 * (C * K + K * K) + (2 * C * K if step._shortcut is not None else 0))
             run = functools.partial(step, stream, moments, threads, name=f"stream {number}")
-            kind, left = ("int8", 1.0) if int8 else ("float32", _WINOGRAD)
-            stream, moments = timed(f"residual blocks, {K} channels, {H} x {W}", direct, left, run, kind)
+            stream, moments = timed(f"residual blocks, {K} channels, {H} x {W}", direct, _WINOGRAD, run)
         else:
             larger = threads.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
-            double = functools.partial(convolve, step, stream, larger, threads, spans=int8)
+            double = functools.partial(convolve, step, stream, larger, threads)
             moments = timed(f"doubling to {2 * H} x {2 * W}", 18 * larger.numel() * C, _DOUBLED, double)
             stream = larger
     image = threads.buffer("image", *stream.shape[:2], decoder._last.channels_out)

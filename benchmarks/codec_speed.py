@@ -7,7 +7,6 @@
     image threads  the same modules, one image a thread (engine.codec.threads)
     row tiles      Winograd convolutions by torch's operators on tiles of rows, one image a thread (engine.codec.vqgan_cpu)
     compiled       the same network with compiled convolutions; where the package was built with a C++ compiler
-    int8           8-bit convolutions in the residual blocks, compiled ones elsewhere; only on processors with VNNI
     bfloat16       the modules channels last, one image a thread; only on processors that multiply it
     onnx           the exported decoder in ONNX Runtime
 
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from machine_facts import REPOSITORY, kept_when_stopped, print_document, store_document
 from sampling.plan import published_sizes
-from text_table import NOT_MEASURED, seconds_text, table
+from text_table import seconds_text, table
 from torch import Tensor
 
 from engine.codec.compiled_convolution import convolution_library
@@ -38,7 +37,7 @@ from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import open_koclip, open_vqgan
 from engine.codec.onnx_export import export_model
 from engine.codec.vqgan_cpu import fits_compiled
-from engine.codec.vqgan_decoder import WIDE_CHANNELS, FastDecoder, decodes_int8
+from engine.codec.vqgan_decoder import WIDE_CHANNELS, FastDecoder
 from engine.device import cpu_capabilities, fit_to_machine
 from engine.facts import facts
 from engine.measure import count_flops
@@ -71,8 +70,6 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="codec-speed-") as scratch:
                 for row in _model_rows(model, Path(scratch), arguments):
                     document["rows"].append(row)
-    if not decodes_int8(_CPU):
-        document["int8"] = f"{NOT_MEASURED}: this processor has no VNNI"
     models = "-".join(Path(model).name for model in arguments.models)
     store_document(document, arguments.out, quick=False, tag=f"-{models}-threads-{torch.get_num_threads()}")
     print(_table(document["rows"]), end="\n\n")
@@ -110,8 +107,6 @@ def _model_rows(model: str, scratch: Path, arguments: argparse.Namespace) -> Ite
     }
     if fits_compiled(vqgan.decoder) and convolution_library() is not None:
         decoders["compiled"] = FastDecoder(vqgan, way="compiled").decode
-    if decodes_int8(_CPU):
-        decoders["int8"] = FastDecoder(vqgan, precision="int8").decode
     if cpu_capabilities().multiplies_bfloat16:
         decoders["bfloat16"] = FastDecoder(vqgan, precision="bfloat16").decode
     embedders: dict[str, Work] = {

@@ -2,15 +2,14 @@
 
 Generates from held-out captions of a prepared folder twice, by the compiled step in float32 and in another way, same seeds:
 
-    int8        8-bit weights and inputs, and the VQGAN's convolutions in 8 bits, where the processor has them
-    int4        4-bit weights, 8-bit inputs, and the same convolutions
+    int8        8-bit weights and inputs
+    int4        4-bit weights, 8-bit inputs
     operators   float32 by torch's operators: the same function, sums in another order
 
 and compares
 
     tokens      how many are the same; and how many would be if both had the same tokens so far
-    scores      KoCLIP's of each candidate (its own arithmetic is float32 in both)
-    images      the same tokens, decoded by the VQGAN of either: PSNR, grey levels
+    scores      KoCLIP's of each candidate (VQGAN and KoCLIP are float32 in both)
 
 The last line is one JSON document.
 """
@@ -83,9 +82,8 @@ def main() -> None:
         "score_float32",
         "score_other",
         "score_change",
-        "psnr_db",
     ):
-        print(f"{name:16} {'equal' if document[name] is None else format(document[name], '.4f')}")
+        print(f"{name:16} {document[name]:.4f}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out / f"{arguments.weights}.json", document)
@@ -114,8 +112,6 @@ def compare(
     candidates, others = (sorted(one.candidates, key=lambda c: c.candidate) for one in (generation, rough_generation))
     tokens = torch.tensor([one.image_tokens for one in candidates])  # (n, N)
     other_tokens = torch.tensor([one.image_tokens for one in others])
-    pixels = exact.decode_images(tokens) * 255
-    errors = (rough.decode_images(tokens) * 255 - pixels).abs()
     requests = [SequenceRequest(0, options.updated(seed=seed), candidate=number) for number in range(len(tokens))]
     text = exact.tokenizer.encode([caption], exact.transformer.config.text_seq_len).tokens
     next_tokens = [next_tokens_after(one.sampler, text, requests, tokens) for one in (exact, rough)]
@@ -125,9 +121,6 @@ def compare(
         "same_next_token": float((next_tokens[0] == next_tokens[1]).float().mean()),
         "scores": [one.score for one in candidates],
         "other_scores": [one.score for one in others],
-        "squared_error": float(errors.square().mean()),
-        "mean_grey_levels": float(errors.mean()),
-        "largest_grey_levels": float(errors.max()),
     }
 
 
@@ -149,12 +142,10 @@ def next_tokens_after(sampler: Sampler, text: Tensor, requests: list[SequenceReq
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over captions; the score's change with its standard error, by candidate."""
     means: dict[str, Any] = {
-        name: statistics.mean(row[name] for row in rows)
-        for name in ("same_tokens", "same_images", "same_next_token", "mean_grey_levels")
+        name: statistics.mean(row[name] for row in rows) for name in ("same_tokens", "same_images", "same_next_token")
     }
     scores = [score for row in rows for score in row["scores"]]
     others = [score for row in rows for score in row["other_scores"]]
-    squared_error = statistics.mean(row["squared_error"] for row in rows)
     changes = [after - before for before, after in zip(scores, others, strict=True)]
     means |= {
         "score_float32": statistics.mean(scores),
@@ -163,9 +154,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "score_change_standard_error": statistics.stdev(changes) / math.sqrt(len(changes)),
         "best_score_float32": statistics.mean(max(row["scores"]) for row in rows),
         "best_score_other": statistics.mean(max(row["other_scores"]) for row in rows),
-        # None: equal, where the processor has no 8-bit convolutions and the VQGAN runs in float32 both times
-        "psnr_db": 10 * math.log10(255**2 / squared_error) if squared_error else None,
-        "largest_grey_levels": max(row["largest_grey_levels"] for row in rows),
     }
     return means
 

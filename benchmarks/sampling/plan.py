@@ -41,7 +41,7 @@ class Variant:
     dtype: str  # of the pipeline
     int8: bool  # the pipeline's option
     weight_bytes: float  # of one weight as a decode step reads it; small layers of int8 stay in float32, unaccounted
-    matrix_dtype: str  # of the decode step's products and of the VQGAN's convolutions
+    matrix_dtype: str  # of the decode step's products; the VQGAN's floor is at its rate, too, though int8 decodes images in float32
     has_baselines: bool  # others are measured beside it, in the same dtype
 
     @property

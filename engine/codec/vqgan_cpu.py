@@ -1,11 +1,10 @@
-"""The VQGAN decoder on a CPU, in float32 or with 8-bit convolutions: an image is decoded in tiles of rows.
+"""The VQGAN decoder on a CPU, in float32: an image is decoded in tiles of rows.
 
 Three things make it faster than the modules, each of which leaves the cache and waits for all threads:
 
 - A tile of rows passes normalisation, SiLU, convolution and the next normalisation's sums while it is in the cache
   (engine.codec.vqgan_row_tiles).
-- 3x3 convolutions are Winograd's, with a quarter of the products (kernels.convolution, compiled; kernels.winograd, by torch's operators),
-  or 8-bit (kernels.int8_conv).
+- 3x3 convolutions are Winograd's, with a quarter of the products (kernels.convolution, compiled; kernels.winograd, by torch's operators).
 - No operation is split among threads: each thread has an image, or row tiles of one (engine.codec.threads).
 
 An image's pixels depend on its tokens alone: not on the rest of the batch, nor on the number of threads, since the steps
@@ -36,45 +35,40 @@ from engine.codec.vqgan_row_tiles import (
     float_conv,
 )
 from kernels.convolution import LANES, CompiledConv
-from kernels.int8_conv import Int8Conv
 from kernels.winograd import WinogradConv
 
 
 class CpuDecoder:
     """taming's decoder with repacked weights; it shares no memory with the module.
 
-    The weights take 609 MB for the published decoder (Winograd's are four times the size of the module's), 111 MB with
-    `int8`.
+    The weights take 609 MB for the published decoder: Winograd's are four times the size of the module's.
 
     Args:
         decoder: taming's, on the CPU.
         grid: rows and columns of the latents that it is made for, beside others that `fits` admits; None: the module's own.
-        int8: 8-bit convolutions in the residual blocks. The upsampling, the first and the last convolution and the
-            attention stay in float32: their input is the residual stream itself, whose range no activation bounds.
-        library: compiled convolutions in float32 (`convolution_library`), for decoders that they `fit`; None: torch's operators.
+        library: compiled convolutions (`convolution_library`), for decoders that they `fit`; None: torch's operators.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         *,
-        int8: bool,
         grid: tuple[int, int] | None = None,
         library: ctypes.CDLL | None = None,
     ) -> None:
         size = self._grid = grid or (decoder.z_shape[2], decoder.z_shape[3])
-        self._int8, self._library = int8, library
+        self._library = library
         self._first = float_conv(decoder.conv_in, size, library)
         self._steps: list[_Block | _Attention | FloatConv | CompiledConv] = [
-            _Block(decoder.mid.block_1, size, library, int8=int8),
-            _Attention(decoder.mid.attn_1, int8=int8),
-            _Block(decoder.mid.block_2, size, library, int8=int8),
+            _Block(decoder.mid.block_1, size, library),
+            _Attention(decoder.mid.attn_1),
+            _Block(decoder.mid.block_2, size, library),
         ]
         for level in reversed(decoder.up):
             for number, block in enumerate(level.block):
-                self._steps.append(_Block(block, size, library, int8=int8))
+                self._steps.append(_Block(block, size, library))
                 if len(level.attn):
-                    self._steps.append(_Attention(level.attn[number], int8=int8))
+                    self._steps.append(_Attention(level.attn[number]))
             if hasattr(level, "upsample"):
                 self._steps.append(float_conv(level.upsample.conv, size, library, doubled=True))
                 size = (2 * size[0], 2 * size[1])
@@ -116,7 +110,7 @@ class CpuDecoder:
 
     def _decode_image(self, latents: Tensor, threads: ThreadPool) -> Tensor:
         stream = threads.buffer("stream 0", *latents.shape[:2], self._first.channels_out)
-        moments = convolve(self._first, latents, stream, threads, spans=self._int8)
+        moments = convolve(self._first, latents, stream, threads)
         for number, step in enumerate(self._steps, start=1):
             if isinstance(step, _Block | _Attention):
                 assert moments is not None
@@ -124,7 +118,7 @@ class CpuDecoder:
                 continue
             H, W, _ = stream.shape
             larger = threads.buffer(f"stream {number}", 2 * H, 2 * W, step.channels_out)
-            moments = convolve(step, stream, larger, threads, spans=self._int8)
+            moments = convolve(step, stream, larger, threads)
             stream = larger
         assert moments is not None
         image = torch.empty(*stream.shape[:2], self._last.channels_out, dtype=torch.float32, device="cpu")
@@ -142,12 +136,9 @@ def fits_compiled(decoder: Decoder) -> bool:
 class _Block:
     """Residual block: stream + conv2(silu(norm2(conv1(silu(norm1(stream)))))), a 1x1 convolution where C changes."""
 
-    def __init__(self, block: ResnetBlock, size: tuple[int, int], library: ctypes.CDLL | None, *, int8: bool) -> None:
+    def __init__(self, block: ResnetBlock, size: tuple[int, int], library: ctypes.CDLL | None) -> None:
         self._norm1, self._norm2 = GroupNormAffine(block.norm1), GroupNormAffine(block.norm2)
-        self._conv1, self._conv2 = (
-            Int8Conv(conv.weight, bias_of(conv)) if int8 else float_conv(conv, size, library)
-            for conv in (block.conv1, block.conv2)
-        )
+        self._conv1, self._conv2 = (float_conv(conv, size, library) for conv in (block.conv1, block.conv2))
         self._shortcut = _Linear(block.nin_shortcut) if block.in_channels != block.out_channels else None
 
     def __call__(self, stream: Tensor, moments: Moments, threads: ThreadPool, *, name: str) -> tuple[Tensor, Moments]:
@@ -162,7 +153,7 @@ class _Block:
 
     @staticmethod
     def _convolve(
-        conv: FloatConv | CompiledConv | Int8Conv,
+        conv: FloatConv | CompiledConv,
         norm: GroupNormAffine,
         source: Tensor,
         moments: Moments,
@@ -172,11 +163,7 @@ class _Block:
         add: bool = False,
     ) -> Moments:
         activation = Activation.after(norm, moments)
-        int8 = isinstance(conv, Int8Conv)
-        byte_scale = activation.byte_scale(moments) if int8 else (1.0, 0)
-        after = convolve(
-            conv, source, target, threads, activation=activation, byte_scale=byte_scale, add=add, spans=int8
-        )
+        after = convolve(conv, source, target, threads, activation=activation, add=add)
         assert after is not None
         return after
 
@@ -184,13 +171,12 @@ class _Block:
 class _Attention:
     """stream + proj(softmax(q k^T / sqrt(C)) v), one head over all pixels: at 16 x 16 pixels 1 % of the work."""
 
-    def __init__(self, block: AttnBlock, *, int8: bool) -> None:
+    def __init__(self, block: AttnBlock) -> None:
         self._norm = GroupNormAffine(block.norm)
         convs = (block.q, block.k, block.v)
         self._weight = torch.cat([_matrix(conv) for conv in convs], dim=1)  # (C, 3 C)
         self._bias = torch.cat([bias_of(conv) for conv in convs])
         self._project = _Linear(block.proj_out)
-        self._spans = int8
 
     def __call__(self, stream: Tensor, moments: Moments, threads: ThreadPool, *, name: str) -> tuple[Tensor, Moments]:
         C = stream.shape[2]
@@ -199,7 +185,7 @@ class _Attention:
         q, k, v = torch.addmm(self._bias, torch.addcmul(shift, rows, scale), self._weight).split(C, dim=1)
         seen = torch.softmax((q @ k.T) / math.sqrt(C), dim=1) @ v
         rows.add_(self._project(seen, out=threads.buffer("branch", *rows.shape)))
-        return stream, Moments.of(stream, spans=self._spans)
+        return stream, Moments.of(stream)
 
 
 class _Linear:

@@ -1,6 +1,6 @@
 """The fast decoder of a codec: the images of `ImageCodec.decode` up to rounding, at the machine's speed.
 
-    VQGANs, CPU, float32 and int8             engine.codec.vqgan_cpu: compiled, Winograd by torch or 8-bit convolutions
+    VQGANs, CPU, float32                      engine.codec.vqgan_cpu: Winograd's convolutions, compiled or by torch's operators
     CPU, 16 bit or another family             the modules, an image a thread; bfloat16 channels last
     GPU                                       engine.codec.vqgan_cuda: VQGANs channels last; one CUDA graph
 
@@ -31,7 +31,6 @@ from engine.codec.compiled_convolution import convolution_library
 from engine.codec.threads import single_threads
 from engine.codec.vqgan_cpu import CpuDecoder, fits_compiled
 from engine.config.codec import VqganConfig
-from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.image_codec import ImageCodec
 from engine.models.vqgan import to_unit_range
@@ -39,10 +38,10 @@ from engine.models.vqgan import to_unit_range
 if TYPE_CHECKING:
     from engine.codec.vqgan_cuda import CudaDecoder
 
-Precision = Literal["float32", "bfloat16", "float16", "int8"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Way = Literal["compiled", "row tiles", "modules"]
 WIDE_CHANNELS = 64  # base channels from which row tiles and channels last pay
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FastDecoder:
@@ -50,14 +49,12 @@ class FastDecoder:
 
     Args:
         codec: on a CPU or a GPU, of any dtype; not changed. Its decoder is read once more for a grid that is no whole tiles.
-        precision: of weights and feature maps. `int8`: 8-bit convolutions in the residual blocks, float32 elsewhere, VQGANs on a CPU only:
-            1.4 times as fast as float32 by torch's operators in wide decoders, and no faster than compiled float32
-            (benchmarks/results/codec_layers). `fastest_precision` chooses.
-        way: of VQGANs in float32 on a CPU; None: the fastest. `modules`: an image a thread; `row tiles`: by torch's operators, also of
-            int8; `compiled`: where the package was built with a C++ compiler and the decoder's widths are multiples of 16.
+        precision: of weights and feature maps.
+        way: of VQGANs in float32 on a CPU; None: the fastest. `modules`: an image a thread; `row tiles`: by torch's operators;
+            `compiled`: where the package was built with a C++ compiler and the decoder's widths are multiples of 16.
 
     Raises:
-        InputError: unknown precision, or int8 on a machine or for a family without it.
+        InputError: unknown precision.
     """
 
     def __init__(self, codec: ImageCodec, *, precision: Precision = "float32", way: Way | None = None) -> None:
@@ -66,22 +63,17 @@ class FastDecoder:
         self.config, self.precision = codec.config, precision
         self._table = codec.latent_table()
         self._device = self._table.device
-        if precision == "int8" and not decodes_int8(self._device):
-            where = "a GPU" if self._device.type != "cpu" else f"a processor without VNNI ({cpu_capabilities().isa})"
-            raise InputError("precision", "int8", f"is not made for {where}: write float32 or bfloat16")
         self._cpu: CpuDecoder | None = None
         self._larger_cpu: dict[
             tuple[int, int], CpuDecoder
         ] = {}  # for grids that are no whole tiles of the trained one's
         self._cuda: CudaDecoder | None = None
-        if precision == "int8" and not isinstance(codec.config, VqganConfig):
-            raise InputError("precision", "int8", f"is not made for a codec of the family {codec.config.family}")
         dtype = _DTYPES[precision]
         if self._device.type == "cuda":
             self._cuda = _cuda_decoder(codec, self._table, dtype)
-        elif precision == "int8" or (precision == "float32" and (way or _fastest_way(codec)) != "modules"):
+        elif precision == "float32" and (way or _fastest_way(codec)) != "modules":
             self._library = _library(codec) if way in ("compiled", None) else None
-            self._cpu = CpuDecoder(codec.decoder, int8=precision == "int8", library=self._library)
+            self._cpu = CpuDecoder(codec.decoder, library=self._library)
             self._source, self._table = codec.decoder, self._table.float()
         else:
             module: nn.Module = copy.deepcopy(codec.decoder).eval().requires_grad_(False)
@@ -125,9 +117,7 @@ class FastDecoder:
         if self._cpu.fits(*grid):
             return self._cpu
         if grid not in self._larger_cpu:
-            self._larger_cpu = {
-                grid: CpuDecoder(self._source, int8=self.precision == "int8", grid=grid, library=self._library)
-            }
+            self._larger_cpu = {grid: CpuDecoder(self._source, grid=grid, library=self._library)}
         return self._larger_cpu[grid]
 
     @torch.inference_mode()
@@ -163,26 +153,6 @@ class FastDecoder:
                 last = self.config.codebook_size - 1
                 raise ValueError(f"image tokens span {lowest}..{highest}; the codebook has 0..{last}")
         return image_tokens
-
-
-def decodes_int8(device: torch.device) -> bool:
-    """Whether `precision="int8"` is possible, and faster than float32, on this device.
-
-    Without VNNI products of bytes saturate. Weights in two halves would make them exact, at 1.5 to 2.3 times the time of
-    Winograd's convolutions in float32 (AVX2, one core: 93 GFLOP/s against 143 to 210).
-    """
-    return device.type == "cpu" and cpu_capabilities().packs_int8
-
-
-def fastest_precision(codec: ImageCodec) -> Precision:
-    """Where images may differ a little from float32's: float32 all the same where convolutions are compiled, as nothing is faster.
-
-    Without them, and where `decodes_int8` holds: int8, but bfloat16 for narrow VQGANs. Narrow convolutions end before the passes over their input have paid: at 32 channels and 128 pixels (models/clothing) an image takes
-    36 ms of an AVX512_BF16 core in int8 and 27 ms in bfloat16, which is as near to float32 (benchmarks/results/codec_speed).
-    """
-    if _library(codec) is not None:
-        return "float32"
-    return "bfloat16" if _is_narrow(codec) and cpu_capabilities().multiplies_bfloat16 else "int8"
 
 
 def _is_narrow(codec: ImageCodec) -> bool:

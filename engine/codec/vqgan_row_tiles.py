@@ -1,16 +1,13 @@
 """One convolution of one image on a CPU, tile by tile of rows, with the operations before and after it.
 
-    source rows -> scale * x + shift -> SiLU -> (bytes) -> 3x3 convolution -> target rows (+=) -> sums by channel
-     (H, W, C)      the normalisation                        kernels.*         (H, W, K)          the next normalisation
+    source rows -> scale * x + shift -> SiLU -> 3x3 convolution -> target rows (+=) -> sums by channel
+     (H, W, C)      the normalisation            kernels.*         (H, W, K)          the next normalisation
 
-Where the package was built with a C++ compiler, one call of compiled code does all of it for float32 (kernels.convolution), block by
-block. Without, and for 8-bit convolutions, torch's operators do, on tiles of rows.
+Where the package was built with a C++ compiler, one call of compiled code does all of it (kernels.convolution), block by block.
+Without, torch's operators do, on tiles of rows.
 
 Rows stay in the cache from the first arrow to the last. Separately, each arrow reads and writes 33 MB for 128 channels of
 256 x 256 pixels (GroupNorm and SiLU of one such map then take longer than its convolution: 300 and 200 ms on one core).
-
-For 8-bit convolutions the lowest and highest value of each channel are kept beside the sums. SiLU(scale * x + shift) spans
--0.2785 .. SiLU(largest of scale * x + shift), so the scale of the quantisation is known before the activation is computed.
 
 The tiles of a map, and the order in which their sums are added, are the same for any number of threads.
 
@@ -28,12 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.convolution import CompiledConv
-from kernels.int8_conv import Int8Conv, byte_scale, quantise
 from kernels.winograd import TILE, Scratch, WinogradConv
 
 _WINOGRAD_TILES = 64  # in a row tile; fewer read the weights too often, more leave the cache
 _TILE_PIXELS = 4096  # of a row tile without Winograd
-_LOWEST_SILU = -0.27846455  # at -1.2785
 
 
 class ThreadPool:
@@ -56,15 +51,15 @@ class ThreadPool:
         ends = [count * part // parts for part in range(parts + 1)]
         list(self._pool.map(torch.no_grad()(work), ends[:-1], ends[1:]))
 
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The calling thread's buffer of that name on the CPU, contents undefined; valid until the name is used again."""
-        held: dict[tuple[str, torch.dtype], Tensor] = self._local.__dict__.setdefault("held", {})
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """The calling thread's float32 buffer of that name on the CPU, contents undefined; valid until the name is used again."""
+        held: dict[str, Tensor] = self._local.__dict__.setdefault("held", {})
         size = 1
         for length in shape:
             size *= length
-        found = held.get((name, dtype))
+        found = held.get(name)
         if found is None or len(found) < size:
-            found = held[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
+            found = held[name] = torch.empty(size, dtype=torch.float32, device="cpu")
         return found[:size].view(shape)
 
 
@@ -72,25 +67,22 @@ class ThreadPool:
 
 
 class Moments(NamedTuple):
-    """Statistics of a feature map by channel, for a GroupNorm and the quantisation after it."""
+    """Statistics of a feature map by channel, for the GroupNorm after it; (C,) float64 each."""
 
-    mean: Tensor  # (C,) float64
-    variance: Tensor  # (C,) float64
-    lowest: Tensor  # (C,) float32; 0 without `spans`
-    highest: Tensor  # (C,) float32
+    mean: Tensor
+    variance: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, *, spans: bool) -> "Moments":
-        """Of a whole map (H, W, C); `spans`: with lowest and highest."""
-        parts = torch.zeros(1, 4, values.shape[2], dtype=torch.float32, device="cpu")
-        _measure(values, parts[0], spans=spans)
+    def of(cls, values: Tensor) -> "Moments":
+        """Of a whole map (H, W, C)."""
+        parts = torch.empty(1, 2, values.shape[2], dtype=torch.float32, device="cpu")
+        _measure(values, parts[0])
         return cls.merged(parts)
 
     @classmethod
     def merged(cls, parts: Tensor) -> "Moments":
-        """Of (tiles, 4, C) as `_measure` writes them, of equally many pixels each."""
-        mean, variance = _merged(parts[:, 0].double(), parts[:, 1].double(), dim=0)
-        return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
+        """Of (tiles, 2, C) as `_measure` writes them, of equally many pixels each."""
+        return cls(*_merged(parts[:, 0].double(), parts[:, 1].double(), dim=0))
 
     @classmethod
     def of_blocks(cls, parts: Tensor, counts: Tensor) -> "Moments":
@@ -99,7 +91,7 @@ class Moments(NamedTuple):
         means = parts[:, 0].double()
         mean = (shares * means).sum(0)
         variance = (shares * (parts[:, 1].double() + (means - mean).square())).sum(0)
-        return cls(mean, variance, parts[:, 2].amin(0), parts[:, 3].amax(0))
+        return cls(mean, variance)
 
 
 def _merged(means: Tensor, variances: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
@@ -108,15 +100,11 @@ def _merged(means: Tensor, variances: Tensor, *, dim: int) -> tuple[Tensor, Tens
     return mean.squeeze(dim), (variances + (means - mean).square()).mean(dim)
 
 
-def _measure(values: Tensor, part: Tensor, *, spans: bool) -> None:
-    """(H, W, C) contiguous -> part (4, C): mean, variance and, with `spans`, lowest and highest."""
+def _measure(values: Tensor, part: Tensor) -> None:
+    """(H, W, C) contiguous -> part (2, C): mean and variance."""
     # Half the time of torch.sum and the sum of squares, with the variance around the mean: 0.19 and 0.38 ms for 4096
     # pixels of 128 channels (torch.var_mean: 4 ms).
     part[0], part[1] = torch.batch_norm_update_stats(values.permute(2, 0, 1)[None], None, None, 0.0)
-    if spans:
-        flat = values.view(-1, values.shape[-1])
-        torch.amin(flat, 0, out=part[2])
-        torch.amax(flat, 0, out=part[3])
 
 
 class GroupNormAffine:
@@ -144,11 +132,6 @@ class Activation(NamedTuple):
     @classmethod
     def after(cls, norm: GroupNormAffine, moments: Moments) -> "Activation":
         return cls(*norm.affine(moments))
-
-    def byte_scale(self, moments: Moments) -> tuple[float, int]:
-        """Scale and zero point of uint8 values that cover the activation's range."""
-        ends = torch.stack([moments.lowest, moments.highest]) * self.scale + self.shift  # (2, C)
-        return byte_scale(_LOWEST_SILU, float(F.silu(ends.max())))
 
     def __call__(self, rows: Tensor, out: Tensor) -> None:
         F.silu(torch.addcmul(self.shift, rows, self.scale, out=out), inplace=True)
@@ -228,16 +211,14 @@ def bias_of(conv: nn.Conv2d) -> Tensor:
 
 
 def convolve(
-    conv: FloatConv | CompiledConv | Int8Conv,
+    conv: FloatConv | CompiledConv,
     source: Tensor,
     target: Tensor,
     threads: ThreadPool,
     *,
     activation: Activation | None = None,
-    byte_scale: tuple[float, int] = (1.0, 0),
     add: bool = False,
     measured: bool = True,
-    spans: bool = False,
 ) -> Moments | None:
     """target = conv(activation(source)), or += with `add`.
 
@@ -245,8 +226,7 @@ def convolve(
         source: (H, W, C) float32, contiguous.
         target: (conv.scale * H, conv.scale * W, K) float32, contiguous; written.
         activation: None: the source as it is.
-        byte_scale: scale and zero point of an `Int8Conv`'s input.
-        measured: whether to compute the target's moments; `spans`: with its lowest and highest values.
+        measured: whether to compute the target's moments.
 
     Returns:
         The target's moments, None without `measured`.
@@ -256,34 +236,32 @@ def convolve(
     H, W, C = source.shape
     rows = _tile_rows(conv, H, W)
     steps, out_rows = H // rows, rows * conv.scale
-    parts = torch.zeros(steps, 4, target.shape[2], dtype=torch.float32, device="cpu")
-    is_int8 = isinstance(conv, Int8Conv)
+    parts = torch.empty(steps, 2, target.shape[2], dtype=torch.float32, device="cpu")
 
     def convolve_tiles(first: int, last: int) -> None:
-        padded = threads.buffer("padded", rows + 2, W + 2, C, dtype=torch.uint8 if is_int8 else torch.float32)
-        zero = byte_scale[1] if is_int8 else 0
-        padded[:, 0] = zero
-        padded[:, -1] = zero
+        padded = threads.buffer("padded", rows + 2, W + 2, C)
+        padded[:, 0] = 0
+        padded[:, -1] = 0
         for step in range(first, last):
             top = step * rows  # padded[0] is row top - 1
             ready = 0
             if step == 0:
-                padded[0] = zero
+                padded[0] = 0
                 ready = 1
             elif step > first and rows >= 2:
                 padded[:2] = padded[rows:]
                 ready = 2
             end = min(rows + 2, H + 1 - top)
             fresh, place = source[top - 1 + ready : top - 1 + end], padded[ready:end, 1:-1]
-            _fill(fresh, place, activation, byte_scale, threads)
-            padded[end:] = zero
-            part = target[step * out_rows : (step + 1) * out_rows]
-            if isinstance(conv, Int8Conv):
-                conv(padded, part, x_scale=byte_scale[0], zero_point=byte_scale[1], add=add)
+            if activation is None:
+                place.copy_(fresh)
             else:
-                conv(padded, part, add=add, scratch=threads.buffer)
+                activation(fresh, place)
+            padded[end:] = 0
+            part = target[step * out_rows : (step + 1) * out_rows]
+            conv(padded, part, add=add, scratch=threads.buffer)
             if measured:
-                _measure(part, parts[step], spans=spans)
+                _measure(part, parts[step])
 
     threads.split(steps, convolve_tiles)
     return Moments.merged(parts) if measured else None
@@ -314,23 +292,7 @@ def _convolve_compiled(
     return Moments.of_blocks(moments[:, :, : conv.channels_out], counts)
 
 
-def _fill(
-    rows: Tensor, place: Tensor, activation: Activation | None, byte_scale: tuple[float, int], threads: ThreadPool
-) -> None:
-    """Writes rows (n, W, C), activated, to `place`, as float32 or uint8."""
-    is_int8 = place.dtype == torch.uint8
-    if activation is None:
-        assert not is_int8, "only activations are quantised: their range is known"
-        place.copy_(rows)
-    elif is_int8:
-        values = threads.buffer("activated", *rows.shape)
-        activation(rows, values)
-        quantise(values, place, x_scale=byte_scale[0], zero_point=byte_scale[1])
-    else:
-        activation(rows, place)
-
-
-def _tile_rows(conv: FloatConv | Int8Conv, height: int, width: int) -> int:
+def _tile_rows(conv: FloatConv, height: int, width: int) -> int:
     """Source rows of a row tile: a divisor of the height, whole Winograd tiles where the convolution has tiles."""
     if isinstance(conv, WinogradConv):
         tile = TILE // conv.scale

@@ -87,7 +87,7 @@ class Pipeline:
     ) -> None:
         self.transformer, self.vqgan = transformer.eval(), vqgan.eval()
         self.koclip = None if koclip is None else koclip.eval()
-        self._codec = codec or Codec.of(vqgan, koclip, int8=int8)
+        self._codec = codec or Codec.of(vqgan, koclip)
         self.tokenizer = tokenizer
         self.ranker_tokenizer = ranker_tokenizer or tokenizer  # what the ranker reads captions with
         generation = generation or GenerationConfig()
@@ -134,8 +134,7 @@ class Pipeline:
         Args:
             dtype: the transformer's; None: what suits the machine (engine.device). On a GPU the codec's and
                 the ranker's too; on a CPU those are float32.
-            int8: 8-bit arithmetic on a CPU: about half the time, images that differ slightly. The VQGAN decoder stays in float32 where it is
-                compiled, as nothing is faster; else it is in 8 bits where the processor has VNNI.
+            int8: 8-bit arithmetic of the transformer on a CPU: half the time and less, images that differ slightly.
             weights: the transformer's, as decoding on a CPU reads them: int8, or int4, smaller and coarser. None: as `int8` says.
             speculative: let one or two candidates on a CPU take several tokens a step; the same tokens, sooner with a
                 model that was trained (engine/decoding/speculative/jacobi.py).
@@ -149,9 +148,7 @@ class Pipeline:
         survive_fork(device)
         folder = local_folder(folder_or_hub_id, revision=revision, local_files_only=local_files_only)
         contents = load_contents(folder, device=device, dtype=dtype)
-        codec = open_codec(
-            folder, contents["vqgan"], contents["koclip"], backend=codec_backend, device=device, int8=int8
-        )
+        codec = open_codec(folder, contents["vqgan"], contents["koclip"], backend=codec_backend, device=device)
         return cls(
             **contents,
             codec=codec,

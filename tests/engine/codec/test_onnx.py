@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.codec import codec, vqgan_decoder
 from engine.codec.codec import open_codec
 from engine.codec.koclip_encoder import KoclipEncoder
 from engine.codec.onnx_backend import (
@@ -26,8 +25,8 @@ from engine.codec.onnx_backend import (
     open_vqgan,
 )
 from engine.codec.onnx_export import MEASUREMENT_FILE, export_model
-from engine.codec.vqgan_decoder import FastDecoder, decodes_int8, fastest_precision
-from engine.config.codec import CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
+from engine.codec.vqgan_decoder import FastDecoder
+from engine.config.codec import CodecBackend, CodecConfig, DiscreteVaeConfig, OpenaiDvaeConfig, VqganConfig
 from engine.config.ranker import KoclipConfig
 from engine.errors import InputError
 from engine.models.folder import Part, load_part, read_part, write_model_folder
@@ -254,25 +253,11 @@ def test_backend_is_an_explicit_choice(exported: Path, model: Path, capfd: pytes
         Pipeline.from_pretrained(exported, codec_backend="tensorrt")  # type: ignore[arg-type]
 
 
-def test_onnx_has_no_int8(exported: Path) -> None:
-    vqgan = load_part(exported, "vqgan")
-    with pytest.raises(InputError, match="codec_backend: onnx: has no int8"):
-        open_codec(exported, vqgan, None, backend="onnx", device=CPU, int8=True)
-
-
-def test_int8_where_the_processor_gains_by_it(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    codec._report_no_int8.cache_clear()
-    monkeypatch.setattr(vqgan_decoder, "convolution_library", lambda: None)  # without a compiler
-    vqgan = load_part(model, "vqgan")
-    decoders = [open_codec(model, vqgan, None, backend="torch", device=CPU, int8=True).decoder for _ in range(2)]
-    assert isinstance(decoders[0], FastDecoder)
-    has_int8 = decodes_int8(CPU)
-    assert decoders[0].precision == (fastest_precision(vqgan) if has_int8 else "float32")
-    assert [line[:22] for line in capsys.readouterr().err.splitlines()] == (
-        [] if has_int8 else ["codec: float32 instead"]
-    )
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_int8_is_the_transformers_alone(exported: Path, backend: CodecBackend) -> None:
+    plain, coarse = (Pipeline.from_pretrained(exported, codec_backend=backend, int8=int8) for int8 in (False, True))
+    assert coarse.arithmetic.int8
+    assert torch.equal(coarse.decode_images(_tokens(2)), plain.decode_images(_tokens(2)))
 
 
 def test_torch_decodes_in_the_models_dtype(model: Path) -> None:

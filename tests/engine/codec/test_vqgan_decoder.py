@@ -1,7 +1,5 @@
-"""The fast decoder: the VQGAN's images, batch invariance, refused inputs, the error of 8-bit convolutions."""
+"""The fast decoder: the VQGAN's images, batch invariance, refused inputs."""
 
-import copy
-import dataclasses
 import threading
 from typing import Any
 
@@ -11,22 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.codec import compiled_convolution, vqgan_decoder, vqgan_row_tiles
-from engine.codec.codec import Codec
 from engine.codec.compiled_convolution import convolution_library
 from engine.codec.vqgan_cpu import ThreadPool
 from engine.codec.vqgan_cuda import decode_channels_last
 from engine.codec.vqgan_decoder import FastDecoder
 from engine.codec.vqgan_row_tiles import convolve, float_conv
 from engine.config.codec import VqganConfig
-from engine.device import cpu_capabilities
 from engine.errors import InputError
 from engine.models.vqgan import Vqgan
 from kernels import convolution
 
 HAS_CUDA = torch.cuda.is_available()
-needs_vnni = pytest.mark.skipif(
-    not cpu_capabilities().packs_int8, reason=f"this processor ({cpu_capabilities().isa}) has no VNNI"
-)
 
 _COMMON: dict[str, Any] = {"base_channels": 32, "latent_channels": 16, "embed_dim": 12, "codebook_size": 40}
 CONFIGS = {
@@ -163,7 +156,7 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     conv = float_conv(module, (size, size), None, doubled=doubled)
     target = torch.ones(conv.scale * size, conv.scale * size, channels[1])
     with torch.no_grad():
-        moments = convolve(conv, x, target, ThreadPool(threading.local()), add=add, spans=True)
+        moments = convolve(conv, x, target, ThreadPool(threading.local()), add=add)
         images = x.permute(2, 0, 1)[None]
         images = F.interpolate(images, scale_factor=2.0) if doubled else images
         expected = module(images)[0].permute(1, 2, 0) + add
@@ -172,8 +165,6 @@ def test_convolutions_that_are_not_winograds(channels: tuple[int, int], size: in
     flat = target.double().flatten(0, 1)
     torch.testing.assert_close(moments.mean, flat.mean(0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(moments.variance, flat.var(0, correction=0), atol=1e-6, rtol=1e-6)
-    assert torch.equal(moments.highest, target.flatten(0, 1).amax(0))
-    assert torch.equal(moments.lowest, target.flatten(0, 1).amin(0))
 
 
 @pytest.mark.slow
@@ -191,12 +182,7 @@ def test_the_gpu_network_is_tamings(vqgan: Vqgan) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "way"),
-    [
-        *FLOAT32_WAYS,
-        ("bfloat16", None),
-        pytest.param("int8", "row tiles", marks=needs_vnni),
-        pytest.param("int8", None, marks=needs_vnni),
-    ],
+    [*FLOAT32_WAYS, ("bfloat16", None)],
 )
 def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, way: vqgan_decoder.Way | None) -> None:
     decoder = FastDecoder(vqgan, precision=precision, way=way)
@@ -206,11 +192,9 @@ def test_batch_invariance(vqgan: Vqgan, precision: vqgan_decoder.Precision, way:
         assert torch.equal(decoder.decode(tokens[rows]), together[rows])
 
 
-@pytest.mark.parametrize(("precision", "way"), [*FLOAT32_WAYS, pytest.param("int8", None, marks=needs_vnni)])
-def test_the_number_of_threads_changes_nothing(
-    vqgan: Vqgan, precision: vqgan_decoder.Precision, way: vqgan_decoder.Way | None, small_tiles: None
-) -> None:
-    decoder, tokens = FastDecoder(vqgan, precision=precision, way=way), _tokens(vqgan, 2)
+@WAYS
+def test_the_number_of_threads_changes_nothing(vqgan: Vqgan, way: vqgan_decoder.Way, small_tiles: None) -> None:
+    decoder, tokens = FastDecoder(vqgan, way=way), _tokens(vqgan, 2)
     before = torch.get_num_threads()
     found = []
     try:
@@ -236,71 +220,6 @@ def test_two_decoders_in_two_threads(vqgan: Vqgan, way: vqgan_decoder.Way) -> No
         worker.join()
     assert [torch.equal(one, expected) for one in found] == [True] * 3
     assert torch.get_num_threads() == before
-
-
-# ----------------------------------------------------------------------------------------------------------- int8
-
-
-@pytest.mark.slow
-@needs_vnni
-def test_int8_costs_little_on_a_trained_codec() -> None:
-    """A codec trained for a moment on blots: 40 dB is 2.5 grey levels in the root mean square."""
-    vqgan = _vqgan("attention")
-    vqgan.residual_init()
-    images = F.interpolate(torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)), size=32, mode="bilinear")
-    tokens = _tokens(vqgan, 4)
-    optimiser = torch.optim.Adam(vqgan.decoder.parameters(), lr=1e-3)
-    entries = vqgan.quantize.lookup(tokens).detach().view(4, 8, 8, -1).permute(0, 3, 1, 2)
-    for _ in range(20):
-        optimiser.zero_grad()
-        (vqgan.decode_latents(entries) - (2 * images - 1)).square().mean().backward()
-        optimiser.step()
-    expected = FastDecoder(vqgan, way="row tiles").decode(tokens)
-    error = FastDecoder(vqgan, precision="int8").decode(tokens) - expected
-    assert error.abs().max() > 0
-    assert -10 * torch.log10(error.square().mean()) >= 40
-
-
-def test_int8_is_refused_where_the_machine_has_none(vqgan: Vqgan, monkeypatch: pytest.MonkeyPatch) -> None:
-    lesser = dataclasses.replace(cpu_capabilities(), isa="avx2", packs_int8=False)
-    monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: lesser)
-    with pytest.raises(InputError, match=r"precision: int8: is not made for a processor without VNNI \(avx2\)"):
-        FastDecoder(vqgan, precision="int8")
-
-
-@needs_vnni
-def test_int8_of_a_bfloat16_codec_is_that_of_its_weights(vqgan: Vqgan) -> None:
-    tokens, half = _tokens(vqgan, 2), copy.deepcopy(vqgan).bfloat16()
-    found = FastDecoder(half, precision="int8").decode(tokens)
-    assert torch.equal(found, FastDecoder(half.float(), precision="int8").decode(tokens))
-
-
-@needs_library
-def test_a_bfloat16_codec_is_decoded_in_compiled_float32_for_int8(vqgan: Vqgan) -> None:
-    tokens, half = _tokens(vqgan, 2), copy.deepcopy(vqgan).bfloat16()
-    decoder = Codec.of(half, None, int8=True).decoder
-    assert isinstance(decoder, FastDecoder)
-    assert decoder.precision == "float32"
-    assert torch.equal(decoder.decode(tokens), FastDecoder(half.float()).decode(tokens))
-
-
-@pytest.mark.parametrize(
-    ("channels", "multiplies", "library", "expected"),
-    [
-        (32, True, None, "bfloat16"),
-        (32, False, None, "int8"),
-        (64, True, None, "int8"),
-        (32, True, object(), "float32"),
-    ],
-)
-def test_the_fastest_precision(
-    channels: int, multiplies: bool, library: object, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vqgan_decoder, "convolution_library", lambda: library)
-    capable = dataclasses.replace(cpu_capabilities(), multiplies_bfloat16=multiplies, packs_int8=True)
-    monkeypatch.setattr(vqgan_decoder, "cpu_capabilities", lambda: capable)
-    narrow = Vqgan(VqganConfig(**(_COMMON | CONFIGS["attention"] | {"base_channels": channels})))
-    assert vqgan_decoder.fastest_precision(narrow) == expected
 
 
 # --------------------------------------------------------------------------------------------------------- faults
@@ -347,8 +266,8 @@ def test_refuses_what_the_vqgan_refuses(vqgan: Vqgan, way: vqgan_decoder.Way) ->
 
 
 def test_other_faults(vqgan: Vqgan) -> None:
-    with pytest.raises(InputError, match="precision: int4: write one of float32, bfloat16, float16, int8"):
-        FastDecoder(vqgan, precision="int4")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="precision: int8: write one of float32, bfloat16, float16"):
+        FastDecoder(vqgan, precision="int8")  # type: ignore[arg-type]
     if not HAS_CUDA:
         with pytest.raises(ValueError, match="decode_async: this decoder is on the CPU"):
             FastDecoder(vqgan).decode_async(_tokens(vqgan, 1))
