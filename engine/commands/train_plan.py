@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.training.plan.cost import StageCost
 
 _PREPARE_S = 0.02  # an image and core, of checking and preparing, for the time that is left
+_NOTED_SLOWDOWN = 2.0
 _STORED_OPTIONS = {"--minutes": "minutes", "--from": "start_from", "--set": "overrides", "--cut-out": "cut_out"}
 
 
@@ -147,6 +148,11 @@ def measured_plan(
             costs["vqgan"] = in_bf16
             plan = make_plan(sizes, data, request.out, request.pairs, overrides=overrides, minutes=minutes, base=base)
     check_memory(costs, machine)
+    slowdown = max(cost.slowdown for cost in costs.values())
+    if slowdown > _NOTED_SLOWDOWN:
+        print(
+            f"note: other programs have the processors: a step takes {slowdown:.0f} times as long as expected without them"
+        )
     other_s = evaluation_seconds(costs, plan.runs, captions=plan.captions, candidates=plan.candidates)
     other_s += (data.train + data.validation) * _PREPARE_S / machine.cores
     if minutes is not None and sizes is not None:

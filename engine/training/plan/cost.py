@@ -1,17 +1,18 @@
 """What a stage costs here: parameters and memory from its modules, seconds from a few timed steps of them.
 
 A timed step is forward, backward and AdamW on random images and tokens, without DeepSpeed and without reading files. What a
-run does besides its steps (start, validation, encoding, generation) is estimated from the same measurements.
+run does besides its steps (start, validation, encoding, generation) is estimated from the same measurements. All seconds are those of a
+machine that nothing else uses (`undisturbed_s`).
 
 B images a micro batch, S pixels.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ from engine.training.plan.configs import AnyRun
 
 _TIMED_STEPS = 5
 _TIMED_S = 4.0  # of one kind of step, at most
+# Of the processor time of all threads, from which a step counts as undisturbed: threads that wait for others of their own spin.
+_UNDISTURBED = 0.8
+# n threads take a step n ** 0.6 times as fast as one: 0.48 s of processor time for one of configs/demo's VQGAN on one thread, 0.63 s on
+# two that sleep where they wait.
+_SPEED_UP = 0.6
 _STEP_OVERHEAD = 1.15  # DeepSpeed, batches, validation, samples, checkpoints, over the bare steps
 
 
@@ -38,6 +44,7 @@ class StageCost:
     weight_bytes, gradient_bytes, optimizer_bytes, activation_bytes: of one process, ZeRO not counted.
     step_s: seconds of an optimiser step.
     fixed_s: seconds before the first step and after the last.
+    slowdown: how many times as long a step took, where other programs had the processors.
     """
 
     parameters: int
@@ -47,6 +54,7 @@ class StageCost:
     activation_bytes: int
     step_s: float
     fixed_s: float
+    slowdown: float = 1.0
 
     @property
     def memory_bytes(self) -> int:
@@ -54,6 +62,20 @@ class StageCost:
 
     def seconds(self, steps: int) -> float:
         return self.fixed_s + steps * self.step_s
+
+
+def undisturbed_s(wall_s: float, processor_s: float, threads: int) -> float:
+    """Seconds of a step that has the processors to itself, from what it takes beside other programs.
+
+    Threads wait for each other at the end of every operation, spinning: where other programs have one of two processors, a step takes
+    not twice but up to fifty times as long, and much more processor time. A single thread waits for none, and its processor time
+    goes on only while it computes.
+
+    Args:
+        wall_s: on the clock, on `threads` threads.
+        processor_s: of the step on one thread.
+    """
+    return min(wall_s, processor_s / threads**_SPEED_UP)
 
 
 def measure_costs(runs: dict[str, AnyRun], num_train: int, device: torch.device) -> dict[str, StageCost]:
@@ -106,12 +128,12 @@ def _measure_start() -> float:
     """Seconds until a training takes its first step: launcher and process each import what is imported here."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the trainings have it; DeepSpeed would warn
-    started = time.perf_counter()
+    started = time.process_time()
     import engine.training.stage_koclip
     import engine.training.stage_kodalle
     import engine.training.stage_vqgan  # noqa: F401
 
-    return max(12.0, 3 * (time.perf_counter() - started))
+    return max(12.0, 3 * (time.process_time() - started))
 
 
 def _vqgan(run: VqganRun, device: torch.device, fixed_s: float, *, bf16: bool = False) -> StageCost:
@@ -132,9 +154,9 @@ def _vqgan(run: VqganRun, device: torch.device, fixed_s: float, *, bf16: bool = 
         return loss, reconstruction.detach()
 
     plain = _Trained([model], device, bf16=bf16)
-    early_s, activations = plain.measure(lambda: generator(config.disc_start - 1)[0]) if config.disc_start else (0.0, 0)
+    early = plain.measure(lambda: generator(config.disc_start - 1)[0])
     if discriminator is None:
-        return plain.cost(early_s, activations, fixed_s)
+        return plain.cost(early, fixed_s)
     d_optimizer = torch.optim.AdamW(discriminator.parameters())
     reconstructed: list[Tensor] = []
 
@@ -151,11 +173,13 @@ def _vqgan(run: VqganRun, device: torch.device, fixed_s: float, *, bf16: bool = 
         d_optimizer.step()
         d_optimizer.zero_grad()
 
-    late_s, activations = plain.measure(late, discriminate)
+    both = plain.measure(late, discriminate)
     steps = run.loop.steps or 1
     share = min(1.0, config.disc_start / steps)
     with_both = _Trained([model, discriminator], device, bf16=bf16)
-    return with_both.cost(share * early_s + (1 - share) * late_s, activations, fixed_s)
+    seconds = share * early.seconds + (1 - share) * both.seconds
+    wall_s = share * early.seconds * early.slowdown + (1 - share) * both.seconds * both.slowdown
+    return with_both.cost(StepTime(seconds, wall_s / seconds, both.activation_bytes), fixed_s)
 
 
 def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
@@ -168,7 +192,7 @@ def _koclip(run: KoclipRun, device: torch.device, fixed_s: float) -> StageCost:
     has_wrong = None if wrong is None else torch.ones(batch, dtype=torch.bool, device=device)
     known = KnownPairs(negatives, None, wrong, has_wrong)
     trained = _Trained([model], device)
-    return trained.cost(*trained.measure(lambda: model(images, tokens, known=known)), fixed_s)
+    return trained.cost(trained.measure(lambda: model(images, tokens, known=known)), fixed_s)
 
 
 def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost:
@@ -177,7 +201,15 @@ def _kodalle(run: KodalleRun, device: torch.device, fixed_s: float) -> StageCost
     text = torch.randint(5, config.text_vocab_size, (batch, config.text_seq_len), device=device, dtype=torch.int64)
     image = torch.randint(config.image_vocab_size, (batch, config.image_seq_len), device=device, dtype=torch.int64)
     trained = _Trained([model], device)
-    return trained.cost(*trained.measure(lambda: model(text, image).loss), fixed_s)
+    return trained.cost(trained.measure(lambda: model(text, image).loss), fixed_s)
+
+
+class StepTime(NamedTuple):
+    """Seconds of an undisturbed step, how many times as long it took, and bytes of its activations."""
+
+    seconds: float
+    slowdown: float
+    activation_bytes: int
 
 
 class _Trained:
@@ -188,8 +220,8 @@ class _Trained:
         self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=0.0)
 
-    def measure(self, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None) -> tuple[float, int]:
-        """(median seconds of a step, bytes of what the forward passes keep for the backward passes).
+    def measure(self, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None) -> StepTime:
+        """The seconds of a step, and the bytes of what the forward passes keep for the backward passes.
 
         Args:
             after: what else belongs to a step, once its gradients are there.
@@ -205,9 +237,16 @@ class _Trained:
 
         with _saved_bytes(self._parameters) as saved:
             step()  # warms up, too
-        return statistics.median(time_runs(step, self._device, repeat=_TIMED_STEPS, budget_s=_TIMED_S)), saved[0]
+        threads = torch.get_num_threads()
+        started, started_cpu = time.perf_counter(), time.process_time()
+        wall_s = min(time_runs(step, self._device, repeat=_TIMED_STEPS, budget_s=_TIMED_S))
+        used = (time.process_time() - started_cpu) / (time.perf_counter() - started) / threads
+        seconds = wall_s
+        if self._device.type == "cpu" and used < _UNDISTURBED:
+            seconds = undisturbed_s(wall_s, _processor_seconds(step), threads)
+        return StepTime(seconds, wall_s / seconds, saved[0])
 
-    def cost(self, step_s: float, activation_bytes: int, fixed_s: float) -> StageCost:
+    def cost(self, time: StepTime, fixed_s: float) -> StageCost:
         count = sum(parameter.numel() for parameter in self._parameters)
         mixed = 2 * count if self._device.type == "cuda" else 0  # 16-bit copies beside the float32 weights
         return StageCost(
@@ -215,10 +254,24 @@ class _Trained:
             weight_bytes=4 * count + mixed,
             gradient_bytes=4 * count,
             optimizer_bytes=8 * count,
-            activation_bytes=activation_bytes,
-            step_s=step_s * _STEP_OVERHEAD,
+            activation_bytes=time.activation_bytes,
+            step_s=time.seconds * _STEP_OVERHEAD,
             fixed_s=fixed_s,
+            slowdown=time.slowdown,
         )
+
+
+def _processor_seconds(step: Callable[[], None]) -> float:
+    """Processor time of a step on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        step()  # oneDNN prepares operations for a number of threads
+        started = time.process_time()
+        step()
+        return time.process_time() - started
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

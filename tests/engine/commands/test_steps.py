@@ -1,12 +1,15 @@
-"""Numbered steps: what a signal in the middle of one says, and with which exit code."""
+"""Numbered steps: the time left; what a signal in the middle of one says, and with which exit code."""
 
+import re
 import signal
+import time
 
 import pytest
 
 from engine.commands.error_lines import _end
 from engine.commands.steps import Steps
 from engine.commands.train import StoppedTraining
+from engine.progress import seconds_text
 
 
 def _ctrl_c() -> None:
@@ -36,3 +39,21 @@ def test_a_signal_says_how_to_go_on_once(
     assert "[2/2] drawing" in printed
     assert errors == ("stopped while drawing: run the same command to go on\n" if said else "")
     assert list(steps.seconds) == ["one"]
+
+
+def test_the_time_left_follows_the_pace_of_the_steps_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that an earlier run had done, and one without an expectation, say nothing about it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    names = ["check", "vqgan", "koclip", "kodalle"]
+    steps = Steps({name: name for name in names}, {"vqgan": 100.0, "koclip": 50.0, "kodalle": 200.0})
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    for name, seconds in zip(names, (30.0, 10.0, 25.0, 100.0), strict=True):
+        steps.run(name, lambda seconds=seconds: takes(seconds))  # type: ignore[misc]
+    left = re.findall(r"about (\w+) left", capsys.readouterr().out)
+    assert left == [seconds_text(seconds) for seconds in (350, 350, 250, 100)]
