@@ -35,6 +35,8 @@ class WrongCaptions:
 
     def __init__(self, grammar: CaptionGrammar, values: Mapping[tuple[str, str], Sequence[str]]) -> None:
         self._grammar, self._values = grammar, values
+        self._class_attribute = grammar.class_attribute
+        self._subjects = tuple(dict.fromkeys(subject for subject, _ in values))
 
     def sample(self, caption: str, generator: np.random.Generator) -> str | None:
         """The caption with one fact changed, or with two colours of a subject exchanged; None where neither can be.
@@ -55,11 +57,12 @@ class WrongCaptions:
         return None
 
     def questions(self, caption: str, *, most: int) -> list[Question]:
-        """What an image is asked about a caption; no more than `most` wrong captions in all, the first values of each fact first.
+        """What an image is asked about a caption; no more than `most` wrong captions in all, the first of each question first.
 
         Whether each fact's value fits better than its other values: a second colour's in the whole caption, all others' in
-        one without second colours, which would speak for images in that colour alone. And of a subject's two colours, whether
-        they fit better than exchanged, and better than the second alone, in the place of the first.
+        one without second colours, which would speak for images in that colour alone. A subject's class is asked in its
+        colour alone, and among the classes of all subjects: a shirt is taken for a jacket as easily as for a blouse. And of a
+        subject's two colours, whether they fit better than exchanged, and better than the second alone, in the place of the first.
         """
         facts = self._grammar.facts(caption)
         pairs = list(self._exchanges(facts))
@@ -69,18 +72,52 @@ class WrongCaptions:
             alone = self._changed(facts, one, facts[other].value, without={other})
             of_colours += [Question(whole, (self._exchanged(facts, one, other),)), Question(whole, (alone,))]
         of_colours = of_colours[:most]
-        others = [
-            [value for value in dict.fromkeys(self._values.get(fact[:2], ())) if value not in _stated(facts, place)]
-            for place, fact in enumerate(facts)
+        asked = [self._about_value(facts, place, set() if place in seconds else seconds) for place in range(len(facts))]
+        asked = [
+            question for question, fact in zip(asked, facts, strict=True) if fact.attribute != self._class_attribute
         ]
-        found = []
-        for place, count in enumerate(_shares([len(values) for values in others], most - len(of_colours))):
-            without = set() if place in seconds else seconds
-            wrong = [self._changed(facts, place, value, without=without) for value in others[place][:count]]
-            if wrong:
-                right = self._changed(facts, place, facts[place].value, without=without)
-                found.append(Question(right, tuple(wrong)))
+        asked += [self._about_class(facts, subject, seconds) for subject in _subjects(facts)]
+        counts = _shares([len(question.wrong) for question in asked], most - len(of_colours))
+        found = [Question(right, wrong[:count]) for (right, wrong), count in zip(asked, counts, strict=True) if count]
         return found + of_colours
+
+    def _about_value(self, facts: Sequence[Fact], place: int, without: Collection[int]) -> Question:
+        """Against the other values of a fact, which may be none; without the facts at some places."""
+        stated = _stated(facts, place)
+        values = dict.fromkeys(self._values.get(facts[place][:2], ()))
+        wrong = (self._changed(facts, place, value, without=without) for value in values if value not in stated)
+        return Question(self._changed(facts, place, facts[place].value, without=without), tuple(wrong))
+
+    def _about_class(self, facts: Sequence[Fact], subject: str, without: Collection[int]) -> Question:
+        """Against the other classes, in the same colour: of this subject, and of those that are not in the caption.
+
+        Where no class is stated, against these other subjects with the same values. What a subject never states is left out of
+        its version, and versions that state nothing are; there may be none.
+        """
+        name = self._class_attribute
+        own = [fact for place, fact in enumerate(facts) if fact.subject == subject and place not in without]
+        stated = {fact.value for fact in own if fact.attribute == name}
+        if stated:
+            own = [fact for fact in own if fact.attribute == name or self._grammar.is_colour(fact.attribute)]
+        versions = list[list[Fact]]()
+        for one in (subject, *(other for other in self._subjects if other not in _subjects(facts))):
+            known = [
+                fact._replace(subject=one)
+                for fact in own
+                if one == subject or fact.attribute == name or fact.value in self._values.get((one, fact.attribute), ())
+            ]
+            if stated:
+                values = dict.fromkeys(self._values.get((one, name), ()))
+                versions += [
+                    [fact._replace(value=value) if fact.attribute == name else fact for fact in known]
+                    for value in values
+                    if one != subject or value not in stated
+                ]
+            elif one != subject:
+                versions.append(known)
+        return Question(
+            self._grammar.write(own), tuple(self._grammar.write(version) for version in versions if version)
+        )
 
     def _exchanges(self, facts: Sequence[Fact]) -> Iterator[tuple[int, int]]:
         colours = [place for place, fact in enumerate(facts) if self._grammar.is_colour(fact.attribute)]
@@ -138,6 +175,11 @@ def _shares(numbers: Sequence[int], most: int) -> list[int]:
 def _facts(grammar: CaptionGrammar, captions: Iterable[str]) -> Iterator[Fact]:
     for caption in captions:
         yield from grammar.facts(caption)
+
+
+def _subjects(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """The subjects of facts, in their order."""
+    return tuple(dict.fromkeys(fact.subject for fact in facts))
 
 
 def _stated(facts: Sequence[Fact], place: int) -> set[str]:

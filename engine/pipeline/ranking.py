@@ -2,8 +2,8 @@
 
 `cosine` ranks by the score itself, how near image and caption are. Images differ in how near they are to captions of any
 kind, and those that are near to all of them win. `contrast` asks instead, of each fact that a caption states, whether its
-value fits the image best among those that the model knows, and of two colours which is the main one (questions of
-engine.data.wrong_captions):
+value fits the image best among those that the model knows, its class among the classes of all subjects, and of two colours which
+is the main one (questions of engine.data.wrong_captions):
 
     contrast(image, c) = sum over questions of log softmax over {right, wrong captions} of scale * cosine(image, .), at right
 

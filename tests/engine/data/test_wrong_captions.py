@@ -10,7 +10,9 @@ WHITE_TOO, BLUE_TOO = "상의에서 서브색상은 화이트이다.", "상의�
 EXCHANGED = "상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다."
 WHITE_ALONE = "상의에서 색상은 화이트이다."
 SHIRT, HOODIE = "상의에서 카테고리는 셔츠이다.", "상의에서 카테고리는 후드티이다."
-TROUSERS = "하의에서 카테고리는 팬츠이다."
+SHORT, LONG = "상의에서 소매기장은 반팔이다.", "상의에서 소매기장은 긴팔이다."
+TROUSERS, DRESS = "하의에서 카테고리는 팬츠이다.", "원피스에서 카테고리는 드레스이다."
+GREY_TROUSERS, BLACK_TROUSERS = "하의에서 색상은 그레이이다.", "하의에서 색상은 블랙이다."
 
 
 def _versions(wrong: WrongCaptions, caption: str, count: int = 200) -> list[str | None]:
@@ -26,17 +28,36 @@ def test_one_fact_is_another_s_or_two_colours_change_places() -> None:
     assert min(found.count(version) for version in expected) > 200 / 3 * 0.7
 
 
-def test_questions_ask_for_each_fact_and_which_colour_is_the_main_one() -> None:
-    wrong = wrong_captions([f"{GREY} {WHITE_TOO} {SHIRT}", f"{BLACK} {BLUE_TOO} {HOODIE}", TROUSERS])
+def test_questions_ask_for_each_fact_the_class_and_which_colour_is_the_main_one() -> None:
+    wrong = wrong_captions([f"{GREY} {WHITE_TOO} {SHIRT} {SHORT}", f"{BLACK} {BLUE_TOO} {HOODIE} {LONG}", TROUSERS])
     assert wrong is not None
-    whole = f"{GREY} {WHITE_TOO} {SHIRT}"
+    whole = f"{GREY} {WHITE_TOO} {SHIRT} {SHORT}"
     assert wrong.questions(whole, most=9) == [
-        Question(f"{GREY} {SHIRT}", (f"{BLACK} {SHIRT}",)),  # without the second colour
-        Question(whole, (f"{GREY} {BLUE_TOO} {SHIRT}",)),
-        Question(f"{GREY} {SHIRT}", (f"{GREY} {HOODIE}",)),
-        Question(whole, (f"{EXCHANGED} {SHIRT}",)),
-        Question(whole, (f"{WHITE_ALONE} {SHIRT}",)),
+        Question(f"{GREY} {SHIRT} {SHORT}", (f"{BLACK} {SHIRT} {SHORT}",)),  # without the second colour
+        Question(whole, (f"{GREY} {BLUE_TOO} {SHIRT} {SHORT}",)),
+        Question(f"{GREY} {SHIRT} {SHORT}", (f"{GREY} {SHIRT} {LONG}",)),
+        Question(f"{GREY} {SHIRT}", (f"{GREY} {HOODIE}", TROUSERS)),  # no trousers are known to be grey
+        Question(whole, (f"{EXCHANGED} {SHIRT} {SHORT}",)),
+        Question(whole, (f"{WHITE_ALONE} {SHIRT} {SHORT}",)),
     ]
+
+
+def test_the_class_is_asked_among_those_of_subjects_that_the_caption_does_not_state() -> None:
+    wrong = wrong_captions([f"{GREY} {SHIRT} {BLACK_TROUSERS}", f"{GREY_TROUSERS} {TROUSERS}", DRESS])
+    assert wrong is not None
+    assert wrong.questions(f"{GREY} {SHIRT}", most=9)[-1] == Question(
+        f"{GREY} {SHIRT}", (f"{GREY_TROUSERS} {TROUSERS}", DRESS)
+    )
+    # trousers are in the image beside the shirt, so neither is wrong in the other's place
+    questions = wrong.questions(f"{GREY} {SHIRT} {TROUSERS}", most=9)
+    assert questions == [Question(f"{GREY} {SHIRT}", (DRESS,)), Question(TROUSERS, (DRESS,))]
+
+
+def test_where_no_class_is_stated_other_subjects_are_asked_for() -> None:
+    wrong = wrong_captions([f"{GREY} {SHIRT}", f"{GREY_TROUSERS} {TROUSERS}", f"{BLACK} {SHORT}", DRESS])
+    assert wrong is not None
+    assert wrong.questions(GREY, most=9) == [Question(GREY, (BLACK,)), Question(GREY, (GREY_TROUSERS,))]
+    assert wrong.questions(SHORT, most=9) == []  # only tops have sleeves here, and these one length
 
 
 def test_values_are_drawn_as_often_as_captions_state_them() -> None:

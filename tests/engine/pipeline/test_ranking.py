@@ -31,7 +31,13 @@ GUIDE = CaptionGuide(
 QUESTIONS = [
     (f"{GREY} {SHIRT}", f"상의에서 색상은 블랙이다. {SHIRT}"),
     (CAPTION, f"{GREY} 상의에서 서브색상은 레드이다. {SHIRT}"),
-    (f"{GREY} {SHIRT}", f"{GREY} 상의에서 카테고리는 탑이다.", f"{GREY} 상의에서 카테고리는 후드티이다."),
+    (
+        f"{GREY} {SHIRT}",
+        f"{GREY} 상의에서 카테고리는 탑이다.",
+        f"{GREY} 상의에서 카테고리는 후드티이다.",
+        "하의에서 카테고리는 팬츠이다.",
+        "하의에서 카테고리는 스커트이다.",
+    ),
     (CAPTION, f"상의에서 색상은 화이트이다. 상의에서 서브색상은 그레이이다. {SHIRT}"),
     (CAPTION, f"상의에서 색상은 화이트이다. {SHIRT}"),
 ]
@@ -65,7 +71,7 @@ def test_contrast_is_the_caption_s_log_probability_among_the_wrong_ones_of_each_
     found = scorer(CAPTION, images)
     assert found.contrast is not None
     tokens = tokenizer.encode([CAPTION, *ASKED], 24).tokens
-    assert len({tuple(row.tolist()) for row in tokens}) == 8
+    assert len({tuple(row.tolist()) for row in tokens}) == 10
     logits = (koclip.similarity(images, tokens) * koclip.temperature_scale()).double()
     for image in range(5):
         expected, left = 0.0, iter(logits[1:, image].tolist())
@@ -73,9 +79,9 @@ def test_contrast_is_the_caption_s_log_probability_among_the_wrong_ones_of_each_
             own, *others = (math.exp(next(left)) for _ in question)
             expected += math.log(own / (own + sum(others)))
         assert found.contrast[image].item() == pytest.approx(expected, abs=1e-4)
-    assert found.guess == pytest.approx(-math.log(2 * 2 * 3 * 2 * 2))
+    assert found.guess == pytest.approx(-math.log(2 * 2 * 5 * 2 * 2))
     assert found.certainty is not None
-    torch.testing.assert_close(found.certainty, 1 + found.contrast / math.log(48))
+    torch.testing.assert_close(found.certainty, 1 + found.contrast / math.log(80))
     torch.testing.assert_close(found.score, koclip.similarity(images, tokens[:1])[0])
     alone = scorer(CAPTION, images[3:4])  # an image's values do not depend on the others
     assert alone.contrast is not None
@@ -89,7 +95,7 @@ def test_contrast_is_the_caption_s_log_probability_among_the_wrong_ones_of_each_
     [
         ("cosine", CAPTION, GUIDE),
         ("contrast", "아름다운 옷", GUIDE),  # no fact in it
-        ("contrast", "하의에서 색상은 블랙이다.", GUIDE),  # no other value is known
+        ("contrast", "하의에서 색상은 레드이다.", GUIDE),  # no other value is known, and nothing else red
         ("contrast", CAPTION, CaptionGuide()),
     ],
 )
