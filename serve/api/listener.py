@@ -53,10 +53,8 @@ _DESCRIPTORS_A_CONNECTION = 2  # itself, and an upload on disk
 _REPLIES_BEYOND = 64  # connections beyond the limit that get a reply at the same time
 _LINGER_S = 2.0
 _REPLY_BEGINNING = b"HTTP/1.1 "
-_RESET_WITHIN_S, _RESET_LOOKED_FOR_EACH_S = (
-    0.02,
-    1.0,
-)  # at first, and at last: each look waits twice as long as the one before
+_RESET_WITHIN_S = 0.02  # when a reset is first looked for; each further look waits twice as long, up to
+_RESET_LOOKED_FOR_EACH_S = 1.0
 
 
 @functools.cache

@@ -21,8 +21,10 @@ def described_page(document: Json) -> str:
             rows = [(status, answer["description"]) for status, answer in operation["responses"].items()]
             parts.append(_table(("status", "answer or error codes"), rows))
     title = html.escape(document["info"]["title"])
+    # Without an icon of its own a browser asks for /favicon.ico, which behind a proxy may be another server's.
+    icon = '<link rel="icon" href="data:,">'
     return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} API</title></head><body>'
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title} API</title>{icon}</head><body>'
         f"<h1>{title} API</h1><p>{html.escape(document['info']['description'])} "
         f'The same for programs: <a href="openapi.json">openapi.json</a>.</p>{"".join(parts)}</body></html>'
     )

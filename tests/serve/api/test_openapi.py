@@ -104,7 +104,8 @@ def test_the_html_page_needs_no_scripts_and_no_network() -> None:
     page = described_page(describe(SETTINGS, INFO))
     assert "POST /v1/images/edits" in page
     assert "integer 1 to 7" in page
-    assert not re.search(r"<script|<link|https?:|style=", page)
+    assert re.findall(r"<link[^>]*>", page) == ['<link rel="icon" href="data:,">']
+    assert not re.search(r"<script|https?:|style=", page)
     hostile = describe(SETTINGS, INFO)
     hostile["paths"]["/v1/models"]["get"]["summary"] = "<script>"
     assert "<script>" not in described_page(hostile)
