@@ -55,6 +55,13 @@ CALIBRATION_STEPS = (3, 12)
 _CPU = torch.device("cpu")
 _VQGAN = {"codebook_reset.start_step": 0.13, "codebook_reset.reset_every": 1 / 75}  # shares of the steps
 _PIXELS_ALONE = {"loss.pixel": "l2", "loss.perceptual": "none", "loss.disc_weight": "0", "loss.feature_weight": "0"}
+_ADVERSARIAL = {  # as configs/clothing/vqgan.yaml: the demo's own codec has the pixels' error alone
+    "loss.perceptual": "efficientnet-lite0",
+    "loss.perceptual_weight": "0.4",
+    "loss.disc_weight": "0.3",
+    "loss.feature_weight": "1.0",
+    "loss.disc_channels": "32",
+}
 _CLOTHING = {
     "model.image_size": "64",
     "model.base_channels": "16",
@@ -70,7 +77,8 @@ SETS: dict[str, dict[str, tuple[str, dict[str, str], dict[str, float]]]] = {
     },
     "demo": {
         "dVAE": ("configs/demo/dvae.yaml", {}, {}),
-        "VQGAN": ("configs/demo/vqgan.yaml", {}, _VQGAN),
+        "VQ-VAE": ("configs/demo/vqgan.yaml", _PIXELS_ALONE, _VQGAN),
+        "VQGAN": ("configs/demo/vqgan.yaml", _ADVERSARIAL, _VQGAN | {"loss.disc_start": 0.6}),
     },
 }  # fmt: skip
 

@@ -33,9 +33,11 @@ def test_codecs_of_a_set_are_configs_of_the_same_tokens(script: ModuleType) -> N
             assert (run.stage == "dvae") == (name == "dVAE")
             if name == "VQ-VAE":
                 assert (run.loss.pixel, run.loss.perceptual, run.loss.disc_weight) == ("l2", "none", 0)
-            if "loss.disc_start" in shares:
-                assert run.loss.disc_start == 240
+            if name == "VQGAN":
+                assert (run.loss.perceptual, run.loss.disc_start) == ("efficientnet-lite0", 240)
+                assert run.loss.disc_weight > 0
         assert len(sizes) == 1
+        assert list(codecs) == ["dVAE", "VQ-VAE", "VQGAN"]
 
 
 def test_steps_follow_from_the_minutes(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
