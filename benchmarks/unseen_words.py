@@ -239,7 +239,7 @@ def held_out_losses(folder: Path, image_tokens: torch.Tensor, captions: dict[str
     """Mean loss of the image tokens in nats for each kind of captions, and what is kept of a caption's worth."""
     model: KoDalle = load_part(folder, "transformer")
     tokenizer = load_folder_tokenizer(folder)
-    losses = {kind: _losses(model, tokenizer, texts, image_tokens) for kind, texts in captions.items()}
+    losses = {kind: image_losses(model, tokenizer, texts, image_tokens) for kind, texts in captions.items()}
     worth, kept = losses["without"] - losses["labelled"], losses["without"] - losses["rewritten"]
     error = float((losses["rewritten"] - losses["labelled"]).std() / len(worth) ** 0.5)
     return {
@@ -257,10 +257,10 @@ def mean(rows: Sequence[Row]) -> Row:
     return {"loss_image": losses, "kept": kept / worth, "kept_by_seed": [row["kept"] for row in rows]}
 
 
-def _losses(
+def image_losses(
     model: KoDalle, tokenizer: CaptionTokenizer, captions: Sequence[str], image_tokens: torch.Tensor
 ) -> torch.Tensor:
-    """(N,) of N images."""
+    """Mean loss of the image tokens (N, S) in nats for each of N captions, (N,)."""
     found = []
     for start in range(0, len(captions), 32):
         images = image_tokens[start : start + 32]

@@ -72,7 +72,7 @@ def test_losses_are_the_models(script: ModuleType) -> None:
     model, images = KoDalle(config), torch.randint(9, (40, 4), generator=torch.Generator().manual_seed(0))
     texts = tokenizer.encode([CAPTION] * 40, 20).tokens
     with torch.no_grad():
-        losses = script._losses(model, tokenizer, [CAPTION] * 40, images)
+        losses = script.image_losses(model, tokenizer, [CAPTION] * 40, images)
         assert losses.shape == (40,)
         torch.testing.assert_close(losses.mean(), model(texts, images).loss_image)
 
