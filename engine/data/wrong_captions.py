@@ -72,9 +72,10 @@ class WrongCaptions:
             alone = self._changed(facts, one, facts[other].value, without={other})
             of_colours += [Question(whole, (self._exchanged(facts, one, other),)), Question(whole, (alone,))]
         of_colours = of_colours[:most]
-        asked = [self._about_value(facts, place, set() if place in seconds else seconds) for place in range(len(facts))]
         asked = [
-            question for question, fact in zip(asked, facts, strict=True) if fact.attribute != self._class_attribute
+            self._about_value(facts, place, set() if place in seconds else seconds)
+            for place, fact in enumerate(facts)
+            if fact.attribute != self._class_attribute
         ]
         asked += [self._about_class(facts, subject, seconds) for subject in _subjects(facts)]
         counts = _shares([len(question.wrong) for question in asked], most - len(of_colours))
